@@ -1,0 +1,125 @@
+"""One call for every network: `denoiser(x_t, t, cond) -> Prediction`.
+
+Guidance lives here and only here: null + g (cond - null), g = 1 means none. Cond and null run as
+one batch of 2B. Because x0, eps, v and flow are affine in the raw output at fixed x_t, guiding the
+raw output guides them all.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W).
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stepdistill.core.path import NoisePath, PredictionType, expand, full
+from stepdistill.core.types import Cond
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A network's answer at (x_t, t), readable as any prediction type.
+
+    raw:      (B, C, *S) what the network returned (guided where guidance was asked for).
+    kind:     its type; `x0`, `eps`, `v`, `flow` convert through x0 in float32 or better.
+    features: block name -> hidden states of the conditional half, where they were asked for.
+    """
+
+    raw: Tensor
+    x_t: Tensor
+    t: Tensor
+    path: NoisePath
+    kind: PredictionType
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def as_type(self, dst: PredictionType) -> Tensor:
+        return self.path.convert(self.raw, self.x_t, self.t, self.kind, dst)
+
+    @cached_property
+    def x0(self) -> Tensor:
+        return self.as_type("x0")
+
+    @cached_property
+    def eps(self) -> Tensor:
+        return self.as_type("eps")
+
+    @cached_property
+    def v(self) -> Tensor:
+        return self.as_type("v")
+
+    @cached_property
+    def flow(self) -> Tensor:
+        return self.as_type("flow")
+
+    def step(self, s: Tensor, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
+        """x_s (B, C, *S) after one universal DDIM step (see NoisePath.step)."""
+        return self.path.step(self.x0, self.x_t, self.t, s, eta, noise)
+
+
+def is_guided(guidance: float | Tensor | None) -> bool:
+    """Whether a null pass is needed. A tensor always is: reading its values would sync the device."""
+    return guidance is not None and (isinstance(guidance, Tensor) or guidance != 1.0)
+
+
+class Denoiser(ABC):
+    """Anything that can be asked for a prediction: a role of a RoleBank, or an analytic teacher."""
+
+    path: NoisePath
+    kind: PredictionType
+
+    @abstractmethod
+    def raw(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        s: Tensor | None,
+        w: Tensor | None,
+        features: Sequence[str],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bare network call: (B, C, *S) output and the captured features."""
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        null: Cond | None = None,
+        guidance: float | Tensor | None = None,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+        features: Sequence[str] = (),
+    ) -> Prediction:
+        """The prediction at x_t, guided where `guidance` is not None or 1.
+
+        Args:
+            x_t: (B, C, *S). t, s: (B,) current time, and end time for trajectory students.
+            guidance: g of null + g (cond - null), a number or (B,).
+            w: (B,) guidance told to the network itself (LCM's embedding, w = g - 1).
+            features: names of blocks whose hidden states the Prediction should carry.
+        """
+        if t.ndim != 1 or t.shape[0] != x_t.shape[0]:
+            raise ValueError(
+                f"denoiser: expected t of shape (B,) = ({x_t.shape[0]},), got {tuple(t.shape)}."
+            )
+        if not is_guided(guidance):
+            out, feats = self.raw(x_t, t, cond, s, w, features)
+            return Prediction(out, x_t, t, self.path, self.kind, feats)
+        if null is None:
+            raise ValueError("denoiser: expected a null condition with guidance, got None.")
+        assert guidance is not None
+
+        def double(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.cat([x, x])
+
+        x2, t2 = torch.cat([x_t, x_t]), torch.cat([t, t])
+        out, feats = self.raw(x2, t2, Cond.cat([cond, null]), double(s), double(w), features)
+        with_cond, without = full(out).chunk(2)
+        g = expand(guidance, with_cond) if isinstance(guidance, Tensor) else guidance
+        feats = {name: value.chunk(2)[0] for name, value in feats.items()}
+        return Prediction(without + g * (with_cond - without), x_t, t, self.path, self.kind, feats)

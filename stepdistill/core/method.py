@@ -1,0 +1,146 @@
+"""What a distillation method is: roles it needs, phases that train them, a sampler to use the result.
+
+A method is pure algorithm. It sees `nets["teacher"](x_t, t, cond)` and draws from `ctx`; it holds
+no optimiser, device, precision, pipeline or adapter. A new method is one file: a Config, roles(),
+phases() with their losses, sampler().
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from stepdistill.core.context import Ctx
+from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.path import NoisePath, PredictionType
+from stepdistill.core.solvers import SamplerSpec
+from stepdistill.core.types import Batch, Losses
+
+ROLES = ("teacher", "student", "fake", "target", "reference", "disc", "ema")
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a method needs of a network, not how it is stored.
+
+    source: "teacher" starts at the teacher's weights; "head" is a discriminator head.
+    train: whether some phase trains it. A frozen teacher-sourced role is the teacher itself.
+    ema_of: the role it follows by `nets.ema_update`; a decay never applied is a snapshot.
+    extra_inputs: inputs the stock network lacks: "w" (guidance embedding).
+    as_flow: read the output as velocity at (x, num_train_timesteps * t), whatever the teacher
+        predicted (InstaFlow's raw set-up).
+    features: blocks a head reads, by the family's names ("mid" exists everywhere).
+    """
+
+    source: Literal["teacher", "head"] = "teacher"
+    train: bool = False
+    ema_of: str | None = None
+    extra_inputs: tuple[str, ...] = ()
+    as_flow: bool = False
+    features: tuple[str, ...] = ()
+
+
+class Nets(Protocol):
+    """The networks by role, as a method sees them (a RoleBank, or analytic teachers in tests)."""
+
+    def __getitem__(self, role: str) -> Denoiser: ...
+
+    def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
+        """(B, K) logits of a discriminator head on captured features."""
+        ...
+
+    def ema_update(self, role: str, decay: float) -> None:
+        """role <- decay * role + (1 - decay) * the role it follows."""
+        ...
+
+
+Loss = Callable[[Nets, Batch, Ctx], Losses]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A loss and the roles it trains; one optimiser update for each of `repeat` repeats."""
+
+    name: str
+    loss: Loss
+    trains: tuple[str, ...]
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may know of the model: facts, never the model itself.
+
+    shift: resolution shift of the teacher's own time grid (1 on a VP table).
+    """
+
+    path: NoisePath
+    kind: PredictionType = "eps"
+    shift: float = 1.0
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's Config: unknown keys are errors, values are checked once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Method(ABC, Generic[C]):
+    """One distillation algorithm.
+
+    name: the key in METHODS. paper: its source. Config: its options.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init__(self, config: C, setting: Setting) -> None:
+        self.config = config
+        self.setting = setting
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Batch fields the losses read, checked against the dataset before step 1."""
+        return frozenset({"cond"})
+
+    @abstractmethod
+    def roles(self) -> dict[str, Role]:
+        """Every role the phases call, by its fixed name."""
+
+    @abstractmethod
+    def phases(self, step: int) -> Sequence[Phase]:
+        """The updates that make up student step `step`, in order."""
+
+    def after(self, nets: Nets, step: int) -> None:
+        """Work at the end of a student step: EMA targets, schedules."""
+        return
+
+    @abstractmethod
+    def sampler(self, num_steps: int | None = None) -> SamplerSpec:
+        """How the student is sampled; with num_steps, at that many steps of its trained grid."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Buffers to save with a checkpoint; empty for methods without state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"{self.name}: expected no saved state, got {sorted(state)}.")
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of the method table: shown by `stepdistill list` and the README test."""
+
+    cls: type[Method[Any]]
+    status: Literal["derived", "checked on analytic teachers", "trained on real data here"]
+    extras: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,158 @@
+"""Solvers over a Denoiser: guided teacher steps, whole trajectories, and the few-step sampler.
+
+SamplerSpec is the contract between a method (which grid, which noise rule), validation, export and
+the stock scheduler that has to reproduce it.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W).
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.path import expand
+from stepdistill.core.times import uniform_grid
+from stepdistill.core.types import Cond
+
+SamplerKind = Literal["ode", "renoise", "tcd"]
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How a student is sampled.
+
+    times: descending visiting times, the network's calls; after the last one comes x0.
+    kind:  "ode" deterministic steps; "renoise" x0 then fresh noise to the next time (LCM, DMD2);
+           "tcd" deterministic to (1 - gamma) of the next time, then noise travel (TCD).
+    trained_times: every time the student was trained at; None where that is all of (0, 1].
+           Times outside it are refused.
+    guidance: classifier-free guidance still needed at inference; 1 for guidance folded in.
+    w: guidance told to the network's own embedding (w = g - 1), None where it has none.
+    boundary_scale: LCM's timestep scaling of the skip/out blend, None for plain x0.
+    """
+
+    times: tuple[float, ...]
+    kind: SamplerKind = "renoise"
+    trained_times: tuple[float, ...] | None = None
+    guidance: float = 1.0
+    w: float | None = None
+    gamma: float = 0.0
+    boundary_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError(f"SamplerSpec: expected descending times, got {self.times}.")
+        if self.trained_times is not None:
+            extra = [
+                t for t in self.times if min(abs(t - own) for own in self.trained_times) > 1e-6
+            ]
+            if extra:
+                raise ValueError(
+                    f"SamplerSpec: expected times from the trained grid {self.trained_times}, "
+                    f"got {extra} besides. Sample with a number of steps the run was trained for."
+                )
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.times)
+
+    def with_steps(self, num_steps: int, shift: float = 1.0) -> SamplerSpec:
+        """The same rule on the uniform grid of num_steps. Errors: ValueError off the grid."""
+        return SamplerSpec(
+            uniform_grid(num_steps, shift),
+            self.kind,
+            self.trained_times,
+            self.guidance,
+            self.w,
+            self.gamma,
+            self.boundary_scale,
+        )
+
+
+def boundary_coeffs(t: Tensor, scale: float, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) of LCM at table index t (B,): exactly (1, 0) at t = 0.
+
+    Source: Luo et al. 2023, arXiv:2310.04378, Sec. 4.1, with the released timestep scaling.
+    """
+    z = scale * t.double()
+    c_skip = sigma_data**2 / (z**2 + sigma_data**2)
+    return c_skip, z / (z**2 + sigma_data**2).sqrt()
+
+
+def teacher_step(
+    teacher: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Cond,
+    null: Cond | None,
+    guidance: float | Tensor | None,
+) -> Tensor:
+    """x_s (B, C, *S) after one deterministic step of the guided teacher, without gradients."""
+    with torch.no_grad():
+        return teacher(x_t, t, cond, null, guidance).step(s)
+
+
+def ode_solve(
+    denoiser: Denoiser,
+    noise: Tensor,
+    cond: Cond,
+    null: Cond | None = None,
+    guidance: float | Tensor | None = None,
+    times: tuple[float, ...] = uniform_grid(50),
+) -> Tensor:
+    """x0 (B, C, *S) of a deterministic trajectory from unit noise over `times`, then to 0."""
+    spec = SamplerSpec(times, "ode")
+    return sample_x0(denoiser, spec, noise, cond, null, guidance)
+
+
+@torch.no_grad()
+def sample_x0(
+    denoiser: Denoiser,
+    spec: SamplerSpec,
+    noise: Tensor,
+    cond: Cond,
+    null: Cond | None = None,
+    guidance: float | Tensor | None = None,
+    fresh_noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """x0 (B, C, *S): the student's (or teacher's) sampler, the one loop used everywhere.
+
+    Args:
+        noise: (B, C, *S) unit normal. guidance: overrides the spec's where given.
+        fresh_noise: step index -> (B, C, *S), needed by "renoise" and "tcd" beyond one step.
+    """
+    path, bsz = denoiser.path, noise.shape[0]
+    guidance = spec.guidance if guidance is None else guidance
+
+    def at(t: float) -> Tensor:
+        return torch.full((bsz,), t, dtype=torch.float64, device=noise.device)
+
+    w = None if spec.w is None else at(spec.w).float()
+    x = path.prior(noise)
+    ends = (*spec.times[1:], 0.0)
+    for i, (t, s) in enumerate(zip(spec.times, ends, strict=True)):
+        pred = denoiser(x, at(t), cond, null, guidance, w=w, s=at(s))
+        x0 = pred.x0
+        if spec.boundary_scale is not None:
+            c_skip, c_out = boundary_coeffs(path.model_time(at(t)), spec.boundary_scale)
+            x0 = expand(c_skip, x0) * pred.x_t + expand(c_out, x0) * x0
+        if s == 0.0:
+            return x0
+        if spec.kind == "ode":
+            x = path.step(x0, x, at(t), at(s))
+            continue
+        if fresh_noise is None:
+            raise ValueError(f"sample_x0: expected fresh_noise with kind {spec.kind!r}, got None.")
+        if spec.kind == "renoise":
+            x = path.add_noise(x0, fresh_noise(i), at(s))
+        else:
+            cleaner = at((1.0 - spec.gamma) * s)
+            x = path.renoise(path.step(x0, x, at(t), cleaner), cleaner, at(s), fresh_noise(i))
+    raise AssertionError("unreachable: the last end time is 0")

@@ -1,0 +1,53 @@
+"""Which times are visited: grids for solvers and samplers, and laws to draw training times from.
+
+Every law maps u ~ U(0, 1) of shape (B,) to times, so randomness stays with the caller. Resolution
+shift moves times; it is never part of a path.
+"""
+
+# Shapes: B batch. All results float64.
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """t' = k t / (1 + (k - 1) t): noise-to-signal ratio times k (SD3's resolution shift).
+
+    Source: Esser et al. 2024, arXiv:2403.03206, Eq. 23.
+    """
+    t = t.double()
+    return shift * t / (1.0 + (shift - 1.0) * t)
+
+
+def unshift_times(t: Tensor, shift: float) -> Tensor:
+    """The inverse of `shift_times`."""
+    return shift_times(t, 1.0 / shift)
+
+
+def uniform_grid(num_steps: int, shift: float = 1.0) -> tuple[float, ...]:
+    """Descending times 1, (N-1)/N, ..., 1/N, shifted: "trailing" spacing on a VP table."""
+    if num_steps < 1:
+        raise ValueError(f"uniform_grid: expected num_steps >= 1, got {num_steps}.")
+    grid = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
+    return tuple(shift_times(grid, shift).tolist())
+
+
+def uniform_times(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Uniform on [low, high]."""
+    return low + (high - low) * u.double()
+
+
+def logit_normal_times(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """sigmoid(N(mean, std^2)), SD3's training law (arXiv:2403.03206, Eq. 19)."""
+    u = u.double().clamp(1e-7, 1.0 - 1e-7)
+    return torch.sigmoid(mean + std * math.sqrt(2.0) * torch.erfinv(2.0 * u - 1.0))
+
+
+def grid_times(u: Tensor, grid: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """A uniformly drawn grid entry per sample: (times, indices), each (B,)."""
+    index = (u.double() * len(grid)).long().clamp_max(len(grid) - 1)
+    return torch.tensor(grid, dtype=torch.float64, device=u.device)[index], index

@@ -1,0 +1,118 @@
+"""The three values that travel between data, family and method: Cond, Batch, Losses.
+
+A method never looks inside a Cond; only the family that made it knows the keys.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W), N tokens, D width.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Conditioning of a batch: named tensors whose first dimension is the batch.
+
+    Args: tensors: name -> (B, ...); every tensor has the same B.
+    Errors: ValueError where batch sizes differ.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        sizes = {name: value.shape[0] for name, value in self.tensors.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"Cond: expected one batch size for all tensors, got {sizes}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of that name, or None where the family left it out."""
+        return self.tensors.get(name)
+
+    @property
+    def bsz(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Cond:
+        return Cond({name: fn(value) for name, value in self.tensors.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
+        """A copy on `device`; floating tensors also take `dtype`, integer ones keep theirs."""
+        return self._map(
+            lambda v: v.to(device=device, dtype=dtype if v.is_floating_point() else None)
+        )
+
+    def slice(self, start: int, stop: int) -> Cond:
+        return self._map(lambda v: v[start:stop])
+
+    def index(self, rows: Tensor | Sequence[int]) -> Cond:
+        """The given rows, in that order."""
+        return self._map(lambda v: v[torch.as_tensor(rows, device=v.device)])
+
+    def repeat(self, times: int) -> Cond:
+        """Each row `times` times, neighbours together (row 0, row 0, row 1, ...)."""
+        return self._map(lambda v: v.repeat_interleave(times, dim=0))
+
+    @staticmethod
+    def cat(parts: Sequence[Cond]) -> Cond:
+        """Rows of all parts in order. Errors: ValueError where the keys differ."""
+        keys = {tuple(sorted(part.tensors)) for part in parts}
+        if len(keys) != 1:
+            raise ValueError(f"Cond.cat: expected the same keys in every part, got {sorted(keys)}.")
+        return Cond(
+            {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        )
+
+    @staticmethod
+    def where(mask: Tensor, a: Cond, b: Cond) -> Cond:
+        """Row by row: `a` where mask (B,) is true, else `b`."""
+
+        def pick(x: Tensor, y: Tensor) -> Tensor:
+            return torch.where(mask.view(-1, *([1] * (x.ndim - 1))), x, y)
+
+        return Cond({name: pick(a.tensors[name], b.tensors[name]) for name in a.tensors})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a method's loss gets.
+
+    cond, null: conditioning and its empty counterpart, B rows each.
+    shape:      (C, *S) of one sample: methods that need no data draw their noise with it.
+    x0:         (B, C, *S) scaled latents, or None.
+    noise:      (B, C, *S) the noise an offline pair began from, or None.
+    extra:      further batch-first tensors a dataset and a method agree on.
+    """
+
+    cond: Cond
+    null: Cond
+    shape: tuple[int, ...]
+    x0: Tensor | None = None
+    noise: Tensor | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bsz(self) -> int:
+        return self.cond.bsz
+
+    def has(self) -> frozenset[str]:
+        """Names of the fields this batch carries, the vocabulary of `Method.needs`."""
+        names = {"cond", "null", *self.extra}
+        names |= {name for name in ("x0", "noise") if getattr(self, name) is not None}
+        return frozenset(names)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One phase's result: the scalar to differentiate, and detached scalars to log."""
+
+    total: Tensor
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
