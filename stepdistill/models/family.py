@@ -1,0 +1,164 @@
+"""Family: the adapter between one kind of stock Diffusers pipeline and every method.
+
+A family turns prompts into a Cond and images into latents with the pipeline's own code, and calls
+the pipeline's own denoiser. It knows nothing of methods, adapters or precision.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W), N tokens, D width.
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from stepdistill.core.method import Setting
+from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VPPath
+from stepdistill.core.types import Cond
+
+# Attention and feed-forward projections, the usual reach of a distillation LoRA on transformers.
+TRANSFORMER_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+# LCM-LoRA's list for UNets (arXiv:2311.05556, released training script's defaults).
+UNET_LORA_TARGETS = (
+    *TRANSFORMER_LORA_TARGETS,
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+
+
+@dataclass(frozen=True)
+class FeatureBlock:
+    """Where a discriminator head may read: module path, width, and token or map layout."""
+
+    module: str
+    dim: int
+    layout: Literal["map", "tokens"]
+
+
+class Family(ABC):
+    """One kind of pipeline. Subclasses are at most 140 lines and list the classes they serve.
+
+    pipelines: names of the Diffusers pipeline classes. net_name: the denoiser's component name.
+    """
+
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    net_name: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
+    conditioning: ClassVar[Literal["prompt", "label", "none"]] = "prompt"
+    supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.pipeline = pipeline
+        self.path, self.kind, self.shift = read_schedule(pipeline.scheduler)
+
+    # ------------------------------------------------------------ the network
+    @property
+    def net(self) -> nn.Module:
+        """The stock denoiser module."""
+        net: nn.Module = getattr(self.pipeline, self.net_name)
+        return net
+
+    @property
+    def setting(self) -> Setting:
+        """The facts a method may know."""
+        return Setting(self.path, self.kind, self.shift)
+
+    def copy_net(self, extra_inputs: Sequence[str] = ()) -> nn.Module:
+        """An independent copy of the denoiser with the extra inputs a role asks for.
+
+        Errors: ValueError where the stock class has no such input.
+        """
+        if extra_inputs:
+            raise ValueError(
+                f"{self.name}: expected extra inputs the stock network has, got {extra_inputs}. "
+                "Set embed_guidance: false."
+            )
+        return copy.deepcopy(self.net)
+
+    @abstractmethod
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,)."""
+
+    @abstractmethod
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """Blocks a head may read by name; "mid" is always one of them."""
+
+    # -------------------------------------------------------------- the data
+    @abstractmethod
+    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """(C, *S) of one latent for an image of height x width px (the model's own size if None)."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """The Cond of B prompts (or labels), through the pipeline's own encoding code."""
+
+    def null(self, bsz: int) -> Cond:
+        """The Cond of B empty prompts, as the stock pipeline makes it for guidance."""
+        return self.encode([""]).repeat(bsz)
+
+    @abstractmethod
+    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents (B, C, *S) of images (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def images(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], unclamped, of scaled latents (B, C, *S)."""
+
+    # -------------------------------------------------------------- checking
+    @abstractmethod
+    def stock_call(self, prompt: Any, guidance: float, num_steps: int, latents: Tensor) -> Tensor:
+        """The stock pipeline's own latents (1, C, *S) for `stepdistill check` to compare with."""
+
+
+def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
+    """(path, prediction type, shift) that a stock scheduler's config describes.
+
+    Errors: ValueError for a scheduler or prediction type that has no path here, and for eps
+    prediction with zero terminal SNR, where x0 is undefined at t = 1.
+    """
+    config = scheduler.config
+    kinds: dict[str, PredictionType] = {
+        "epsilon": "eps",
+        "v_prediction": "v",
+        "sample": "x0",
+        "flow_prediction": "flow",
+    }
+    if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas"):
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        return FlowPath(config.num_train_timesteps), "flow", float(shift)
+    name = config.get("prediction_type", "epsilon")
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if name not in kinds or alphas is None:
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__}: expected a VP table or flow matching with "
+            f"prediction_type in {sorted(kinds)}, got prediction_type {name!r}. "
+            "Save the pipeline with a scheduler that states them."
+        )
+    path = VPPath(alphas)
+    if kinds[name] == "eps" and float(path.coeffs(torch.ones(1))[0]) < 1e-6:
+        raise ValueError(
+            "scheduler: expected v_prediction with zero terminal SNR, got epsilon: one step from "
+            "pure noise would divide by alpha = 0. Turn rescale_betas_zero_snr off."
+        )
+    return path, kinds[name], 1.0

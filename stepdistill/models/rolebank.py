@@ -1,0 +1,261 @@
+"""RoleBank: who owns which weights. The only place that knows adapters, copies, EMA and snapshots.
+
+One frozen base serves as the teacher (adapters off). A trained role is an adapter on that base,
+named after the role ("lora"), or a copy of its own ("full"). Switching roles only sets which adapter
+is active; `requires_grad` changes in `train_only` alone, once per phase and before any forward.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W).
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.method import Role
+from stepdistill.core.path import FlowPath, NoisePath, PredictionType
+from stepdistill.core.types import Cond
+from stepdistill.models.features import capture
+from stepdistill.models.family import Family
+from stepdistill.models.tuning import Tuning
+from stepdistill.nn.heads import make_head
+
+BASE = "base"
+
+
+class RoleBank(nn.Module):
+    """All networks of a run, by role. Implements `core.method.Nets`.
+
+    Args:
+        family: adapter around the loaded teacher pipeline; its denoiser becomes the frozen base.
+        roles: what the method needs. tuning: how trained roles store their weights.
+    Errors: ValueError for a role that follows an unknown one, or extra inputs with LoRA.
+    """
+
+    def __init__(self, family: Family, roles: Mapping[str, Role], tuning: Tuning) -> None:
+        super().__init__()
+        self.family, self.roles, self.tuning = family, dict(roles), tuning
+        self.nets = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        self._adapter_of: dict[str, str | None] = {}  # role -> adapter name on its net
+        self._net_of: dict[str, str] = {}  # role -> key of self.nets
+        self._active: str | None = None
+        self._check()
+        for role in self._stored("full"):  # copies first: the base must still be plain
+            spec = self._origin(role)
+            self.nets[role] = family.copy_net(spec.extra_inputs).float()
+            self._net_of[role], self._adapter_of[role] = role, None
+        self.nets[BASE] = family.net.requires_grad_(False)
+        for role in self._stored("lora"):
+            self._add_adapter(role)
+            self._net_of[role], self._adapter_of[role] = BASE, role
+        for role, spec in self.roles.items():
+            if spec.source == "head":
+                blocks = family.feature_blocks()
+                self.heads[role] = make_head([blocks[name] for name in spec.features])
+            elif role not in self._net_of:
+                self._net_of[role], self._adapter_of[role] = BASE, None
+        self._tuner_layers = [m for m in self.nets[BASE].modules() if isinstance(m, BaseTunerLayer)]
+        self._members = {role: self._collect(role) for role in self.roles}
+        for role, spec in self.roles.items():
+            if spec.ema_of is not None:
+                self.ema_update(role, decay=0.0)
+        self._denoisers = {
+            role: RoleDenoiser(self, role)
+            for role, spec in self.roles.items()
+            if spec.source != "head"
+        }
+        self.eval()
+        self._activate(None)
+        self.train_only(self.trained_roles)
+
+    # ------------------------------------------------------------- building
+    def _check(self) -> None:
+        for role, spec in self.roles.items():
+            if spec.ema_of is not None and spec.ema_of not in self.roles:
+                raise ValueError(
+                    f"role {role!r}: expected ema_of a role of this method, got {spec.ema_of!r}."
+                )
+            if spec.extra_inputs and self.tuning.layout(role, spec.ema_of) == "lora":
+                raise ValueError(
+                    f"role {role!r}: expected tuning 'full' with extra inputs {spec.extra_inputs} "
+                    "(an adapter has no place for new weights), got 'lora'. "
+                    f"Set --tuning.{role} full, or turn the guidance embedding off."
+                )
+
+    def _origin(self, role: str) -> Role:
+        """The role whose network this one copies: itself, or what its EMA follows."""
+        spec = self.roles[role]
+        return spec if spec.ema_of is None else self.roles[spec.ema_of]
+
+    def _stored(self, layout: str) -> list[str]:
+        """Teacher-sourced roles with weights of their own in that layout, trained ones first."""
+        own = [
+            role
+            for role, spec in self.roles.items()
+            if spec.source == "teacher" and (spec.train or spec.ema_of is not None)
+        ]
+        own.sort(key=lambda role: self.roles[role].ema_of is not None)
+        return [r for r in own if self.tuning.layout(r, self.roles[r].ema_of) == layout]
+
+    def _add_adapter(self, role: str) -> None:
+        rank, alpha = self.tuning.lora(self.roles[role].ema_of or role)
+        targets = self.tuning.target_modules or self.family.lora_targets
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        inject_adapter_in_model(config, self.nets[BASE], adapter_name=role)
+        for name, param in self.nets[BASE].named_parameters():
+            if f".{role}." in name:
+                param.data = param.data.float()
+
+    def _collect(self, role: str) -> dict[str, nn.Parameter]:
+        """The role's own parameters by stock name; empty for the plain teacher."""
+        if role in self.heads:
+            return dict(self.heads[role].named_parameters())
+        adapter = self._adapter_of[role]
+        if adapter is not None:
+            return {
+                name.replace(f".{role}.", "."): param
+                for name, param in self.nets[BASE].named_parameters()
+                if f".{role}." in name
+            }
+        if self._net_of[role] == BASE:
+            return {}
+        return dict(self.nets[self._net_of[role]].named_parameters())
+
+    # -------------------------------------------------------- Nets protocol
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        return tuple(role for role, spec in self.roles.items() if spec.train)
+
+    def __getitem__(self, role: str) -> Denoiser:
+        return self._denoisers[role]
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.roles
+
+    def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
+        """(B, K) logits, one column per block the head reads."""
+        logits: Tensor = self.heads[role]([features[name] for name in self.roles[role].features])
+        return logits
+
+    @torch.no_grad()
+    def ema_update(self, role: str, decay: float) -> None:
+        """role <- decay * role + (1 - decay) * followed role; decay 0 copies."""
+        followed = self.roles[role].ema_of
+        assert followed is not None, f"role {role!r} follows nobody"
+        mine, other = self._members[role], self._members[followed]
+        source = [other[name].data for name in mine]
+        torch._foreach_lerp_([p.data for p in mine.values()], source, 1.0 - decay)
+
+    # ------------------------------------------------------------ switching
+    def _activate(self, adapter: str | None) -> None:
+        # Private peft flags on purpose: the public set_adapter also flips requires_grad.
+        for layer in self._tuner_layers:
+            if adapter is None:
+                layer._disable_adapters = True
+            else:
+                layer._disable_adapters = False
+                layer._active_adapter = [adapter]
+        self._active = adapter
+
+    @contextmanager
+    def use(self, adapter: str | None) -> Iterator[None]:
+        """Within: the base answers with that adapter, or plain. Never touches requires_grad."""
+        before = self._active
+        if adapter != before:
+            self._activate(adapter)
+        try:
+            yield
+        finally:
+            if adapter != before:
+                self._activate(before)
+
+    def train_only(self, roles: Sequence[str]) -> None:
+        """Set requires_grad on exactly these roles' parameters; once per phase, before forwards."""
+        for role, members in self._members.items():
+            for param in members.values():
+                param.requires_grad_(role in roles)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in backward, each block under the role it was run with forward."""
+
+        def run(block: nn.Module, *args: Any) -> Any:
+            role = self._active
+            return checkpoint(
+                block,
+                *args,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), self.use(role)),
+            )
+
+        for net in self.nets.values():
+            net.enable_gradient_checkpointing(run)
+
+    # --------------------------------------------------------------- weights
+    def members(self, role: str) -> dict[str, nn.Parameter]:
+        """The role's own parameters by stock name (adapter infix removed)."""
+        return self._members[role]
+
+    def role_state(self, role: str) -> dict[str, Tensor]:
+        """CPU copies of the role's weights, buffers of own copies included."""
+        state: Mapping[str, Tensor] = self._members[role]
+        if role in self.heads:
+            state = self.heads[role].state_dict()
+        elif role in self.nets:
+            state = self.nets[role].state_dict()
+        return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+
+    @torch.no_grad()
+    def load_role_state(self, role: str, state: Mapping[str, Tensor]) -> None:
+        """Copy saved weights in. Errors: ValueError naming missing and unexpected tensors."""
+        own: Mapping[str, Tensor] = self._members[role]
+        if role in self.heads:
+            own = self.heads[role].state_dict()
+        elif role in self.nets:
+            own = self.nets[role].state_dict()
+        if set(own) != set(state):
+            missing, extra = sorted(set(own) - set(state))[:3], sorted(set(state) - set(own))[:3]
+            raise ValueError(
+                f"role {role!r}: expected the saved tensors of this layout, got missing {missing} "
+                f"and unexpected {extra}. Was it saved with another tuning or target_modules?"
+            )
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+class RoleDenoiser(Denoiser):
+    """`nets[role]`: one role of a RoleBank as a Denoiser."""
+
+    def __init__(self, bank: RoleBank, role: str) -> None:
+        self._bank = bank
+        self._net: nn.Module = bank.nets[bank._net_of[role]]
+        self._adapter = bank._adapter_of[role]
+        family = bank.family
+        as_flow = bank._origin(role).as_flow
+        self.path: NoisePath = FlowPath() if as_flow else family.path
+        self.kind: PredictionType = "flow" if as_flow else family.kind
+        self._blocks = {name: block.module for name, block in family.feature_blocks().items()}
+
+    def raw(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        s: Tensor | None,
+        w: Tensor | None,
+        features: Sequence[str],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
+        bank = self._bank
+        paths = {name: self._blocks[name] for name in features}
+        with bank.use(self._adapter), capture(self._net, paths) as feats:
+            out = bank.family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)
+        return out, feats
