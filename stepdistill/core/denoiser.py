@@ -62,7 +62,7 @@ class Prediction:
 
 
 def is_guided(guidance: float | Tensor | None) -> bool:
-    """Whether a null pass is needed. A tensor always is: reading its values would sync the device."""
+    """Whether a null pass is needed. A tensor always needs one: reading it would sync."""
     return guidance is not None and (isinstance(guidance, Tensor) or guidance != 1.0)
 
 

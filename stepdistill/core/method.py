@@ -1,4 +1,4 @@
-"""What a distillation method is: roles it needs, phases that train them, a sampler to use the result.
+"""What a distillation method is: roles it needs, phases that train them, a sampler for use.
 
 A method is pure algorithm. It sees `nets["teacher"](x_t, t, cond)` and draws from `ctx`; it holds
 no optimiser, device, precision, pipeline or adapter. A new method is one file: a Config, roles(),

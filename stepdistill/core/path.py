@@ -77,7 +77,9 @@ class NoisePath(ABC):
         x_t, noise = full(x_t), full(noise)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.coeffs(t), self.coeffs(s)
         # At zero terminal SNR alpha_t may be 0; then s = t and the kernel is the identity.
-        ratio = torch.where(alpha_t > 0, alpha_s / alpha_t.clamp_min(1e-300), torch.ones_like(alpha_t))
+        ratio = torch.where(
+            alpha_t > 0, alpha_s / alpha_t.clamp_min(1e-300), torch.ones_like(alpha_t)
+        )
         std = (sigma_s**2 - ratio**2 * sigma_t**2).clamp_min(0.0).sqrt()
         return expand(ratio, x_t) * x_t + expand(std, x_t) * noise
 
@@ -161,10 +163,10 @@ class VPPath(NoisePath):
     def __init__(self, alphas_cumprod: Tensor) -> None:
         abar = alphas_cumprod.detach().double().cpu()
         if abar.ndim != 1 or bool((abar.diff() > 0).any()):
-            raise ValueError("VPPath: expected a (N,) decreasing alphas_cumprod table, got another.")
+            raise ValueError("VPPath: expected a decreasing alphas_cumprod (N,), got another.")
         angle = torch.atan2((1.0 - abar).clamp_min(0.0).sqrt(), abar.clamp_min(0.0).sqrt())
         self.num_steps = abar.numel()
-        self._angle = torch.cat([angle.new_zeros(1), angle])  # entry n + 1 is index n; entry 0 clean
+        self._angle = torch.cat([angle.new_zeros(1), angle])  # [n + 1] is index n, [0] clean
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> VPPath:
@@ -196,7 +198,7 @@ class VPPath(NoisePath):
 
 
 class FlowPath(NoisePath):
-    """Rectified-flow path: alpha = 1 - t, sigma = t; the network is told num_train_timesteps * t."""
+    """Rectified-flow path: alpha = 1 - t, sigma = t; the network is told 1000 t."""
 
     def __init__(self, num_train_timesteps: int = 1000) -> None:
         self.num_train_timesteps = num_train_timesteps

@@ -44,7 +44,9 @@ class Cond:
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Cond:
         return Cond({name: fn(value) for name, value in self.tensors.items()})
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cond:
         """A copy on `device`; floating tensors also take `dtype`, integer ones keep theirs."""
         return self._map(
             lambda v: v.to(device=device, dtype=dtype if v.is_floating_point() else None)

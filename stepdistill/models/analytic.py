@@ -42,7 +42,7 @@ class AnalyticDenoiser(Denoiser):
         """See Denoiser.raw. Every feature asked for is x_t itself."""
         x0 = self.posterior_mean(full(x_t), t, cond)
         out = self.path.convert(x0, x_t, t, "x0", self.kind)
-        return out, {name: x_t for name in features}
+        return out, dict.fromkeys(features, x_t)
 
 
 class GaussianTeacher(AnalyticDenoiser):

@@ -107,7 +107,7 @@ class Family(ABC):
     # -------------------------------------------------------------- the data
     @abstractmethod
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """(C, *S) of one latent for an image of height x width px (the model's own size if None)."""
+        """(C, *S) of one latent for height x width px (the model's own size where None)."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[Any]) -> Cond:

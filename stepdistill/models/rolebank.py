@@ -1,8 +1,8 @@
 """RoleBank: who owns which weights. The only place that knows adapters, copies, EMA and snapshots.
 
 One frozen base serves as the teacher (adapters off). A trained role is an adapter on that base,
-named after the role ("lora"), or a copy of its own ("full"). Switching roles only sets which adapter
-is active; `requires_grad` changes in `train_only` alone, once per phase and before any forward.
+named after the role ("lora"), or a copy of its own ("full"). Switching roles only sets which
+adapter is active; `requires_grad` changes in `train_only` alone, once per phase, before forwards.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W).
@@ -23,8 +23,8 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Role
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType
 from stepdistill.core.types import Cond
-from stepdistill.models.features import capture
 from stepdistill.models.family import Family
+from stepdistill.models.features import capture
 from stepdistill.models.tuning import Tuning
 from stepdistill.nn.heads import make_head
 

@@ -1,8 +1,8 @@
 """Discriminator heads on a denoiser's hidden states: one logit per block and sample.
 
 Size-agnostic forms of DMD2's head (Yin et al. 2024, arXiv:2405.14867, released code: strided 4x4
-convolutions, GroupNorm, SiLU down to one logit). Differs from the release: the spatial mean replaces
-the last strides, so one head fits every resolution; tokens use a per-token MLP.
+convolutions, GroupNorm, SiLU down to one logit). Differs from the release: the spatial mean
+replaces the last strides, so one head fits every resolution; tokens use a per-token MLP.
 """
 
 # Shapes: B batch, D width, H, W spatial, N tokens, K blocks.
