@@ -40,11 +40,32 @@ UNET_LORA_TARGETS = (
 
 @dataclass(frozen=True)
 class FeatureBlock:
-    """Where a discriminator head may read: module path, width, and token or map layout."""
+    """Where a discriminator head may read: module path, width, and token or map layout.
+
+    item: which tensor to take where the module returns a tuple.
+    """
 
     module: str
     dim: int
     layout: Literal["map", "tokens"]
+    item: int = 0
+
+
+def net_dtype(net: nn.Module) -> torch.dtype:
+    """The dtype a denoiser computes in: that of its first weight (adapters come after theirs)."""
+    return next(p.dtype for p in net.parameters() if p.is_floating_point())
+
+
+def check_prompts(prompts: Sequence[Any]) -> list[str]:
+    """The prompts as a list. Errors: TypeError where one is no string."""
+    wrong = [p for p in prompts if not isinstance(p, str)]
+    if isinstance(prompts, str) or wrong:
+        got = prompts if isinstance(prompts, str) else wrong[0]
+        raise TypeError(
+            f"encode: expected a list of strings, got {got!r} ({type(got).__name__}). "
+            "Pass [prompt, ...]."
+        )
+    return list(prompts)
 
 
 class Family(ABC):
@@ -61,8 +82,13 @@ class Family(ABC):
     supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
-        self.pipeline = pipeline
+        self.pipeline: Any = pipeline
         self.path, self.kind, self.shift = read_schedule(pipeline.scheduler)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                part.eval()  # train mode would drop class labels (DiT) and activations at random
+                if name != self.net_name:
+                    part.requires_grad_(False)
 
     # ------------------------------------------------------------ the network
     @property
@@ -70,6 +96,16 @@ class Family(ABC):
         """The stock denoiser module."""
         net: nn.Module = getattr(self.pipeline, self.net_name)
         return net
+
+    @property
+    def config(self) -> Any:
+        """The stock denoiser's configuration."""
+        return self.config_of(self.net)
+
+    @staticmethod
+    def config_of(net: nn.Module) -> Any:
+        """The Diffusers configuration of a denoiser; a role may have one of its own."""
+        return net.config
 
     @property
     def setting(self) -> Setting:
@@ -126,9 +162,18 @@ class Family(ABC):
         """Images (B, 3, H, W) in [-1, 1], unclamped, of scaled latents (B, C, *S)."""
 
     # -------------------------------------------------------------- checking
-    @abstractmethod
-    def stock_call(self, prompt: Any, guidance: float, num_steps: int, latents: Tensor) -> Tensor:
-        """The stock pipeline's own latents (1, C, *S) for `stepdistill check` to compare with."""
+    def stock_call(
+        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
+    ) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of the stock pipeline's own `__call__`, to compare with."""
+        images: Tensor = self.pipeline(
+            prompt=list(prompts),
+            guidance_scale=guidance,
+            num_inference_steps=num_steps,
+            generator=generator,
+            output_type="pt",
+        ).images
+        return images
 
 
 def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:

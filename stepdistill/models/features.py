@@ -8,22 +8,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stepdistill.models.family import FeatureBlock
+
 
 @contextmanager
-def capture(net: nn.Module, blocks: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
+def capture(net: nn.Module, blocks: Mapping[str, FeatureBlock]) -> Iterator[dict[str, Tensor]]:
     """Within: a dict that fills with name -> hidden states, graph attached.
 
-    Args: blocks: feature name -> module path inside `net`. A block that returns a tuple gives its
-    first tensor: (B, C, H, W) for UNets, (B, N, D) for transformers.
+    Args: blocks: feature name -> where in `net` to read. Maps are (B, C, H, W), tokens (B, N, D).
     """
     found: dict[str, Tensor] = {}
     handles = []
-    for name, path in blocks.items():
+    for name, block in blocks.items():
 
-        def hook(_m: nn.Module, _args: Any, out: Any, name: str = name) -> None:
-            found[name] = out[0] if isinstance(out, tuple) else out
+        def hook(
+            _m: nn.Module, _args: Any, out: Any, name: str = name, item: int = block.item
+        ) -> None:
+            found[name] = out[item] if isinstance(out, tuple) else out
 
-        handles.append(net.get_submodule(path).register_forward_hook(hook))
+        handles.append(net.get_submodule(block.module).register_forward_hook(hook))
     try:
         yield found
     finally:

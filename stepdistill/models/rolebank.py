@@ -9,7 +9,7 @@ adapter is active; `requires_grad` changes in `train_only` alone, once per phase
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -107,7 +107,8 @@ class RoleBank(nn.Module):
         return [r for r in own if self.tuning.layout(r, self.roles[r].ema_of) == layout]
 
     def _add_adapter(self, role: str) -> None:
-        rank, alpha = self.tuning.lora(self.roles[role].ema_of or role)
+        rank, scale = self.tuning.lora(self.roles[role].ema_of or role)
+        alpha: Any = int(scale) if scale == int(scale) else scale  # peft types it int, takes both
         targets = self.tuning.target_modules or self.family.lora_targets
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
         inject_adapter_in_model(config, self.nets[BASE], adapter_name=role)
@@ -144,6 +145,7 @@ class RoleBank(nn.Module):
     def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
         """(B, K) logits, one column per block the head reads."""
         logits: Tensor = self.heads[role]([features[name] for name in self.roles[role].features])
+        forget_graphless_casts()
         return logits
 
     @torch.no_grad()
@@ -187,17 +189,23 @@ class RoleBank(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward, each block under the role it was run with forward."""
 
-        def run(block: nn.Module, *args: Any) -> Any:
+        def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             role = self._active
             return checkpoint(
                 block,
                 *args,
                 use_reentrant=False,
                 context_fn=lambda: (nullcontext(), self.use(role)),
+                **kwargs,
             )
 
         for net in self.nets.values():
-            net.enable_gradient_checkpointing(run)
+            stock: Any = net
+            stock.enable_gradient_checkpointing(run)
+
+    def train(self, mode: bool = True) -> RoleBank:
+        """Stays in eval mode: train mode would drop class labels and activations at random."""
+        return super().train(False)
 
     # --------------------------------------------------------------- weights
     def members(self, role: str) -> dict[str, nn.Parameter]:
@@ -231,6 +239,16 @@ class RoleBank(nn.Module):
             own[name].copy_(value)
 
 
+def forget_graphless_casts() -> None:
+    """Drop autocast's cached low-precision weights after a call without gradients.
+
+    Autocast keeps each trained weight's cast for its whole context. A cast made under no_grad has
+    no graph, and a later forward with gradients that reused it would train nothing, silently.
+    """
+    if not torch.is_grad_enabled():
+        torch.clear_autocast_cache()
+
+
 class RoleDenoiser(Denoiser):
     """`nets[role]`: one role of a RoleBank as a Denoiser."""
 
@@ -242,7 +260,7 @@ class RoleDenoiser(Denoiser):
         as_flow = bank._origin(role).as_flow
         self.path: NoisePath = FlowPath() if as_flow else family.path
         self.kind: PredictionType = "flow" if as_flow else family.kind
-        self._blocks = {name: block.module for name, block in family.feature_blocks().items()}
+        self._blocks = family.feature_blocks()
 
     def raw(
         self,
@@ -255,7 +273,8 @@ class RoleDenoiser(Denoiser):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
         bank = self._bank
-        paths = {name: self._blocks[name] for name in features}
-        with bank.use(self._adapter), capture(self._net, paths) as feats:
+        blocks = {name: self._blocks[name] for name in features}
+        with bank.use(self._adapter), capture(self._net, blocks) as feats:
             out = bank.family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)
+        forget_graphless_casts()
         return out, feats

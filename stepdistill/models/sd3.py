@@ -1,0 +1,85 @@
+"""Stable Diffusion 3 and 3.5: a joint (MM-DiT) transformer on a flow path, with or without T5."""
+
+# Shapes: B batch, C channels, H, W spatial, N tokens, D width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.core.types import Cond
+from stepdistill.models.family import Family, FeatureBlock, check_prompts, net_dtype
+from stepdistill.models.vae import decode_latents, encode_images, latent_size
+
+
+class StableDiffusion3Family(Family):
+    """StableDiffusion3Pipeline. Without T5 its tokens are zeros, as the stock pipeline has it."""
+
+    name: ClassVar[str] = "sd3"
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    net_name: ClassVar[str] = "transformer"
+
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """See Family.forward; s has no input here and is ignored."""
+        if w is not None:
+            raise ValueError("sd3: expected no w (no guidance embedding), got one.")
+        dtype = net_dtype(net)
+        out: Tensor = net(
+            hidden_states=x_t.to(dtype),
+            timestep=model_t.float(),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            pooled_projections=cond["pooled"].to(dtype),
+            return_dict=False,
+        )[0]
+        return out
+
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """ "mid" and "block.i": image tokens only (a block returns text tokens, image tokens)."""
+        width = self.config.num_attention_heads * self.config.attention_head_dim
+        count = self.config.num_layers
+        blocks = {
+            f"block.{i}": FeatureBlock(f"transformer_blocks.{i}", width, "tokens", item=1)
+            for i in range(count)
+        }
+        return {"mid": blocks[f"block.{count // 2}"], **blocks}
+
+    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        size, patch = self.config.sample_size, self.config.patch_size
+        factor = self.pipeline.vae_scale_factor
+        return (
+            self.config.in_channels,
+            latent_size(height, size, factor, patch),
+            latent_size(width, size, factor, patch),
+        )
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """prompt_embeds (B, N, D): CLIP then T5 tokens; pooled (B, D'): both CLIP projections."""
+        texts = check_prompts(prompts)
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            texts,
+            texts,
+            texts,
+            device=self.pipeline.text_encoder.device,
+            do_classifier_free_guidance=False,
+        )
+        return Cond({"prompt_embeds": embeds, "pooled": pooled})
+
+    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        vae = self.pipeline.vae
+        return encode_images(vae, images, generator, shift=vae.config.shift_factor)
+
+    def images(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        return decode_latents(vae, latents, shift=vae.config.shift_factor)
