@@ -1,0 +1,256 @@
+"""Path algebra in float64: conversions invert, steps compose, noise travel keeps the marginal."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from stepdistill.core.path import PREDICTION_TYPES, FlowPath, NoisePath, VEPath, VPPath
+from stepdistill.core.times import uniform_grid
+
+SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+
+
+def sd_path() -> VPPath:
+    return VPPath.from_betas(SD_BETAS)
+
+
+def zero_snr_path() -> VPPath:
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+    )
+    return VPPath(scheduler.alphas_cumprod)
+
+
+PATHS = {"sd": sd_path, "zero_snr": zero_snr_path, "flow": FlowPath, "ve": VEPath}
+
+
+@pytest.fixture(params=sorted(PATHS))
+def path(request: pytest.FixtureRequest) -> NoisePath:
+    return PATHS[request.param]()
+
+
+def draws(bsz: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    shape = (bsz, 2, 3, 3)
+    return (
+        torch.randn(shape, generator=gen, dtype=torch.float64),
+        torch.randn(shape, generator=gen, dtype=torch.float64),
+    )
+
+
+def times(path: NoisePath) -> torch.Tensor:
+    """Interior times, plus the whole table of a VP path."""
+    if isinstance(path, VPPath):
+        return torch.arange(1, 1001, dtype=torch.float64) / 1000
+    return torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+
+
+def defined(path: NoisePath, t: torch.Tensor, kind: str) -> torch.Tensor:
+    """Where x0 can be read from that type: eps needs alpha > 0."""
+    alpha, _ = path.coeffs(t)
+    return alpha > 1e-3 if kind == "eps" else torch.ones_like(alpha, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("src", PREDICTION_TYPES)
+@pytest.mark.parametrize("dst", PREDICTION_TYPES)
+def test_conversions_invert(path: NoisePath, src: str, dst: str) -> None:
+    t = times(path)
+    t = t[defined(path, t, src) & defined(path, t, dst)]
+    x0, eps = draws(len(t))
+    x_t = path.add_noise(x0, eps, t)
+    out = path.convert(x0, x_t, t, "x0", src)
+    there = path.convert(out, x_t, t, src, dst)
+    back = path.convert(there, x_t, t, dst, src)
+    # eps and x0 are recovered by dividing by sigma: rounding grows with 1/sigma on VE's clean end.
+    sigma = path.coeffs(t)[1].view(-1, 1, 1, 1)
+    assert ((back - out).abs() * sigma.clamp_max(1.0)).max() < 1e-10
+    assert (path.to_x0(there, x_t, t, dst) - x0).abs().max() < 1e-10 * max(1.0, sigma.max())
+
+
+def test_conversions_give_the_definitions(path: NoisePath) -> None:
+    t = times(path)[5:-5:7]
+    x0, eps = draws(len(t))
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in path.coeffs(t))
+    x_t = path.add_noise(x0, eps, t)
+    expected = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+    for kind, value in expected.items():
+        error = (path.convert(x0, x_t, t, "x0", kind) - value).abs() * sigma.clamp_max(1.0)
+        assert error.max() < 1e-10, kind
+
+
+def test_convert_refuses_unknown_type() -> None:
+    x, t = torch.zeros(1, 1, 2, 2), torch.tensor([0.5])
+    with pytest.raises(ValueError, match="expected one of"):
+        FlowPath().convert(x, x, t, "x0", "score")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected one of"):
+        FlowPath().to_x0(x, x, t, "score")  # type: ignore[arg-type]
+
+
+def test_step_to_the_same_time_is_the_identity(path: NoisePath) -> None:
+    t = times(path)
+    x0, eps = draws(len(t))
+    x_t = path.add_noise(x0, eps, t)
+    scale = path.coeffs(t)[1].max().clamp_min(1.0)
+    assert (path.step(x0 + 1.0, x_t, t, t) - x_t).abs().max() < 1e-10 * scale
+
+
+def test_step_to_zero_gives_x0(path: NoisePath) -> None:
+    t = times(path)
+    x0, eps = draws(len(t))
+    x_t = path.add_noise(x0, eps, t)
+    guess = x0 + 0.5
+    assert torch.equal(path.step(guess, x_t, t, torch.zeros_like(t)), guess)
+
+
+def test_step_keeps_x0_and_eps(path: NoisePath) -> None:
+    """Stepping with the true x0 stays on the line x0, eps; so two steps equal one."""
+    t = times(path)[times(path) > 0.5]
+    x0, eps = draws(len(t))
+    u, s = 0.7 * t, 0.3 * t
+    x_t = path.add_noise(x0, eps, t)
+    via_u = path.step(x0, path.step(x0, x_t, t, u), u, s)
+    scale = max(1.0, float(path.coeffs(t)[1].max()))
+    assert (via_u - path.add_noise(x0, eps, s)).abs().max() < 1e-10 * scale
+    assert (via_u - path.step(x0, x_t, t, s)).abs().max() < 1e-10 * scale
+
+
+def test_vp_step_is_euler_in_rectified_flow_coordinates() -> None:
+    """x_s / c_s = x_t / c_t + (t_s - t_t) v with c = alpha + sigma, t = sigma / c, v = eps - x0."""
+    path = sd_path()
+    t = torch.tensor([1.0, 0.9, 0.5, 0.25, 0.25], dtype=torch.float64)
+    s = torch.tensor([0.75, 0.4, 0.25, 0.01, 0.0], dtype=torch.float64)
+    x_t, out = draws(len(t), seed=3)
+    pred_x0, pred_eps = path.to_x0(out, x_t, t, "eps"), out
+    (a_t, s_t), (a_s, s_s) = path.coeffs(t), path.coeffs(s)
+    c_t, c_s = (a_t + s_t).view(-1, 1, 1, 1), (a_s + s_s).view(-1, 1, 1, 1)
+    rf_t, rf_s = s_t.view(-1, 1, 1, 1) / c_t, s_s.view(-1, 1, 1, 1) / c_s
+    euler = c_s * (x_t / c_t + (rf_s - rf_t) * (pred_eps - pred_x0))
+    assert (path.step(pred_x0, x_t, t, s) - euler).abs().max() < 1e-12
+
+
+def test_flow_step_is_euler() -> None:
+    path, t, s = FlowPath(), torch.tensor([1.0, 0.6]).double(), torch.tensor([0.5, 0.2]).double()
+    x_t, flow = draws(2)
+    expected = x_t + (s - t).view(-1, 1, 1, 1) * flow
+    assert (path.step(path.to_x0(flow, x_t, t, "flow"), x_t, t, s) - expected).abs().max() < 1e-14
+
+
+def gains(path: NoisePath, t: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ratio, std) of renoise, read off by feeding unit signals."""
+    one, zero = torch.ones(len(t), 1, 1, 1).double(), torch.zeros(len(t), 1, 1, 1).double()
+    ratio = path.renoise(one, t, s, zero).flatten()
+    return ratio, path.renoise(zero, t, s, one).flatten()
+
+
+def test_renoise_keeps_the_marginal(path: NoisePath) -> None:
+    t = times(path)[:-1:3]
+    s = t + (1.0 - t) * torch.linspace(0.0, 1.0, len(t), dtype=torch.float64)
+    ratio, std = gains(path, t, s)
+    (a_t, s_t), (a_s, s_s) = path.coeffs(t), path.coeffs(s)
+    variance = ratio**2 * s_t**2 + std**2
+    assert ((variance - s_s**2) / s_s**2).abs().max() < 1e-10
+    assert (ratio * a_t - a_s).abs().max() < 1e-12
+
+
+def test_renoise_refuses_cleaner_times() -> None:
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="expected s >= t"):
+        FlowPath().renoise(x, torch.tensor([0.5]), torch.tensor([0.4]), x)
+
+
+def test_ddim_eta_variance() -> None:
+    """std^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s), DDIM Eq. 16."""
+    path, eta = sd_path(), 0.6
+    t = torch.tensor([1.0, 0.75, 0.5, 0.25]).double()
+    s = torch.tensor([0.75, 0.5, 0.25, 0.1]).double()
+    zero, one = torch.zeros(4, 1, 1, 1).double(), torch.ones(4, 1, 1, 1).double()
+    std = path.step(zero, zero, t, s, eta, one).flatten()
+    abar_t, abar_s = path.coeffs(t)[0] ** 2, path.coeffs(s)[0] ** 2
+    expected = eta**2 * (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
+    assert (std**2 - expected).abs().max() < 1e-12
+    # with x_t = sigma_t eps and x0 = 0 the whole variance is sigma_s^2
+    mean = path.step(zero, path.coeffs(t)[1].view(-1, 1, 1, 1) * one, t, s, eta, zero).flatten()
+    assert (mean**2 + std**2 - path.coeffs(s)[1] ** 2).abs().max() < 1e-12
+
+
+def test_step_with_eta_asks_for_noise() -> None:
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="expected noise with eta > 0"):
+        FlowPath().step(x, x, torch.tensor([0.5]), torch.tensor([0.4]), eta=1.0)
+
+
+@pytest.mark.parametrize(
+    ("index", "abar", "alpha", "sigma", "ratio"),
+    [
+        (999, 0.00466, 0.0683, 0.9977, 14.61),
+        (749, 0.0566, 0.238, 0.971, 4.08),
+        (499, 0.2777, 0.527, 0.850, 1.613),
+        (399, 0.426, 0.653, 0.758, 1.16),
+        (249, 0.6754, 0.822, 0.570, 0.693),
+        (0, 0.99915, 0.99957, 0.02915, 0.0292),
+    ],
+)
+def test_stable_diffusion_anchor_values(
+    index: int, abar: float, alpha: float, sigma: float, ratio: float
+) -> None:
+    path = sd_path()
+    a, s = (float(c) for c in path.coeffs(path.time_of(index).view(1)))
+    assert a**2 == pytest.approx(abar, rel=5e-3)
+    assert a == pytest.approx(alpha, rel=2e-3)
+    assert s == pytest.approx(sigma, rel=2e-3)
+    assert s / a == pytest.approx(ratio, rel=5e-3)
+
+
+def test_zero_terminal_snr_is_exact() -> None:
+    alpha, sigma = zero_snr_path().coeffs(torch.ones(1).double())
+    assert float(alpha) == 0.0
+    assert float(sigma) == 1.0
+    assert math.isinf(float(zero_snr_path().log_snr(torch.ones(1).double())))
+
+
+def test_table_index_and_time_are_inverse() -> None:
+    path = sd_path()
+    index = torch.arange(1000)
+    assert torch.equal(path.model_time(path.time_of(index)), index.double())
+    grid = torch.tensor(uniform_grid(4), dtype=torch.float64)
+    assert path.model_time(grid).tolist() == [999.0, 749.0, 499.0, 249.0]
+    assert path.snap(torch.tensor([0.0, 0.33333, 0.66666, 1.2])).tolist() == [
+        0.001, 0.333, 0.667, 1.0,
+    ]  # fmt: skip
+
+
+def test_vp_interpolates_between_entries() -> None:
+    path = sd_path()
+    low, mid, high = (path.coeffs(torch.tensor([t]).double())[1] for t in (0.5, 0.5005, 0.501))
+    assert low < mid < high
+    assert float(sum(c**2 for c in path.coeffs(torch.tensor([0.5005]).double()))) == pytest.approx(
+        1.0, abs=1e-14
+    )
+
+
+def test_vp_refuses_a_growing_table() -> None:
+    with pytest.raises(ValueError, match="decreasing alphas_cumprod"):
+        VPPath(torch.tensor([0.5, 0.9]))
+
+
+def test_model_time_of_flow_and_ve() -> None:
+    assert FlowPath(1000).model_time(torch.tensor([0.25])).tolist() == [250.0]
+    ve = VEPath(sigma_max=80.0, rho=7.0)
+    assert float(ve.model_time(torch.ones(1))) == pytest.approx(0.25 * math.log(80.0))
+    assert float(ve.time_of_sigma(ve.coeffs(torch.tensor([0.3]).double())[1])) == pytest.approx(0.3)
+    noise = torch.ones(1, 1, 1, 1)
+    assert float(ve.prior(noise)) == 80.0
+    assert FlowPath().prior(noise) is noise
+
+
+def test_half_inputs_are_computed_in_float32() -> None:
+    x = torch.ones(1, 1, 2, 2, dtype=torch.bfloat16)
+    assert FlowPath().add_noise(x, x, torch.tensor([0.3])).dtype == torch.float32

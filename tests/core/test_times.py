@@ -1,0 +1,69 @@
+"""Grids and time laws against closed forms and the schedules stock schedulers build."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from stepdistill.core.path import VPPath
+from stepdistill.core.times import (
+    grid_times,
+    logit_normal_times,
+    shift_times,
+    uniform_grid,
+    uniform_times,
+    unshift_times,
+)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "shift", "expected"),
+    [
+        (1, 1.0, [1.0]),
+        (2, 1.0, [1.0, 0.5]),
+        (4, 1.0, [1.0, 0.75, 0.5, 0.25]),
+        (2, 3.0, [1.0, 0.75]),
+        (4, 3.0, [1.0, 0.9, 0.75, 0.5]),
+        (4, 5.0, [1.0, 0.9375, 0.83333333333, 0.625]),
+    ],
+)
+def test_uniform_grid_values(num_steps: int, shift: float, expected: list[float]) -> None:
+    assert uniform_grid(num_steps, shift) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 5, 8, 50])
+def test_uniform_grid_is_trailing_spacing(num_steps: int) -> None:
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(num_steps)
+    path = VPPath(scheduler.alphas_cumprod)
+    ours = path.model_time(torch.tensor(uniform_grid(num_steps), dtype=torch.float64))
+    assert ours.tolist() == scheduler.timesteps.double().tolist()
+
+
+def test_uniform_grid_refuses_no_steps() -> None:
+    with pytest.raises(ValueError, match="num_steps >= 1"):
+        uniform_grid(0)
+
+
+def test_shift_multiplies_the_noise_to_signal_ratio() -> None:
+    t = torch.linspace(0.01, 0.99, 33, dtype=torch.float64)
+    shifted = shift_times(t, 3.0)
+    assert (shifted / (1 - shifted) / (t / (1 - t)) - 3.0).abs().max() < 1e-11
+    assert (unshift_times(shifted, 3.0) - t).abs().max() < 1e-14
+
+
+def test_logit_normal_law_is_sigmoid_of_a_normal() -> None:
+    u = torch.tensor([0.5, 0.8413447460685429])  # the median, and one standard deviation above it
+    expected = torch.sigmoid(torch.tensor([0.3, 0.3 + 1.5]))
+    assert logit_normal_times(u, mean=0.3, std=1.5).tolist() == pytest.approx(
+        expected.tolist(), abs=1e-5
+    )
+
+
+def test_uniform_and_grid_laws() -> None:
+    u = torch.tensor([0.0, 0.3, 0.999999999])
+    assert uniform_times(u, 0.2, 0.6).tolist() == pytest.approx([0.2, 0.32, 0.6])
+    drawn, index = grid_times(u, (1.0, 0.75, 0.5, 0.25))
+    assert drawn.tolist() == [1.0, 0.75, 0.25]
+    assert index.tolist() == [0, 1, 3]
