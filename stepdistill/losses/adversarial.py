@@ -1,0 +1,52 @@
+"""Adversarial losses on discriminator logits: real high, fake low.
+
+With the softplus pair the optimal logit is log p_real / p_fake, which is what f-distill reads.
+Sources: Goodfellow et al. 2014, arXiv:1406.2661 (non-saturating); Lim & Ye 2017, arXiv:1705.02894
+(hinge); Lin et al. 2025, arXiv:2501.08316 (approximate R1).
+"""
+
+# Shapes: B batch, K heads. Any logit shape works: losses are means over all elements.
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+AdversarialLoss = Literal["softplus", "hinge"]
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss = "softplus") -> Tensor:
+    """Loss of the discriminator on logits of real and fake samples, (B, K) each.
+
+    softplus: E[softplus(-real)] + E[softplus(fake)], 2 log 2 where it can't tell them apart.
+    hinge:    E[relu(1 - real)] + E[relu(1 + fake)], 2 at logit 0.
+    """
+    real, fake = real.float(), fake.float()
+    if kind == "softplus":
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    if kind == "hinge":
+        return F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean()
+    raise ValueError(f"discriminator_loss: expected softplus or hinge, got {kind!r}.")
+
+
+def generator_loss(fake: Tensor, kind: AdversarialLoss = "softplus") -> Tensor:
+    """Loss of the generator on the logits (B, K) of its samples: push them up.
+
+    softplus: E[softplus(-fake)], non-saturating. hinge: -E[fake].
+    """
+    if kind == "softplus":
+        return F.softplus(-fake.float()).mean()
+    if kind == "hinge":
+        return -fake.float().mean()
+    raise ValueError(f"generator_loss: expected softplus or hinge, got {kind!r}.")
+
+
+def approximate_r1(logits: Tensor, perturbed: Tensor) -> Tensor:
+    """E[(D(x) - D(x + noise))^2], R1 without a second derivative.
+
+    Args: logits, perturbed: (B, K) at real inputs and at the same inputs plus small Gaussian noise.
+    Notes: about noise_std^2 |dD/dx|^2, so weights of 100 to 1000 go with noise_std 0.1.
+    """
+    return F.mse_loss(logits.float(), perturbed.float())

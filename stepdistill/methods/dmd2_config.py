@@ -1,0 +1,57 @@
+"""Options of distribution matching, shared by the methods built on dmd2."""
+
+# Shapes: B batch. t: (B,).
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from stepdistill.core.method import Setting
+from stepdistill.core.times import shift_times, uniform_times, unshift_times
+from stepdistill.losses.score import DenoisingSpace, ScoreWeight
+from stepdistill.methods.gan import GANConfig
+from stepdistill.methods.rollout import RolloutConfig
+
+
+def _check_range(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0.0 <= value[0] < value[1] <= 1.0:
+        raise ValueError(f"time range: expected 0 <= low < high <= 1, got {value}.")
+    return value
+
+
+TimeRange = Annotated[tuple[float, float], AfterValidator(_check_range)]
+
+
+class DMD2Config(RolloutConfig):
+    """Options of dmd2."""
+
+    guidance: float = Field(default=1.75, ge=0)
+    """Guidance g of the teacher, null + g (cond - null); 1 means none. The fake has none."""
+    order: Literal["critic_always", "exclusive"] = "critic_always"
+    """Whether the first fake update of a step takes the student update's own sample
+    (critic_always, DMD2) or a new one like the others (exclusive, as alternating trainers do)."""
+    critic_steps: int = Field(default=5, ge=1)
+    """Fake updates per student update, in both orders."""
+    dm_t_range: TimeRange = (0.02, 0.98)
+    """Noise levels of the student's gradient."""
+    fake_t_range: TimeRange = (0.0, 1.0)
+    """Noise levels of the fake's loss and of the GAN; keep it whole."""
+    weight: ScoreWeight = "dmd_l1"
+    """Gradient weight: per-sample L1 normaliser, VSD's sigma2, or uniform."""
+    fake_space: DenoisingSpace = "native"
+    """Space of the fake's denoising error; native is the network's own prediction type."""
+    gan: GANConfig = GANConfig()
+    """Adversarial term; off by default, and then no image is needed."""
+
+    def draw_times(self, setting: Setting, u: Tensor, t_range: tuple[float, float]) -> Tensor:
+        """(B,) float64 from u ~ U(0, 1): the shifted uniform law cut to t_range, on the table.
+
+        Cut, not clamped: clamping to [0.02, 0.98] at shift 5 would put 9 % of the draws on 0.98.
+        """
+        shift = self.shift_of(setting)
+        low, high = unshift_times(torch.tensor(t_range), shift).tolist()
+        return setting.path.snap(shift_times(uniform_times(u, low, high), shift))

@@ -1,0 +1,88 @@
+"""The adversarial part of score distillation: a head on a denoiser's features of noised samples.
+
+Source: Yin et al. 2024, arXiv:2405.14867, Sec. 4.3 (head on the fake denoiser, which it trains
+too); Sauer et al. 2024, arXiv:2403.12015 (head on the frozen teacher).
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W), K heads. t: (B,).
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from stepdistill.core.context import Ctx
+from stepdistill.core.method import MethodConfig, Nets, Role
+from stepdistill.core.path import NoisePath
+from stepdistill.core.types import Cond
+from stepdistill.losses.adversarial import AdversarialLoss, approximate_r1, discriminator_loss
+
+Sample = tuple[Tensor, Cond]  # x0 (B, C, *S) and its own condition
+
+
+class GANConfig(MethodConfig):
+    """Off unless weight_g > 0. Needs real images."""
+
+    weight_g: float = Field(default=0.0, ge=0)
+    """Weight of the generator loss beside the distribution-matching loss; 0 turns the GAN off."""
+    weight_d: float = Field(default=1e-2, ge=0)
+    """Weight of the discriminator loss beside the fake's denoising loss."""
+    source: Literal["fake", "teacher"] = "fake"
+    """Whose features the head reads: the fake's (trained by it too) or the frozen teacher's."""
+    blocks: tuple[str, ...] = Field(default=("mid",), min_length=1)
+    """Feature blocks, by the model family's names; one logit each."""
+    loss: AdversarialLoss = "softplus"
+    """softplus (non-saturating) or hinge."""
+    r1_weight: float = Field(default=0.0, ge=0)
+    """Weight of approximate R1 on real samples, inside weight_d; 100 to 1000 where used."""
+    r1_noise: float = Field(default=0.1, ge=0)
+    """Standard deviation of its input perturbation."""
+    same_noise: bool = False
+    """Noise real and fake samples with one draw of time and noise, not one each."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.weight_g > 0.0
+
+    def roles(self) -> dict[str, Role]:
+        """The head's role, or none where the GAN is off."""
+        head = Role(source="head", train=True, features=self.blocks)
+        return {"disc": head} if self.enabled else {}
+
+
+def head_logits(nets: Nets, gan: GANConfig, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """(B, K) logits at noised samples; gradients reach x_t through the features."""
+    return nets.head("disc", nets[gan.source](x_t, t, cond, features=gan.blocks).features)
+
+
+def disc_loss(
+    nets: Nets,
+    gan: GANConfig,
+    ctx: Ctx,
+    path: NoisePath,
+    real: Sample,
+    fake: Sample,
+    draw_times: Callable[[], Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminator's loss (before weight_d), and its parts to log.
+
+    Args: draw_times: () -> (B,) noise levels, called once for each side (or once for both).
+    """
+    (x_real, cond_real), (x_fake, cond_fake) = real, fake
+    t_fake, noise = draw_times(), ctx.randn(tuple(x_fake.shape))
+    logits_fake = head_logits(nets, gan, path.add_noise(x_fake, noise, t_fake), t_fake, cond_fake)
+    t_real = t_fake
+    if not gan.same_noise:
+        t_real, noise = draw_times(), ctx.randn(tuple(x_real.shape))
+    x_t = path.add_noise(x_real, noise, t_real)
+    logits_real = head_logits(nets, gan, x_t, t_real, cond_real)
+    total = discriminator_loss(logits_real, logits_fake, gan.loss)
+    logs = {"gan_d": total, "logit_real": logits_real.mean(), "logit_fake": logits_fake.mean()}
+    if gan.r1_weight > 0.0:
+        near = x_t + gan.r1_noise * ctx.randn(tuple(x_t.shape))
+        r1 = approximate_r1(logits_real, head_logits(nets, gan, near, t_real, cond_real))
+        total, logs = total + gan.r1_weight * r1, {**logs, "r1": r1}
+    return total, logs

@@ -1,0 +1,146 @@
+"""How a few-step student is run in training, and hence how it is sampled afterwards.
+
+A student trained on the grid t_0 > t_1 > ... learns x0 at step k from an input that its own steps
+0..k-1 made (DMD2's backward simulation), that the noised data made, or from pure noise alone.
+Source: Yin et al. 2024, arXiv:2405.14867, Sec. 4.5 (backward simulation).
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W). t: (B,).
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stepdistill.core.context import Ctx
+from stepdistill.core.method import MethodConfig, Nets, Setting
+from stepdistill.core.path import NoisePath
+from stepdistill.core.solvers import SamplerSpec
+from stepdistill.core.times import uniform_grid
+from stepdistill.core.types import Batch
+
+MAX_X0_GAIN = 5.0
+
+
+class RolloutConfig(MethodConfig):
+    """The student's time grid and the way to reach a step of it."""
+
+    num_steps: int = Field(default=1, ge=1)
+    """Steps of the student, on the uniform grid 1, (N-1)/N, ..., 1/N under the shift."""
+    student_times: tuple[float, ...] | None = None
+    """The trained grid itself, descending in (0, 1]; overrules num_steps. Table index n of an
+    N-entry VP teacher is (n + 1) / N: 0.4 is conditioning time 399."""
+    shift: float | None = Field(default=None, gt=0)
+    """Resolution shift of the grid and of the training times; none means the teacher's own."""
+    rollout: Literal["pure_noise", "simulate", "data"] = "simulate"
+    """Input of step k: pure noise (one-step students), the student's own steps 0..k-1 without
+    gradients, or noised real latents. Step 0 always starts from pure noise."""
+    sampler: Literal["renoise", "ode"] = "renoise"
+    """Between steps: fresh noise on x0, or the deterministic step. Inference does the same."""
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> RolloutConfig:
+        times = self.student_times
+        if times is not None:
+            falls = all(a > b for a, b in pairwise(times))
+            if not times or not falls or not 0.0 < times[-1] <= times[0] <= 1.0:
+                raise ValueError(
+                    f"student_times: expected descending times in (0, 1], got {times}."
+                )
+            if "num_steps" in self.model_fields_set and self.num_steps != len(times):
+                warnings.warn(
+                    f"num_steps {self.num_steps} has no effect: student_times overrules it.",
+                    stacklevel=2,
+                )
+        steps = self.num_steps if times is None else len(times)
+        if self.rollout == "pure_noise" and steps > 1:
+            raise ValueError(
+                f"rollout: expected simulate or data with {steps} student steps, got pure_noise: "
+                "later steps would never see an input of theirs. Set rollout: simulate."
+            )
+        return self
+
+    def shift_of(self, setting: Setting) -> float:
+        return setting.shift if self.shift is None else self.shift
+
+    def uniform(self, setting: Setting, num_steps: int) -> tuple[float, ...]:
+        """The shifted uniform grid, each time moved to the nearest one the teacher knows."""
+        grid = torch.tensor(uniform_grid(num_steps, self.shift_of(setting)), dtype=torch.float64)
+        return tuple(setting.path.snap(grid).tolist())
+
+    def trained_times(self, setting: Setting) -> tuple[float, ...]:
+        """The student's grid. Errors: ValueError for a student time between table entries."""
+        if self.student_times is None:
+            return self.uniform(setting, self.num_steps)
+        grid = torch.tensor(self.student_times, dtype=torch.float64)
+        known = setting.path.snap(grid)
+        if bool(((known - grid).abs() > 1e-6).any()):
+            nearest = tuple(round(t, 6) for t in known.tolist())
+            raise ValueError(
+                "student_times: expected times of the teacher's table, "
+                f"got {self.student_times}. The nearest are {nearest}."
+            )
+        return self.student_times
+
+    def spec(self, setting: Setting, num_steps: int | None = None) -> SamplerSpec:
+        """The matching sampler. Errors: ValueError where num_steps leaves the trained grid."""
+        trained = self.trained_times(setting)
+        own = num_steps is None or num_steps == len(trained)
+        times = trained if own or num_steps is None else self.uniform(setting, num_steps)
+        return SamplerSpec(times, self.sampler, trained_times=trained)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Draws student samples as the config says, over `times` on `path`."""
+
+    config: RolloutConfig
+    path: NoisePath
+    times: tuple[float, ...]
+
+    def __call__(self, nets: Nets, batch: Batch, ctx: Ctx) -> Tensor:
+        """x0 (B, C, *S) of the student at one step of `times`, the same step on every rank.
+
+        Only the last call carries gradients, where the caller's grad mode allows them.
+        """
+        k = ctx.shared_randint(0, len(self.times))
+        with torch.no_grad():
+            x = self.input(nets, batch, ctx, k)
+        return nets["student"](x, ctx.times(self.times[k], batch.bsz), batch.cond).x0
+
+    def input(self, nets: Nets, batch: Batch, ctx: Ctx, k: int) -> Tensor:
+        """The student's input (B, C, *S) at step k."""
+        shape, times = (batch.bsz, *batch.shape), self.times
+        x = self.path.prior(ctx.randn(shape))
+        if k == 0:
+            return x
+        if self.config.rollout == "data":
+            assert batch.x0 is not None, "rollout 'data' needs x0"
+            return self.path.add_noise(batch.x0, ctx.randn(shape), ctx.times(times[k], batch.bsz))
+        for now, later in pairwise(times[: k + 1]):
+            t, s = ctx.times(now, batch.bsz), ctx.times(later, batch.bsz)
+            pred = nets["student"](x, t, batch.cond)
+            ode = self.config.sampler == "ode"
+            x = pred.step(s) if ode else self.path.add_noise(pred.x0, ctx.randn(shape), s)
+        return x
+
+
+def warn_x0_gain(name: str, setting: Setting, first: float) -> None:
+    """Warn where x0 = (x_t - sigma eps) / alpha magnifies an eps student's errors at `first`.
+
+    At index 999 of Stable Diffusion's table 1 / alpha is 14.6.
+    """
+    alpha = float(setting.path.coeffs(torch.tensor([first], dtype=torch.float64))[0])
+    if setting.kind == "eps" and alpha * MAX_X0_GAIN < 1.0:
+        warnings.warn(
+            f"{name}: an eps-prediction student at time {first:g} multiplies its errors by "
+            f"{1.0 / alpha:.1f} in x0; small networks fail there. Use a v-prediction or flow "
+            "teacher, or a lower first time in student_times (0.4 in DMD2's one-step SDXL).",
+            stacklevel=3,
+        )
