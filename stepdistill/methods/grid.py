@@ -1,0 +1,164 @@
+"""Where methods stand on a path: consistency grids with their boundary, and rectified-flow time.
+
+A solver grid has K start times; start j is stepped to stop j, the next cleaner one, and the last stop is
+the `end`, where the consistency function must return its input: f(x, end) = x, exactly.
+    lcm   VP tables: skip/out of LCM; end is table index 0 (alpha_bar[0]), which lies at t = 1 / N
+    cd    VE paths: skip/out of CD; end is sigma_min
+    none  end is t = 0, where every x0 view of x_0 is x_0 itself (flow: x0 = x_t - t flow)
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W), K grid points.
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.core.denoiser import Denoiser, Prediction
+from stepdistill.core.method import Setting
+from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand, full
+from stepdistill.core.solvers import boundary_coeffs
+from stepdistill.core.times import shift_times
+from stepdistill.core.types import Cond
+
+Boundary = Literal["auto", "lcm", "cd", "none"]
+
+
+def cd_boundary_coeffs(
+    sigma: Tensor, sigma_min: float, sigma_data: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """(skip, out) of CD at sigma (B,), applied to x and the denoised x0: (1, 0) at sigma_min.
+
+    Source: Song et al. 2023, arXiv:2303.01469, Appendix C, where F of the shifted c_skip x +
+    c_out F is read from the EDM denoiser x0 = c_skip x + c_out F. At sigma_min = 0: (0, 1).
+    """
+    out = 1.0 - sigma_min / sigma
+    shifted = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+    return shifted - out * sigma_data**2 / (sigma**2 + sigma_data**2), out
+
+
+def _rows(mask: Tensor, like: Tensor) -> Tensor:
+    """(B,) mask shaped to broadcast over `like`."""
+    return mask.view(-1, *([1] * (like.ndim - 1)))
+
+
+def flow_time(path: NoisePath, t: Tensor) -> Tensor:
+    """(B,) float64 rectified-flow time of path time t: sigma / (alpha + sigma)."""
+    alpha, sigma = path.coeffs(t)
+    return sigma / (alpha + sigma)
+
+
+def path_time(path: NoisePath, tau: Tensor) -> Tensor:
+    """(B,) float64 path time of equal noise-to-signal ratio tau / (1 - tau), on the table.
+
+    Inverse of `flow_time`, which grows with t on every path, by bisection; beyond the path's range
+    the nearest end (SD's table reaches 0.028 to 0.936).
+    """
+    if isinstance(path, FlowPath):
+        return tau.double()
+    low, high = torch.zeros_like(tau), torch.ones_like(tau)
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        below = flow_time(path, middle) < tau
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return path.snap(high)
+
+
+class SolverGrid:
+    """K start times (ascending, shifted), their stops, and the boundary blend.
+
+    Args: num_grid: K. On a VP table t_j = (j + 1) / K is index (j + 1) N / K - 1, LCM's grid; on a
+        flow path it is shifted by setting.shift; on a VE path it is uniform in t from sigma_min to
+        sigma_max, the Karras grid of K + 1 points.
+    Errors: ValueError where K does not divide a VP table or the boundary is another path's.
+    """
+
+    def __init__(
+        self, setting: Setting, num_grid: int, boundary: Boundary = "auto", scale: float = 10.0
+    ) -> None:
+        self.path = path = setting.path
+        own, low, ends = "none", 0.0, {"none": 0.0}
+        if isinstance(path, VPPath):
+            own, ends["lcm"] = "lcm", 1.0 / path.num_steps
+            if path.num_steps % num_grid:
+                raise ValueError(
+                    f"num_grid: expected a divisor of the {path.num_steps}-step table, "
+                    f"got {num_grid}. LCM uses 50 of 1000."
+                )
+        elif isinstance(path, VEPath):
+            low = (path.sigma_min / path.sigma_max) ** (1.0 / path.rho)
+            own, ends["cd"] = "cd", low
+        self.boundary = own if boundary == "auto" else boundary
+        if self.boundary not in ends:
+            raise ValueError(
+                f"boundary: expected 'auto' or one of {sorted(ends)} on a {type(path).__name__}, "
+                f"got {boundary!r}. lcm is for VP tables, cd for VE paths; a flow path needs none."
+            )
+        self.scale = scale if self.boundary == "lcm" else None
+        self.end = ends[self.boundary]
+        uniform = torch.arange(1, num_grid + 1, dtype=torch.float64) / num_grid
+        self.starts = low + (1.0 - low) * shift_times(uniform, setting.shift)
+        self.stops = torch.cat([torch.tensor([self.end], dtype=torch.float64), self.starts[:-1]])
+
+    def pair(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(t, s), each (B,) float64: start and stop of grid interval `index` (B,)."""
+        return self.starts.to(index.device)[index], self.stops.to(index.device)[index]
+
+    def visit(self, num_steps: int) -> tuple[float, ...]:
+        """The descending grid times that a sampler of num_steps calls the network at.
+
+        Source: LCMScheduler.set_timesteps: floor(linspace(0, K, num_steps, endpoint=False)) of
+        the descending grid; K = 50 gives indices 999 / 999, 499 / 999, 759, 499, 259.
+        Errors: ValueError with more steps than grid points.
+        """
+        descending: list[float] = self.starts.flip(0).tolist()
+        if not 1 <= num_steps <= len(descending):
+            raise ValueError(
+                f"num_steps: expected 1 to {len(descending)} (the trained grid), got {num_steps}."
+            )
+        stride = len(descending) / num_steps
+        return tuple(descending[math.floor(i * stride)] for i in range(num_steps))
+
+    def blend(self, pred: Prediction) -> Tensor:
+        """f (B, C, *S) of the consistency function; bit-exactly x_t at the end time."""
+        x_t, t = full(pred.x_t), pred.t
+        f = pred.x0
+        if self.boundary == "lcm":
+            assert self.scale is not None
+            skip, out = boundary_coeffs(self.path.model_time(t), self.scale)
+            f = expand(skip, f) * x_t + expand(out, f) * f
+        elif self.boundary == "cd":
+            assert isinstance(self.path, VEPath)
+            skip, out = cd_boundary_coeffs(self.path.coeffs(t)[1], self.path.sigma_min)
+            f = expand(skip, f) * x_t + expand(out, f) * f
+        return torch.where(_rows(t <= self.end, f), x_t, f)
+
+
+@torch.no_grad()
+def heun_step(
+    teacher: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Cond,
+    null: Cond | None,
+    guidance: float | Tensor | None,
+) -> Tensor:
+    """x_s (B, C, *S) after one second-order step of the guided teacher, without gradients.
+
+    Source: Karras et al. 2022, arXiv:2206.00364, Alg. 1, on VE paths; elsewhere the same rule on
+    dx/dt = flow in x / (alpha + sigma), t = sigma / (alpha + sigma), finite at alpha = 0. Rows
+    with s = 0 take the Euler step, as there.
+    """
+    path = teacher.path
+    slope: Literal["eps", "flow"] = "eps" if isinstance(path, VEPath) else "flow"
+    pred = teacher(x_t, t, cond, null, guidance)
+    euler = pred.step(s)
+    clean = s <= 0.0
+    later = teacher(euler, torch.where(clean, t, s), cond, null, guidance)
+    mean = 0.5 * (pred.as_type(slope) + later.as_type(slope))
+    heun = path.step(path.to_x0(mean, x_t, t, slope), x_t, t, s)
+    return torch.where(_rows(clean, heun), euler, heun)

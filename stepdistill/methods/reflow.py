@@ -1,0 +1,132 @@
+"""Rectified flow on the teacher's own pairs: straighten (reflow), then one call (distill).
+
+Pairs (noise, x0) come from the teacher's guided ODE (stepdistill pairs), so nothing is guided here.
+With flow = noise - x0 and x_t on the student's path:
+    reflow   | flow_student(x_t, t) - (noise - x0) |^2 over all t
+    distill  d( x0_student(x_t, t), x0 ) on the k times the sampler visits; x_1 is the prior itself
+Set-ups: wrapped keeps the teacher's path and prediction (exact at step 0: x_t = alpha x0 + sigma
+eps is the straight line divided by alpha + sigma); raw reads the output as velocity, told 1000 t.
+Sources: Liu et al. 2022, arXiv:2209.03003; Liu et al. 2023 (InstaFlow), arXiv:2309.06380.
+Differs from the papers: wrapped is the default (InstaFlow is raw); no LPIPS; their u is -flow.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W).
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stepdistill.core.context import Ctx
+from stepdistill.core.denoiser import Prediction
+from stepdistill.core.method import Method, MethodConfig, Nets, Phase, Role
+from stepdistill.core.path import FlowPath, NoisePath, expand, full
+from stepdistill.core.solvers import SamplerSpec
+from stepdistill.core.times import grid_times, uniform_grid, uniform_times
+from stepdistill.core.types import Batch, Losses
+from stepdistill.losses.regression import DistanceName, distance, weighted_mean
+from stepdistill.methods.grid import flow_time, path_time
+
+
+class ReflowConfig(MethodConfig):
+    stage: Literal["reflow", "distill"] = "reflow"
+    """reflow: velocity regression at all times; distill: x0 regression on the sampler's grid."""
+    setup: Literal["wrapped", "raw"] = "wrapped"
+    """wrapped: the teacher's path and prediction; raw: the output is velocity on a flow path."""
+    t_range: tuple[float, float] = (1e-3, 1.0)
+    """Rectified-flow times of stage reflow, uniform; a VP table reaches less and is clamped."""
+    loss: DistanceName = "l2"
+    """Elementwise distance of stage distill; stage reflow takes l2 (others bias its mean)."""
+    huber_c: float = Field(default=1e-3, gt=0)
+    """c of the pseudo-Huber distance."""
+    num_steps: int = Field(default=1, ge=1)
+    """Sampling steps; in stage distill also the size k of the trained grid."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ReflowConfig:
+        if not 0 < self.t_range[0] < self.t_range[1] <= 1:
+            raise ValueError(f"t_range: expected 0 < low < high <= 1, got {self.t_range}.")
+        if self.stage == "reflow" and self.loss != "l2":
+            raise ValueError(f"loss: expected 'l2' in stage reflow, got {self.loss!r}.")
+        return self
+
+
+class Reflow(Method[ReflowConfig]):
+    """2-rectified flow on generated pairs, and its distillation to k steps."""
+
+    name = "reflow"
+    paper = "Liu et al. 2022, arXiv:2209.03003; Liu et al. 2023, arXiv:2309.06380"
+    Config = ReflowConfig
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"x0", "noise", "cond"})
+
+    @property
+    def path(self) -> NoisePath:
+        """The student's own path, what `nets["student"].path` will be."""
+        return FlowPath() if self.config.setup == "raw" else self.setting.path
+
+    def roles(self) -> dict[str, Role]:
+        return {"student": Role(train=True, as_flow=self.config.setup == "raw")}
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        loss = self.reflow_loss if self.config.stage == "reflow" else self.distill_loss
+        return (Phase("student", loss, trains=("student",)),)
+
+    def endpoints(self, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensor]:
+        """(x0, noise), each (B, C, *S): the ends of the line that is learnt."""
+        assert batch.x0 is not None, "the trainer checks `needs`"
+        assert batch.noise is not None, "the trainer checks `needs`"
+        return batch.x0, batch.noise
+
+    def draw_times(self, ctx: Ctx, bsz: int) -> Tensor:
+        """(B,) rectified-flow times of stage reflow, 0 data and 1 noise."""
+        return uniform_times(ctx.rand(bsz), *self.config.t_range)
+
+    def velocity_loss(self, pred: Prediction, x0: Tensor, noise: Tensor) -> Tensor:
+        """|flow - (noise - x0)|^2, arXiv:2209.03003, Eq. 1 (its x_1 is our x0)."""
+        return weighted_mean(distance("l2", pred.flow, full(noise) - full(x0)))
+
+    def reflow_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
+        """Mean velocity error on the straight lines between the ends of the pairs."""
+        x0, noise = self.endpoints(batch, ctx)
+        student = nets["student"]
+        t = path_time(student.path, self.draw_times(ctx, batch.bsz))
+        pred = student(student.path.add_noise(x0, noise, t), t, batch.cond)
+        total = self.velocity_loss(pred, x0, noise)
+        return Losses(total, {"loss": total.detach()})
+
+    def distill_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
+        """Distance of x0 at the sampler's times, weighted (tau_1 / tau_t)^2.
+
+        As |d flow| = |d x0| / tau, l2 then weighs velocity errors alike over the k times (released
+        k-step code); with k = 1 the weight is 1.
+        """
+        x0, noise = self.endpoints(batch, ctx)
+        student, path = nets["student"], nets["student"].path
+        t, index = grid_times(ctx.rand(batch.bsz), self.times(self.config.num_steps))
+        x_t = path.add_noise(x0, noise, t)
+        # Sampling starts at the prior, with no trace of x0: so does training.
+        start = expand((index == 0).double(), x_t) > 0
+        x_t = torch.where(start, path.prior(noise).to(x_t.dtype), x_t)
+        weight = (flow_time(path, torch.ones_like(t)) / flow_time(path, t)) ** 2
+        pred = student(x_t, t, batch.cond)
+        error = distance(self.config.loss, pred.x0, full(x0), self.config.huber_c)
+        total = weighted_mean(error, weight)
+        return Losses(total, {"loss": total.detach()})
+
+    def times(self, num_steps: int) -> tuple[float, ...]:
+        """The uniform grid on the student's path, on its table: DDIM's trailing spacing on VP."""
+        grid = torch.tensor(uniform_grid(num_steps), dtype=torch.float64)
+        return tuple(self.path.snap(grid).tolist())
+
+    def sampler(self, num_steps: int | None = None) -> SamplerSpec:
+        """Deterministic steps; after stage distill only on the trained grid."""
+        grid = self.times(self.config.num_steps)
+        times = grid if num_steps is None else self.times(num_steps)
+        return SamplerSpec(times, "ode", None if self.config.stage == "reflow" else grid)
