@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from stepdistill.core.method import MethodInfo
+from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.reflow import Reflow
 
 METHODS: dict[str, MethodInfo] = {
+    "consistency": MethodInfo(Consistency, "checked on analytic teachers"),
     "dmd2": MethodInfo(DMD2, "checked on analytic teachers"),
+    "reflow": MethodInfo(Reflow, "checked on analytic teachers"),
 }

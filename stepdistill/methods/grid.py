@@ -1,7 +1,7 @@
 """Where methods stand on a path: consistency grids with their boundary, and rectified-flow time.
 
-A solver grid has K start times; start j is stepped to stop j, the next cleaner one, and the last stop is
-the `end`, where the consistency function must return its input: f(x, end) = x, exactly.
+A solver grid has K start times. Start j is stepped to stop j, the next cleaner time; the cleanest
+stop is the `end`, where a consistency function returns its input: f(x, end) = x, exactly.
     lcm   VP tables: skip/out of LCM; end is table index 0 (alpha_bar[0]), which lies at t = 1 / N
     cd    VE paths: skip/out of CD; end is sigma_min
     none  end is t = 0, where every x0 view of x_0 is x_0 itself (flow: x0 = x_t - t flow)
