@@ -1,0 +1,41 @@
+"""stepdistill: distil any Diffusers pipeline to 1-4 steps, get a stock Diffusers pipeline back."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module; loaded on first use, so `import stepdistill` costs nothing.
+_PUBLIC = {
+    "TrainConfig": "stepdistill.training.config",
+    "RunConfig": "stepdistill.training.config",
+    "Tuning": "stepdistill.models.tuning",
+    "ConsistencyTrainer": "stepdistill.trainers",
+    "DistributionMatchingTrainer": "stepdistill.trainers",
+    "ReflowTrainer": "stepdistill.trainers",
+    "METHODS": "stepdistill.methods",
+    "load_family": "stepdistill.models.registry",
+}
+__all__ = sorted(_PUBLIC)
+
+if TYPE_CHECKING:
+    from stepdistill.methods import METHODS as METHODS
+    from stepdistill.models.registry import load_family as load_family
+    from stepdistill.models.tuning import Tuning as Tuning
+    from stepdistill.trainers import ConsistencyTrainer as ConsistencyTrainer
+    from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer
+    from stepdistill.trainers import ReflowTrainer as ReflowTrainer
+    from stepdistill.training.config import RunConfig as RunConfig
+    from stepdistill.training.config import TrainConfig as TrainConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'stepdistill' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

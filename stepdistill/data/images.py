@@ -1,0 +1,110 @@
+"""Image folders with captions or class labels, and files of class labels."""
+
+# Shapes: H, W in px; images (3, H, W) in [-1, 1].
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def load_image(path: Path, size_px: int | None) -> Tensor:
+    """(3, H, W) float32 in [-1, 1]; with size_px, resized and centre-cropped to a square."""
+    image = Image.open(path).convert("RGB")
+    if size_px is not None:
+        image = ImageOps.fit(image, (size_px, size_px), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    return pixels / 127.5 - 1.0
+
+
+class ImageFolderDataset(Dataset[dict[str, Any]]):
+    """Images with their captions (metadata.jsonl: file_name, text) or class labels (sub-folders).
+
+    Args: size_px: side of the square crop; None keeps the files' size (all must agree).
+        labels: read sub-folder names as integer class labels instead of captions.
+    Errors: ValueError where the folder has neither form or no image.
+    """
+
+    def __init__(self, folder: str | Path, size_px: int | None, labels: bool = False) -> None:
+        root = Path(folder)
+        if not root.is_dir():
+            raise ValueError(f"train_data_dir: expected a folder, got {str(folder)!r}.")
+        self.size_px, self.key = size_px, "label" if labels else "prompt"
+        self.items = self._by_label(root) if labels else self._by_caption(root)
+        if not self.items:
+            raise ValueError(f"train_data_dir: expected images, got none in {root}.")
+
+    @staticmethod
+    def _by_caption(root: Path) -> list[tuple[Path, Any]]:
+        index = root / "metadata.jsonl"
+        if not index.is_file():
+            raise ValueError(
+                f"train_data_dir: expected {root}/metadata.jsonl with file_name and text, got none."
+            )
+        rows = [json.loads(line) for line in index.read_text().splitlines() if line.strip()]
+        items = [(root / row["file_name"], row["text"]) for row in rows]
+        outside = [p for p, _ in items if root.resolve() not in p.resolve().parents]
+        if outside:
+            raise ValueError(f"{index}: expected files inside {root}, got {outside[0]}.")
+        missing = [p for p, _ in items if not p.is_file()]
+        if missing:
+            raise ValueError(f"{index}: expected every file to exist, got no {missing[0]}.")
+        return items
+
+    @staticmethod
+    def _by_label(root: Path) -> list[tuple[Path, Any]]:
+        folders = sorted(p for p in root.iterdir() if p.is_dir())
+        odd = [p.name for p in folders if not p.name.isdigit()]
+        if odd:
+            raise ValueError(
+                f"train_data_dir: expected sub-folders named by class label, got {odd[:3]}."
+            )
+        return [
+            (path, int(sub.name))
+            for sub in folders
+            for path in sorted(sub.iterdir())
+            if path.suffix.lower() in _SUFFIXES
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, told = self.items[index]
+        return {self.key: told, "image": load_image(path, self.size_px)}
+
+
+class LabelFileDataset(Dataset[dict[str, Any]]):
+    """Class labels only, one integer a line."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self.labels = labels
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> LabelFileDataset:
+        """Errors: ValueError for an empty file or a line that is no integer."""
+        file = Path(path)
+        if not file.is_file():
+            raise ValueError(f"prompts_file: expected a file of class labels, got {str(path)!r}.")
+        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        odd = [line for line in lines if not line.isdigit()]
+        if not lines or odd:
+            raise ValueError(
+                f"prompts_file: expected one integer class label a line, got {odd[:3] or 'none'}."
+            )
+        return cls([int(line) for line in lines])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"label": self.labels[index]}

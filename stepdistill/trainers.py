@@ -1,0 +1,176 @@
+"""The trainer classes: one per family of methods, all thin names over the one loop.
+
+from stepdistill import DistributionMatchingTrainer, TrainConfig
+
+trainer = DistributionMatchingTrainer(
+    model="path-or-hub-id", method="dmd2", args=TrainConfig(max_train_steps=300),
+    train_dataset=["a photo of a cat", "a photo of a dog"],
+)
+trainer.train()
+trainer.export("out/pipeline")
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
+from stepdistill.data.stream import PromptDataset
+from stepdistill.models.family import Family
+from stepdistill.models.registry import family_for, pipeline_class_of
+from stepdistill.training.config import RunConfig, TrainConfig
+from stepdistill.training.configfile import method_class, parse_run_config
+from stepdistill.training.trainer import Trainer
+
+
+class DistillationTrainer(Trainer):
+    """Base of the facades: checks that the method belongs to the class, and exports.
+
+    methods: names this class accepts; the first is the default.
+    """
+
+    methods: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: str | Path | Family,
+        args: TrainConfig,
+        train_dataset: Any,
+        method: str | None = None,
+        method_config: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        method = method or self.methods[0]
+        method_class(method)
+        if method not in self.methods:
+            raise ValueError(
+                f"{type(self).__name__}: expected one of {self.methods}, got {method!r}. "
+                f"Use {TRAINER_OF[method].__name__}."
+            )
+        super().__init__(model, method, args, train_dataset, method_config, revision, variant)
+
+    @classmethod
+    def from_config(cls, run: RunConfig) -> DistillationTrainer:
+        """The trainer a RunConfig describes, its data source opened."""
+        return TRAINER_OF[run.method](
+            model=run.pretrained_model_name_or_path,
+            args=run.train_config(),
+            train_dataset=open_dataset(run),
+            method=run.method,
+            method_config=run.method_config,
+            revision=run.revision,
+            variant=run.variant,
+        )
+
+    def export(
+        self,
+        out_dir: str | Path,
+        num_steps: int | None = None,
+        format: Literal["pipeline", "lora"] = "pipeline",
+    ) -> Path:
+        """Write the distilled student for stock Diffusers; returns the folder.
+
+        Args:
+            num_steps: a step count of the trained grid; none means the run's own.
+            format: "pipeline" (loads with DiffusionPipeline.from_pretrained) or "lora"
+                (pytorch_lora_weights.safetensors, loads with load_lora_weights).
+        Errors: ValueError for steps off the trained grid, or lora from a full student.
+        """
+        from stepdistill.export.lora import export_lora
+        from stepdistill.export.pipeline import export_pipeline
+
+        role = "ema" if "ema" in self.bank else "student"
+        spec = self.method.sampler(num_steps)
+        facts = {**self.facts, "step": self.step, "seconds": round(self.seconds, 1)}
+        if self.accelerator.is_main_process:
+            write = export_pipeline if format == "pipeline" else export_lora
+            write(self.family, self.bank, spec, Path(out_dir), facts, role=role)
+        self.accelerator.wait_for_everyone()
+        return Path(out_dir)
+
+    def push_to_hub(self, repo_id: str, folder: str | Path | None = None) -> str:
+        """Upload an export (made first where `folder` is None) to a private repository."""
+        from stepdistill.export.hub import push_folder
+
+        folder = folder or self.export(self.output_dir / "pipeline")
+        return push_folder(folder, repo_id) if self.accelerator.is_main_process else repo_id
+
+
+class ConsistencyTrainer(DistillationTrainer):
+    """Consistency distillation and latent consistency models (CD, LCM, LCM-LoRA)."""
+
+    methods = ("consistency",)
+
+
+class DistributionMatchingTrainer(DistillationTrainer):
+    """Distribution matching distillation (DMD2)."""
+
+    methods = ("dmd2",)
+
+
+class ReflowTrainer(DistillationTrainer):
+    """Rectified flow: reflow on noise-image pairs and one-step distillation."""
+
+    methods = ("reflow",)
+
+
+TRAINERS: tuple[type[DistillationTrainer], ...] = (
+    ConsistencyTrainer,
+    DistributionMatchingTrainer,
+    ReflowTrainer,
+)
+TRAINER_OF: dict[str, type[DistillationTrainer]] = {
+    name: cls for cls in TRAINERS for name in cls.methods
+}
+
+
+def open_dataset(run: RunConfig) -> Any:
+    """The dataset of a RunConfig's one data source. Errors: ValueError where there is none."""
+    data = run.data
+    by_label = (
+        family_for(pipeline_class_of(run.pretrained_model_name_or_path)).conditioning == "label"
+    )
+    if data.prompts_file is not None:
+        source = LabelFileDataset if by_label else PromptDataset
+        return source.from_file(data.prompts_file)
+    if data.train_data_dir is not None:
+        return ImageFolderDataset(data.train_data_dir, run.resolution, labels=by_label)
+    if data.pairs_dir is not None:
+        from stepdistill.data.pairs import PairDataset
+
+        return PairDataset(data.pairs_dir)
+    raise ValueError(
+        "data: expected one of --data.prompts_file, --data.train_data_dir, --data.pairs_dir, got "
+        "none."
+    )
+
+
+def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None) -> None:
+    """What `stepdistill train` and the launchers in train/ run: train, export, push when asked.
+
+    A user's mistake or a non-finite loss ends with one line and exit status 1.
+    """
+    try:
+        _launch(argv, trainer)
+    except (ValueError, TypeError, FloatingPointError) as err:
+        sys.exit(f"error: {err}")
+
+
+def _launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None) -> None:
+    default = trainer.methods[0] if trainer is not None else ""
+    run = parse_run_config(argv, prog="accelerate launch", method=default)
+    if trainer is not None and run.method not in trainer.methods:
+        raise ValueError(
+            f"{trainer.__name__}: expected one of {trainer.methods}, got method {run.method!r}. "
+            "Use that method's launcher, or `stepdistill train`."
+        )
+    running = DistillationTrainer.from_config(run)
+    running.train()
+    folder = running.export(run.export_dir or Path(run.output_dir) / "pipeline")
+    running.accelerator.print(f"exported {folder}")
+    if run.push_to_hub and run.hub_model_id:
+        running.push_to_hub(run.hub_model_id, folder)

@@ -1,0 +1,125 @@
+"""What can be wrong with a run, said before a weight is loaded and with nothing lost."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stepdistill.core.method import Method, MethodConfig
+from stepdistill.data.stream import provided_fields
+from stepdistill.models.family import Family
+from stepdistill.models.registry import load_setting
+from stepdistill.training.checkpoint import list_checkpoints
+from stepdistill.training.config import TrainConfig
+
+RUN_FILE = "run.json"
+# What must stay the same for a resumed run to be the same run.
+_FIXED = ("model", "revision", "method", "method_config", "tuning", "seed")
+
+
+def method_fits(
+    cls: type[Method[Any]], config: MethodConfig, model: str | Path | Family, dataset: Any
+) -> None:
+    """Errors: ValueError where the dataset lacks a field the method's losses read."""
+    setting = model.setting if isinstance(model, Family) else load_setting(model)
+    method = cls(config, setting)
+    has = provided_fields(dataset) | {"null"}
+    if not method.needs <= has:
+        hint = {
+            "noise": "Make pairs first: stepdistill pairs --config ...",
+            "x0": "Train on images: --data.train_data_dir DIR.",
+        }
+        missing = sorted(method.needs - has)
+        raise ValueError(
+            f"{cls.name}: expected batch fields {sorted(method.needs)}, got {sorted(has)} from "
+            f"{type(dataset).__name__}. " + " ".join(hint.get(name, "") for name in missing[:1])
+        )
+
+
+def run_facts(
+    model: str | Path | Family,
+    revision: str | None,
+    method: str,
+    config: MethodConfig,
+    args: TrainConfig,
+) -> dict[str, Any]:
+    """What identifies a run, saved beside its results."""
+    name = model.pipeline.name_or_path if isinstance(model, Family) else str(model)
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "stepdistill")
+    return {
+        "model": name,
+        "revision": revision,
+        "method": method,
+        "method_config": config.model_dump(mode="json"),
+        "tuning": args.tuning.model_dump(mode="json"),
+        "seed": args.seed,
+        "train_config": args.model_dump(mode="json"),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | None:
+    """What to resume from, or None for a fresh run.
+
+    Errors: ValueError where output_dir holds a run and nothing says to resume it, or where it
+    holds another run than the one to resume.
+    """
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: expected a folder, got the file {folder}.")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"output_dir: expected a writable folder, got {folder}.")
+    saved = folder / RUN_FILE
+    if args.resume_from_checkpoint is None:
+        if saved.exists() or list_checkpoints(folder):
+            raise ValueError(
+                f"output_dir: expected a folder without a run, got {folder}, which holds one. "
+                "Pass --resume_from_checkpoint latest to continue it, or another --output_dir."
+            )
+        return None
+    if args.resume_from_checkpoint != "latest" and not Path(args.resume_from_checkpoint).is_dir():
+        raise ValueError(
+            f'resume_from_checkpoint: expected "latest" or a checkpoint folder, '
+            f"got {args.resume_from_checkpoint!r}."
+        )
+    if saved.exists():
+        same_run(json.loads(saved.read_text()), facts)
+    return args.resume_from_checkpoint
+
+
+def same_run(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Errors: ValueError listing what differs between a saved run and this one."""
+    differ = {key: (saved.get(key), facts[key]) for key in _FIXED if saved.get(key) != facts[key]}
+    if differ:
+        told = "; ".join(
+            f"{key} {was!r} (saved) against {now!r}" for key, (was, now) in differ.items()
+        )
+        raise ValueError(
+            f"resume_from_checkpoint: expected the settings of the saved run, got {told}. "
+            "Use the saved settings or another --output_dir."
+        )
+
+
+def resume_fits(
+    state: Mapping[str, Any], args: TrainConfig, world_size: int, facts: Mapping[str, Any]
+) -> None:
+    """Errors: ValueError where the saved run cannot go on exactly under these settings."""
+    same_run(state["facts"], facts)
+    now = world_size * args.train_batch_size
+    if state["global_batch"] != now:
+        raise ValueError(
+            f"resume_from_checkpoint: expected the saved global batch of {state['global_batch']} "
+            f"(saved on {state['world_size']} processes), got {now} = {world_size} processes x "
+            f"train_batch_size {args.train_batch_size}. Change --train_batch_size so that it fits."
+        )
+    if state["gradient_accumulation_steps"] != args.gradient_accumulation_steps:
+        raise ValueError(
+            f"resume_from_checkpoint: expected gradient_accumulation_steps "
+            f"{state['gradient_accumulation_steps']} as saved, got "
+            f"{args.gradient_accumulation_steps}."
+        )

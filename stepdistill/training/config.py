@@ -1,0 +1,155 @@
+"""TrainConfig and RunConfig: every option of a run, typed, with its help text beside it.
+
+Names follow Diffusers and Transformers where one exists. `RunConfig` is what a launcher reads:
+config files merged left to right, then flags. Its saved form alone repeats the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from stepdistill.models.tuning import Tuning
+
+Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+class TrainConfig(BaseModel):
+    """How to train, whatever the method and the model."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    # ------------------------------------------------------------------ run
+    output_dir: str = "runs/default"
+    """Folder for checkpoints, logs and validation grids; one run each."""
+    seed: int = 0
+    """Seed of every random number in the run."""
+    max_train_steps: int = Field(default=1000, ge=1)
+    """Student updates; every method counts these."""
+    max_train_seconds: float | None = Field(default=None, gt=0)
+    """Wall-clock budget in seconds: stop at the first step boundary after it, whatever is left."""
+    train_batch_size: int = Field(default=1, ge=1)
+    """Samples per process and micro-batch."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches per optimiser update, each phase on its own."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Autocast dtype of network calls; trained weights and losses stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    tuning: Tuning = Tuning()
+    """How trained roles store their weights (lora or full, rank, alpha)."""
+
+    # ------------------------------------------------------------ optimiser
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Learning rate of the student and of every role without one of its own."""
+    role_learning_rates: dict[str, float] = {}
+    """Learning rate by role, e.g. {"fake": 5e-6}."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit needs bitsandbytes and a CUDA device."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """First Adam beta."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Second Adam beta."""
+    adam_weight_decay: float = Field(default=1e-2, ge=0)
+    """Decoupled weight decay."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Adam epsilon."""
+    lr_scheduler: Scheduler = "constant_with_warmup"
+    """Learning-rate law over student updates, the same for every role."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Student updates of linear warm-up."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient norm each role is clipped to."""
+    role_max_grad_norm: dict[str, float] = {}
+    """Clipping norm by role."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an averaged student for validation and export; 0 keeps none."""
+
+    # ----------------------------------------------------------------- data
+    resolution: int | None = Field(default=None, ge=1)
+    """Height and width in px; none means the model's own size."""
+    dataloader_num_workers: int = Field(default=0, ge=0)
+    """Worker processes that load data."""
+    cache_latents: bool = True
+    """Keep VAE latents of dataset images in memory after the first use."""
+    max_cached_prompts: int = Field(default=4096, ge=0)
+    """Prompt embeddings kept in memory; 0 encodes every time."""
+
+    # ---------------------------------------------------- logs, checkpoints
+    logging_steps: int = Field(default=10, ge=1)
+    """Student updates between log lines (means over the window)."""
+    report_to: list[str] = []
+    """Accelerate trackers besides the JSONL log: tensorboard, wandb, ..."""
+    disable_progress_bar: bool = False
+    """Print no tqdm bar."""
+    checkpointing_steps: int = Field(default=500, ge=0)
+    """Student updates between checkpoints; 0 saves only the last."""
+    checkpoints_total_limit: int | None = Field(default=None, ge=1)
+    """Checkpoints to keep; older ones go after a newer one is whole."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder, or "latest" (starts afresh where there is none yet)."""
+    validation_prompts: list[str] = []
+    """Prompts (or class labels) of the validation grid."""
+    validation_steps: int = Field(default=0, ge=0)
+    """Student updates between validation grids; 0 makes none."""
+    num_validation_images: int = Field(default=4, ge=1)
+    """Images per validation prompt, always from the same seeds."""
+    push_to_hub: bool = False
+    """Upload the export when training ends."""
+    hub_model_id: str | None = None
+    """Repository to push to; private unless it exists already."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.validation_steps and not self.validation_prompts:
+            raise ValueError(
+                "validation_steps: expected validation_prompts beside it, got none. "
+                "Give --validation_prompts, or set validation_steps to 0"
+            )
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub: expected hub_model_id (user/name) beside it, got none")
+        return self
+
+
+class DataConfig(BaseModel):
+    """Where training data comes from; a launcher takes exactly one source."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    prompts_file: str | None = None
+    """Text file, one prompt a line (for class-conditional models: one label a line)."""
+    train_data_dir: str | None = None
+    """Image folder with metadata.jsonl (file_name, text) or one sub-folder per class label."""
+    pairs_dir: str | None = None
+    """Noise-image pairs made by `stepdistill pairs`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"data: expected one source, got {given}. Keep one of them.")
+        return self
+
+
+class RunConfig(TrainConfig):
+    """A whole run: what to distil, with which method, on which data."""
+
+    pretrained_model_name_or_path: str
+    """Teacher pipeline: local folder or Hub id."""
+    revision: str | None = None
+    """Hub revision of the teacher."""
+    variant: str | None = None
+    """Weight-file variant of the teacher, such as fp16."""
+    method: str
+    """Distillation method; `stepdistill list` shows them."""
+    method_config: dict[str, Any] = {}
+    """Options of the method; its flags are --method_config.NAME."""
+    data: DataConfig = DataConfig()
+    """Training data."""
+    export_dir: str | None = None
+    """Where to write the distilled pipeline; none means OUTPUT_DIR/pipeline."""
+
+    def train_config(self) -> TrainConfig:
+        """The part that says how to train."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})

@@ -1,0 +1,95 @@
+"""One optimiser with a parameter group per role, clipping per role, and the learning-rate law.
+
+AdamW skips parameters whose gradient is None, so phases that train different roles share it. The
+learning rate is a pure function of the student step: nothing to save, nothing for Accelerate to
+step num_processes times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from stepdistill.models.rolebank import RoleBank
+from stepdistill.training.config import TrainConfig
+
+
+def build_optimizer(bank: RoleBank, args: TrainConfig) -> Optimizer:
+    """AdamW over every trained role; each group carries "role" and "base_lr".
+
+    Errors: ValueError for role_learning_rates or role_max_grad_norm of a role nobody trains, and
+    for an 8-bit optimiser without CUDA or bitsandbytes.
+    """
+    for option in ("role_learning_rates", "role_max_grad_norm"):
+        unknown = sorted(set(getattr(args, option)) - set(bank.trained_roles))
+        if unknown:
+            raise ValueError(
+                f"{option}: expected roles this method trains {bank.trained_roles}, got {unknown}."
+            )
+    groups = [
+        {
+            "params": list(bank.members(role).values()),
+            "lr": args.role_learning_rates.get(role, args.learning_rate),
+            "base_lr": args.role_learning_rates.get(role, args.learning_rate),
+            "role": role,
+        }
+        for role in bank.trained_roles
+    ]
+    cls: Any = AdamW if args.optimizer == "adamw" else _adamw_8bit()
+    optimizer: Optimizer = cls(
+        groups,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    return optimizer
+
+
+def _adamw_8bit() -> type[Optimizer]:
+    if not torch.cuda.is_available():
+        raise ValueError("optimizer: expected 'adamw' without a CUDA device, got 'adamw_8bit'.")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as err:
+        raise ValueError(
+            "optimizer: expected bitsandbytes for 'adamw_8bit', got none. pip install bitsandbytes"
+        ) from err
+    cls: type[Optimizer] = AdamW8bit
+    return cls
+
+
+def lr_factor(args: TrainConfig, step: int) -> float:
+    """What the base learning rate is multiplied by at student step `step` (0-based)."""
+    if step < args.lr_warmup_steps and args.lr_scheduler != "constant":
+        return (step + 1) / args.lr_warmup_steps
+    span = max(1, args.max_train_steps - args.lr_warmup_steps)
+    progress = min(1.0, (step - args.lr_warmup_steps) / span)
+    if args.lr_scheduler == "linear":
+        return 1.0 - progress
+    if args.lr_scheduler == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def set_learning_rate(optimizer: Optimizer, args: TrainConfig, step: int) -> None:
+    """Set every group's learning rate for this step."""
+    factor = lr_factor(args, step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def clip_by_role(
+    bank: RoleBank, roles: tuple[str, ...], default: float, by_role: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Clip each role's gradients to its own norm; returns the norms before clipping."""
+    return {
+        role: torch.nn.utils.clip_grad_norm_(
+            bank.members(role).values(), by_role.get(role, default)
+        )
+        for role in roles
+    }

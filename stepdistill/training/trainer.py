@@ -1,0 +1,287 @@
+"""Trainer: the one loop every method and every family runs in.
+
+    for each student step:
+        for each phase of the method, `repeat` times:
+            train_only(phase.trains); micro-batches forward and backward; clip per role; update
+        method.after (EMA targets), evaluation EMA, log, validate, checkpoint
+
+`step` counts student updates. All randomness is keyed by position (core.context), all data by
+position (data.stream), so a resumed run is the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
+from torch import Tensor
+
+from stepdistill.core.context import Ctx
+from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.method import Method, Phase, Role
+from stepdistill.data.stream import as_dataset, stream
+from stepdistill.models.family import Family
+from stepdistill.models.registry import load_family
+from stepdistill.models.rolebank import RoleBank
+from stepdistill.training import checks
+from stepdistill.training.batches import BatchMaker
+from stepdistill.training.checkpoint import (
+    load_checkpoint,
+    newest_valid,
+    prune,
+    read_state,
+    save_checkpoint,
+)
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.configfile import method_class, method_config
+from stepdistill.training.logs import RunLog
+from stepdistill.training.optim import build_optimizer, clip_by_role, set_learning_rate
+from stepdistill.training.step import TrainStep
+from stepdistill.training.validation import validate
+
+_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NAMED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Trainer:
+    """Distils a teacher pipeline with one method.
+
+    Args:
+        model: Diffusers pipeline folder or Hub id, or a loaded Family.
+        method: a name in METHODS; method_options: its Config's fields.
+        args: how to train. train_dataset: prompts, or a map-style dataset of dicts with "prompt" or
+            "label" and, where the method needs them, "image" (3, H, W) in [-1, 1], "x0", "noise".
+    Errors: ValueError or TypeError for anything wrong with these, before a weight is loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Family,
+        method: str,
+        args: TrainConfig,
+        train_dataset: Any,
+        method_options: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        self.args, self.model, self.method_name = args, model, method
+        config = method_config(method, method_options or {})
+        self.dataset = as_dataset(train_dataset)
+        checks.method_fits(method_class(method), config, model, self.dataset)
+        self.facts = checks.run_facts(model, revision, method, config, args)
+        self.resume_from = checks.output_dir_is_ours(args, self.facts)
+
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to or None,
+            project_dir=args.output_dir,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+                # A weight cast under no_grad and kept would cost the student its gradient.
+                AutocastKwargs(cache_enabled=False),
+            ],
+        )
+        self.device = self.accelerator.device
+        torch.manual_seed(args.seed)  # adapters and heads start alike on every rank
+        self.family = (
+            model
+            if isinstance(model, Family)
+            else load_family(model, revision=revision, variant=variant)
+        )
+        self.method: Method[Any] = method_class(method)(config, self.family.setting)
+        roles = dict(self.method.roles())
+        if args.ema_decay:
+            roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
+        self.bank = RoleBank(self.family, roles, args.tuning)
+        self._place()
+        if args.gradient_checkpointing:
+            self.bank.enable_gradient_checkpointing()
+        optimizer = build_optimizer(self.bank, args)
+        self.module, self.optimizer = self.accelerator.prepare(TrainStep(self.bank), optimizer)
+        self.batches = BatchMaker(
+            self.family,
+            self.device,
+            args.resolution,
+            args.cache_latents,
+            args.max_cached_prompts,
+        )
+        self.step = self.batches_seen = 0
+        self.seconds = 0.0
+        self.log = RunLog(self.accelerator, args, self.facts)
+
+    def _place(self) -> None:
+        """Frozen weights in their dtype on the device; trained ones stay float32."""
+        args = self.args
+        name = args.tuning.base_dtype
+        dtype = _DTYPES[args.mixed_precision] if name == "auto" else _NAMED[name]
+        trained = {id(p) for role in self.bank.roles for p in self.bank.members(role).values()}
+        for param in self.family.net.parameters():
+            if id(param) not in trained:
+                param.data = param.data.to(dtype)
+        self.family.pipeline.to(self.device)
+
+    # ------------------------------------------------------------------ loop
+    def train(self) -> dict[str, float]:
+        """Run to max_train_steps (or max_train_seconds); returns the last logged means.
+
+        Errors: FloatingPointError for a non-finite loss, naming role, step and last checkpoint.
+        """
+        args = self.args
+        if self.resume_from is not None:
+            self.resume(self.resume_from)
+        data = stream(
+            self.dataset,
+            args.train_batch_size,
+            args.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.batches_seen,
+            args.dataloader_num_workers,
+        )
+        started, before = time.monotonic(), self.seconds
+        self.log.start(self.step)
+        last_saved = self.step
+        while self.step < args.max_train_steps:
+            set_learning_rate(self.optimizer, args, self.step)
+            carry: list[dict[str, object]] = [{} for _ in range(args.gradient_accumulation_steps)]
+            for phase in self.method.phases(self.step):
+                for repeat in range(phase.repeat):
+                    self._update(phase, repeat, data, carry)
+            self.method.after(self.bank, self.step)
+            if args.ema_decay:
+                # Early steps average over fewer, as the zero-th would otherwise never be forgotten.
+                self.bank.ema_update("ema", min(args.ema_decay, (1 + self.step) / (10 + self.step)))
+            self.step += 1
+            self.seconds = before + time.monotonic() - started
+            out_of_time = self._out_of_time()
+            last = self.step >= args.max_train_steps or out_of_time
+            if self.log.due(self.step) or last:
+                self.log.write(self.step, self.seconds, self._learning_rates(), self.output_dir)
+            if args.validation_steps and (self.step % args.validation_steps == 0 or last):
+                self.validate()
+            due = args.checkpointing_steps and self.step % args.checkpointing_steps == 0
+            if (due or last) and self.step > last_saved:
+                self.save()
+                last_saved = self.step
+            if out_of_time:
+                break
+        self.log.close()
+        return self.log.last
+
+    def _update(self, phase: Phase, repeat: int, data: Any, carry: list[dict[str, object]]) -> None:
+        """One optimiser update of one phase."""
+        args, accelerator = self.args, self.accelerator
+        self.bank.train_only(phase.trains)
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro, kept in enumerate(carry):
+            batch = self.batches(next(data))
+            self.batches_seen += 1
+            ctx = Ctx(
+                seed=args.seed,
+                step=self.step,
+                max_steps=args.max_train_steps,
+                phase=phase.name,
+                repeat=repeat,
+                micro=micro,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                device=self.device,
+                carry=kept,
+                mean_over_ranks=self._mean_over_ranks,
+            )
+            more = micro + 1 < len(carry)
+            with accelerator.no_sync(self.module) if more else nullcontext():
+                total, logs = self.module(phase.loss, batch, ctx)
+                accelerator.backward(total / len(carry))
+            self.log.add(phase.name, self.step, total.detach(), logs)
+        accelerator.unscale_gradients(self.optimizer)
+        norms = clip_by_role(self.bank, phase.trains, args.max_grad_norm, args.role_max_grad_norm)
+        self.log.add_norms(norms)
+        self.optimizer.step()
+
+    def _mean_over_ranks(self, x: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return x
+        mean: Tensor = self.accelerator.reduce(x.detach(), reduction="mean")
+        return mean
+
+    def _learning_rates(self) -> dict[str, float]:
+        return {group["role"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def _out_of_time(self) -> bool:
+        limit = self.args.max_train_seconds
+        if limit is None:
+            return False
+        over = torch.tensor(float(self.seconds >= limit), device=self.device)
+        return bool(self._mean_over_ranks(over) > 0)  # one rank over is all over
+
+    # ------------------------------------------------------- state and output
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def student(self) -> Denoiser:
+        """The network to use: the averaged student where the run keeps one."""
+        return self.bank["ema" if "ema" in self.bank else "student"]
+
+    def validate(self) -> None:
+        """Write the validation grid of this step (main process) and send it to the trackers."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            grid = validate(
+                self.student(),
+                self.family,
+                self.method.sampler(),
+                self.args,
+                self.output_dir / "validation" / f"step-{self.step}.png",
+            )
+            self.log.image("validation", grid, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> Path:
+        """Write checkpoint-STEP whole, then drop the oldest beyond the limit; returns its path."""
+        folder = self.output_dir / f"checkpoint-{self.step}"
+        self.log.check_finite(self.output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": self.step,
+                "batches_seen": self.batches_seen,
+                "seconds": self.seconds,
+                "world_size": self.accelerator.num_processes,
+                "global_batch": self.accelerator.num_processes * self.args.train_batch_size,
+                "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+                "grad_scaler": scaler.state_dict() if scaler is not None else {},
+                "facts": self.facts,
+            }
+            save_checkpoint(folder, self.bank, self.optimizer, self.method.state_dict(), state)
+            prune(self.output_dir, self.args.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def resume(self, where: str) -> None:
+        """Continue from a checkpoint folder or the newest whole one ("latest")."""
+        folder: Path | None = Path(where)
+        if where == "latest":
+            folder, skipped = newest_valid(self.output_dir)
+            for line in skipped:
+                self.accelerator.print(f"resume: {line}")
+            if folder is None:
+                self.accelerator.print("resume: no whole checkpoint yet, starting at step 0")
+                return
+        assert folder is not None
+        state = read_state(folder)
+        checks.resume_fits(state, self.args, self.accelerator.num_processes, self.facts)
+        self.method.load_state_dict(load_checkpoint(folder, self.bank, self.optimizer))
+        if self.accelerator.scaler is not None and state["grad_scaler"]:
+            self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        self.step, self.batches_seen = state["step"], state["batches_seen"]
+        self.seconds = state["seconds"]
+        self.accelerator.print(f"resume: continuing {folder.name} at step {self.step}")

@@ -1,0 +1,21 @@
+"""Consistency distillation (CD, LCM, LCM-LoRA).
+
+One GPU (or a CPU):
+    accelerate launch train/consistency.py \
+        --config configs/methods/lcm_lora.yaml configs/models/sd15.yaml \
+        --pretrained_model_name_or_path DIR --data.train_data_dir IMAGES \
+        --output_dir runs/consistency
+
+Two processes on one machine without a GPU (gloo):
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 \
+        train/consistency.py --config ...
+
+Config files merge left to right, flags come last; --help lists every option.
+"""
+
+import sys
+
+from stepdistill.trainers import ConsistencyTrainer, launch
+
+if __name__ == "__main__":
+    launch(sys.argv[1:], ConsistencyTrainer)
