@@ -1,0 +1,150 @@
+"""Judges samplers of digits: how close, how diverse, how right, how fast.
+
+Each sampler makes as many images as there are held-out real ones, with the same class counts, once
+per noise seed. Frechet distance AND recall decide; class accuracy alone does not, since a blur
+that shows each class's mean is recognised perfectly.
+"""
+
+# N images, S noise seeds
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepdistill.evaluation.frechet import frechet_distance
+from stepdistill.evaluation.manifold import manifold_scores
+
+from .classifier import DigitClassifier
+from .data import DIGIT_NAMES, Digits, Split, stratified_subset
+
+PREVIEWS_PER_CLASS = 2
+NOISE_SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a sampler made from one noise seed.
+
+    images (N, 1, 8, 8) in [-1, 1], in the order of the prompts; seconds for all of them;
+    network_calls: denoiser evaluations per image, a guided step counting twice.
+    """
+
+    images: Tensor
+    seconds: float
+    network_calls: float
+
+
+Sampler = Callable[[Sequence[str], int], Samples]  # (prompts, noise seed) -> samples
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over the noise seeds."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report. group: "real", "teacher" or "student"; previews: PREVIEWS_PER_CLASS
+    images (1, 8, 8) of each class, in class order."""
+
+    label: str
+    group: str
+    steps: int | None
+    frechet: Spread
+    frechet_pixels: Spread
+    recall: Spread
+    accuracy: Spread
+    network_calls: float | None
+    seconds_per_image: float | None
+    previews: Tensor
+
+
+class Judge:
+    """Scores image sets against the held-out real digits."""
+
+    def __init__(self, digits: Digits, classifier: DigitClassifier) -> None:
+        self.digits = digits
+        self.classifier = classifier
+        self._features = classifier.features(digits.heldout.images)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The held-out images' prompts: what each sampler is asked for, in this order."""
+        return self.digits.heldout.prompts
+
+    def floor(self, seeds: Sequence[int] = NOISE_SEEDS) -> Row:
+        """Real training images judged as if they were generated: what a perfect sampler scores."""
+        like = self.digits.heldout.labels
+        subsets = [stratified_subset(self.digits.train, like, seed) for seed in seeds]
+        return self._row("real (train)", "real", None, subsets, None, None)
+
+    def score(self, label: str, group: str, steps: int, samples: Sequence[Samples]) -> Row:
+        """The row of one sampler. Args: samples, one per noise seed, made for `prompts`."""
+        labels = self.digits.heldout.labels
+        for made in samples:
+            if made.images.shape != self.digits.heldout.images.shape:
+                raise ValueError(
+                    f"{label}: expected images of shape {tuple(self.digits.heldout.images.shape)}, "
+                    f"got {tuple(made.images.shape)}. Sample one image for each of judge.prompts."
+                )
+        seconds = sum(made.seconds for made in samples) / (len(samples) * len(labels))
+        splits = [Split(made.images, labels) for made in samples]
+        return self._row(label, group, steps, splits, samples[0].network_calls, seconds)
+
+    def run(
+        self,
+        label: str,
+        group: str,
+        steps: int,
+        sampler: Sampler,
+        seeds: Sequence[int] = NOISE_SEEDS,
+    ) -> Row:
+        """Samples once per noise seed, then scores."""
+        return self.score(label, group, steps, [sampler(self.prompts, seed) for seed in seeds])
+
+    def _row(
+        self,
+        label: str,
+        group: str,
+        steps: int | None,
+        sets: Sequence[Split],
+        network_calls: float | None,
+        seconds_per_image: float | None,
+    ) -> Row:
+        features = [self.classifier.features(one.images) for one in sets]
+        real_pixels = self.digits.heldout.images.flatten(1)
+        return Row(
+            label=label,
+            group=group,
+            steps=steps,
+            frechet=Spread.of([frechet_distance(self._features, f) for f in features]),
+            frechet_pixels=Spread.of(
+                [frechet_distance(real_pixels, one.images.flatten(1)) for one in sets]
+            ),
+            recall=Spread.of([manifold_scores(self._features, f).recall for f in features]),
+            accuracy=Spread.of([self.classifier.accuracy(one.images, one.labels) for one in sets]),
+            network_calls=network_calls,
+            seconds_per_image=seconds_per_image,
+            previews=previews(sets[0]),
+        )
+
+
+def previews(split: Split) -> Tensor:
+    """(K * PREVIEWS_PER_CLASS, 1, 8, 8): the first images of each class, in class order."""
+    index = [
+        (split.labels == label).nonzero().flatten()[:PREVIEWS_PER_CLASS]
+        for label in range(len(DIGIT_NAMES))
+    ]
+    return split.images[torch.cat(index)]

@@ -1,0 +1,56 @@
+"""The demo's tokenizer and text encoder: real CLIP classes built in memory, no download.
+
+Every word of the demo's prompts is one token; any other text still works, byte by byte.
+"""
+
+# K words
+
+from __future__ import annotations
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .data import DIGIT_NAMES
+
+MAX_TOKENS = 12  # start, "a", "handwritten", the digit, end, and room for a few words more
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+
+def demo_tokenizer() -> CLIPTokenizer:
+    """A byte-level CLIPTokenizer whose merges spell the words of the demo's prompts."""
+    symbols = sorted(ByteLevel.alphabet())  # one printable symbol for each byte
+    vocabulary = [*symbols, *(symbol + WORD_END for symbol in symbols)]
+    merges: list[tuple[str, str]] = []
+    for word in ("handwritten", *DIGIT_NAMES):
+        for merge in _spelling(word):
+            merges.append(merge)
+            vocabulary.append("".join(merge))
+    vocabulary += [START, END]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=merges,
+        model_max_length=MAX_TOKENS,
+    )
+
+
+def demo_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int = 1) -> CLIPTextModel:
+    """A small CLIPTextModel with random weights that fits `tokenizer`."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def _spelling(word: str) -> list[tuple[str, str]]:
+    """Merges that build `word` from left to right, its last letter carrying the word end."""
+    letters = [*word[:-1], word[-1] + WORD_END]
+    return [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
