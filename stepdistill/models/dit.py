@@ -28,6 +28,15 @@ class DiTFamily(Family):
     net_name: ClassVar[str] = "transformer"
     conditioning: ClassVar[Literal["prompt", "label", "none"]] = "label"
 
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        # The stock class forgets its label names on saving unless they are in its config.
+        names: dict[int, list[str]] = {}
+        for label, index in pipeline.labels.items():
+            names.setdefault(index, []).append(label)
+        if names:
+            pipeline.register_to_config(id2label={i: ", ".join(n) for i, n in names.items()})
+
     def forward(
         self,
         net: nn.Module,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.method import Setting
@@ -81,8 +80,8 @@ class Family(ABC):
     conditioning: ClassVar[Literal["prompt", "label", "none"]] = "prompt"
     supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        self.pipeline: Any = pipeline
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
         self.path, self.kind, self.shift = read_schedule(pipeline.scheduler)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
@@ -106,6 +105,11 @@ class Family(ABC):
     def config_of(net: nn.Module) -> Any:
         """The Diffusers configuration of a denoiser; a role may have one of its own."""
         return net.config
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the teacher itself is told the guidance (w) in place of a null pass."""
+        return False
 
     @property
     def setting(self) -> Setting:

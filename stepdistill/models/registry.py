@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from stepdistill.models.family import Family
+from stepdistill.core.method import Setting
+from stepdistill.models.family import Family, read_schedule
 
 # family name -> "module:Class"; modules load on demand, so one broken family breaks no other.
 FAMILIES: dict[str, str] = {
@@ -46,28 +47,33 @@ def family_for(pipeline_class: str) -> type[Family]:
     return family_class(served[pipeline_class])
 
 
-def pipeline_class_of(model: str | Path, **hub: Any) -> str:
-    """The `_class_name` in model_index.json of a local folder or a Hub id.
+def model_index(model: str | Path, **hub: Any) -> dict[str, Any]:
+    """model_index.json of a local folder or a Hub id.
 
-    Errors: ValueError where the folder is no Diffusers pipeline.
+    Errors: ValueError where the folder is no Diffusers pipeline or the file is broken.
     """
     folder = Path(model)
-    if folder.exists():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise ValueError(
-                f"pretrained_model_name_or_path: expected a Diffusers pipeline folder "
-                f"(with model_index.json), got {str(model)!r}. Save it with save_pretrained."
-            )
-        try:
-            config = json.loads(index.read_text())
-        except json.JSONDecodeError as err:
-            raise ValueError(f"{index}: expected valid JSON, got {err}.") from err
-    else:
-        config = DiffusionPipeline.load_config(str(model), **hub)
-    name = config.get("_class_name")
-    if not isinstance(name, str):
-        raise ValueError(f"model_index.json of {model}: expected _class_name a string, got {name}.")
+    if not folder.exists():
+        found: dict[str, Any] = DiffusionPipeline.load_config(str(model), **hub)
+        return found
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"pretrained_model_name_or_path: expected a Diffusers pipeline folder "
+            f"(with model_index.json), got {str(model)!r}. Save it with save_pretrained."
+        )
+    try:
+        config = json.loads(index.read_text())
+    except json.JSONDecodeError as err:
+        raise ValueError(f"{index}: expected valid JSON, got {err}.") from err
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise ValueError(f"{index}: expected an object with a string _class_name, got none.")
+    return config
+
+
+def pipeline_class_of(model: str | Path, **hub: Any) -> str:
+    """The `_class_name` in model_index.json. Errors: see `model_index`."""
+    name: str = model_index(model, **hub)["_class_name"]
     return name
 
 
@@ -81,16 +87,30 @@ def load_family(
 ) -> Family:
     """The loaded family of a local folder or Hub id; safetensors only, never remote code.
 
+    Parts saved as None (SD3 without T5) stay None: the stock loader wants to be told so.
+
     Args: components: parts to pass to from_pretrained instead of loading them (None to leave out).
     """
     hub = {"revision": revision} if revision else {}
-    cls = family_for(pipeline_class_of(model, **hub))
+    index = model_index(model, **hub)
+    cls = family_for(index["_class_name"])
+    missing = {name: None for name, entry in index.items() if entry == [None, None]}
     pipeline = DiffusionPipeline.from_pretrained(
         str(model),
         variant=variant,
-        torch_dtype=torch_dtype,
+        dtype=torch_dtype,
         use_safetensors=True,
         **hub,
-        **components,
+        **{**missing, **components},
     )
     return cls(pipeline)
+
+
+def load_setting(model: str | Path, **hub: Any) -> Setting:
+    """The facts a method may know, from the scheduler's config alone: no weight is read."""
+    index = model_index(model, **hub)
+    family_for(index["_class_name"])  # refuses unserved classes first
+    library, name = index["scheduler"]
+    scheduler_cls = getattr(import_module(library), name)
+    scheduler = scheduler_cls.from_pretrained(str(model), subfolder="scheduler", **hub)
+    return Setting(*read_schedule(scheduler))

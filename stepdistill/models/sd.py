@@ -1,20 +1,17 @@
 """Stable Diffusion 1.x and 2.x: a UNet on VP latents, eps or v prediction, one CLIP encoder.
 
-The guidance embedding of LCM (Luo et al. 2023, arXiv:2310.04378, Sec. 4.3) is the stock UNet's
-own `timestep_cond` input: a sinusoid of 1000 w through a bias-free projection.
+A student may be told the guidance through the stock UNet's `timestep_cond` (see unet_guidance).
 """
 
 # Shapes: B batch, C channels, H, W spatial, N tokens, D width.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
@@ -25,22 +22,8 @@ from stepdistill.models.family import (
     check_prompts,
     net_dtype,
 )
+from stepdistill.models.unet_guidance import timestep_cond, with_guidance_input
 from stepdistill.models.vae import decode_latents, encode_images, latent_size
-
-GUIDANCE_EMBED_DIM = 256  # width of LCM's guidance sinusoid in its released models
-
-
-def guidance_embedding(w: Tensor, dim: int) -> Tensor:
-    """(B, dim) float32 sinusoid of 1000 w, as `get_guidance_scale_embedding` of the stock pipeline.
-
-    Args: w: (B,) guidance in LCM's convention, w = g - 1.
-    """
-    half = dim // 2
-    step = math.log(10000.0) / (half - 1)
-    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=w.device) * -step)
-    angles = 1000.0 * w.float()[:, None] * freqs[None, :]
-    emb = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return nn.functional.pad(emb, (0, dim % 2))
 
 
 class StableDiffusionFamily(Family):
@@ -55,23 +38,16 @@ class StableDiffusionFamily(Family):
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
     supports_w: ClassVar[bool] = True
 
-    def copy_net(self, extra_inputs: Sequence[str] = ()) -> nn.Module:
-        """A copy of the UNet; with ("w",) it has a zero-initialised guidance projection.
+    @property
+    def embeds_guidance(self) -> bool:
+        """See Family.embeds_guidance: true of LCM's UNets."""
+        return self.config.time_cond_proj_dim is not None
 
-        Zero makes the copy answer exactly as the teacher before the first update, whatever w.
-        """
-        net: Any = self.net
-        if tuple(extra_inputs) != ("w",):
-            return super().copy_net(extra_inputs)
-        if net.config.time_cond_proj_dim is not None:  # an LCM teacher has the input already
-            return copy.deepcopy(self.net)
-        stock: Any = UNet2DConditionModel
-        own: nn.Module = stock.from_config(net.config, time_cond_proj_dim=GUIDANCE_EMBED_DIM)
-        missing, unexpected = own.load_state_dict(net.state_dict(), strict=False)
-        assert missing == ["time_embedding.cond_proj.weight"], missing
-        assert not unexpected, unexpected
-        nn.init.zeros_(own.get_parameter("time_embedding.cond_proj.weight"))
-        return own.to(net.device).type(net_dtype(net)).eval()
+    def copy_net(self, extra_inputs: Sequence[str] = ()) -> nn.Module:
+        """A copy of the UNet; with ("w",) it has a guidance input that starts without effect."""
+        if tuple(extra_inputs) == ("w",):
+            return with_guidance_input(self.net)
+        return super().copy_net(extra_inputs)
 
     def forward(
         self,
@@ -86,20 +62,12 @@ class StableDiffusionFamily(Family):
 
         Errors: ValueError for w with a UNet that has no guidance projection.
         """
-        dim: int | None = self.config_of(net).time_cond_proj_dim
-        dtype, timestep_cond = net_dtype(net), None
-        if w is not None:
-            if dim is None:
-                raise ValueError(
-                    "sd: expected a UNet with time_cond_proj_dim to read w, got one without. "
-                    'Give the role extra_inputs ("w",).'
-                )
-            timestep_cond = guidance_embedding(w, dim).to(dtype)
+        dtype, dim = net_dtype(net), self.config_of(net).time_cond_proj_dim
         out: Tensor = net(
             x_t.to(dtype),
             model_t.float(),  # holds every table index exactly; the sinusoid is float32 anyway
             encoder_hidden_states=cond["prompt_embeds"].to(dtype),
-            timestep_cond=timestep_cond,
+            timestep_cond=timestep_cond(dim, w, dtype),
             return_dict=False,
         )[0]
         return out
@@ -136,3 +104,14 @@ class StableDiffusionFamily(Family):
 
     def images(self, latents: Tensor) -> Tensor:
         return decode_latents(self.pipeline.vae, latents)
+
+    def stock_call(
+        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
+    ) -> Tensor:
+        """See Family.stock_call. LCM's own loop takes its own scheduler only: run the plain one."""
+        if type(self.pipeline) is StableDiffusionPipeline:
+            return super().stock_call(prompts, guidance, num_steps, generator)
+        parts = {**self.pipeline.components, "requires_safety_checker": False}
+        plain: Any = StableDiffusionPipeline(**parts)
+        plain.set_progress_bar_config(disable=True)
+        return type(self)(plain).stock_call(prompts, guidance, num_steps, generator)

@@ -14,7 +14,6 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -196,7 +195,7 @@ def tiny_dit(seed: int = 0) -> DiTPipeline:
         )
 
 
-TINY: dict[str, Callable[[], DiffusionPipeline]] = {
+TINY: dict[str, Callable[[], Any]] = {
     "sd": tiny_sd,
     "sd_v": lambda: tiny_sd("v_prediction"),
     "sd3": tiny_sd3,

@@ -1,0 +1,233 @@
+"""Is the adapter the stock pipeline? Largest absolute differences of the two, row by row.
+
+The stock pipeline's own `__call__` is run and its denoiser and scheduler are listened to: the
+adapter must pass the denoiser the same tensors, get the same output, follow the same guided
+trajectory and decode to the same images.
+"""
+
+# Shapes: B batch, C channels, H, W spatial.
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from stepdistill.core.method import Role
+from stepdistill.core.path import VPPath
+from stepdistill.core.solvers import SamplerSpec, sample_x0
+from stepdistill.models.family import Family
+from stepdistill.models.registry import family_for, load_family
+from stepdistill.models.rolebank import RoleBank
+from stepdistill.models.tuning import Tuning
+
+LIMIT = 1e-5  # float32; a wrong timestep, null condition or VAE scale is orders above it
+GUIDANCE, NUM_STEPS, SEED = 3.0, 4, 0
+
+Row = tuple[str, float]
+
+
+class Call:
+    """One recorded denoiser call: its tensors by argument name, and its output."""
+
+    def __init__(self, net: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        bound = inspect.signature(net.forward).bind(*args, **kwargs).arguments
+        tensors = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
+        self.x = tensors.pop("sample" if "sample" in tensors else "hidden_states")
+        self.timestep = tensors.pop("timestep").reshape(-1)
+        self.cond = tensors
+        self.out: Tensor = out[0] if isinstance(out, tuple) else out.sample
+
+
+@contextmanager
+def listen(net: nn.Module) -> Iterator[list[Call]]:
+    """Within: a list that fills with the denoiser's calls."""
+    calls: list[Call] = []
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        calls.append(Call(module, args, kwargs, out))
+
+    handle = net.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+class Stock:
+    """The stock pipeline under observation, with a first-order scheduler that ends at clean data.
+
+    VP: DDIM with trailing spacing on the checkpoint's own table. Flow: the checkpoint's own Euler
+    scheduler, or one with its shift.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.final = torch.empty(0)  # latents after the last step, as the pipeline decodes them
+
+    @contextmanager
+    def _prepared(self, replace: Tensor | None) -> Iterator[None]:
+        pipeline = self.family.pipeline
+        saved = {
+            name: getattr(pipeline, name, None)
+            for name in ("scheduler", "safety_checker", "_progress_bar_config")
+        }
+        pipeline.scheduler = scheduler = parity_scheduler(self.family)
+        step = scheduler.step
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            out = step(*args, **kwargs)
+            if replace is not None:
+                out = (replace,) if isinstance(out, tuple) else type(out)(prev_sample=replace)
+            self.final = out[0] if isinstance(out, tuple) else out.prev_sample
+            return out
+
+        scheduler.step = observed
+        if saved["safety_checker"] is not None:
+            pipeline.safety_checker = None  # it may blank images; nothing is shown to anyone
+        pipeline.set_progress_bar_config(disable=True)
+        try:
+            yield
+        finally:
+            for name, value in saved.items():
+                if value is not None:
+                    setattr(pipeline, name, value)
+
+    def run(
+        self, prompts: list[Any], guidance: float, num_steps: int, replace: Tensor | None = None
+    ) -> tuple[Tensor, list[Call]]:
+        """(images (B, C, H, W) in [0, 1], denoiser calls) of the pipeline's own `__call__`.
+
+        Args: replace: latents to put in place of every step's result, to reach the decoder.
+        """
+        generator = torch.Generator().manual_seed(SEED)
+        with self._prepared(replace), listen(self.family.net) as calls:
+            images = self.family.stock_call(prompts, guidance, num_steps, generator)
+        return images, calls
+
+
+def parity_scheduler(family: Family) -> Any:
+    """The stock scheduler that takes the deterministic first-order step of our solver."""
+    own: Any = family.pipeline.scheduler
+    config = own.config
+    if isinstance(own, FlowMatchEulerDiscreteScheduler):
+        return type(own).from_config(config)
+    if not isinstance(family.path, VPPath):
+        return FlowMatchEulerDiscreteScheduler(shift=family.shift)
+    return DDIMScheduler.from_config(
+        config,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        thresholding=False,
+    )
+
+
+def gap(ours: Tensor, stock: Tensor) -> float:
+    """Largest absolute difference, in units of the stock's largest value where that is above 1.
+
+    Untrained eps networks leave latents of several hundred at t = 1, where float32 ends at 1e-5.
+    """
+    stock = stock.double()
+    scale = stock.abs().max().clamp_min(1.0)
+    return float((ours.double() - stock).abs().max() / scale)
+
+
+def cond_gap(ours: Call, stock: Call) -> float:
+    """Largest difference of the conditioning tensors; infinite where their names differ."""
+    if set(ours.cond) != set(stock.cond):
+        return float("inf")
+    return max(gap(ours.cond[name], stock.cond[name]) for name in stock.cond)
+
+
+@torch.no_grad()
+def check_family(model: Any) -> list[Row]:
+    """(name, max abs difference) of adapter against stock pipeline, in the pipeline's own dtype.
+
+    Args: model: folder or Hub id (loaded in float32), a live pipeline, or a Family.
+    """
+    if isinstance(model, str | Path):
+        model = load_family(model)
+    family: Family = model if isinstance(model, Family) else family_for(type(model).__name__)(model)
+    prompts: list[Any] = [0, 1] if family.conditioning == "label" else ["a red cube", "seven cats"]
+    return [*_call_rows(family, prompts), *_sampling_rows(family, prompts), *_vae_rows(family)]
+
+
+def _embedded(family: Family, guidance: float, bsz: int) -> Tensor | None:
+    """(B,) w for denoisers that are told the guidance, else None."""
+    return torch.full((bsz,), guidance - 1.0) if family.embeds_guidance else None
+
+
+def _call_rows(family: Family, prompts: list[Any]) -> list[Row]:
+    """One unguided denoiser call: conditioning tensors, output, decoded image."""
+    stock, bsz = Stock(family), len(prompts)
+    images, calls = stock.run(prompts, guidance=1.0, num_steps=1)
+    theirs = calls[0]
+    device = theirs.x.device
+    w = _embedded(family, 1.0, bsz)
+    with listen(family.net) as own:
+        out = family.forward(
+            family.net,
+            theirs.x,
+            theirs.timestep.expand(bsz).double(),
+            family.encode(prompts).to(device),
+            w=None if w is None else w.to(device),
+        )
+    decoded = (family.images(stock.final) / 2 + 0.5).clamp(0, 1)
+    return [
+        ("encode: tensors the denoiser gets", cond_gap(own[0], theirs)),
+        ("denoiser: one call", gap(out, theirs.out[:, : out.shape[1]])),
+        ("vae: decoded image", gap(decoded, images)),
+    ]
+
+
+def _sampling_rows(family: Family, prompts: list[Any]) -> list[Row]:
+    """A guided trajectory over the stock scheduler's own timesteps."""
+    stock, bsz = Stock(family), len(prompts)
+    _, calls = stock.run(prompts, GUIDANCE, NUM_STEPS)
+    path: Any = family.path
+    told = [float(call.timestep[0]) for call in calls]
+    times = tuple(
+        float(path.time_of(int(n))) if isinstance(path, VPPath) else n / path.num_train_timesteps
+        for n in told
+    )
+    noise = calls[0].x[:bsz].float()
+    w = GUIDANCE - 1.0 if family.embeds_guidance else None
+    guidance = 1.0 if family.embeds_guidance else GUIDANCE
+    teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
+    cond, null = family.encode(prompts).to(noise.device), family.null(bsz).to(noise.device)
+    x0 = sample_x0(teacher, SamplerSpec(times, "ode", w=w), noise, cond, null, guidance)
+    name = f"sampling: {NUM_STEPS} steps, guidance {GUIDANCE:g}"
+    return [(name, gap(x0, stock.final[:bsz]))]
+
+
+def _vae_rows(family: Family) -> list[Row]:
+    """Our scaled latents through the stock pipeline's decoder, against the VAE alone."""
+    vae = family.pipeline.vae
+    prompt: list[Any] = [0] if family.conditioning == "label" else ["a red cube"]
+    blank = family.images(torch.zeros(1, *family.sample_shape()))
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.rand(blank.shape, generator=generator) * 2 - 1
+    stock = Stock(family)
+    decoded, _ = stock.run(prompt, 1.0, 1, replace=family.latents(images))
+    grey = images.mean(1, keepdim=True) if vae.config.in_channels == 1 else images
+    direct = vae.decode(vae.encode(grey.to(vae.device, vae.dtype)).latent_dist.mode()).sample
+    return [("vae: encode, then stock decode", gap((direct / 2 + 0.5).clamp(0, 1), decoded))]
+
+
+def print_check(model: Any) -> int:
+    """Prints the rows of `check_family`; 0 where all are below the limit, else 1."""
+    rows = check_family(model)
+    table = Table("adapter against stock pipeline", "max abs difference", "")
+    for name, value in rows:
+        table.add_row(name, f"{value:.1e}", "ok" if value < LIMIT else f">= {LIMIT:g}")
+    Console().print(table)
+    return 0 if all(value < LIMIT for _, value in rows) else 1
