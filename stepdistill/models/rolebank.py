@@ -37,7 +37,8 @@ class RoleBank(nn.Module):
     Args:
         family: adapter around the loaded teacher pipeline; its denoiser becomes the frozen base.
         roles: what the method needs. tuning: how trained roles store their weights.
-    Errors: ValueError for a role that follows an unknown one, or extra inputs with LoRA.
+    Errors: ValueError for a role that follows an unknown one, extra inputs with LoRA, a feature
+        block the family lacks, or a denoiser that already carries adapters.
     """
 
     def __init__(self, family: Family, roles: Mapping[str, Role], tuning: Tuning) -> None:
@@ -54,12 +55,12 @@ class RoleBank(nn.Module):
             self.nets[role] = family.copy_net(spec.extra_inputs).float()
             self._net_of[role], self._adapter_of[role] = role, None
         self.nets[BASE] = family.net.requires_grad_(False)
+        blocks = family.feature_blocks()
         for role in self._stored("lora"):
             self._add_adapter(role)
             self._net_of[role], self._adapter_of[role] = BASE, role
         for role, spec in self.roles.items():
             if spec.source == "head":
-                blocks = family.feature_blocks()
                 self.heads[role] = make_head([blocks[name] for name in spec.features])
             elif role not in self._net_of:
                 self._net_of[role], self._adapter_of[role] = BASE, None
@@ -79,10 +80,22 @@ class RoleBank(nn.Module):
 
     # ------------------------------------------------------------- building
     def _check(self) -> None:
+        if any(isinstance(module, BaseTunerLayer) for module in self.family.net.modules()):
+            raise ValueError(
+                f"{self.family.name}: expected a plain denoiser, got one with adapters on it. "
+                "Fuse them first (pipeline.fuse_lora, then unload_lora_weights), or load it again."
+            )
+        blocks = self.family.feature_blocks()
         for role, spec in self.roles.items():
             if spec.ema_of is not None and spec.ema_of not in self.roles:
                 raise ValueError(
                     f"role {role!r}: expected ema_of a role of this method, got {spec.ema_of!r}."
+                )
+            unknown = sorted(set(spec.features) - set(blocks))
+            if unknown:
+                raise ValueError(
+                    f"role {role!r}: expected feature blocks of {self.family.name} "
+                    f"({', '.join(blocks)}), got {unknown}."
                 )
             if spec.extra_inputs and self.tuning.layout(role, spec.ema_of) == "lora":
                 raise ValueError(

@@ -9,7 +9,6 @@ to the time embedding. w is guidance in LCM's convention, w = g - 1.
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ GUIDANCE_EMBED_DIM = 256  # D of LCM's released models
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     """(B, D) float32 from w (B,), as `get_guidance_scale_embedding` of the stock pipelines."""
     half = dim // 2
-    step = math.log(10000.0) / (half - 1)
-    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=w.device) * -step)
-    angles = 1000.0 * w.float()[:, None] * freqs[None, :]
+    step = torch.log(torch.tensor(10000.0)) / (half - 1)  # float32, for bit-equal angles
+    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=w.device) * -step.to(w.device))
+    angles = (w * 1000.0).float()[:, None] * freqs[None, :]
     emb = torch.cat([angles.sin(), angles.cos()], dim=1)
     return nn.functional.pad(emb, (0, dim % 2))
 

@@ -1,0 +1,42 @@
+"""Shared set-up: no network, one thread, quiet libraries, and tiny families by name."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from stepdistill.models.family import Family
+from stepdistill.models.registry import family_for
+from stepdistill.models.tiny import TINY
+
+torch.set_num_threads(1)
+diffusers_logging.set_verbosity_error()
+transformers_logging.set_verbosity_error()
+
+
+def build_family(name: str) -> Family:
+    """A fresh tiny family of that name in TINY."""
+    pipeline = TINY[name]()
+    return family_for(type(pipeline).__name__)(pipeline)
+
+
+@pytest.fixture
+def make_family() -> Callable[[str], Family]:
+    """name in TINY -> a fresh tiny family; RoleBanks change their denoiser, so never share one."""
+    return build_family
+
+
+@pytest.fixture(params=sorted(TINY))
+def family(request: Any) -> Family:
+    """Each tiny family in turn."""
+    return build_family(request.param)
