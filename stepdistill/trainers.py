@@ -12,6 +12,7 @@ trainer.export("out/pipeline")
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.models.family import Family
 from stepdistill.models.registry import family_for, pipeline_class_of
+from stepdistill.training.checkpoint import newest_valid
+from stepdistill.training.checks import RUN_FILE
 from stepdistill.training.config import RunConfig, TrainConfig
 from stepdistill.training.configfile import method_class, parse_run_config
 from stepdistill.training.trainer import Trainer
@@ -174,3 +177,34 @@ def _launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None) -> N
     running.accelerator.print(f"exported {folder}")
     if run.push_to_hub and run.hub_model_id:
         running.push_to_hub(run.hub_model_id, folder)
+
+
+def trainer_of_run(run_dir: str | Path) -> DistillationTrainer:
+    """The trainer of a finished or stopped run, at its newest whole checkpoint.
+
+    Errors: ValueError where the folder holds no run or no whole checkpoint.
+    """
+    folder = Path(run_dir)
+    saved = folder / RUN_FILE
+    checkpoint, skipped = newest_valid(folder)
+    if not saved.is_file() or checkpoint is None:
+        raise ValueError(
+            f"run_dir: expected a run with a whole checkpoint, got {folder}. " + " ".join(skipped)
+        )
+    facts = json.loads(saved.read_text())
+    trainer = TRAINER_OF[facts["method"]](
+        model=facts["model"],
+        args=TrainConfig(
+            **{
+                **facts["train_config"],
+                "output_dir": str(folder),
+                "resume_from_checkpoint": "latest",
+            }
+        ),
+        train_dataset=None,
+        method=facts["method"],
+        method_config=facts["method_config"],
+        revision=facts["revision"],
+    )
+    trainer.resume(str(checkpoint))
+    return trainer

@@ -66,9 +66,10 @@ class BatchMaker:
         """The Cond of the prompts on the run's device, encoding only the new ones."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
         fresh: dict[Any, Cond] = {}
-        if missing:
-            encoded = self.family.encode(missing).to(self.device)
-            fresh = {p: encoded.slice(i, i + 1) for i, p in enumerate(missing)}
+        for prompt in missing:
+            # One by one: the last bits depend on the batch a prompt is encoded in, and which
+            # prompts are new depends on where a run was resumed.
+            fresh[prompt] = self.family.encode([prompt]).to(self.device)
         parts = []
         for prompt in prompts:
             if prompt in self._prompts:
@@ -87,11 +88,11 @@ class BatchMaker:
         if "image" not in raw:
             return None
         index: list[int] = raw["index"]
-        rows = [i for i, key in enumerate(index) if key not in self._latents]
         fresh: dict[int, Tensor] = {}
-        if rows:
-            encoded = self.family.latents(raw["image"][rows].to(self.device)).float()
-            fresh = {index[i]: encoded[j] for j, i in enumerate(rows)}
+        for i, key in enumerate(index):
+            if key not in self._latents and key not in fresh:  # one by one, as for prompts
+                image = raw["image"][i : i + 1].to(self.device)
+                fresh[key] = self.family.latents(image)[0].float()
         if self.cache_latents:
             self._latents.update({key: value.cpu() for key, value in fresh.items()})
         parts = [fresh[k] if k in fresh else self._latents[k].to(self.device) for k in index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def method_fits(
 ) -> None:
     """Errors: ValueError where the dataset lacks a field the method's losses read."""
     setting = model.setting if isinstance(model, Family) else load_setting(model)
-    method = cls(config, setting)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the trainer builds it again and warns then
+        method = cls(config, setting)
     has = provided_fields(dataset) | {"null"}
     if not method.needs <= has:
         hint = {

@@ -46,7 +46,11 @@ class RunLog:
             accelerator.init_trackers("stepdistill", config={"method": facts["method"]})
 
     def start(self, step: int) -> None:
-        """Show the bar from `step` on."""
+        """Show the bar from `step` on; log lines past it belong to a run that was cut off."""
+        if self._accelerator.is_main_process and self._file.exists():
+            lines = self._file.read_text().splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+            self._file.write_text("".join(kept))
         self._window_start = (step, self._window_start[1])
         if self._accelerator.is_main_process and not self._args.disable_progress_bar:
             self._bar = tqdm(

@@ -57,6 +57,7 @@ class Trainer:
         method: a name in METHODS; method_options: its Config's fields.
         args: how to train. train_dataset: prompts, or a map-style dataset of dicts with "prompt" or
             "label" and, where the method needs them, "image" (3, H, W) in [-1, 1], "x0", "noise".
+            None is enough to resume and export.
     Errors: ValueError or TypeError for anything wrong with these, before a weight is loaded.
     """
 
@@ -72,8 +73,9 @@ class Trainer:
     ) -> None:
         self.args, self.model, self.method_name = args, model, method
         config = method_config(method, method_options or {})
-        self.dataset = as_dataset(train_dataset)
-        checks.method_fits(method_class(method), config, model, self.dataset)
+        self.dataset = None if train_dataset is None else as_dataset(train_dataset)
+        if self.dataset is not None:
+            checks.method_fits(method_class(method), config, model, self.dataset)
         self.facts = checks.run_facts(model, revision, method, config, args)
         self.resume_from = checks.output_dir_is_ours(args, self.facts)
 
@@ -133,6 +135,8 @@ class Trainer:
         Errors: FloatingPointError for a non-finite loss, naming role, step and last checkpoint.
         """
         args = self.args
+        if self.dataset is None:
+            raise ValueError("train: expected a train_dataset, got None (enough only to export).")
         if self.resume_from is not None:
             self.resume(self.resume_from)
         data = stream(

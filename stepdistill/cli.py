@@ -1,0 +1,173 @@
+"""The `stepdistill` command: demo | train | pairs | sample | export | push | list | check.
+
+Heavy imports happen inside the commands, so --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; a user's mistake ends with one line and status 1."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:
+        from stepdistill.trainers import launch
+
+        return launch(argv[1:])
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = args.run
+    try:
+        return run(args)
+    except (ValueError, TypeError, FloatingPointError) as err:
+        sys.exit(f"error: {err}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="stepdistill", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
+        made.set_defaults(run=run)
+        return made
+
+    demo = command("demo", _demo)
+    demo.add_argument("--method", default="dmd2", help="dmd2 | consistency | reflow")
+    demo.add_argument("--student", choices=("lora", "full"), default="full")
+    demo.add_argument("--seconds", type=float, help="training budget of each student")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--output_dir", default="demo")
+
+    commands.add_parser("train", help="Train from config files and flags; train --help lists them.")
+
+    pairs = command("pairs", _pairs)
+    pairs.add_argument("--pretrained_model_name_or_path", required=True)
+    pairs.add_argument("--revision")
+    pairs.add_argument("--variant")
+    pairs.add_argument("--prompts_file", required=True)
+    pairs.add_argument("--pairs_dir", required=True)
+    pairs.add_argument("--num_pairs", type=int, required=True)
+    pairs.add_argument("--num_steps", type=int, default=50, help="steps of the teacher's solver")
+    pairs.add_argument("--guidance", type=float, default=1.0, help="null + g (cond - null)")
+    pairs.add_argument("--resolution", type=int)
+    pairs.add_argument("--batch_size", type=int, default=16)
+    pairs.add_argument("--seed", type=int, default=0)
+
+    sample = command("sample", _sample)
+    sample.add_argument("model_dir", help="exported pipeline folder")
+    sample.add_argument("--prompt", required=True, nargs="+")
+    sample.add_argument("--num_steps", type=int, help="a step count of the trained grid")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--output_dir", default="samples")
+
+    export = command("export", _export)
+    export.add_argument("run_dir", help="output_dir of a training run")
+    export.add_argument("out_dir")
+    export.add_argument("--num_steps", type=int, help="a step count of the trained grid")
+    export.add_argument("--format", choices=("pipeline", "lora"), default="pipeline")
+
+    push = command("push", _push)
+    push.add_argument("folder", help="exported folder")
+    push.add_argument("repo_id", help="user/name; private unless it exists")
+    push.add_argument("--dry_run", action="store_true", help="list the files, send nothing")
+
+    command("list", _list)
+
+    check = command("check", _check)
+    check.add_argument("model_dir", help="Diffusers pipeline folder or Hub id")
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> None:
+    """Distil a teacher of handwritten digits to 1 and 4 steps and write a report."""
+    from stepdistill.demo.run import run_demo
+
+    run_demo(
+        output_dir=args.output_dir,
+        method=args.method,
+        student=args.student,
+        seconds=args.seconds,
+        seed=args.seed,
+    )
+
+
+def _pairs(args: argparse.Namespace) -> None:
+    """Make noise-image pairs with the teacher's solver, for reflow."""
+    from stepdistill.pairs import make_pairs
+
+    make_pairs(
+        args.pretrained_model_name_or_path,
+        args.prompts_file,
+        args.pairs_dir,
+        num_pairs=args.num_pairs,
+        num_steps=args.num_steps,
+        guidance=args.guidance,
+        resolution=args.resolution,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        revision=args.revision,
+        variant=args.variant,
+    )
+
+
+def _sample(args: argparse.Namespace) -> None:
+    """Sample an exported pipeline with the steps and guidance it was trained for."""
+    from stepdistill.export.run import sample_export
+
+    for path in sample_export(
+        args.model_dir, args.prompt, args.output_dir, args.num_steps, args.seed
+    ):
+        print(path)
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Export the newest checkpoint of a run as a pipeline or a LoRA."""
+    from stepdistill.trainers import trainer_of_run
+
+    trainer = trainer_of_run(args.run_dir)
+    print(trainer.export(args.out_dir, args.num_steps, args.format))
+
+
+def _push(args: argparse.Namespace) -> None:
+    """Upload an exported folder to the Hub."""
+    from stepdistill.export.hub import files_to_push, push_folder
+
+    if args.dry_run:
+        print(json.dumps(files_to_push(args.folder), indent=2))
+    else:
+        print(push_folder(args.folder, args.repo_id))
+
+
+def _list(args: argparse.Namespace) -> None:
+    """Show methods with their status, and pipeline families."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from stepdistill.methods import METHODS
+    from stepdistill.models.registry import FAMILIES, family_class
+
+    methods = Table("method", "paper", "status", title="methods")
+    for name, info in METHODS.items():
+        methods.add_row(name, info.cls.paper, info.status)
+    families = Table("family", "pipeline classes", "conditioning", title="families")
+    for name in FAMILIES:
+        cls = family_class(name)
+        families.add_row(name, ", ".join(cls.pipelines), cls.conditioning)
+    console = Console()
+    console.print(methods)
+    console.print(families)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Compare our adapter with the stock pipeline; exit 1 where they differ."""
+    from stepdistill.models.check import print_check
+
+    sys.exit(print_check(args.model_dir))
+
+
+if __name__ == "__main__":
+    main()

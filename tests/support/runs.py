@@ -1,0 +1,142 @@
+"""Tiny teachers on disk and trainers on them, shared by the tests that train for real."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stepdistill import TrainConfig, Tuning
+from stepdistill.models.registry import family_for, load_setting, pipeline_class_of
+from stepdistill.models.tiny import TINY
+from stepdistill.trainers import TRAINER_OF, DistillationTrainer
+
+_TEACHERS: dict[str, Path] = {}
+
+
+def teacher_dir(family: str, tmp_path_factory: Any) -> Path:
+    """The saved tiny teacher of that name, built once a test process."""
+    if family not in _TEACHERS:
+        folder = tmp_path_factory.mktemp("teachers") / family
+        TINY[family]().save_pretrained(folder)
+        _TEACHERS[family] = folder
+    return _TEACHERS[family]
+
+
+def fingerprint(tensors: Mapping[str, Tensor], skip_adapters: bool = False) -> dict[str, str]:
+    """name -> hash of the tensor's bytes."""
+    return {
+        name: hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+        for name, value in tensors.items()
+        if not (skip_adapters and ".lora_" in name)
+    }
+
+
+class TinyData(Dataset[dict[str, Any]]):
+    """Six items with every field a method may need."""
+
+    def __init__(self, shape: tuple[int, ...], by_label: bool, fields: tuple[str, ...]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.items = []
+        for i in range(6):
+            item: dict[str, Any] = {"label": i % 3} if by_label else {"prompt": f"thing {i % 3}"}
+            for name in fields:
+                item[name] = torch.randn(shape, generator=generator)
+            self.items.append(item)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+
+def _anywhere(family: str, layout: str) -> bool:
+    return True
+
+
+def _w_embedding(family: str, layout: str) -> bool:
+    return layout == "full" and family.startswith("sd") and not family.startswith("sd3")
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """One method with options, the data it needs, and where it applies."""
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fields: tuple[str, ...] = ()
+    fits: Callable[[str, str], bool] = _anywhere
+
+    def unexpectedly_still(self, role: str, still: set[str]) -> set[str]:
+        """Tensors that did not move though they should have.
+
+        LoRA A has no gradient while B is zero: at step 1 only B moves, at step 2 both do, so all
+        must have moved after two steps. Cross-attention keys of an unused branch do not exist here.
+        """
+        return {name for name in still if not _never_moves(name)}
+
+
+def _never_moves(name: str) -> bool:
+    """Parameters that no loss can reach in these networks."""
+    return any(part in name for part in ("y_embedder", "embedding_table"))
+
+
+METHOD_CASES: dict[str, MethodCase] = {
+    "dmd2": MethodCase("dmd2", {"num_steps": 2, "critic_steps": 2}),
+    "dmd2_gan": MethodCase(
+        "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
+    ),
+    "lcm": MethodCase("consistency", {"target": "self"}, ("x0",)),
+    "cd": MethodCase("consistency", {"target": "ema"}, ("x0",)),
+    "lcm_w": MethodCase(
+        "consistency", {"target": "ema", "embed_guidance": True}, ("x0",), _w_embedding
+    ),
+    "reflow": MethodCase("reflow", {"stage": "reflow"}, ("x0", "noise")),
+    "reflow_raw": MethodCase("reflow", {"stage": "reflow", "setup": "raw"}, ("x0", "noise")),
+    "reflow_distill": MethodCase("reflow", {"stage": "distill"}, ("x0", "noise")),
+}
+
+
+def build_trainer(
+    case: str, teacher: Path, layout: str, output_dir: Path, **options: Any
+) -> DistillationTrainer:
+    """A two-step trainer of that case on a saved tiny teacher."""
+    spec = METHOD_CASES[case]
+    family = family_for(pipeline_class_of(teacher))
+    load_setting(teacher)
+    args = TrainConfig(
+        output_dir=str(output_dir),
+        tuning=Tuning(student=layout, fake=layout, rank=2),
+        **{
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "disable_progress_bar": True,
+            **options,
+        },
+    )
+    shape = _latent_shape(teacher)
+    data = TinyData(shape, family.conditioning == "label", spec.fields)
+    return TRAINER_OF[spec.method](
+        str(teacher), args, data, method=spec.method, method_config=spec.options
+    )
+
+
+def _latent_shape(teacher: Path) -> tuple[int, ...]:
+    from stepdistill.models.registry import load_family
+
+    key = str(teacher)
+    if key not in _SHAPES:
+        _SHAPES[key] = load_family(teacher).sample_shape()
+    return _SHAPES[key]
+
+
+_SHAPES: dict[str, tuple[int, ...]] = {}
