@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from stepdistill.core.method import Setting
+from stepdistill.core.path import VEPath
 from stepdistill.core.times import shift_times, uniform_times, unshift_times
 from stepdistill.losses.score import DenoisingSpace, ScoreWeight
 from stepdistill.methods.gan import GANConfig
@@ -51,7 +52,11 @@ class DMD2Config(RolloutConfig):
         """(B,) float64 from u ~ U(0, 1): the shifted uniform law cut to t_range, on the table.
 
         Cut, not clamped: clamping to [0.02, 0.98] at shift 5 would put 9 % of the draws on 0.98.
+        On a VE path the range is of Karras steps, 0 being the teacher's sigma_min.
         """
-        shift = self.shift_of(setting)
+        path, shift = setting.path, self.shift_of(setting)
         low, high = unshift_times(torch.tensor(t_range), shift).tolist()
-        return setting.path.snap(shift_times(uniform_times(u, low, high), shift))
+        t = shift_times(uniform_times(u, low, high), shift)
+        if isinstance(path, VEPath):
+            t = uniform_times(t, float(path.time_of_sigma(torch.tensor(path.sigma_min))), 1.0)
+        return path.snap(t)
