@@ -97,9 +97,9 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> None:
     """Make noise-image pairs with the teacher's solver, for reflow."""
-    from stepdistill.pairs import make_pairs
+    from stepdistill.data.teacher_pairs import make_pairs
 
-    make_pairs(
+    folder = make_pairs(
         args.pretrained_model_name_or_path,
         args.prompts_file,
         args.pairs_dir,
@@ -112,6 +112,7 @@ def _pairs(args: argparse.Namespace) -> None:
         revision=args.revision,
         variant=args.variant,
     )
+    print(folder)
 
 
 def _sample(args: argparse.Namespace) -> None:
