@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 MANIFEST = "manifest.json"
 HEADER = "pairs"  # the one metadata key: the order of several is not kept, bytes would differ
+FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -59,7 +60,7 @@ class PairSettings:
     x0_dtype: Literal["float32", "bfloat16"] = "float32"
     solver: str = "ddim"
     space: str = "scaled latents, as the denoiser sees them"
-    format: int = 1
+    format: int = FORMAT
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.shard_size < 1:
@@ -67,6 +68,8 @@ class PairSettings:
                 f"pairs: expected batch_size and shard_size >= 1, got {self.batch_size} and "
                 f"{self.shard_size}."
             )
+        if self.format != FORMAT:
+            raise ValueError(f"pairs manifest.json: expected format {FORMAT}, got {self.format}.")
         if self.x0_dtype not in DTYPES:
             raise ValueError(
                 f"pairs: expected x0_dtype in {sorted(DTYPES)}, got {self.x0_dtype!r}."
@@ -137,7 +140,7 @@ def open_shard(
         shapes = [tuple(handle.get_slice(key).get_shape()) for key in ("noise", "x0")]
     except (SafetensorError, OSError, json.JSONDecodeError) as err:
         raise ValueError(
-            f"{path}: expected a whole safetensors shard, got a truncated or malformed one ({err}). "
+            f"{path}: expected a whole safetensors shard, got a truncated file ({err}). "
             "Run stepdistill pairs again with the same settings: it makes this shard anew."
         ) from err
     if header.get("fingerprint") != settings.fingerprint:

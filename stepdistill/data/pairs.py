@@ -109,8 +109,8 @@ class PairWriter:
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
             raise ValueError(
-                f"pairs: expected finite x0, got NaN or inf in pair {rows[bad]} ({prompts[bad]!r}). "
-                "The teacher overflowed: use float32 or bfloat16."
+                f"pairs: expected finite x0, got NaN or inf in pair {rows[bad]} "
+                f"({prompts[bad]!r}). The teacher overflowed: use float32 or bfloat16."
             )
         tensors = {
             "noise": noise.float().cpu().contiguous(),
