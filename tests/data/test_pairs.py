@@ -243,12 +243,9 @@ def test_missing_or_broken_manifest(tmp_path):
         PairDataset(tmp_path)
     make(tmp_path)
     text = (tmp_path / MANIFEST).read_text()
-    for broken in (
-        text[:-40],
-        "[]",
-        text.replace('"seed"', '"sede"'),
-        text.replace(": 1\n", ": 2\n"),
-    ):
+    misspelt, newer = text.replace('"seed"', '"sede"'), text.replace(": 1\n", ": 2\n")
+    assert newer != text
+    for broken in (text[:-40], "[]", misspelt, newer):
         (tmp_path / MANIFEST).write_text(broken)
         with pytest.raises(ValueError, match=r"manifest\.json: expected"):
             PairDataset(tmp_path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from diffusers import LCMScheduler
 from torch import Tensor
 
@@ -17,7 +20,9 @@ from stepdistill.methods import METHODS
 from stepdistill.methods.consistency import Consistency, ConsistencyConfig
 from stepdistill.methods.grid import SolverGrid, cd_boundary_coeffs, heun_step
 from stepdistill.models.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
+from stepdistill.training.config import RunConfig
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 VP, FLOW, VE = VPPath.from_betas(BETAS), FlowPath(), VEPath()
 PATHS = {"vp": VP, "flow": FLOW, "ve": VE}
@@ -383,3 +388,16 @@ def test_contract():
     assert method.roles()["target"].extra_inputs == ("w",)
     assert method.roles()["teacher"].extra_inputs == ()
     assert [phase.trains for phase in method.phases(0)] == [("student",)]
+
+
+@pytest.mark.parametrize("name", ["cd", "lcm", "lcm_lora"])
+def test_shipped_configs_are_valid(name):
+    raw = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    run = RunConfig(pretrained_model_name_or_path="model", **raw)
+    method = Consistency(ConsistencyConfig(**run.method_config), Setting(VP))
+    assert run.method == method.name
+    assert ("target" in method.roles()) == (name != "lcm_lora")
+    if name == "lcm_lora":  # scale 1: alpha is always written out
+        assert run.tuning.lora("student") == (64, 64.0)
+    if method.config.embed_guidance:
+        assert run.tuning.layout("student") == "full"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
@@ -17,7 +19,9 @@ from stepdistill.methods import METHODS
 from stepdistill.methods.grid import flow_time, path_time
 from stepdistill.methods.reflow import Reflow, ReflowConfig
 from stepdistill.models.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
+from stepdistill.training.config import RunConfig
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 VP, FLOW, VE = VPPath.from_betas(BETAS), FlowPath(), VEPath()
 PATHS = {"vp": VP, "flow": FLOW, "ve": VE}
@@ -292,3 +296,11 @@ def test_contract():
     assert METHODS["reflow"].cls is Reflow
     assert method.needs == {"x0", "noise", "cond"}
     assert [phase.trains for phase in method.phases(0)] == [("student",)]
+
+
+@pytest.mark.parametrize(("name", "stage"), [("reflow", "reflow"), ("reflow_distill", "distill")])
+def test_shipped_configs_are_valid(name, stage):
+    raw = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    run = RunConfig(pretrained_model_name_or_path="model", **raw)
+    method = Reflow(ReflowConfig(**run.method_config), Setting(VP))
+    assert (run.method, method.config.stage) == (method.name, stage)
