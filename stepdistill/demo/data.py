@@ -8,10 +8,13 @@ shipped inside scikit-learn, so nothing is downloaded.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -103,3 +106,15 @@ def stratified_subset(split: Split, like: Tensor, seed: int) -> Split:
             )
         parts.append(index[torch.randperm(len(index), generator=generator)[: int(count)]])
     return _take(split.images, split.labels, parts, generator)
+
+
+def write_image_folder(split: Split, folder: Path) -> None:
+    """The split as PNG files with metadata.jsonl, the layout `--data.train_data_dir` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = ((split.images + 1) * 127.5).round().byte().squeeze(1).numpy()  # (N, 8, 8)
+    lines = []
+    for index, (picture, label) in enumerate(zip(pixels, split.labels.tolist(), strict=True)):
+        name = f"{index:04d}.png"
+        Image.fromarray(picture).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": prompt_for(label)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")

@@ -9,9 +9,11 @@ that shows each class's mean is recognised perfectly.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,6 +71,27 @@ class Row:
     network_calls: float | None
     seconds_per_image: float | None
     previews: Tensor
+
+    @staticmethod
+    def save_all(rows: Sequence[Row], path: Path) -> None:
+        """Write rows to a JSON file."""
+        plain = [{**asdict(row), "previews": row.previews.tolist()} for row in rows]
+        path.write_text(json.dumps(plain))
+
+    @staticmethod
+    def load_all(path: Path) -> list[Row]:
+        """The rows that `save_all` wrote."""
+        spreads = ("frechet", "frechet_pixels", "recall", "accuracy")
+        return [
+            Row(
+                **{
+                    **raw,
+                    **{name: Spread(**raw[name]) for name in spreads},
+                    "previews": torch.tensor(raw["previews"]),
+                }
+            )
+            for raw in json.loads(path.read_text())
+        ]
 
 
 class Judge:

@@ -1,0 +1,168 @@
+"""`stepdistill demo`: the main job on real data, with the commands a user would type.
+
+Digits -> teacher -> two students, each by its own `stepdistill train` -> export -> reload in a
+fresh process that knows only Diffusers -> report. The students train side by side, one core each.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from rich.console import Console
+
+from stepdistill.training.checkpoint import list_checkpoints
+
+from .classifier import train_classifier
+from .data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
+from .metrics import NOISE_SEEDS, Judge, Row
+from .progress import watch
+from .recipes import Recipe, recipe_for
+from .reload import Job, sample_in_fresh_process
+from .report import Report, print_report, write_report
+from .sampling import PipelineSampler
+from .teacher import Teacher, TeacherConfig, load_or_train_teacher
+from .verdict import quality_checks, time_check
+
+TEACHER_STEPS = (1, 2, 4, 8, 50)
+STUDENT_STEPS = (1, 4)
+
+
+def run_demo(
+    output_dir: str = "demo",
+    method: str = "dmd2",
+    student: str = "full",
+    seconds: float | None = None,
+    seed: int = 0,
+) -> Report:
+    """Run everything and write OUTPUT_DIR/report.html and report.png.
+
+    Args:
+        method: dmd2 | consistency | reflow. student: lora | full.
+        seconds: training budget of each student; none means the recipe's number of steps.
+            A short one also shortens the teacher's training (to five times as long).
+    Errors: ValueError for an unknown method or an output_dir that is not ours.
+    """
+    started, console, out = time.monotonic(), Console(), Path(output_dir)
+    recipe = recipe_for(method, student)
+    torch.set_num_threads(2)
+    digits = load_digit_splits()
+    console.print(f"[bold]1/4[/bold] teacher: a text-to-image pipeline of digits in {out}/teacher")
+    config = TeacherConfig(max_train_seconds=None if seconds is None else 5 * seconds)
+    teacher = load_or_train_teacher(config, digits.train, out / "teacher")
+    judge = Judge(digits, train_classifier(digits.train))
+
+    console.print(f"[bold]2/4[/bold] students: {method} ({student}), in {len(STUDENT_STEPS)} sizes")
+    write_image_folder(digits.train, out / "data")
+    (out / "data" / "prompts.txt").write_text(
+        "".join(f"{prompt_for(k)}\n" for k in range(len(DIGIT_NAMES)))
+    )
+    runs = {steps: out / f"{method}_{student}_{steps}step" for steps in STUDENT_STEPS}
+    _prepare(recipe, out)
+    commands = {
+        runs[steps]: _command(recipe, steps, out, runs[steps], seconds, seed)
+        for steps in STUDENT_STEPS
+    }
+    for command in commands.values():
+        console.print("  stepdistill " + " ".join(command), style="dim", highlight=False)
+    watch(commands, seconds)
+
+    console.print("[bold]3/4[/bold] judging teacher and students against held-out digits")
+    torch.set_num_threads(2)
+    rows = [judge.floor(), *_teacher_rows(judge, teacher)]
+    jobs = [Job(runs[steps] / "pipeline", steps) for steps in STUDENT_STEPS]
+    fresh = sample_in_fresh_process(jobs, judge.prompts, NOISE_SEEDS, threads=2)
+    for steps, made in zip(STUDENT_STEPS, fresh, strict=True):
+        label = f"student, {steps} step{'s' if steps > 1 else ''}"
+        rows.append(judge.score(label, "student", steps, made.samples))
+
+    console.print("[bold]4/4[/bold] report")
+    checks = [*quality_checks(rows), time_check(time.monotonic() - started, teacher.cached)]
+    report = Report(
+        title=f"Handwritten digits: {method} ({student}) to one and four steps",
+        rows=rows,
+        checks=checks,
+        snippet=_snippet(runs[1] / "pipeline"),
+        facts=_facts(teacher, runs, recipe, fresh[0].pipeline_class, seed),
+        num_images=len(digits.heldout),
+        num_seeds=len(NOISE_SEEDS),
+    )
+    html, png = write_report(report, out)
+    print_report(report, console)
+    console.print(f"\nreport: {html} and {png}", highlight=False)
+    return report
+
+
+def _prepare(recipe: Recipe, out: Path) -> None:
+    """Make the noise-image pairs where the method learns from them."""
+    if not recipe.needs_pairs:
+        return
+    command = ["pairs", "--pretrained_model_name_or_path", str(out / "teacher")]
+    command += ["--prompts_file", str(out / "data" / "prompts.txt")]
+    command += ["--pairs_dir", str(out / "pairs"), "--num_pairs", str(recipe.num_pairs)]
+    command += ["--num_steps", "20", "--batch_size", "256"]
+    subprocess.run([sys.executable, "-m", "stepdistill.cli", *command], check=True)
+
+
+def _command(
+    recipe: Recipe, steps: int, out: Path, run: Path, seconds: float | None, seed: int
+) -> list[str]:
+    """The `stepdistill` arguments that train one student; an earlier run in its place goes."""
+    if list_checkpoints(run) or (run / "run.json").exists():
+        import shutil
+
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    config = run / "config.yaml"
+    config.write_text(recipe.yaml(steps))
+    command = ["train", "--config", str(config)]
+    command += ["--pretrained_model_name_or_path", str(out / "teacher")]
+    command += [f"--data.{recipe.data_flag}", str(out / recipe.data_path)]
+    command += ["--output_dir", str(run), "--seed", str(seed)]
+    if seconds is not None:
+        command += ["--max_train_seconds", str(seconds)]
+    return command
+
+
+def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
+    """The teacher at each of TEACHER_STEPS; kept beside its weights for the next demo."""
+    kept = teacher.folder / "judged.json"
+    if teacher.cached and kept.is_file():
+        return Row.load_all(kept)
+    pipeline = DiffusionPipeline.from_pretrained(str(teacher.folder))
+    rows = []
+    for steps in TEACHER_STEPS:
+        label = f"teacher, {steps} step{'s' if steps > 1 else ''}"
+        rows.append(judge.run(label, "teacher", steps, PipelineSampler(pipeline, steps)))
+    Row.save_all(rows, kept)
+    return rows
+
+
+def _snippet(folder: Path) -> str:
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{folder}")\n'
+        'pipe("a handwritten seven", num_inference_steps=1, guidance_scale=1)'
+        '.images[0].save("seven.png")'
+    )
+
+
+def _facts(
+    teacher: Teacher, runs: dict[int, Path], recipe: Recipe, pipeline_class: str, seed: int
+) -> list[tuple[str, str]]:
+    facts = [
+        ("data", "scikit-learn load_digits: 1,797 real 8 x 8 images, stratified 70 / 30 split"),
+        ("teacher", f"{teacher.record.steps} steps in {teacher.record.seconds:.0f} s"),
+        ("students load as", f"{pipeline_class}, in a fresh process without stepdistill"),
+        ("seed", str(seed)),
+    ]
+    for steps, run in runs.items():
+        state = json.loads((list_checkpoints(run)[-1] / "trainer_state.json").read_text())
+        told = f"{state['step']} updates in {state['seconds']:.0f} s, {recipe.describe()}"
+        facts.append((f"{steps}-step student", told))
+    return facts

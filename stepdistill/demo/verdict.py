@@ -1,0 +1,74 @@
+"""The demo's bar: what the students must reach, decided from the report's own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .metrics import Row
+
+MIN_RECALL = 0.80
+FOUR_STEP_RATIO = 1.3
+ONE_STEP_AIM = 1.2
+MAX_SECONDS_FIRST = 360.0
+MAX_SECONDS_CACHED = 180.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the bar. An aim is reported, but missing it is no failure."""
+
+    claim: str
+    measured: str
+    passed: bool
+    aim: bool = False
+
+    @property
+    def word(self) -> str:
+        """The verdict in one word or two."""
+        if self.aim:
+            return "reached" if self.passed else "not reached"
+        return "pass" if self.passed else "FAIL"
+
+
+def find_row(rows: Sequence[Row], group: str, steps: int) -> Row | None:
+    """The first row of that group and number of steps, if there is one."""
+    return next((row for row in rows if row.group == group and row.steps == steps), None)
+
+
+def quality_checks(rows: Sequence[Row]) -> list[Check]:
+    """The bar on Frechet distance and recall, for the students that the rows hold."""
+    teacher8, teacher50 = find_row(rows, "teacher", 8), find_row(rows, "teacher", 50)
+    student1, student4 = find_row(rows, "student", 1), find_row(rows, "student", 4)
+    checks = []
+    if student1 and teacher8:
+        claim = "1-step student: Fréchet distance at most the teacher's at 8 steps"
+        checks.append(_at_most(claim, student1.frechet.mean, teacher8.frechet.mean))
+    if student1:
+        recall = student1.recall.mean
+        claim = f"1-step student: recall at least {MIN_RECALL:.2f}"
+        checks.append(Check(claim, f"{recall:.3f}", recall >= MIN_RECALL))
+    if student4 and teacher50:
+        claim = f"4-step student: at most {FOUR_STEP_RATIO} × the teacher's at 50 steps"
+        checks.append(_ratio(claim, student4, teacher50, FOUR_STEP_RATIO))
+    if student1 and teacher50:
+        claim = f"Aim: 1-step student at most {ONE_STEP_AIM} × the teacher's at 50 steps"
+        checks.append(_ratio(claim, student1, teacher50, ONE_STEP_AIM, aim=True))
+    return checks
+
+
+def time_check(seconds: float, teacher_cached: bool) -> Check:
+    """The bar on the whole demo's wall clock, on two CPU cores."""
+    limit = MAX_SECONDS_CACHED if teacher_cached else MAX_SECONDS_FIRST
+    state = "with the teacher cached" if teacher_cached else "with the teacher's training"
+    claim = f"Whole demo {state}: at most {limit / 60:.0f} minutes"
+    return Check(claim, f"{seconds:.0f} s", seconds <= limit)
+
+
+def _at_most(claim: str, value: float, limit: float) -> Check:
+    return Check(claim, f"{value:.2f} against {limit:.2f}", value <= limit)
+
+
+def _ratio(claim: str, student: Row, teacher: Row, limit: float, aim: bool = False) -> Check:
+    ratio = student.frechet.mean / teacher.frechet.mean
+    return Check(claim, f"{ratio:.2f} ×", ratio <= limit, aim)
