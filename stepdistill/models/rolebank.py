@@ -9,6 +9,7 @@ adapter is active; `requires_grad` changes in `train_only` alone, once per phase
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -124,7 +125,11 @@ class RoleBank(nn.Module):
         alpha: Any = int(scale) if scale == int(scale) else scale  # peft types it int, takes both
         targets = self.tuning.target_modules or self.family.lora_targets
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
-        inject_adapter_in_model(config, self.nets[BASE], adapter_name=role)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config`"
+            )  # several, on purpose
+            inject_adapter_in_model(config, self.nets[BASE], adapter_name=role)
         for name, param in self.nets[BASE].named_parameters():
             if f".{role}." in name:
                 param.data = param.data.float()
@@ -257,6 +262,7 @@ def forget_graphless_casts() -> None:
 
     Autocast keeps each trained weight's cast for its whole context. A cast made under no_grad has
     no graph, and a later forward with gradients that reused it would train nothing, silently.
+    torch 2.14 was seen to guard against this itself; earlier releases are not relied on to.
     """
     if not torch.is_grad_enabled():
         torch.clear_autocast_cache()
