@@ -229,5 +229,6 @@ def print_check(model: Any) -> int:
     table = Table("adapter against stock pipeline", "max abs difference", "")
     for name, value in rows:
         table.add_row(name, f"{value:.1e}", "ok" if value < LIMIT else f">= {LIMIT:g}")
+    table.caption = "divided by the stock tensor's largest value where that is above 1"
     Console().print(table)
     return 0 if all(value < LIMIT for _, value in rows) else 1
