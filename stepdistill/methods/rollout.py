@@ -43,6 +43,9 @@ class RolloutConfig(MethodConfig):
     gradients, or noised real latents. Step 0 always starts from pure noise."""
     sampler: Literal["renoise", "ode"] = "renoise"
     """Between steps: fresh noise on x0, or the deterministic step. Inference does the same."""
+    trained_step: Literal["random", "last"] = "random"
+    """Which step of the rollout the gradient reaches: one drawn anew each update (DMD2), or always
+    the last, so that only the sampler's own output is matched."""
 
     @model_validator(mode="after")
     def _check_grid(self) -> RolloutConfig:
@@ -109,7 +112,8 @@ class Rollout:
 
         Only the last call carries gradients, where the caller's grad mode allows them.
         """
-        k = ctx.shared_randint(0, len(self.times))
+        last = len(self.times) - 1
+        k = last if self.config.trained_step == "last" else ctx.shared_randint(0, last + 1)
         with torch.no_grad():
             x = self.input(nets, batch, ctx, k)
         return nets["student"](x, ctx.times(self.times[k], batch.bsz), batch.cond).x0

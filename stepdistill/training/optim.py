@@ -63,12 +63,18 @@ def _adamw_8bit() -> type[Optimizer]:
     return cls
 
 
-def lr_factor(args: TrainConfig, step: int) -> float:
-    """What the base learning rate is multiplied by at student step `step` (0-based)."""
+def lr_factor(args: TrainConfig, step: int, seconds: float = 0.0) -> float:
+    """What the base learning rate is multiplied by at student step `step` (0-based).
+
+    Under max_train_seconds a falling law follows whichever budget is used up faster, so that it
+    reaches its end in both cases.
+    """
     if step < args.lr_warmup_steps and args.lr_scheduler != "constant":
         return (step + 1) / args.lr_warmup_steps
     span = max(1, args.max_train_steps - args.lr_warmup_steps)
     progress = min(1.0, (step - args.lr_warmup_steps) / span)
+    if args.max_train_seconds is not None:
+        progress = max(progress, min(1.0, seconds / args.max_train_seconds))
     if args.lr_scheduler == "linear":
         return 1.0 - progress
     if args.lr_scheduler == "cosine":
@@ -76,9 +82,11 @@ def lr_factor(args: TrainConfig, step: int) -> float:
     return 1.0
 
 
-def set_learning_rate(optimizer: Optimizer, args: TrainConfig, step: int) -> None:
+def set_learning_rate(
+    optimizer: Optimizer, args: TrainConfig, step: int, seconds: float = 0.0
+) -> None:
     """Set every group's learning rate for this step."""
-    factor = lr_factor(args, step)
+    factor = lr_factor(args, step, seconds)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 

@@ -152,7 +152,7 @@ class Trainer:
         self.log.start(self.step)
         last_saved = self.step
         while self.step < args.max_train_steps:
-            set_learning_rate(self.optimizer, args, self.step)
+            set_learning_rate(self.optimizer, args, self.step, self.seconds)
             carry: list[dict[str, object]] = [{} for _ in range(args.gradient_accumulation_steps)]
             for phase in self.method.phases(self.step):
                 for repeat in range(phase.repeat):

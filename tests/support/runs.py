@@ -105,7 +105,12 @@ METHOD_CASES: dict[str, MethodCase] = {
 
 
 def build_trainer(
-    case: str, teacher: Path, layout: str, output_dir: Path, **options: Any
+    case: str,
+    teacher: Path,
+    layout: str,
+    output_dir: Path,
+    alpha: float | None = None,
+    **options: Any,
 ) -> DistillationTrainer:
     """A two-step trainer of that case on a saved tiny teacher."""
     spec = METHOD_CASES[case]
@@ -113,7 +118,7 @@ def build_trainer(
     load_setting(teacher)
     args = TrainConfig(
         output_dir=str(output_dir),
-        tuning=Tuning(student=layout, fake=layout, rank=2),
+        tuning=Tuning(student=layout, fake=layout, rank=2, alpha=alpha),
         **{
             "max_train_steps": 2,
             "train_batch_size": 2,

@@ -1,0 +1,54 @@
+"""The model card of an export: what it is, and code that runs as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def call_arguments(record: Mapping[str, Any]) -> str:
+    """The arguments to type beside the prompt, from distillation.json."""
+    given = dict(record["call"])
+    steps = {} if given.keys() & {"timesteps"} else {"steps": record["num_inference_steps"]}
+    parts = [f"num_inference_steps={steps['steps']}"] if steps else []
+    parts.append(f"guidance_scale={record['guidance_scale']:g}")
+    return ", ".join([*parts, *(f"{key}={value!r}" for key, value in given.items())])
+
+
+def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> str:
+    """Three lines that load the pipeline from `where` and make an image."""
+    subject = "class_labels=[0]" if record["family"] == "dit" else repr(prompt)
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained({where!r})\n"
+        f'pipe({subject}, {call_arguments(record)}).images[0].save("image.png")'
+    )
+
+
+def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, name: str) -> None:
+    """README.md with Hub metadata, the snippet and the facts of the run."""
+    base = record["base_model"]
+    tags = ["diffusers", "stepdistill", "few-step", str(record["method"])]
+    meta: dict[str, Any] = {"library_name": "diffusers", "tags": tags}
+    if base and not Path(str(base)).exists():
+        meta["base_model"] = base
+    steps = record["num_inference_steps"]
+    run = record["run"]
+    folder.joinpath("README.md").write_text(
+        f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n\n"
+        f"# {name}\n\n"
+        f"{pipeline_class} distilled from `{base}` to {steps} step{'s' if steps > 1 else ''} with "
+        f"{record['method']} ([stepdistill](https://pypi.org/project/stepdistill)).\n\n"
+        f"```python\n{snippet(record, name)}\n```\n\n"
+        f"Guidance is {'told to the network' if record['guidance_embedded'] else 'folded in'}: "
+        f"keep `guidance_scale={record['guidance_scale']:g}`. Trained times: "
+        f"{record['trained_times'] or 'all'}; export refuses step counts off them.\n"
+        f"\n| | |\n|---|---|\n"
+        f"| method | {record['method']} |\n"
+        f"| student updates | {run.get('step', '?')} |\n"
+        f"| seed | {run.get('seed', '?')} |\n"
+        f"| times | {record['times']} |\n"
+    )

@@ -1,0 +1,62 @@
+"""`stepdistill sample`: call an export as its distillation.json says, with Diffusers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from stepdistill.export.pipeline import RECORD
+
+
+def sample_export(
+    folder: str | Path,
+    prompts: Sequence[str],
+    output_dir: str | Path,
+    num_steps: int | None = None,
+    seed: int = 0,
+) -> list[Path]:
+    """One PNG for each prompt, named by index; prompts stand in metadata.jsonl.
+
+    Errors: ValueError where the folder is no export, or for steps it was not exported for.
+    """
+    file = Path(folder) / RECORD
+    if not file.is_file():
+        raise ValueError(f"sample: expected an exported pipeline with {RECORD}, got {folder}.")
+    record: dict[str, Any] = json.loads(file.read_text())
+    steps = record["num_inference_steps"]
+    if num_steps not in (None, steps):
+        raise ValueError(
+            f"sample: expected {steps} steps, which this export is for, got {num_steps}. "
+            "Export again: stepdistill export RUN_DIR OUT --num_steps N."
+        )
+    pipe = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    call = dict(record["call"])
+    if "timesteps" not in call:
+        call["num_inference_steps"] = steps
+    out = Path(output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    with (out / "metadata.jsonl").open("w") as index:
+        for i, prompt in enumerate(prompts):
+            subject: dict[str, Any] = (
+                {"class_labels": [int(prompt)]} if record["family"] == "dit" else {"prompt": prompt}
+            )
+            image = pipe(
+                **subject,
+                **call,
+                guidance_scale=record["guidance_scale"],
+                generator=torch.Generator().manual_seed(seed + i),
+            ).images[0]
+            path = out / f"{i:04d}.png"
+            image.save(path)
+            index.write(
+                json.dumps({"file_name": path.name, "text": prompt, "seed": seed + i}) + "\n"
+            )
+            written.append(path)
+    return written

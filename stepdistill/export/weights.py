@@ -1,0 +1,39 @@
+"""A student's weights as a stock module: its own copy, or the base with the adapter merged in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from stepdistill.models.rolebank import BASE, RoleBank
+
+
+@torch.no_grad()
+def stock_net(bank: RoleBank, role: str) -> nn.Module:
+    """A stock Diffusers module with the role's weights; the bank is left as it is.
+
+    Merging adds scale * B A to each adapted weight in float32, then returns to the base's dtype.
+    """
+    if role in bank.nets:
+        return bank.nets[role]
+    base: Any = bank.nets[BASE]
+    deltas = {
+        name: layer.get_delta_weight(role)
+        for name, layer in base.named_modules()
+        if isinstance(layer, BaseTunerLayer) and bank.members(role)
+    }
+    state = {}
+    for key, value in base.state_dict().items():
+        if ".lora_" in key:
+            continue
+        owner, _, leaf = key.rpartition(".")
+        layer_name = owner.removesuffix(".base_layer")
+        if leaf == "weight" and layer_name in deltas:
+            value = (value.float() + deltas[layer_name].float().to(value.device)).to(value.dtype)
+        state[key.replace(".base_layer.", ".")] = value
+    merged: nn.Module = type(base).from_config(base.config)
+    merged.load_state_dict(state)
+    return merged.to(device=base.device, dtype=base.dtype).eval().requires_grad_(False)

@@ -1,0 +1,158 @@
+"""A written pipeline, loaded by stock Diffusers, makes the in-memory sampler's image.
+
+`export_pipeline` verifies that itself and raises; these tests run it over families, tunings, step
+counts and noise rules, with adapters moved off zero so that nothing passes by doing nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from support.runs import build_trainer, teacher_dir
+
+from stepdistill.core.solvers import SamplerSpec
+from stepdistill.core.times import uniform_grid
+from stepdistill.export.lora import LORA_FILE, export_lora
+from stepdistill.export.pipeline import RECORD, export_pipeline
+from stepdistill.export.weights import stock_net
+from stepdistill.models.registry import load_family
+
+FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
+
+
+def moved(trainer, scale: float = 0.05):
+    """The trainer with every student weight pushed off its start."""
+    generator = torch.Generator().manual_seed(1)
+    for param in trainer.bank.members("student").values():
+        noise = torch.randn(param.shape, generator=generator)
+        param.data += scale * noise * (param.data.std() + 0.1)
+    return trainer
+
+
+@pytest.mark.parametrize("family", ["sd", "sd_v", "sd3", "dit"])
+@pytest.mark.parametrize("layout", ["lora", "full"])
+@pytest.mark.parametrize(("steps", "kind"), [(1, "renoise"), (2, "renoise"), (4, "ode")])
+def test_stock_image_equals_in_memory(
+    family, layout, steps, kind, tmp_path, tmp_path_factory
+) -> None:
+    trainer = moved(
+        build_trainer("dmd2", teacher_dir(family, tmp_path_factory), layout, tmp_path / "run")
+    )
+    grid = uniform_grid(steps)
+    spec = SamplerSpec(grid, kind, trained_times=grid)
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    record = json.loads((out / RECORD).read_text())
+    assert record["num_inference_steps"] == steps
+    assert record["call"] == {}, "the saved scheduler alone must visit the trained times"
+    assert not list(out.rglob("*.bin"))
+
+
+def test_a_wrong_export_is_refused(tmp_path, tmp_path_factory, monkeypatch) -> None:
+    trainer = moved(
+        build_trainer("dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path / "run")
+    )
+    monkeypatch.setattr(
+        "stepdistill.export.pipeline.stock_net", lambda bank, role: stock_net(bank, "teacher")
+    )
+    spec = SamplerSpec((1.0,), "renoise")
+    with pytest.raises(RuntimeError, match="in-memory sampler"):
+        export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_times_no_list_gives_go_into_the_call(tmp_path, tmp_path_factory) -> None:
+    trainer = build_trainer("dmd2", teacher_dir("sd", tmp_path_factory), "lora", tmp_path / "run")
+    spec = SamplerSpec((0.4,), "renoise", trained_times=(0.4,))
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    assert json.loads((out / RECORD).read_text())["call"] == {"timesteps": [399]}
+    assert "timesteps=[399]" in (out / "README.md").read_text()
+
+
+def test_shifted_flow_grid_is_shifted_once(tmp_path, tmp_path_factory) -> None:
+    trainer = build_trainer("dmd2", teacher_dir("sd3", tmp_path_factory), "lora", tmp_path / "run")
+    grid = uniform_grid(4, shift=3.0)
+    spec = SamplerSpec(grid, "ode", trained_times=grid)
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["shift"] == 1.0
+    assert json.loads((out / RECORD).read_text())["call"]["sigmas"] == pytest.approx(
+        [1, 0.9, 0.75, 0.5]
+    )
+
+
+def test_raw_velocity_student_in_a_vp_pipeline(tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir("sd_v", tmp_path_factory)
+    trainer = moved(build_trainer("reflow_raw", teacher, "full", tmp_path / "run"), 0.01)
+    trainer.export(tmp_path / "out", num_steps=4)
+    config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["use_flow_sigmas"] is True
+
+
+def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
+    trainer = build_trainer("dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="with other files"):
+        trainer.export(tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("family", ["sd_v", "sd3"])
+def test_lora_file_keeps_alpha(family, tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir(family, tmp_path_factory)
+    trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run", alpha=7.0), 0.2)
+    spec = trainer.method.sampler()
+    out = export_lora(trainer.family, trainer.bank, spec, tmp_path / "lora", FACTS)
+    with safe_open(out / LORA_FILE, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert {v for k, v in metadata.items() if k.endswith("lora_alpha")} == {7.0}
+
+    merged = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "merged", FACTS)
+    plain = load_family(teacher)
+    plain.pipeline.load_lora_weights(str(out))
+    expected = load_family(merged)
+    x = torch.randn(2, *plain.sample_shape(), generator=torch.Generator().manual_seed(0))
+    cond = plain.encode(["a", "b"])
+    times = torch.tensor([999.0, 500.0])
+    with torch.no_grad():
+        first = plain.forward(plain.net, x, times, cond)
+        second = expected.forward(expected.net, x, times, cond)
+        base = load_family(teacher)
+        untouched = base.forward(base.net, x, times, cond)
+    assert float((first - second).abs().max()) < 1e-5
+    assert float((first - untouched).abs().max()) > 1e-2
+
+
+def test_lora_of_a_full_student_is_refused(tmp_path, tmp_path_factory) -> None:
+    trainer = build_trainer("dmd2", teacher_dir("sd_v", tmp_path_factory), "full", tmp_path / "run")
+    with pytest.raises(ValueError, match="LoRA student"):
+        trainer.export(tmp_path / "out", format="lora")
+
+
+def test_lora_without_a_loader_is_refused(tmp_path, tmp_path_factory) -> None:
+    trainer = build_trainer("dmd2", teacher_dir("dit", tmp_path_factory), "lora", tmp_path / "run")
+    with pytest.raises(ValueError, match="DiTPipeline"):
+        trainer.export(tmp_path / "out", format="lora")
+
+
+def test_fresh_process_needs_diffusers_alone(tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir("sd_v", tmp_path_factory)
+    trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")
+    trainer.train()
+    out = trainer.export(tmp_path / "out")
+    script = (
+        "import sys\nfrom diffusers import DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained({str(out)!r})\n"
+        "image = pipe('a', num_inference_steps=2, guidance_scale=1).images[0]\n"
+        "assert not [m for m in sys.modules if m.startswith('stepdistill')]\n"
+        "print(image.size)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
