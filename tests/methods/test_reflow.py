@@ -186,6 +186,8 @@ def test_path_time_inverts_flow_time_and_clamps():
     torch.testing.assert_close(flow_time(VE, path_time(VE, tau)), tau.clamp_max(80 / 81))
     ends = path_time(VP, torch.tensor([1e-3, 1.0], dtype=torch.float64))
     assert VP.model_time(ends).tolist() == [0, 999]
+    index = VP.model_time(path_time(VP, tau))
+    assert torch.equal(index, index.round())  # a VP teacher knows its table alone
     near = flow_time(VP, path_time(VP, tau.clamp(0.03, 0.93)))
     assert (near - tau.clamp(0.03, 0.93)).abs().max() < 5e-3  # half a table step
 
