@@ -68,13 +68,13 @@ LORA: dict[str, Any] = {
 RECIPES: dict[str, Recipe] = {
     "dmd2": Recipe(
         "dmd2",
-        merge(COMMON, {"role_learning_rates": {"fake": 2e-3}, "max_train_steps": 500}),
+        merge(COMMON, {"role_learning_rates": {"fake": 2e-3}, "max_train_steps": 700}),
         {
             1: {"method_config": {"num_steps": 1, "guidance": 1.0, "critic_steps": 2}},
             # The gradient reaches the last step alone: matching each step's own x0 trains the
             # fake on a mixture whose blurry first steps push the last one too far.
             4: {
-                "max_train_steps": 300,
+                "max_train_steps": 400,
                 "method_config": {
                     "num_steps": 4,
                     "sampler": "ode",

@@ -45,9 +45,15 @@ def sample_in_fresh_process(
     """What each exported pipeline draws for the prompts, made outside this process.
 
     Args:   threads: torch's in the new process.
-    Errors: RuntimeError with the process's last lines where it fails, which it also does if
-            anything imports stepdistill there.
+    Errors: ValueError for a folder that is no pipeline; RuntimeError with the process's last lines
+            where it fails, which it also does if anything imports stepdistill there.
     """
+    for job in jobs:
+        if not (job.folder / "model_index.json").is_file():
+            raise ValueError(
+                f"reload: expected a saved pipeline, got {job.folder} without model_index.json. "
+                "Export the student first."
+            )
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [Path(scratch) / f"{index}.npz" for index in range(len(jobs))]
         request = {
@@ -56,7 +62,7 @@ def sample_in_fresh_process(
             "threads": threads,
             "jobs": [
                 {
-                    "folder": str(Path(job.folder).resolve()),
+                    "folder": str(job.folder.resolve()),
                     "num_inference_steps": job.num_inference_steps,
                     "guidance_scale": job.guidance_scale,
                     "output": str(output),

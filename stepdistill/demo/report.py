@@ -87,7 +87,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     style = {"real": "dim", "teacher": "", "student": "bold cyan"}
     for row in report.rows:
         table.add_row(
-            *(escape(cell.replace(" ± ", "±")) for cell in cells(row)),
+            *(escape(cell.replace(" ± ", "±")) for cell in cells(row, recall_digits=2)),
             style=style.get(row.group, ""),
         )
     console.print(table)

@@ -83,6 +83,7 @@ def build_teacher(config: TeacherConfig, mean: float, std: float) -> StableDiffu
             attention_head_dim=2,  # this class reads it as the NUMBER of heads
         )
         text_encoder = demo_text_encoder(tokenizer, config.text_width)
+        vae = identity_vae(IMAGE_PX, mean, std)
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule=config.beta_schedule,
@@ -94,7 +95,7 @@ def build_teacher(config: TeacherConfig, mean: float, std: float) -> StableDiffu
         steps_offset=1,
     )
     return StableDiffusionPipeline(
-        vae=identity_vae(IMAGE_PX, mean, std),
+        vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
