@@ -80,6 +80,17 @@ class Ctx:
             )
         )
 
+    def stratified(self, bsz: int) -> Tensor:
+        """Uniform [0, 1) (B,) float64, one draw in each of the global batch's equal strata.
+
+        Each sample alone is uniform; together they cover the range, so a mean over times has less
+        variance. Source: Kingma et al. 2021 (VDM), arXiv:2107.00630, Appendix I.1.
+        """
+        count, options = bsz * self.world_size, {"generator": self._generator}
+        order = torch.randperm(count, device=self.device, **options)
+        jitter = torch.rand(count, device=self.device, dtype=torch.float64, **options)
+        return self._rows((order + jitter) / count)
+
     def randint(self, low: int, high: int, bsz: int) -> Tensor:
         """Uniform integers in [low, high), (B,) int64."""
         return low + (self.rand(bsz) * (high - low)).long().clamp_max(high - low - 1)

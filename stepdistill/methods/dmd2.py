@@ -142,4 +142,4 @@ class DMD2(Method[DMD2Config]):
         return denoising_loss(pred, x0, noise, self.config.fake_space)
 
     def _draw_times(self, ctx: Ctx, bsz: int, t_range: tuple[float, float]) -> Tensor:
-        return self.config.draw_times(self.setting, ctx.rand(bsz), t_range)
+        return self.config.draw_times(self.setting, ctx.stratified(bsz), t_range)

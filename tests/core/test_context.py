@@ -70,3 +70,17 @@ def test_stable_seed_is_pinned() -> None:
     assert stable_seed("a", "b") != stable_seed("ab")
     assert 0 <= stable_seed("x") < 2**63
     assert stable_seed("sample", 0, 0, "", 0, 0) == 6624134308605821597
+
+
+def test_stratified_fills_every_stratum_on_all_ranks_together() -> None:
+    whole = Ctx(seed=3).stratified(8)
+    assert sorted((whole * 8).long().tolist()) == list(range(8))
+    parts = [Ctx(seed=3, rank=rank, world_size=2).stratified(4) for rank in (0, 1)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_stratified_is_uniform_sample_by_sample() -> None:
+    first = torch.stack([Ctx(seed=seed).stratified(4)[0] for seed in range(2000)])
+    # Mean 1/2 with std 1/sqrt(12 n) = .0065; variance 1/12.
+    assert abs(float(first.mean()) - 0.5) < 0.026
+    assert abs(float(first.var()) - 1 / 12) < 0.006
