@@ -62,14 +62,14 @@ def _curve(axes: Axes, report: Report) -> None:
         )
         if not rows:
             continue
-        steps = [row.steps for row in rows]
+        steps = [row.steps or 0 for row in rows]
         values = [row.frechet.mean for row in rows]
         axes.errorbar(steps, values, yerr=[row.frechet.std for row in rows], capsize=3,
                       marker=marker, markersize=8, linewidth=1.8 if group == "teacher" else 0,
                       elinewidth=1.4, color=COLOUR[group], label=group, zorder=3)  # fmt: skip
         above = group == "teacher"
         for row, step, value in zip(rows, steps, values, strict=True):
-            axes.annotate(f"{row.frechet.mean:.2f}", (step or 1, value), color=COLOUR[group],
+            axes.annotate(f"{row.frechet.mean:.2f}", (step, value), color=COLOUR[group],
                           textcoords="offset points", xytext=(0, 11 if above else -19),
                           ha="center", fontsize=10)  # fmt: skip
     floor = next((row for row in report.rows if row.group == "real"), None)
