@@ -200,7 +200,7 @@ def test_critic_always_reuses_the_students_sample_with_its_own_condition() -> No
     assert torch.equal(seen["mean"], first.cond["mean"])
     noise = (x_t - expand(1.0 - t, x_t) * x0) / expand(t, x_t)
     replay = Ctx(phase="fake")
-    replay.rand(BSZ)
+    replay.stratified(BSZ)
     torch.testing.assert_close(noise, replay.randn((BSZ, 2)), rtol=1e-2, atol=1e-3)
 
 
