@@ -146,7 +146,7 @@ def load_optimizer_state(
                 f"got {owner!r}. Was it saved with another tuning?"
             )
         param = owners[owner]
-        if isinstance(value, Tensor) and key != "step":
+        if isinstance(value, Tensor):
             value = value.to(param.device)
         optimizer.state[param][key] = value.clone() if isinstance(value, Tensor) else value
 
