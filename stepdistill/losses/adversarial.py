@@ -14,33 +14,38 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-AdversarialLoss = Literal["softplus", "hinge"]
+AdversarialLoss = Literal["softplus", "hinge", "clipped_hinge"]
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss = "softplus") -> Tensor:
     """Loss of the discriminator on logits of real and fake samples, (B, K) each.
 
     softplus: E[softplus(-real)] + E[softplus(fake)], 2 log 2 where it can't tell them apart.
-    hinge:    E[relu(1 - real)] + E[relu(1 + fake)], 2 at logit 0.
+    hinge:    E[relu(1 - real)] + E[relu(1 + fake)], 2 at logit 0; clipped_hinge is the same here.
     """
     real, fake = real.float(), fake.float()
     if kind == "softplus":
         return F.softplus(-real).mean() + F.softplus(fake).mean()
-    if kind == "hinge":
+    if kind in ("hinge", "clipped_hinge"):
         return F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean()
-    raise ValueError(f"discriminator_loss: expected softplus or hinge, got {kind!r}.")
+    raise ValueError(
+        f"discriminator_loss: expected softplus, hinge or clipped_hinge, got {kind!r}."
+    )
 
 
 def generator_loss(fake: Tensor, kind: AdversarialLoss = "softplus") -> Tensor:
     """Loss of the generator on the logits (B, K) of its samples: push them up.
 
     softplus: E[softplus(-fake)], non-saturating. hinge: -E[fake].
+    clipped_hinge: E[relu(1 - fake)], no push beyond the margin (PCM, arXiv:2405.18407, code).
     """
     if kind == "softplus":
         return F.softplus(-fake.float()).mean()
     if kind == "hinge":
         return -fake.float().mean()
-    raise ValueError(f"generator_loss: expected softplus or hinge, got {kind!r}.")
+    if kind == "clipped_hinge":
+        return F.relu(1.0 - fake.float()).mean()
+    raise ValueError(f"generator_loss: expected softplus, hinge or clipped_hinge, got {kind!r}.")
 
 
 def approximate_r1(logits: Tensor, perturbed: Tensor) -> Tensor:

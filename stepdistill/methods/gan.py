@@ -21,6 +21,7 @@ from stepdistill.core.types import Cond
 from stepdistill.losses.adversarial import AdversarialLoss, approximate_r1, discriminator_loss
 
 Sample = tuple[Tensor, Cond]  # x0 (B, C, *S) and its own condition
+Noised = tuple[Tensor, Tensor, Cond]  # x_t (B, C, *S), t (B,) and the condition
 
 
 class GANConfig(MethodConfig):
@@ -35,7 +36,7 @@ class GANConfig(MethodConfig):
     blocks: tuple[str, ...] = Field(default=("mid",), min_length=1)
     """Feature blocks, by the model family's names; one logit each."""
     loss: AdversarialLoss = "softplus"
-    """softplus (non-saturating) or hinge."""
+    """softplus (non-saturating), hinge, or clipped_hinge (the generator's stops at the margin)."""
     r1_weight: float = Field(default=0.0, ge=0)
     """Weight of approximate R1 on real samples, inside weight_d; 100 to 1000 where used."""
     r1_noise: float = Field(default=0.1, ge=0)
@@ -72,17 +73,25 @@ def disc_loss(
     Args: draw_times: () -> (B,) noise levels, called once for each side (or once for both).
     """
     (x_real, cond_real), (x_fake, cond_fake) = real, fake
-    t_fake, noise = draw_times(), ctx.randn(tuple(x_fake.shape))
-    logits_fake = head_logits(nets, gan, path.add_noise(x_fake, noise, t_fake), t_fake, cond_fake)
-    t_real = t_fake
+    t, noise = draw_times(), ctx.randn(tuple(x_fake.shape))
+    noised_fake = (path.add_noise(x_fake, noise, t), t, cond_fake)
     if not gan.same_noise:
-        t_real, noise = draw_times(), ctx.randn(tuple(x_real.shape))
-    x_t = path.add_noise(x_real, noise, t_real)
-    logits_real = head_logits(nets, gan, x_t, t_real, cond_real)
+        t, noise = draw_times(), ctx.randn(tuple(x_real.shape))
+    noised_real = (path.add_noise(x_real, noise, t), t, cond_real)
+    return noised_disc_loss(nets, gan, ctx, noised_real, noised_fake)
+
+
+def noised_disc_loss(
+    nets: Nets, gan: GANConfig, ctx: Ctx, real: Noised, fake: Noised
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The discriminator's loss (before weight_d) on noised samples, and its parts to log."""
+    logits_fake = head_logits(nets, gan, *fake)
+    logits_real = head_logits(nets, gan, *real)
     total = discriminator_loss(logits_real, logits_fake, gan.loss)
     logs = {"gan_d": total, "logit_real": logits_real.mean(), "logit_fake": logits_fake.mean()}
     if gan.r1_weight > 0.0:
+        x_t, t, cond = real
         near = x_t + gan.r1_noise * ctx.randn(tuple(x_t.shape))
-        r1 = approximate_r1(logits_real, head_logits(nets, gan, near, t_real, cond_real))
+        r1 = approximate_r1(logits_real, head_logits(nets, gan, near, t, cond))
         total, logs = total + gan.r1_weight * r1, {**logs, "r1": r1}
     return total, logs
