@@ -120,6 +120,14 @@ class Method(ABC, Generic[C]):
     def phases(self, step: int) -> Sequence[Phase]:
         """The updates that make up student step `step`, in order."""
 
+    def resets(self, step: int, max_steps: int) -> tuple[str, ...]:
+        """Trained roles whose optimiser state is cleared before student step `step`.
+
+        Averages that follow such a role start anew from it. A pure function of the position, so
+        that a resumed run resets where the first one did.
+        """
+        return ()
+
     def after(self, nets: Nets, step: int) -> None:
         """Work at the end of a student step: EMA targets, schedules."""
         return

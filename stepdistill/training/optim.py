@@ -93,6 +93,16 @@ def set_learning_rate(
         group["lr"] = group["base_lr"] * factor
 
 
+def reset_roles(bank: RoleBank, optimizer: Optimizer, roles: tuple[str, ...]) -> None:
+    """Forget the optimiser state of these roles; roles that average them become copies of them."""
+    for role in roles:
+        for param in bank.members(role).values():
+            optimizer.state.pop(param, None)
+    for role, spec in bank.roles.items():
+        if spec.ema_of in roles:
+            bank.ema_update(role, decay=0.0)
+
+
 def clip_by_role(
     bank: RoleBank, roles: tuple[str, ...], default: float, by_role: Mapping[str, float]
 ) -> dict[str, Tensor]:

@@ -41,7 +41,12 @@ from stepdistill.training.checkpoint import (
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.configfile import method_class, method_config
 from stepdistill.training.logs import RunLog
-from stepdistill.training.optim import build_optimizer, clip_by_role, set_learning_rate
+from stepdistill.training.optim import (
+    build_optimizer,
+    clip_by_role,
+    reset_roles,
+    set_learning_rate,
+)
 from stepdistill.training.step import TrainStep
 from stepdistill.training.validation import validate
 
@@ -153,6 +158,8 @@ class Trainer:
         last_saved = self.step
         while self.step < args.max_train_steps:
             set_learning_rate(self.optimizer, args, self.step, self.seconds)
+            anew = self.method.resets(self.step, args.max_train_steps)
+            reset_roles(self.bank, self.optimizer, anew)
             carry: list[dict[str, object]] = [{} for _ in range(args.gradient_accumulation_steps)]
             for phase in self.method.phases(self.step):
                 for repeat in range(phase.repeat):
