@@ -9,13 +9,25 @@ from typing import Any
 import yaml
 
 
-def call_arguments(record: Mapping[str, Any]) -> str:
-    """The arguments to type beside the prompt, from distillation.json."""
+def call_options(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the pipeline's call beside the prompt, from distillation.json."""
     given = dict(record["call"])
-    steps = {} if given.keys() & {"timesteps"} else {"steps": record["num_inference_steps"]}
-    parts = [f"num_inference_steps={steps['steps']}"] if steps else []
-    parts.append(f"guidance_scale={record['guidance_scale']:g}")
-    return ", ".join([*parts, *(f"{key}={value!r}" for key, value in given.items())])
+    steps = {} if "timesteps" in given else {"num_inference_steps": record["num_inference_steps"]}
+    return {**steps, "guidance_scale": record["guidance_scale"], **given}
+
+
+def call_arguments(record: Mapping[str, Any]) -> str:
+    """`call_options` as code."""
+    options = call_options(record)
+    return ", ".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value!r}"
+        for key, value in options.items()
+    )
+
+
+def load_arguments(record: Mapping[str, Any]) -> str:
+    """What from_pretrained must be told beside the folder: parts that the base does without."""
+    return "".join(f", {name}=None" for name in record["load_without"])
 
 
 def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> str:
@@ -23,7 +35,7 @@ def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> 
     subject = "class_labels=[0]" if record["family"] == "dit" else repr(prompt)
     return (
         "from diffusers import DiffusionPipeline\n"
-        f"pipe = DiffusionPipeline.from_pretrained({where!r})\n"
+        f"pipe = DiffusionPipeline.from_pretrained({where!r}{load_arguments(record)})\n"
         f'pipe({subject}, {call_arguments(record)}).images[0].save("image.png")'
     )
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from peft.utils import get_peft_model_state_dict
 
+from stepdistill.core.path import FlowPath
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.export.card import call_arguments
-from stepdistill.export.pipeline import RECORD, check_out_dir, describe
+from stepdistill.export.card import call_arguments, load_arguments
+from stepdistill.export.pipeline import RECORD, call_arguments_of, check_out_dir, describe
 from stepdistill.export.schedulers import stock_sampler
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import BASE, RoleBank
@@ -50,7 +51,11 @@ def export_lora(
     base: Any = bank.nets[BASE]
     state = get_peft_model_state_dict(base, adapter_name=role)
     config = base.peft_config[role].to_dict()
-    sampler = stock_sampler(family.pipeline.scheduler, bank[role].path, spec)
+    path = bank[role].path
+    flow_in_vp = isinstance(path, FlowPath) and not isinstance(family.path, FlowPath)
+    sampler = stock_sampler(
+        family.pipeline.scheduler, path, spec, flow_in_vp, call_arguments_of(family)
+    )
     out_dir.mkdir(parents=True, exist_ok=True)
     pipeline_cls.save_lora_weights(
         out_dir,
@@ -75,7 +80,7 @@ def _card(folder: Path, record: Mapping[str, Any], scheduler: str) -> None:
         f"# {name}\n\nLoRA of `{base}` for {record['num_inference_steps']} steps "
         f"({record['method']}).\n\n```python\n"
         f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({base!r})\n"
+        f"pipe = DiffusionPipeline.from_pretrained({base!r}{load_arguments(record)})\n"
         f"pipe.load_lora_weights({name!r})\n"
         f"pipe.scheduler = {scheduler}.from_pretrained({name!r}, subfolder='scheduler')\n"
         f'pipe("a prompt", {call_arguments(record)}).images[0].save("image.png")\n```\n'

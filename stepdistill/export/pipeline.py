@@ -4,32 +4,28 @@ The folder holds the pipeline, distillation.json (what it is, how to call it) an
 is written aside, loaded back by Diffusers, compared with the in-memory sampler, then renamed.
 """
 
-# Shapes: B batch, C channels, *S spatial, H, W in px.
-
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.metadata
+import inspect
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from stepdistill.core.path import FlowPath
-from stepdistill.core.solvers import SamplerSpec, sample_x0
+from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.card import write_card
 from stepdistill.export.schedulers import StockSampler, stock_sampler
+from stepdistill.export.verify import check_export
 from stepdistill.export.weights import stock_net
 from stepdistill.models.family import Family
-from stepdistill.models.registry import load_family
 from stepdistill.models.rolebank import RoleBank
 
 RECORD = "distillation.json"
-TOLERANCE = 1e-3  # images in [0, 1]; a wrong timestep or scheduler is orders above it
 
 
 def export_pipeline(
@@ -50,7 +46,8 @@ def export_pipeline(
     check_out_dir(out_dir)
     denoiser = bank[role]
     flow_in_vp = isinstance(denoiser.path, FlowPath) and not isinstance(family.path, FlowPath)
-    sampler = stock_sampler(family.pipeline.scheduler, denoiser.path, spec, flow_in_vp)
+    accepts = call_arguments_of(family)
+    sampler = stock_sampler(family.pipeline.scheduler, denoiser.path, spec, flow_in_vp, accepts)
     pipeline = copy.copy(family.pipeline)
     pipeline.register_modules(
         **{family.net_name: stock_net(bank, role), "scheduler": sampler.scheduler}
@@ -62,11 +59,25 @@ def export_pipeline(
     (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     write_card(aside, record, type(family.pipeline).__name__, out_dir.name)
     if verify:
-        _verify(family, bank, role, spec, sampler, aside)
+        check_export(aside, record, family, denoiser, spec)
     if out_dir.exists():
         shutil.rmtree(out_dir)
     aside.replace(out_dir)
     return out_dir
+
+
+def call_arguments_of(family: Family) -> frozenset[str]:
+    """Names of the arguments that the pipeline's call takes."""
+    return frozenset(inspect.signature(type(family.pipeline).__call__).parameters)
+
+
+def missing_parts(pipeline: Any) -> list[str]:
+    """Required parts the pipeline does without (SD3's T5): a stock load must say so again."""
+    return [
+        name
+        for name, part in pipeline.components.items()
+        if part is None and name not in type(pipeline)._optional_components
+    ]
 
 
 def check_out_dir(out_dir: Path) -> None:
@@ -92,72 +103,15 @@ def describe(
         "guidance_scale": guidance,
         "guidance_embedded": spec.w is not None,
         "call": sampler.call,
+        "load_without": missing_parts(family.pipeline),
         "kind": spec.kind,
         "times": list(spec.times),
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),
         "visited_model_times": list(sampler.visited),
         "teacher_shift": family.shift,
         "run": dict(facts),
+        "run_sha256": hashlib.sha256(
+            json.dumps(dict(facts), sort_keys=True, default=str).encode()
+        ).hexdigest(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-
-
-@torch.no_grad()
-def _verify(
-    family: Family,
-    bank: RoleBank,
-    role: str,
-    spec: SamplerSpec,
-    sampler: StockSampler,
-    folder: Path,
-) -> None:
-    """Errors: RuntimeError where the folder's image is not the in-memory sampler's."""
-    net: Any = family.net
-    stock = load_family(folder, torch_dtype=net.dtype)
-    stock.pipeline.to(net.device)
-    stock.pipeline.set_progress_bar_config(disable=True)
-    if sampler.call.keys() & {"timesteps", "sigmas"}:
-        _preset(stock.pipeline.scheduler, sampler.call)
-    prompts = [0] if family.conditioning == "label" else ["a test"]
-    guidance = spec.guidance if spec.w is None else spec.w + 1.0
-    devices = [net.device] if net.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        # The default generator serves the pipelines that pass theirs on and those that don't.
-        torch.manual_seed(0)
-        theirs = stock.stock_call(prompts, guidance, spec.num_steps, torch.default_generator)
-        torch.manual_seed(0)
-        ours = _in_memory(family, bank, role, spec, prompts)
-    worst = float((ours - theirs.float().cpu()).abs().max())
-    if worst > (TOLERANCE if sampler.exact else 20 * TOLERANCE):
-        raise RuntimeError(
-            f"export: expected the saved pipeline to make the in-memory sampler's image, got a "
-            f"difference of {worst:.2e}. The unfinished export is kept in {folder}."
-        )
-
-
-def _in_memory(
-    family: Family, bank: RoleBank, role: str, spec: SamplerSpec, prompts: list[Any]
-) -> Tensor:
-    """(B, C, H, W) in [0, 1], with noise from the default CPU generator in stock order."""
-    device = next(family.net.parameters()).device
-    shape = (len(prompts), *family.sample_shape())
-    latents = sample_x0(
-        bank[role],
-        spec,
-        torch.randn(shape).to(device),
-        family.encode(prompts).to(device),
-        family.null(len(prompts)).to(device) if spec.guidance != 1.0 else None,
-        fresh_noise=lambda _step: torch.randn(shape).to(device),
-    )
-    return (family.images(latents).float().cpu() / 2 + 0.5).clamp(0, 1)
-
-
-def _preset(scheduler: Any, call: Mapping[str, Any]) -> None:
-    """Make the scheduler take the call's explicit times whatever it is asked for."""
-    times = {key: call[key] for key in ("timesteps", "sigmas") if key in call}
-    original = scheduler.set_timesteps
-
-    def preset(*_args: Any, device: Any = None, **_kwargs: Any) -> None:
-        original(device=device, **times)
-
-    scheduler.set_timesteps = preset

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
 
 
@@ -34,11 +35,9 @@ def sample_export(
             f"sample: expected {steps} steps, which this export is for, got {num_steps}. "
             "Export again: stepdistill export RUN_DIR OUT --num_steps N."
         )
-    pipe = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True)
+    without = dict.fromkeys(record["load_without"])
+    pipe = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **without)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    call = dict(record["call"])
-    if "timesteps" not in call:
-        call["num_inference_steps"] = steps
     out = Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -49,8 +48,7 @@ def sample_export(
             )
             image = pipe(
                 **subject,
-                **call,
-                guidance_scale=record["guidance_scale"],
+                **call_options(record),
                 generator=torch.Generator().manual_seed(seed + i),
             ).images[0]
             path = out / f"{i:04d}.png"

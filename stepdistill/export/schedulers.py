@@ -3,12 +3,14 @@
     VP    renoise  LCMScheduler            ode  DDIMScheduler (trailing)      tcd  TCDScheduler
     flow  renoise  FlowMatchLCMScheduler   ode  FlowMatchEulerDiscreteScheduler
 
+Deterministic VP times that DDIM does not visit go to TCDScheduler with eta = 0, the same rule.
 Where no config makes a scheduler visit the wanted times, the call needs them as an argument; they
 then stand in `call` and on the model card.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
-    DPMSolverMultistepScheduler,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     LCMScheduler,
@@ -25,6 +27,7 @@ from diffusers import (
 
 from stepdistill.core.path import FlowPath, NoisePath, VPPath
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.export.flow_grid import flow_match_config, shift_of_grid
 
 # What a VP scheduler must keep of the teacher's: its noise table.
 _TABLE = (
@@ -36,8 +39,10 @@ _TABLE = (
     "rescale_betas_zero_snr",
     "prediction_type",
 )
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # what LCM, TCD and DDIM know
 # c_skip of LCM at index n is .25 / ((scale n)^2 + .25): below 3e-9 from n = 1 on, so x0 is plain.
 PLAIN_X0_SCALE = 1e4
+ALL_ARGUMENTS = frozenset({"timesteps", "sigmas", "eta"})
 
 
 @dataclass(frozen=True)
@@ -45,67 +50,95 @@ class StockSampler:
     """A scheduler and what a call must be given besides the number of steps and the guidance.
 
     visited: the network's times as the scheduler lists them, table indices or 1000 sigma.
-    exact: False where the stock scheduler rounds times (raw velocity students in a VP pipeline).
     """
 
     scheduler: Any
     visited: tuple[float, ...]
     call: dict[str, Any] = field(default_factory=dict)
-    exact: bool = True
 
 
 def stock_sampler(
-    teacher_scheduler: Any, path: NoisePath, spec: SamplerSpec, flow_in_vp: bool = False
+    teacher_scheduler: Any,
+    path: NoisePath,
+    spec: SamplerSpec,
+    flow_in_vp: bool = False,
+    accepts: Collection[str] = ALL_ARGUMENTS,
 ) -> StockSampler:
     """The stock sampler of `spec` for a student on `path`.
 
-    Args: flow_in_vp: the student is a velocity network inside a pipeline made for VP schedulers.
-    Errors: ValueError for a spec no stock scheduler samples.
+    Args:
+        flow_in_vp: the student is a velocity network inside a pipeline made for VP schedulers.
+        accepts: argument names of that pipeline's call.
+    Errors: ValueError for a spec no stock scheduler samples in that pipeline.
     """
-    if flow_in_vp:
-        return _velocity_in_vp(spec)
     if isinstance(path, VPPath):
-        return _vp(teacher_scheduler.config, path, spec)
+        return _vp(teacher_scheduler.config, path, spec, accepts)
     if isinstance(path, FlowPath):
-        return _flow(path, spec)
+        return _flow(path, spec, flow_in_vp, accepts)
     raise ValueError(
         f"export: expected a VP or flow student, got {type(path).__name__}. VE students have no "
         "stock few-step scheduler; sample them with stepdistill.sampling."
     )
 
 
-# ------------------------------------------------------------------------ VP
-def _vp(config: Any, path: VPPath, spec: SamplerSpec) -> StockSampler:
-    table = {key: config[key] for key in _TABLE if config.get(key) is not None}
-    grid = torch.tensor(spec.times, dtype=torch.float64)
-    indices = [round(n) for n in path.model_time(grid).tolist()]
-    num = spec.num_steps
-    if spec.kind == "ode" and num > 1:
+# ------------------------------------------------------------------ VP tables
+def _vp(config: Any, path: VPPath, spec: SamplerSpec, accepts: Collection[str]) -> StockSampler:
+    times = torch.tensor(spec.times, dtype=torch.float64)
+    indices = [round(n) for n in path.model_time(path.snap(times)).tolist()]
+    table = _table(config, path)
+    if spec.kind == "renoise":
+        scale = PLAIN_X0_SCALE if spec.boundary_scale is None else spec.boundary_scale
+        return _subset(LCMScheduler, {**table, "timestep_scaling": scale}, indices, spec, accepts)
+    if spec.boundary_scale is not None:
+        raise ValueError(
+            f"export: expected boundary_scale with kind renoise alone, got it with {spec.kind!r}. "
+            "LCMScheduler is the one stock scheduler that blends."
+        )
+    gamma = spec.gamma if spec.kind == "tcd" else 0.0
+    if gamma == 0.0:
         made = DDIMScheduler(
             **table, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
         )
-        made.set_timesteps(num)
-        if made.timesteps.tolist() != indices:
-            raise ValueError(
-                f"export: expected a deterministic student on DDIM's trailing timesteps "
-                f"{made.timesteps.tolist()}, got {indices}. Use a uniform grid of {num} steps."
-            )
-        return StockSampler(made, tuple(indices))
-    cls = TCDScheduler if spec.kind == "tcd" else LCMScheduler
-    scale = PLAIN_X0_SCALE if spec.boundary_scale is None else spec.boundary_scale
-    call: dict[str, Any] = {"eta": spec.gamma} if spec.kind == "tcd" else {}
-    for original in _original_steps(spec, path.num_steps):
-        made = cls(
-            **table,
-            original_inference_steps=original,
-            timestep_scaling=scale,
-            clip_sample=False,
-            set_alpha_to_one=True,
+        made.set_timesteps(len(indices))
+        # DDIM steps by this stride, whatever it visits next: the two must agree.
+        stride = path.num_steps // len(indices)
+        if made.timesteps.tolist() == indices == list(range(path.num_steps - 1, -1, -stride)):
+            return StockSampler(made, tuple(indices))
+    if "eta" not in accepts:
+        raise ValueError(
+            f"export: expected DDIM's trailing timesteps with gamma 0 in a pipeline without `eta`, "
+            f"got {indices} with gamma {gamma}. Use a uniform grid of steps that divide the table."
         )
-        made.set_timesteps(num)
+    # Stock TCD ends at table index 0, not at clean data. An index 0 without noise, the rest
+    # unchanged, makes its last step end at x0.
+    table = {key: table[key] for key in ("num_train_timesteps", "prediction_type")}
+    table["trained_betas"] = path_betas(path, clean_start=True)
+    made = _subset(TCDScheduler, table, indices, spec, accepts)
+    return StockSampler(made.scheduler, made.visited, {"eta": gamma, **made.call})
+
+
+def _subset(
+    cls: Any,
+    options: dict[str, Any],
+    indices: list[int],
+    spec: SamplerSpec,
+    accepts: Collection[str],
+) -> StockSampler:
+    """LCM or TCD on N steps of a solver grid, or on timesteps that the call gives."""
+    total = options["num_train_timesteps"]
+    options = {**options, "clip_sample": False, "set_alpha_to_one": True}
+    for original in _original_steps(spec, total):
+        made = cls(**options, original_inference_steps=original)
+        made.set_timesteps(len(indices))
         if made.timesteps.tolist() == indices:
-            return StockSampler(made, tuple(indices), call)
-    return StockSampler(made, tuple(indices), {**call, "timesteps": indices})
+            return StockSampler(made, tuple(indices))
+    if "timesteps" not in accepts:
+        raise ValueError(
+            f"export: expected timesteps that a saved {cls.__name__} visits, for this pipeline's "
+            f"call takes none, got {indices}. Use a uniform grid of steps that divide the table."
+        )
+    made = cls(**options, original_inference_steps=total)  # every index is then on its grid
+    return StockSampler(made, tuple(indices), {"timesteps": indices})
 
 
 def _original_steps(spec: SamplerSpec, num_steps: int) -> list[int]:
@@ -115,42 +148,68 @@ def _original_steps(spec: SamplerSpec, num_steps: int) -> list[int]:
     return [k for k in dict.fromkeys(tried) if spec.num_steps <= k <= num_steps]
 
 
+def path_betas(path: VPPath, clean_start: bool = False) -> list[float]:
+    """The betas of a VP table. clean_start: index 0 without noise, all others as they were."""
+    times = torch.arange(1, path.num_steps + 1, dtype=torch.float64) / path.num_steps
+    abar = path.coeffs(times)[0] ** 2
+    if clean_start:
+        abar[0] = 1.0
+    betas: list[float] = (1.0 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist()
+    return betas
+
+
+def _table(config: Any, path: VPPath) -> dict[str, Any]:
+    """The teacher's noise table as scheduler options; spelt out where its name does not give it."""
+    table = {key: config[key] for key in _TABLE if key in config}
+    times = torch.arange(1, path.num_steps + 1, dtype=torch.float64) / path.num_steps
+    if table.get("trained_betas") is not None or table.get("beta_schedule") in _BETA_SCHEDULES:
+        found = DDIMScheduler(**table).alphas_cumprod.double().clamp_min(0.0).sqrt()
+        if np.allclose(found, path.coeffs(times)[0], atol=1e-5):
+            return table
+    return {
+        "num_train_timesteps": path.num_steps,
+        "trained_betas": path_betas(path),
+        "prediction_type": table.get("prediction_type", "epsilon"),
+    }
+
+
 # ---------------------------------------------------------------------- flow
-def _flow(path: FlowPath, spec: SamplerSpec) -> StockSampler:
-    cls = FlowMatchEulerDiscreteScheduler if spec.kind == "ode" else FlowMatchLCMScheduler
-    if spec.kind == "tcd":
+def _flow(
+    path: FlowPath, spec: SamplerSpec, flow_in_vp: bool, accepts: Collection[str]
+) -> StockSampler:
+    gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind]
+    if gamma not in (0.0, 1.0) or spec.boundary_scale is not None:
         raise ValueError(
-            "export: expected kind ode or renoise on a flow path, got tcd: no stock flow scheduler "
-            "takes its step. Sample with stepdistill.sampling."
+            f"export: expected kind ode or renoise and plain x0 on a flow path, got {spec}: no "
+            "stock flow scheduler takes its step. Sample with stepdistill.sampling."
         )
     total, num = path.num_train_timesteps, spec.num_steps
     visited = tuple(total * t for t in spec.times)
-    # The default list runs from 1 to 1/1000 and wastes its last call. shift_terminal stretches
-    # it to end at 1/N: exactly the uniform grid, from the saved config alone.
-    options = {"shift_terminal": spec.times[-1]} if num > 1 else {}
-    made = cls(num_train_timesteps=total, shift=1.0, **options)
+    cls: Any = FlowMatchLCMScheduler if gamma else FlowMatchEulerDiscreteScheduler
+    config: dict[str, Any] = {"num_train_timesteps": total}
+    if flow_in_vp:
+        # Such a pipeline multiplies its first noise by scheduler.init_noise_sigma, which flow
+        # schedulers lack; an entry of that name in the saved config answers for it.
+        config["init_noise_sigma"] = 1.0
+    if flow_in_vp and "sigmas" not in accepts:
+        # A loop this plain also calls scale_model_input: one flow scheduler has that.
+        if gamma:
+            raise ValueError(
+                "export: expected kind ode for a velocity student in this pipeline, got renoise: "
+                "its loop calls what FlowMatchLCMScheduler lacks. Use setup: wrapped."
+            )
+        cls, grid = FlowMapEulerDiscreteScheduler, {"shift": shift_of_grid(spec.times)}
+    else:
+        grid = flow_match_config(spec.times)
+    made = cls.from_config({**config, **grid})
     made.set_timesteps(num)
     if np.allclose(made.sigmas[:-1], spec.times, atol=1e-6):
         return StockSampler(made, visited)
-    # Given sigmas are shifted too: the saved shift must be 1, the trained sigmas are final.
-    made = cls(num_train_timesteps=total, shift=1.0)
-    return StockSampler(made, visited, {"sigmas": list(spec.times)})
-
-
-def _velocity_in_vp(spec: SamplerSpec) -> StockSampler:
-    """DPM-Solver of order 1 on flow sigmas is Euler; it starts at .999 and rounds model times."""
-    made = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True,
-        flow_shift=1.0,
-        prediction_type="flow_prediction",
-        solver_order=1,
-        algorithm_type="dpmsolver++",
-        final_sigmas_type="zero",
-    )
-    made.set_timesteps(spec.num_steps)
-    if spec.kind != "ode" or not np.allclose(made.sigmas[:-1], spec.times, atol=2e-3):
+    if "sigmas" not in accepts:
         raise ValueError(
-            f"export: expected a deterministic uniform grid for a raw velocity student, got "
-            f"{spec.kind!r} on {spec.times}. Use setup: wrapped."
+            f"export: expected a (shifted) uniform grid, for this pipeline's call takes no sigmas, "
+            f"got {spec.times}."
         )
-    return StockSampler(made, tuple(float(t) for t in made.timesteps), exact=False)
+    # Given sigmas are shifted too: the saved shift must be 1, the trained sigmas are final.
+    made = cls.from_config({**config, "shift": 1.0})
+    return StockSampler(made, visited, {"sigmas": list(spec.times)})

@@ -193,7 +193,8 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
         "sample": "x0",
         "flow_prediction": "flow",
     }
-    if "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas"):
+    flow = ("FlowMatch", "FlowMap")
+    if type(scheduler).__name__.startswith(flow) or config.get("use_flow_sigmas"):
         shift = config.get("shift", config.get("flow_shift", 1.0))
         return FlowPath(config.num_train_timesteps), "flow", float(shift)
     name = config.get("prediction_type", "epsilon")

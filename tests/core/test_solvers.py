@@ -6,7 +6,6 @@ difference is the scheduler's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,10 +17,10 @@ from diffusers import (
     LCMScheduler,
     TCDScheduler,
 )
+from support.fixed import EMPTY, SHAPE, STOCK_KIND, Fixed, network
 from torch import Tensor
 
-from stepdistill.core.denoiser import Denoiser
-from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VPPath
+from stepdistill.core.path import FlowPath, NoisePath, VPPath
 from stepdistill.core.solvers import SamplerSpec, boundary_coeffs, sample_x0
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
@@ -32,32 +31,6 @@ SD: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
 }
-STOCK_KIND = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-SHAPE = (2, 3, 4, 4)
-EMPTY = Cond({"rows": torch.zeros(2)})
-
-
-def network(x: Tensor, index: Tensor | float) -> Tensor:
-    """Some smooth output that depends on every input."""
-    return torch.tanh(0.7 * x + 0.3) + 0.2 * x.roll(1, -1) - float(index) / 2000.0
-
-
-class Fixed(Denoiser):
-    """`network` as a Denoiser."""
-
-    def __init__(self, path: NoisePath, kind: PredictionType) -> None:
-        self.path, self.kind = path, kind
-
-    def raw(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Cond,
-        s: Tensor | None,
-        w: Tensor | None,
-        features: Sequence[str],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return network(x_t, self.path.model_time(t)[0].item()), {}
 
 
 def stock_loop(scheduler: Any, noise: Tensor, seed: int, **step: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 from support.runs import build_trainer, teacher_dir
 
@@ -73,24 +74,35 @@ def test_times_no_list_gives_go_into_the_call(tmp_path, tmp_path_factory) -> Non
     assert "timesteps=[399]" in (out / "README.md").read_text()
 
 
-def test_shifted_flow_grid_is_shifted_once(tmp_path, tmp_path_factory) -> None:
+def test_shifted_flow_grid_comes_from_the_saved_config(tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer("dmd2", teacher_dir("sd3", tmp_path_factory), "lora", tmp_path / "run")
     grid = uniform_grid(4, shift=3.0)
     spec = SamplerSpec(grid, "ode", trained_times=grid)
     out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
-    saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
-    assert saved["shift"] == 1.0
-    assert json.loads((out / RECORD).read_text())["call"]["sigmas"] == pytest.approx(
-        [1, 0.9, 0.75, 0.5]
-    )
+    assert json.loads((out / RECORD).read_text())["call"] == {}
+    saved = FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler")
+    saved.set_timesteps(4)
+    assert saved.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-6)
 
 
 def test_raw_velocity_student_in_a_vp_pipeline(tmp_path, tmp_path_factory) -> None:
+    """Stock pipelines read init_noise_sigma, which flow schedulers have only by a config entry."""
     teacher = teacher_dir("sd_v", tmp_path_factory)
     trainer = moved(build_trainer("reflow_raw", teacher, "full", tmp_path / "run"), 0.01)
-    trainer.export(tmp_path / "out", num_steps=4)
-    config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
-    assert config["use_flow_sigmas"] is True
+    for steps in (1, 4):
+        trainer.export(tmp_path / "out", num_steps=steps)
+        saved = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+        saved.set_timesteps(steps)
+        assert saved.timesteps.tolist() == [1000.0 * (steps - i) / steps for i in range(steps)]
+
+
+def test_raw_velocity_student_in_dit(tmp_path, tmp_path_factory) -> None:
+    """A loop that calls scale_model_input: the one flow scheduler that has it."""
+    teacher = teacher_dir("dit", tmp_path_factory)
+    trainer = moved(build_trainer("reflow_raw", teacher, "lora", tmp_path / "run"), 0.05)
+    out = trainer.export(tmp_path / "out", num_steps=3)
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMapEulerDiscreteScheduler"]
 
 
 def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:

@@ -1,0 +1,75 @@
+"""Does a written pipeline, loaded by stock Diffusers, make the in-memory sampler's image?"""
+
+# Shapes: B batch, C channels, *S spatial, H, W in px.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.core.denoiser import Denoiser, is_guided
+from stepdistill.core.solvers import SamplerSpec, sample_x0
+from stepdistill.export.card import call_options
+from stepdistill.models.family import Family
+from stepdistill.models.registry import load_family
+
+# Images in [0, 1]: float32 leaves 1e-5; a wrong time, guidance or scheduler is orders above it.
+TOLERANCE = {torch.float32: 1e-3}
+HALF_TOLERANCE = 5e-2  # half precision rounds merged adapters and every activation
+
+
+@torch.no_grad()
+def check_export(
+    folder: Path,
+    record: Mapping[str, Any],
+    family: Family,
+    denoiser: Denoiser,
+    spec: SamplerSpec,
+) -> float:
+    """The largest image difference in [0, 1] between the saved pipeline and `denoiser`.
+
+    Errors: RuntimeError where it is above what the dtype explains.
+    """
+    net: Any = family.net
+    stock = load_family(folder, torch_dtype=net.dtype).pipeline.to(net.device)
+    stock.set_progress_bar_config(disable=True)
+    prompt: Any = 0 if family.conditioning == "label" else "a test"
+    name = "class_labels" if family.conditioning == "label" else "prompt"
+    devices = [net.device] if net.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        # The default generator serves the pipelines that pass theirs on and those that don't.
+        torch.manual_seed(0)
+        theirs = stock(
+            **{name: [prompt]},
+            **call_options(record),
+            generator=torch.default_generator,
+            output_type="pt",
+        ).images
+        torch.manual_seed(0)
+        ours = _in_memory(family, denoiser, spec, prompt)
+    worst = float((ours - theirs.float().cpu()).abs().max())
+    if not worst <= TOLERANCE.get(net.dtype, HALF_TOLERANCE):
+        raise RuntimeError(
+            f"export: expected the saved pipeline to make the in-memory sampler's image, got a "
+            f"difference of {worst:.2e}. The unfinished export is kept in {folder}."
+        )
+    return worst
+
+
+def _in_memory(family: Family, denoiser: Denoiser, spec: SamplerSpec, prompt: Any) -> Tensor:
+    """(1, C, H, W) in [0, 1], with noise from the default CPU generator in stock order."""
+    device = next(family.net.parameters()).device
+    shape = (1, *family.sample_shape())
+    latents = sample_x0(
+        denoiser,
+        spec,
+        torch.randn(shape).to(device),
+        family.encode([prompt]).to(device),
+        family.null(1).to(device) if is_guided(spec.guidance) else None,
+        fresh_noise=lambda _step: torch.randn(shape).to(device),
+    )
+    return (family.images(latents).float().cpu() / 2 + 0.5).clamp(0, 1)

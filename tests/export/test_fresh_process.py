@@ -1,0 +1,138 @@
+"""The model card's own code, run in a process that knows Diffusers alone, makes our image."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.runs import build_trainer, teacher_dir
+
+from stepdistill.core.solvers import SamplerSpec, sample_x0
+from stepdistill.core.times import uniform_grid
+from stepdistill.export.lora import export_lora
+from stepdistill.export.pipeline import export_pipeline
+from stepdistill.sampling import to_pil
+
+CASES = {
+    "sd_eps_renoise_late": ("sd", "dmd2", "full", SamplerSpec((0.4, 0.2), "renoise")),
+    "sd_v_one": ("sd_v", "dmd2", "lora", SamplerSpec((1.0,), "renoise")),
+    "sd_v_tcd": ("sd_v", "dmd2", "lora", SamplerSpec((1.0, 0.76, 0.5), "tcd", gamma=0.3)),
+    "sd_w": ("sd", "lcm_w", "full", SamplerSpec(uniform_grid(2), w=6.5, boundary_scale=10.0)),
+    "sd_guided": ("sd_v", "dmd2", "lora", SamplerSpec(uniform_grid(2), "ode", guidance=3.0)),
+    "sd_velocity": ("sd_v", "reflow_raw", "lora", SamplerSpec(uniform_grid(4), "ode")),
+    "sd3_shifted": ("sd3", "dmd2", "lora", SamplerSpec(uniform_grid(4, 3.0), "renoise")),
+    "sd3_given_sigmas": ("sd3", "dmd2", "full", SamplerSpec((0.9, 0.5, 0.1), "ode")),
+    "dit_two": ("dit", "dmd2", "lora", SamplerSpec(uniform_grid(2), "renoise")),
+}
+LORA_CASES = ("sd_v_tcd", "sd_velocity", "sd3_shifted")
+
+RUNNER = """
+import json, os, sys, traceback
+import torch
+torch.set_num_threads(1)
+for folder, code in json.loads(sys.argv[1]).items():
+    torch.manual_seed(0)
+    try:
+        exec(code, {})
+        os.replace("image.png", folder + ".png")
+    except Exception:
+        traceback.print_exc()
+foreign = [name for name in sys.modules if name.split(".")[0] in ("stepdistill", "support")]
+assert not foreign, foreign
+"""
+
+
+def nudge(trainer: Any) -> None:
+    """Push every student weight off its start, or the teacher's image would pass."""
+    generator = torch.Generator().manual_seed(1)
+    for param in trainer.bank.members("student").values():
+        noise = torch.randn(param.shape, generator=generator)
+        param.data += 0.05 * noise * (param.data.std() + 0.1)
+
+
+def expected_image(trainer: Any, spec: SamplerSpec) -> Image.Image:
+    """The in-memory sampler's image from torch's global generator at seed 0."""
+    family = trainer.family
+    prompts = [0] if family.conditioning == "label" else ["a prompt"]
+    shape = (1, *family.sample_shape())
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        latents = sample_x0(
+            trainer.bank["student"],
+            spec,
+            torch.randn(shape),
+            family.encode(prompts),
+            family.null(1),
+            fresh_noise=lambda _step: torch.randn(shape),
+        )
+        return to_pil(family.images(latents))[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: Any) -> tuple[Path, dict[str, Image.Image], dict[str, Any], str]:
+    """Every case exported, all cards run in ONE fresh process: (folder, images, records, log)."""
+    root = tmp_path_factory.mktemp("cards")
+    images, codes, records = {}, {}, {}
+    for name, (family, method, layout, spec) in CASES.items():
+        teacher = teacher_dir(family, tmp_path_factory)
+        options = {"alpha": 3.0} if layout == "lora" else {}
+        trainer = build_trainer(method, teacher, layout, root / "runs" / name, **options)
+        nudge(trainer)
+        facts = {"model": str(teacher), "method": method, "step": 1, "seed": 0}
+        images[name] = expected_image(trainer, spec)
+        export_pipeline(trainer.family, trainer.bank, spec, root / name, facts)
+        if name in LORA_CASES:
+            images[f"{name}_lora"] = images[name]
+            export_lora(trainer.family, trainer.bank, spec, root / f"{name}_lora", facts)
+    for name in images:
+        card = (root / name / "README.md").read_text()
+        codes[name] = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
+        records[name] = json.loads((root / name / "distillation.json").read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, json.dumps(codes)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, images, records, done.stderr
+
+
+@pytest.mark.parametrize("name", [*CASES, *(f"{name}_lora" for name in LORA_CASES)])
+def test_card_makes_our_image(name: str, runs: Any) -> None:
+    root, images, _, log = runs
+    made = root / f"{name}.png"
+    assert made.exists(), log[-3000:]
+    theirs = np.asarray(Image.open(made)).astype(int)
+    ours = np.asarray(images[name]).astype(int)
+    assert np.abs(theirs - ours).max() <= 1  # one level of 8-bit rounding
+
+
+def test_images_differ_between_cases(runs: Any) -> None:
+    """Or the comparison would be of one grey image with itself."""
+    _, images, _, _ = runs
+    seen = [np.asarray(images[name]).astype(int) for name in CASES]
+    apart = [np.abs(a - b).max() for i, a in enumerate(seen) for b in seen[:i]]
+    assert min(apart) > 5
+
+
+def test_records_say_what_to_type(runs: Any) -> None:
+    _, _, records, _ = runs
+    assert records["sd_eps_renoise_late"]["call"] == {"timesteps": [399, 199]}
+    assert records["sd_v_tcd"]["call"] == {"eta": 0.3, "timesteps": [999, 759, 499]}
+    assert records["sd_w"]["guidance_scale"] == 7.5
+    assert records["sd_guided"]["guidance_scale"] == 3.0
+    assert records["sd3_given_sigmas"]["call"] == {"sigmas": [0.9, 0.5, 0.1]}
+    assert records["sd3_shifted"]["load_without"] == ["text_encoder_3", "tokenizer_3"]
+    for name in ("sd_v_one", "sd_velocity", "sd3_shifted", "dit_two", "sd_guided"):
+        assert records[name]["call"] == {}, name
