@@ -15,6 +15,7 @@ _PUBLIC = {
     "ConsistencyTrainer": "stepdistill.trainers",
     "DistributionMatchingTrainer": "stepdistill.trainers",
     "ReflowTrainer": "stepdistill.trainers",
+    "TrajectorySegmentedTrainer": "stepdistill.trainers",
     "METHODS": "stepdistill.methods",
     "load_family": "stepdistill.models.registry",
 }
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from stepdistill.trainers import ConsistencyTrainer as ConsistencyTrainer
     from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer
     from stepdistill.trainers import ReflowTrainer as ReflowTrainer
+    from stepdistill.trainers import TrajectorySegmentedTrainer as TrajectorySegmentedTrainer
     from stepdistill.training.config import RunConfig as RunConfig
     from stepdistill.training.config import TrainConfig as TrainConfig
 

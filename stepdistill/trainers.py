@@ -121,10 +121,17 @@ class ReflowTrainer(DistillationTrainer):
     methods = ("reflow",)
 
 
+class TrajectorySegmentedTrainer(DistillationTrainer):
+    """Trajectory-segmented consistency (TSCD of Hyper-SD) and phased consistency (PCM)."""
+
+    methods = ("tscd", "pcm")
+
+
 TRAINERS: tuple[type[DistillationTrainer], ...] = (
     ConsistencyTrainer,
     DistributionMatchingTrainer,
     ReflowTrainer,
+    TrajectorySegmentedTrainer,
 )
 TRAINER_OF: dict[str, type[DistillationTrainer]] = {
     name: cls for cls in TRAINERS for name in cls.methods

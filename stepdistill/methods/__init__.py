@@ -5,10 +5,14 @@ from __future__ import annotations
 from stepdistill.core.method import MethodInfo
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.pcm import PCM
 from stepdistill.methods.reflow import Reflow
+from stepdistill.methods.tscd import TSCD
 
 METHODS: dict[str, MethodInfo] = {
     "consistency": MethodInfo(Consistency, "checked on analytic teachers"),
     "dmd2": MethodInfo(DMD2, "checked on analytic teachers"),
+    "pcm": MethodInfo(PCM, "checked on analytic teachers"),
     "reflow": MethodInfo(Reflow, "checked on analytic teachers"),
+    "tscd": MethodInfo(TSCD, "checked on analytic teachers"),
 }

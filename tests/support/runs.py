@@ -93,6 +93,15 @@ METHOD_CASES: dict[str, MethodCase] = {
     "dmd2_gan": MethodCase(
         "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
     ),
+    "tscd": MethodCase(
+        "tscd",
+        {"target": "ema", "segments": (2, 1), "stage_starts": (0.5,), "noise_offset": 0.1},
+        ("x0",),
+    ),
+    "tscd_gan": MethodCase(
+        "tscd", {"gan": {"weight_g": 0.1}, "gan_scale": (0.1, 0.1, 1.0, 1.0)}, ("x0",)
+    ),
+    "pcm": MethodCase("pcm", {"gan": {"weight_g": 0.1}}, ("x0",)),
     "lcm": MethodCase("consistency", {"target": "self"}, ("x0",)),
     "cd": MethodCase("consistency", {"target": "ema"}, ("x0",)),
     "lcm_w": MethodCase(

@@ -1,0 +1,146 @@
+"""What trajectory-segmented methods share: two jumps to one end of a segment, and a critic of them.
+
+With x_s one guided teacher step from x_t along a grid and e an end inside t's segment:
+    loss = d( J_student(x_t, t -> e), stopgrad J_target(x_s, s -> e) ) + weight_g * adversarial,
+J the deterministic (DDIM, on flow Euler) step by the network's own x0. The critic compares the two
+jumps, both carried to a noisier time by the forward kernel; real is the target's, not data.
+Sources: Ren et al. 2024 (Hyper-SD), arXiv:2404.13686; Wang et al. 2024 (PCM), arXiv:2405.18407.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W), K grid intervals. t, s: (B,).
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stepdistill.core.context import Ctx
+from stepdistill.core.method import Method, Nets, Phase, Role, Setting
+from stepdistill.core.solvers import teacher_step
+from stepdistill.core.types import Batch, Losses
+from stepdistill.losses.adversarial import generator_loss
+from stepdistill.losses.regression import distance, weighted_mean
+from stepdistill.methods.gan import Noised, head_logits, noised_disc_loss
+from stepdistill.methods.grid import SolverGrid
+from stepdistill.methods.segments import Segments, jump
+from stepdistill.methods.trajectory_config import TrajectoryConfig
+
+
+@dataclass(frozen=True)
+class Jumps:
+    """estimate, target: (B, C, *S) at grid point `end` (B,), from interval `index` (B,)."""
+
+    estimate: Tensor
+    target: Tensor
+    end: Tensor
+    index: Tensor
+
+
+T = TypeVar("T", bound=TrajectoryConfig)
+
+
+class TrajectoryMethod(Method[T]):
+    """Base of tscd and pcm: they say how many segments there are, and where a jump ends."""
+
+    def __init__(self, config: T, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self.grid = SolverGrid(setting, config.num_grid, "none")
+        self.segments = Segments(self.grid)
+
+    @abstractmethod
+    def num_segments(self, step: int, max_steps: int) -> int:
+        """k at student step `step`; a pure function of the position."""
+
+    @abstractmethod
+    def draw_end(self, ctx: Ctx, index: Tensor, k: int) -> Tensor:
+        """(B,) grid points that jumps from interval `index` (B,) end at."""
+
+    def gan_weight(self, ctx: Ctx) -> float:
+        """Weight of the adversarial term now."""
+        return self.config.gan.weight_g
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"x0", "cond"})
+
+    def roles(self) -> dict[str, Role]:
+        roles = {"teacher": Role(), "student": Role(train=True)}
+        if self.config.target == "ema":
+            roles["target"] = Role(ema_of="student")
+        return {**roles, **self.config.gan.roles()}
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        """An update of the head on its own batch, where there is one, then the student's."""
+        student = Phase("student", self.student_loss, ("student",))
+        return (
+            (Phase("disc", self.disc_loss, ("disc",)), student)
+            if self.config.gan.enabled
+            else (student,)
+        )
+
+    def after(self, nets: Nets, step: int) -> None:
+        if self.config.target == "ema":
+            nets.ema_update("target", self.config.ema_decay)
+
+    def jumps(self, nets: Nets, batch: Batch, ctx: Ctx) -> Jumps:
+        """Student's and target's jump of a fresh draw of times and noise."""
+        config, x0, bsz = self.config, batch.x0, batch.bsz
+        assert x0 is not None, "the trainer checks `needs`"
+        k = self.num_segments(ctx.step, ctx.max_steps)
+        index = ctx.randint(0, config.num_grid, bsz)
+        low, high = config.guidance_range
+        g = low if low == high else low + (high - low) * ctx.rand(bsz)
+        noise = ctx.randn(tuple(x0.shape))
+        if config.noise_offset > 0.0:
+            flat = (*x0.shape[:2], *([1] * (x0.ndim - 2)))
+            noise = noise + config.noise_offset * ctx.randn(flat)
+        point = self.draw_end(ctx, index, k)
+        (t, s), end = self.grid.pair(index), self.segments.time(point)
+        x_t = self.setting.path.add_noise(x0, noise, t)
+        estimate = jump(nets["student"](x_t, t, batch.cond), end)
+        x_s = teacher_step(nets["teacher"], x_t, t, s, batch.cond, batch.null, g)
+        with torch.no_grad():
+            role = "target" if config.target == "ema" else "student"
+            target = jump(nets[role](x_s, s, batch.cond), end)
+        return Jumps(estimate, target, point, index)
+
+    def carry(self, both: Jumps, batch: Batch, ctx: Ctx) -> tuple[Noised, Noised]:
+        """(real, fake): target and estimate at one noisier time of their segment.
+
+        By the kernel q(x_s | x_e). PCM's flow code adds noise of std (s - e) / (1 - e), which is
+        that of the kernel for e = 0 alone.
+        """
+        k = self.num_segments(ctx.step, ctx.max_steps)
+        end = self.segments.time(both.end)
+        t = self.segments.draw_noisier(ctx.rand(batch.bsz), both.end, both.index, k)
+        noise = ctx.randn(tuple(both.target.shape))
+        real = self.setting.path.renoise(both.target, end, t, noise)
+        if not self.config.gan.same_noise:
+            noise = ctx.randn(tuple(both.target.shape))
+        fake = self.setting.path.renoise(both.estimate, end, t, noise)
+        return (real, t, batch.cond), (fake, t, batch.cond)
+
+    def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
+        """The distance of the jumps, and what the head thinks of the student's."""
+        config, both = self.config, self.jumps(nets, batch, ctx)
+        total = weighted_mean(distance(config.loss, both.estimate, both.target, config.huber_c))
+        logs = {"loss": total}
+        weight = self.gan_weight(ctx)
+        if weight > 0.0:
+            _, fake = self.carry(both, batch, ctx)
+            logs["gan_g"] = generator_loss(head_logits(nets, config.gan, *fake), config.gan.loss)
+            total = total + weight * logs["gan_g"]
+        return Losses(total, {name: value.detach() for name, value in logs.items()})
+
+    def disc_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
+        """The head's loss on jumps without graph."""
+        with torch.no_grad():
+            both = self.jumps(nets, batch, ctx)
+        gan = self.config.gan
+        total, logs = noised_disc_loss(nets, gan, ctx, *self.carry(both, batch, ctx))
+        return Losses(gan.weight_d * total, {name: value.detach() for name, value in logs.items()})

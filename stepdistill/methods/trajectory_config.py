@@ -1,0 +1,53 @@
+"""Options that the trajectory-segmented methods share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from stepdistill.core.method import MethodConfig
+from stepdistill.losses.adversarial import AdversarialLoss
+from stepdistill.losses.regression import DistanceName
+from stepdistill.methods.gan import GANConfig
+
+
+class TrajectoryGAN(GANConfig):
+    """Adversarial consistency. Off unless weight_g > 0; real is the target's jump, no image."""
+
+    weight_d: float = Field(default=1.0, gt=0)
+    """Weight of the discriminator loss, which has updates of its own."""
+    source: Literal["teacher"] = "teacher"
+    """Whose features the head reads: the frozen teacher's."""
+    loss: AdversarialLoss = "clipped_hinge"
+    """softplus (non-saturating), hinge, or clipped_hinge (the generator's stops at the margin)."""
+    same_noise: bool = False
+    """Carry real and fake to the noisier time with one noise; that time is always the same."""
+
+
+class TrajectoryConfig(MethodConfig):
+    """Options of tscd and pcm alike."""
+
+    num_grid: int = Field(default=40, ge=1)
+    """Intervals K of the solver grid, a multiple of every segment count; 40 or 200."""
+    guidance_range: tuple[float, float] = (5.0, 6.0)
+    """Teacher guidance g, uniform per sample; equal ends fix it, (1, 1) turns it off. g = w + 1."""
+    target: Literal["ema", "self"] = "self"
+    """Target network: EMA of the student, or the student itself without gradients."""
+    ema_decay: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the EMA target after every student step."""
+    loss: DistanceName = "huber"
+    """Elementwise distance: l2, l1 or pseudo-Huber."""
+    huber_c: float = Field(default=1e-3, gt=0)
+    """c of the pseudo-Huber distance."""
+    noise_offset: float = Field(default=0.0, ge=0)
+    """Strength of noise constant over each channel, added to the sampled noise."""
+    gan: TrajectoryGAN = TrajectoryGAN()
+    """Adversarial term."""
+
+    @field_validator("guidance_range")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] <= value[1]:
+            raise ValueError(f"guidance_range: expected 0 <= low <= high, got {value}.")
+        return value
