@@ -16,6 +16,7 @@ _PUBLIC = {
     "DistributionMatchingTrainer": "stepdistill.trainers",
     "ReflowTrainer": "stepdistill.trainers",
     "TrajectorySegmentedTrainer": "stepdistill.trainers",
+    "VariationalScoreTrainer": "stepdistill.trainers",
     "METHODS": "stepdistill.methods",
     "load_family": "stepdistill.models.registry",
 }
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer
     from stepdistill.trainers import ReflowTrainer as ReflowTrainer
     from stepdistill.trainers import TrajectorySegmentedTrainer as TrajectorySegmentedTrainer
+    from stepdistill.trainers import VariationalScoreTrainer as VariationalScoreTrainer
     from stepdistill.training.config import RunConfig as RunConfig
     from stepdistill.training.config import TrainConfig as TrainConfig
 

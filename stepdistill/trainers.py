@@ -110,9 +110,9 @@ class ConsistencyTrainer(DistillationTrainer):
 
 
 class DistributionMatchingTrainer(DistillationTrainer):
-    """Distribution matching distillation (DMD2)."""
+    """Distribution matching distillation (DMD2) and its f-divergences (f-distill)."""
 
-    methods = ("dmd2",)
+    methods = ("dmd2", "f_distill")
 
 
 class ReflowTrainer(DistillationTrainer):
@@ -127,11 +127,18 @@ class TrajectorySegmentedTrainer(DistillationTrainer):
     methods = ("tscd", "pcm")
 
 
+class VariationalScoreTrainer(DistillationTrainer):
+    """Variational score distillation (VSD, SwiftBrush) from prompts alone."""
+
+    methods = ("vsd",)
+
+
 TRAINERS: tuple[type[DistillationTrainer], ...] = (
     ConsistencyTrainer,
     DistributionMatchingTrainer,
     ReflowTrainer,
     TrajectorySegmentedTrainer,
+    VariationalScoreTrainer,
 )
 TRAINER_OF: dict[str, type[DistillationTrainer]] = {
     name: cls for cls in TRAINERS for name in cls.methods

@@ -1,4 +1,4 @@
-"""Distribution matching distillation (DMD2).
+"""Distribution matching distillation (DMD2, f-distill).
 
 One GPU (or a CPU):
     accelerate launch train/distribution_matching.py \

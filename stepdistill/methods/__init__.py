@@ -5,14 +5,18 @@ from __future__ import annotations
 from stepdistill.core.method import MethodInfo
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.pcm import PCM
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.tscd import TSCD
+from stepdistill.methods.vsd import VSD
 
 METHODS: dict[str, MethodInfo] = {
     "consistency": MethodInfo(Consistency, "checked on analytic teachers"),
-    "dmd2": MethodInfo(DMD2, "checked on analytic teachers"),
+    "dmd2": MethodInfo(DMD2, "trained on real data here"),
+    "f_distill": MethodInfo(FDistill, "checked on analytic teachers"),
     "pcm": MethodInfo(PCM, "checked on analytic teachers"),
     "reflow": MethodInfo(Reflow, "checked on analytic teachers"),
     "tscd": MethodInfo(TSCD, "checked on analytic teachers"),
+    "vsd": MethodInfo(VSD, "checked on analytic teachers"),
 }

@@ -93,6 +93,10 @@ METHOD_CASES: dict[str, MethodCase] = {
     "dmd2_gan": MethodCase(
         "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
     ),
+    "f_distill": MethodCase(
+        "f_distill", {"critic_steps": 1, "ratio_ema": 0.5, "gan": {"weight_g": 1e-2}}, ("x0",)
+    ),
+    "vsd": MethodCase("vsd", {"guidance_range": (0.5, 4.0), "null_probability": 0.5}),
     "tscd": MethodCase(
         "tscd",
         {"target": "ema", "segments": (2, 1), "stage_starts": (0.5,), "noise_offset": 0.1},

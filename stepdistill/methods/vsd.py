@@ -1,0 +1,89 @@
+"""Variational score distillation of a one-step student (SwiftBrush): dmd2 without images or GAN.
+
+The fake is a LoRA fitted to the student's samples. Teacher and fake are guided alike, so the fixed
+point is the plain teacher, not a sharpened one; the gradient keeps VSD's weight,
+    sigma^2 (eps_real - eps_fake) = alpha sigma (fake - real).
+Sources: Wang et al. 2023, arXiv:2305.16213 (VSD); Nguyen & Tran 2024, arXiv:2312.05239
+(SwiftBrush) and its code; Nguyen et al. 2024, arXiv:2412.02687 (SNOOPI's random guidance).
+Differs from the papers: on a flow path the same formulas with alpha = 1 - t, sigma = t; the null
+prompt and the random guidance are drawn once for all processes.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W). t: (B,).
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stepdistill.core.context import Ctx
+from stepdistill.core.denoiser import Prediction
+from stepdistill.core.types import Cond
+from stepdistill.losses.score import DenoisingSpace, ScoreWeight, denoising_loss
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.dmd2_config import DMD2Config
+
+
+class VSDConfig(DMD2Config):
+    """Options of vsd, besides dmd2's."""
+
+    guidance: float = Field(default=4.5, ge=0)
+    """Guidance g of teacher and fake alike, null + g (cond - null); 1 means none."""
+    guidance_range: tuple[float, float] | None = None
+    """Draw g uniformly from this range at every update, the same for teacher, fake and all
+    processes (SNOOPI); overrules guidance."""
+    critic_steps: int = Field(default=1, ge=1)
+    """Fake updates per student update."""
+    weight: ScoreWeight = "sigma2"
+    """Gradient weight: VSD's sigma2, DMD's per-sample L1 normaliser, or uniform."""
+    fake_space: DenoisingSpace = "eps"
+    """Space of the fake's denoising error; native is the network's own prediction type."""
+    fake_weight: Literal["alpha2", "none"] = "alpha2"
+    """Weight of the fake's denoising error over noise levels: alpha^2 (SwiftBrush) or none."""
+    null_probability: float = Field(default=0.1, ge=0, le=1)
+    """How often the fake learns a whole batch under the null prompt; guiding it needs that."""
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> VSDConfig:
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if not 0.0 <= low < high:
+                raise ValueError(
+                    f"guidance_range: expected 0 <= low < high, got {self.guidance_range}. "
+                    "For a fixed value set guidance."
+                )
+            if "guidance" in self.model_fields_set:
+                warnings.warn(
+                    f"guidance {self.guidance} has no effect: guidance_range overrules it.",
+                    stacklevel=2,
+                )
+        return self
+
+
+class VSD(DMD2):
+    """Variational score distillation with both branches guided."""
+
+    name = "vsd"
+    paper = "Nguyen & Tran 2024, arXiv:2312.05239"
+    Config = VSDConfig
+    config: VSDConfig
+
+    def _guidances(self, ctx: Ctx) -> tuple[float, float]:
+        """Guidance of (teacher, fake): always the same, else it would shift the fixed point."""
+        g = self.config.guidance
+        if self.config.guidance_range is not None:
+            low, high = self.config.guidance_range
+            g = low + (high - low) * ctx.shared_rand()
+        return g, g
+
+    def _fake_cond(self, cond: Cond, null: Cond, ctx: Ctx) -> Cond:
+        """The sample's condition, or now and then the null prompt for the whole batch."""
+        return null if ctx.shared_rand() < self.config.null_probability else cond
+
+    def _denoising(self, pred: Prediction, x0: Tensor, noise: Tensor) -> Tensor:
+        alpha2 = self.config.fake_weight == "alpha2"
+        weight = pred.path.coeffs(pred.t)[0] ** 2 if alpha2 else None
+        return denoising_loss(pred, x0, noise, self.config.fake_space, weight)
