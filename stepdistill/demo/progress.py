@@ -1,4 +1,4 @@
-"""Run several trainings side by side and show one progress bar for each."""
+"""Run chains of `stepdistill` commands side by side and show one progress bar for each."""
 
 from __future__ import annotations
 
@@ -8,17 +8,76 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-import yaml
 from rich.progress import (
     BarColumn,
     Progress,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a chain. log: the run folder it logs to, or None where it has no log.
+
+    total: steps (or seconds, where `by_seconds`) it will take; 0 where unknown.
+    """
+
+    label: str
+    command: Sequence[str]
+    log: Path | None = None
+    total: float = 0
+    by_seconds: bool = False
+
+
+class Chain:
+    """Runs its stages one after another; call `poll` until `done`."""
+
+    def __init__(self, output: Path, stages: Sequence[Stage]) -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.output, self._left = output, list(stages)
+        self._file: IO[str] = output.open("w")
+        self.stage = self._left[0]
+        self._process = self._next()
+
+    def _next(self) -> subprocess.Popen[str]:
+        self.stage = self._left.pop(0)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "stepdistill.cli", *self.stage.command],
+            env=environment,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def poll(self) -> bool:
+        """Start the next stage where one has ended; true once all have.
+
+        Errors: RuntimeError with the last lines of a stage that fails.
+        """
+        status = self._process.poll()
+        if status is None:
+            return False
+        if status != 0:
+            tail = "\n".join(self.output.read_text().strip().splitlines()[-8:])
+            raise RuntimeError(f"{self.stage.label} failed:\n{tail}")
+        if self._left:
+            self._process = self._next()
+            return False
+        self._file.close()
+        return True
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
 
 
 def last_line(log: Path) -> dict[str, float]:
@@ -30,25 +89,11 @@ def last_line(log: Path) -> dict[str, float]:
         return {}
 
 
-def watch(commands: Mapping[Path, Sequence[str]], seconds: float | None) -> None:
-    """Run `stepdistill` commands at once, each in its run folder's log, until all have ended.
-
-    Args: commands: run folder -> arguments. seconds: their time budget, or None for steps.
-    Errors: RuntimeError with the last lines of one that fails; the others are stopped.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    running = {}
-    for run, command in commands.items():
-        output = (run / "output.txt").open("w")
-        running[run] = subprocess.Popen(
-            [sys.executable, "-m", "stepdistill.cli", *command],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+def watch(chains: Mapping[str, Chain]) -> None:
+    """Show the chains' progress until all have ended. Errors: see Chain.poll; all are stopped."""
     columns = (
-        TextColumn("  {task.description:<22}"),
-        BarColumn(),
+        TextColumn("  {task.description:<24}"),
+        BarColumn(bar_width=20),
         TaskProgressColumn(),
         TextColumn("{task.fields[told]}"),
         TimeElapsedColumn(),
@@ -57,44 +102,30 @@ def watch(commands: Mapping[Path, Sequence[str]], seconds: float | None) -> None
     )
     try:
         with Progress(*columns) as progress:
-            tasks = {
-                run: progress.add_task(
-                    run.name, told="loading", total=seconds or _planned_steps(commands[run])
-                )
-                for run in running
-            }
-            while any(process.poll() is None for process in running.values()):
-                time.sleep(0.5)
-                for run, process in running.items():
-                    line = last_line(run / "log.jsonl")
-                    if line:
-                        done = line["seconds"] if seconds else line["step"]
-                        progress.update(tasks[run], completed=done, told=_told(line))
-                    if process.poll() not in (None, 0):
-                        raise RuntimeError(_failure(run))
-            for run in running:
-                progress.update(tasks[run], completed=progress.tasks[tasks[run]].total)
+            tasks = {name: progress.add_task(name, told="loading", total=None) for name in chains}
+            left = dict(chains)
+            while left:
+                time.sleep(0.3)
+                for name, chain in list(left.items()):
+                    stage = chain.stage
+                    if chain.poll():
+                        del left[name]
+                    _show(progress, tasks[name], f"{name}: {stage.label}", stage)
     finally:
-        for process in running.values():
-            if process.poll() is None:
-                process.terminate()
-    for run, process in running.items():
-        if process.returncode != 0:
-            raise RuntimeError(_failure(run))
+        for chain in chains.values():
+            chain.stop()
 
 
-def _planned_steps(command: Sequence[str]) -> int:
-    config = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text())
-    return int(config["max_train_steps"])
-
-
-def _told(line: Mapping[str, float]) -> str:
-    losses = [
-        f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/")
-    ]
-    return f"{', '.join(losses)}  {line['steps_per_second']:.1f} steps/s"
-
-
-def _failure(run: Path) -> str:
-    tail = "\n".join((run / "output.txt").read_text().strip().splitlines()[-8:])
-    return f"training of {run.name} failed:\n{tail}"
+def _show(progress: Progress, task: TaskID, label: str, stage: Stage) -> None:
+    line = last_line(stage.log / "log.jsonl") if stage.log is not None else {}
+    if not line:
+        progress.update(task, description=label, told="", total=stage.total or None, completed=0)
+        return
+    losses = [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k[:5] == "loss/"]
+    progress.update(
+        task,
+        description=label,
+        total=stage.total,
+        completed=line["seconds" if stage.by_seconds else "step"],
+        told=f"{', '.join(losses)}  {line['steps_per_second']:.1f} steps/s",
+    )

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from stepdistill.training.configfile import merge
 
 
@@ -18,26 +16,23 @@ from stepdistill.training.configfile import merge
 class Recipe:
     """One method's training settings; `by_steps` is laid over `common` for a student's steps.
 
-    data_flag, data_path: the flag under --data and what the demo passes it, inside output_dir.
+    data: "prompts", "images" or "pairs". warm_steps: step counts whose student first learns the
+    teacher's pairs by regression, as DMD2's one-step SDXL does (arXiv:2405.14867, Sec. 5.2).
     """
 
     method: str
     common: Mapping[str, Any]
     by_steps: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    data_flag: str = "prompts_file"
-    data_path: str = "data/prompts.txt"
-    num_pairs: int = 0
+    data: str = "prompts"
+    warm_steps: tuple[int, ...] = ()
 
     @property
     def needs_pairs(self) -> bool:
-        return self.num_pairs > 0
+        return self.data == "pairs" or bool(self.warm_steps)
 
     def settings(self, num_steps: int) -> dict[str, Any]:
         """The config file's content for a student of that many steps."""
         return merge({"method": self.method, **self.common}, self.by_steps.get(num_steps, {}))
-
-    def yaml(self, num_steps: int) -> str:
-        return yaml.safe_dump(self.settings(num_steps), sort_keys=False)
 
     def describe(self) -> str:
         """Batch and rates in a few words."""
@@ -60,15 +55,24 @@ COMMON: dict[str, Any] = {
     "logging_steps": 5,
     "tuning": {"student": "full", "fake": "full"},
 }
+REGRESSION = merge(
+    COMMON,
+    {
+        "learning_rate": 2e-3,
+        "adam_beta1": 0.9,
+        "max_train_steps": 300,
+        "method_config": {"stage": "distill"},
+    },
+)
+# An adapter of 183k parameters' projections and convolutions wants twice the rate of full tuning.
 LORA: dict[str, Any] = {
-    "learning_rate": 2e-3,
     "tuning": {"student": "lora", "fake": "lora", "rank": 16, "alpha": 16},
 }
 
 RECIPES: dict[str, Recipe] = {
     "dmd2": Recipe(
         "dmd2",
-        merge(COMMON, {"role_learning_rates": {"fake": 2e-3}, "max_train_steps": 700}),
+        merge(COMMON, {"role_learning_rates": {"fake": 2e-3}, "max_train_steps": 500}),
         {
             1: {"method_config": {"num_steps": 1, "guidance": 1.0, "critic_steps": 2}},
             # The gradient reaches the last step alone: matching each step's own x0 trains the
@@ -84,30 +88,25 @@ RECIPES: dict[str, Recipe] = {
                 },
             },
         },
+        warm_steps=(1,),
     ),
     "consistency": Recipe(
         "consistency",
         merge(
             COMMON,
             {
-                "max_train_steps": 600,
+                "max_train_steps": 1200,
                 "adam_beta1": 0.9,
                 "method_config": {"guidance_range": [1.0, 1.0], "target": "ema"},
             },
         ),
-        data_flag="train_data_dir",
-        data_path="data",
+        data="images",
     ),
     "reflow": Recipe(
         "reflow",
-        merge(
-            COMMON,
-            {"max_train_steps": 1500, "adam_beta1": 0.9, "method_config": {"stage": "distill"}},
-        ),
+        merge(REGRESSION, {"max_train_steps": 2000}),
         {1: {"method_config": {"num_steps": 1}}, 4: {"method_config": {"num_steps": 4}}},
-        data_flag="pairs_dir",
-        data_path="pairs",
-        num_pairs=4096,
+        data="pairs",
     ),
 }
 
@@ -119,8 +118,11 @@ def recipe_for(method: str, student: str) -> Recipe:
     recipe = RECIPES[method]
     if student == "full":
         return recipe
-    rates = {role: 2 * rate for role, rate in recipe.common["role_learning_rates"].items()}
-    common = merge(recipe.common, {**LORA, "role_learning_rates": rates})
-    return Recipe(
-        method, common, recipe.by_steps, recipe.data_flag, recipe.data_path, recipe.num_pairs
-    )
+    return Recipe(method, as_lora(recipe.common), recipe.by_steps, recipe.data, recipe.warm_steps)
+
+
+def as_lora(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with adapters in place of copies, at twice the learning rates."""
+    rates = {role: 2 * rate for role, rate in settings["role_learning_rates"].items()}
+    doubled = {"learning_rate": 2 * settings["learning_rate"], "role_learning_rates": rates}
+    return merge(settings, {**LORA, **doubled})

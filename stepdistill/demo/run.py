@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
+import transformers
+import yaml
 from diffusers import DiffusionPipeline
 from rich.console import Console
 
@@ -22,8 +26,8 @@ from stepdistill.training.checkpoint import list_checkpoints
 from .classifier import train_classifier
 from .data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
 from .metrics import NOISE_SEEDS, Judge, Row
-from .progress import watch
-from .recipes import Recipe, recipe_for
+from .progress import Chain, Stage, watch
+from .recipes import REGRESSION, Recipe, as_lora, recipe_for
 from .reload import Job, sample_in_fresh_process
 from .report import Report, print_report, write_report
 from .sampling import PipelineSampler
@@ -51,6 +55,7 @@ def run_demo(
     """
     started, console, out = time.monotonic(), Console(), Path(output_dir)
     recipe = recipe_for(method, student)
+    quiet_loading()
     torch.set_num_threads(1)  # a second thread saves nothing on networks this small
     digits = load_digit_splits()
     console.print(f"[bold]1/4[/bold] teacher: a text-to-image pipeline of digits in {out}/teacher")
@@ -64,14 +69,17 @@ def run_demo(
         "".join(f"{prompt_for(k)}\n" for k in range(len(DIGIT_NAMES)))
     )
     runs = {steps: out / f"{method}_{student}_{steps}step" for steps in STUDENT_STEPS}
-    _prepare(recipe, out)
-    commands = {
-        runs[steps]: _command(recipe, steps, out, runs[steps], seconds, seed)
-        for steps in STUDENT_STEPS
-    }
-    for command in commands.values():
-        console.print("  stepdistill " + " ".join(command), style="dim", highlight=False)
-    watch(commands, seconds)
+    if recipe.needs_pairs and not teacher.cached:
+        shutil.rmtree(out / "pairs", ignore_errors=True)  # another teacher's
+    chains = {}
+    for steps, run in runs.items():
+        shutil.rmtree(run, ignore_errors=True)
+        stages = _stages(recipe, steps, student, out, run, seconds, seed)
+        for stage in stages:
+            line = "  stepdistill " + " ".join(stage.command)
+            console.print(line, style="dim", highlight=False, soft_wrap=True)
+        chains[run.name] = Chain(run / "output.txt", stages)
+    watch(chains)
 
     console.print("[bold]3/4[/bold] judging teacher and students against held-out digits")
     rows = [judge.floor(), *_teacher_rows(judge, teacher)]
@@ -98,33 +106,68 @@ def run_demo(
     return report
 
 
-def _prepare(recipe: Recipe, out: Path) -> None:
-    """Make the noise-image pairs where the method learns from them."""
-    if not recipe.needs_pairs:
-        return
-    command = ["pairs", "--pretrained_model_name_or_path", str(out / "teacher")]
-    command += ["--prompts_file", str(out / "data" / "prompts.txt")]
-    command += ["--pairs_dir", str(out / "pairs"), "--num_pairs", str(recipe.num_pairs)]
-    command += ["--num_steps", "20", "--batch_size", "256"]
-    subprocess.run([sys.executable, "-m", "stepdistill.cli", *command], check=True)
+def quiet_loading() -> None:
+    """No bars for loading weights: they take a blink and would hide the demo's own."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
-def _command(
-    recipe: Recipe, steps: int, out: Path, run: Path, seconds: float | None, seed: int
-) -> list[str]:
-    """The `stepdistill` arguments that train one student; an earlier run in its place goes."""
-    if (run / "run.json").exists():
-        shutil.rmtree(run)
+def _stages(
+    recipe: Recipe,
+    steps: int,
+    student: str,
+    out: Path,
+    run: Path,
+    seconds: float | None,
+    seed: int,
+) -> list[Stage]:
+    """The commands that make one student: pairs and regression where the recipe has them."""
+    data = {
+        "prompts": ("--data.prompts_file", out / "data" / "prompts.txt"),
+        "images": ("--data.train_data_dir", out / "data"),
+        "pairs": ("--data.pairs_dir", out / "pairs" / run.name),
+    }
+    warm = steps in recipe.warm_steps
+    stages = []
+    if warm or recipe.data == "pairs":
+        command = ["pairs", "--pretrained_model_name_or_path", str(out / "teacher")]
+        command += ["--prompts_file", str(data["prompts"][1]), "--pairs_dir", str(data["pairs"][1])]
+        command += ["--num_pairs", "4096", "--num_steps", "8", "--batch_size", "256"]
+        stages.append(Stage("pairs", command))
+    if warm:
+        settings = REGRESSION if student == "full" else as_lora(REGRESSION)
+        settings = {"method": "reflow", **settings}
+        budget = None if seconds is None else seconds / 4
+        stages.append(
+            _training("regression", settings, data["pairs"], out, run / "warm", budget, seed)
+        )
+    settings = recipe.settings(steps)
+    last = _training(recipe.method, settings, data[recipe.data], out, run, seconds, seed)
+    more = ["--init_student_from", str(run / "warm")] if warm else []
+    stages.append(replace(last, command=[*last.command, *more]))
+    return stages
+
+
+def _training(
+    label: str,
+    settings: Mapping[str, Any],
+    data: tuple[str, Path],
+    out: Path,
+    run: Path,
+    seconds: float | None,
+    seed: int,
+) -> Stage:
+    """A `stepdistill train` with these settings in a config file of its own."""
     run.mkdir(parents=True, exist_ok=True)
     config = run / "config.yaml"
-    config.write_text(recipe.yaml(steps))
+    config.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
     command = ["train", "--config", str(config)]
-    command += ["--pretrained_model_name_or_path", str(out / "teacher")]
-    command += [f"--data.{recipe.data_flag}", str(out / recipe.data_path)]
+    command += ["--pretrained_model_name_or_path", str(out / "teacher"), data[0], str(data[1])]
     command += ["--output_dir", str(run), "--seed", str(seed)]
     if seconds is not None:
-        command += ["--max_train_seconds", str(seconds)]
-    return command
+        command += ["--max_train_seconds", f"{seconds:g}"]
+    total = settings["max_train_steps"] if seconds is None else seconds
+    return Stage(label, command, run, total, by_seconds=seconds is not None)
 
 
 def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -193,11 +192,25 @@ def load_checkpoint(folder: Path, bank: RoleBank, optimizer: Optimizer) -> dict[
     return load_file(method) if method.is_file() else {}
 
 
-@torch.no_grad()
-def any_nonfinite(bank: RoleBank) -> str | None:
-    """The first role that holds a non-finite weight, or None."""
-    for role in bank.roles:
-        for param in bank.members(role).values():
-            if not bool(torch.isfinite(param).all()):
-                return role
-    return None
+def student_file(source: str | Path) -> Path:
+    """The averaged (else plain) student weights of a run's newest whole checkpoint.
+
+    Errors: ValueError where the folder is neither a whole checkpoint nor a run with one.
+    """
+    folder = Path(source)
+    whole = folder if (folder / MANIFEST).is_file() else newest_valid(folder)[0]
+    fault = "no whole checkpoint" if whole is None else fault_of(whole)
+    if whole is None or fault is not None:
+        raise ValueError(
+            f"init_student_from: expected a run or checkpoint folder, got {folder} with {fault}."
+        )
+    averaged = whole / "role_ema.safetensors"
+    return averaged if averaged.is_file() else whole / "role_student.safetensors"
+
+
+def start_student(bank: RoleBank, source: str | Path) -> None:
+    """Load another run's student into this one's, and into every role that follows it."""
+    bank.load_role_state("student", load_file(student_file(source)))
+    for role, spec in bank.roles.items():
+        if spec.ema_of == "student":
+            bank.ema_update(role, 0.0)

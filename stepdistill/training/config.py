@@ -40,6 +40,9 @@ class TrainConfig(BaseModel):
     tuning: Tuning = Tuning()
     """How trained roles store their weights (lora or full, rank, alpha)."""
 
+    init_student_from: str | None = None
+    """A run (or one of its checkpoints) of the same tuning whose student this one starts from."""
+
     # ------------------------------------------------------------ optimiser
     learning_rate: float = Field(default=1e-5, gt=0)
     """Learning rate of the student and of every role without one of its own."""

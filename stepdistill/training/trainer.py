@@ -37,6 +37,8 @@ from stepdistill.training.checkpoint import (
     prune,
     read_state,
     save_checkpoint,
+    start_student,
+    student_file,
 )
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.configfile import method_class, method_config
@@ -47,11 +49,8 @@ from stepdistill.training.optim import (
     reset_roles,
     set_learning_rate,
 )
-from stepdistill.training.step import TrainStep
+from stepdistill.training.step import TrainStep, place
 from stepdistill.training.validation import validate
-
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_NAMED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Trainer:
@@ -82,6 +81,8 @@ class Trainer:
         if self.dataset is not None:
             checks.method_fits(method_class(method), config, model, self.dataset)
         self.facts = checks.run_facts(model, revision, method, config, args)
+        if args.init_student_from is not None:
+            student_file(args.init_student_from)
         self.resume_from = checks.output_dir_is_ours(args, self.facts)
 
         self.accelerator = Accelerator(
@@ -106,7 +107,9 @@ class Trainer:
         if args.ema_decay:
             roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
         self.bank = RoleBank(self.family, roles, args.tuning)
-        self._place()
+        if args.init_student_from is not None:
+            start_student(self.bank, args.init_student_from)
+        place(self.bank, args, self.device)
         if args.gradient_checkpointing:
             self.bank.enable_gradient_checkpointing()
         optimizer = build_optimizer(self.bank, args)
@@ -121,17 +124,6 @@ class Trainer:
         self.step = self.batches_seen = 0
         self.seconds = 0.0
         self.log = RunLog(self.accelerator, args, self.facts)
-
-    def _place(self) -> None:
-        """Frozen weights in their dtype on the device; trained ones stay float32."""
-        args = self.args
-        name = args.tuning.base_dtype
-        dtype = _DTYPES[args.mixed_precision] if name == "auto" else _NAMED[name]
-        trained = {id(p) for role in self.bank.roles for p in self.bank.members(role).values()}
-        for param in self.family.net.parameters():
-            if id(param) not in trained:
-                param.data = param.data.to(dtype)
-        self.family.pipeline.to(self.device)
 
     # ------------------------------------------------------------------ loop
     def train(self) -> dict[str, float]:

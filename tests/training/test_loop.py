@@ -142,3 +142,29 @@ def test_workers_do_not_change_the_stream() -> None:
     data = PromptDataset([f"p{i}" for i in range(5)])
     plain, worked = stream(data, 2, 0), stream(data, 2, 0, num_workers=2)
     assert [next(plain) for _ in range(6)] == [next(worked) for _ in range(6)]
+
+
+@pytest.mark.parametrize("layout", ["lora", "full"])
+def test_student_starts_from_another_run(layout, teacher, tmp_path) -> None:
+    first = build_trainer("dmd2", teacher, layout, tmp_path / "first", ema_decay=0.5)
+    first.train()
+    second = build_trainer(
+        "dmd2",
+        teacher,
+        layout,
+        tmp_path / "second",
+        ema_decay=0.5,
+        init_student_from=str(tmp_path / "first"),
+    )
+    averaged = fingerprint(first.bank.members("ema"))
+    assert averaged != fingerprint(first.bank.members("student"))
+    for role in ("student", "ema"):
+        assert fingerprint(second.bank.members(role)) == averaged
+    assert fingerprint(second.bank.members("fake")) != averaged
+
+
+def test_student_source_without_a_checkpoint_is_refused(teacher, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"init_student_from.*no whole checkpoint"):
+        build_trainer(
+            "dmd2", teacher, "lora", tmp_path / "run", init_student_from=str(tmp_path / "nowhere")
+        )
