@@ -49,6 +49,10 @@ class NoisePath(ABC):
         """The nearest time the teacher was trained at; t itself on a continuous path."""
         return t.double()
 
+    def before_travel(self, s: Tensor, gamma: float) -> Tensor:
+        """(1 - gamma) s (B,), the cleaner time from which TCD's noise travel goes back to s."""
+        return (1.0 - gamma) * s.double()
+
     def prior(self, noise: Tensor) -> Tensor:
         """Where sampling starts: unit noise for VP and flow, sigma_max * noise for VE."""
         return noise
@@ -191,6 +195,16 @@ class VPPath(NoisePath):
 
     def snap(self, t: Tensor) -> Tensor:
         return (t.double() * self.num_steps).round().clamp(1, self.num_steps) / self.num_steps
+
+    def before_travel(self, s: Tensor, gamma: float) -> Tensor:
+        """See NoisePath: TCD's released rule on indices, floor((1 - gamma) n) in float32.
+
+        Index 0 stands for clean data. No travel, so no rounding, at gamma = 0.
+        """
+        if gamma == 0.0:
+            return s.double()
+        index = ((1.0 - gamma) * self.model_time(s).float()).floor().double()
+        return torch.where(index > 0, (index + 1.0) / self.num_steps, 0.0)
 
     def time_of(self, index: int | Tensor) -> Tensor:
         """The time t of table index n (inverse of model_time)."""

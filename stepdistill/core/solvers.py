@@ -153,6 +153,6 @@ def sample_x0(
         if spec.kind == "renoise":
             x = path.add_noise(x0, fresh_noise(i), at(s))
         else:
-            cleaner = at((1.0 - spec.gamma) * s)
+            cleaner = path.before_travel(at(s), spec.gamma)
             x = path.renoise(path.step(x0, x, at(t), cleaner), cleaner, at(s), fresh_noise(i))
     raise AssertionError("unreachable: the last end time is 0")

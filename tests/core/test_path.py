@@ -254,3 +254,20 @@ def test_model_time_of_flow_and_ve() -> None:
 def test_half_inputs_are_computed_in_float32() -> None:
     x = torch.ones(1, 1, 2, 2, dtype=torch.bfloat16)
     assert FlowPath().add_noise(x, x, torch.tensor([0.3])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.3, 0.5, 0.99, 1.0])
+def test_travel_starts_at_the_index_stock_tcd_starts_at(gamma) -> None:
+    """Its rule at every index; index 0 is clean data here. At 0.3, 374 goes to 261, not 261.5."""
+    path, n = sd_path(), torch.arange(1000)
+    stock = torch.floor((1 - gamma) * n).long()
+    found = path.before_travel((n + 1).double() / 1000, gamma)
+    assert (found * 1000 - 1).round().clamp_min(0).long().tolist() == stock.tolist()
+    assert torch.equal(found == 0, stock == 0)
+
+
+def test_travel_starts_at_the_scaled_time_on_continuous_paths() -> None:
+    t = torch.tensor([0.3, 0.875]).double()
+    assert torch.equal(FlowPath().before_travel(t, 0.25), 0.75 * t)
+    for path in (sd_path(), FlowPath(), VEPath()):
+        assert torch.equal(path.before_travel(t, 0.0), t)
