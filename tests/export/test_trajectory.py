@@ -1,0 +1,149 @@
+"""TSCD and PCM students as stock pipelines: trailing DDIM, Euler, TCD; one run for all step counts.
+
+`export_pipeline` loads each folder back and compares its image with the in-memory sampler's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline, TCDScheduler
+from support.runs import TinyData, teacher_dir
+
+from stepdistill import TrainConfig, Tuning
+from stepdistill.export.pipeline import RECORD
+from stepdistill.models.registry import load_family
+from stepdistill.trainers import TrajectorySegmentedTrainer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FAMILIES = ["sd", "sd_v", "sd3", "dit"]
+SHAPES: dict[str, tuple[int, ...]] = {}
+
+
+def trained(family, tmp_path_factory, output_dir, method, options, steps=2, layout="lora"):
+    """A student after `steps` real updates, then pushed off its start so that nothing is idle."""
+    teacher = teacher_dir(family, tmp_path_factory)
+    args = TrainConfig(
+        output_dir=str(output_dir),
+        max_train_steps=steps,
+        train_batch_size=2,
+        learning_rate=1e-3,
+        disable_progress_bar=True,
+        tuning=Tuning(student=layout, rank=2),
+    )
+    if family not in SHAPES:
+        SHAPES[family] = load_family(teacher).sample_shape()
+    data = TinyData(SHAPES[family], family == "dit", ("x0",))
+    trainer = TrajectorySegmentedTrainer(str(teacher), args, data, method, options)
+    trainer.train()
+    generator = torch.Generator().manual_seed(1)
+    for param in trainer.bank.members("student").values():
+        noise = torch.randn(param.shape, generator=generator)
+        param.data += 0.05 * noise * (param.data.std() + 0.1)
+    return trainer
+
+
+def saved(folder: Path) -> tuple[dict, dict]:
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return json.loads((folder / RECORD).read_text()), scheduler
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tscd_exports_deterministically_at_every_step_count(
+    family, tmp_path, tmp_path_factory
+) -> None:
+    trainer = trained(family, tmp_path_factory, tmp_path / "run", "tscd", {})
+    for num_steps in (1, 2, 4, 8):
+        record, scheduler = saved(trainer.export(tmp_path / str(num_steps), num_steps=num_steps))
+        assert record["num_inference_steps"] == num_steps
+        assert record["call"] == {}, "the saved scheduler alone must visit the edges"
+        expected = "FlowMatchEulerDiscreteScheduler" if family == "sd3" else "DDIMScheduler"
+        assert scheduler["_class_name"] == expected
+
+
+@pytest.mark.parametrize("num_phases", [1, 2, 4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory) -> None:
+    options = {"num_phases": num_phases}
+    trainer = trained(family, tmp_path_factory, tmp_path / "run", "pcm", options, steps=1)
+    record, _ = saved(trainer.export(tmp_path / "out"))
+    assert record["num_inference_steps"] == num_phases
+    assert record["times"] == record["trained_times"]
+    with pytest.raises(ValueError, match="phase edges"):
+        trainer.export(tmp_path / "other", num_steps=3)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_segmented_student_is_not_exported_across_an_edge(tmp_path, tmp_path_factory) -> None:
+    options = {"segments": (4, 2)}
+    trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", options)
+    with pytest.raises(ValueError, match="every segment edge"):
+        trainer.export(tmp_path / "out", num_steps=1)
+    assert saved(trainer.export(tmp_path / "out"))[0]["num_inference_steps"] == 2
+
+
+# ---------------------------------------------------------------- one adapter, all step counts
+def recipe() -> dict:
+    return yaml.safe_load((CONFIGS / "recipes" / "tscd_one_lora.yaml").read_text())["method_config"]
+
+
+def test_one_run_exports_all_step_counts_with_tcd(tmp_path, tmp_path_factory) -> None:
+    """The recipe's run serves 1, 2, 4, 8 steps, each equal to stock TCD, with one scheduler."""
+    trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", recipe(), steps=4)
+    configs = {}
+    for num_steps in (1, 2, 4, 8):
+        record, configs[num_steps] = saved(
+            trainer.export(tmp_path / str(num_steps), num_steps=num_steps)
+        )
+        assert record["num_inference_steps"] == num_steps
+        assert record["call"] == {"eta": 0.3}
+        assert len(record["trained_times"]) == 40
+        assert configs[num_steps]["_class_name"] == "TCDScheduler"
+    assert all(config == configs[1] for config in configs.values())
+    assert trainer.export(tmp_path / "default")
+    assert saved(tmp_path / "default")[0]["num_inference_steps"] == 4
+
+
+def test_one_adapter_file_makes_the_exported_images_on_the_stock_teacher(
+    tmp_path, tmp_path_factory
+) -> None:
+    """Teacher + load_lora_weights + TCDScheduler: the images of the four exports, by one file."""
+    trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", recipe())
+    lora = trainer.export(tmp_path / "lora", format="lora")
+    stock = DiffusionPipeline.from_pretrained(teacher_dir("sd_v", tmp_path_factory))
+    stock.load_lora_weights(str(lora))
+
+    def image(pipe, num_steps):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(
+            "a",
+            num_inference_steps=num_steps,
+            guidance_scale=1.0,
+            eta=0.3,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+
+    made = []
+    for num_steps in (1, 2, 4, 8):
+        out = trainer.export(tmp_path / str(num_steps), num_steps=num_steps)
+        exported = DiffusionPipeline.from_pretrained(out)
+        stock.scheduler = TCDScheduler.from_pretrained(out, subfolder="scheduler")
+        made.append(image(stock, num_steps))
+        assert float((made[-1] - image(exported, num_steps)).abs().max()) < 1e-3
+    for other in made[1:]:
+        assert float((made[0] - other).abs().max()) > 1e-2, "step counts give images of their own"
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("sd3", "kind ode or renoise"), ("dit", "without `eta`")]
+)
+def test_no_stock_tcd_no_export(family, message, tmp_path, tmp_path_factory) -> None:
+    trainer = trained(family, tmp_path_factory, tmp_path / "run", "tscd", recipe())
+    with pytest.raises(ValueError, match=message):
+        trainer.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
