@@ -3,6 +3,9 @@
 Two steps of real training on real Diffusers classes with random weights: exactly the roles a phase
 names change, all of their tensors do, the teacher's bytes never do, and a run resumed after step 1
 repeats step 2 bit for bit.
+
+Families beyond the four basic ones meet one score and one regression method by default, and all
+methods with `-m slow`: what they add is an adapter, which the parity tests judge.
 """
 
 from __future__ import annotations
@@ -14,8 +17,20 @@ from support.runs import METHOD_CASES, build_trainer, fingerprint, teacher_dir
 from stepdistill.methods import METHODS
 from stepdistill.models.tiny import TINY
 
+FULL_FAMILIES = {"sd", "sd_v", "sd3", "dit"}
+BRIEF_CASES = {("dmd2", "lora"), ("lcm", "lora")}
+
+
+def marks_of(case: str, family: str, layout: str) -> tuple[pytest.MarkDecorator, ...]:
+    """slow for what a family beyond the basic ones leaves to `-m slow`."""
+    by_default = family in FULL_FAMILIES or (case, layout) in BRIEF_CASES
+    return () if by_default else (pytest.mark.slow,)
+
+
 CASES = [
-    pytest.param(case, family, layout, id=f"{case}-{family}-{layout}")
+    pytest.param(
+        case, family, layout, id=f"{case}-{family}-{layout}", marks=marks_of(case, family, layout)
+    )
     for case in METHOD_CASES
     for family in TINY
     for layout in ("lora", "full")

@@ -66,11 +66,21 @@ def is_guided(guidance: float | Tensor | None) -> bool:
     return guidance is not None and (isinstance(guidance, Tensor) or guidance != 1.0)
 
 
+def _told(guidance: float | Tensor | None, x_t: Tensor) -> Tensor:
+    """(B,) w = g - 1, float32 on the device of x_t (B, ...)."""
+    g = torch.as_tensor(guidance, dtype=torch.float32, device=x_t.device)
+    return (g - 1.0).expand(x_t.shape[0])
+
+
 class Denoiser(ABC):
-    """Anything that can be asked for a prediction: a role of a RoleBank, or an analytic teacher."""
+    """Anything that can be asked for a prediction: a role of a RoleBank, or an analytic teacher.
+
+    embeds_guidance: the network is told the guidance itself, so no null pass is made (Flux.1-dev).
+    """
 
     path: NoisePath
     kind: PredictionType
+    embeds_guidance: bool = False
 
     @abstractmethod
     def raw(
@@ -107,6 +117,8 @@ class Denoiser(ABC):
             raise ValueError(
                 f"denoiser: expected t of shape (B,) = ({x_t.shape[0]},), got {tuple(t.shape)}."
             )
+        if self.embeds_guidance and w is None and is_guided(guidance):
+            w, guidance = _told(guidance, x_t), None
         if not is_guided(guidance):
             out, feats = self.raw(x_t, t, cond, s, w, features)
             return Prediction(out, x_t, t, self.path, self.kind, feats)

@@ -10,8 +10,9 @@ trajectory and decode to the same images.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,31 @@ Row = tuple[str, float]
 
 
 class Call:
-    """One recorded denoiser call: its tensors by argument name, and its output."""
+    """One recorded denoiser call: its conditioning tensors by argument name."""
 
-    def __init__(self, net: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def __init__(self, net: nn.Module, args: Any, kwargs: Any) -> None:
         bound = inspect.signature(net.forward).bind(*args, **kwargs).arguments
-        tensors = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
-        self.x = tensors.pop("sample" if "sample" in tensors else "hidden_states")
-        self.timestep = tensors.pop("timestep").reshape(-1)
-        self.cond = tensors
-        self.out: Tensor = out[0] if isinstance(out, tuple) else out.sample
+        for name in ("sample", "hidden_states", "timestep"):  # judged by the output
+            bound.pop(name, None)
+        self.cond = dict(_tensors(bound))
+
+
+def _tensors(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor, also of those inside dictionaries (added_cond_kwargs)."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value, f"{prefix}{name}.")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recorded scheduler step: model time, latents (B, C, *S) before it, denoiser output."""
+
+    model_t: float
+    x_t: Tensor
+    out: Tensor
 
 
 @contextmanager
@@ -52,8 +69,8 @@ def listen(net: nn.Module) -> Iterator[list[Call]]:
     """Within: a list that fills with the denoiser's calls."""
     calls: list[Call] = []
 
-    def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        calls.append(Call(module, args, kwargs, out))
+    def hook(module: nn.Module, args: Any, kwargs: Any, _out: Any) -> None:
+        calls.append(Call(module, args, kwargs))
 
     handle = net.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -71,6 +88,7 @@ class Stock:
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        self.steps: list[Step] = []
         self.final = torch.empty(0)  # latents after the last step, as the pipeline decodes them
 
     @contextmanager
@@ -81,14 +99,20 @@ class Stock:
             for name in ("scheduler", "safety_checker", "_progress_bar_config")
         }
         pipeline.scheduler = scheduler = parity_scheduler(self.family)
-        step = scheduler.step
+        step, shape = scheduler.step, self.family.sample_shape()
+        self.steps = []
 
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            out = step(*args, **kwargs)
+        def observed(out: Tensor, t: Any, x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
+            unpacked = (self.family.unpack(value, shape) for value in (x_t, out))
+            self.steps.append(Step(float(t), *unpacked))
+            made = step(out, t, x_t, *args, **kwargs)
             if replace is not None:
-                out = (replace,) if isinstance(out, tuple) else type(out)(prev_sample=replace)
-            self.final = out[0] if isinstance(out, tuple) else out.prev_sample
-            return out
+                packed = self.family.pack(replace)
+                some = isinstance(made, tuple)  # a pipeline may read x0, the second entry
+                made = (packed,) * len(made) if some else type(made)(prev_sample=packed)
+            after = made[0] if isinstance(made, tuple) else made.prev_sample
+            self.final = self.family.unpack(after, shape)
+            return made
 
         scheduler.step = observed
         if saved["safety_checker"] is not None:
@@ -142,8 +166,9 @@ def gap(ours: Tensor, stock: Tensor) -> float:
 
 
 def cond_gap(ours: Call, stock: Call) -> float:
-    """Largest difference of the conditioning tensors; infinite where their names differ."""
-    if set(ours.cond) != set(stock.cond):
+    """Largest difference of the conditioning tensors; infinite where names or shapes differ."""
+    shapes = [{name: v.shape for name, v in call.cond.items()} for call in (ours, stock)]
+    if shapes[0] != shapes[1]:
         return float("inf")
     return max(gap(ours.cond[name], stock.cond[name]) for name in stock.cond)
 
@@ -170,21 +195,21 @@ def _call_rows(family: Family, prompts: list[Any]) -> list[Row]:
     """One unguided denoiser call: conditioning tensors, output, decoded image."""
     stock, bsz = Stock(family), len(prompts)
     images, calls = stock.run(prompts, guidance=1.0, num_steps=1)
-    theirs = calls[0]
-    device = theirs.x.device
+    first = stock.steps[0]
+    device = first.x_t.device
     w = _embedded(family, 1.0, bsz)
     with listen(family.net) as own:
         out = family.forward(
             family.net,
-            theirs.x,
-            theirs.timestep.expand(bsz).double(),
+            first.x_t,
+            torch.full((bsz,), first.model_t, dtype=torch.float64, device=device),
             family.encode(prompts).to(device),
             w=None if w is None else w.to(device),
         )
     decoded = (family.images(stock.final) / 2 + 0.5).clamp(0, 1)
     return [
-        ("encode: tensors the denoiser gets", cond_gap(own[0], theirs)),
-        ("denoiser: one call", gap(out, theirs.out[:, : out.shape[1]])),
+        ("encode: tensors the denoiser gets", cond_gap(own[0], calls[0])),
+        ("denoiser: one call", gap(out, first.out)),
         ("vae: decoded image", gap(decoded, images)),
     ]
 
@@ -192,14 +217,14 @@ def _call_rows(family: Family, prompts: list[Any]) -> list[Row]:
 def _sampling_rows(family: Family, prompts: list[Any]) -> list[Row]:
     """A guided trajectory over the stock scheduler's own timesteps."""
     stock, bsz = Stock(family), len(prompts)
-    _, calls = stock.run(prompts, GUIDANCE, NUM_STEPS)
+    stock.run(prompts, GUIDANCE, NUM_STEPS)
     path: Any = family.path
-    told = [float(call.timestep[0]) for call in calls]
+    told = [step.model_t for step in stock.steps]
     times = tuple(
         float(path.time_of(int(n))) if isinstance(path, VPPath) else n / path.num_train_timesteps
         for n in told
     )
-    noise = calls[0].x[:bsz].float()
+    noise = stock.steps[0].x_t[:bsz].float()
     w = GUIDANCE - 1.0 if family.embeds_guidance else None
     guidance = 1.0 if family.embeds_guidance else GUIDANCE
     teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
@@ -219,7 +244,9 @@ def _vae_rows(family: Family) -> list[Row]:
     stock = Stock(family)
     decoded, _ = stock.run(prompt, 1.0, 1, replace=family.latents(images))
     grey = images.mean(1, keepdim=True) if vae.config.in_channels == 1 else images
-    direct = vae.decode(vae.encode(grey.to(vae.device, vae.dtype)).latent_dist.mode()).sample
+    coded = vae.encode(grey.to(vae.device, vae.dtype))
+    mode = coded.latent if "latent" in coded else coded.latent_dist.mode()
+    direct = vae.decode(mode).sample
     return [("vae: encode, then stock decode", gap((direct / 2 + 0.5).clamp(0, 1), decoded))]
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, net_dtype
-from stepdistill.models.vae import decode_latents, encode_images
+from stepdistill.models.family import Family, FeatureBlock, net_dtype, token_blocks
 
 
 class DiTFamily(Family):
@@ -26,6 +25,7 @@ class DiTFamily(Family):
     name: ClassVar[str] = "dit"
     pipelines: ClassVar[tuple[str, ...]] = ("DiTPipeline",)
     net_name: ClassVar[str] = "transformer"
+    scales_input: ClassVar[bool] = True
     conditioning: ClassVar[Literal["prompt", "label", "none"]] = "label"
 
     def __init__(self, pipeline: Any) -> None:
@@ -60,12 +60,7 @@ class DiTFamily(Family):
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid" and "block.i", image tokens."""
         width = self.config.num_attention_heads * self.config.attention_head_dim
-        count = self.config.num_layers
-        blocks = {
-            f"block.{i}": FeatureBlock(f"transformer_blocks.{i}", width, "tokens")
-            for i in range(count)
-        }
-        return {"mid": blocks[f"block.{count // 2}"], **blocks}
+        return token_blocks(width, transformer_blocks=self.config.num_layers)
 
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, H, W) of the one size the position table holds.
@@ -100,12 +95,6 @@ class DiTFamily(Family):
         """The extra last class, which training put in place of dropped labels."""
         labels = torch.full((bsz,), self.config.num_embeds_ada_norm)
         return Cond({"class_labels": labels.to(self.pipeline.transformer.device)})
-
-    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return encode_images(self.pipeline.vae, images, generator)
-
-    def images(self, latents: Tensor) -> Tensor:
-        return decode_latents(self.pipeline.vae, latents)
 
     def stock_call(
         self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator

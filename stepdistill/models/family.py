@@ -9,6 +9,7 @@ the pipeline's own denoiser. It knows nothing of methods, adapters or precision.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VPPath
 from stepdistill.core.types import Cond
+from stepdistill.models.vae import decode_latents, encode_images
 
 # Attention and feed-forward projections, the usual reach of a distillation LoRA on transformers.
 TRANSFORMER_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -48,6 +50,18 @@ class FeatureBlock:
     dim: int
     layout: Literal["map", "tokens"]
     item: int = 0
+
+
+def token_blocks(width: int, item: int = 0, **counts: int) -> dict[str, FeatureBlock]:
+    """ "mid" and "block.i", numbered on over lists of transformer blocks.
+
+    Args: counts: name of a module list -> its length, in order. item: see FeatureBlock.
+    """
+    paths = [f"{name}.{i}" for name, count in counts.items() for i in range(count)]
+    blocks = {
+        f"block.{i}": FeatureBlock(path, width, "tokens", item) for i, path in enumerate(paths)
+    }
+    return {"mid": blocks[f"block.{len(paths) // 2}"], **blocks}
 
 
 def net_dtype(net: nn.Module) -> torch.dtype:
@@ -79,6 +93,8 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
     conditioning: ClassVar[Literal["prompt", "label", "none"]] = "prompt"
     supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
+    scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
+    sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -157,15 +173,28 @@ class Family(ABC):
         """The Cond of B empty prompts, as the stock pipeline makes it for guidance."""
         return self.encode([""]).repeat(bsz)
 
-    @abstractmethod
     def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B, C, *S) of images (B, 3, H, W) in [-1, 1]."""
+        return encode_images(self.pipeline.vae, images, generator)
 
-    @abstractmethod
     def images(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], unclamped, of scaled latents (B, C, *S)."""
+        return decode_latents(self.pipeline.vae, latents)
 
     # -------------------------------------------------------------- checking
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        """Arguments that keep the stock call at the model's own size, where its defaults do not."""
+        return {}
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, *S) in the layout that the stock call keeps them in."""
+        return latents
+
+    def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
+        """(B, C, *S) of what `pack` made, or the network put out; shape: (C, *S)."""
+        return packed
+
     def stock_call(
         self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
     ) -> Tensor:
@@ -176,12 +205,28 @@ class Family(ABC):
             num_inference_steps=num_steps,
             generator=generator,
             output_type="pt",
+            **self.call_extras,
         ).images
         return images
 
 
+def dynamic_shift(config: Any, num_tokens: int) -> float:
+    """Resolution shift of a flow scheduler that shifts by the number of image tokens.
+
+    mu is linear in the tokens between (base_image_seq_len, base_shift) and (max_image_seq_len,
+    max_shift), as in the stock pipelines' calculate_shift; the shift is exp(mu), or mu itself
+    where time_shift_type is linear.
+    """
+    span = config.max_image_seq_len - config.base_image_seq_len
+    slope = (config.max_shift - config.base_shift) / span
+    mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
 def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
     """(path, prediction type, shift) that a stock scheduler's config describes.
+
+    A dynamic shift is read at the config's largest image, which is the model's own size.
 
     Errors: ValueError for a scheduler or prediction type that has no path here, and for eps
     prediction with zero terminal SNR, where x0 is undefined at t = 1.
@@ -196,6 +241,8 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
     flow = ("FlowMatch", "FlowMap")
     if type(scheduler).__name__.startswith(flow) or config.get("use_flow_sigmas"):
         shift = config.get("shift", config.get("flow_shift", 1.0))
+        if config.get("use_dynamic_shifting"):
+            shift = dynamic_shift(config, config.max_image_seq_len)
         return FlowPath(config.num_train_timesteps), "flow", float(shift)
     name = config.get("prediction_type", "epsilon")
     alphas = getattr(scheduler, "alphas_cumprod", None)

@@ -20,8 +20,12 @@ from stepdistill.models.family import Family, read_schedule
 # family name -> "module:Class"; modules load on demand, so one broken family breaks no other.
 FAMILIES: dict[str, str] = {
     "sd": "stepdistill.models.sd:StableDiffusionFamily",
+    "sdxl": "stepdistill.models.sdxl:StableDiffusionXLFamily",
     "sd3": "stepdistill.models.sd3:StableDiffusion3Family",
     "dit": "stepdistill.models.dit:DiTFamily",
+    "flux": "stepdistill.models.flux:FluxFamily",
+    "pixart": "stepdistill.models.pixart:PixArtFamily",
+    "sana": "stepdistill.models.sana:SanaFamily",
 }
 
 

@@ -279,6 +279,7 @@ class RoleDenoiser(Denoiser):
         as_flow = bank._origin(role).as_flow
         self.path: NoisePath = FlowPath() if as_flow else family.path
         self.kind: PredictionType = "flow" if as_flow else family.kind
+        self.embeds_guidance = family.embeds_guidance
         self._blocks = family.feature_blocks()
 
     def raw(

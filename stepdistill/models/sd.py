@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
@@ -23,7 +23,7 @@ from stepdistill.models.family import (
     net_dtype,
 )
 from stepdistill.models.unet_guidance import timestep_cond, with_guidance_input
-from stepdistill.models.vae import decode_latents, encode_images, latent_size
+from stepdistill.models.vae import latent_size
 
 
 class StableDiffusionFamily(Family):
@@ -68,9 +68,16 @@ class StableDiffusionFamily(Family):
             model_t.float(),  # holds every table index exactly; the sinusoid is float32 anyway
             encoder_hidden_states=cond["prompt_embeds"].to(dtype),
             timestep_cond=timestep_cond(dim, w, dtype),
+            added_cond_kwargs=self.added_conditions(x_t, cond, dtype),
             return_dict=False,
         )[0]
         return out
+
+    def added_conditions(
+        self, x_t: Tensor, cond: Cond, dtype: torch.dtype
+    ) -> dict[str, Tensor] | None:
+        """The UNet's added_cond_kwargs; none here."""
+        return None
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid", "down.i" and "up.i", all maps."""
@@ -99,17 +106,11 @@ class StableDiffusionFamily(Family):
         embeds, _ = self.pipeline.encode_prompt(check_prompts(prompts), device, 1, False)
         return Cond({"prompt_embeds": embeds})
 
-    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return encode_images(self.pipeline.vae, images, generator)
-
-    def images(self, latents: Tensor) -> Tensor:
-        return decode_latents(self.pipeline.vae, latents)
-
     def stock_call(
         self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
     ) -> Tensor:
         """See Family.stock_call. LCM's own loop takes its own scheduler only: run the plain one."""
-        if type(self.pipeline) is StableDiffusionPipeline:
+        if not isinstance(self.pipeline, LatentConsistencyModelPipeline):
             return super().stock_call(prompts, guidance, num_steps, generator)
         parts = {**self.pipeline.components, "requires_safety_checker": False}
         plain: Any = StableDiffusionPipeline(**parts)

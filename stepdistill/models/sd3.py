@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, check_prompts, net_dtype
-from stepdistill.models.vae import decode_latents, encode_images, latent_size
+from stepdistill.models.family import Family, FeatureBlock, check_prompts, net_dtype, token_blocks
+from stepdistill.models.vae import latent_size
 
 
 class StableDiffusion3Family(Family):
@@ -45,14 +45,9 @@ class StableDiffusion3Family(Family):
         return out
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
-        """ "mid" and "block.i": image tokens only (a block returns text tokens, image tokens)."""
+        """ "mid" and "block.i", image tokens (a block returns text tokens, image tokens)."""
         width = self.config.num_attention_heads * self.config.attention_head_dim
-        count = self.config.num_layers
-        blocks = {
-            f"block.{i}": FeatureBlock(f"transformer_blocks.{i}", width, "tokens", item=1)
-            for i in range(count)
-        }
-        return {"mid": blocks[f"block.{count // 2}"], **blocks}
+        return token_blocks(width, item=1, transformer_blocks=self.config.num_layers)
 
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         size, patch = self.config.sample_size, self.config.patch_size
@@ -75,11 +70,3 @@ class StableDiffusion3Family(Family):
             do_classifier_free_guidance=False,
         )
         return Cond({"prompt_embeds": embeds, "pooled": pooled})
-
-    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        vae = self.pipeline.vae
-        return encode_images(vae, images, generator, shift=vae.config.shift_factor)
-
-    def images(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        return decode_latents(vae, latents, shift=vae.config.shift_factor)

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     DDPMScheduler,
     DiTPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from stepdistill.core.method import Role
+from stepdistill.core.types import Cond
 from stepdistill.models import check
 from stepdistill.models.check import LIMIT, check_family, print_check
 from stepdistill.models.dit import DiTFamily
-from stepdistill.models.family import read_schedule
+from stepdistill.models.family import dynamic_shift, read_schedule
+from stepdistill.models.flux import FluxFamily
+from stepdistill.models.pixart import PixArtFamily
+from stepdistill.models.rolebank import RoleBank
+from stepdistill.models.sana import SanaFamily
 from stepdistill.models.sd import StableDiffusionFamily
 from stepdistill.models.sd3 import StableDiffusion3Family
-from stepdistill.models.tiny import tiny_dit, tiny_sd, tiny_sd3
+from stepdistill.models.sdxl import StableDiffusionXLFamily
+from stepdistill.models.tiny import tiny_dit, tiny_sd, tiny_sd3, tiny_sdxl
+from stepdistill.models.tiny_transformers import tiny_flux, tiny_pixart, tiny_sana
+from stepdistill.models.tuning import Tuning
 from stepdistill.models.unet_guidance import guidance_embedding
 
 
@@ -34,6 +48,12 @@ def tiny_lcm() -> LatentConsistencyModelPipeline:
     return LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
 
 
+def without_zero_null(pipeline):
+    """The SDXL pipeline with an encoded empty prompt as its null condition."""
+    pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    return pipeline
+
+
 # ------------------------------------------------------------------- parity with the stock pipeline
 def test_parity_with_the_stock_pipeline(family) -> None:
     rows = check_family(family)
@@ -41,7 +61,16 @@ def test_parity_with_the_stock_pipeline(family) -> None:
     assert {name: value for name, value in rows if not value < LIMIT} == {}
 
 
-@pytest.mark.parametrize("build", [lambda: tiny_sd3(with_t5=True), tiny_lcm])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: tiny_sd3(with_t5=True),
+        tiny_lcm,
+        lambda: tiny_pixart(size_conditions=True),
+        lambda: without_zero_null(tiny_sdxl()),
+    ],
+    ids=["sd3_t5", "lcm", "pixart_alpha_1024", "sdxl_empty_prompt_null"],
+)
 def test_parity_of_variants(build) -> None:
     rows = check_family(build())
     assert {name: value for name, value in rows if not value < LIMIT} == {}
@@ -75,9 +104,41 @@ class WrongLabel(DiTFamily):
         return super().encode([p + 1 for p in prompts])
 
 
+class WrongPacking(FluxFamily):
+    def pack(self, latents: Tensor) -> Tensor:
+        return super().pack(latents.transpose(-1, -2))
+
+
+class WrongGuidance(FluxFamily):
+    def forward(self, net, x_t, model_t, cond, s=None, w=None) -> Tensor:
+        return super().forward(net, x_t, model_t, cond, s, None if w is None else w + 1)
+
+
+class WrongMask(PixArtFamily):
+    def encode(self, prompts):
+        cond = super().encode(prompts)
+        return Cond({**cond.tensors, "mask": torch.ones_like(cond["mask"])})
+
+
+class WrongSize(StableDiffusionXLFamily):
+    def added_conditions(self, x_t, cond, dtype):
+        added = super().added_conditions(x_t, cond, dtype)
+        return {**added, "time_ids": added["time_ids"] * 2}
+
+
+class WrongSanaNull(SanaFamily):
+    def null(self, bsz: int) -> Cond:
+        return self.encode([""]).repeat(bsz)
+
+
 @pytest.mark.parametrize(
     ("wrong", "build", "row"),
     [
+        (WrongPacking, tiny_flux, "denoiser"),
+        (WrongGuidance, tiny_flux, "encode"),
+        (WrongMask, tiny_pixart, "encode"),
+        (WrongSize, tiny_sdxl, "encode"),
+        (WrongSanaNull, tiny_sana, "sampling"),
         (WrongNull, tiny_sd, "sampling"),
         (WrongTime, tiny_sd3, "denoiser"),
         (WrongScale, tiny_sd3, "vae: encode"),
@@ -196,12 +257,14 @@ def test_parts_besides_the_denoiser_are_frozen_and_in_eval_mode(family) -> None:
 
 # ------------------------------------------------------------------------------------ images, sizes
 def test_latents_sample_with_a_generator_and_take_the_mode_without(family) -> None:
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    blank = family.images(torch.zeros(2, *family.sample_shape()))
+    images = torch.rand(blank.shape) * 2 - 1
     mode = family.latents(images)
     one, two = (family.latents(images, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(mode, family.latents(images))
     assert torch.equal(one, two)
-    assert not torch.equal(one, mode)
+    deterministic = isinstance(family.pipeline.vae, AutoencoderDC)
+    assert torch.equal(one, mode) == deterministic
     assert mode.shape == (2, *family.sample_shape())
 
 
@@ -239,7 +302,69 @@ def test_sample_shape_follows_the_pixels(make_family) -> None:
         make_family("dit").sample_shape(32, 32)
 
 
+# ------------------------------------------------------------------------------- guidance by input
+def test_guidance_goes_to_a_network_that_embeds_it(make_family) -> None:
+    """No null pass: the guided teacher is one call told g, for numbers and tensors alike."""
+    family = make_family("flux")
+    teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 0.5]), family.encode(["a", "b"])
+    with torch.no_grad():
+        told = teacher(x, t, cond, guidance=3.5).raw
+        rows = teacher(x, t, cond, guidance=torch.tensor([3.5, 3.5])).raw
+        by_hand = family.forward(family.net, x, 1000 * t, cond, w=torch.full((2,), 2.5))
+        unguided = teacher(x, t, cond).raw
+        told_one = family.forward(family.net, x, 1000 * t, cond, w=torch.zeros(2))
+    assert torch.equal(told, by_hand)
+    assert torch.equal(rows, by_hand)
+    assert torch.equal(unguided, told_one)
+    assert (told - unguided).abs().max() > 1e-4
+
+
+def test_flux_without_the_embedding_is_guided_by_a_null_pass(make_family) -> None:
+    family = make_family("flux_schnell")
+    assert not family.embeds_guidance
+    with pytest.raises(ValueError, match="no guidance embedding"):
+        family.forward(
+            family.net, torch.randn(1, 4, 8, 8), torch.ones(1), family.null(1), w=torch.ones(1)
+        )
+    with pytest.raises(ValueError, match="embed_guidance"):
+        family.copy_net(("w",))
+
+
+def test_sdxl_null_is_zeros_where_the_pipeline_says_so(make_family) -> None:
+    null = make_family("sdxl").null(2)
+    assert {name: float(v.abs().sum()) for name, v in null.tensors.items()} == {
+        "prompt_embeds": 0.0,
+        "pooled": 0.0,
+    }
+
+
+def test_packing_is_undone_by_unpacking(make_family) -> None:
+    family = make_family("flux")
+    x = torch.randn(2, 4, 8, 12)
+    assert family.pack(x).shape == (2, 24, 16)
+    assert torch.equal(family.unpack(family.pack(x), (4, 8, 12)), x)
+
+
 # ---------------------------------------------------------------------------------------- schedules
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_dynamic_shift_is_the_stock_schedulers(kind) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    for tokens in (256, 1000, 4096):
+        config = scheduler.config
+        mu = calculate_shift(tokens, 256, 4096, config.base_shift, config.max_shift)
+        scheduler.set_timesteps(sigmas=[0.5], mu=mu)
+        shift = dynamic_shift(config, tokens)
+        assert float(scheduler.sigmas[0]) == pytest.approx(shift / (shift + 1), abs=1e-6)
+
+
+def test_flux_shift_follows_the_image_size() -> None:
+    assert FluxFamily(tiny_flux()).shift == pytest.approx(math.exp(1.15))
+    pipeline = tiny_flux()
+    pipeline.scheduler.register_to_config(max_image_seq_len=28)  # 16 tokens lie half way from 4
+    assert FluxFamily(pipeline).shift == pytest.approx(math.exp((0.5 + 1.15) / 2))
+
+
 def test_schedules_are_read_from_the_scheduler(make_family) -> None:
     kinds = {n: (make_family(n).kind, make_family(n).shift) for n in ("sd", "sd_v", "sd3", "dit")}
     assert kinds == {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -59,9 +61,9 @@ def test_ema_role_never_trains_and_the_followed_role_is_not_moved(make_family, l
 
 
 @pytest.mark.parametrize("layout", ["lora", "full"])
-def test_saved_roles_answer_alike_in_a_new_bank(family, make_family, layout) -> None:
-    name = {"eps": family.name, "v": "sd_v", "flow": family.name}[family.kind]
-    bank, other = build(family, layout), build(make_family(name), layout)
+def test_saved_roles_answer_alike_in_a_new_bank(family, layout) -> None:
+    twin = type(family)(copy.deepcopy(family.pipeline))
+    bank, other = build(family, layout), build(twin, layout)
     shake(bank, "student", "target", "disc")
     prompts = [0, 1] if family.conditioning == "label" else ["a", "b"]
     x_t, t = torch.randn(2, *family.sample_shape()), torch.tensor([0.9, 0.1]).double()

@@ -245,7 +245,8 @@ def test_features_are_of_the_conditional_half(family) -> None:
     x_t, t, cond = inputs(family)
     names = tuple(family.feature_blocks())
     with torch.no_grad():
-        plain = bank["student"](x_t, t, cond, features=names).features
+        w = torch.full((2,), 2.0) if family.embeds_guidance else None
+        plain = bank["student"](x_t, t, cond, w=w, features=names).features
         guided = bank["student"](x_t, t, cond, family.null(2), 3.0, features=names).features
         null = bank["student"](x_t, t, family.null(2), features=names).features
     for name in names:

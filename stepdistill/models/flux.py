@@ -1,0 +1,140 @@
+"""Flux.1: a joint transformer on packed flow latents; dev is told the guidance.
+
+Packed: 2 x 2 patches of the latent become one token, (B, C, H, W) -> (B, H W / 4, 4 C). Methods see
+(B, C, H, W). A network told the guidance gets it in place of a null pass; without any it is told 1.
+"""
+
+# Shapes: B batch, C channels, H, W spatial, N tokens, D width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.core.types import Cond
+from stepdistill.models.family import (
+    TRANSFORMER_LORA_TARGETS,
+    Family,
+    FeatureBlock,
+    check_prompts,
+    dynamic_shift,
+    net_dtype,
+    token_blocks,
+)
+from stepdistill.models.vae import latent_size
+
+PATCH = 2
+
+
+class FluxFamily(Family):
+    """FluxPipeline: dev (guidance embedding) and schnell (none)."""
+
+    name: ClassVar[str] = "flux"
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    net_name: ClassVar[str] = "transformer"
+    lora_targets: ClassVar[tuple[str, ...]] = (*TRANSFORMER_LORA_TARGETS, "proj_mlp")
+    supports_w: ClassVar[bool] = True
+    sends_sigmas: ClassVar[bool] = True
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        if pipeline.scheduler.config.get("use_dynamic_shifting"):
+            _, height, width = self.sample_shape()
+            tokens = height * width // PATCH**2
+            self.shift = dynamic_shift(pipeline.scheduler.config, tokens)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """See Family.embeds_guidance: true of dev, false of schnell."""
+        return bool(self.config.guidance_embeds)
+
+    def copy_net(self, extra_inputs: Sequence[str] = ()) -> nn.Module:
+        """A copy of the transformer; ("w",) is an input that dev has already."""
+        has_w = tuple(extra_inputs) == ("w",) and self.embeds_guidance
+        return super().copy_net(() if has_w else extra_inputs)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
+        return self.pipeline._unpack_latents(packed, *shape[-2:], vae_scale_factor=1)
+
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """See Family.forward; s has no input here and is ignored. w = g - 1 as everywhere."""
+        guidance = None
+        if self.embeds_guidance:
+            guidance = torch.ones_like(model_t, dtype=torch.float32) if w is None else w.float() + 1
+        elif w is not None:
+            raise ValueError("flux: expected no w (no guidance embedding), got one.")
+        dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
+        embeds = cond["prompt_embeds"].to(dtype)
+        ids = self.pipeline._prepare_latent_image_ids(
+            len(x_t), height // PATCH, width // PATCH, x_t.device, dtype
+        )
+        out: Tensor = net(
+            hidden_states=self.pack(x_t.to(dtype)),
+            timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
+            guidance=guidance,
+            pooled_projections=cond["pooled"].to(dtype),
+            encoder_hidden_states=embeds,
+            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        return self.unpack(out, (height, width))
+
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """ "mid" and "block.i", joint then single: image tokens (a block returns text, image)."""
+        config = self.config
+        counts = {
+            "transformer_blocks": config.num_layers,
+            "single_transformer_blocks": config.num_single_layers,
+        }
+        width = config.num_attention_heads * config.attention_head_dim
+        return token_blocks(width, item=1, **counts)
+
+    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        factor = self.pipeline.vae_scale_factor
+        size = self.pipeline.vae.config.sample_size // factor  # the transformer states none
+        sides = (latent_size(px, size, factor, PATCH) for px in (height, width))
+        return (self.config.in_channels // PATCH**2, *sides)
+
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        size = self.pipeline.vae.config.sample_size
+        return {"height": size, "width": size}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """prompt_embeds (B, N, D): T5 tokens; pooled (B, D'): CLIP."""
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            check_prompts(prompts), None, device=self.pipeline.text_encoder.device
+        )
+        return Cond({"prompt_embeds": embeds, "pooled": pooled})
+
+    def stock_call(
+        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
+    ) -> Tensor:
+        """See Family.stock_call. Without an embedding, guidance is the stock true_cfg_scale."""
+        if self.embeds_guidance:
+            return super().stock_call(prompts, guidance, num_steps, generator)
+        return self.pipeline(
+            prompt=list(prompts),
+            negative_prompt=[""] * len(prompts),
+            true_cfg_scale=guidance,
+            num_inference_steps=num_steps,
+            generator=generator,
+            output_type="pt",
+            **self.call_extras,
+        ).images

@@ -1,0 +1,119 @@
+"""Parts of tiny pipelines: tokenizers without files, small text encoders, a VAE, a noise table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+from transformers import (
+    CLIPTextConfig,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+TEXT_WIDTH = 16
+MAX_TOKENS = 32  # CLIP's 77 costs time and tests nothing more
+LATENT_SIZE = 8  # 16 px images with the factor-2 VAE
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within: torch's CPU generator starts at `seed`; outside it is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def clip_tokenizer(max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer: 256 byte symbols, the same as word ends, two specials."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = [chr(b) for b in printable]
+    symbols += [chr(256 + i) for i in range(256 - len(symbols))]  # GPT-2's names of other bytes
+    tokens = [*symbols, *(f"{s}</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=max_tokens)
+
+
+def clip_config(tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH) -> CLIPTextConfig:
+    """A two-layer CLIP text configuration that fits the tokenizer."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    """A character-level T5 tokenizer and a one-layer encoder of that width."""
+    specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0)]
+    vocab = [*specials, *((chr(c), -3.0) for c in range(ord("!"), ord("~") + 1))]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_ff=2 * width, d_kv=8, num_layers=1, num_heads=2
+    )
+    return tokenizer, T5EncoderModel(config)
+
+
+def gemma(width: int) -> tuple[GemmaTokenizer, Gemma2Model]:
+    """A character-level Gemma tokenizer and a one-layer Gemma 2 of that width."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n"]
+    vocab = {t: i for i, t in enumerate([*specials, *map(chr, range(ord("!"), ord("~") + 1))])}
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=[])
+    config = Gemma2Config(
+        vocab_size=len(vocab),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+    )
+    return tokenizer, Gemma2Model(config)
+
+
+def vae(
+    scaling_factor: float, shift_factor: float | None = None, attention: bool = True
+) -> AutoencoderKL:
+    """An AutoencoderKL of factor 2 and four latent channels."""
+    blocks = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    return AutoencoderKL(
+        down_block_types=blocks[0],
+        up_block_types=blocks[1],
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=2 * LATENT_SIZE,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        mid_block_add_attention=attention,
+    )
+
+
+def ddim(prediction_type: str = "epsilon", beta_schedule: str = "scaled_linear") -> DDIMScheduler:
+    """Stable Diffusion's noise table (or DiT's linear one) with the stock DDIM rule."""
+    betas = (0.00085, 0.012) if beta_schedule == "scaled_linear" else (0.0001, 0.02)
+    return DDIMScheduler(
+        beta_start=betas[0],
+        beta_end=betas[1],
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
