@@ -30,13 +30,17 @@ def load_arguments(record: Mapping[str, Any]) -> str:
     return "".join(f", {name}=None" for name in record["load_without"])
 
 
+def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
+    """The first argument of the call, as code."""
+    return "class_labels=[0]" if record["family"] == "dit" else repr(prompt)
+
+
 def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> str:
     """Three lines that load the pipeline from `where` and make an image."""
-    subject = "class_labels=[0]" if record["family"] == "dit" else repr(prompt)
     return (
         "from diffusers import DiffusionPipeline\n"
         f"pipe = DiffusionPipeline.from_pretrained({where!r}{load_arguments(record)})\n"
-        f'pipe({subject}, {call_arguments(record)}).images[0].save("image.png")'
+        f'pipe({subject(record, prompt)}, {call_arguments(record)}).images[0].save("image.png")'
     )
 
 

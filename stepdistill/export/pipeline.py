@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepdistill.core.path import FlowPath
+from stepdistill.core.path import FlowPath, NoisePath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.card import write_card
 from stepdistill.export.schedulers import StockSampler, stock_sampler
@@ -45,9 +45,7 @@ def export_pipeline(
     """
     check_out_dir(out_dir)
     denoiser = bank[role]
-    flow_in_vp = isinstance(denoiser.path, FlowPath) and not isinstance(family.path, FlowPath)
-    accepts = call_arguments_of(family)
-    sampler = stock_sampler(family.pipeline.scheduler, denoiser.path, spec, flow_in_vp, accepts)
+    sampler = sampler_of(family, denoiser.path, spec)
     pipeline = copy.copy(family.pipeline)
     pipeline.register_modules(
         **{family.net_name: stock_net(bank, role), "scheduler": sampler.scheduler}
@@ -66,9 +64,15 @@ def export_pipeline(
     return out_dir
 
 
-def call_arguments_of(family: Family) -> frozenset[str]:
-    """Names of the arguments that the pipeline's call takes."""
-    return frozenset(inspect.signature(type(family.pipeline).__call__).parameters)
+def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampler:
+    """The stock sampler of a student on `path` in the family's pipeline."""
+    flow_in_vp = isinstance(path, FlowPath) and not isinstance(family.path, FlowPath)
+    accepts = frozenset(inspect.signature(type(family.pipeline).__call__).parameters)
+    if family.scales_input:  # the one flow scheduler that can do it takes no sigmas
+        accepts -= {"sigmas"}
+    return stock_sampler(
+        family.pipeline.scheduler, path, spec, flow_in_vp, accepts, family.sends_sigmas
+    )
 
 
 def missing_parts(pipeline: Any) -> list[str]:

@@ -63,18 +63,20 @@ def stock_sampler(
     spec: SamplerSpec,
     flow_in_vp: bool = False,
     accepts: Collection[str] = ALL_ARGUMENTS,
+    sends_sigmas: bool = False,
 ) -> StockSampler:
     """The stock sampler of `spec` for a student on `path`.
 
     Args:
         flow_in_vp: the student is a velocity network inside a pipeline made for VP schedulers.
         accepts: argument names of that pipeline's call.
+        sends_sigmas: its call hands the scheduler linspace(1, 1/N, N) for N steps.
     Errors: ValueError for a spec no stock scheduler samples in that pipeline.
     """
     if isinstance(path, VPPath):
         return _vp(teacher_scheduler.config, path, spec, accepts)
     if isinstance(path, FlowPath):
-        return _flow(path, spec, flow_in_vp, accepts)
+        return _flow(path, spec, flow_in_vp, accepts, sends_sigmas)
     raise ValueError(
         f"export: expected a VP or flow student, got {type(path).__name__}. VE students have no "
         "stock few-step scheduler; sample them with stepdistill.sampling."
@@ -175,7 +177,11 @@ def _table(config: Any, path: VPPath) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------- flow
 def _flow(
-    path: FlowPath, spec: SamplerSpec, flow_in_vp: bool, accepts: Collection[str]
+    path: FlowPath,
+    spec: SamplerSpec,
+    flow_in_vp: bool,
+    accepts: Collection[str],
+    sends_sigmas: bool,
 ) -> StockSampler:
     gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind]
     if gamma not in (0.0, 1.0) or spec.boundary_scale is not None:
@@ -199,10 +205,15 @@ def _flow(
                 "its loop calls what FlowMatchLCMScheduler lacks. Use setup: wrapped."
             )
         cls, grid = FlowMapEulerDiscreteScheduler, {"shift": shift_of_grid(spec.times)}
+    elif sends_sigmas:  # a uniform grid already: the shift alone maps it
+        grid = {"shift": shift_of_grid(spec.times)}
     else:
         grid = flow_match_config(spec.times)
     made = cls.from_config({**config, **grid})
-    made.set_timesteps(num)
+    if sends_sigmas:
+        made.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num, num))
+    else:
+        made.set_timesteps(num)
     if np.allclose(made.sigmas[:-1], spec.times, atol=1e-6):
         return StockSampler(made, visited)
     if "sigmas" not in accepts:

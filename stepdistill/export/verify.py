@@ -46,6 +46,7 @@ def check_export(
         theirs = stock(
             **{name: [prompt]},
             **call_options(record),
+            **family.call_extras,
             generator=torch.default_generator,
             output_type="pt",
         ).images
@@ -64,12 +65,17 @@ def _in_memory(family: Family, denoiser: Denoiser, spec: SamplerSpec, prompt: An
     """(1, C, H, W) in [0, 1], with noise from the default CPU generator in stock order."""
     device = next(family.net.parameters()).device
     shape = (1, *family.sample_shape())
+    packed = family.pack(torch.zeros(shape)).shape  # a stock scheduler draws in this layout
+
+    def fresh_noise(_step: int) -> Tensor:
+        return family.unpack(torch.randn(packed), shape[1:]).to(device)
+
     latents = sample_x0(
         denoiser,
         spec,
         torch.randn(shape).to(device),
         family.encode([prompt]).to(device),
         family.null(1).to(device) if is_guided(spec.guidance) else None,
-        fresh_noise=lambda _step: torch.randn(shape).to(device),
+        fresh_noise=fresh_noise,
     )
     return (family.images(latents).float().cpu() / 2 + 0.5).clamp(0, 1)

@@ -30,6 +30,7 @@ CASES = {
     "sd_velocity": ("sd_v", "reflow_raw", "lora", SamplerSpec(uniform_grid(4), "ode")),
     "sd3_shifted": ("sd3", "dmd2", "lora", SamplerSpec(uniform_grid(4, 3.0), "renoise")),
     "sd3_given_sigmas": ("sd3", "dmd2", "full", SamplerSpec((0.9, 0.5, 0.1), "ode")),
+    "sdxl_two": ("sdxl", "dmd2", "lora", SamplerSpec(uniform_grid(2), "renoise")),
     "dit_two": ("dit", "dmd2", "lora", SamplerSpec(uniform_grid(2), "renoise")),
 }
 LORA_CASES = ("sd_v_tcd", "sd_velocity", "sd3_shifted")

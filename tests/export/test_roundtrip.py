@@ -10,9 +10,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from peft import PeftModel
 from safetensors import safe_open
 from support.runs import build_trainer, teacher_dir
 
@@ -35,9 +37,14 @@ def moved(trainer, scale: float = 0.05):
     return trainer
 
 
-@pytest.mark.parametrize("family", ["sd", "sd_v", "sd3", "dit"])
-@pytest.mark.parametrize("layout", ["lora", "full"])
-@pytest.mark.parametrize(("steps", "kind"), [(1, "renoise"), (2, "renoise"), (4, "ode")])
+FAMILIES = ["sd", "sd_v", "sd3", "dit"]
+FURTHER = ["sdxl", "flux", "flux_schnell", "pixart", "pixart_sigma", "sana"]
+SHORT = [(1, "renoise"), (2, "renoise"), (4, "ode")]
+CASES = [(f, layout, *s) for f in FAMILIES for layout in ("lora", "full") for s in SHORT]
+CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
+
+
+@pytest.mark.parametrize(("family", "layout", "steps", "kind"), CASES)
 def test_stock_image_equals_in_memory(
     family, layout, steps, kind, tmp_path, tmp_path_factory
 ) -> None:
@@ -105,6 +112,17 @@ def test_raw_velocity_student_in_dit(tmp_path, tmp_path_factory) -> None:
     assert index["scheduler"] == ["diffusers", "FlowMapEulerDiscreteScheduler"]
 
 
+@pytest.mark.parametrize("family", ["sdxl", "pixart"])
+def test_raw_velocity_student_where_the_loop_scales_its_input(
+    family, tmp_path, tmp_path_factory
+) -> None:
+    teacher = teacher_dir(family, tmp_path_factory)
+    trainer = moved(build_trainer("reflow_raw", teacher, "lora", tmp_path / "run"), 0.01)
+    out = trainer.export(tmp_path / "out", num_steps=3)
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMapEulerDiscreteScheduler"]
+
+
 def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer("dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path / "run")
     (tmp_path / "out").mkdir()
@@ -114,7 +132,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("family", ["sd_v", "sd3"])
+@pytest.mark.parametrize("family", ["sd_v", "sdxl", "sd3", "flux", "sana"])
 def test_lora_file_keeps_alpha(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
     trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run", alpha=7.0), 0.2)
@@ -146,10 +164,52 @@ def test_lora_of_a_full_student_is_refused(tmp_path, tmp_path_factory) -> None:
         trainer.export(tmp_path / "out", format="lora")
 
 
-def test_lora_without_a_loader_is_refused(tmp_path, tmp_path_factory) -> None:
-    trainer = build_trainer("dmd2", teacher_dir("dit", tmp_path_factory), "lora", tmp_path / "run")
-    with pytest.raises(ValueError, match="DiTPipeline"):
-        trainer.export(tmp_path / "out", format="lora")
+@pytest.mark.parametrize("family", ["pixart", "dit"])
+def test_lora_without_a_loader_is_a_peft_adapter(family, tmp_path, tmp_path_factory) -> None:
+    """Diffusers gives these classes no LoRA loader; PEFT reads the folder, alpha included."""
+    teacher = teacher_dir(family, tmp_path_factory)
+    trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run", alpha=7.0), 0.2)
+    spec = trainer.method.sampler()
+    out = export_lora(trainer.family, trainer.bank, spec, tmp_path / "lora", FACTS)
+    assert "PeftModel.from_pretrained(pipe.transformer, 'lora')" in (out / "README.md").read_text()
+
+    merged = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "merged", FACTS)
+    plain, expected = load_family(teacher), load_family(merged)
+    adapted = PeftModel.from_pretrained(plain.net, str(out)).merge_and_unload()
+    x = torch.randn(2, *plain.sample_shape(), generator=torch.Generator().manual_seed(0))
+    cond = plain.encode([0, 1] if family == "dit" else ["a", "b"])
+    times = torch.tensor([999.0, 500.0])
+    with torch.no_grad():
+        first = plain.forward(adapted, x, times, cond)
+        second = expected.forward(expected.net, x, times, cond)
+        base = load_family(teacher)
+        untouched = base.forward(base.net, x, times, cond)
+    assert float((first - second).abs().max()) < 1e-5
+    assert float((first - untouched).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (4, 3.0)])
+def test_flux_scheduler_visits_the_trained_sigmas(steps, shift, tmp_path, tmp_path_factory) -> None:
+    """The Flux call hands its scheduler linspace(1, 1/N, N) and mu: neither may move the grid."""
+    teacher = teacher_dir("flux", tmp_path_factory)
+    trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")
+    grid = uniform_grid(steps, shift)
+    spec = SamplerSpec(grid, "ode", trained_times=grid)
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    assert json.loads((out / RECORD).read_text())["call"] == {}
+    saved = FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler")
+    assert saved.config.use_dynamic_shifting is False
+    assert saved.config.shift == pytest.approx(1.0 if steps == 1 else shift)
+    saved.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), mu=1.15)
+    assert saved.sigmas.tolist() == pytest.approx([*grid, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_trained_student_round_trips(family, tmp_path, tmp_path_factory) -> None:
+    """Two steps of DMD2 with LoRA, exported; export_pipeline compares the reloaded image."""
+    trainer = build_trainer("dmd2", teacher_dir(family, tmp_path_factory), "lora", tmp_path / "run")
+    trainer.train()
+    assert (trainer.export(tmp_path / "out") / RECORD).is_file()
 
 
 def test_fresh_process_needs_diffusers_alone(tmp_path, tmp_path_factory) -> None:
