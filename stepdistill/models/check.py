@@ -47,10 +47,12 @@ class Call:
 
 
 def _tensors(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor, also of those inside dictionaries (added_cond_kwargs)."""
+    """(name, tensor) of every tensor, also inside dictionaries and lists (added_cond_kwargs)."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield prefix + name, value
+        elif isinstance(value, list):
+            yield from _tensors({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}.")
         elif isinstance(value, Mapping):
             yield from _tensors(value, f"{prefix}{name}.")
 

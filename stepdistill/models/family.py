@@ -160,6 +160,12 @@ class Family(ABC):
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """Blocks a head may read by name; "mid" is always one of them."""
 
+    def image_features(
+        self, features: dict[str, Tensor], x_t: Tensor, cond: Cond
+    ) -> dict[str, Tensor]:
+        """Captured features without what else a block puts out beside the image (text, padding)."""
+        return features
+
     # -------------------------------------------------------------- the data
     @abstractmethod
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ FAMILIES: dict[str, str] = {
     "dit": "stepdistill.models.dit:DiTFamily",
     "flux": "stepdistill.models.flux:FluxFamily",
     "pixart": "stepdistill.models.pixart:PixArtFamily",
+    "lumina2": "stepdistill.models.lumina2:Lumina2Family",
     "sana": "stepdistill.models.sana:SanaFamily",
 }
 

@@ -297,4 +297,4 @@ class RoleDenoiser(Denoiser):
         with bank.use(self._adapter), capture(self._net, blocks) as feats:
             out = bank.family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)
         forget_graphless_casts()
-        return out, feats
+        return out, bank.family.image_features(feats, x_t, cond)

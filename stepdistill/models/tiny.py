@@ -32,7 +32,12 @@ from stepdistill.models.tiny_parts import (
     t5,
     vae,
 )
-from stepdistill.models.tiny_transformers import tiny_flux, tiny_pixart, tiny_sana
+from stepdistill.models.tiny_transformers import (
+    tiny_flux,
+    tiny_lumina2,
+    tiny_pixart,
+    tiny_sana,
+)
 
 
 def unet(text_width: int, **extra: Any) -> UNet2DConditionModel:
@@ -157,5 +162,6 @@ TINY: dict[str, Callable[[], Any]] = {
     "pixart": tiny_pixart,
     "pixart_sigma": lambda: tiny_pixart(PixArtSigmaPipeline),
     "sana": tiny_sana,
+    "lumina2": tiny_lumina2,
 }
 """Builder of each family's tiny pipeline by family name, variants beside it."""

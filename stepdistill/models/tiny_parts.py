@@ -87,18 +87,21 @@ def gemma(width: int) -> tuple[GemmaTokenizer, Gemma2Model]:
 
 
 def vae(
-    scaling_factor: float, shift_factor: float | None = None, attention: bool = True
+    scaling_factor: float,
+    shift_factor: float | None = None,
+    attention: bool = True,
+    levels: int = 2,
 ) -> AutoencoderKL:
-    """An AutoencoderKL of factor 2 and four latent channels."""
-    blocks = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    """An AutoencoderKL of four latent channels and factor 2 ** (levels - 1)."""
+    blocks = ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels
     return AutoencoderKL(
         down_block_types=blocks[0],
         up_block_types=blocks[1],
-        block_out_channels=(8, 8),
+        block_out_channels=(8,) * levels,
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=4,
-        sample_size=2 * LATENT_SIZE,
+        sample_size=2 ** (levels - 1) * LATENT_SIZE,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
         mid_block_add_attention=attention,

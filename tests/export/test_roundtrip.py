@@ -38,7 +38,7 @@ def moved(trainer, scale: float = 0.05):
 
 
 FAMILIES = ["sd", "sd_v", "sd3", "dit"]
-FURTHER = ["sdxl", "flux", "flux_schnell", "pixart", "pixart_sigma", "sana"]
+FURTHER = ["sdxl", "flux", "flux_schnell", "pixart", "pixart_sigma", "sana", "lumina2"]
 SHORT = [(1, "renoise"), (2, "renoise"), (4, "ode")]
 CASES = [(f, layout, *s) for f in FAMILIES for layout in ("lora", "full") for s in SHORT]
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
@@ -132,7 +132,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("family", ["sd_v", "sdxl", "sd3", "flux", "sana"])
+@pytest.mark.parametrize("family", ["sd_v", "sdxl", "sd3", "flux", "sana", "lumina2"])
 def test_lora_file_keeps_alpha(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
     trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run", alpha=7.0), 0.2)

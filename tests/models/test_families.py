@@ -26,6 +26,7 @@ from stepdistill.models.check import LIMIT, check_family, print_check
 from stepdistill.models.dit import DiTFamily
 from stepdistill.models.family import dynamic_shift, read_schedule
 from stepdistill.models.flux import FluxFamily
+from stepdistill.models.lumina2 import Lumina2Family
 from stepdistill.models.pixart import PixArtFamily
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.sana import SanaFamily
@@ -33,7 +34,7 @@ from stepdistill.models.sd import StableDiffusionFamily
 from stepdistill.models.sd3 import StableDiffusion3Family
 from stepdistill.models.sdxl import StableDiffusionXLFamily
 from stepdistill.models.tiny import tiny_dit, tiny_sd, tiny_sd3, tiny_sdxl
-from stepdistill.models.tiny_transformers import tiny_flux, tiny_pixart, tiny_sana
+from stepdistill.models.tiny_transformers import tiny_flux, tiny_lumina2, tiny_pixart, tiny_sana
 from stepdistill.models.tuning import Tuning
 from stepdistill.models.unet_guidance import guidance_embedding
 
@@ -131,9 +132,15 @@ class WrongSanaNull(SanaFamily):
         return self.encode([""]).repeat(bsz)
 
 
+class WrongSign(Lumina2Family):
+    def forward(self, net, x_t, model_t, cond, s=None, w=None) -> Tensor:
+        return -super().forward(net, x_t, model_t, cond, s, w)
+
+
 @pytest.mark.parametrize(
     ("wrong", "build", "row"),
     [
+        (WrongSign, tiny_lumina2, "denoiser"),
         (WrongPacking, tiny_flux, "denoiser"),
         (WrongGuidance, tiny_flux, "encode"),
         (WrongMask, tiny_pixart, "encode"),
@@ -300,6 +307,19 @@ def test_sample_shape_follows_the_pixels(make_family) -> None:
         make_family("sd3").sample_shape(18, 16)
     with pytest.raises(ValueError, match="expected 16 px"):
         make_family("dit").sample_shape(32, 32)
+
+
+def test_lumina2_features_are_image_tokens_whatever_the_prompts_beside(make_family) -> None:
+    """A row's features do not depend on the length of another row's prompt."""
+    family = make_family("lumina2")
+    teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.7, 0.7]).double()
+    short, long = family.encode(["a"]), family.encode(["a long prompt of many letters"])
+    with torch.no_grad():
+        both = teacher(x, t, Cond.cat([short, long]), features=("mid",)).features["mid"]
+        alone = teacher(x[:1], t[:1], short, features=("mid",)).features["mid"]
+    assert both.shape == (2, 16, 16)
+    assert torch.allclose(both[:1], alone, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- guidance by input
