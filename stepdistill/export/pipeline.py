@@ -104,7 +104,7 @@ def describe(
         "family": family.name,
         "method": facts.get("method"),
         "num_inference_steps": spec.num_steps,
-        "guidance_scale": guidance,
+        "guidance_scale": family.stock_guidance(guidance),
         "guidance_embedded": spec.w is not None,
         "call": sampler.call,
         "load_without": missing_parts(family.pipeline),

@@ -193,6 +193,10 @@ class Family(ABC):
         """Arguments that keep the stock call at the model's own size, where its defaults do not."""
         return {}
 
+    def stock_guidance(self, guidance: float) -> float:
+        """guidance_scale of the stock call for g of null + g (cond - null), or for g told."""
+        return guidance
+
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B, C, *S) in the layout that the stock call keeps them in."""
         return latents
@@ -207,7 +211,7 @@ class Family(ABC):
         """Images (B, C, H, W) in [0, 1] of the stock pipeline's own `__call__`, to compare with."""
         images: Tensor = self.pipeline(
             prompt=list(prompts),
-            guidance_scale=guidance,
+            guidance_scale=self.stock_guidance(guidance),
             num_inference_steps=num_steps,
             generator=generator,
             output_type="pt",

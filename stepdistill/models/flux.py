@@ -17,19 +17,15 @@ from torch import Tensor, nn
 from stepdistill.core.types import Cond
 from stepdistill.models.family import (
     TRANSFORMER_LORA_TARGETS,
-    Family,
     FeatureBlock,
     check_prompts,
-    dynamic_shift,
     net_dtype,
     token_blocks,
 )
-from stepdistill.models.vae import latent_size
-
-PATCH = 2
+from stepdistill.models.vae_sized import PATCH, VaeSizedFamily
 
 
-class FluxFamily(Family):
+class FluxFamily(VaeSizedFamily):
     """FluxPipeline: dev (guidance embedding) and schnell (none)."""
 
     name: ClassVar[str] = "flux"
@@ -39,12 +35,10 @@ class FluxFamily(Family):
     supports_w: ClassVar[bool] = True
     sends_sigmas: ClassVar[bool] = True
 
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
-        if pipeline.scheduler.config.get("use_dynamic_shifting"):
-            _, height, width = self.sample_shape()
-            tokens = height * width // PATCH**2
-            self.shift = dynamic_shift(pipeline.scheduler.config, tokens)
+    @property
+    def latent_channels(self) -> int:
+        channels: int = self.config.in_channels // PATCH**2
+        return channels
 
     @property
     def embeds_guidance(self) -> bool:
@@ -103,17 +97,6 @@ class FluxFamily(Family):
         }
         width = config.num_attention_heads * config.attention_head_dim
         return token_blocks(width, item=1, **counts)
-
-    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        factor = self.pipeline.vae_scale_factor
-        size = self.pipeline.vae.config.sample_size // factor  # the transformer states none
-        sides = (latent_size(px, size, factor, PATCH) for px in (height, width))
-        return (self.config.in_channels // PATCH**2, *sides)
-
-    @property
-    def call_extras(self) -> dict[str, Any]:
-        size = self.pipeline.vae.config.sample_size
-        return {"height": size, "width": size}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:

@@ -26,6 +26,7 @@ FAMILIES: dict[str, str] = {
     "flux": "stepdistill.models.flux:FluxFamily",
     "pixart": "stepdistill.models.pixart:PixArtFamily",
     "lumina2": "stepdistill.models.lumina2:Lumina2Family",
+    "z_image": "stepdistill.models.z_image:ZImageFamily",
     "sana": "stepdistill.models.sana:SanaFamily",
 }
 

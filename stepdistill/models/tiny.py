@@ -1,7 +1,7 @@
 """Tiny real Diffusers pipelines with random weights, built offline: for tests and dry runs.
 
-Every class is the stock one; denoisers stay below 100,000 parameters. Random weights test
-plumbing, never quality.
+Every class is the stock one; denoisers stay below 100,000 parameters (but Z-Image's, whose
+time embedding alone is larger). Random weights test plumbing, never quality.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from stepdistill.models.tiny_transformers import (
     tiny_lumina2,
     tiny_pixart,
     tiny_sana,
+    tiny_z_image,
 )
 
 
@@ -163,5 +164,6 @@ TINY: dict[str, Callable[[], Any]] = {
     "pixart_sigma": lambda: tiny_pixart(PixArtSigmaPipeline),
     "sana": tiny_sana,
     "lumina2": tiny_lumina2,
+    "z_image": tiny_z_image,
 }
 """Builder of each family's tiny pipeline by family name, variants beside it."""

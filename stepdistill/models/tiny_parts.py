@@ -13,6 +13,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -31,11 +34,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def clip_tokenizer(max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
-    """A byte-level CLIP tokenizer: 256 byte symbols, the same as word ends, two specials."""
+def byte_symbols() -> list[str]:
+    """GPT-2's printable names of the 256 bytes."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     symbols = [chr(b) for b in printable]
-    symbols += [chr(256 + i) for i in range(256 - len(symbols))]  # GPT-2's names of other bytes
+    symbols += [chr(256 + i) for i in range(256 - len(symbols))]
+    return symbols
+
+
+def clip_tokenizer(max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer: 256 byte symbols, the same as word ends, two specials."""
+    symbols = byte_symbols()
     tokens = [*symbols, *(f"{s}</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=max_tokens)
@@ -84,6 +93,25 @@ def gemma(width: int) -> tuple[GemmaTokenizer, Gemma2Model]:
         query_pre_attn_scalar=8,
     )
     return tokenizer, Gemma2Model(config)
+
+
+def qwen(width: int) -> tuple[Qwen2Tokenizer, Qwen3Model]:
+    """A byte-level Qwen tokenizer with a chat template, and a two-layer Qwen 3 of that width."""
+    vocab = {token: i for i, token in enumerate([*byte_symbols(), "<|endoftext|>"])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    )
+    config = Qwen3Config(
+        vocab_size=len(vocab),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return tokenizer, Qwen3Model(config)
 
 
 def vae(

@@ -15,6 +15,8 @@ from diffusers import (
     PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import CLIPTextModel
 
@@ -25,6 +27,7 @@ from stepdistill.models.tiny_parts import (
     clip_tokenizer,
     ddim,
     gemma,
+    qwen,
     seeded,
     t5,
     vae,
@@ -153,6 +156,30 @@ def tiny_lumina2(seed: int = 0) -> Lumina2Pipeline:
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
             vae=vae(0.3611, shift_factor=0.1159, levels=4),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+
+
+def tiny_z_image(seed: int = 0) -> ZImagePipeline:
+    """A ZImagePipeline; the stock class fixes the 1024 hidden units of its time embedding."""
+    with seeded(seed):
+        tokenizer, text_encoder = qwen(TEXT_WIDTH)
+        transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=16,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=TEXT_WIDTH,
+            axes_dims=[4, 2, 2],
+            axes_lens=[600, 32, 32],
+        )
+        return ZImagePipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae(0.3611, shift_factor=0.1159),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )

@@ -38,7 +38,7 @@ def moved(trainer, scale: float = 0.05):
 
 
 FAMILIES = ["sd", "sd_v", "sd3", "dit"]
-FURTHER = ["sdxl", "flux", "flux_schnell", "pixart", "pixart_sigma", "sana", "lumina2"]
+FURTHER = ["sdxl", "flux", "flux_schnell", "pixart", "pixart_sigma", "sana", "lumina2", "z_image"]
 SHORT = [(1, "renoise"), (2, "renoise"), (4, "ode")]
 CASES = [(f, layout, *s) for f in FAMILIES for layout in ("lora", "full") for s in SHORT]
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
@@ -132,7 +132,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("family", ["sd_v", "sdxl", "sd3", "flux", "sana", "lumina2"])
+@pytest.mark.parametrize("family", ["sd_v", "sdxl", "sd3", "flux", "sana", "lumina2", "z_image"])
 def test_lora_file_keeps_alpha(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
     trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run", alpha=7.0), 0.2)
@@ -202,6 +202,16 @@ def test_flux_scheduler_visits_the_trained_sigmas(steps, shift, tmp_path, tmp_pa
     assert saved.config.shift == pytest.approx(1.0 if steps == 1 else shift)
     saved.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), mu=1.15)
     assert saved.sigmas.tolist() == pytest.approx([*grid, 0.0], abs=1e-6)
+
+
+def test_z_image_export_is_called_with_guidance_zero(tmp_path, tmp_path_factory) -> None:
+    """Its call computes cond + g (cond - null): 1 would still guide."""
+    teacher = teacher_dir("z_image", tmp_path_factory)
+    trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run"))
+    for guidance in (1.0, 3.0):
+        spec = SamplerSpec(uniform_grid(2), "ode", guidance=guidance)
+        out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+        assert json.loads((out / RECORD).read_text())["guidance_scale"] == guidance - 1.0
 
 
 @pytest.mark.parametrize("family", FURTHER)

@@ -34,9 +34,16 @@ from stepdistill.models.sd import StableDiffusionFamily
 from stepdistill.models.sd3 import StableDiffusion3Family
 from stepdistill.models.sdxl import StableDiffusionXLFamily
 from stepdistill.models.tiny import tiny_dit, tiny_sd, tiny_sd3, tiny_sdxl
-from stepdistill.models.tiny_transformers import tiny_flux, tiny_lumina2, tiny_pixart, tiny_sana
+from stepdistill.models.tiny_transformers import (
+    tiny_flux,
+    tiny_lumina2,
+    tiny_pixart,
+    tiny_sana,
+    tiny_z_image,
+)
 from stepdistill.models.tuning import Tuning
 from stepdistill.models.unet_guidance import guidance_embedding
+from stepdistill.models.z_image import ZImageFamily
 
 
 def tiny_lcm() -> LatentConsistencyModelPipeline:
@@ -137,9 +144,22 @@ class WrongSign(Lumina2Family):
         return -super().forward(net, x_t, model_t, cond, s, w)
 
 
+class WrongLength(ZImageFamily):
+    def encode(self, prompts):
+        cond = super().encode(prompts)
+        return Cond({**cond.tensors, "length": cond["length"] + 1})
+
+
+class WrongConvention(ZImageFamily):
+    def stock_guidance(self, guidance: float) -> float:
+        return guidance
+
+
 @pytest.mark.parametrize(
     ("wrong", "build", "row"),
     [
+        (WrongLength, tiny_z_image, "encode"),
+        (WrongConvention, tiny_z_image, "denoiser"),
         (WrongSign, tiny_lumina2, "denoiser"),
         (WrongPacking, tiny_flux, "denoiser"),
         (WrongGuidance, tiny_flux, "encode"),

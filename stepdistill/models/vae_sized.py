@@ -1,0 +1,40 @@
+"""Families whose transformer states no image size: the VAE's sample_size, in px, stands for it."""
+
+# Shapes: B batch, C channels, H, W spatial.
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from stepdistill.models.family import Family, dynamic_shift
+from stepdistill.models.vae import latent_size
+
+PATCH = 2  # latent pixels to a side of an image token, fixed in these pipelines
+
+
+class VaeSizedFamily(Family):
+    """Sizes, and the shift that the stock call makes from the number of image tokens."""
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        if pipeline.scheduler.config.get("use_dynamic_shifting"):
+            _, height, width = self.sample_shape()
+            tokens = height * width // PATCH**2
+            self.shift = dynamic_shift(pipeline.scheduler.config, tokens)
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """C of one latent."""
+
+    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        factor = self.pipeline.vae_scale_factor
+        size = self.pipeline.vae.config.sample_size // factor
+        sides = (latent_size(pixels, size, factor, PATCH) for pixels in (height, width))
+        return (self.latent_channels, *sides)
+
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        size = self.pipeline.vae.config.sample_size
+        return {"height": size, "width": size}
