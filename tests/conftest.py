@@ -36,7 +36,16 @@ def make_family() -> Callable[[str], Family]:
     return build_family
 
 
-@pytest.fixture(params=sorted(TINY))
+# Further configurations of a family: parity is checked by default, the rest by -m slow.
+VARIANTS = {"flux_schnell", "pixart_sigma"}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else [])
+        for name in sorted(TINY)
+    ]
+)
 def family(request: Any) -> Family:
     """Each tiny family in turn."""
     return build_family(request.param)

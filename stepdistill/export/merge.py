@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.export.lora import LORA_FILE
+from stepdistill.export.lora import LORA_FILE, PEFT_FILE
 from stepdistill.export.pipeline import RECORD, check_out_dir
 
 # What two students must share to be sampled as one.
@@ -71,8 +71,9 @@ def _records(a: Path, b: Path) -> list[dict[str, Any]]:
     """Both distillation.json. Errors: ValueError where they do not fit together."""
     records = []
     for folder in (a, b):
-        if not (folder / RECORD).is_file() or (folder / LORA_FILE).is_file():
-            what = "a LoRA file" if (folder / LORA_FILE).is_file() else "none"
+        lora = any((folder / name).is_file() for name in (LORA_FILE, PEFT_FILE))
+        if lora or not (folder / RECORD).is_file():
+            what = "a LoRA file" if lora else "none"
             raise ValueError(
                 f"merge: expected a pipeline export in {folder}, got {what}. "
                 "Export the student with format pipeline: adapters do not average, weights do."

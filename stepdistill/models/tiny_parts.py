@@ -81,7 +81,7 @@ def gemma(width: int) -> tuple[GemmaTokenizer, Gemma2Model]:
     """A character-level Gemma tokenizer and a one-layer Gemma 2 of that width."""
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n"]
     vocab = {t: i for i, t in enumerate([*specials, *map(chr, range(ord("!"), ord("~") + 1))])}
-    tokenizer = GemmaTokenizer(vocab=vocab, merges=[])
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=[], add_bos_token=True)  # as released
     config = Gemma2Config(
         vocab_size=len(vocab),
         hidden_size=width,

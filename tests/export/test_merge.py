@@ -97,6 +97,8 @@ def altered(folder: Path, tmp_path: Path, how: str) -> Path:
         state[first] = torch.zeros(1, 2, 3)
     elif how == "lora":
         save_file({"x": torch.zeros(1)}, copy / "pytorch_lora_weights.safetensors")
+    elif how == "peft":
+        save_file({"x": torch.zeros(1)}, copy / "adapter_model.safetensors")
     (copy / RECORD).write_text(json.dumps(record))
     save_file(state, file)
     if how == "record":
@@ -111,6 +113,7 @@ def altered(folder: Path, tmp_path: Path, how: str) -> Path:
         ("name", "another"),
         ("shape", r"\(1, 2, 3\)"),
         ("lora", "a LoRA file"),
+        ("peft", "a LoRA file"),
         ("record", "expected a pipeline export"),
     ],
 )

@@ -33,7 +33,7 @@ from stepdistill.models.sana import SanaFamily
 from stepdistill.models.sd import StableDiffusionFamily
 from stepdistill.models.sd3 import StableDiffusion3Family
 from stepdistill.models.sdxl import StableDiffusionXLFamily
-from stepdistill.models.tiny import tiny_dit, tiny_sd, tiny_sd3, tiny_sdxl
+from stepdistill.models.tiny import TINY, tiny_dit, tiny_sd, tiny_sd3, tiny_sdxl
 from stepdistill.models.tiny_transformers import (
     tiny_flux,
     tiny_lumina2,
@@ -74,10 +74,19 @@ def test_parity_with_the_stock_pipeline(family) -> None:
     [
         lambda: tiny_sd3(with_t5=True),
         tiny_lcm,
+        TINY["flux_schnell"],
+        TINY["pixart_sigma"],
         lambda: tiny_pixart(size_conditions=True),
         lambda: without_zero_null(tiny_sdxl()),
     ],
-    ids=["sd3_t5", "lcm", "pixart_alpha_1024", "sdxl_empty_prompt_null"],
+    ids=[
+        "sd3_t5",
+        "lcm",
+        "flux_schnell",
+        "pixart_sigma",
+        "pixart_alpha_1024",
+        "sdxl_empty_prompt_null",
+    ],
 )
 def test_parity_of_variants(build) -> None:
     rows = check_family(build())
