@@ -72,7 +72,7 @@ LORA: dict[str, Any] = {
 RECIPES: dict[str, Recipe] = {
     "dmd2": Recipe(
         "dmd2",
-        merge(COMMON, {"role_learning_rates": {"fake": 2e-3}, "max_train_steps": 500}),
+        merge(COMMON, {"role_learning_rates": {"fake": 2e-3}, "max_train_steps": 600}),
         {
             1: {"method_config": {"num_steps": 1, "guidance": 1.0, "critic_steps": 2}},
             # The gradient reaches the last step alone: matching each step's own x0 trains the
