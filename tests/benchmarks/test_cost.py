@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +24,14 @@ from rich.table import Table
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill import DistributionMatchingTrainer, TrainConfig
-from stepdistill.core.method import Role, Setting
+from stepdistill.core.method import Role
 from stepdistill.core.path import VPPath
 from stepdistill.core.types import Cond
 from stepdistill.data.stream import stream
 from stepdistill.demo.teacher import TeacherConfig, build_teacher
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
-from stepdistill.models.family import UNET_LORA_TARGETS, FeatureBlock
 from stepdistill.models.rolebank import RoleBank
+from stepdistill.models.sdxl import StableDiffusionXLFamily
 from stepdistill.models.tuning import Tuning
 from stepdistill.training.batches import BatchMaker
 
@@ -135,27 +136,22 @@ def test_iteration_over_bare_network_calls(tmp_path) -> None:
     assert median <= 1.10
 
 
-class _MetaFamily:
-    """SDXL's denoiser on the meta device: the parts of a Family that a RoleBank reads."""
-
-    name, lora_targets, path, kind = "sdxl-meta", UNET_LORA_TARGETS, None, "eps"
+class _MetaSDXL(StableDiffusionXLFamily):
+    """The SDXL family around its real denoiser on the meta device, and nothing else loaded."""
 
     def __init__(self) -> None:
         with torch.device("meta"):
-            self.net = UNet2DConditionModel(**SDXL_UNET).requires_grad_(False)
-
-    def copy_net(self, extra_inputs: Any = ()) -> Any:
-        with torch.device("meta"):
-            return UNet2DConditionModel(**SDXL_UNET)
-
-    def feature_blocks(self) -> dict[str, FeatureBlock]:
-        return {"mid": FeatureBlock("mid_block", 1280, "map")}
+            unet = UNet2DConditionModel(**SDXL_UNET).requires_grad_(False)
+        self.pipeline = SimpleNamespace(unet=unet)  # type: ignore[assignment]
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.path, self.kind, self.shift = VPPath.from_betas(betas), "eps", 1.0
 
 
 def resident_bytes(tuning: Tuning, roles: dict[str, Role]) -> dict[str, int]:
     """Bytes of weights, gradients and AdamW moments, the frozen base in bf16."""
-    with torch.device("meta"):
-        bank = RoleBank(_MetaFamily(), roles, tuning)  # type: ignore[arg-type]
+    family = _MetaSDXL()
+    with torch.device("meta"):  # adapters and copies too
+        bank = RoleBank(family, roles, tuning)
     trained = {id(p) for r in bank.trained_roles for p in bank.members(r).values()}
     count = sum(p.numel() for p in bank.parameters() if id(p) in trained)
     frozen = sum(p.numel() for p in bank.parameters() if id(p) not in trained)
@@ -169,8 +165,7 @@ def resident_bytes(tuning: Tuning, roles: dict[str, Role]) -> dict[str, int]:
 
 def test_shared_layout_bytes_on_sdxl() -> None:
     """(b)"""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    roles = DMD2(DMD2Config(num_steps=4), Setting(VPPath.from_betas(betas))).roles()
+    roles = DMD2(DMD2Config(num_steps=4), _MetaSDXL().setting).roles()
     shared = resident_bytes(Tuning(student="lora", fake="lora", rank=64), roles)
     whole = resident_bytes(Tuning(student="full", fake="full"), roles)
     gib = 2**30
