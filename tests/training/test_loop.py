@@ -168,3 +168,15 @@ def test_student_source_without_a_checkpoint_is_refused(teacher, tmp_path) -> No
         build_trainer(
             "dmd2", teacher, "lora", tmp_path / "run", init_student_from=str(tmp_path / "nowhere")
         )
+
+
+def test_trackers_get_the_same_values(teacher, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = build_trainer("dmd2", teacher, "lora", tmp_path, report_to=["tensorboard"])
+    logs = trainer.train()
+    events = EventAccumulator(str(tmp_path / "stepdistill"))
+    events.Reload()
+    told = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
+    assert told["loss/student"] == pytest.approx(logs["loss/student"], rel=1e-6)
+    assert set(logs) <= set(told)
