@@ -47,8 +47,7 @@ class DiTFamily(Family):
         w: Tensor | None = None,
     ) -> Tensor:
         """See Family.forward; s has no input here and is ignored."""
-        if w is not None:
-            raise ValueError("dit: expected no w (no guidance embedding), got one.")
+        self.refuse_w(w)
         out: Tensor = net(
             x_t.to(net_dtype(net)),
             timestep=model_t.float(),  # exact for indices; the sinusoid is float32 anyway

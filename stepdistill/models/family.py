@@ -156,6 +156,11 @@ class Family(ABC):
     ) -> Tensor:
         """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,)."""
 
+    def refuse_w(self, w: Tensor | None) -> None:
+        """Errors: ValueError where w is given; for `forward` of networks without that input."""
+        if w is not None:
+            raise ValueError(f"{self.name}: expected no w (no guidance embedding), got one.")
+
     @abstractmethod
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """Blocks a head may read by name; "mid" is always one of them."""

@@ -69,8 +69,8 @@ class FluxFamily(VaeSizedFamily):
         guidance = None
         if self.embeds_guidance:
             guidance = torch.ones_like(model_t, dtype=torch.float32) if w is None else w.float() + 1
-        elif w is not None:
-            raise ValueError("flux: expected no w (no guidance embedding), got one.")
+        else:
+            self.refuse_w(w)
         dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
         embeds = cond["prompt_embeds"].to(dtype)
         ids = self.pipeline._prepare_latent_image_ids(

@@ -40,8 +40,7 @@ class PixArtFamily(Family):
         w: Tensor | None = None,
     ) -> Tensor:
         """See Family.forward; s has no input here and is ignored."""
-        if w is not None:
-            raise ValueError("pixart: expected no w (no guidance embedding), got one.")
+        self.refuse_w(w)
         dtype = net_dtype(net)
         out: Tensor = net(
             x_t.to(dtype),

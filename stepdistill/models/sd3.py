@@ -32,8 +32,7 @@ class StableDiffusion3Family(Family):
         w: Tensor | None = None,
     ) -> Tensor:
         """See Family.forward; s has no input here and is ignored."""
-        if w is not None:
-            raise ValueError("sd3: expected no w (no guidance embedding), got one.")
+        self.refuse_w(w)
         dtype = net_dtype(net)
         out: Tensor = net(
             hidden_states=x_t.to(dtype),

@@ -49,8 +49,7 @@ class ZImageFamily(VaeSizedFamily):
         w: Tensor | None = None,
     ) -> Tensor:
         """See Family.forward; s has no input here and is ignored."""
-        if w is not None:
-            raise ValueError("z_image: expected no w (no guidance embedding), got one.")
+        self.refuse_w(w)
         dtype = net_dtype(net)
         embeds = cond["prompt_embeds"].to(dtype)
         out: list[Tensor] = net(
