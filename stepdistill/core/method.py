@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -151,4 +151,3 @@ class MethodInfo:
 
     cls: type[Method[Any]]
     status: Literal["derived", "checked on analytic teachers", "trained on real data here"]
-    extras: Mapping[str, str] = field(default_factory=dict)

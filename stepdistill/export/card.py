@@ -32,7 +32,7 @@ def load_arguments(record: Mapping[str, Any]) -> str:
 
 def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     """The first argument of the call, as code."""
-    return "class_labels=[0]" if record["family"] == "dit" else repr(prompt)
+    return "class_labels=[0]" if record["conditioning"] == "label" else repr(prompt)
 
 
 def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> str:

@@ -102,6 +102,7 @@ def describe(
     return {
         "base_model": facts.get("model"),
         "family": family.name,
+        "conditioning": family.conditioning,
         "method": facts.get("method"),
         "num_inference_steps": spec.num_steps,
         "guidance_scale": family.stock_guidance(guidance),

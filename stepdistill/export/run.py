@@ -44,7 +44,9 @@ def sample_export(
     with (out / "metadata.jsonl").open("w") as index:
         for i, prompt in enumerate(prompts):
             subject: dict[str, Any] = (
-                {"class_labels": [int(prompt)]} if record["family"] == "dit" else {"prompt": prompt}
+                {"class_labels": [int(prompt)]}
+                if record["conditioning"] == "label"
+                else {"prompt": prompt}
             )
             image = pipe(
                 **subject,
