@@ -22,8 +22,7 @@ from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.models.family import Family
 from stepdistill.models.registry import family_for, pipeline_class_of
-from stepdistill.training.checkpoint import newest_valid
-from stepdistill.training.checks import RUN_FILE
+from stepdistill.training.checkpoint import RUN_FILE, newest_valid
 from stepdistill.training.config import RunConfig, TrainConfig
 from stepdistill.training.configfile import method_class, parse_run_config
 from stepdistill.training.trainer import Trainer
@@ -213,12 +212,14 @@ def trainer_of_run(run_dir: str | Path) -> DistillationTrainer:
                 **facts["train_config"],
                 "output_dir": str(folder),
                 "resume_from_checkpoint": "latest",
+                "init_student_from": None,  # the checkpoint holds the student
             }
         ),
         train_dataset=None,
         method=facts["method"],
         method_config=facts["method_config"],
         revision=facts["revision"],
+        variant=facts["variant"],
     )
-    trainer.resume(str(checkpoint))
+    trainer.restore(checkpoint)
     return trainer

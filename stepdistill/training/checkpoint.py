@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from stepdistill.models.rolebank import RoleBank
 
 MANIFEST = "manifest.json"
+RUN_FILE = "run.json"  # beside the checkpoints: what the run is
 
 
 def _digest(path: Path) -> str:

@@ -14,19 +14,23 @@ from stepdistill.core.method import Method, MethodConfig
 from stepdistill.data.stream import provided_fields
 from stepdistill.models.family import Family
 from stepdistill.models.registry import load_setting
-from stepdistill.training.checkpoint import list_checkpoints
+from stepdistill.training.checkpoint import RUN_FILE, list_checkpoints
 from stepdistill.training.config import TrainConfig
 
-RUN_FILE = "run.json"
 # What must stay the same for a resumed run to be the same run.
 _FIXED = ("model", "revision", "method", "method_config", "tuning", "seed")
 
 
 def method_fits(
-    cls: type[Method[Any]], config: MethodConfig, model: str | Path | Family, dataset: Any
+    cls: type[Method[Any]],
+    config: MethodConfig,
+    model: str | Path | Family,
+    revision: str | None,
+    dataset: Any,
 ) -> None:
     """Errors: ValueError where the dataset lacks a field the method's losses read."""
-    setting = model.setting if isinstance(model, Family) else load_setting(model)
+    hub = {"revision": revision} if revision else {}
+    setting = model.setting if isinstance(model, Family) else load_setting(model, **hub)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainer builds it again and warns then
         method = cls(config, setting)
@@ -46,6 +50,7 @@ def method_fits(
 def run_facts(
     model: str | Path | Family,
     revision: str | None,
+    variant: str | None,
     method: str,
     config: MethodConfig,
     args: TrainConfig,
@@ -56,6 +61,7 @@ def run_facts(
     return {
         "model": name,
         "revision": revision,
+        "variant": variant,
         "method": method,
         "method_config": config.model_dump(mode="json"),
         "tuning": args.tuning.model_dump(mode="json"),

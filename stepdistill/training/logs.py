@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stepdistill.training.checkpoint import newest_valid
+from stepdistill.training.checkpoint import RUN_FILE, newest_valid
 from stepdistill.training.config import TrainConfig
 
 
@@ -37,21 +37,25 @@ class RunLog:
         self._bar: Any = None
         self._window_start = (0, 0.0)
         self.last: dict[str, float] = {}
-        folder = Path(args.output_dir)
-        self._file = folder / "log.jsonl"
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "run.json").write_text(json.dumps(facts, indent=2))
-        if args.report_to:
-            accelerator.init_trackers("stepdistill", config={"method": facts["method"]})
+        self._facts = facts
+        self._folder = Path(args.output_dir)
+        self._file = self._folder / "log.jsonl"
 
-    def start(self, step: int) -> None:
-        """Show the bar from `step` on; log lines past it belong to a run that was cut off."""
+    def start(self, step: int, seconds: float) -> None:
+        """Open the logs at `step`; lines past it belong to a run that was cut off.
+
+        Nothing is written before: a trainer made to export leaves the run's record alone.
+        """
+        if self._accelerator.is_main_process:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / RUN_FILE).write_text(json.dumps(self._facts, indent=2))
+        if self._args.report_to:
+            self._accelerator.init_trackers("stepdistill", config={"method": self._facts["method"]})
         if self._accelerator.is_main_process and self._file.exists():
             lines = self._file.read_text().splitlines(keepends=True)
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
             self._file.write_text("".join(kept))
-        self._window_start = (step, self._window_start[1])
+        self._window_start = (step, seconds)
         if self._accelerator.is_main_process and not self._args.disable_progress_bar:
             self._bar = tqdm(
                 total=self._args.max_train_steps, initial=step, desc="distil", unit="step"
@@ -77,12 +81,12 @@ class RunLog:
     def due(self, step: int) -> bool:
         return step % self._args.logging_steps == 0
 
-    def check_finite(self, output_dir: Path) -> None:
+    def check_finite(self) -> None:
         """Errors: FloatingPointError naming phase, step and last good checkpoint."""
         for phase, bad in self._first_bad.items():
             worst = self._accelerator.gather(bad.reshape(1)).max() if self._many else bad
             if float(worst) >= 0:
-                good, _ = newest_valid(output_dir)
+                good, _ = newest_valid(self._folder)
                 raise FloatingPointError(
                     f"{phase}: expected a finite loss, got a non-finite one at step {int(worst)}. "
                     f"Last good checkpoint: {good or 'none yet'}. Lower --learning_rate or its "
@@ -93,11 +97,9 @@ class RunLog:
     def _many(self) -> bool:
         return self._accelerator.num_processes > 1
 
-    def write(
-        self, step: int, seconds: float, rates: Mapping[str, float], output_dir: Path
-    ) -> None:
+    def write(self, step: int, seconds: float, rates: Mapping[str, float]) -> None:
         """One log line of means since the last; stops the run on a non-finite loss."""
-        self.check_finite(output_dir)
+        self.check_finite()
         keys = list(self._sums)
         means = torch.stack([self._sums[k].float() / self._counts[k] for k in keys])
         if self._many:

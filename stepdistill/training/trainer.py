@@ -79,8 +79,8 @@ class Trainer:
         config = method_config(method, method_options or {})
         self.dataset = None if train_dataset is None else as_dataset(train_dataset)
         if self.dataset is not None:
-            checks.method_fits(method_class(method), config, model, self.dataset)
-        self.facts = checks.run_facts(model, revision, method, config, args)
+            checks.method_fits(method_class(method), config, model, revision, self.dataset)
+        self.facts = checks.run_facts(model, revision, variant, method, config, args)
         if args.init_student_from is not None:
             student_file(args.init_student_from)
         self.resume_from = checks.output_dir_is_ours(args, self.facts)
@@ -146,7 +146,7 @@ class Trainer:
             args.dataloader_num_workers,
         )
         started, before = time.monotonic(), self.seconds
-        self.log.start(self.step)
+        self.log.start(self.step, self.seconds)
         last_saved = self.step
         while self.step < args.max_train_steps:
             set_learning_rate(self.optimizer, args, self.step, self.seconds)
@@ -165,7 +165,7 @@ class Trainer:
             out_of_time = self._out_of_time()
             last = self.step >= args.max_train_steps or out_of_time
             if self.log.due(self.step) or last:
-                self.log.write(self.step, self.seconds, self._learning_rates(), self.output_dir)
+                self.log.write(self.step, self.seconds, self._learning_rates())
             if args.validation_steps and (self.step % args.validation_steps == 0 or last):
                 self.validate()
             due = args.checkpointing_steps and self.step % args.checkpointing_steps == 0
@@ -250,7 +250,7 @@ class Trainer:
     def save(self) -> Path:
         """Write checkpoint-STEP whole, then drop the oldest beyond the limit; returns its path."""
         folder = self.output_dir / f"checkpoint-{self.step}"
-        self.log.check_finite(self.output_dir)
+        self.log.check_finite()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -282,9 +282,14 @@ class Trainer:
         assert folder is not None
         state = read_state(folder)
         checks.resume_fits(state, self.args, self.accelerator.num_processes, self.facts)
+        self.restore(folder)
+        self.accelerator.print(f"resume: continuing {folder.name} at step {self.step}")
+
+    def restore(self, folder: Path) -> None:
+        """Load a whole checkpoint, whatever number of processes saved it."""
+        state = read_state(folder)
         self.method.load_state_dict(load_checkpoint(folder, self.bank, self.optimizer))
         if self.accelerator.scaler is not None and state["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.step, self.batches_seen = state["step"], state["batches_seen"]
         self.seconds = state["seconds"]
-        self.accelerator.print(f"resume: continuing {folder.name} at step {self.step}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
-from stepdistill.models.registry import family_for, load_setting, pipeline_class_of
+from stepdistill.models.registry import family_for, pipeline_class_of
 from stepdistill.models.tiny import TINY
 from stepdistill.trainers import TRAINER_OF, DistillationTrainer
 
@@ -138,7 +138,6 @@ def build_trainer(
     """A two-step trainer of that case on a saved tiny teacher."""
     spec = METHOD_CASES[case]
     family = family_for(pipeline_class_of(teacher))
-    load_setting(teacher)
     args = TrainConfig(
         output_dir=str(output_dir),
         tuning=Tuning(student=layout, fake=layout, rank=2, alpha=alpha),
