@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -45,6 +45,27 @@ class Role:
     features: tuple[str, ...] = ()
 
 
+class Scorer(Protocol):
+    """A frozen judge of images, differentiable in them: a reward or a perceptual distance.
+
+    Called with images (B, 3, H, W) in [-1, 1] and what to judge them by: B prompts (a reward,
+    higher is better) or B reference images (a distance, lower is better). Returns (B,) float32.
+    """
+
+    def __call__(self, images: Tensor, by: Tensor | Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """Which scorer a method wants and its options, the user's as they were given.
+
+    kind: a name in rewards.SCORERS.
+    """
+
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Nets(Protocol):
     """The networks by role, as a method sees them (a RoleBank, or analytic teachers in tests)."""
 
@@ -52,6 +73,14 @@ class Nets(Protocol):
 
     def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
         """(B, K) logits of a discriminator head on captured features."""
+        ...
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], unclamped, of latents (B, C, *S); keeps the graph."""
+        ...
+
+    def scorer(self, name: str) -> Scorer:
+        """The scorer that `Method.scorers` asked for by that name."""
         ...
 
     def ema_update(self, role: str, decay: float) -> None:
@@ -115,6 +144,10 @@ class Method(ABC, Generic[C]):
     @abstractmethod
     def roles(self) -> dict[str, Role]:
         """Every role the phases call, by its fixed name."""
+
+    def scorers(self) -> dict[str, ScorerSpec]:
+        """Judges of images the losses call by `nets.scorer(name)`; most methods need none."""
+        return {}
 
     @abstractmethod
     def phases(self, step: int) -> Sequence[Phase]:

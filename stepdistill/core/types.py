@@ -91,6 +91,7 @@ class Batch:
     shape:      (C, *S) of one sample: methods that need no data draw their noise with it.
     x0:         (B, C, *S) scaled latents, or None.
     noise:      (B, C, *S) the noise an offline pair began from, or None.
+    prompts:    the B prompts as text, for scorers that read it, or None (class labels).
     extra:      further batch-first tensors a dataset and a method agree on.
     """
 
@@ -99,6 +100,7 @@ class Batch:
     shape: tuple[int, ...]
     x0: Tensor | None = None
     noise: Tensor | None = None
+    prompts: tuple[str, ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -108,7 +110,7 @@ class Batch:
     def has(self) -> frozenset[str]:
         """Names of the fields this batch carries, the vocabulary of `Method.needs`."""
         names = {"cond", "null", *self.extra}
-        names |= {name for name in ("x0", "noise") if getattr(self, name) is not None}
+        names |= {name for name in ("x0", "noise", "prompts") if getattr(self, name) is not None}
         return frozenset(names)
 
 

@@ -60,7 +60,8 @@ def as_dataset(data: Any) -> Dataset[dict[str, Any]]:
 def provided_fields(dataset: Dataset[dict[str, Any]]) -> frozenset[str]:
     """Batch fields the dataset's items give, read off its first item."""
     item = dataset[0]
-    return frozenset(FIELDS.get(key, key) for key in item)
+    text = {"prompts"} if "prompt" in item else set()
+    return frozenset(FIELDS.get(key, key) for key in item) | text
 
 
 class StreamSampler(Sampler[list[int]]):

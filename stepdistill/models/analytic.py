@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.method import Scorer
 from stepdistill.core.path import NoisePath, PredictionType, expand, full
 from stepdistill.core.types import Cond
 
@@ -108,12 +109,17 @@ class AnalyticNets:
     """Roles by name for tests of losses: implements `core.method.Nets` without a RoleBank.
 
     heads: role -> module mapping a dict of features to logits (B, K).
+    scorers: name -> judge of images; latents are their own images here.
     """
 
     def __init__(
-        self, denoisers: Mapping[str, Denoiser], heads: Mapping[str, nn.Module] | None = None
+        self,
+        denoisers: Mapping[str, Denoiser],
+        heads: Mapping[str, nn.Module] | None = None,
+        scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
         self._denoisers, self._heads = dict(denoisers), dict(heads or {})
+        self._scorers = dict(scorers or {})
         self.ema_calls: list[tuple[str, float]] = []
 
     def __getitem__(self, role: str) -> Denoiser:
@@ -122,6 +128,12 @@ class AnalyticNets:
     def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
         logits: Tensor = self._heads[role](features)
         return logits
+
+    def images(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def scorer(self, name: str) -> Scorer:
+        return self._scorers[name]
 
     def ema_update(self, role: str, decay: float) -> None:
         self.ema_calls.append((role, decay))

@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.core.denoiser import Denoiser
-from stepdistill.core.method import Role
-from stepdistill.core.path import FlowPath, NoisePath, PredictionType
-from stepdistill.core.types import Cond
+from stepdistill.core.method import Role, Scorer
 from stepdistill.models.family import Family
-from stepdistill.models.features import capture
+from stepdistill.models.role_denoiser import RoleDenoiser, forget_graphless_casts
 from stepdistill.models.tuning import Tuning
 from stepdistill.nn.heads import make_head
 
@@ -38,12 +36,20 @@ class RoleBank(nn.Module):
     Args:
         family: adapter around the loaded teacher pipeline; its denoiser becomes the frozen base.
         roles: what the method needs. tuning: how trained roles store their weights.
+        scorers: frozen judges of images by the method's names for them.
     Errors: ValueError for a role that follows an unknown one, extra inputs with LoRA, a feature
         block the family lacks, or a denoiser that already carries adapters.
     """
 
-    def __init__(self, family: Family, roles: Mapping[str, Role], tuning: Tuning) -> None:
+    def __init__(
+        self,
+        family: Family,
+        roles: Mapping[str, Role],
+        tuning: Tuning,
+        scorers: Mapping[str, Scorer] | None = None,
+    ) -> None:
         super().__init__()
+        self._scorers = dict(scorers or {})
         self.family, self.roles, self.tuning = family, dict(roles), tuning
         self.nets = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -166,6 +172,14 @@ class RoleBank(nn.Module):
         forget_graphless_casts()
         return logits
 
+    def images(self, latents: Tensor) -> Tensor:
+        """See Nets.images."""
+        return self.family.images(latents)
+
+    def scorer(self, name: str) -> Scorer:
+        """See Nets.scorer."""
+        return self._scorers[name]
+
     @torch.no_grad()
     def ema_update(self, role: str, decay: float) -> None:
         """role <- decay * role + (1 - decay) * followed role; decay 0 copies."""
@@ -255,46 +269,3 @@ class RoleBank(nn.Module):
             )
         for name, value in state.items():
             own[name].copy_(value)
-
-
-def forget_graphless_casts() -> None:
-    """Drop autocast's cached low-precision weights after a call without gradients.
-
-    Autocast keeps each trained weight's cast for its whole context. A cast made under no_grad has
-    no graph, and a later forward with gradients that reused it would train nothing, silently.
-    torch 2.14 was seen to guard against this itself; earlier releases are not relied on to.
-    """
-    if not torch.is_grad_enabled():
-        torch.clear_autocast_cache()
-
-
-class RoleDenoiser(Denoiser):
-    """`nets[role]`: one role of a RoleBank as a Denoiser."""
-
-    def __init__(self, bank: RoleBank, role: str) -> None:
-        self._bank = bank
-        self._net: nn.Module = bank.nets[bank._net_of[role]]
-        self._adapter = bank._adapter_of[role]
-        family = bank.family
-        as_flow = bank._origin(role).as_flow
-        self.path: NoisePath = FlowPath() if as_flow else family.path
-        self.kind: PredictionType = "flow" if as_flow else family.kind
-        self.embeds_guidance = family.embeds_guidance
-        self._blocks = family.feature_blocks()
-
-    def raw(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Cond,
-        s: Tensor | None,
-        w: Tensor | None,
-        features: Sequence[str],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
-        bank = self._bank
-        blocks = {name: self._blocks[name] for name in features}
-        with bank.use(self._adapter), capture(self._net, blocks) as feats:
-            out = bank.family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)
-        forget_graphless_casts()
-        return out, bank.family.image_features(feats, x_t, cond)

@@ -44,7 +44,8 @@ class BatchMaker:
     def __call__(self, raw: dict[str, Any]) -> Batch:
         """The Batch of a collated dict (see data.stream.collate)."""
         prompts = raw["label"] if "label" in raw else raw["prompt"]
-        cond = self.encode([p.item() if isinstance(p, Tensor) else p for p in prompts])
+        prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
+        cond = self.encode(prompts)
         if self._null is None:
             self._null = self.family.null(1).to(self.device)
         known = {"index", "prompt", "label", "image", "x0", "noise"}
@@ -54,6 +55,7 @@ class BatchMaker:
             shape=self.shape,
             x0=self._x0(raw),
             noise=raw["noise"].to(self.device).float() if "noise" in raw else None,
+            prompts=tuple(prompts) if "prompt" in raw else None,
             extra={
                 key: value.to(self.device) if isinstance(value, Tensor) else value
                 for key, value in raw.items()

@@ -1,0 +1,62 @@
+"""RoleDenoiser: what `nets[role]` is, one role of a RoleBank as a Denoiser."""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W).
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.path import FlowPath, NoisePath, PredictionType
+from stepdistill.core.types import Cond
+from stepdistill.models.features import capture
+
+if TYPE_CHECKING:
+    from stepdistill.models.rolebank import RoleBank
+
+
+def forget_graphless_casts() -> None:
+    """Drop autocast's cached low-precision weights after a call without gradients.
+
+    Autocast keeps each trained weight's cast for its whole context. A cast made under no_grad has
+    no graph, and a later forward with gradients that reused it would train nothing, silently.
+    torch 2.14 was seen to guard against this itself; earlier releases are not relied on to.
+    """
+    if not torch.is_grad_enabled():
+        torch.clear_autocast_cache()
+
+
+class RoleDenoiser(Denoiser):
+    """`nets[role]`: one role of a RoleBank as a Denoiser."""
+
+    def __init__(self, bank: RoleBank, role: str) -> None:
+        self._bank = bank
+        self._net: nn.Module = bank.nets[bank._net_of[role]]
+        self._adapter = bank._adapter_of[role]
+        family = bank.family
+        as_flow = bank._origin(role).as_flow
+        self.path: NoisePath = FlowPath() if as_flow else family.path
+        self.kind: PredictionType = "flow" if as_flow else family.kind
+        self.embeds_guidance = family.embeds_guidance
+        self._blocks = family.feature_blocks()
+
+    def raw(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        s: Tensor | None,
+        w: Tensor | None,
+        features: Sequence[str],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
+        bank = self._bank
+        blocks = {name: self._blocks[name] for name in features}
+        with bank.use(self._adapter), capture(self._net, blocks) as feats:
+            out = bank.family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)
+        forget_graphless_casts()
+        return out, bank.family.image_features(feats, x_t, cond)
