@@ -131,6 +131,7 @@ class Method(ABC, Generic[C]):
     name: ClassVar[str]
     paper: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
+    any_student: ClassVar[bool] = True  # whether a student of another architecture makes sense
 
     def __init__(self, config: C, setting: Setting) -> None:
         self.config = config

@@ -132,9 +132,10 @@ class Family(ABC):
         """The facts a method may know."""
         return Setting(self.path, self.kind, self.shift)
 
-    def copy_net(self, extra_inputs: Sequence[str] = ()) -> nn.Module:
+    def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """An independent copy of the denoiser with the extra inputs a role asks for.
 
+        Args: net: what to copy; none means the teacher's own.
         Errors: ValueError where the stock class has no such input.
         """
         if extra_inputs:
@@ -142,7 +143,7 @@ class Family(ABC):
                 f"{self.name}: expected extra inputs the stock network has, got {extra_inputs}. "
                 "Set embed_guidance: false."
             )
-        return copy.deepcopy(self.net)
+        return copy.deepcopy(self.net if net is None else net)
 
     @abstractmethod
     def forward(

@@ -45,10 +45,10 @@ class FluxFamily(VaeSizedFamily):
         """See Family.embeds_guidance: true of dev, false of schnell."""
         return bool(self.config.guidance_embeds)
 
-    def copy_net(self, extra_inputs: Sequence[str] = ()) -> nn.Module:
+    def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """A copy of the transformer; ("w",) is an input that dev has already."""
         has_w = tuple(extra_inputs) == ("w",) and self.embeds_guidance
-        return super().copy_net(() if has_w else extra_inputs)
+        return super().copy_net(() if has_w else extra_inputs, net)
 
     def pack(self, latents: Tensor) -> Tensor:
         return self.pipeline._pack_latents(latents, *latents.shape)

@@ -42,7 +42,9 @@ class RoleDenoiser(Denoiser):
         self.path: NoisePath = FlowPath() if as_flow else family.path
         self.kind: PredictionType = "flow" if as_flow else family.kind
         self.embeds_guidance = family.embeds_guidance
-        self._blocks = family.feature_blocks()
+        # Blocks are named by the teacher's architecture; heads read roles that share it.
+        other = bank.tuning.student_changes is not None and bank.is_student(role)
+        self._blocks = {} if other else family.feature_blocks()
 
     def raw(
         self,
@@ -55,6 +57,11 @@ class RoleDenoiser(Denoiser):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
         bank = self._bank
+        if features and not self._blocks:
+            raise ValueError(
+                "student: expected features of roles with the teacher's architecture, got "
+                f"{list(features)} of one with tuning.student_config. Leave that option out."
+            )
         blocks = {name: self._blocks[name] for name in features}
         with bank.use(self._adapter), capture(self._net, blocks) as feats:
             out = bank.family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)

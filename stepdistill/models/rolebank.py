@@ -24,6 +24,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Role, Scorer
 from stepdistill.models.family import Family
 from stepdistill.models.role_denoiser import RoleDenoiser, forget_graphless_casts
+from stepdistill.models.student_net import new_student
 from stepdistill.models.tuning import Tuning
 from stepdistill.nn.heads import make_head
 
@@ -57,9 +58,12 @@ class RoleBank(nn.Module):
         self._net_of: dict[str, str] = {}  # role -> key of self.nets
         self._active: str | None = None
         self._check()
+        changes = tuning.student_changes
+        other = None if changes is None else new_student(family, changes)
         for role in self._stored("full"):  # copies first: the base must still be plain
-            spec = self._origin(role)
-            self.nets[role] = family.copy_net(spec.extra_inputs).float()
+            like = other if self.is_student(role) else None
+            extra_inputs = self._origin(role).extra_inputs
+            self.nets[role] = family.copy_net(extra_inputs, like).float()
             self._net_of[role], self._adapter_of[role] = role, None
         self.nets[BASE] = family.net.requires_grad_(False)
         blocks = family.feature_blocks()
@@ -115,6 +119,10 @@ class RoleBank(nn.Module):
         """The role whose network this one copies: itself, or what its EMA follows."""
         spec = self.roles[role]
         return spec if spec.ema_of is None else self.roles[spec.ema_of]
+
+    def is_student(self, role: str) -> bool:
+        """Whether the role has the student's architecture: the student and what follows it."""
+        return "student" in (role, self.roles[role].ema_of)
 
     def _stored(self, layout: str) -> list[str]:
         """Teacher-sourced roles with weights of their own in that layout, trained ones first."""
@@ -173,8 +181,9 @@ class RoleBank(nn.Module):
         return logits
 
     def images(self, latents: Tensor) -> Tensor:
-        """See Nets.images."""
-        return self.family.images(latents)
+        """See Nets.images; in the VAE's own precision, as half overflows in some."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.family.images(latents)
 
     def scorer(self, name: str) -> Scorer:
         """See Nets.scorer."""

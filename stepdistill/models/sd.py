@@ -43,11 +43,11 @@ class StableDiffusionFamily(Family):
         """See Family.embeds_guidance: true of LCM's UNets."""
         return self.config.time_cond_proj_dim is not None
 
-    def copy_net(self, extra_inputs: Sequence[str] = ()) -> nn.Module:
+    def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """A copy of the UNet; with ("w",) it has a guidance input that starts without effect."""
         if tuple(extra_inputs) == ("w",):
-            return with_guidance_input(self.net)
-        return super().copy_net(extra_inputs)
+            return with_guidance_input(self.net if net is None else net)
+        return super().copy_net(extra_inputs, net)
 
     def forward(
         self,

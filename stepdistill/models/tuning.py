@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Layout = Literal["lora", "full"]
 
@@ -26,8 +29,42 @@ class Tuning(BaseModel):
     """LoRA rank of the fake's adapter; none means `rank`."""
     target_modules: tuple[str, ...] | None = None
     """Module name endings that get an adapter; none means the family's list."""
+    student_config: dict[str, Any] | str | None = None
+    """Student of another architecture: keys of the denoiser's config to change, or a config.json.
+
+    Such a student starts at random (nothing is copied) and needs student: full. A file is read
+    once; the run keeps its content."""
     base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of frozen base weights; auto follows mixed_precision. Trained weights are float32."""
+
+    @field_validator("student_config", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if value is None or isinstance(value, Mapping):
+            return value
+        path = Path(str(value))
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as err:
+            raise ValueError(f"expected a mapping or a JSON file, got {value!r}: {err}") from err
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object in {path}, got {type(content).__name__}")
+        return content
+
+    @model_validator(mode="after")
+    def _own_weights(self) -> Tuning:
+        if self.student_config is not None and self.student != "full":
+            raise ValueError(
+                "student_config: expected student 'full' beside it (an adapter has its base's "
+                f"architecture), got {self.student!r}. Set --tuning.student full"
+            )
+        return self
+
+    @property
+    def student_changes(self) -> Mapping[str, Any] | None:
+        """The changes of the student's config, None for a student like the teacher."""
+        assert not isinstance(self.student_config, str), "files are read on validation"
+        return self.student_config
 
     def layout(self, role: str, follows: str | None = None) -> Layout:
         """The layout of a trained role, or of the EMA of one."""

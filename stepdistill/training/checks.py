@@ -14,6 +14,8 @@ from stepdistill.core.method import Method, MethodConfig
 from stepdistill.data.stream import provided_fields
 from stepdistill.models.family import Family
 from stepdistill.models.registry import load_setting
+from stepdistill.models.student_net import check_student_config
+from stepdistill.models.tuning import Tuning
 from stepdistill.training.checkpoint import RUN_FILE, list_checkpoints
 from stepdistill.training.config import TrainConfig
 
@@ -45,6 +47,21 @@ def method_fits(
             f"{cls.name}: expected batch fields {sorted(method.needs)}, got {sorted(has)} from "
             f"{type(dataset).__name__}. " + " ".join(hint.get(name, "") for name in missing[:1])
         )
+
+
+def student_fits(
+    cls: type[Method[Any]], tuning: Tuning, model: str | Path | Family, revision: str | None
+) -> None:
+    """Errors: ValueError for a student architecture that method or model cannot have."""
+    changes = tuning.student_changes
+    if changes is None:
+        return
+    if not cls.any_student:
+        raise ValueError(
+            f"{cls.name}: expected no tuning.student_config (its student is the teacher with "
+            "something added), got one. Leave it out."
+        )
+    check_student_config(changes, model, revision)
 
 
 def run_facts(

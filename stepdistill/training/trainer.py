@@ -80,6 +80,7 @@ class Trainer:
         self.dataset = None if train_dataset is None else as_dataset(train_dataset)
         if self.dataset is not None:
             checks.method_fits(method_class(method), config, model, revision, self.dataset)
+        checks.student_fits(method_class(method), args.tuning, model, revision)
         self.facts = checks.run_facts(model, revision, variant, method, config, args)
         if args.init_student_from is not None:
             student_file(args.init_student_from)

@@ -140,8 +140,8 @@ def build_trainer(
     family = family_for(pipeline_class_of(teacher))
     args = TrainConfig(
         output_dir=str(output_dir),
-        tuning=Tuning(student=layout, fake=layout, rank=2, alpha=alpha),
         **{
+            "tuning": Tuning(student=layout, fake=layout, rank=2, alpha=alpha),
             "max_train_steps": 2,
             "train_batch_size": 2,
             "learning_rate": 1e-3,
