@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from stepdistill.core.method import Scorer
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.models.family import Family
@@ -45,6 +46,7 @@ class DistillationTrainer(Trainer):
         method_config: Mapping[str, Any] | None = None,
         revision: str | None = None,
         variant: str | None = None,
+        scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
         method = method or self.methods[0]
         method_class(method)
@@ -53,7 +55,9 @@ class DistillationTrainer(Trainer):
                 f"{type(self).__name__}: expected one of {self.methods}, got {method!r}. "
                 f"Use {TRAINER_OF[method].__name__}."
             )
-        super().__init__(model, method, args, train_dataset, method_config, revision, variant)
+        super().__init__(
+            model, method, args, train_dataset, method_config, revision, variant, scorers
+        )
 
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
@@ -147,9 +151,9 @@ TRAINER_OF: dict[str, type[DistillationTrainer]] = {
 def open_dataset(run: RunConfig) -> Any:
     """The dataset of a RunConfig's one data source. Errors: ValueError where there is none."""
     data = run.data
-    by_label = (
-        family_for(pipeline_class_of(run.pretrained_model_name_or_path)).conditioning == "label"
-    )
+    hub = {"revision": run.revision} if run.revision else {}
+    found = pipeline_class_of(run.pretrained_model_name_or_path, run.single_file_config, **hub)
+    by_label = family_for(found).conditioning == "label"
     if data.prompts_file is not None:
         source = LabelFileDataset if by_label else PromptDataset
         return source.from_file(data.prompts_file)

@@ -10,17 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepdistill.core.method import Method, MethodConfig
+from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields
 from stepdistill.models.family import Family
 from stepdistill.models.registry import load_setting
+from stepdistill.models.single_file import config_source
 from stepdistill.models.student_net import check_student_config
+from stepdistill.models.teacher_lora import lora_facts
 from stepdistill.models.tuning import Tuning
+from stepdistill.rewards import check_scorers
 from stepdistill.training.checkpoint import RUN_FILE, list_checkpoints
 from stepdistill.training.config import TrainConfig
 
 # What must stay the same for a resumed run to be the same run.
-_FIXED = ("model", "revision", "method", "method_config", "tuning", "seed")
+_FIXED = ("model", "revision", "teacher_lora", "method", "method_config", "tuning", "seed")
 
 
 def method_fits(
@@ -29,10 +32,17 @@ def method_fits(
     model: str | Path | Family,
     revision: str | None,
     dataset: Any,
+    scorers: Mapping[str, Scorer],
+    single_file_config: str | None = None,
 ) -> None:
-    """Errors: ValueError where the dataset lacks a field the method's losses read."""
+    """Errors: ValueError where the dataset lacks a field the method's losses read, or where a
+    scorer they call can't be had (see `rewards.check_scorers`)."""
     hub = {"revision": revision} if revision else {}
-    setting = model.setting if isinstance(model, Family) else load_setting(model, **hub)
+    setting = (
+        model.setting
+        if isinstance(model, Family)
+        else load_setting(model, single_file_config, **hub)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainer builds it again and warns then
         method = cls(config, setting)
@@ -41,16 +51,22 @@ def method_fits(
         hint = {
             "noise": "Make pairs first: stepdistill pairs --config ...",
             "x0": "Train on images: --data.train_data_dir DIR.",
+            "prompts": "A loss that reads text needs items with a prompt.",
         }
         missing = sorted(method.needs - has)
         raise ValueError(
             f"{cls.name}: expected batch fields {sorted(method.needs)}, got {sorted(has)} from "
             f"{type(dataset).__name__}. " + " ".join(hint.get(name, "") for name in missing[:1])
         )
+    check_scorers(method.scorers(), scorers)
 
 
 def student_fits(
-    cls: type[Method[Any]], tuning: Tuning, model: str | Path | Family, revision: str | None
+    cls: type[Method[Any]],
+    tuning: Tuning,
+    model: str | Path | Family,
+    revision: str | None,
+    single_file_config: str | None = None,
 ) -> None:
     """Errors: ValueError for a student architecture that method or model cannot have."""
     changes = tuning.student_changes
@@ -61,7 +77,8 @@ def student_fits(
             f"{cls.name}: expected no tuning.student_config (its student is the teacher with "
             "something added), got one. Leave it out."
         )
-    check_student_config(changes, model, revision)
+    where = model if isinstance(model, Family) else config_source(model, single_file_config)
+    check_student_config(changes, where, revision)
 
 
 def run_facts(
@@ -74,11 +91,17 @@ def run_facts(
 ) -> dict[str, Any]:
     """What identifies a run, saved beside its results."""
     name = model.pipeline.name_or_path if isinstance(model, Family) else str(model)
+    if isinstance(model, Family) and (args.teacher_lora or args.single_file_config):
+        raise ValueError(
+            "teacher_lora and single_file_config: expected a path or Hub id as model beside them, "
+            "got a loaded Family. Give them to load_family."
+        )
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "stepdistill")
     return {
         "model": name,
         "revision": revision,
         "variant": variant,
+        "teacher_lora": lora_facts(args.teacher_lora),
         "method": method,
         "method_config": config.model_dump(mode="json"),
         "tuning": args.tuning.model_dump(mode="json"),
@@ -120,7 +143,10 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
 
 def same_run(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Errors: ValueError listing what differs between a saved run and this one."""
-    differ = {key: (saved.get(key), facts[key]) for key in _FIXED if saved.get(key) != facts[key]}
+    earlier = {"teacher_lora": [], **saved}  # runs begun before it was written down had none
+    differ = {
+        key: (earlier.get(key), facts[key]) for key in _FIXED if earlier.get(key) != facts[key]
+    }
     if differ:
         told = "; ".join(
             f"{key} {was!r} (saved) against {now!r}" for key, (was, now) in differ.items()

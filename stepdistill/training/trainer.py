@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
-from stepdistill.core.method import Method, Phase, Role
+from stepdistill.core.method import Method, Phase, Scorer
 from stepdistill.data.stream import as_dataset, stream
 from stepdistill.models.family import Family
 from stepdistill.models.registry import load_family
-from stepdistill.models.rolebank import RoleBank
+from stepdistill.rewards import build_scorers
 from stepdistill.training import checks
 from stepdistill.training.batches import BatchMaker
 from stepdistill.training.checkpoint import (
@@ -37,7 +35,6 @@ from stepdistill.training.checkpoint import (
     prune,
     read_state,
     save_checkpoint,
-    start_student,
     student_file,
 )
 from stepdistill.training.config import TrainConfig
@@ -49,7 +46,8 @@ from stepdistill.training.optim import (
     reset_roles,
     set_learning_rate,
 )
-from stepdistill.training.step import TrainStep, place
+from stepdistill.training.setup import make_accelerator, make_bank
+from stepdistill.training.step import TrainStep
 from stepdistill.training.validation import validate
 
 
@@ -62,6 +60,7 @@ class Trainer:
         args: how to train. train_dataset: prompts, or a map-style dataset of dicts with "prompt" or
             "label" and, where the method needs them, "image" (3, H, W) in [-1, 1], "x0", "noise".
             None is enough to resume and export.
+        scorers: judges of images by the method's names for them, in place of the built-in ones.
     Errors: ValueError or TypeError for anything wrong with these, before a weight is loaded.
     """
 
@@ -74,45 +73,43 @@ class Trainer:
         method_options: Mapping[str, Any] | None = None,
         revision: str | None = None,
         variant: str | None = None,
+        scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
         self.args, self.model, self.method_name = args, model, method
         config = method_config(method, method_options or {})
         self.dataset = None if train_dataset is None else as_dataset(train_dataset)
         if self.dataset is not None:
-            checks.method_fits(method_class(method), config, model, revision, self.dataset)
-        checks.student_fits(method_class(method), args.tuning, model, revision)
+            cls, judges = method_class(method), scorers or {}
+            checks.method_fits(
+                cls, config, model, revision, self.dataset, judges, args.single_file_config
+            )
+        checks.student_fits(
+            method_class(method), args.tuning, model, revision, args.single_file_config
+        )
         self.facts = checks.run_facts(model, revision, variant, method, config, args)
         if args.init_student_from is not None:
             student_file(args.init_student_from)
         self.resume_from = checks.output_dir_is_ours(args, self.facts)
 
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            log_with=args.report_to or None,
-            project_dir=args.output_dir,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-                # A weight cast under no_grad and kept would cost the student its gradient.
-                AutocastKwargs(cache_enabled=False),
-            ],
-        )
+        self.accelerator = make_accelerator(args)
         self.device = self.accelerator.device
         torch.manual_seed(args.seed)  # adapters and heads start alike on every rank
         self.family = (
             model
             if isinstance(model, Family)
-            else load_family(model, revision=revision, variant=variant)
+            else load_family(
+                model,
+                revision=revision,
+                variant=variant,
+                teacher_lora=args.teacher_lora,
+                single_file_config=args.single_file_config,
+            )
         )
         self.method: Method[Any] = method_class(method)(config, self.family.setting)
-        roles = dict(self.method.roles())
-        if args.ema_decay:
-            roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
-        self.bank = RoleBank(self.family, roles, args.tuning)
-        if args.init_student_from is not None:
-            start_student(self.bank, args.init_student_from)
-        place(self.bank, args, self.device)
-        if args.gradient_checkpointing:
-            self.bank.enable_gradient_checkpointing()
+        # Without data nothing is trained, and nothing judged.
+        specs = {} if self.dataset is None else self.method.scorers()
+        judged = build_scorers(specs, scorers or {}, self.device)
+        self.bank = make_bank(self.family, self.method, args, self.device, judged)
         optimizer = build_optimizer(self.bank, args)
         self.module, self.optimizer = self.accelerator.prepare(TrainStep(self.bank), optimizer)
         self.batches = BatchMaker(

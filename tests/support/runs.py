@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
+from stepdistill.core.method import Scorer
 from stepdistill.models.registry import family_for, pipeline_class_of
 from stepdistill.models.tiny import TINY
 from stepdistill.trainers import TRAINER_OF, DistillationTrainer
@@ -133,6 +134,7 @@ def build_trainer(
     layout: str,
     output_dir: Path,
     alpha: float | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
     **options: Any,
 ) -> DistillationTrainer:
     """A two-step trainer of that case on a saved tiny teacher."""
@@ -153,7 +155,12 @@ def build_trainer(
     shape = _latent_shape(teacher)
     data = TinyData(shape, family.conditioning == "label", spec.fields)
     return TRAINER_OF[spec.method](
-        str(teacher), args, data, method=spec.method, method_config=spec.options
+        str(teacher),
+        args,
+        data,
+        method=spec.method,
+        method_config=spec.options,
+        scorers=scorers,
     )
 
 

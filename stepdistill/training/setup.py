@@ -1,0 +1,51 @@
+"""What a run is made of before its loop starts: the accelerator, and the networks by role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
+
+from stepdistill.core.method import Method, Role, Scorer
+from stepdistill.models.family import Family
+from stepdistill.models.rolebank import RoleBank
+from stepdistill.training.checkpoint import start_student
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.step import place
+
+
+def make_accelerator(args: TrainConfig) -> Accelerator:
+    """The Accelerator of a run: one wrapped module, phases that train different parts of it."""
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to or None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+            # A weight cast under no_grad and kept would cost the student its gradient.
+            AutocastKwargs(cache_enabled=False),
+        ],
+    )
+
+
+def make_bank(
+    family: Family,
+    method: Method[Any],
+    args: TrainConfig,
+    device: torch.device,
+    scorers: Mapping[str, Scorer],
+) -> RoleBank:
+    """The method's networks on `device`, with the run's averaged student, started as args say."""
+    roles = dict(method.roles())
+    if args.ema_decay:
+        roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
+    bank = RoleBank(family, roles, args.tuning, scorers)
+    if args.init_student_from is not None:
+        start_student(bank, args.init_student_from)
+    place(bank, args, device)
+    if args.gradient_checkpointing:
+        bank.enable_gradient_checkpointing()
+    return bank
