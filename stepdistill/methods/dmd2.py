@@ -64,9 +64,13 @@ class DMD2(Method[DMD2Config]):
 
     # ---------------------------------------------------------------- student
     def _student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
-        config, path = self.config, self.setting.path
         x0 = self.rollout(nets, batch, ctx)
         ctx.carry["sample"] = (x0.detach(), batch.cond)
+        return self._sample_loss(nets, batch, ctx, x0)
+
+    def _sample_loss(self, nets: Nets, batch: Batch, ctx: Ctx, x0: Tensor) -> Losses:
+        """What the student's sample x0 (B, C, *S) costs."""
+        config, path = self.config, self.setting.path
         t = self._draw_times(ctx, batch.bsz, config.dm_t_range)
         x_t = path.add_noise(x0, ctx.randn(tuple(x0.shape)), t)
         with torch.no_grad():

@@ -4,7 +4,8 @@ The fake is a LoRA fitted to the student's samples. Teacher and fake are guided 
 point is the plain teacher, not a sharpened one; the gradient keeps VSD's weight,
     sigma^2 (eps_real - eps_fake) = alpha sigma (fake - real).
 Sources: Wang et al. 2023, arXiv:2305.16213 (VSD); Nguyen & Tran 2024, arXiv:2312.05239
-(SwiftBrush) and its code; Nguyen et al. 2024, arXiv:2412.02687 (SNOOPI's random guidance).
+(SwiftBrush) and its code; Dao et al. 2024, arXiv:2408.14176 (SwiftBrush v2's clamped CLIP loss);
+Nguyen et al. 2024, arXiv:2412.02687 (SNOOPI's random guidance).
 Differs from the papers: on a flow path the same formulas with alpha = 1 - t, sigma = t; the null
 prompt and the random guidance are drawn once for all processes.
 """
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
-from stepdistill.core.types import Cond
+from stepdistill.core.method import Nets, ScorerSpec
+from stepdistill.core.types import Batch, Cond, Losses
+from stepdistill.losses.rewards import ClampedCLIPConfig, clamped_reward_loss
 from stepdistill.losses.score import DenoisingSpace, ScoreWeight, denoising_loss
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.dmd2_config import DMD2Config
@@ -45,6 +48,9 @@ class VSDConfig(DMD2Config):
     """Weight of the fake's denoising error over noise levels: alpha^2 (SwiftBrush) or none."""
     null_probability: float = Field(default=0.1, ge=0, le=1)
     """How often the fake learns a whole batch under the null prompt; guiding it needs that."""
+
+    clip: ClampedCLIPConfig = ClampedCLIPConfig()
+    """Text alignment of the decoded samples (SwiftBrush v2); off by default."""
 
     @model_validator(mode="after")
     def _check_guidance(self) -> VSDConfig:
@@ -70,6 +76,25 @@ class VSD(DMD2):
     paper = "Nguyen & Tran 2024, arXiv:2312.05239"
     Config = VSDConfig
     config: VSDConfig
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | ({"prompts"} if self.config.clip.enabled else set())
+
+    def scorers(self) -> dict[str, ScorerSpec]:
+        return {"clip": self.config.clip.spec} if self.config.clip.enabled else {}
+
+    def _sample_loss(self, nets: Nets, batch: Batch, ctx: Ctx, x0: Tensor) -> Losses:
+        """VSD's loss and, while its weight lasts, that of samples CLIP finds off the prompt."""
+        losses, clip = super()._sample_loss(nets, batch, ctx, x0), self.config.clip
+        weight = clip.weight_at(ctx.step, ctx.max_steps)
+        if weight == 0.0:
+            return losses
+        assert batch.prompts is not None, "the trainer checks `needs`"
+        score = nets.scorer("clip")(nets.images(x0), batch.prompts)
+        loss = clamped_reward_loss(score, clip.tau)
+        logs = {"clip": loss.detach(), "clip_score": score.detach().mean()}
+        return Losses(losses.total + weight * loss, {**losses.logs, **logs})
 
     def _guidances(self, ctx: Ctx) -> tuple[float, float]:
         """Guidance of (teacher, fake): always the same, else it would shift the fixed point."""

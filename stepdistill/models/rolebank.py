@@ -26,6 +26,7 @@ from stepdistill.models.family import Family
 from stepdistill.models.role_denoiser import RoleDenoiser, forget_graphless_casts
 from stepdistill.models.student_net import new_student
 from stepdistill.models.tuning import Tuning
+from stepdistill.models.vae import decode_latents
 from stepdistill.nn.heads import make_head
 
 BASE = "base"
@@ -38,6 +39,7 @@ class RoleBank(nn.Module):
         family: adapter around the loaded teacher pipeline; its denoiser becomes the frozen base.
         roles: what the method needs. tuning: how trained roles store their weights.
         scorers: frozen judges of images by the method's names for them.
+        decoder: a small autoencoder that makes the images they judge; None means the family's.
     Errors: ValueError for a role that follows an unknown one, extra inputs with LoRA, a feature
         block the family lacks, or a denoiser that already carries adapters.
     """
@@ -48,9 +50,11 @@ class RoleBank(nn.Module):
         roles: Mapping[str, Role],
         tuning: Tuning,
         scorers: Mapping[str, Scorer] | None = None,
+        decoder: Any = None,
     ) -> None:
         super().__init__()
-        self._scorers = dict(scorers or {})
+        # Frozen helpers stay outside the module tree: no optimiser or wrapper has to know them.
+        self._scorers, self._decoder = dict(scorers or {}), (decoder,)
         self.family, self.roles, self.tuning = family, dict(roles), tuning
         self.nets = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -182,8 +186,9 @@ class RoleBank(nn.Module):
 
     def images(self, latents: Tensor) -> Tensor:
         """See Nets.images; in the VAE's own precision, as half overflows in some."""
+        (decoder,) = self._decoder
         with torch.autocast(latents.device.type, enabled=False):
-            return self.family.images(latents)
+            return decode_latents(decoder, latents) if decoder else self.family.images(latents)
 
     def scorer(self, name: str) -> Scorer:
         """See Nets.scorer."""

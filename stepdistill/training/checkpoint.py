@@ -207,11 +207,3 @@ def student_file(source: str | Path) -> Path:
         )
     averaged = whole / "role_ema.safetensors"
     return averaged if averaged.is_file() else whole / "role_student.safetensors"
-
-
-def start_student(bank: RoleBank, source: str | Path) -> None:
-    """Load another run's student into this one's, and into every role that follows it."""
-    bank.load_role_state("student", load_file(student_file(source)))
-    for role, spec in bank.roles.items():
-        if spec.ema_of == "student":
-            bank.ema_update(role, 0.0)

@@ -40,8 +40,16 @@ class TrainConfig(BaseModel):
     tuning: Tuning = Tuning()
     """How trained roles store their weights (lora or full, rank, alpha)."""
 
+    teacher_lora: list[str] = []
+    """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
+    single_file_config: str | None = None
+    """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
     init_student_from: str | None = None
-    """A run (or one of its checkpoints) of the same tuning whose student this one starts from."""
+    """Where the student starts: a run (or one of its checkpoints) of the same tuning, or, for full
+    students, a pipeline of the teacher's architecture (folder or Hub id, such as SD-Turbo)."""
+    decoder: str | None = None
+    """Folder or Hub id of a small decoder (AutoencoderTiny, such as TAESD) for losses that judge
+    images; none means the pipeline's VAE, whose gradient takes far more memory."""
 
     # ------------------------------------------------------------ optimiser
     learning_rate: float = Field(default=1e-5, gt=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 
 from stepdistill.core.method import Method, Role, Scorer
+from stepdistill.models.decoder import load_decoder
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import RoleBank
-from stepdistill.training.checkpoint import start_student
 from stepdistill.training.config import TrainConfig
+from stepdistill.training.start import start_student
 from stepdistill.training.step import place
 
 
@@ -42,7 +44,15 @@ def make_bank(
     roles = dict(method.roles())
     if args.ema_decay:
         roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
-    bank = RoleBank(family, roles, args.tuning, scorers)
+    decoder = None
+    if args.decoder is not None and scorers:
+        decoder = load_decoder(args.decoder, family.sample_shape()[0], device)
+    elif args.decoder is not None:
+        warnings.warn(
+            f"decoder {args.decoder!r} has no effect: no loss of this run judges images.",
+            stacklevel=3,
+        )
+    bank = RoleBank(family, roles, args.tuning, scorers, decoder)
     if args.init_student_from is not None:
         start_student(bank, args.init_student_from)
     place(bank, args, device)

@@ -35,7 +35,6 @@ from stepdistill.training.checkpoint import (
     prune,
     read_state,
     save_checkpoint,
-    student_file,
 )
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.configfile import method_class, method_config
@@ -47,6 +46,7 @@ from stepdistill.training.optim import (
     set_learning_rate,
 )
 from stepdistill.training.setup import make_accelerator, make_bank
+from stepdistill.training.start import check_start
 from stepdistill.training.step import TrainStep
 from stepdistill.training.validation import validate
 
@@ -87,8 +87,7 @@ class Trainer:
             method_class(method), args.tuning, model, revision, args.single_file_config
         )
         self.facts = checks.run_facts(model, revision, variant, method, config, args)
-        if args.init_student_from is not None:
-            student_file(args.init_student_from)
+        check_start(args, model, revision, training=self.dataset is not None)
         self.resume_from = checks.output_dir_is_ours(args, self.facts)
 
         self.accelerator = make_accelerator(args)

@@ -70,6 +70,16 @@ def _null_has_words(family: str, layout: str) -> bool:
     return family != "sdxl"
 
 
+def _two_with_prompts(family: str, layout: str) -> bool:
+    """One UNet and one transformer are enough where only the decoded image is new."""
+    return family in ("sd", "sd3")
+
+
+def _brightness(images: Tensor, by: object) -> Tensor:
+    """A stand-in for CLIP that needs no weights."""
+    return images.mean(dim=(1, 2, 3)).tanh()
+
+
 def _w_embedding(family: str, layout: str) -> bool:
     return layout == "full" and family.startswith("sd") and not family.startswith("sd3")
 
@@ -82,6 +92,7 @@ class MethodCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     fields: tuple[str, ...] = ()
     fits: Callable[[str, str], bool] = _anywhere
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
 
     def unexpectedly_still(self, role: str, still: set[str]) -> set[str]:
         """Tensors that did not move though they should have.
@@ -107,6 +118,13 @@ METHOD_CASES: dict[str, MethodCase] = {
     ),
     "vsd": MethodCase(
         "vsd", {"guidance_range": (0.5, 4.0), "null_probability": 0.5}, (), _null_has_words
+    ),
+    "vsd_clip": MethodCase(
+        "vsd",
+        {"null_probability": 0.0, "clip": {"weight": 0.1, "tau": 1.0}},
+        (),
+        _two_with_prompts,
+        {"clip": _brightness},
     ),
     "tscd": MethodCase(
         "tscd",
@@ -160,7 +178,7 @@ def build_trainer(
         data,
         method=spec.method,
         method_config=spec.options,
-        scorers=scorers,
+        scorers=spec.scorers if scorers is None else scorers,
     )
 
 

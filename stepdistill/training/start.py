@@ -1,0 +1,118 @@
+"""Where a student's first weights come from besides the teacher: another run or pipeline.
+
+SwiftBrush v2 starts from SD-Turbo under a Stable Diffusion 2.1 teacher (arXiv:2408.14176).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stepdistill.models.decoder import decoder_config
+from stepdistill.models.family import Family
+from stepdistill.models.registry import family_for, load_setting, pipeline_class_of
+from stepdistill.models.rolebank import RoleBank
+from stepdistill.training.checkpoint import student_file
+from stepdistill.training.config import TrainConfig
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_pipeline(source: str) -> bool:
+    """Whether it names a Diffusers pipeline, by folder or Hub id, rather than a run of ours."""
+    folder = Path(source)
+    if folder.exists():
+        return (folder / "model_index.json").is_file()
+    return _HUB_ID.fullmatch(source) is not None
+
+
+def check_start(
+    args: TrainConfig, model: str | Path | Family, revision: str | None, training: bool
+) -> None:
+    """Say what is wrong with init_student_from and, for training, with decoder; reads no weight.
+
+    Errors: ValueError for a source without a student, for a pipeline with a LoRA student, of
+        another family than the teacher's or of another prediction type.
+    """
+    if training and args.decoder is not None:
+        decoder_config(args.decoder)
+    source = args.init_student_from
+    if source is None:
+        return
+    if not is_pipeline(source):
+        student_file(source)
+        return
+    if args.tuning.student == "lora":
+        raise ValueError(
+            f"init_student_from: expected tuning.student full with the pipeline {source!r} (an "
+            "adapter sits on the teacher's own weights), got lora. Set --tuning.student full."
+        )
+    hub = {"revision": revision} if revision else {}
+    config = args.single_file_config
+    try:
+        cls, kind = family_for(pipeline_class_of(source)), load_setting(source).kind
+    except OSError as err:
+        raise ValueError(
+            f"init_student_from: expected a run, a checkpoint, or a pipeline's folder or Hub id, "
+            f"got {source!r}. {err}"
+        ) from err
+    if isinstance(model, Family):
+        own_cls, own_kind = type(model), model.setting.kind
+    else:
+        own_cls = family_for(pipeline_class_of(model, config, **hub))
+        own_kind = load_setting(model, config, **hub).kind
+    if (cls, kind) != (own_cls, own_kind):
+        raise ValueError(
+            f"init_student_from: expected a pipeline of the teacher's family and prediction type "
+            f"({own_cls.name}, {own_kind}), got {source!r} ({cls.name}, {kind})."
+        )
+
+
+def start_student(bank: RoleBank, source: str) -> None:
+    """Load another student into this one's weights, and into every role that follows it.
+
+    Errors: ValueError where names or shapes differ.
+    """
+    if is_pipeline(source):
+        bank.load_role_state("student", pipeline_student(bank, source))
+    else:
+        bank.load_role_state("student", load_file(student_file(source)))
+    for role, spec in bank.roles.items():
+        if spec.ema_of == "student":
+            bank.ema_update(role, 0.0)
+
+
+def pipeline_student(bank: RoleBank, source: str) -> dict[str, Tensor]:
+    """The student's whole state from a pipeline's denoiser.
+
+    A guidance input of the student's that the pipeline's network lacks keeps its zeros; one of
+    the pipeline's that is all zeros does nothing and is left out (our exports may carry it).
+    """
+    net: Any = bank.nets["student"]
+    loaded: Any = type(net).from_pretrained(
+        source,
+        subfolder=bank.family.net_name,
+        use_safetensors=True,
+        torch_dtype=torch.float32,
+    )
+    own = net.state_dict()
+    state = {
+        name: value
+        for name, value in loaded.state_dict().items()
+        if name in own or not name.endswith("cond_proj.weight") or bool(value.any())
+    }
+    if bank.roles["student"].extra_inputs:
+        state = {**own, **state}
+    differ = [n for n in own if n in state and state[n].shape != own[n].shape]
+    if differ or own.keys() != state.keys():
+        odd = [*sorted(own.keys() ^ state.keys())[:3], *differ[:3]]
+        raise ValueError(
+            f"init_student_from: expected a {bank.family.net_name} of the student's architecture, "
+            f"got {source!r}, which differs in {odd}."
+        )
+    return state
