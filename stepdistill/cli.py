@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--pretrained_model_name_or_path", required=True)
     pairs.add_argument("--revision")
     pairs.add_argument("--variant")
+    pairs.add_argument("--teacher_lora", action="append", default=[], help="path[:scale], merged")
+    pairs.add_argument("--single_file_config", help="pipeline folder of a single-file teacher")
     pairs.add_argument("--prompts_file", required=True)
     pairs.add_argument("--pairs_dir", required=True)
     pairs.add_argument("--num_pairs", type=int, required=True)
@@ -111,6 +113,8 @@ def _pairs(args: argparse.Namespace) -> None:
         seed=args.seed,
         revision=args.revision,
         variant=args.variant,
+        teacher_lora=args.teacher_lora,
+        single_file_config=args.single_file_config,
     )
     print(folder)
 

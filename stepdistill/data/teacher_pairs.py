@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def make_pairs(
     seed: int = 0,
     revision: str | None = None,
     variant: str | None = None,
+    teacher_lora: Sequence[str] = (),
+    single_file_config: str | None = None,
 ) -> Path:
     """Solve the teacher's guided ODE for num_pairs noises; returns the folder.
 
@@ -39,13 +42,19 @@ def make_pairs(
     Errors: ValueError for a bad model, prompt file or existing set, before a weight is loaded.
     """
     hub: dict[str, Any] = {"revision": revision} if revision else {}
-    cls = family_for(pipeline_class_of(model, **hub))
+    cls = family_for(pipeline_class_of(model, single_file_config, **hub))
     if cls.conditioning == "label":
         prompts: list[Any] = list(LabelFileDataset.from_file(prompts_file).labels)
     else:
         prompts = list(PromptDataset.from_file(prompts_file).prompts)
     state = PartialState(cpu=not torch.cuda.is_available())
-    family = load_family(model, revision=revision, variant=variant)
+    family = load_family(
+        model,
+        revision=revision,
+        variant=variant,
+        teacher_lora=teacher_lora,
+        single_file_config=single_file_config,
+    )
     bank = RoleBank(family, {"teacher": Role()}, Tuning())
     family.pipeline.to(state.device)
     generate_pairs(
@@ -56,7 +65,7 @@ def make_pairs(
         pairs_dir,
         num_pairs,
         shape=family.sample_shape(resolution, resolution),
-        model=model,
+        model=" + ".join([model, *teacher_lora]),
         guidance=guidance,
         times=uniform_grid(num_steps, family.shift),
         seed=seed,

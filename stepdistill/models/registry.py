@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from diffusers import DiffusionPipeline
 
 from stepdistill.core.method import Setting
 from stepdistill.models.family import Family, read_schedule
+from stepdistill.models.single_file import config_source, is_single_file, load_single_file
+from stepdistill.models.teacher_lora import merge_loras, parse_lora
 
 # family name -> "module:Class"; modules load on demand, so one broken family breaks no other.
 FAMILIES: dict[str, str] = {
@@ -53,14 +56,16 @@ def family_for(pipeline_class: str) -> type[Family]:
     return family_class(served[pipeline_class])
 
 
-def model_index(model: str | Path, **hub: Any) -> dict[str, Any]:
-    """model_index.json of a local folder or a Hub id.
+def model_index(model: str | Path, config: str | None = None, **hub: Any) -> dict[str, Any]:
+    """model_index.json of a local folder, a Hub id, or the configuration of a single file.
 
+    Args: config: see `single_file.config_source`.
     Errors: ValueError where the folder is no Diffusers pipeline or the file is broken.
     """
+    model = config_source(model, config)
     folder = Path(model)
     if not folder.exists():
-        found: dict[str, Any] = DiffusionPipeline.load_config(str(model), **hub)
+        found: dict[str, Any] = DiffusionPipeline.load_config(model, **hub)
         return found
     index = folder / "model_index.json"
     if not index.is_file():
@@ -77,9 +82,9 @@ def model_index(model: str | Path, **hub: Any) -> dict[str, Any]:
     return config
 
 
-def pipeline_class_of(model: str | Path, **hub: Any) -> str:
+def pipeline_class_of(model: str | Path, config: str | None = None, **hub: Any) -> str:
     """The `_class_name` in model_index.json. Errors: see `model_index`."""
-    name: str = model_index(model, **hub)["_class_name"]
+    name: str = model_index(model, config, **hub)["_class_name"]
     return name
 
 
@@ -89,34 +94,55 @@ def load_family(
     revision: str | None = None,
     variant: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
+    teacher_lora: Sequence[str] = (),
+    single_file_config: str | None = None,
     **components: Any,
 ) -> Family:
-    """The loaded family of a local folder or Hub id; safetensors only, never remote code.
+    """The loaded family of a folder, Hub id or single file; safetensors only, never remote code.
 
     Parts saved as None (SD3 without T5) stay None: the stock loader wants to be told so.
 
-    Args: components: parts to pass to from_pretrained instead of loading them (None to leave out).
+    Args:
+        teacher_lora: `path[:scale]` of LoRAs merged into the weights, in order.
+        single_file_config: pipeline folder or Hub id that describes a single-file checkpoint.
+        components: parts to pass to from_pretrained instead of loading them (None to leave out).
     """
+    for text in teacher_lora:
+        parse_lora(text)  # refuses a wrong one before the base is read
     hub = {"revision": revision} if revision else {}
-    index = model_index(model, **hub)
+    index = model_index(model, single_file_config, **hub)
     cls = family_for(index["_class_name"])
     missing = {name: None for name, entry in index.items() if entry == [None, None]}
-    pipeline = DiffusionPipeline.from_pretrained(
-        str(model),
-        variant=variant,
-        dtype=torch_dtype,
-        use_safetensors=True,
-        **hub,
-        **{**missing, **components},
-    )
+    parts = {**missing, **components}
+    if is_single_file(model):
+        config = config_source(model, single_file_config)
+        pipeline = load_single_file(model, index, config, cls.net_name, torch_dtype, **parts)
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(model), variant=variant, dtype=torch_dtype, use_safetensors=True, **hub, **parts
+        )
+    if cls.conditioning == "prompt":
+        _check_encoders(pipeline)
+    merge_loras(pipeline, cls.net_name, teacher_lora)
     return cls(pipeline)
 
 
-def load_setting(model: str | Path, **hub: Any) -> Setting:
+def _check_encoders(pipeline: Any) -> None:
+    """Errors: ValueError where no text encoder is left to encode a prompt with."""
+    encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
+    if encoders and all(getattr(pipeline, name) is None for name in encoders):
+        raise ValueError(
+            f"model: expected one of {encoders} to encode prompts, got a pipeline without any. "
+            "Save it with its text encoder; SD3 may go without T5, SDXL without its first."
+        )
+
+
+def load_setting(model: str | Path, config: str | None = None, **hub: Any) -> Setting:
     """The facts a method may know, from the scheduler's config alone: no weight is read."""
-    index = model_index(model, **hub)
+    index = model_index(model, config, **hub)
     family_for(index["_class_name"])  # refuses unserved classes first
     library, name = index["scheduler"]
     scheduler_cls = getattr(import_module(library), name)
-    scheduler = scheduler_cls.from_pretrained(str(model), subfolder="scheduler", **hub)
+    where = config_source(model, config)
+    scheduler = scheduler_cls.from_pretrained(where, subfolder="scheduler", **hub)
     return Setting(*read_schedule(scheduler))

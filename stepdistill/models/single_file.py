@@ -1,0 +1,113 @@
+"""Teachers kept in one .safetensors file, read by Diffusers' own converters.
+
+Such a file holds weights alone. Its architecture, scheduler and tokenizers come from a pipeline
+folder (or Hub id) of the same kind, `single_file_config`; a file with the denoiser only takes the
+other weights from there too. Without one, the base that Diffusers recognises is fetched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
+from safetensors import SafetensorError, safe_open
+
+PICKLED = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
+# Where the parts beside the denoiser stand in a whole checkpoint: SD, SDXL, SD3 and later.
+_OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
+
+
+def is_single_file(model: str | Path) -> bool:
+    """Whether `model` is one local weight file. Errors: ValueError for a pickled one."""
+    path = Path(model)
+    if path.is_file() and path.suffix in PICKLED:
+        raise ValueError(
+            f"pretrained_model_name_or_path: expected a .safetensors file, got {path}. Pickled "
+            "weights are not read; convert them with safetensors."
+        )
+    if path.suffix == ".safetensors" and not path.is_file():
+        raise ValueError(
+            f"pretrained_model_name_or_path: expected a local .safetensors file, got {path}, "
+            "which is not there. Download it first."
+        )
+    return path.suffix == ".safetensors"
+
+
+def config_source(model: str | Path, config: str | None) -> str:
+    """The folder or Hub id that holds model_index.json and the scheduler of `model`.
+
+    Errors: ValueError for a config beside a pipeline folder, or a file that is no safetensors.
+    """
+    if not is_single_file(model):
+        if config is not None:
+            raise ValueError(
+                f"single_file_config: expected none with the pipeline {str(model)!r}, got "
+                f"{config!r}. It goes with a single .safetensors file."
+            )
+        return str(model)
+    return config if config is not None else _recognised(Path(model))
+
+
+def _header(path: Path) -> dict[str, torch.Tensor]:
+    """name -> empty tensor of that shape: no weight is read. Errors: ValueError when malformed."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {
+                name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in file.keys()  # noqa: SIM118 (not a mapping)
+            }
+    except SafetensorError as err:
+        raise ValueError(
+            f"pretrained_model_name_or_path: expected a whole safetensors file, got {path}: {err}."
+        ) from err
+
+
+def _recognised(path: Path) -> str:
+    """The Hub id of the base that Diffusers takes a checkpoint for."""
+    repo: str = fetch_diffusers_config(_header(path))["pretrained_model_name_or_path"]
+    try:
+        DiffusionPipeline.load_config(repo)
+    except OSError as err:
+        raise ValueError(
+            f"single_file_config: expected the configuration of {path.name}, got none here, and "
+            f"{repo!r}, which the file looks like, cannot be fetched. Name a pipeline folder of "
+            "the same architecture with --single_file_config."
+        ) from err
+    return repo
+
+
+def load_single_file(
+    path: str | Path,
+    index: dict[str, Any],
+    config: str,
+    net_name: str,
+    torch_dtype: torch.dtype,
+    **parts: Any,
+) -> Any:
+    """The stock pipeline of a single file.
+
+    Args: index: model_index.json of `config`. net_name: the denoiser's component. parts: components
+        not to load.
+    Errors: ValueError where the file has not the weights that the configuration describes.
+    """
+    whole = any(name.startswith(_OTHER_PARTS) for name in _header(Path(path)))
+    try:
+        if whole:
+            cls: Any = getattr(diffusers, index["_class_name"])
+            return cls.from_single_file(str(path), config=config, dtype=torch_dtype, **parts)
+        net_cls: Any = getattr(diffusers, index[net_name][1])
+        net = net_cls.from_single_file(
+            str(path), config=config, subfolder=net_name, dtype=torch_dtype
+        )
+    except (SingleFileComponentError, ValueError, KeyError, RuntimeError, IndexError) as err:
+        raise ValueError(
+            f"pretrained_model_name_or_path: expected a checkpoint of the architecture in "
+            f"{config!r}, got {path}: {str(err)[:300]}. Name another --single_file_config."
+        ) from err
+    return DiffusionPipeline.from_pretrained(
+        config, dtype=torch_dtype, use_safetensors=True, **{net_name: net}, **parts
+    )

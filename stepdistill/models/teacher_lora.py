@@ -1,0 +1,169 @@
+"""Teachers that are a base plus LoRAs: read `path[:scale]`, merge them into the loaded pipeline.
+
+W <- W + sum_i scale_i * (alpha_i / rank_i) * B_i A_i, in the dtype of W, by Diffusers' own loader
+(load_lora_weights, fuse_lora, unload_lora_weights) or by PEFT for a folder that PEFT wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME as PEFT_CONFIG
+from safetensors import SafetensorError
+from torch import nn
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.safetensors)?")
+
+
+@dataclass(frozen=True)
+class LoraSource:
+    """One LoRA: a local folder or a Hub id, the file in it (None: PEFT's folder), its scale."""
+
+    place: str
+    weight_name: str | None
+    scale: float
+
+    @property
+    def file(self) -> Path | None:
+        """The local weight file; None for a Hub id or a PEFT folder."""
+        folder = Path(self.place)
+        local = self.weight_name is not None and folder.is_dir()
+        return folder / str(self.weight_name) if local else None
+
+
+def parse_lora(text: str) -> LoraSource:
+    """The LoraSource of `path[:scale]`: a .safetensors file, a folder with one, or a Hub id.
+
+    A Hub id may name its file: user/name/style.safetensors. The scale is 1 where none is given.
+    Errors: ValueError for a scale that is no finite number or is zero, a path that is not there,
+        a pickled file, or a folder with no or several LoRA files.
+    """
+    path, scale = _split_scale(text)
+    found = Path(path).expanduser()
+    if found.is_file():
+        if found.suffix != ".safetensors":
+            raise ValueError(
+                f"teacher_lora: expected a .safetensors file, got {found}. Pickled weights are "
+                "not read; convert them with safetensors."
+            )
+        return LoraSource(str(found.parent), found.name, scale)
+    if found.is_dir():
+        return LoraSource(str(found), _file_in(found), scale)
+    if not _HUB_ID.fullmatch(path):
+        raise ValueError(
+            f"teacher_lora: expected a .safetensors file, a folder or a Hub id (user/name), got "
+            f"{path!r}, which is not there."
+        )
+    user, name, *file = path.split("/", 2)
+    return LoraSource(f"{user}/{name}", file[0] if file else LORA_WEIGHT_NAME_SAFE, scale)
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    path, colon, tail = text.rpartition(":")
+    if not colon or "/" in tail or "\\" in tail or Path(text).exists():
+        path, tail = text, "1"
+    try:
+        scale = float(tail)
+    except ValueError:
+        scale = math.nan
+    if not path or not math.isfinite(scale) or scale == 0.0:
+        raise ValueError(
+            f"teacher_lora: expected path[:scale] with a finite scale other than 0, got {text!r}."
+        )
+    return path, scale
+
+
+def _file_in(folder: Path) -> str | None:
+    """The LoRA file of a folder; None where PEFT reads the folder itself."""
+    if (folder / PEFT_CONFIG).is_file():
+        return None
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    if LORA_WEIGHT_NAME_SAFE in names:
+        return LORA_WEIGHT_NAME_SAFE
+    if len(names) != 1:
+        raise ValueError(
+            f"teacher_lora: expected one .safetensors file in {folder}, got {names or 'none'}. "
+            "Name the file itself."
+        )
+    return names[0]
+
+
+def lora_facts(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """What identifies each LoRA: source, scale, and the hash of a local file."""
+    facts = []
+    for text in texts:
+        lora = parse_lora(text)
+        fact: dict[str, Any] = {
+            "source": lora.place,
+            "weight_name": lora.weight_name,
+            "scale": lora.scale,
+        }
+        if lora.file is not None:
+            fact["sha256"] = hashlib.sha256(lora.file.read_bytes()).hexdigest()
+        facts.append(fact)
+    return facts
+
+
+@torch.no_grad()
+def merge_loras(pipeline: Any, net_name: str, texts: Sequence[str]) -> None:
+    """Merge the LoRAs into the pipeline's weights, in order; no adapter is left behind.
+
+    Args: net_name: the denoiser's component. texts: see `parse_lora`.
+    Errors: ValueError for a pipeline without a LoRA loader, or a file that fits no module of it.
+    """
+    for lora in [parse_lora(text) for text in texts]:
+        if lora.weight_name is None:
+            _merge_peft(pipeline, net_name, lora)
+        elif isinstance(pipeline, LoraBaseMixin):
+            _merge_stock(pipeline, lora)
+        else:
+            raise ValueError(
+                f"teacher_lora: expected a pipeline with load_lora_weights, got "
+                f"{type(pipeline).__name__}, to which Diffusers gives none. Use an adapter saved "
+                "by PEFT (adapter_config.json), or merge it into the base beforehand."
+            )
+
+
+def _merge_stock(pipeline: Any, lora: LoraSource) -> None:
+    name = "teacher"
+    try:
+        pipeline.load_lora_weights(
+            lora.place, weight_name=lora.weight_name, adapter_name=name, use_safetensors=True
+        )
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as err:
+        raise _misfit(pipeline, lora, str(err)) from err
+    holders = [part for part, names in pipeline.get_list_adapters().items() if name in names]
+    if not holders:  # the stock loader only logs it
+        raise _misfit(pipeline, lora, "no key of it names a module there")
+    pipeline.set_adapters([name], [lora.scale])
+    pipeline.fuse_lora(components=holders, adapter_names=[name])
+    pipeline.unload_lora_weights()
+
+
+def _merge_peft(pipeline: Any, net_name: str, lora: LoraSource) -> None:
+    net: nn.Module = getattr(pipeline, net_name)
+    try:
+        adapted: Any = PeftModel.from_pretrained(net, lora.place)
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as err:
+        raise _misfit(pipeline, lora, str(err)) from err
+    for layer in adapted.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.scale_layer(lora.scale)
+    pipeline.register_modules(**{net_name: adapted.merge_and_unload()})
+
+
+def _misfit(pipeline: Any, lora: LoraSource, why: str) -> ValueError:
+    file = f"{lora.place}/{lora.weight_name}" if lora.weight_name else lora.place
+    return ValueError(
+        f"teacher_lora: expected a LoRA of {type(pipeline).__name__}, got {file}: {why[:300]}."
+    )
