@@ -19,10 +19,12 @@ _PUBLIC = {
     "VariationalScoreTrainer": "stepdistill.trainers",
     "METHODS": "stepdistill.methods",
     "load_family": "stepdistill.models.registry",
+    "load_pipeline": "stepdistill.export.load",
 }
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from stepdistill.export.load import load_pipeline as load_pipeline
     from stepdistill.methods import METHODS as METHODS
     from stepdistill.models.registry import load_family as load_family
     from stepdistill.models.tuning import Tuning as Tuning

@@ -16,13 +16,19 @@ def call_options(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**steps, "guidance_scale": record["guidance_scale"], **given}
 
 
-def call_arguments(record: Mapping[str, Any]) -> str:
-    """`call_options` as code."""
-    options = call_options(record)
-    return ", ".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value!r}"
-        for key, value in options.items()
+def typed_options(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `call_options` that the exported pipeline's own defaults do not give."""
+    found: dict[str, Any] = record.get("typed", call_options(record))
+    return found
+
+
+def call_code(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
+    """The call's arguments as code, by `typed_options`."""
+    told = (
+        f", {key}={value:g}" if isinstance(value, float) else f", {key}={value!r}"
+        for key, value in typed_options(record).items()
     )
+    return subject(record, prompt) + "".join(told)
 
 
 def load_arguments(record: Mapping[str, Any]) -> str:
@@ -40,8 +46,18 @@ def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> 
     return (
         "from diffusers import DiffusionPipeline\n"
         f"pipe = DiffusionPipeline.from_pretrained({where!r}{load_arguments(record)})\n"
-        f'pipe({subject(record, prompt)}, {call_arguments(record)}).images[0].save("image.png")'
+        f'pipe({call_code(record, prompt)}).images[0].save("image.png")'
     )
+
+
+def _guidance(record: Mapping[str, Any]) -> str:
+    scale = f"`guidance_scale={record['guidance_scale']:g}`"
+    if record["guided"]:
+        return f"Made for guidance: keep {scale}."
+    told = "told to the network" if record["guidance_embedded"] else "folded in"
+    if "guidance_scale" in typed_options(record):
+        return f"Guidance is {told}: keep {scale}."
+    return f"Guidance is {told}; the defaults are right."
 
 
 def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, name: str) -> None:
@@ -59,9 +75,8 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
         f"{pipeline_class} distilled from `{base}` to {steps} step{'s' if steps > 1 else ''} with "
         f"{record['method']} ([stepdistill](https://pypi.org/project/stepdistill)).\n\n"
         f"```python\n{snippet(record, name)}\n```\n\n"
-        f"Guidance is {'told to the network' if record['guidance_embedded'] else 'folded in'}: "
-        f"keep `guidance_scale={record['guidance_scale']:g}`. Trained times: "
-        f"{record['trained_times'] or 'all'}; export refuses step counts off them.\n"
+        f"{_guidance(record)} Trained times: {record['trained_times'] or 'all'}; export refuses "
+        "step counts off them.\n"
         f"\n| | |\n|---|---|\n"
         f"| method | {record['method']} |\n"
         f"| student updates | {run.get('step', '?')} |\n"

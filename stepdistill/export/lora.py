@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.export.card import call_arguments, load_arguments, subject
+from stepdistill.export.card import call_code, load_arguments
 from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import BASE, RoleBank
@@ -91,5 +91,5 @@ def _card(
         f"pipe = DiffusionPipeline.from_pretrained({base!r}{load_arguments(record)})\n"
         f"{load}"
         f"pipe.scheduler = {scheduler}.from_pretrained({name!r}, subfolder='scheduler')\n"
-        f"pipe({subject(record)}, {call_arguments(record)}).images[0].save('image.png')\n```\n"
+        f"pipe({call_code(record)}).images[0].save('image.png')\n```\n"
     )

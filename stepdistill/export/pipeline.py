@@ -19,6 +19,7 @@ from typing import Any
 from stepdistill.core.path import FlowPath, NoisePath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.card import write_card
+from stepdistill.export.defaults import settle
 from stepdistill.export.schedulers import StockSampler, stock_sampler
 from stepdistill.export.verify import check_export
 from stepdistill.export.weights import stock_net
@@ -50,12 +51,13 @@ def export_pipeline(
     pipeline.register_modules(
         **{family.net_name: stock_net(bank, role), "scheduler": sampler.scheduler}
     )
+    record = describe(family, spec, sampler, facts)
+    pipeline, record["typed"] = settle(family, pipeline, record)
     aside = out_dir.with_name(out_dir.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     pipeline.save_pretrained(aside, safe_serialization=True)
-    record = describe(family, spec, sampler, facts)
     (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    write_card(aside, record, type(family.pipeline).__name__, out_dir.name)
+    write_card(aside, record, type(pipeline).__name__, out_dir.name)
     if verify:
         check_export(aside, record, family, denoiser, spec)
     if out_dir.exists():
@@ -107,6 +109,7 @@ def describe(
         "num_inference_steps": spec.num_steps,
         "guidance_scale": family.stock_guidance(guidance),
         "guidance_embedded": spec.w is not None,
+        "guided": spec.guidance != 1.0,
         "call": sampler.call,
         "load_without": missing_parts(family.pipeline),
         "kind": spec.kind,

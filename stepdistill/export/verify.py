@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser, is_guided
 from stepdistill.core.solvers import SamplerSpec, sample_x0
-from stepdistill.export.card import call_options
+from stepdistill.export.card import typed_options
 from stepdistill.models.family import Family
 from stepdistill.models.registry import load_family
 
@@ -45,7 +45,7 @@ def check_export(
         torch.manual_seed(0)
         theirs = stock(
             **{name: [prompt]},
-            **call_options(record),
+            **typed_options(record),
             **family.call_extras,
             generator=torch.default_generator,
             output_type="pt",

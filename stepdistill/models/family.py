@@ -95,6 +95,9 @@ class Family(ABC):
     supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
+    short_pipelines: ClassVar[
+        tuple[str, ...]
+    ] = ()  # stock classes of few-step defaults, same parts
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -202,6 +205,13 @@ class Family(ABC):
     def stock_guidance(self, guidance: float) -> float:
         """guidance_scale of the stock call for g of null + g (cond - null), or for g told."""
         return guidance
+
+    def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
+        """Make a pipeline with the student in it heed no guidance_scale, as if told `guidance`.
+
+        By what its stock call reads from a config or weight; False where it reads nothing.
+        """
+        return False
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B, C, *S) in the layout that the stock call keeps them in."""

@@ -22,6 +22,7 @@ from stepdistill.models.family import (
     net_dtype,
     token_blocks,
 )
+from stepdistill.models.flux_guidance import fold_guidance
 from stepdistill.models.vae_sized import PATCH, VaeSizedFamily
 
 
@@ -49,6 +50,12 @@ class FluxFamily(VaeSizedFamily):
         """A copy of the transformer; ("w",) is an input that dev has already."""
         has_w = tuple(extra_inputs) == ("w",) and self.embeds_guidance
         return super().copy_net(() if has_w else extra_inputs, net)
+
+    def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
+        """See Family.settle_guidance: the embedding of one guidance is a constant."""
+        if self.embeds_guidance:
+            pipeline.register_modules(transformer=fold_guidance(pipeline.transformer, guidance))
+        return True
 
     def pack(self, latents: Tensor) -> Tensor:
         return self.pipeline._pack_latents(latents, *latents.shape)

@@ -37,6 +37,7 @@ class StableDiffusionFamily(Family):
     net_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
     supports_w: ClassVar[bool] = True
+    short_pipelines: ClassVar[tuple[str, ...]] = ("LatentConsistencyModelPipeline",)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -78,6 +79,16 @@ class StableDiffusionFamily(Family):
     ) -> dict[str, Tensor] | None:
         """The UNet's added_cond_kwargs; none here."""
         return None
+
+    def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
+        """See Family.settle_guidance: stock calls make no null pass for UNets told the guidance.
+
+        Told through a projection of zeros, it has no effect. A student that reads w keeps it.
+        """
+        if pipeline.unet.config.time_cond_proj_dim is not None:
+            return False
+        pipeline.register_modules(unet=with_guidance_input(pipeline.unet))
+        return True
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid", "down.i" and "up.i", all maps."""

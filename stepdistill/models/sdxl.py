@@ -21,6 +21,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     name: ClassVar[str] = "sdxl"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     scales_input: ClassVar[bool] = True
+    short_pipelines: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)

@@ -1,0 +1,61 @@
+"""Load an export so that a call needs a prompt alone, whatever its class's defaults.
+
+`DiffusionPipeline.from_pretrained` loads the same folder; where distillation.json lists `typed`
+options it has to be told them at each call. This loader puts them into the call's defaults.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from huggingface_hub import hf_hub_download
+
+from stepdistill.export.card import typed_options
+from stepdistill.export.pipeline import RECORD
+
+
+def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
+    """The stock pipeline of an export (folder or Hub id), its call's defaults the student's own.
+
+    Args: kwargs: for from_pretrained; revision also finds the record.
+    Errors: ValueError where the folder is no pipeline export.
+    """
+    record = _record(model, kwargs.get("revision"))
+    index = diffusers.DiffusionPipeline.load_config(str(model), revision=kwargs.get("revision"))
+    cls = few_step_class(getattr(diffusers, index["_class_name"]), typed_options(record))
+    options = {"use_safetensors": True, **dict.fromkeys(record["load_without"]), **kwargs}
+    return cls.from_pretrained(str(model), **options)
+
+
+def few_step_class(stock: Any, defaults: dict[str, Any]) -> Any:
+    """A subclass of a stock pipeline class that differs in the defaults of its call alone.
+
+    Its name is the stock one's, so that saving names the stock class.
+    """
+    signature = inspect.signature(stock.__call__)
+
+    @functools.wraps(stock.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        rest = {name: value for name, value in defaults.items() if name not in given}
+        return stock.__call__(self, *args, **kwargs, **rest)
+
+    return type(stock.__name__, (stock,), {"__call__": call, "__doc__": stock.__doc__})
+
+
+def _record(model: str | Path, revision: str | None) -> dict[str, Any]:
+    file = Path(model) / RECORD
+    if not Path(model).exists():
+        file = Path(hf_hub_download(str(model), RECORD, revision=revision))
+    elif not (file.is_file() and (Path(model) / "model_index.json").is_file()):
+        raise ValueError(
+            f"load_pipeline: expected a pipeline export with {RECORD}, got {str(model)!r}. "
+            "Load other pipelines with DiffusionPipeline.from_pretrained."
+        )
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found

@@ -1,0 +1,184 @@
+"""`from_pretrained(folder)("a prompt")`: what it gives alone, family by family, and what not."""
+
+from __future__ import annotations
+
+import inspect
+import json
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from support.runs import build_trainer, teacher_dir
+
+import stepdistill
+from stepdistill.core.solvers import SamplerSpec, sample_x0
+from stepdistill.core.times import uniform_grid
+from stepdistill.export.pipeline import RECORD, export_pipeline
+from stepdistill.models.check import listen
+from stepdistill.models.flux_guidance import fold_guidance
+from stepdistill.models.registry import family_for, load_family
+from stepdistill.models.tiny_transformers import tiny_flux
+
+FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
+# What must still be typed for a 4-step student whose guidance is folded in, by tiny pipeline.
+TYPED = {
+    "sd": {},
+    "sd_v": {},
+    "sdxl": {"num_inference_steps": 4},
+    "sd3": {"num_inference_steps": 4, "guidance_scale": 1.0},
+    "flux": {"num_inference_steps": 4},
+    "flux_schnell": {"num_inference_steps": 4},
+    "pixart": {"num_inference_steps": 4, "guidance_scale": 1.0},
+    "sana": {"num_inference_steps": 4, "guidance_scale": 1.0},
+    "lumina2": {"num_inference_steps": 4, "guidance_scale": 1.0},
+    "z_image": {"num_inference_steps": 4, "guidance_scale": 0.0},
+    "dit": {"num_inference_steps": 4, "guidance_scale": 1.0},
+}
+
+
+def moved(trainer):
+    """The trainer with its student pushed off the teacher."""
+    generator = torch.Generator().manual_seed(1)
+    for param in trainer.bank.members("student").values():
+        param.data += 0.05 * torch.randn(param.shape, generator=generator)
+    return trainer
+
+
+def image_of(call, subject, **options):
+    """(the call's image, the denoiser calls it made) from the default generator at seed 0."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        with listen(call.unet if hasattr(call, "unet") else call.transformer) as calls:
+            images = call(subject, output_type="pt", **options).images
+    return images, calls
+
+
+def in_memory(trainer, spec, subject):
+    family = trainer.family
+    shape = (1, *family.sample_shape())
+    packed = family.pack(torch.zeros(shape)).shape
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        latents = sample_x0(
+            trainer.bank["student"],
+            spec,
+            torch.randn(shape),
+            family.encode([subject]),
+            fresh_noise=lambda _step: family.unpack(torch.randn(packed), shape[1:]),
+        )
+        return (family.images(latents) / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("family", TYPED)
+def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) -> None:
+    """Stock call with `typed` alone, and the importable loader with a prompt alone."""
+    teacher = teacher_dir(family, tmp_path_factory)
+    trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run"))
+    grid = uniform_grid(4)
+    spec = SamplerSpec(grid, "renoise", trained_times=grid)
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    record = json.loads((out / RECORD).read_text())
+    assert record["typed"] == TYPED[family]
+
+    subject = 0 if trainer.family.conditioning == "label" else "a test"
+    expected, extras = in_memory(trainer, spec, subject), trainer.family.call_extras
+    first = [subject] if trainer.family.conditioning == "label" else subject
+    without = dict.fromkeys(record["load_without"])
+    stock = DiffusionPipeline.from_pretrained(out, **without)
+    assert type(stock).__module__.startswith("diffusers.")
+    ours = stepdistill.load_pipeline(out)
+    for pipe, options in ((stock, record["typed"]), (ours, {})):
+        pipe.set_progress_bar_config(disable=True)
+        image, calls = image_of(pipe, first, **options, **extras)
+        assert len(calls) == 4
+        assert (image - expected).abs().max() < 1e-3
+        told = calls[0].cond
+        if family == "z_image":  # names its rows: x.0 of the first, x.1 of the second
+            assert not any(name.endswith(".1") for name in told), "a null pass was made"
+        else:
+            assert next(iter(told.values())).shape[0] == 1, "a null pass was made"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_sd_keeps_its_class_at_other_step_counts(steps, tmp_path, tmp_path_factory) -> None:
+    trainer = moved(
+        build_trainer("dmd2", teacher_dir("sd", tmp_path_factory), "lora", tmp_path / "run")
+    )
+    spec = SamplerSpec(uniform_grid(steps), "renoise")
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    assert json.loads((out / RECORD).read_text())["typed"] == {"num_inference_steps": steps}
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_guidance_typed_by_habit_changes_nothing(tmp_path, tmp_path_factory) -> None:
+    """A user who types the teacher's guidance still gets the student's image, by one pass."""
+    for family in ("sdxl", "flux"):
+        teacher = teacher_dir(family, tmp_path_factory)
+        trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / family))
+        spec = SamplerSpec((1.0,), "ode")
+        out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / f"{family}_out", FACTS)
+        pipe = DiffusionPipeline.from_pretrained(out)
+        pipe.set_progress_bar_config(disable=True)
+        extras = trainer.family.call_extras
+        plain, _ = image_of(pipe, "a test", num_inference_steps=1, **extras)
+        habit, _ = image_of(pipe, "a test", num_inference_steps=1, guidance_scale=9.0, **extras)
+        assert torch.equal(plain, habit)
+
+
+def test_guided_student_keeps_its_guidance(tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir("sd_v", tmp_path_factory)
+    trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run"))
+    spec = SamplerSpec(uniform_grid(4), "ode", guidance=3.0)
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    record = json.loads((out / RECORD).read_text())
+    assert record["typed"] == {"num_inference_steps": 4, "guidance_scale": 3.0}
+
+
+def test_student_that_reads_the_guidance_keeps_its_input(tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir("sd", tmp_path_factory)
+    trainer = moved(build_trainer("lcm_w", teacher, "full", tmp_path / "run"))
+    for w, typed in ((6.5, {"num_inference_steps": 4}), (7.5, {})):
+        spec = SamplerSpec(uniform_grid(4), w=w, boundary_scale=10.0)
+        out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+        assert json.loads((out / RECORD).read_text())["typed"] == typed  # LCM's default is 8.5
+        weight = load_family(out).net.time_embedding.cond_proj.weight
+        assert weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+def test_folded_flux_guidance_is_exact(guidance) -> None:
+    family = family_for("FluxPipeline")(tiny_flux())
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([1000.0, 500.0]), family.encode(["a", "b"])
+    with torch.no_grad():
+        told = family.forward(family.net, x, t, cond, w=torch.full((2,), guidance - 1))
+        net = fold_guidance(family.net, guidance)
+        family.pipeline.register_modules(transformer=net)
+        folded = family.forward(net, x, t, cond)
+    assert not family.embeds_guidance
+    assert (told - folded).abs().max() < 1e-5
+
+
+def test_loaded_class_differs_in_its_defaults_alone(tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir("sdxl", tmp_path_factory)
+    trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")
+    out = export_pipeline(
+        trainer.family, trainer.bank, SamplerSpec((1.0,)), tmp_path / "out", FACTS
+    )
+    pipe = stepdistill.load_pipeline(out)
+    assert isinstance(pipe, diffusers.StableDiffusionXLPipeline)
+    pipe.save_pretrained(tmp_path / "again")
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLPipeline"
+    pipe.set_progress_bar_config(disable=True)
+    assert len(image_of(pipe, "a")[1]) == 1
+    assert len(image_of(pipe, "a", num_inference_steps=2)[1]) == 2  # what is typed counts
+    assert inspect.signature(type(pipe).__call__) == inspect.signature(
+        diffusers.StableDiffusionXLPipeline.__call__
+    )
+
+
+def test_loading_what_is_no_export_is_refused(tmp_path, tmp_path_factory) -> None:
+    with pytest.raises(ValueError, match="expected a pipeline export"):
+        stepdistill.load_pipeline(teacher_dir("sd", tmp_path_factory))
