@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand
 from stepdistill.core.solvers import boundary_coeffs, sample_x0, teacher_step
 from stepdistill.core.types import Batch, Cond
 from stepdistill.methods import METHODS
-from stepdistill.methods.consistency import Consistency, ConsistencyConfig
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth
 from stepdistill.methods.grid import SolverGrid, cd_boundary_coeffs, heun_step
 from stepdistill.models.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 from stepdistill.training.config import RunConfig
@@ -362,6 +364,69 @@ def test_sampler_spec_facts():
         make(VP).sampler(0)
 
 
+# ------------------------------------------------------------------------ perceptual distance
+def test_lpips_judges_decoded_estimate_and_target_and_trains_the_estimate_alone():
+    calls = []
+
+    def judge(images: Tensor, by: Tensor) -> Tensor:
+        calls.append((images, by))
+        return (images - by).abs().flatten(1).mean(1)
+
+    method = make(FLOW, loss="lpips")
+    student = ExactStudent(method, 0.5, lambda t: 0.1 * t)
+    teacher = GaussianTeacher(FLOW, 0.5)
+    nets = AnalyticNets({"teacher": teacher, "student": student}, scorers={"lpips": judge})
+    nets.images = lambda latents: 2.0 * latents  # type: ignore[method-assign]
+    data = batch(std=0.5)
+    total = method.loss(nets, data, Ctx64(seed=1)).total
+    plain = loss_of(make(FLOW, loss="l1"), student, data, 0.5)
+    assert total.item() == pytest.approx(2.0 * plain.item(), rel=1e-6)
+    assert not calls[0][1].requires_grad
+    assert method.scorers()["lpips"].options["resize"] == 224
+    assert make(FLOW).scorers() == {}
+
+
+# -------------------------------------------------------------------------------- growing grid
+def test_grid_points_follow_the_paper_s_square_root_law():
+    growth = GridGrowth(start=2, steps=800_000)
+    assert growth.intervals(0, 150) == 1
+    assert growth.intervals(800_000, 150) == growth.intervals(10**6, 150) == 150
+    half = (0.5 * (151**2 - 4) + 4) ** 0.5  # 106.8 at k = K / 2
+    assert growth.intervals(400_000, 150) == 106 == int(half)
+    seen = [growth.intervals(k, 150) for k in range(0, 800_001, 1000)]
+    assert all(a <= b for a, b in pairwise(seen))
+    assert set(range(20, 151)) <= set(seen)
+
+
+def test_target_decay_follows_the_grid():
+    config = ConsistencyConfig(num_grid=150, growth=GridGrowth(start=2, steps=100), ema_decay=0.9)
+    assert config.target_decay(0) == pytest.approx(0.9)
+    assert config.target_decay(100) == pytest.approx(0.9 ** (2 / 151))
+    assert ConsistencyConfig(ema_decay=0.9).target_decay(50) == 0.9
+
+
+@pytest.mark.parametrize("path", ["flow", "ve"])
+def test_the_loss_draws_from_the_grid_of_its_step(path):
+    method = make(PATHS[path], solver="data", growth={"start": 2, "steps": 10}, num_grid=20)
+    visited = []
+    for step in (0, 5, 10):
+        student = ExactStudent(method, std=0.0)
+        nets = AnalyticNets({"student": student})
+        method.loss(nets, batch(256), Ctx64(seed=1, step=step))
+        visited.append(len(student.seen[0][1].unique()))
+    assert visited == [1, 14, 20]
+    assert method.sampler(4).trained_times == tuple(method.grid.starts.flip(0).tolist())
+
+
+def test_a_growing_grid_on_a_table_takes_its_divisors():
+    method = make(VP, solver="data", growth={"start": 2, "steps": 100}, num_grid=200)
+    sizes = [len(method.grid_at(step).starts) for step in range(101)]
+    assert sizes[0] == 1
+    assert sizes[-1] == 200
+    assert set(sizes) <= {1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 125, 200}
+    assert all(a <= b for a, b in pairwise(sizes))
+
+
 # ------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize(
     ("options", "path", "message"),
@@ -373,6 +438,7 @@ def test_sampler_spec_facts():
         ({"embed_guidance": True, "guidance_range": (4.0, 5.0)}, VP, "inside guidance_range"),
         ({"embed_guidance": True, "solver": "data"}, VP, "guided solver"),
         ({"num_steps": 60}, FLOW, "at most num_grid"),
+        ({"growth": {"start": 60, "steps": 5}}, FLOW, "growth.start: expected at most"),
     ],
 )
 def test_bad_options_are_refused(options, path, message):
@@ -390,7 +456,7 @@ def test_contract():
     assert [phase.trains for phase in method.phases(0)] == [("student",)]
 
 
-@pytest.mark.parametrize("name", ["cd", "lcm", "lcm_lora"])
+@pytest.mark.parametrize("name", ["cd", "ct", "lcm", "lcm_lora"])
 def test_shipped_configs_are_valid(name):
     raw = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     run = RunConfig(pretrained_model_name_or_path="model", **raw)

@@ -12,7 +12,8 @@ from support.jumps import FLOW, SETTINGS, SHAPE, VP, Ctx64, ExactJumper, batch, 
 from stepdistill.core.method import Setting
 from stepdistill.core.solvers import sample_x0
 from stepdistill.methods import METHODS
-from stepdistill.methods.consistency import Consistency, ConsistencyConfig
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.consistency_config import ConsistencyConfig
 from stepdistill.methods.pcm import PCM, PCMConfig
 from stepdistill.methods.segments import jump
 from stepdistill.models.analytic import AnalyticNets, GaussianTeacher

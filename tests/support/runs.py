@@ -80,6 +80,11 @@ def _brightness(images: Tensor, by: object) -> Tensor:
     return images.mean(dim=(1, 2, 3)).tanh()
 
 
+def _pixel_distance(images: Tensor, by: Any) -> Tensor:
+    """A stand-in for LPIPS that needs no weights."""
+    return (images - by).square().mean(dim=(1, 2, 3))
+
+
 def _w_embedding(family: str, layout: str) -> bool:
     return layout == "full" and family.startswith("sd") and not family.startswith("sd3")
 
@@ -137,6 +142,13 @@ METHOD_CASES: dict[str, MethodCase] = {
     "pcm": MethodCase("pcm", {"gan": {"weight_g": 0.1}}, ("x0",)),
     "lcm": MethodCase("consistency", {"target": "self"}, ("x0",)),
     "cd": MethodCase("consistency", {"target": "ema"}, ("x0",)),
+    "cd_lpips": MethodCase(
+        "consistency",
+        {"loss": "lpips", "target": "self"},
+        ("x0",),
+        lambda family, layout: family == "sd",
+        {"lpips": _pixel_distance},
+    ),
     "lcm_w": MethodCase(
         "consistency", {"target": "ema", "embed_guidance": True}, ("x0",), _w_embedding
     ),
