@@ -15,44 +15,20 @@ Differs from the papers: wrapped is the default (InstaFlow is raw); no LPIPS; th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
-from stepdistill.core.method import Method, MethodConfig, Nets, Phase, Role
+from stepdistill.core.method import Method, Nets, Phase, Role
 from stepdistill.core.path import FlowPath, NoisePath, expand, full
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import grid_times, uniform_grid, uniform_times
 from stepdistill.core.types import Batch, Losses
-from stepdistill.losses.regression import DistanceName, distance, weighted_mean
+from stepdistill.losses.regression import distance, weighted_mean
 from stepdistill.methods.grid import flow_time, path_time
-
-
-class ReflowConfig(MethodConfig):
-    stage: Literal["reflow", "distill"] = "reflow"
-    """reflow: velocity regression at all times; distill: x0 regression on the sampler's grid."""
-    setup: Literal["wrapped", "raw"] = "wrapped"
-    """wrapped: the teacher's path and prediction; raw: the output is velocity on a flow path."""
-    t_range: tuple[float, float] = (1e-3, 1.0)
-    """Rectified-flow times of stage reflow, uniform; a VP table reaches less and is clamped."""
-    loss: DistanceName = "l2"
-    """Elementwise distance of stage distill; stage reflow takes l2 (others bias its mean)."""
-    huber_c: float = Field(default=1e-3, gt=0)
-    """c of the pseudo-Huber distance."""
-    num_steps: int = Field(default=1, ge=1)
-    """Sampling steps; in stage distill also the size k of the trained grid."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ReflowConfig:
-        if not 0 < self.t_range[0] < self.t_range[1] <= 1:
-            raise ValueError(f"t_range: expected 0 < low < high <= 1, got {self.t_range}.")
-        if self.stage == "reflow" and self.loss != "l2":
-            raise ValueError(f"loss: expected 'l2' in stage reflow, got {self.loss!r}.")
-        return self
+from stepdistill.methods.reflow_config import ReflowConfig
 
 
 class Reflow(Method[ReflowConfig]):
@@ -109,16 +85,24 @@ class Reflow(Method[ReflowConfig]):
         """
         x0, noise = self.endpoints(batch, ctx)
         student, path = nets["student"], nets["student"].path
-        t, index = grid_times(ctx.rand(batch.bsz), self.times(self.config.num_steps))
+        trained = self.trained_times()
+        t, index = grid_times(ctx.rand(batch.bsz), trained)
         x_t = path.add_noise(x0, noise, t)
         # Sampling starts at the prior, with no trace of x0: so does training.
         start = expand((index == 0).double(), x_t) > 0
         x_t = torch.where(start, path.prior(noise).to(x_t.dtype), x_t)
-        weight = (flow_time(path, torch.ones_like(t)) / flow_time(path, t)) ** 2
+        weight = (flow_time(path, torch.full_like(t, trained[0])) / flow_time(path, t)) ** 2
         pred = student(x_t, t, batch.cond)
         error = distance(self.config.loss, pred.x0, full(x0), self.config.huber_c)
         total = weighted_mean(error, weight)
         return Losses(total, {"loss": total.detach()})
+
+    def trained_times(self) -> tuple[float, ...]:
+        """Stage distill's grid, on the table of a VP path."""
+        own = self.config.student_times
+        if own is None:
+            return self.times(self.config.num_steps)
+        return tuple(self.path.snap(torch.tensor(own, dtype=torch.float64)).tolist())
 
     def times(self, num_steps: int) -> tuple[float, ...]:
         """The uniform grid on the student's path, on its table: DDIM's trailing spacing on VP."""
@@ -127,6 +111,6 @@ class Reflow(Method[ReflowConfig]):
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         """Deterministic steps; after stage distill only on the trained grid."""
-        grid = self.times(self.config.num_steps)
-        times = grid if num_steps is None else self.times(num_steps)
+        grid = self.trained_times()
+        times = grid if num_steps in (None, len(grid)) else self.times(num_steps or 1)
         return SamplerSpec(times, "ode", None if self.config.stage == "reflow" else grid)

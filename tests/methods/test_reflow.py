@@ -17,7 +17,8 @@ from stepdistill.core.solvers import sample_x0
 from stepdistill.core.types import Batch, Cond
 from stepdistill.methods import METHODS
 from stepdistill.methods.grid import flow_time, path_time
-from stepdistill.methods.reflow import Reflow, ReflowConfig
+from stepdistill.methods.reflow import Reflow
+from stepdistill.methods.reflow_config import ReflowConfig
 from stepdistill.models.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 from stepdistill.training.config import RunConfig
 
@@ -260,6 +261,24 @@ def test_distill_times_are_the_sampler_grid_drawn_evenly():
         method.sampler(3)
 
 
+def test_one_step_students_may_be_conditioned_on_an_earlier_time():
+    """DMD2's one-step SDXL warm start: pure noise in, index 399, weight 1."""
+    method, data = make(VP, stage="distill", student_times=(0.4,)), pairs(8)
+    off = data.x0 + 0.3
+
+    class Constant(AnalyticDenoiser):
+        def posterior_mean(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            self.seen = x_t, t
+            return off
+
+    student = Constant(VP)
+    assert loss_of(method, student, data).item() == pytest.approx(0.09, rel=1e-9)
+    x_t, t = student.seen
+    assert torch.equal(x_t, VP.prior(data.noise))
+    assert VP.model_time(t).unique().tolist() == [399.0]
+    assert method.sampler().times == method.sampler(1).times == (0.4,)
+
+
 def test_distill_gradient_has_its_closed_form():
     """x0 off by theta: loss = theta^2 E (1 / tau)^2 on the k grid times, so equal flow errors."""
     theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
@@ -286,6 +305,8 @@ def test_distill_huber():
         ({"t_range": (0.5, 0.2)}, "0 < low < high <= 1"),
         ({"loss": "huber"}, "'l2' in stage reflow"),
         ({"stage": "pairs"}, "'reflow' or 'distill'"),
+        ({"student_times": (0.4,)}, "descending times in .* and stage distill"),
+        ({"student_times": (0.4, 0.6), "stage": "distill"}, "descending times in"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -300,7 +321,10 @@ def test_contract():
     assert [phase.trains for phase in method.phases(0)] == [("student",)]
 
 
-@pytest.mark.parametrize(("name", "stage"), [("reflow", "reflow"), ("reflow_distill", "distill")])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("reflow", "reflow"), ("reflow_distill", "distill"), ("dmd2_warm_start", "distill")],
+)
 def test_shipped_configs_are_valid(name, stage):
     raw = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     run = RunConfig(pretrained_model_name_or_path="model", **raw)

@@ -1,0 +1,50 @@
+"""Options of rectified flow."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stepdistill.core.method import MethodConfig
+from stepdistill.losses.regression import DistanceName
+
+
+class ReflowConfig(MethodConfig):
+    stage: Literal["reflow", "distill"] = "reflow"
+    """reflow: velocity regression at all times; distill: x0 regression on the sampler's grid."""
+    setup: Literal["wrapped", "raw"] = "wrapped"
+    """wrapped: the teacher's path and prediction; raw: the output is velocity on a flow path."""
+    t_range: tuple[float, float] = (1e-3, 1.0)
+    """Rectified-flow times of stage reflow, uniform; a VP table reaches less and is clamped."""
+    loss: DistanceName = "l2"
+    """Elementwise distance of stage distill; stage reflow takes l2 (others bias its mean)."""
+    huber_c: float = Field(default=1e-3, gt=0)
+    """c of the pseudo-Huber distance."""
+    num_steps: int = Field(default=1, ge=1)
+    """Sampling steps; in stage distill also the size k of the trained grid."""
+    student_times: tuple[float, ...] | None = None
+    """The trained grid of stage distill itself, descending in (0, 1]; overrules num_steps. (0.4,)
+    warms up DMD2's one-step SDXL: pure noise in, conditioning index 399."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ReflowConfig:
+        if not 0 < self.t_range[0] < self.t_range[1] <= 1:
+            raise ValueError(f"t_range: expected 0 < low < high <= 1, got {self.t_range}.")
+        if self.stage == "reflow" and self.loss != "l2":
+            raise ValueError(f"loss: expected 'l2' in stage reflow, got {self.loss!r}.")
+        times = self.student_times
+        if times is not None:
+            falls = all(a > b for a, b in pairwise(times))
+            if (
+                self.stage == "reflow"
+                or not times
+                or not falls
+                or not 0 < times[-1] <= times[0] <= 1
+            ):
+                raise ValueError(
+                    "student_times: expected descending times in (0, 1] and stage distill, got "
+                    f"{times} in stage {self.stage}."
+                )
+        return self
