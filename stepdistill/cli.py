@@ -70,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", help="output_dir of a training run")
     export.add_argument("out_dir")
     export.add_argument("--num_steps", type=int, help="a step count of the trained grid")
-    export.add_argument("--format", choices=("pipeline", "lora"), default="pipeline")
+    formats = ("pipeline", "lora", "diffusers", "kohya", "comfyui")
+    export.add_argument(
+        "--format", choices=formats, default="pipeline", help="diffusers is lora by another name"
+    )
 
     push = command("push", _push)
     push.add_argument("folder", help="exported folder")

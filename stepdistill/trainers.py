@@ -76,25 +76,36 @@ class DistillationTrainer(Trainer):
         self,
         out_dir: str | Path,
         num_steps: int | None = None,
-        format: Literal["pipeline", "lora"] = "pipeline",
+        format: Literal["pipeline", "lora", "diffusers", "kohya", "comfyui"] = "pipeline",
     ) -> Path:
         """Write the distilled student for stock Diffusers; returns the folder.
 
         Args:
             num_steps: a step count of the trained grid; none means the run's own.
-            format: "pipeline" (loads with DiffusionPipeline.from_pretrained) or "lora"
-                (pytorch_lora_weights.safetensors, loads with load_lora_weights).
-        Errors: ValueError for steps off the trained grid, or lora from a full student.
+            format: "pipeline" (loads with DiffusionPipeline.from_pretrained), "lora" or its other
+                name "diffusers" (pytorch_lora_weights.safetensors, loads with load_lora_weights),
+                "kohya" (A1111, ComfyUI, sd-scripts) or "comfyui" (diffusion_model keys).
+        Errors: ValueError for steps off the trained grid, an adapter format of a full student, or
+            one that the model's network has no keys in.
         """
-        from stepdistill.export.lora import export_lora
+        from stepdistill.export.lora import LORA_FORMATS, export_lora
         from stepdistill.export.pipeline import export_pipeline
 
+        form = "lora" if format == "diffusers" else format
+        if form not in ("pipeline", *LORA_FORMATS):
+            raise ValueError(
+                f"export: expected a format of {('pipeline', 'diffusers', *LORA_FORMATS)}, got "
+                f"{format!r}."
+            )
         role = "ema" if "ema" in self.bank else "student"
         spec = self.method.sampler(num_steps)
         facts = {**self.facts, "step": self.step, "seconds": round(self.seconds, 1)}
         if self.accelerator.is_main_process:
-            write = export_pipeline if format == "pipeline" else export_lora
-            write(self.family, self.bank, spec, Path(out_dir), facts, role=role)
+            where = (self.family, self.bank, spec, Path(out_dir), facts, role)
+            if form == "pipeline":
+                export_pipeline(*where)
+            else:
+                export_lora(*where, format=form)
         self.accelerator.wait_for_everyone()
         return Path(out_dir)
 

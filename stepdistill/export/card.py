@@ -82,4 +82,8 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
         f"| student updates | {run.get('step', '?')} |\n"
         f"| seed | {run.get('seed', '?')} |\n"
         f"| times | {record['times']} |\n"
+        + "".join(
+            f"| merged into the teacher | `{lora['source']}` at scale {lora['scale']:g} |\n"
+            for lora in run.get("teacher_lora", ())
+        )
     )

@@ -1,9 +1,9 @@
-"""Write a LoRA student as pytorch_lora_weights.safetensors that stock Diffusers loads.
+"""Write a LoRA student for stock Diffusers, or for other tools; read it back before it counts.
 
-Pipelines without a LoRA loader (PixArt, DiT) get PEFT's own two files in its place.
-
-Rank and alpha travel in the file's metadata: without it a loader takes alpha = rank, and an adapter
-trained at another scale loses its strength silently.
+lora      pytorch_lora_weights.safetensors for load_lora_weights, rank and alpha in its metadata:
+          without it a loader takes alpha = rank, and an adapter trained at another scale loses its
+          strength silently. Pipelines without a LoRA loader (PixArt, DiT) get PEFT's two files.
+kohya, comfyui   one file with those tools' keys: see lora_formats.
 """
 
 from __future__ import annotations
@@ -13,17 +13,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.export.card import call_code, load_arguments
+from stepdistill.export.lora_card import lora_code, peft_code, write_lora_card
+from stepdistill.export.lora_formats import (
+    PREFIX,
+    Lora,
+    adapters_of,
+    check_format,
+    check_lora,
+    diffusers_reads,
+    write_format,
+)
 from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import BASE, RoleBank
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FORMATS = ("lora", *PREFIX)
 
 
 def export_lora(
@@ -33,26 +44,49 @@ def export_lora(
     out_dir: Path,
     facts: Mapping[str, Any],
     role: str = "student",
+    format: str = "lora",
 ) -> Path:
     """Write the role's adapter, its scheduler's config and a card; returns the folder.
 
-    Errors: ValueError for a full student.
+    Args: format: one of LORA_FORMATS.
+    Errors: ValueError for a full student or a format that the family's network has no keys in;
+        RuntimeError where the file, read back, does not hold the adapter.
     """
-    pipeline_cls: Any = type(family.pipeline)
     if role in bank.nets:
         raise ValueError(
-            "export: expected a LoRA student for format lora, got a full one. "
+            f"export: expected a LoRA student for format {format}, got a full one. "
             "Export format pipeline."
         )
+    if format in PREFIX:
+        check_format(family, format)
     check_out_dir(out_dir)
     sampler = sampler_of(family, bank[role].path, spec)
     out_dir.mkdir(parents=True, exist_ok=True)
+    file, adapters = _write(family, bank, role, out_dir, format)
+    sampler.scheduler.save_pretrained(out_dir / "scheduler")
+    record = describe(family, spec, sampler, facts)
+    record["lora"] = {"format": format, "file": file}
+    if file != PEFT_FILE:
+        record["lora"]["read_back"] = check_lora(family, out_dir / file, format, adapters)
+    (out_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    scheduler = type(sampler.scheduler).__name__
+    write_lora_card(out_dir, record, _code(family, record, scheduler, out_dir.name))
+    return out_dir
+
+
+def _write(
+    family: Family, bank: RoleBank, role: str, out_dir: Path, format: str
+) -> tuple[str, dict[str, Lora]]:
+    """(name of the weight file, adapters by stock name)."""
+    if format in PREFIX:
+        file = f"{out_dir.resolve().name}.safetensors"  # other tools call a LoRA by its file name
+        return file, write_format(bank, role, format, out_dir / file)
     base: Any = bank.nets[BASE]
+    pipeline: Any = family.pipeline
     state = get_peft_model_state_dict(base, adapter_name=role)
     config = base.peft_config[role]
-    loads_lora = hasattr(pipeline_cls, "save_lora_weights")
-    if loads_lora:
-        pipeline_cls.save_lora_weights(
+    if isinstance(pipeline, LoraBaseMixin):
+        type(pipeline).save_lora_weights(
             out_dir,
             **{
                 f"{family.net_name}_lora_layers": state,
@@ -61,35 +95,18 @@ def export_lora(
             weight_name=LORA_FILE,
             safe_serialization=True,
         )
-    else:
-        config.save_pretrained(str(out_dir))
-        named = {f"base_model.model.{name}": value.contiguous() for name, value in state.items()}
-        save_file(named, out_dir / PEFT_FILE, metadata={"format": "pt"})
-    sampler.scheduler.save_pretrained(out_dir / "scheduler")
-    record = describe(family, spec, sampler, facts)
-    (out_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    _card(out_dir, record, type(sampler.scheduler).__name__, family.net_name, loads_lora)
-    return out_dir
+        return LORA_FILE, adapters_of(base, role)
+    config.save_pretrained(str(out_dir))
+    named = {f"base_model.model.{name}": value.contiguous() for name, value in state.items()}
+    save_file(named, out_dir / PEFT_FILE, metadata={"format": "pt"})
+    return PEFT_FILE, adapters_of(base, role)
 
 
-def _card(
-    folder: Path, record: Mapping[str, Any], scheduler: str, net_name: str, loads_lora: bool
-) -> None:
-    name, base = folder.name, record["base_model"]
-    load, extra = f"pipe.load_lora_weights({name!r})\n", ""
-    if not loads_lora:
-        load = (
-            f"adapted = PeftModel.from_pretrained(pipe.{net_name}, {name!r})\n"
-            f"pipe.{net_name} = adapted.merge_and_unload()\n"
-        )
-        extra = "from peft import PeftModel\n"
-    folder.joinpath("README.md").write_text(
-        "---\nlibrary_name: diffusers\ntags: [diffusers, lora, stepdistill, few-step]\n---\n\n"
-        f"# {name}\n\nLoRA of `{base}` for {record['num_inference_steps']} steps "
-        f"({record['method']}).\n\n```python\n"
-        f"from diffusers import DiffusionPipeline, {scheduler}\n{extra}\n"
-        f"pipe = DiffusionPipeline.from_pretrained({base!r}{load_arguments(record)})\n"
-        f"{load}"
-        f"pipe.scheduler = {scheduler}.from_pretrained({name!r}, subfolder='scheduler')\n"
-        f"pipe({call_code(record)}).images[0].save('image.png')\n```\n"
-    )
+def _code(family: Family, record: Mapping[str, Any], scheduler: str, where: str) -> str | None:
+    """Python that uses the file in folder `where`; None where Diffusers does not read it."""
+    pipeline, told = type(family.pipeline).__name__, record["lora"]
+    if told["file"] == PEFT_FILE:
+        return peft_code(record, pipeline, scheduler, where, family.net_name)
+    if told["format"] == "lora" or diffusers_reads(family.net, told["format"]):
+        return lora_code(record, pipeline, scheduler, where)
+    return None

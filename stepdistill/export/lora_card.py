@@ -1,0 +1,102 @@
+"""The model card of a LoRA export: the code that loads it, and what belongs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stepdistill.export.card import call_code, load_arguments
+
+
+def teacher_loras(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What was merged into the teacher: source, weight_name and scale of each."""
+    found: Sequence[Mapping[str, Any]] = record["run"].get("teacher_lora", ())
+    return found
+
+
+def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[str, str]:
+    """(class to import, expression that loads the base)."""
+    config = record["run"].get("train_config", {}).get("single_file_config")
+    base, parts = record["base_model"], load_arguments(record)
+    if config is not None:
+        return pipeline, f"{pipeline}.from_single_file({base!r}, config={config!r}{parts})"
+    return "DiffusionPipeline", f"DiffusionPipeline.from_pretrained({base!r}{parts})"
+
+
+def lora_code(record: Mapping[str, Any], pipeline: str, scheduler: str, where: str) -> str:
+    """Code that makes an image with an adapter that load_lora_weights reads."""
+    loader, base = base_code(record, pipeline)
+    lines = [f"from diffusers import {loader}, {scheduler}", "", f"pipe = {base}"]
+    beside = teacher_loras(record)
+    file = record["lora"]["file"]
+    for i, lora in enumerate(beside):
+        lines.append(
+            f"pipe.load_lora_weights({lora['source']!r}, weight_name={lora['weight_name']!r}, "
+            f"adapter_name='teacher_{i}')"
+        )
+    lines.append(f"pipe.load_lora_weights({where!r}, weight_name={file!r}, adapter_name='student')")
+    if beside:
+        names = [*(f"teacher_{i}" for i in range(len(beside))), "student"]
+        lines.append(f"pipe.set_adapters({names}, {[*(x['scale'] for x in beside), 1.0]})")
+    return "\n".join([*lines, *_last(record, scheduler, where)])
+
+
+def peft_code(
+    record: Mapping[str, Any], pipeline: str, scheduler: str, where: str, net_name: str
+) -> str:
+    """The same for pipelines without that loader, through PEFT."""
+    loader, base = base_code(record, pipeline)
+    lines = [
+        f"from diffusers import {loader}, {scheduler}",
+        "from peft import PeftModel",
+        "",
+        f"pipe = {base}",
+    ]
+    for source in (*(lora["source"] for lora in teacher_loras(record)), where):
+        lines.append(f"adapted = PeftModel.from_pretrained(pipe.{net_name}, {source!r})")
+        lines.append(f"pipe.{net_name} = adapted.merge_and_unload()")
+    return "\n".join([*lines, *_last(record, scheduler, where)])
+
+
+def _last(record: Mapping[str, Any], scheduler: str, where: str) -> list[str]:
+    return [
+        f"pipe.scheduler = {scheduler}.from_pretrained({where!r}, subfolder='scheduler')",
+        f"pipe({call_code(record)}).images[0].save('image.png')",
+    ]
+
+
+def tool_notes(record: Mapping[str, Any]) -> str:
+    """What to set by hand in A1111 or ComfyUI."""
+    visited = ", ".join(f"{t:g}" for t in record["visited_model_times"])
+    noise = record["kind"] == "renoise" and record["num_inference_steps"] > 1
+    return (
+        f"Put `{record['lora']['file']}` into the tool's LoRA folder and use it at strength 1 with "
+        f"{record['num_inference_steps']} steps and CFG 1 (none). The student was trained for the "
+        f"model times {visited}, "
+        f"{'with new noise at each (an LCM sampler)' if noise else 'without new noise (Euler)'}: "
+        "choose a schedule that visits them.\n"
+    )
+
+
+def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None) -> None:
+    """README.md. Args: code: Python that uses the file, or None where only other tools read it."""
+    beside = "".join(
+        f"- `{lora['source']}` at scale {lora['scale']:g}\n" for lora in teacher_loras(record)
+    )
+    text = (
+        "---\nlibrary_name: diffusers\ntags: [diffusers, lora, stepdistill, few-step]\n---\n\n"
+        f"# {folder.name}\n\nLoRA of `{record['base_model']}` for "
+        f"{record['num_inference_steps']} steps ({record['method']}), "
+        f"format {record['lora']['format']}.\n\n"
+    )
+    if beside:
+        text += (
+            "The teacher was the base with these LoRAs merged in. This file does not hold them: "
+            f"load them beside it.\n\n{beside}\n"
+        )
+    if code is not None:
+        text += f"```python\n{code}\n```\n\n"
+    if record["lora"]["format"] in ("kohya", "comfyui"):
+        text += tool_notes(record)
+    folder.joinpath("README.md").write_text(text)

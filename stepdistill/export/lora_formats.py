@@ -1,0 +1,264 @@
+"""LoRA files for other tools: kohya's keys (A1111, ComfyUI, sd-scripts) and ComfyUI's own.
+
+    kohya     lora_unet_NAME.lora_down.weight, .lora_up.weight, .alpha (a scalar); dots of NAME are
+              underscores. A loader adds alpha / rank * up @ down.
+    comfyui   diffusion_model.NAME.lora_down.weight, .lora_up.weight. The scale is inside up: a
+              loader takes a missing alpha for 1, and some readers know no alpha here.
+
+NAME is the authors' (models/original_layout.py); kohya trains Stable Diffusion 1 and 2, not XL, on
+Diffusers' names. ComfyUI maps `diffusion_model.NAME` onto its own `diffusion_model.NAME.weight`.
+Where the authors hold q, k and v in one matrix, three adapters of rank r become one of rank 3 r:
+down stacks theirs, up is block diagonal, and alpha grows threefold with it, so nothing is lost.
+"""
+
+# Shapes: r rank, O rows (outputs), I columns (inputs), *K kernel (of convolutions).
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stepdistill.models.family import Family
+from stepdistill.models.original_layout import (
+    Place,
+    has_layout,
+    original_layout,
+    split,
+    swap_halves,
+)
+from stepdistill.models.rolebank import BASE, RoleBank
+
+Format = Literal["kohya", "comfyui"]
+PREFIX: dict[str, str] = {"kohya": "lora_unet_", "comfyui": "diffusion_model."}
+TOLERANCE = 1e-5  # of the largest entry of a delta: float32 sums in another order
+# (denoiser class, format) that Diffusers' load_lora_weights converts for any width and any choice
+# of modules. Its Flux converter has the released width written in.
+_DIFFUSERS_READS = {
+    ("UNet2DConditionModel", "kohya"),
+    *(
+        (f"{name}Transformer2DModel", form)
+        for name in ("ZImage", "QwenImage", "Flux")
+        for form in PREFIX
+    ),
+}
+_FLUX_WIDTH = 3072
+
+
+@dataclass(frozen=True)
+class Lora:
+    """down (r, I, *K), up (O, r, *1) of one module; it adds alpha / r * up @ down to the weight."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """(O, I, *K) float32 that is added to the weight."""
+        rows = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return self.scale * rows.reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+def adapters_of(net: nn.Module, role: str) -> dict[str, Lora]:
+    """The adapters of that name on `net` by the stock name of their module, float32 on the CPU."""
+    found = {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, BaseTunerLayer) and role in layer.lora_A:
+            down, up = (
+                part[role].weight.detach().float().cpu().contiguous()
+                for part in (layer.lora_A, layer.lora_B)
+            )
+            found[name] = Lora(down, up, float(layer.scaling[role]) * down.shape[0])
+    return found
+
+
+def _rows(net: Any) -> dict[str, int]:
+    """Rows of each module's weight by stock name."""
+    return {
+        name.removesuffix(".weight").removesuffix(".base_layer"): value.shape[0]
+        for name, value in net.state_dict().items()
+        if name.endswith(".weight") and ".lora_" not in name
+    }
+
+
+def places_of(net: Any, form: str) -> list[Place]:
+    """Where the format's names of modules stand. Errors: see `original_layout`."""
+    places = original_layout(net)
+    unet = type(net).__name__ == "UNet2DConditionModel"
+    if form == "kohya" and unet and net.config.addition_embed_type != "text_time":
+        return [Place(part, (part,)) for place in places for part in place.parts]
+    return places
+
+
+def check_format(family: Family, form: str) -> None:
+    """Errors: ValueError where other tools have no names for this network."""
+    if not has_layout(family.net):
+        raise ValueError(
+            f"export: expected format pipeline or lora for {family.name}, got {form!r}: no key "
+            f"layout of {type(family.net).__name__} in other tools is known here. Load the lora "
+            "with Diffusers or PEFT, or export the merged pipeline."
+        )
+
+
+# --------------------------------------------------------------------- writing
+def to_original(
+    adapters: Mapping[str, Lora], places: list[Place], rows: Mapping[str, int]
+) -> dict[str, Lora]:
+    """Adapters by original name, those of one fused matrix made one.
+
+    Args: rows: of every module, also of those without an adapter.
+    Errors: ValueError for an adapter of a module that the layout does not name.
+    """
+    out, left = {}, set(adapters)
+    for place in places:
+        there = [part for part in place.parts if part in adapters]
+        if there:
+            out[place.name] = _fused(place, adapters, there, rows)
+            left -= set(there)
+    if left:
+        raise ValueError(
+            f"export: expected adapters of modules that the format names, got {sorted(left)[:3]}. "
+            "Leave them out of tuning.target_modules, or export format lora."
+        )
+    return out
+
+
+def _fused(
+    place: Place, adapters: Mapping[str, Lora], there: list[str], rows: Mapping[str, int]
+) -> Lora:
+    if place.parts == (there[0],):
+        only = adapters[there[0]]
+        up, alpha = swap_halves(only.up) if place.swapped else only.up, only.alpha
+        if place.name.startswith("final_layer."):
+            # Diffusers' Flux reader forgets alpha there: keep the scale in the weights.
+            up, alpha = up * only.scale, float(only.down.shape[0])
+        return Lora(only.down, up, alpha)
+    down = torch.cat([adapters[part].down for part in there], dim=0)
+    total, scale = down.shape[0], adapters[there[0]].scale
+    up = torch.zeros(sum(rows[part] for part in place.parts), total, *down.shape[2:])
+    row = column = 0
+    for part in place.parts:
+        if part in adapters:
+            own = adapters[part]
+            rank = own.down.shape[0]
+            up[row : row + rows[part], column : column + rank] = own.up * (own.scale / scale)
+            column += rank
+        row += rows[part]
+    return Lora(down, swap_halves(up) if place.swapped else up, scale * total)
+
+
+def write_format(bank: RoleBank, role: str, form: str, path: Path) -> dict[str, Lora]:
+    """Write the role's adapters; returns them by stock name."""
+    net = bank.nets[BASE]
+    adapters = adapters_of(net, role)
+    tensors = {}
+    for name, lora in to_original(adapters, places_of(net, form), _rows(net)).items():
+        stem = _stem(name, form)
+        up = lora.up if form == "kohya" else lora.up * lora.scale
+        tensors[f"{stem}.lora_down.weight"] = lora.down.contiguous()
+        tensors[f"{stem}.lora_up.weight"] = up.contiguous()
+        if form == "kohya":
+            tensors[f"{stem}.alpha"] = torch.tensor(lora.alpha)
+    metadata = {"format": "pt"}
+    if form == "kohya":
+        first = next(iter(adapters.values()))
+        metadata |= {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(first.down.shape[0]),
+            "ss_network_alpha": f"{first.alpha:g}",
+        }
+    save_file(tensors, path, metadata=metadata)
+    return adapters
+
+
+def _stem(name: str, form: str) -> str:
+    return PREFIX[form] + (name.replace(".", "_") if form == "kohya" else name)
+
+
+# --------------------------------------------------------------------- reading
+def read_format(path: Path, net: Any, form: str) -> dict[str, Tensor]:
+    """Deltas (O, I, *K) by stock name, by the inverse of `to_original`.
+
+    Errors: ValueError for keys that name no module of `net`.
+    """
+    tensors, rows = load_file(path), _rows(net)
+    deltas: dict[str, Tensor] = {}
+    for place in places_of(net, form):
+        stem = _stem(place.name, form)
+        if f"{stem}.lora_up.weight" in tensors:
+            down, up = (tensors.pop(f"{stem}.lora_{side}.weight") for side in ("down", "up"))
+            alpha = tensors.pop(f"{stem}.alpha", None)
+            lora = Lora(down, up, float(down.shape[0] if alpha is None else alpha))
+            deltas |= split(place, lora.delta(), rows)
+    if tensors:
+        raise ValueError(
+            f"{path.name}: expected {form} keys of {type(net).__name__}, got {min(tensors)!r}."
+        )
+    return deltas
+
+
+def read_with_diffusers(family: Family, path: Path) -> dict[str, Tensor]:
+    """Deltas by stock name as load_lora_weights makes them, on a network never filled.
+
+    Its memory is reserved and not touched, so it costs nothing.
+    """
+    cls: Any = type(family.net)
+    with init_empty_weights():
+        empty = cls.from_config(family.config)
+    empty.to_empty(device="cpu")
+    reader: Any = copy.copy(family.pipeline)
+    reader.register_modules(**{family.net_name: empty})
+    reader.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="read")
+    return {name: lora.delta() for name, lora in adapters_of(empty, "read").items()}
+
+
+def diffusers_reads(net: Any, form: str) -> bool:
+    """Whether Diffusers' own loader converts the format for this network."""
+    kind = type(net).__name__
+    if kind == "FluxTransformer2DModel":
+        return bool(net.inner_dim == _FLUX_WIDTH)
+    return form == "lora" or (kind, form) in _DIFFUSERS_READS
+
+
+def check_lora(
+    family: Family, path: Path, form: str, adapters: Mapping[str, Lora]
+) -> dict[str, float]:
+    """Largest relative difference of the deltas read back, by reader.
+
+    Errors: RuntimeError where one is above what float32 explains.
+    """
+    read = {}
+    if form in PREFIX:
+        read["inverse"] = read_format(path, family.net, form)
+    if form == "lora" or diffusers_reads(family.net, form):
+        read["diffusers"] = read_with_diffusers(family, path)
+    worst = {reader: _worst(deltas, adapters) for reader, deltas in read.items()}
+    if not all(value <= TOLERANCE for value in worst.values()):
+        raise RuntimeError(
+            f"export: expected {path.name} to hold the student's adapter, got relative differences "
+            f"{worst} when read back."
+        )
+    return worst
+
+
+def _worst(deltas: Mapping[str, Tensor], adapters: Mapping[str, Lora]) -> float:
+    if not set(adapters) <= set(deltas):
+        return float("inf")
+    worst = 0.0
+    for name, delta in deltas.items():
+        wanted = adapters[name].delta() if name in adapters else torch.zeros_like(delta)
+        size = float(wanted.abs().max()) or 1.0
+        worst = max(worst, float((delta - wanted).abs().max()) / size)
+    return worst
