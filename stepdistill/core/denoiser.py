@@ -1,8 +1,8 @@
 """One call for every network: `denoiser(x_t, t, cond) -> Prediction`.
 
-Guidance lives here and only here: null + g (cond - null), g = 1 means none. Cond and null run as
-one batch of 2B. Because x0, eps, v and flow are affine in the raw output at fixed x_t, guiding the
-raw output guides them all.
+Guidance lives here and only here: null + g (cond - null), g = 1 means none; a model whose own
+pipeline guides otherwise overrides `Denoiser.guide`. Cond and null run as one batch of 2B. Because
+x0, eps, v and flow are affine in the raw output at fixed x_t, guiding the raw output guides them.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W).
@@ -66,6 +66,12 @@ def is_guided(guidance: float | Tensor | None) -> bool:
     return guidance is not None and (isinstance(guidance, Tensor) or guidance != 1.0)
 
 
+def linear_guidance(cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
+    """null + g (cond - null) of outputs (B, C, *S); guidance: a number or (B,)."""
+    g = expand(guidance, cond) if isinstance(guidance, Tensor) else guidance
+    return null + g * (cond - null)
+
+
 def _told(guidance: float | Tensor | None, x_t: Tensor) -> Tensor:
     """(B,) w = g - 1, float32 on the device of x_t (B, ...)."""
     g = torch.as_tensor(guidance, dtype=torch.float32, device=x_t.device)
@@ -93,6 +99,10 @@ class Denoiser(ABC):
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The bare network call: (B, C, *S) output and the captured features."""
+
+    def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
+        """The guided output (B, C, *S) of the two raw ones, float32 or better."""
+        return linear_guidance(cond, null, guidance)
 
     def __call__(
         self,
@@ -132,6 +142,6 @@ class Denoiser(ABC):
         x2, t2 = torch.cat([x_t, x_t]), torch.cat([t, t])
         out, feats = self.raw(x2, t2, Cond.cat([cond, null]), double(s), double(w), features)
         with_cond, without = full(out).chunk(2)
-        g = expand(guidance, with_cond) if isinstance(guidance, Tensor) else guidance
+        guided = self.guide(with_cond, without, guidance)
         feats = {name: value.chunk(2)[0] for name, value in feats.items()}
-        return Prediction(without + g * (with_cond - without), x_t, t, self.path, self.kind, feats)
+        return Prediction(guided, x_t, t, self.path, self.kind, feats)

@@ -110,7 +110,7 @@ def describe(
         "guidance_scale": family.stock_guidance(guidance),
         "guidance_embedded": spec.w is not None,
         "guided": spec.guidance != 1.0,
-        "call": sampler.call,
+        "call": {**family.guided_call(spec.guidance), **sampler.call},
         "load_without": missing_parts(family.pipeline),
         "kind": spec.kind,
         "times": list(spec.times),

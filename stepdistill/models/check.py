@@ -29,6 +29,7 @@ from stepdistill.models.family import Family
 from stepdistill.models.registry import family_for, load_family
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.tuning import Tuning
+from stepdistill.models.vae import is_video_vae
 
 LIMIT = 1e-5  # float32; a wrong timestep, null condition or VAE scale is orders above it
 GUIDANCE, NUM_STEPS, SEED = 3.0, 4, 0
@@ -145,7 +146,8 @@ def parity_scheduler(family: Family) -> Any:
     own: Any = family.pipeline.scheduler
     config = own.config
     if isinstance(own, FlowMatchEulerDiscreteScheduler):
-        return type(own).from_config(config)
+        # One step under shift_terminal (Qwen-Image) divides by zero: no call here needs it.
+        return type(own).from_config(config, shift_terminal=None)
     if not isinstance(family.path, VPPath):
         return FlowMatchEulerDiscreteScheduler(shift=family.shift)
     return DDIMScheduler.from_config(
@@ -245,10 +247,11 @@ def _vae_rows(family: Family) -> list[Row]:
     images = torch.rand(blank.shape, generator=generator) * 2 - 1
     stock = Stock(family)
     decoded, _ = stock.run(prompt, 1.0, 1, replace=family.latents(images))
-    grey = images.mean(1, keepdim=True) if vae.config.in_channels == 1 else images
-    coded = vae.encode(grey.to(vae.device, vae.dtype))
+    grey = images.mean(1, keepdim=True) if vae.config.get("in_channels") == 1 else images
+    frames = grey.unsqueeze(2) if is_video_vae(vae) and grey.ndim == 4 else grey
+    coded = vae.encode(frames.to(vae.device, vae.dtype))
     mode = coded.latent if "latent" in coded else coded.latent_dist.mode()
-    direct = vae.decode(mode).sample
+    direct = vae.decode(mode).sample.reshape(images.shape[0], -1, *images.shape[2:])
     return [("vae: encode, then stock decode", gap((direct / 2 + 0.5).clamp(0, 1), decoded))]
 
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from stepdistill.core.denoiser import linear_guidance
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VPPath
 from stepdistill.core.types import Cond
@@ -160,6 +161,10 @@ class Family(ABC):
     ) -> Tensor:
         """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,)."""
 
+    def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
+        """The stock call's guided output (B, C, *S) of the two; guidance: a number or (B,)."""
+        return linear_guidance(cond, null, guidance)
+
     def refuse_w(self, w: Tensor | None) -> None:
         """Errors: ValueError where w is given; for `forward` of networks without that input."""
         if w is not None:
@@ -205,6 +210,10 @@ class Family(ABC):
     def stock_guidance(self, guidance: float) -> float:
         """guidance_scale of the stock call for g of null + g (cond - null), or for g told."""
         return guidance
+
+    def guided_call(self, guidance: float) -> dict[str, Any]:
+        """What else the stock call must be told for a student that is still guided by g."""
+        return {}
 
     def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
         """Make a pipeline with the student in it heed no guidance_scale, as if told `guidance`.

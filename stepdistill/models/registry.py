@@ -31,6 +31,7 @@ FAMILIES: dict[str, str] = {
     "lumina2": "stepdistill.models.lumina2:Lumina2Family",
     "z_image": "stepdistill.models.z_image:ZImageFamily",
     "sana": "stepdistill.models.sana:SanaFamily",
+    "qwen_image": "stepdistill.models.qwen_image:QwenImageFamily",
 }
 
 

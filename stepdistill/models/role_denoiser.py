@@ -42,9 +42,14 @@ class RoleDenoiser(Denoiser):
         self.path: NoisePath = FlowPath() if as_flow else family.path
         self.kind: PredictionType = "flow" if as_flow else family.kind
         self.embeds_guidance = family.embeds_guidance
+        self.has_null = family.has_null
         # Blocks are named by the teacher's architecture; heads read roles that share it.
         other = bank.tuning.student_changes is not None and bank.is_student(role)
         self._blocks = {} if other else family.feature_blocks()
+
+    def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
+        """See Denoiser.guide: as the family's stock pipeline does it."""
+        return self._bank.family.guide(cond, null, guidance)
 
     def raw(
         self,

@@ -39,6 +39,7 @@ from stepdistill.models.tiny_transformers import (
     tiny_sana,
     tiny_z_image,
 )
+from stepdistill.models.tiny_video import tiny_qwen_image
 
 
 def unet(text_width: int, **extra: Any) -> UNet2DConditionModel:
@@ -165,5 +166,6 @@ TINY: dict[str, Callable[[], Any]] = {
     "sana": tiny_sana,
     "lumina2": tiny_lumina2,
     "z_image": tiny_z_image,
+    "qwen_image": tiny_qwen_image,
 }
 """Builder of each family's tiny pipeline by family name, variants beside it."""

@@ -13,6 +13,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -95,15 +97,21 @@ def gemma(width: int) -> tuple[GemmaTokenizer, Gemma2Model]:
     return tokenizer, Gemma2Model(config)
 
 
-def qwen(width: int) -> tuple[Qwen2Tokenizer, Qwen3Model]:
-    """A byte-level Qwen tokenizer with a chat template, and a two-layer Qwen 3 of that width."""
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level Qwen tokenizer with a chat template."""
     vocab = {token: i for i, token in enumerate([*byte_symbols(), "<|endoftext|>"])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
     )
+    return tokenizer
+
+
+def qwen(width: int) -> tuple[Qwen2Tokenizer, Qwen3Model]:
+    """A byte-level Qwen tokenizer with a chat template, and a two-layer Qwen 3 of that width."""
+    tokenizer = qwen_tokenizer()
     config = Qwen3Config(
-        vocab_size=len(vocab),
+        vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
@@ -112,6 +120,36 @@ def qwen(width: int) -> tuple[Qwen2Tokenizer, Qwen3Model]:
         head_dim=8,
     )
     return tokenizer, Qwen3Model(config)
+
+
+def qwen_vl(width: int) -> Qwen2_5_VLForConditionalGeneration:
+    """A one-layer Qwen 2.5 VL of that width, for `qwen_tokenizer`."""
+    text = {
+        "vocab_size": len(qwen_tokenizer()),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [width // 8, width // 16, width // 16],
+        },
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_heads": 2,
+        "out_hidden_size": width,
+        "patch_size": 4,
+        "fullatt_block_indexes": [0],
+    }
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def vae(

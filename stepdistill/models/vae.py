@@ -1,6 +1,6 @@
 """Images to scaled latents and back with a stock autoencoder, as the stock pipelines do it."""
 
-# Shapes: B batch, C channels, H, W spatial. Images have 3 colours in [-1, 1].
+# Shapes: B batch, C channels, F frames, H, W spatial. Images have 3 colours in [-1, 1].
 
 from __future__ import annotations
 
@@ -12,35 +12,59 @@ from torch import Tensor
 
 @torch.no_grad()
 def encode_images(vae: Any, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """(z - shift) * scaling_factor, float32 (B, C, H', W'): z sampled with `generator`, else mode.
+    """(z - shift) / scale, float32 (B, C, H', W'): z sampled with `generator`, else its mode.
 
-    A grey VAE (one input channel) reads the mean of the three colours.
-    Errors: ValueError where images are not (B, 3, H, W).
+    A grey VAE (one input channel) reads the mean of the three colours. A video VAE takes images as
+    single frames, and videos (B, 3, F, H, W) to latents (B, C, F', H', W').
+    Errors: ValueError for images of another shape.
     """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"latents: expected images (B, 3, H, W), got {tuple(images.shape)}.")
-    if vae.config.in_channels == 1:
+    video = is_video_vae(vae)
+    if images.ndim not in ((4, 5) if video else (4,)) or images.shape[1] != 3:
+        told = "images (B, 3, H, W)" + (" or videos (B, 3, F, H, W)" if video else "")
+        raise ValueError(f"latents: expected {told}, got {tuple(images.shape)}.")
+    if vae.config.get("in_channels") == 1:
         images = images.mean(dim=1, keepdim=True)
-    coded = vae.encode(images.to(vae.device, vae.dtype))
+    single = video and images.ndim == 4
+    coded = vae.encode((images.unsqueeze(2) if single else images).to(vae.device, vae.dtype))
     if "latent" in coded:  # AutoencoderDC has no distribution
         z = coded.latent
     else:
         dist = coded.latent_dist
         z = dist.mode() if generator is None else dist.sample(generator)
-    scaled: Tensor = (z.float() - shift_of(vae)) * vae.config.scaling_factor
-    return scaled
+    shift, scale = scaling(vae, z.ndim)
+    scaled: Tensor = (z.float() - shift.to(z.device)) / scale.to(z.device)
+    return scaled.squeeze(2) if single else scaled
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Images float32 (B, 3, H, W), unclamped; gradients flow. Grey images repeat their channel."""
-    z = latents / vae.config.scaling_factor + shift_of(vae)
+    """Images float32 (B, 3, H, W), or videos (B, 3, F, H, W) of (B, C, F', H', W').
+
+    Unclamped, but that stock video VAEs clamp; gradients flow. Grey images repeat their channel.
+    """
+    single = is_video_vae(vae) and latents.ndim == 4
+    z = latents.unsqueeze(2) if single else latents
+    shift, scale = scaling(vae, z.ndim)
+    z = z * scale.to(z.device) + shift.to(z.device)
     images: Tensor = vae.decode(z.to(vae.device, vae.dtype)).sample.float()
+    if single:
+        images = images.squeeze(2)
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-def shift_of(vae: Any) -> float:
-    """The VAE's shift_factor; 0 where its config has none."""
-    return float(vae.config.get("shift_factor") or 0.0)
+def is_video_vae(vae: Any) -> bool:
+    """Whether the autoencoder's tensors have a dimension of frames (Wan's, Qwen-Image's)."""
+    return "temperal_downsample" in vae.config  # spelt so in both classes
+
+
+def scaling(vae: Any, ndim: int) -> tuple[Tensor, Tensor]:
+    """(shift, scale) that broadcast to latents of `ndim` dimensions, by channel where stated."""
+    config = vae.config
+    if is_video_vae(vae):
+        mean, std = (torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std"))
+        shape = (1, -1, *[1] * (ndim - 2))
+        return mean.view(shape), std.view(shape)
+    shift = float(config.get("shift_factor") or 0.0)
+    return torch.tensor(shift), torch.tensor(1.0 / config.scaling_factor)
 
 
 def latent_size(pixels: int | None, default: int, factor: int, patch: int = 1) -> int:

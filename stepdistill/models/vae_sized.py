@@ -1,4 +1,7 @@
-"""Families whose transformer states no image size: the VAE's sample_size, in px, stands for it."""
+"""Families whose transformer states no image size: the VAE's sample_size, in px, stands for it.
+
+Where its config has none, the default of the stock call does.
+"""
 
 # Shapes: B batch, C channels, H, W spatial.
 
@@ -28,13 +31,18 @@ class VaeSizedFamily(Family):
     def latent_channels(self) -> int:
         """C of one latent."""
 
+    @property
+    def size_px(self) -> int:
+        """Side of the model's own images."""
+        size: int | None = self.pipeline.vae.config.get("sample_size")
+        return size or self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         factor = self.pipeline.vae_scale_factor
-        size = self.pipeline.vae.config.sample_size // factor
+        size = self.size_px // factor
         sides = (latent_size(pixels, size, factor, PATCH) for pixels in (height, width))
         return (self.latent_channels, *sides)
 
     @property
     def call_extras(self) -> dict[str, Any]:
-        size = self.pipeline.vae.config.sample_size
-        return {"height": size, "width": size}
+        return {"height": self.size_px, "width": self.size_px}

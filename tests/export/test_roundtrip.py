@@ -39,6 +39,7 @@ def moved(trainer, scale: float = 0.05):
 
 FAMILIES = ["sd", "sd_v", "sd3", "dit"]
 FURTHER = ["sdxl", "flux", "flux_schnell", "pixart", "pixart_sigma", "sana", "lumina2", "z_image"]
+FURTHER += ["qwen_image"]
 SHORT = [(1, "renoise"), (2, "renoise"), (4, "ode")]
 CASES = [(f, layout, *s) for f in FAMILIES for layout in ("lora", "full") for s in SHORT]
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
@@ -132,7 +133,10 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("family", ["sd_v", "sdxl", "sd3", "flux", "sana", "lumina2", "z_image"])
+WITH_LORA_LOADER = ["sd_v", "sdxl", "sd3", "flux", "sana", "lumina2", "z_image", "qwen_image"]
+
+
+@pytest.mark.parametrize("family", WITH_LORA_LOADER)
 def test_lora_file_keeps_alpha(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
     trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run", alpha=7.0), 0.2)
@@ -212,6 +216,16 @@ def test_z_image_export_is_called_with_guidance_zero(tmp_path, tmp_path_factory)
         spec = SamplerSpec(uniform_grid(2), "ode", guidance=guidance)
         out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
         assert json.loads((out / RECORD).read_text())["guidance_scale"] == guidance - 1.0
+
+
+def test_a_guided_qwen_image_student_names_its_negative_prompt(tmp_path, tmp_path_factory) -> None:
+    """export_pipeline compares images, so the call as recorded guides as the sampler does."""
+    teacher = teacher_dir("qwen_image", tmp_path_factory)
+    trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run"))
+    spec = SamplerSpec(uniform_grid(2), "ode", guidance=3.0)
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    call = json.loads((out / RECORD).read_text())["call"]
+    assert call == {"true_cfg_scale": 3.0, "negative_prompt": " "}
 
 
 @pytest.mark.parametrize("family", FURTHER)

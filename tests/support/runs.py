@@ -110,7 +110,9 @@ class MethodCase:
 
 def _never_moves(name: str) -> bool:
     """Parameters that no loss can reach in these networks."""
-    return any(part in name for part in ("y_embedder", "embedding_table"))
+    # Of Qwen-Image's last block, what only makes text tokens; no later block reads them.
+    unread = (f"transformer_blocks.1.{part}" for part in ("txt_mlp", "attn.to_add_out"))
+    return any(part in name for part in ("y_embedder", "embedding_table", *unread))
 
 
 METHOD_CASES: dict[str, MethodCase] = {
