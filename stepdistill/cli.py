@@ -1,4 +1,4 @@
-"""The `stepdistill` command: demo | train | pairs | sample | export | push | list | check.
+"""The `stepdistill` command: demo | train | pairs | sample | export | merge | push | list | check.
 
 Heavy imports happen inside the commands, so --help answers at once.
 """
@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from stepdistill.trainers import launch
 
         return launch(argv[1:])
+    if argv[:1] == ["plan"]:
+        return _plan(argv[1:])
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = args.run
     try:
@@ -43,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output_dir", default="demo")
 
     commands.add_parser("train", help="Train from config files and flags; train --help lists them.")
+
+    commands.add_parser("plan", help="Forecast a run's memory and hours; plan --help lists flags.")
 
     pairs = command("pairs", _pairs)
     pairs.add_argument("--pretrained_model_name_or_path", required=True)
@@ -75,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=formats, default="pipeline", help="diffusers is lora by another name"
     )
 
+    merge = command("merge", _merge)
+    merge.add_argument("sources", nargs="+", help="path[:weight] of LoRA files or of two pipelines")
+    merge.add_argument("--output", required=True, help="folder to write")
+    merge.add_argument("--method", choices=("cat", "linear"), help="of LoRA files; cat is the sum")
+
     push = command("push", _push)
     push.add_argument("folder", help="exported folder")
     push.add_argument("repo_id", help="user/name; private unless it exists")
@@ -85,6 +94,24 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check)
     check.add_argument("model_dir", help="Diffusers pipeline folder or Hub id")
     return parser
+
+
+def _plan(argv: Sequence[str]) -> None:
+    """Forecast memory and hours of a run from configurations alone; exit 1 where it won't fit."""
+    from stepdistill.planning.report import print_plan
+    from stepdistill.training.configfile import parse_run_config
+
+    parser = argparse.ArgumentParser(prog="stepdistill plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_gpus", type=int, default=1)
+    parser.add_argument("--gpu", default="rtx4090")
+    parser.add_argument("--memory_gb", type=float)
+    own, rest = parser.parse_known_args(argv)
+    try:
+        run = parse_run_config(rest, prog="stepdistill plan")
+        fits = print_plan(run, own.num_gpus, own.gpu, own.memory_gb)
+    except (ValueError, TypeError) as err:
+        sys.exit(f"error: {err}")
+    sys.exit(0 if fits else 1)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -138,6 +165,13 @@ def _export(args: argparse.Namespace) -> None:
 
     trainer = trainer_of_run(args.run_dir)
     print(trainer.export(args.out_dir, args.num_steps, args.format))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    """Merge LoRA files with weights, or average two exported pipelines."""
+    from stepdistill.export.merge import merge_sources
+
+    print(merge_sources(args.sources, args.output, args.method))
 
 
 def _push(args: argparse.Namespace) -> None:

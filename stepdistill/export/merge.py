@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,15 @@ def _records(a: Path, b: Path) -> list[dict[str, Any]]:
             what = "a LoRA file" if lora else "none"
             raise ValueError(
                 f"merge: expected a pipeline export in {folder}, got {what}. "
-                "Export the student with format pipeline: adapters do not average, weights do."
+                "Merge LoRA files with each other, or export the student with format pipeline."
             )
         records.append(json.loads((folder / RECORD).read_text()))
+    check_same(records)
+    return records
+
+
+def check_same(records: Sequence[Mapping[str, Any]]) -> None:
+    """Errors: ValueError where students cannot be sampled as one."""
     differ = {k: tuple(r.get(k) for r in records) for k in _SAME}
     differ = {k: pair for k, pair in differ.items() if pair[0] != pair[1]}
     if differ:
@@ -86,7 +92,6 @@ def _records(a: Path, b: Path) -> list[dict[str, Any]]:
             f"merge: expected two students of one teacher, sampled alike, got {differ}. "
             "Train or export both for the same steps."
         )
-    return records
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -131,3 +136,24 @@ def _check_shapes(a: dict[tuple[str, str], Path], b: dict[tuple[str, str], Path]
             raise ValueError(
                 f"merge: expected equal shapes of {'/'.join(key)}, got {shapes[0]} and {shapes[1]}."
             )
+
+
+def merge_sources(sources: Sequence[str], out_dir: str | Path, method: str | None = None) -> Path:
+    """`stepdistill merge`: LoRA files by `merge_adapters`, two pipelines by `merge_pipelines`.
+
+    Args: sources: `path[:weight]`; weights of pipelines sum to 1, by default a half each.
+    """
+    from stepdistill.export.merge_adapters import merge_adapters, split_weight
+
+    given = [split_weight(text) for text in sources]
+    if not any((Path(path) / "model_index.json").is_file() for path, _ in given):
+        return merge_adapters(sources, out_dir, method or "cat")
+    weights = [weight for _, weight in given]
+    if weights == [1.0, 1.0]:
+        weights = [0.5, 0.5]
+    if len(given) != 2 or method is not None or abs(sum(weights) - 1.0) > 1e-6:
+        raise ValueError(
+            f"merge: expected two pipelines with weights that sum to 1 and no method, got "
+            f"{list(sources)}" + (f" and method {method}." if method else ".")
+        )
+    return merge_pipelines(given[0][0], given[1][0], out_dir, weights[0])

@@ -1,0 +1,204 @@
+"""Merge LoRA files with weights into one file of the same kind.
+
+cat      delta = sum_i w_i delta_i, exactly: ranks stand side by side, w_i and scales go into up.
+linear   down = sum_i w_i down_i and up = sum_i w_i up_i with sum_i w_i = 1: the rank stays, but the
+         product holds cross terms, so it is no sum of deltas. For checkpoints of one run.
+"""
+
+# Shapes: r rank, O rows (outputs), I columns (inputs), *K kernel (of convolutions).
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME as PEFT_CONFIG
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.export.adapter_files import METADATA, AdapterFile, module_of, read_adapters
+from stepdistill.export.lora_formats import Lora
+from stepdistill.export.merge import check_same
+from stepdistill.export.pipeline import RECORD, check_out_dir
+
+METHODS = ("cat", "linear")
+
+
+def merge_adapters(sources: Sequence[str], out_dir: str | Path, method: str = "cat") -> Path:
+    """Write the weighted merge of LoRA files; returns the folder.
+
+    Args: sources: `path[:weight]` of files or export folders of one format, weight 1 by default.
+    Errors: ValueError for weights, formats, modules or students that do not fit together, before
+        anything is written.
+    """
+    if method not in METHODS:
+        raise ValueError(f"merge: expected a method of {METHODS}, got {method!r}.")
+    if len(sources) < 2:
+        raise ValueError(f"merge: expected two LoRA files or more, got {list(sources)}.")
+    out_dir = Path(out_dir)
+    check_out_dir(out_dir)
+    places, weights = zip(*(split_weight(text) for text in sources), strict=True)
+    files = [read_adapters(Path(place)) for place in places]
+    _check_alike(files)
+    record = _record(files)
+    merge = _cat if method == "cat" else _linear
+    merged = merge([file.adapters for file in files], weights)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write(files[0], merged, out_dir)
+    told = [{"file": str(f.path), "weight": w} for f, w in zip(files, weights, strict=True)]
+    _write_record(out_dir, record, {"method": method, "of": told})
+    return out_dir
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """(path, weight) of `path[:weight]`. Errors: ValueError for a weight that is no number."""
+    path, colon, tail = text.rpartition(":")
+    if not colon or "/" in tail or "\\" in tail or Path(text).exists():
+        path, tail = text, "1"
+    try:
+        weight = float(tail)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"merge: expected path[:weight] with a finite weight, got {text!r}.")
+    return path, weight
+
+
+def _check_alike(files: Sequence[AdapterFile]) -> None:
+    """Errors: ValueError where the files do not name modules the same way."""
+    first = files[0]
+    for other in files[1:]:
+        same = first.sides == other.sides and first.tells_alpha == other.tells_alpha
+        parts = [{module_of(s)[0] for s in file.adapters} for file in (first, other)]
+        if not same or (first.tells_alpha == "metadata" and not parts[0] & parts[1]):
+            raise ValueError(
+                f"merge: expected files of one format and model, got {min(first.adapters)!r} in "
+                f"{first.path} and {min(other.adapters)!r} in {other.path}. Export both alike."
+            )
+        for stem in first.adapters.keys() & other.adapters.keys():
+            ours, theirs = first.adapters[stem], other.adapters[stem]
+            shapes = [(x.up.shape[0], *x.down.shape[1:]) for x in (ours, theirs)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"merge: expected adapters of one model, got {stem} with weights of "
+                    f"{shapes[0]} in {first.path} and {shapes[1]} in {other.path}."
+                )
+
+
+# -------------------------------------------------------------------- merging
+Adapters = Mapping[str, Lora]
+
+
+def _cat(files: Sequence[Adapters], weights: Sequence[float]) -> dict[str, Lora]:
+    if not any(weights):
+        raise ValueError(f"merge: expected a weight other than 0, got {list(weights)}.")
+    out = {}
+    for stem in dict.fromkeys(stem for file in files for stem in file):
+        found = [(f[stem], w) for f, w in zip(files, weights, strict=True) if stem in f and w]
+        if found:
+            down = torch.cat([lora.down.float() for lora, _ in found], dim=0)
+            up = torch.cat([w * lora.scale * lora.up.float() for lora, w in found], dim=1)
+            out[stem] = Lora(down, up, float(down.shape[0]))
+    return out
+
+
+def _linear(files: Sequence[Adapters], weights: Sequence[float]) -> dict[str, Lora]:
+    if abs(sum(weights) - 1.0) > 1e-6:
+        raise ValueError(
+            f"merge: expected weights that sum to 1 for method linear, got {list(weights)}. "
+            "Use method cat for a sum of adapters."
+        )
+    facts = [{s: (x.down.shape[0], x.alpha) for s, x in file.items()} for file in files]
+    if any(fact != facts[0] for fact in facts):
+        raise ValueError(
+            "merge: expected adapters of the same modules, rank and alpha for method linear, got "
+            "different ones. Use method cat."
+        )
+    scales = torch.tensor(weights)
+
+    def mean(stem: str, side: str) -> Tensor:
+        stacked = torch.stack([getattr(file[stem], side).float() for file in files], dim=-1)
+        return (stacked * scales).sum(-1)
+
+    return {s: Lora(mean(s, "down"), mean(s, "up"), x.alpha) for s, x in files[0].items()}
+
+
+# -------------------------------------------------------------------- writing
+def _write(like: AdapterFile, merged: Adapters, out_dir: Path) -> None:
+    """The merged adapters as a file of the same kind as `like`."""
+    tensors, metadata = {}, dict(like.metadata) or {"format": "pt"}
+    for stem, lora in merged.items():
+        tensors[stem + like.sides[0]] = lora.down.contiguous()
+        tensors[stem + like.sides[1]] = lora.up.contiguous()
+        if like.tells_alpha == "tensors":
+            tensors[f"{stem}.alpha"] = torch.tensor(lora.alpha)
+    groups: dict[str, dict[str, Lora]] = {}
+    for stem, lora in merged.items():
+        component, module = module_of(stem)
+        groups.setdefault(component, {})[module] = lora
+    if like.tells_alpha == "peft":
+        config = _config(like.config[""], groups[""])
+        (out_dir / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    elif like.tells_alpha == "metadata":
+        told = {
+            f"{component}.{key}": value
+            for component, adapters in groups.items()
+            for key, value in _config(like.config.get(component, {}), adapters).items()
+        }
+        metadata[METADATA] = json.dumps(told, indent=2, sort_keys=True)
+    else:
+        metadata = {k: v for k, v in metadata.items() if not k.startswith("ss_network")}
+    own_name = like.path.name if like.tells_alpha != "tensors" else f"{out_dir.name}.safetensors"
+    save_file(tensors, out_dir / own_name, metadata=metadata)
+
+
+def _config(base: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
+    """`base` with the rank and alpha of each module; the commonest ones are the default's."""
+    ranks = {module: lora.down.shape[0] for module, lora in adapters.items()}
+    alphas = {module: lora.alpha for module, lora in adapters.items()}
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    return {
+        **base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+        "target_modules": sorted(ranks),
+        "use_rslora": False,
+    }
+
+
+def _record(files: Sequence[AdapterFile]) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, distillation.json) of the first student among the sources."""
+    found = [
+        (file.path.parent, json.loads((file.path.parent / RECORD).read_text()))
+        for file in files
+        if (file.path.parent / RECORD).is_file()
+    ]
+    for _, record in found[1:]:
+        check_same([found[0][1], record])
+    return found[0] if found else None
+
+
+def _write_record(
+    out_dir: Path, student: tuple[Path, dict[str, Any]] | None, merged: dict[str, Any]
+) -> None:
+    lines = "".join(
+        f"- `{entry['file']}` at weight {entry['weight']:g}\n" for entry in merged["of"]
+    )
+    card = f"# {out_dir.name}\n\nLoRAs merged by method {merged['method']}:\n\n{lines}"
+    record: dict[str, Any] = {"merged": merged}
+    if student is not None:
+        folder, record = student[0], {**student[1], "merged": merged}
+        if (folder / "scheduler").is_dir():
+            shutil.copytree(folder / "scheduler", out_dir / "scheduler", dirs_exist_ok=True)
+        if (folder / "README.md").is_file():
+            card += "\nThe student among them was described so:\n\n"
+            card += (folder / "README.md").read_text().split("---\n", 2)[-1].lstrip()
+    (out_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (out_dir / "README.md").write_text(card)
