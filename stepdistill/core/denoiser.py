@@ -82,11 +82,13 @@ class Denoiser(ABC):
     """Anything that can be asked for a prediction: a role of a RoleBank, or an analytic teacher.
 
     embeds_guidance: the network is told the guidance itself, so no null pass is made (Flux.1-dev).
+    has_null: there is an empty condition to guide away from.
     """
 
     path: NoisePath
     kind: PredictionType
     embeds_guidance: bool = False
+    has_null: bool = True
 
     @abstractmethod
     def raw(
@@ -132,6 +134,11 @@ class Denoiser(ABC):
         if not is_guided(guidance):
             out, feats = self.raw(x_t, t, cond, s, w, features)
             return Prediction(out, x_t, t, self.path, self.kind, feats)
+        if not self.has_null:
+            raise ValueError(
+                f"denoiser: expected no guidance (the model has no null condition), got "
+                f"{guidance}. Set the method's guidance to 1."
+            )
         if null is None:
             raise ValueError("denoiser: expected a null condition with guidance, got None.")
         assert guidance is not None

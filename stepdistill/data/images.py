@@ -27,19 +27,26 @@ def load_image(path: Path, size_px: int | None) -> Tensor:
 
 
 class ImageFolderDataset(Dataset[dict[str, Any]]):
-    """Images with their captions (metadata.jsonl: file_name, text) or class labels (sub-folders).
+    """Images with captions (metadata.jsonl: file_name, text), labels (sub-folders) or neither.
 
     Args: size_px: side of the square crop; None keeps the files' size (all must agree).
         labels: read sub-folder names as integer class labels instead of captions.
+        plain: take all images below the folder and nothing beside them.
     Errors: ValueError where the folder has neither form or no image.
     """
 
-    def __init__(self, folder: str | Path, size_px: int | None, labels: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, size_px: int | None, labels: bool = False, plain: bool = False
+    ) -> None:
         root = Path(folder)
         if not root.is_dir():
             raise ValueError(f"train_data_dir: expected a folder, got {str(folder)!r}.")
         self.size_px, self.key = size_px, "label" if labels else "prompt"
-        self.items = self._by_label(root) if labels else self._by_caption(root)
+        if plain:
+            files = (p for p in sorted(root.rglob("*")) if p.suffix.lower() in _SUFFIXES)
+            self.key, self.items = "", [(p, None) for p in files]
+        else:
+            self.items = self._by_label(root) if labels else self._by_caption(root)
         if not self.items:
             raise ValueError(f"train_data_dir: expected images, got none in {root}.")
 
@@ -80,7 +87,8 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, told = self.items[index]
-        return {self.key: told, "image": load_image(path, self.size_px)}
+        told_as = {self.key: told} if self.key else {}
+        return {**told_as, "image": load_image(path, self.size_px)}
 
 
 class LabelFileDataset(Dataset[dict[str, Any]]):

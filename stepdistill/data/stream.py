@@ -44,6 +44,16 @@ class PromptDataset(Dataset[dict[str, Any]]):
         return {"prompt": self.prompts[index]}
 
 
+class EmptyRows(Dataset[dict[str, Any]]):
+    """Rows without content, for methods that train unconditional models without data."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {}
+
+
 def as_dataset(data: Any) -> Dataset[dict[str, Any]]:
     """A map-style dataset of dicts: sequences of strings or integers become prompts."""
     if isinstance(data, list | tuple):

@@ -13,7 +13,8 @@ def call_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the pipeline's call beside the prompt, from distillation.json."""
     given = dict(record["call"])
     steps = {} if "timesteps" in given else {"num_inference_steps": record["num_inference_steps"]}
-    return {**steps, "guidance_scale": record["guidance_scale"], **given}
+    scale = record["guidance_scale"]  # None where there is no null to guide away from
+    return {**steps, **({} if scale is None else {"guidance_scale": scale}), **given}
 
 
 def typed_options(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def call_code(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
         f", {key}={value:g}" if isinstance(value, float) else f", {key}={value!r}"
         for key, value in typed_options(record).items()
     )
-    return subject(record, prompt) + "".join(told)
+    return (subject(record, prompt) + "".join(told)).removeprefix(", ")
 
 
 def load_arguments(record: Mapping[str, Any]) -> str:
@@ -38,6 +39,8 @@ def load_arguments(record: Mapping[str, Any]) -> str:
 
 def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     """The first argument of the call, as code."""
+    if record["conditioning"] == "none":
+        return ""
     return "class_labels=[0]" if record["conditioning"] == "label" else repr(prompt)
 
 
@@ -51,6 +54,8 @@ def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> 
 
 
 def _guidance(record: Mapping[str, Any]) -> str:
+    if record["guidance_scale"] is None:
+        return "There is no guidance."
     scale = f"`guidance_scale={record['guidance_scale']:g}`"
     if record["guided"]:
         return f"Made for guidance: keep {scale}."

@@ -24,12 +24,10 @@ def settle(family: Family, pipeline: Any, record: Mapping[str, Any]) -> tuple[An
     Args: pipeline: a copy of the family's with the student in it; record: see `describe`.
     """
     options = call_options(record)
-    if not record["guided"] and options["guidance_scale"] != _defaults(type(pipeline)).get(
-        "guidance_scale"
-    ):
-        guidance = options["guidance_scale"]
-        if family.settle_guidance(pipeline, guidance):
-            del options["guidance_scale"]
+    default, wanted = _defaults(type(pipeline)).get("guidance_scale"), options.get("guidance_scale")
+    if wanted not in (None, default) and not record["guided"]:  # None: no such argument
+        settled = family.settle_guidance(pipeline, wanted)
+        options = {k: v for k, v in options.items() if not (settled and k == "guidance_scale")}
     best = type(pipeline)
     for name in family.short_pipelines:
         cls = getattr(diffusers, name)

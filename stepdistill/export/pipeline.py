@@ -107,7 +107,7 @@ def describe(
         "conditioning": family.conditioning,
         "method": facts.get("method"),
         "num_inference_steps": spec.num_steps,
-        "guidance_scale": family.stock_guidance(guidance),
+        "guidance_scale": family.stock_guidance(guidance) if family.has_null else None,
         "guidance_embedded": spec.w is not None,
         "guided": spec.guidance != 1.0,
         "call": {**family.guided_call(spec.guidance), **sampler.call},

@@ -43,11 +43,10 @@ def sample_export(
     written = []
     with (out / "metadata.jsonl").open("w") as index:
         for i, prompt in enumerate(prompts):
-            subject: dict[str, Any] = (
-                {"class_labels": [int(prompt)]}
-                if record["conditioning"] == "label"
-                else {"prompt": prompt}
-            )
+            subject: dict[str, Any] = {"prompt": prompt}
+            if record["conditioning"] != "prompt":
+                labels = record["conditioning"] == "label"
+                subject = {"class_labels": [int(prompt)]} if labels else {}
             image = pipe(
                 **subject,
                 **call_options(record),

@@ -2,6 +2,8 @@
 
     VP    renoise  LCMScheduler            ode  DDIMScheduler (trailing)      tcd  TCDScheduler
     flow  renoise  FlowMatchLCMScheduler   ode  FlowMatchEulerDiscreteScheduler
+    VE    renoise  CMStochasticIterativeScheduler (told 250 ln sigma)
+                                           ode  EDMEulerScheduler (told ln(sigma) / 4)
 
 Deterministic VP times that DDIM does not visit go to TCDScheduler with eta = 0, the same rule.
 Where no config makes a scheduler visit the wanted times, the call needs them as an argument; they
@@ -17,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMScheduler,
+    EDMEulerScheduler,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
@@ -25,7 +29,7 @@ from diffusers import (
     TCDScheduler,
 )
 
-from stepdistill.core.path import FlowPath, NoisePath, VPPath
+from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.flow_grid import flow_match_config, shift_of_grid
 
@@ -77,10 +81,9 @@ def stock_sampler(
         return _vp(teacher_scheduler.config, path, spec, accepts)
     if isinstance(path, FlowPath):
         return _flow(path, spec, flow_in_vp, accepts, sends_sigmas)
-    raise ValueError(
-        f"export: expected a VP or flow student, got {type(path).__name__}. VE students have no "
-        "stock few-step scheduler; sample them with stepdistill.sampling."
-    )
+    if isinstance(path, VEPath):
+        return _ve(teacher_scheduler, path, spec)
+    raise ValueError(f"export: expected a VP, flow or VE student, got {type(path).__name__}.")
 
 
 # ------------------------------------------------------------------ VP tables
@@ -224,3 +227,48 @@ def _flow(
     # Given sigmas are shifted too: the saved shift must be 1, the trained sigmas are final.
     made = cls.from_config({**config, "shift": 1.0})
     return StockSampler(made, visited, {"sigmas": list(spec.times)})
+
+
+# ------------------------------------------------------------------------ VE
+def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
+    """Karras grids of N times with sigma_min = 0, by the sigma_min that makes theirs the same.
+
+    EDM's grid takes sigma_max^(1/rho) to sigma_min^(1/rho) in N - 1 steps: with t_N = 1/N the
+    uniform ones. That of consistency models takes every (n/N)-th of n times: with 1/n likewise.
+    """
+    num, config = spec.num_steps, teacher.config
+    told = isinstance(teacher, CMStochasticIterativeScheduler)
+    gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind] if num > 1 else float(told)
+    if gamma != float(told) or spec.boundary_scale is not None:
+        wanted = "kind renoise (its scheduler restarts)" if told else "kind ode (Euler)"
+        raise ValueError(
+            f"export: expected {wanted} and plain x0 beside {type(teacher).__name__}, got {spec}. "
+            "Sample with stepdistill.sampling."
+        )
+    shared = {name: config[name] for name in ("sigma_max", "sigma_data", "rho")}
+    sigmas = path.coeffs(torch.tensor(spec.times))[1]
+    if float(sigmas[-1]) < path.sigma_min:
+        raise ValueError(
+            f"export: expected no noise below sigma_min {path.sigma_min:g}, where the teacher was "
+            f"never trained, got {float(sigmas[-1]):.1e} at the last of {num} steps. Use fewer."
+        )
+    made: Any
+    if told:
+        table = 120 // num * num  # a sigma_min whose square float32 holds
+        made = CMStochasticIterativeScheduler(
+            **shared,
+            num_train_timesteps=table,
+            # Rounded to float32: the scheduler takes a root of its own minus its square.
+            sigma_min=float(np.float32(path.sigma_max * float(table) ** -path.rho)),
+            clip_denoised=False,
+        )
+    else:
+        first = config.sigma_min if num == 1 else path.sigma_max * spec.times[-1] ** path.rho
+        kind = config.prediction_type
+        made = EDMEulerScheduler(**shared, sigma_min=first, prediction_type=kind)
+    made.set_timesteps(num)
+    if not np.allclose(made.sigmas[:num], sigmas, rtol=1e-4):
+        raise ValueError(
+            f"export: expected the uniform grid of {num} times on a VE path, got {spec.times}."
+        )
+    return StockSampler(made, tuple(float(t) for t in made.timesteps))

@@ -37,19 +37,21 @@ def check_export(
     net: Any = family.net
     stock = load_family(folder, torch_dtype=net.dtype).pipeline.to(net.device)
     stock.set_progress_bar_config(disable=True)
-    prompt: Any = 0 if family.conditioning == "label" else "a test"
-    name = "class_labels" if family.conditioning == "label" else "prompt"
+    prompt: Any = "a test" if family.conditioning == "prompt" else 0
+    names = {"prompt": "prompt", "label": "class_labels"}
+    subject = {names[family.conditioning]: [prompt]} if family.conditioning in names else {}
     devices = [net.device] if net.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         # The default generator serves the pipelines that pass theirs on and those that don't.
         torch.manual_seed(0)
-        theirs = stock(
-            **{name: [prompt]},
+        result = stock(
+            **subject,
             **typed_options(record),
             **family.call_extras,
             generator=torch.default_generator,
             output_type="pt",
-        ).images
+        )
+        theirs = family.images_in(result)
         torch.manual_seed(0)
         ours = _in_memory(family, denoiser, spec, prompt)
     worst = float((ours - theirs.float().cpu()).abs().max())

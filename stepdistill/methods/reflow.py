@@ -7,7 +7,7 @@ With flow = noise - x0 and x_t on the student's path:
 Set-ups: wrapped keeps the teacher's path and prediction (exact at step 0: x_t = alpha x0 + sigma
 eps is the straight line divided by alpha + sigma); raw reads the output as velocity, told 1000 t.
 Sources: Liu et al. 2022, arXiv:2209.03003; Liu et al. 2023 (InstaFlow), arXiv:2309.06380.
-Differs from the papers: wrapped is the default (InstaFlow is raw); no LPIPS; their u is -flow.
+Differs from the papers: wrapped is the default (InstaFlow is raw); their u is -flow.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W).
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
-from stepdistill.core.method import Method, Nets, Phase, Role
-from stepdistill.core.path import FlowPath, NoisePath, expand, full
+from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
+from stepdistill.core.path import FlowPath, NoisePath, VEPath, expand, full
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import grid_times, uniform_grid, uniform_times
 from stepdistill.core.types import Batch, Losses
-from stepdistill.losses.regression import distance, weighted_mean
+from stepdistill.losses.regression import distance, per_sample, weighted_mean
 from stepdistill.methods.grid import flow_time, path_time
 from stepdistill.methods.reflow_config import ReflowConfig
 
@@ -37,6 +37,14 @@ class Reflow(Method[ReflowConfig]):
     name = "reflow"
     paper = "Liu et al. 2022, arXiv:2209.03003; Liu et al. 2023, arXiv:2309.06380"
     Config = ReflowConfig
+
+    def __init__(self, config: ReflowConfig, setting: Setting) -> None:
+        if config.setup == "raw" and isinstance(setting.path, VEPath):
+            raise ValueError(
+                "reflow: expected setup wrapped for an EDM-type teacher (its preconditioning is no "
+                "velocity), got raw. Set setup: wrapped."
+            )
+        super().__init__(config, setting)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -49,6 +57,9 @@ class Reflow(Method[ReflowConfig]):
 
     def roles(self) -> dict[str, Role]:
         return {"student": Role(train=True, as_flow=self.config.setup == "raw")}
+
+    def scorers(self) -> dict[str, ScorerSpec]:
+        return {"lpips": self.config.lpips.spec} if self.config.loss == "lpips" else {}
 
     def phases(self, step: int) -> Sequence[Phase]:
         loss = self.reflow_loss if self.config.stage == "reflow" else self.distill_loss
@@ -93,9 +104,17 @@ class Reflow(Method[ReflowConfig]):
         x_t = torch.where(start, path.prior(noise).to(x_t.dtype), x_t)
         weight = (flow_time(path, torch.full_like(t, trained[0])) / flow_time(path, t)) ** 2
         pred = student(x_t, t, batch.cond)
-        error = distance(self.config.loss, pred.x0, full(x0), self.config.huber_c)
-        total = weighted_mean(error, weight)
+        error = self.x0_distance(nets, pred.x0, full(x0))
+        total = (weight.to(error.dtype) * error).mean()
         return Losses(total, {"loss": total.detach()})
+
+    def x0_distance(self, nets: Nets, x0: Tensor, target: Tensor) -> Tensor:
+        """(B,) the configured distance of x0 to a target, which gets no gradient."""
+        if self.config.loss == "lpips":
+            with torch.no_grad():
+                reference = nets.images(target)
+            return nets.scorer("lpips")(nets.images(x0), reference)
+        return per_sample(distance(self.config.loss, x0, target.detach(), self.config.huber_c))
 
     def trained_times(self) -> tuple[float, ...]:
         """Stage distill's grid, on the table of a VP path."""

@@ -17,13 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from stepdistill.core.method import Role
-from stepdistill.core.path import VPPath
+from stepdistill.core.path import VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.models.family import Family
 from stepdistill.models.registry import family_for, load_family
@@ -107,7 +112,9 @@ class Stock:
 
         def observed(out: Tensor, t: Any, x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
             unpacked = (self.family.unpack(value, shape) for value in (x_t, out))
-            self.steps.append(Step(float(t), *unpacked))
+            x, raw = unpacked
+            told = torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
+            self.steps.append(Step(float(t), x, self.family.from_raw(raw, x, told)))
             made = step(out, t, x_t, *args, **kwargs)
             if replace is not None:
                 packed = self.family.pack(replace)
@@ -148,6 +155,13 @@ def parity_scheduler(family: Family) -> Any:
     if isinstance(own, FlowMatchEulerDiscreteScheduler):
         # One step under shift_terminal (Qwen-Image) divides by zero: no call here needs it.
         return type(own).from_config(config, shift_terminal=None)
+    if isinstance(family.path, VEPath):
+        if not isinstance(own, CMStochasticIterativeScheduler):
+            return EDMEulerScheduler.from_config(config)
+        # Without fresh noise, and with EDM's own scalings: those of a boundary at sigma_min = 0.
+        tiny = float(torch.tensor(config.sigma_max * config.num_train_timesteps**-config.rho))
+        options = {"s_noise": 0.0, "sigma_min": tiny, "clip_denoised": False}
+        return type(own).from_config(config, **options)
     if not isinstance(family.path, VPPath):
         return FlowMatchEulerDiscreteScheduler(shift=family.shift)
     return DDIMScheduler.from_config(
@@ -174,7 +188,7 @@ def cond_gap(ours: Call, stock: Call) -> float:
     shapes = [{name: v.shape for name, v in call.cond.items()} for call in (ours, stock)]
     if shapes[0] != shapes[1]:
         return float("inf")
-    return max(gap(ours.cond[name], stock.cond[name]) for name in stock.cond)
+    return max((gap(ours.cond[name], stock.cond[name]) for name in stock.cond), default=0.0)
 
 
 @torch.no_grad()
@@ -186,7 +200,8 @@ def check_family(model: Any) -> list[Row]:
     if isinstance(model, str | Path):
         model = load_family(model)
     family: Family = model if isinstance(model, Family) else family_for(type(model).__name__)(model)
-    prompts: list[Any] = [0, 1] if family.conditioning == "label" else ["a red cube", "seven cats"]
+    by_text = family.conditioning == "prompt"
+    prompts: list[Any] = ["a red cube", "seven cats"] if by_text else [0, 1]
     return [*_call_rows(family, prompts), *_sampling_rows(family, prompts), *_vae_rows(family)]
 
 
@@ -221,32 +236,37 @@ def _call_rows(family: Family, prompts: list[Any]) -> list[Row]:
 def _sampling_rows(family: Family, prompts: list[Any]) -> list[Row]:
     """A guided trajectory over the stock scheduler's own timesteps."""
     stock, bsz = Stock(family), len(prompts)
-    stock.run(prompts, GUIDANCE, NUM_STEPS)
+    scale = GUIDANCE if family.has_null else 1.0
+    stock.run(prompts, scale, NUM_STEPS)
     path: Any = family.path
-    told = [step.model_t for step in stock.steps]
-    times = tuple(
-        float(path.time_of(int(n))) if isinstance(path, VPPath) else n / path.num_train_timesteps
-        for n in told
-    )
-    noise = stock.steps[0].x_t[:bsz].float()
-    w = GUIDANCE - 1.0 if family.embeds_guidance else None
-    guidance = 1.0 if family.embeds_guidance else GUIDANCE
+    times = tuple(float(path.time_of(step.model_t)) for step in stock.steps)
+    noise = stock.steps[0].x_t[:bsz].float() / float(path.prior(torch.ones(())))
+    w = scale - 1.0 if family.embeds_guidance else None
+    guidance = 1.0 if family.embeds_guidance else scale
+    restarts = isinstance(family.pipeline.scheduler, CMStochasticIterativeScheduler)
+    spec = SamplerSpec(times, "renoise" if restarts else "ode", w=w)
     teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
     cond, null = family.encode(prompts).to(noise.device), family.null(bsz).to(noise.device)
-    x0 = sample_x0(teacher, SamplerSpec(times, "ode", w=w), noise, cond, null, guidance)
-    name = f"sampling: {NUM_STEPS} steps, guidance {GUIDANCE:g}"
+    x0 = sample_x0(
+        teacher, spec, noise, cond, null, guidance, fresh_noise=lambda _: torch.zeros_like(noise)
+    )
+    name = f"sampling: {NUM_STEPS} steps, guidance {scale:g}"
     return [(name, gap(x0, stock.final[:bsz]))]
 
 
 def _vae_rows(family: Family) -> list[Row]:
     """Our scaled latents through the stock pipeline's decoder, against the VAE alone."""
-    vae = family.pipeline.vae
-    prompt: list[Any] = [0] if family.conditioning == "label" else ["a red cube"]
+    prompt: list[Any] = ["a red cube"] if family.conditioning == "prompt" else [0]
     blank = family.images(torch.zeros(1, *family.sample_shape()))
     generator = torch.Generator().manual_seed(SEED)
     images = torch.rand(blank.shape, generator=generator) * 2 - 1
     stock = Stock(family)
     decoded, _ = stock.run(prompt, 1.0, 1, replace=family.latents(images))
+    if "vae" not in family.pipeline.components:  # pixels are the latents
+        mean = images.mean(1, keepdim=True)
+        own = (mean if decoded.shape[1] == 1 else images) / 2 + 0.5
+        return [("pixels: encode, then stock decode", gap(own, decoded))]
+    vae = family.pipeline.vae
     grey = images.mean(1, keepdim=True) if vae.config.get("in_channels") == 1 else images
     frames = grey.unsqueeze(2) if is_video_vae(vae) and grey.ndim == 4 else grey
     coded = vae.encode(frames.to(vae.device, vae.dtype))

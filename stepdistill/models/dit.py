@@ -26,7 +26,7 @@ class DiTFamily(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("DiTPipeline",)
     net_name: ClassVar[str] = "transformer"
     scales_input: ClassVar[bool] = True
-    conditioning: ClassVar[Literal["prompt", "label", "none"]] = "label"
+    conditioning: Literal["prompt", "label", "none"] = "label"
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)

@@ -9,7 +9,6 @@ the pipeline's own denoiser. It knows nothing of methods, adapters or precision.
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 
 from stepdistill.core.denoiser import linear_guidance
 from stepdistill.core.method import Setting
-from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VPPath
 from stepdistill.core.types import Cond
+from stepdistill.models.schedule import read_schedule
 from stepdistill.models.vae import decode_latents, encode_images
 
 # Attention and feed-forward projections, the usual reach of a distillation LoRA on transformers.
@@ -92,10 +91,13 @@ class Family(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     net_name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
-    conditioning: ClassVar[Literal["prompt", "label", "none"]] = "prompt"
+    conditioning: Literal["prompt", "label", "none"] = "prompt"
+    reads_conditioning: ClassVar[bool] = False  # whether the denoiser's config decides on it
+    has_null: ClassVar[bool] = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
+    output: ClassVar[Literal["images", "frames"]] = "images"  # what the stock call's result holds
     short_pipelines: ClassVar[
         tuple[str, ...]
     ] = ()  # stock classes of few-step defaults, same parts
@@ -125,6 +127,11 @@ class Family(ABC):
     def config_of(net: nn.Module) -> Any:
         """The Diffusers configuration of a denoiser; a role may have one of its own."""
         return net.config
+
+    @classmethod
+    def conditioning_in(cls, config: Any) -> Literal["prompt", "label", "none"]:
+        """The conditioning of a model whose denoiser has that configuration."""
+        return cls.conditioning
 
     @property
     def embeds_guidance(self) -> bool:
@@ -160,6 +167,10 @@ class Family(ABC):
         w: Tensor | None = None,
     ) -> Tensor:
         """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,)."""
+
+    def from_raw(self, out: Tensor, x_t: Tensor, model_t: Tensor) -> Tensor:
+        """What `forward` makes of the stock denoiser's output (B, C, *S) at x_t: here itself."""
+        return out
 
     def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
         """The stock call's guided output (B, C, *S) of the two; guidance: a number or (B,)."""
@@ -198,7 +209,7 @@ class Family(ABC):
         return encode_images(self.pipeline.vae, images, generator)
 
     def images(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], unclamped, of scaled latents (B, C, *S)."""
+        """Images (B, 3, H, W) or videos (B, 3, F, H, W) in [-1, 1], unclamped, of scaled latents."""
         return decode_latents(self.pipeline.vae, latents)
 
     # -------------------------------------------------------------- checking
@@ -230,67 +241,22 @@ class Family(ABC):
         """(B, C, *S) of what `pack` made, or the network put out; shape: (C, *S)."""
         return packed
 
+    def images_in(self, result: Any) -> Tensor:
+        """(B, C, H, W) or (B, C, F, H, W) in [0, 1] of what a stock call returned as "pt"."""
+        found: Tensor = getattr(result, self.output)
+        return found.transpose(1, 2) if self.output == "frames" else found
+
     def stock_call(
         self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
     ) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of the stock pipeline's own `__call__`, to compare with."""
-        images: Tensor = self.pipeline(
-            prompt=list(prompts),
-            guidance_scale=self.stock_guidance(guidance),
-            num_inference_steps=num_steps,
-            generator=generator,
-            output_type="pt",
-            **self.call_extras,
-        ).images
-        return images
-
-
-def dynamic_shift(config: Any, num_tokens: int) -> float:
-    """Resolution shift of a flow scheduler that shifts by the number of image tokens.
-
-    mu is linear in the tokens between (base_image_seq_len, base_shift) and (max_image_seq_len,
-    max_shift), as in the stock pipelines' calculate_shift; the shift is exp(mu), or mu itself
-    where time_shift_type is linear.
-    """
-    span = config.max_image_seq_len - config.base_image_seq_len
-    slope = (config.max_shift - config.base_shift) / span
-    mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
-
-
-def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
-    """(path, prediction type, shift) that a stock scheduler's config describes.
-
-    A dynamic shift is read at the config's largest image, which is the model's own size.
-
-    Errors: ValueError for a scheduler or prediction type that has no path here, and for eps
-    prediction with zero terminal SNR, where x0 is undefined at t = 1.
-    """
-    config = scheduler.config
-    kinds: dict[str, PredictionType] = {
-        "epsilon": "eps",
-        "v_prediction": "v",
-        "sample": "x0",
-        "flow_prediction": "flow",
-    }
-    flow = ("FlowMatch", "FlowMap")
-    if type(scheduler).__name__.startswith(flow) or config.get("use_flow_sigmas"):
-        shift = config.get("shift", config.get("flow_shift", 1.0))
-        if config.get("use_dynamic_shifting"):
-            shift = dynamic_shift(config, config.max_image_seq_len)
-        return FlowPath(config.num_train_timesteps), "flow", float(shift)
-    name = config.get("prediction_type", "epsilon")
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if name not in kinds or alphas is None:
-        raise ValueError(
-            f"scheduler {type(scheduler).__name__}: expected a VP table or flow matching with "
-            f"prediction_type in {sorted(kinds)}, got prediction_type {name!r}. "
-            "Save the pipeline with a scheduler that states them."
+        return self.images_in(
+            self.pipeline(
+                prompt=list(prompts),
+                guidance_scale=self.stock_guidance(guidance),
+                num_inference_steps=num_steps,
+                generator=generator,
+                output_type="pt",
+                **self.call_extras,
+            )
         )
-    path = VPPath(alphas)
-    if kinds[name] == "eps" and float(path.coeffs(torch.ones(1))[0]) < 1e-6:
-        raise ValueError(
-            "scheduler: expected v_prediction with zero terminal SNR, got epsilon: one step from "
-            "pure noise would divide by alpha = 0. Turn rescale_betas_zero_snr off."
-        )
-    return path, kinds[name], 1.0

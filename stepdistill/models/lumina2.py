@@ -15,14 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import (
-    Family,
-    FeatureBlock,
-    check_prompts,
-    dynamic_shift,
-    net_dtype,
-    token_blocks,
-)
+from stepdistill.models.family import Family, FeatureBlock, check_prompts, net_dtype, token_blocks
+from stepdistill.models.schedule import dynamic_shift
 from stepdistill.models.vae import latent_size
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 
 from stepdistill.core.method import Setting
-from stepdistill.models.family import Family, read_schedule
+from stepdistill.models.family import Family
+from stepdistill.models.schedule import read_schedule
 from stepdistill.models.single_file import config_source, is_single_file, load_single_file
 from stepdistill.models.teacher_lora import merge_loras, parse_lora
 
@@ -32,6 +33,8 @@ FAMILIES: dict[str, str] = {
     "z_image": "stepdistill.models.z_image:ZImageFamily",
     "sana": "stepdistill.models.sana:SanaFamily",
     "qwen_image": "stepdistill.models.qwen_image:QwenImageFamily",
+    "unet2d": "stepdistill.models.unet2d:UNet2DFamily",
+    "edm": "stepdistill.models.edm:EDMFamily",
 }
 
 
@@ -147,3 +150,23 @@ def load_setting(model: str | Path, config: str | None = None, **hub: Any) -> Se
     where = config_source(model, config)
     scheduler = scheduler_cls.from_pretrained(where, subfolder="scheduler", **hub)
     return Setting(*read_schedule(scheduler))
+
+
+def conditioning_of(model: Any, config: str | None = None, **hub: Any) -> str:
+    """ "prompt", "label" or "none": what a Family, folder, Hub id or single file is told."""
+    if isinstance(model, Family):
+        return model.conditioning
+    cls = family_for(pipeline_class_of(model, config, **hub))
+    net = (
+        UNet2DModel.load_config(config_source(model, config), subfolder=cls.net_name, **hub)
+        if cls.reads_conditioning
+        else {}
+    )
+    return cls.conditioning_in(net)
+
+
+def has_null(model: Any, config: str | None = None, **hub: Any) -> bool:
+    """Whether that model has an empty condition to guide away from."""
+    if isinstance(model, Family):
+        return model.has_null
+    return family_for(pipeline_class_of(model, config, **hub)).has_null

@@ -32,6 +32,7 @@ from stepdistill.models.tiny_parts import (
     t5,
     vae,
 )
+from stepdistill.models.tiny_pixels import tiny_edm, tiny_unet2d
 from stepdistill.models.tiny_transformers import (
     tiny_flux,
     tiny_lumina2,
@@ -167,5 +168,8 @@ TINY: dict[str, Callable[[], Any]] = {
     "lumina2": tiny_lumina2,
     "z_image": tiny_z_image,
     "qwen_image": tiny_qwen_image,
+    "unet2d": tiny_unet2d,
+    "edm": tiny_edm,
+    "edm_plain": lambda: tiny_edm(classes=None, restarts=False),
 }
 """Builder of each family's tiny pipeline by family name, variants beside it."""

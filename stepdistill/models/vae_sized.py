@@ -10,7 +10,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from stepdistill.models.family import Family, dynamic_shift
+from stepdistill.models.family import Family
+from stepdistill.models.schedule import dynamic_shift
 from stepdistill.models.vae import latent_size
 
 PATCH = 2  # latent pixels to a side of an image token, fixed in these pipelines

@@ -43,7 +43,11 @@ class BatchMaker:
     @torch.no_grad()
     def __call__(self, raw: dict[str, Any]) -> Batch:
         """The Batch of a collated dict (see data.stream.collate)."""
-        prompts = raw["label"] if "label" in raw else raw["prompt"]
+        prompts: list[Any]
+        if self.family.conditioning == "none":
+            prompts = [0] * len(raw["index"])
+        else:
+            prompts = raw["label"] if "label" in raw else raw["prompt"]
         prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
         cond = self.encode(prompts)
         if self._null is None:

@@ -13,7 +13,7 @@ from typing import Any
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields
 from stepdistill.models.family import Family
-from stepdistill.models.registry import load_setting
+from stepdistill.models.registry import conditioning_of, has_null, load_setting
 from stepdistill.models.single_file import config_source
 from stepdistill.models.student_net import check_student_config
 from stepdistill.models.teacher_lora import lora_facts
@@ -46,7 +46,11 @@ def method_fits(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainer builds it again and warns then
         method = cls(config, setting)
+    if not has_null(model, single_file_config, **hub):
+        _without_guidance(cls.name, config)
     has = provided_fields(dataset) | {"null"}
+    if conditioning_of(model, single_file_config, **hub) == "none":
+        has |= {"cond"}
     if not method.needs <= has:
         hint = {
             "noise": "Make pairs first: stepdistill pairs --config ...",
@@ -79,6 +83,18 @@ def student_fits(
         )
     where = model if isinstance(model, Family) else config_source(model, single_file_config)
     check_student_config(changes, where, revision)
+
+
+def _without_guidance(name: str, config: MethodConfig) -> None:
+    """Errors: ValueError where the method guides its teacher, for a model without a null."""
+    for key in ("guidance", "guidance_range"):
+        value = getattr(config, key, None)
+        ends = value if isinstance(value, tuple) else (value,)
+        if any(end not in (None, 1.0) for end in ends):
+            raise ValueError(
+                f"{name}: expected no guidance (the model has no null condition), got {key} "
+                f"{value}. Set it to {[1, 1] if isinstance(value, tuple) else 1}."
+            )
 
 
 def run_facts(

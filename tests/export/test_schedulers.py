@@ -194,7 +194,7 @@ def test_velocity_student_in_a_plain_loop(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "spec", "accepts", "message"),
     [
-        (VEPath(), SamplerSpec((1.0,)), PLAIN_CALL, "VP or flow student, got VEPath"),
+        (VEPath(), SamplerSpec((1.0, 0.5)), PLAIN_CALL, "kind ode .Euler. .* DDIMScheduler"),
         (FlowPath(), SamplerSpec((1.0, 0.5), "tcd", gamma=0.3), PLAIN_CALL, "kind ode or renoise"),
         (FlowPath(), SamplerSpec((1.0,), boundary_scale=10.0), PLAIN_CALL, "plain x0"),
         (None, SamplerSpec((0.4,)), PLAIN_CALL, r"call takes none, got \[399\]"),

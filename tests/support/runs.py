@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import Scorer
-from stepdistill.models.registry import family_for, pipeline_class_of
+from stepdistill.methods import METHODS
+from stepdistill.models.registry import conditioning_of, has_null
 from stepdistill.models.tiny import TINY
 from stepdistill.trainers import TRAINER_OF, DistillationTrainer
 
@@ -42,11 +43,16 @@ def fingerprint(tensors: Mapping[str, Tensor], skip_adapters: bool = False) -> d
 class TinyData(Dataset[dict[str, Any]]):
     """Six items with every field a method may need."""
 
-    def __init__(self, shape: tuple[int, ...], by_label: bool, fields: tuple[str, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], told: str, fields: tuple[str, ...]) -> None:
         generator = torch.Generator().manual_seed(0)
         self.items = []
         for i in range(6):
-            item: dict[str, Any] = {"label": i % 3} if by_label else {"prompt": f"thing {i % 3}"}
+            kinds: dict[str, dict[str, Any]] = {
+                "label": {"label": i % 3},
+                "prompt": {"prompt": f"thing {i % 3}"},
+                "none": {},
+            }
+            item = kinds[told]
             for name in fields:
                 item[name] = torch.randn(shape, generator=generator)
             self.items.append(item)
@@ -68,6 +74,11 @@ def _null_has_words(family: str, layout: str) -> bool:
     A batch of two that happens to be null throughout would leave them still.
     """
     return family != "sdxl"
+
+
+def _no_preconditioning(family: str, layout: str) -> bool:
+    """An EDM network's output can't be read as a velocity."""
+    return not family.startswith("edm")
 
 
 def _two_with_prompts(family: str, layout: str) -> bool:
@@ -155,9 +166,38 @@ METHOD_CASES: dict[str, MethodCase] = {
         "consistency", {"target": "ema", "embed_guidance": True}, ("x0",), _w_embedding
     ),
     "reflow": MethodCase("reflow", {"stage": "reflow"}, ("x0", "noise")),
-    "reflow_raw": MethodCase("reflow", {"stage": "reflow", "setup": "raw"}, ("x0", "noise")),
+    "reflow_raw": MethodCase(
+        "reflow", {"stage": "reflow", "setup": "raw"}, ("x0", "noise"), _no_preconditioning
+    ),
     "reflow_distill": MethodCase("reflow", {"stage": "distill"}, ("x0", "noise")),
+    "reflow_lpips": MethodCase(
+        "reflow",
+        {"stage": "distill", "loss": "lpips"},
+        ("x0", "noise"),
+        _two_with_prompts,
+        {"lpips": _pixel_distance},
+    ),
+    "rfpp": MethodCase(
+        "rfpp",
+        {"perceptual": "inverse_t"},
+        ("x0", "noise"),
+        _two_with_prompts,
+        {"lpips": _pixel_distance},
+    ),
+    "slimflow": MethodCase("slimflow", {"flip": "sample"}, ("x0", "noise"), _two_with_prompts),
+    "slimflow_distill": MethodCase(
+        "slimflow", {"stage": "distill"}, ("x0", "noise"), _two_with_prompts
+    ),
 }
+
+
+def unguided(spec: MethodCase) -> dict[str, Any]:
+    """The case's options for a model without a null condition: nothing to guide away from."""
+    fields = METHODS[spec.method].cls.Config.model_fields
+    off: dict[str, Any] = {"guidance": 1.0} if "guidance" in fields else {}
+    if "guidance_range" in fields:
+        off["guidance_range"] = None if "guidance" in fields else (1.0, 1.0)
+    return {**spec.options, **off}
 
 
 def build_trainer(
@@ -171,7 +211,6 @@ def build_trainer(
 ) -> DistillationTrainer:
     """A two-step trainer of that case on a saved tiny teacher."""
     spec = METHOD_CASES[case]
-    family = family_for(pipeline_class_of(teacher))
     args = TrainConfig(
         output_dir=str(output_dir),
         **{
@@ -185,13 +224,13 @@ def build_trainer(
         },
     )
     shape = _latent_shape(teacher)
-    data = TinyData(shape, family.conditioning == "label", spec.fields)
+    data = TinyData(shape, conditioning_of(teacher), spec.fields)
     return TRAINER_OF[spec.method](
         str(teacher),
         args,
         data,
         method=spec.method,
-        method_config=spec.options,
+        method_config=spec.options if has_null(teacher) else unguided(spec),
         scorers=spec.scorers if scorers is None else scorers,
     )
 

@@ -1,0 +1,64 @@
+"""Stock schedulers read as noise paths: table, prediction type and resolution shift."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VEPath, VPPath
+
+
+def dynamic_shift(config: Any, num_tokens: int) -> float:
+    """Resolution shift of a flow scheduler that shifts by the number of image tokens.
+
+    mu is linear in the tokens between (base_image_seq_len, base_shift) and (max_image_seq_len,
+    max_shift), as in the stock pipelines' calculate_shift; the shift is exp(mu), or mu itself
+    where time_shift_type is linear.
+    """
+    span = config.max_image_seq_len - config.base_image_seq_len
+    slope = (config.max_shift - config.base_shift) / span
+    mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
+    """(path, prediction type, shift) that a stock scheduler's config describes.
+
+    A dynamic shift is read at the config's largest image, which is the model's own size.
+
+    Errors: ValueError for a scheduler or prediction type that has no path here, and for eps
+    prediction with zero terminal SNR, where x0 is undefined at t = 1.
+    """
+    config = scheduler.config
+    kinds: dict[str, PredictionType] = {
+        "epsilon": "eps",
+        "v_prediction": "v",
+        "sample": "x0",
+        "flow_prediction": "flow",
+    }
+    flow = ("FlowMatch", "FlowMap")
+    if type(scheduler).__name__.startswith(flow) or config.get("use_flow_sigmas"):
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        if config.get("use_dynamic_shifting"):
+            shift = dynamic_shift(config, config.max_image_seq_len)
+        return FlowPath(config.num_train_timesteps), "flow", float(shift)
+    if type(scheduler).__name__.startswith(("EDM", "CMStochastic")):
+        scale = 0.25 if type(scheduler).__name__.startswith("EDM") else 250.0
+        return VEPath(config.sigma_max, config.rho, config.sigma_min, scale), "x0", 1.0
+    name = config.get("prediction_type", "epsilon")
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if name not in kinds or alphas is None:
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__}: expected a VP table or flow matching with "
+            f"prediction_type in {sorted(kinds)}, got prediction_type {name!r}. "
+            "Save the pipeline with a scheduler that states them."
+        )
+    path = VPPath(alphas)
+    if kinds[name] == "eps" and float(path.coeffs(torch.ones(1))[0]) < 1e-6:
+        raise ValueError(
+            "scheduler: expected v_prediction with zero terminal SNR, got epsilon: one step from "
+            "pure noise would divide by alpha = 0. Turn rescale_betas_zero_snr off."
+        )
+    return path, kinds[name], 1.0
