@@ -79,7 +79,9 @@ def sample_images(
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """PIL images of (B, 1 or 3, H, W) in [-1, 1], clamped."""
+    """PIL images of (B, 1 or 3, H, W) in [-1, 1], clamped; of videos, the frames side by side."""
+    if images.ndim == 5:
+        images = images.transpose(2, 3).flatten(3)  # (B, 3, H, F W)
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
     return [
         Image.fromarray(p.squeeze(-1).numpy() if p.shape[-1] == 1 else p.numpy()) for p in pixels

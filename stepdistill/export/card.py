@@ -49,7 +49,18 @@ def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> 
     return (
         "from diffusers import DiffusionPipeline\n"
         f"pipe = DiffusionPipeline.from_pretrained({where!r}{load_arguments(record)})\n"
-        f'pipe({call_code(record, prompt)}).images[0].save("image.png")'
+        f"{saving_code(record, prompt)}"
+    )
+
+
+def saving_code(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
+    """The call, and the saving of its image or video, as code."""
+    call = call_code(record, prompt)
+    if record.get("output") != "frames":
+        return f'pipe({call}).images[0].save("image.png")'
+    return (
+        "from diffusers.utils import export_to_video\n"
+        f'export_to_video(pipe({call}).frames[0], "video.mp4")'
     )
 
 

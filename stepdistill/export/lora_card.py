@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.export.card import call_code, load_arguments
+from stepdistill.export.card import load_arguments, saving_code
 
 
 def teacher_loras(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -62,7 +62,7 @@ def peft_code(
 def _last(record: Mapping[str, Any], scheduler: str, where: str) -> list[str]:
     return [
         f"pipe.scheduler = {scheduler}.from_pretrained({where!r}, subfolder='scheduler')",
-        f"pipe({call_code(record)}).images[0].save('image.png')",
+        saving_code(record),
     ]
 
 

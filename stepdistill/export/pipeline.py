@@ -105,6 +105,7 @@ def describe(
         "base_model": facts.get("model"),
         "family": family.name,
         "conditioning": family.conditioning,
+        "output": family.output,
         "method": facts.get("method"),
         "num_inference_steps": spec.num_steps,
         "guidance_scale": family.stock_guidance(guidance) if family.has_null else None,

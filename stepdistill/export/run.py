@@ -21,7 +21,7 @@ def sample_export(
     num_steps: int | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """One PNG for each prompt, named by index; prompts stand in metadata.jsonl.
+    """One PNG (of videos, GIF) for each prompt, named by index; prompts stand in metadata.jsonl.
 
     Errors: ValueError where the folder is no export, or for steps it was not exported for.
     """
@@ -47,15 +47,26 @@ def sample_export(
             if record["conditioning"] != "prompt":
                 labels = record["conditioning"] == "label"
                 subject = {"class_labels": [int(prompt)]} if labels else {}
-            image = pipe(
+            result = pipe(
                 **subject,
                 **call_options(record),
                 generator=torch.Generator().manual_seed(seed + i),
-            ).images[0]
-            path = out / f"{i:04d}.png"
-            image.save(path)
+                output_type="pil",
+            )
+            path = _save(result[0][0], out / f"{i:04d}")
             index.write(
                 json.dumps({"file_name": path.name, "text": prompt, "seed": seed + i}) + "\n"
             )
             written.append(path)
     return written
+
+
+def _save(made: Any, stem: Path) -> Path:
+    """Write one PIL image, or a video's list of them at 16 frames a second."""
+    if not isinstance(made, list):
+        path = stem.with_suffix(".png")
+        made.save(path)
+        return path
+    path = stem.with_suffix(".gif")
+    made[0].save(path, save_all=True, append_images=made[1:], duration=1000 / 16, loop=0)
+    return path

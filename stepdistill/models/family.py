@@ -241,10 +241,11 @@ class Family(ABC):
         """(B, C, *S) of what `pack` made, or the network put out; shape: (C, *S)."""
         return packed
 
-    def images_in(self, result: Any) -> Tensor:
+    @classmethod
+    def images_in(cls, result: Any) -> Tensor:
         """(B, C, H, W) or (B, C, F, H, W) in [0, 1] of what a stock call returned as "pt"."""
-        found: Tensor = getattr(result, self.output)
-        return found.transpose(1, 2) if self.output == "frames" else found
+        found: Tensor = getattr(result, cls.output)
+        return found.transpose(1, 2) if cls.output == "frames" else found
 
     def stock_call(
         self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator

@@ -185,10 +185,14 @@ class RoleBank(nn.Module):
         return logits
 
     def images(self, latents: Tensor) -> Tensor:
-        """See Nets.images; in the VAE's own precision, as half overflows in some."""
+        """See Nets.images; in the VAE's own precision, as half overflows in some.
+
+        Of videos, the middle frame.
+        """
         (decoder,) = self._decoder
         with torch.autocast(latents.device.type, enabled=False):
-            return decode_latents(decoder, latents) if decoder else self.family.images(latents)
+            found = decode_latents(decoder, latents) if decoder else self.family.images(latents)
+        return found if found.ndim == 4 else found[:, :, found.shape[2] // 2]
 
     def scorer(self, name: str) -> Scorer:
         """See Nets.scorer."""

@@ -40,7 +40,7 @@ from stepdistill.models.tiny_transformers import (
     tiny_sana,
     tiny_z_image,
 )
-from stepdistill.models.tiny_video import tiny_qwen_image
+from stepdistill.models.tiny_video import tiny_qwen_image, tiny_wan
 
 
 def unet(text_width: int, **extra: Any) -> UNet2DConditionModel:
@@ -168,6 +168,8 @@ TINY: dict[str, Callable[[], Any]] = {
     "lumina2": tiny_lumina2,
     "z_image": tiny_z_image,
     "qwen_image": tiny_qwen_image,
+    "wan": tiny_wan,
+    "wan_tokens": lambda: tiny_wan(expand_timesteps=True),
     "unet2d": tiny_unet2d,
     "edm": tiny_edm,
     "edm_plain": lambda: tiny_edm(classes=None, restarts=False),

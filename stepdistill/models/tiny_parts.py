@@ -21,6 +21,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 TEXT_WIDTH = 16
@@ -77,6 +79,15 @@ def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
         vocab_size=len(tokenizer), d_model=width, d_ff=2 * width, d_kv=8, num_layers=1, num_heads=2
     )
     return tokenizer, T5EncoderModel(config)
+
+
+def umt5(width: int) -> tuple[T5Tokenizer, UMT5EncoderModel]:
+    """T5's tokenizer above with a one-layer UMT5 encoder of that width."""
+    tokenizer, _ = t5(width)
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=width, d_ff=2 * width, d_kv=8, num_layers=1, num_heads=2
+    )
+    return tokenizer, UMT5EncoderModel(config)
 
 
 def gemma(width: int) -> tuple[GemmaTokenizer, Gemma2Model]:

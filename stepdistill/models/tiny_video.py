@@ -10,9 +10,13 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 
 from stepdistill.models.tiny_parts import (
@@ -21,6 +25,7 @@ from stepdistill.models.tiny_parts import (
     qwen_tokenizer,
     qwen_vl,
     seeded,
+    umt5,
 )
 
 # Of four latent channels, no two alike.
@@ -62,4 +67,56 @@ def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
             vae=autoencoder,
             text_encoder=qwen_vl(TEXT_WIDTH),
             tokenizer=qwen_tokenizer(),
+        )
+
+
+def wan_vae() -> AutoencoderKLWan:
+    """Factor 4 in space and time: videos of 5 frames, 16 x 32 px, make 2 x 4 x 8 latents."""
+    autoencoder = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        scale_factor_spatial=4,
+        **LATENTS,
+    )
+    autoencoder.register_to_config(sample_size=[5, 16, 32])
+    return autoencoder
+
+
+def wan_transformer(in_channels: int = 4, **extra: Any) -> WanTransformer3DModel:
+    """Two blocks of width 24."""
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=in_channels,
+        out_channels=4,
+        text_dim=TEXT_WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        **extra,
+    )
+
+
+def wan_scheduler() -> UniPCMultistepScheduler:
+    """The scheduler of the released checkpoints: UniPC on shifted flow sigmas."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+
+
+def tiny_wan(expand_timesteps: bool = False, seed: int = 0) -> WanPipeline:
+    """A WanPipeline like 2.1's, or like 2.2's 5B, which has a time for each token."""
+    with seeded(seed):
+        tokenizer, text_encoder = umt5(TEXT_WIDTH)
+        return WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=wan_vae(),
+            scheduler=wan_scheduler(),
+            transformer=wan_transformer(),
+            expand_timesteps=expand_timesteps,
         )

@@ -33,6 +33,8 @@ TYPED = {
     "sana": {"num_inference_steps": 4, "guidance_scale": 1.0},
     "lumina2": {"num_inference_steps": 4, "guidance_scale": 1.0},
     "z_image": {"num_inference_steps": 4, "guidance_scale": 0.0},
+    "qwen_image": {"num_inference_steps": 4},
+    "wan": {"num_inference_steps": 4, "guidance_scale": 1.0},
     "dit": {"num_inference_steps": 4, "guidance_scale": 1.0},
 }
 
@@ -50,8 +52,8 @@ def image_of(call, subject, **options):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         with listen(call.unet if hasattr(call, "unet") else call.transformer) as calls:
-            images = call(subject, output_type="pt", **options).images
-    return images, calls
+            result = call(subject, output_type="pt", **options)
+    return family_for(type(call).__name__).images_in(result), calls
 
 
 def in_memory(trainer, spec, subject):
