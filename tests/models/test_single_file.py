@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.original import clip_state, denoiser_state, vae_state
-from support.runs import TinyData, fingerprint, teacher_dir
+from support.runs import fingerprint, teacher_dir
 
 from stepdistill import TrainConfig, Tuning
+from stepdistill.data.stream import PromptDataset
 from stepdistill.models.registry import load_family, load_setting, pipeline_class_of
 from stepdistill.trainers import VariationalScoreTrainer, trainer_of_run
 
@@ -74,7 +75,7 @@ def test_a_run_on_it_resumes_and_exports(whole, tmp_path) -> None:
         tuning=Tuning(rank=2),
         disable_progress_bar=True,
     )
-    trainer = VariationalScoreTrainer(str(path), args, TinyData((4, 8, 8), False, ()))
+    trainer = VariationalScoreTrainer(str(path), args, PromptDataset(["a", "b"]))
     trainer.train()
     again = trainer_of_run(tmp_path / "run")
     assert again.step == 1

@@ -5,45 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from support.runs import TinyData, teacher_dir
+from support.loras import style_lora
+from support.runs import teacher_dir
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.data.stream import PromptDataset
 from stepdistill.models.registry import load_family
 from stepdistill.models.teacher_lora import parse_lora
 from stepdistill.trainers import VariationalScoreTrainer, trainer_of_run
-
-
-def style_lora(folder: Path, out: Path, seed: int, rank: int = 2, alpha: int = 7) -> dict:
-    """A LoRA with random weights on a saved teacher; returns its delta of each module."""
-    family = load_family(folder)
-    net = family.net
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "to_out.0"])
-    net.add_adapter(config, "style")
-    generator = torch.Generator().manual_seed(seed)
-    for name, param in net.named_parameters():
-        if ".lora_" in name:
-            param.data = 0.3 * torch.randn(param.shape, generator=generator)
-    deltas = {
-        name: layer.get_delta_weight("style").detach()
-        for name, layer in net.named_modules()
-        if hasattr(layer, "get_delta_weight")
-    }
-    type(family.pipeline).save_lora_weights(
-        out,
-        **{
-            f"{family.net_name}_lora_layers": get_peft_model_state_dict(net, adapter_name="style"),
-            f"{family.net_name}_lora_adapter_metadata": net.peft_config["style"].to_dict(),
-        },
-    )
-    return deltas
 
 
 @pytest.mark.parametrize("family", ["sd_v", "sdxl", "sd3", "flux"])
@@ -198,7 +172,7 @@ def test_the_lora_is_part_of_what_a_run_is(run, tmp_path) -> None:
     with pytest.raises(
         ValueError, match="expected the settings of the saved run, got teacher_lora"
     ):
-        VariationalScoreTrainer(run.model, args, TinyData((4, 8, 8), False, ()))
+        VariationalScoreTrainer(run.model, args, PromptDataset(["a", "b"]))
 
 
 def test_a_loaded_family_takes_no_lora(run, tmp_path) -> None:
