@@ -20,7 +20,7 @@ from stepdistill.core.path import expand
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 
-SamplerKind = Literal["ode", "renoise", "tcd"]
+SamplerKind = Literal["ode", "renoise", "tcd", "anchored"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class SamplerSpec:
 
     times: descending visiting times, the network's calls; after the last one comes x0.
     kind:  "ode" deterministic steps; "renoise" x0 then fresh noise to the next time (LCM, DMD2);
-           "tcd" deterministic to (1 - gamma) of the next time, then noise travel (TCD).
+           "tcd" deterministic to (1 - gamma) of the next time, then noise travel (TCD);
+           "anchored" x0 and the FIRST noise mixed at the next time (arXiv:2405.20320, Sec. 4).
     trained_times: every time the student was trained at; None where that is all of (0, 1].
            Times outside it are refused.
     guidance: classifier-free guidance still needed at inference; 1 for guidance folded in.
@@ -147,6 +148,9 @@ def sample_x0(
             return x0
         if spec.kind == "ode":
             x = path.step(x0, x, at(t), at(s))
+            continue
+        if spec.kind == "anchored":
+            x = path.add_noise(x0, noise, at(s))
             continue
         if fresh_noise is None:
             raise ValueError(f"sample_x0: expected fresh_noise with kind {spec.kind!r}, got None.")

@@ -41,6 +41,19 @@ def uniform_times(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     return low + (high - low) * u.double()
 
 
+def u_shaped_times(u: Tensor, sharpness: float, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Density proportional to e^(a t) + e^(a (1 - t)), a = sharpness, mapped onto [low, high].
+
+    Half of u draws y from a e^(a y) / (e^a - 1), the other half 1 - y.
+    Source: Lee et al. 2024, arXiv:2405.20320, as released; their text has e^(a t) + e^(-a t), which
+    is no U on [0, 1].
+    """
+    doubled = 2.0 * u.double()
+    part = doubled - doubled.floor()
+    y = torch.log1p(part * math.expm1(sharpness)) / sharpness
+    return low + (high - low) * torch.where(doubled < 1.0, y, 1.0 - y)
+
+
 def logit_normal_times(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """sigmoid(N(mean, std^2)), SD3's training law (arXiv:2403.03206, Eq. 19)."""
     u = u.double().clamp(1e-7, 1.0 - 1e-7)

@@ -77,6 +77,12 @@ def stock_sampler(
         sends_sigmas: its call hands the scheduler linspace(1, 1/N, N) for N steps.
     Errors: ValueError for a spec no stock scheduler samples in that pipeline.
     """
+    if spec.kind == "anchored":
+        raise ValueError(
+            "export: expected a sampler that a stock scheduler has, got the anchored one beyond "
+            "one step. Train with method_config.sampler: euler (the same where the field is "
+            "straight), export one step, or sample with stepdistill.sampling."
+        )
     if isinstance(path, VPPath):
         return _vp(teacher_scheduler.config, path, spec, accepts)
     if isinstance(path, FlowPath):

@@ -46,6 +46,17 @@ def pseudo_huber(pred: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
     return squared / ((squared + c**2).sqrt() + c)
 
 
+def sample_huber(pred: Tensor, target: Tensor, ratio: float = 0.00054) -> Tensor:
+    """(B,) (sqrt(|e|^2 + h^2) - h) / d of each sample's d numbers, h = ratio * d.
+
+    Source: Lee et al. 2024, arXiv:2405.20320, as released (iCT's h is ratio * sqrt(d)).
+    Notes: |e|^2 / (2 h d) for small errors, |e| / d for large ones.
+    """
+    error = _difference(pred, target).flatten(1)
+    squared, h = (error**2).sum(1), ratio * error.shape[1]
+    return squared / ((squared + h**2).sqrt() + h) / error.shape[1]
+
+
 def distance(name: DistanceName, pred: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
     """(B, C, *S) the elementwise distance of that name; `c` is read by "huber" alone."""
     if name == "l2":

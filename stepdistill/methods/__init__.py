@@ -8,6 +8,8 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.pcm import PCM
 from stepdistill.methods.reflow import Reflow
+from stepdistill.methods.rfpp import RFPP
+from stepdistill.methods.slimflow import SlimFlow
 from stepdistill.methods.tscd import TSCD
 from stepdistill.methods.vsd import VSD
 
@@ -17,6 +19,8 @@ METHODS: dict[str, MethodInfo] = {
     "f_distill": MethodInfo(FDistill, "checked on analytic teachers"),
     "pcm": MethodInfo(PCM, "checked on analytic teachers"),
     "reflow": MethodInfo(Reflow, "checked on analytic teachers"),
+    "rfpp": MethodInfo(RFPP, "checked on analytic teachers"),
+    "slimflow": MethodInfo(SlimFlow, "checked on analytic teachers"),
     "tscd": MethodInfo(TSCD, "checked on analytic teachers"),
     "vsd": MethodInfo(VSD, "checked on analytic teachers"),
 }

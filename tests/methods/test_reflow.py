@@ -291,6 +291,24 @@ def test_distill_gradient_has_its_closed_form():
     torch.testing.assert_close(theta.grad.item(), 0.4 * expected, rtol=1e-9, atol=0)
 
 
+def test_distill_lpips_judges_decoded_images_at_one_step():
+    def judge(images: Tensor, by: Tensor) -> Tensor:
+        assert not by.requires_grad
+        return 3 * (images - by).square().mean(dim=(1, 2, 3))
+
+    theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    method = make(FLOW, stage="distill", loss="lpips")
+    student = Straight(FLOW, error=lambda t: theta + 0 * t, from_prior=True)
+    (phase,) = method.phases(0)
+    nets = AnalyticNets({"student": student}, scorers={"lpips": judge})
+    loss = phase.loss(nets, pairs(64), Ctx64(seed=1)).total
+    loss.backward()
+    torch.testing.assert_close(loss.item(), 3 * 0.04)
+    torch.testing.assert_close(theta.grad.item(), 3 * 0.4)
+    assert method.scorers()["lpips"].kind == "lpips"
+    assert make(FLOW, stage="distill").scorers() == {}
+
+
 def test_distill_huber():
     method = make(FLOW, stage="distill", loss="huber", huber_c=1e-3)
     loss = loss_of(method, Straight(FLOW, error=lambda t: 0.2 + 0 * t), pairs(64))
@@ -304,6 +322,7 @@ def test_distill_huber():
         ({"t_range": (0.0, 1.0)}, "0 < low < high <= 1"),
         ({"t_range": (0.5, 0.2)}, "0 < low < high <= 1"),
         ({"loss": "huber"}, "'l2' in stage reflow"),
+        ({"stage": "distill", "loss": "lpips", "num_steps": 2}, "'lpips' with one trained time"),
         ({"stage": "pairs"}, "'reflow' or 'distill'"),
         ({"student_times": (0.4,)}, "descending times in .* and stage distill"),
         ({"student_times": (0.4, 0.6), "stage": "distill"}, "descending times in"),
