@@ -6,7 +6,6 @@ Heavy imports happen inside the commands, so --help answers at once.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 
@@ -87,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     push = command("push", _push)
     push.add_argument("folder", help="exported folder")
     push.add_argument("repo_id", help="user/name; private unless it exists")
-    push.add_argument("--dry_run", action="store_true", help="list the files, send nothing")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.add_argument("--dry_run", metavar="DIR", help="write what would be sent; send nothing")
 
     command("list", _list)
 
@@ -176,12 +176,13 @@ def _merge(args: argparse.Namespace) -> None:
 
 def _push(args: argparse.Namespace) -> None:
     """Upload an exported folder to the Hub."""
-    from stepdistill.export.hub import files_to_push, push_folder
+    from stepdistill.export.hub import dry_run, push_folder
 
     if args.dry_run:
-        print(json.dumps(files_to_push(args.folder), indent=2))
+        for path in dry_run(args.folder, args.repo_id, args.dry_run):
+            print(path)
     else:
-        print(push_folder(args.folder, args.repo_id))
+        print(push_folder(args.folder, args.repo_id, private=not args.public))
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from stepdistill.core.method import Scorer
+from stepdistill.core.solvers import SamplerSpec
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import EmptyRows, PromptDataset
 from stepdistill.models.family import Family
@@ -27,6 +28,7 @@ from stepdistill.training.checkpoint import RUN_FILE, newest_valid
 from stepdistill.training.config import RunConfig, TrainConfig
 from stepdistill.training.configfile import method_class, parse_run_config
 from stepdistill.training.trainer import Trainer
+from stepdistill.training.validation import validate
 
 
 class DistillationTrainer(Trainer):
@@ -106,15 +108,33 @@ class DistillationTrainer(Trainer):
                 export_pipeline(*where)
             else:
                 export_lora(*where, format=form)
+            self._add_samples(Path(out_dir), spec)
         self.accelerator.wait_for_everyone()
         return Path(out_dir)
 
-    def push_to_hub(self, repo_id: str, folder: str | Path | None = None) -> str:
-        """Upload an export (made first where `folder` is None) to a private repository."""
+    def _add_samples(self, folder: Path, spec: SamplerSpec) -> None:
+        """Put a grid of the validation prompts, and the run's metrics.json, beside an export."""
+        from stepdistill.export.hub_card import METRICS, SAMPLES
+
+        if self.args.validation_prompts:
+            validate(self.student(), self.family, spec, self.args, folder / SAMPLES)
+        if (self.output_dir / METRICS).is_file():
+            (folder / METRICS).write_bytes((self.output_dir / METRICS).read_bytes())
+
+    def push_to_hub(
+        self, repo_id: str, folder: str | Path | None = None, private: bool = True
+    ) -> str:
+        """Upload an export (made first where `folder` is None) with a card; returns its URL.
+
+        Args: private: visibility where the repository does not exist yet.
+        Errors: ValueError for files other than safetensors and text, or a token in one of them.
+        """
         from stepdistill.export.hub import push_folder
 
         folder = folder or self.export(self.output_dir / "pipeline")
-        return push_folder(folder, repo_id) if self.accelerator.is_main_process else repo_id
+        if not self.accelerator.is_main_process:
+            return repo_id
+        return push_folder(folder, repo_id, private)
 
 
 class ConsistencyTrainer(DistillationTrainer):

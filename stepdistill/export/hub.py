@@ -1,33 +1,126 @@
-"""Push an exported folder to the Hub: private unless the repository exists, nothing else sent."""
+"""Publish an export: private by default, safetensors and text only, no token in any file.
+
+`payload` is the one list of what is sent; a dry run writes the same bytes into a folder.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from stepdistill.export.hub_card import published_card
+
+RECORD = "distillation.json"  # export.pipeline's, without its heavy imports
+SENT = {".safetensors", ".json", ".md", ".txt", ".png", ".jinja", ".model", ".yaml"}
+_TEXT = SENT - {".safetensors", ".png", ".model"}
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
+# Left out of the record: they say where the run lay, not what it was.
+_PATHS = ("output_dir", "resume_from_checkpoint", "init_student_from")
 
 
 def files_to_push(folder: str | Path) -> list[str]:
-    """Relative paths that a push would upload. Errors: ValueError for pickled files."""
+    """Relative paths that a push would upload.
+
+    Errors: ValueError for pickled or unknown files, links out of the folder, or no export.
+    """
     root = Path(folder)
-    files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
-    pickled = [f for f in files if Path(f).suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
-    if pickled:
-        raise ValueError(f"push_to_hub: expected safetensors and text only, got {pickled[:3]}.")
-    if not files:
-        raise ValueError(f"push_to_hub: expected an exported folder, got {root} without files.")
-    return files
+    if not (root / RECORD).is_file():
+        raise ValueError(
+            f"push: expected an exported folder with {RECORD}, got {root}. "
+            "Make one: stepdistill export RUN_DIR OUT."
+        )
+    found = sorted(p for p in root.rglob("*") if p.is_file())
+    outside = [p for p in found if root.resolve() not in p.resolve().parents]
+    if outside:
+        raise ValueError(f"push: expected files inside {root}, got the link {outside[0]}.")
+    odd = [p.relative_to(root).as_posix() for p in found if p.suffix.lower() not in SENT]
+    if odd:
+        raise ValueError(
+            f"push: expected safetensors and text only, got {odd[:3]}. Export into a new folder."
+        )
+    return [p.relative_to(root).as_posix() for p in found]
+
+
+def payload(folder: str | Path, repo_id: str) -> dict[str, bytes | Path]:
+    """What a push sends, path in the repository -> contents, or the file that holds them.
+
+    Errors: see files_to_push; ValueError for a broken record, a malformed repo_id, or a token in a
+        file.
+    """
+    root = Path(folder)
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as err:
+        raise ValueError(f"push: expected a repository user/name, got {repo_id!r}. {err}") from err
+    sent: dict[str, bytes | Path] = {name: root / name for name in files_to_push(root)}
+    try:
+        record: dict[str, Any] = json.loads((root / RECORD).read_text(encoding="utf-8"))
+        card = published_card(root, record, repo_id)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as err:
+        raise ValueError(f"{root / RECORD}: expected an export's record, got {err!r}.") from err
+    sent["README.md"] = card.encode()
+    for name in _PATHS:
+        record["run"].get("train_config", {}).pop(name, None)
+    sent[RECORD] = (json.dumps(record, indent=2) + "\n").encode()
+    refuse_tokens(sent)
+    return sent
+
+
+def refuse_tokens(sent: dict[str, bytes | Path]) -> None:
+    """Errors: ValueError where a file holds an access token (it names the file alone)."""
+    own = (get_token() or "").encode()
+    for name, content in sent.items():
+        if Path(name).suffix.lower() in _TEXT:
+            data = content.read_bytes() if isinstance(content, Path) else content
+            if _TOKEN.search(data) or (own and own in data):
+                raise ValueError(
+                    f"push: expected no access token in any file, got one in {name}. Remove it "
+                    "there, and revoke it where others could read it."
+                )
+
+
+def dry_run(folder: str | Path, repo_id: str, out_dir: str | Path) -> list[Path]:
+    """Write into out_dir, byte for byte, what a push would upload; returns the files.
+
+    Errors: ValueError where out_dir is not empty; see payload.
+    """
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"push: expected an empty folder for the dry run, got {out}.")
+    written = []
+    for name, content in payload(folder, repo_id).items():
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content.read_bytes() if isinstance(content, Path) else content)
+        written.append(target)
+    return written
 
 
 def push_folder(folder: str | Path, repo_id: str, private: bool = True) -> str:
-    """Upload `folder` to `repo_id`; returns the repository's URL. The token is huggingface_hub's.
+    """Upload an export to `repo_id` in one commit; returns the repository's URL.
 
+    The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN).
     Args: private: visibility where the repository does not exist yet.
+    Errors: see payload; ValueError where the Hub refuses.
     """
-    files_to_push(folder)
+    sent = payload(folder, repo_id)
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+        for name, content in sent.items()
+    ]
     api = HfApi()
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(
-        folder_path=str(folder), repo_id=repo_id, commit_message="Add stepdistill export"
-    )
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_commit(repo_id, operations, commit_message="Add stepdistill export")
+    except HfHubHTTPError as err:
+        raise ValueError(
+            f"push: expected the Hub to take {repo_id}, got: {str(err).strip().splitlines()[0]} "
+            "Log in with `hf auth login` and check the name."
+        ) from err
     return str(url)

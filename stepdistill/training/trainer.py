@@ -23,6 +23,7 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Method, Phase, Scorer
+from stepdistill.data.fingerprint import data_facts
 from stepdistill.data.stream import as_dataset, stream
 from stepdistill.models.family import Family
 from stepdistill.models.registry import load_family
@@ -87,6 +88,8 @@ class Trainer:
             method_class(method), args.tuning, model, revision, args.single_file_config
         )
         self.facts = checks.run_facts(model, revision, variant, method, config, args)
+        if self.dataset is not None:
+            self.facts["data"] = data_facts(self.dataset)
         check_start(args, model, revision, training=self.dataset is not None)
         self.resume_from = checks.output_dir_is_ours(args, self.facts)
 
@@ -290,3 +293,4 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
         self.step, self.batches_seen = state["step"], state["batches_seen"]
         self.seconds = state["seconds"]
+        self.facts.setdefault("data", state["facts"].get("data"))
