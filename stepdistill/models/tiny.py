@@ -99,8 +99,15 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
         )
 
 
-def tiny_sd3(with_t5: bool = False, seed: int = 0) -> StableDiffusion3Pipeline:
-    """A StableDiffusion3Pipeline, by default without T5, as people save it to spare memory."""
+def tiny_sd3(with_t5: bool = False, version: str = "3", seed: int = 0) -> StableDiffusion3Pipeline:
+    """A StableDiffusion3Pipeline, by default without T5, as people save it to spare memory.
+
+    version: "3", or "3.5" with normalised queries and keys and a second attention to the image
+        alone in the first block, as the medium checkpoint has.
+    """
+    extra: dict[str, Any] = {}
+    if version == "3.5":
+        extra = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
     with seeded(seed):
         tokenizer = clip_tokenizer()
         joint_width = 2 * TEXT_WIDTH
@@ -116,6 +123,7 @@ def tiny_sd3(with_t5: bool = False, seed: int = 0) -> StableDiffusion3Pipeline:
             caption_projection_dim=16,
             pooled_projection_dim=2 * TEXT_WIDTH,
             pos_embed_max_size=LATENT_SIZE,
+            **extra,
         )
         tokenizer_3, text_encoder_3 = t5(joint_width) if with_t5 else (None, None)
         return StableDiffusion3Pipeline(
@@ -159,6 +167,7 @@ TINY: dict[str, Callable[[], Any]] = {
     "sd_v": lambda: tiny_sd("v_prediction"),
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
+    "sd35": lambda: tiny_sd3(version="3.5"),
     "dit": tiny_dit,
     "flux": tiny_flux,
     "flux_schnell": lambda: tiny_flux(guidance_embeds=False),

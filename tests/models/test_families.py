@@ -73,6 +73,8 @@ def test_parity_with_the_stock_pipeline(family) -> None:
     "build",
     [
         lambda: tiny_sd3(with_t5=True),
+        TINY["sd35"],
+        lambda: tiny_sd3(with_t5=True, version="3.5"),
         tiny_lcm,
         TINY["flux_schnell"],
         TINY["pixart_sigma"],
@@ -81,6 +83,8 @@ def test_parity_with_the_stock_pipeline(family) -> None:
     ],
     ids=[
         "sd3_t5",
+        "sd35",
+        "sd35_t5",
         "lcm",
         "flux_schnell",
         "pixart_sigma",
@@ -382,6 +386,15 @@ def test_flux_without_the_embedding_is_guided_by_a_null_pass(make_family) -> Non
         )
     with pytest.raises(ValueError, match="embed_guidance"):
         family.copy_net(("w",))
+
+
+def test_lora_reaches_the_second_attention_of_sd35(make_family) -> None:
+    """Its targets name modules by their endings: attn2, which SD3 lacks, is one of them."""
+    family = make_family("sd35")
+    bank = RoleBank(family, {"student": Role(train=True)}, Tuning(rank=2))
+    adapted = {name.split(".lora_")[0] for name in bank.members("student")}
+    assert "transformer_blocks.0.attn2.to_q" in adapted
+    assert not any("norm" in name for name in adapted)
 
 
 def test_sdxl_null_is_zeros_where_the_pipeline_says_so(make_family) -> None:
