@@ -17,22 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    CMStochasticIterativeScheduler,
-    DDIMScheduler,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import CMStochasticIterativeScheduler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from stepdistill.core.method import Role
-from stepdistill.core.path import VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.models.family import Family
 from stepdistill.models.registry import family_for, load_family
 from stepdistill.models.rolebank import RoleBank
+from stepdistill.models.schedule import parity_scheduler
 from stepdistill.models.tuning import Tuning
 from stepdistill.models.vae import is_video_vae
 
@@ -146,31 +141,6 @@ class Stock:
         with self._prepared(replace), listen(self.family.net) as calls:
             images = self.family.stock_call(prompts, guidance, num_steps, generator)
         return images, calls
-
-
-def parity_scheduler(family: Family) -> Any:
-    """The stock scheduler that takes the deterministic first-order step of our solver."""
-    own: Any = family.pipeline.scheduler
-    config = own.config
-    if isinstance(own, FlowMatchEulerDiscreteScheduler):
-        # One step under shift_terminal (Qwen-Image) divides by zero: no call here needs it.
-        return type(own).from_config(config, shift_terminal=None)
-    if isinstance(family.path, VEPath):
-        if not isinstance(own, CMStochasticIterativeScheduler):
-            return EDMEulerScheduler.from_config(config)
-        # Without fresh noise, and with EDM's own scalings: those of a boundary at sigma_min = 0.
-        tiny = float(torch.tensor(config.sigma_max * config.num_train_timesteps**-config.rho))
-        options = {"s_noise": 0.0, "sigma_min": tiny, "clip_denoised": False}
-        return type(own).from_config(config, **options)
-    if not isinstance(family.path, VPPath):
-        return FlowMatchEulerDiscreteScheduler(shift=family.shift)
-    return DDIMScheduler.from_config(
-        config,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-        clip_sample=False,
-        thresholding=False,
-    )
 
 
 def gap(ours: Tensor, stock: Tensor) -> float:

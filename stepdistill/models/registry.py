@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 
 from stepdistill.core.method import Setting
 from stepdistill.models.family import Family
+from stepdistill.models.generic import generic_family
 from stepdistill.models.schedule import read_schedule
 from stepdistill.models.single_file import config_source, is_single_file, load_single_file
 from stepdistill.models.teacher_lora import merge_loras, parse_lora
@@ -47,12 +49,23 @@ def family_class(name: str) -> type[Family]:
 
 
 def family_for(pipeline_class: str) -> type[Family]:
-    """The family that serves a Diffusers pipeline class name.
+    """The family that serves a Diffusers pipeline class name, the generic one where none is made.
 
-    Errors: ValueError naming the nearest served classes.
+    Errors: ValueError naming the nearest served classes, where the generic one can't serve it.
     """
     served = {cls: name for name in FAMILIES for cls in family_class(name).pipelines}
     if pipeline_class not in served:
+        try:
+            generic = generic_family(pipeline_class)
+        except ValueError:
+            pass  # the message below says what is served
+        else:
+            warnings.warn(
+                f"model: {pipeline_class} has no family of its own; the generic one listens to its "
+                "call. Run `stepdistill check` on it, and train only where it passes.",
+                stacklevel=2,
+            )
+            return generic
         near = difflib.get_close_matches(pipeline_class, served, n=3, cutoff=0.3)
         raise ValueError(
             f"model: expected a pipeline class that has a family, got {pipeline_class!r}. "

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VEPath, VPPath
 
@@ -62,3 +69,34 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
             "pure noise would divide by alpha = 0. Turn rescale_betas_zero_snr off."
         )
     return path, kinds[name], 1.0
+
+
+def parity_scheduler(family: Any) -> Any:
+    """The stock scheduler that takes the deterministic first-order step of our solver."""
+    own: Any = family.pipeline.scheduler
+    config = own.config
+    if isinstance(own, FlowMatchEulerDiscreteScheduler):
+        # One step under shift_terminal (Qwen-Image) divides by zero: no call here needs it.
+        return type(own).from_config(config, shift_terminal=None)
+    if isinstance(family.path, VEPath):
+        if not isinstance(own, CMStochasticIterativeScheduler):
+            return EDMEulerScheduler.from_config(config)
+        # Without fresh noise, and with EDM's own scalings: those of a boundary at sigma_min = 0.
+        tiny = float(torch.tensor(config.sigma_max * config.num_train_timesteps**-config.rho))
+        options = {"s_noise": 0.0, "sigma_min": tiny, "clip_denoised": False}
+        return type(own).from_config(config, **options)
+    if not isinstance(family.path, VPPath):
+        return FlowMatchEulerDiscreteScheduler(shift=family.shift)
+    first_order: dict[str, Any] = {
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "thresholding": False,
+    }
+    known = inspect.signature(DDIMScheduler.__init__).parameters
+    kept = {name: config[name] for name in config if name in known}
+    made: Any = DDIMScheduler(**{**kept, **first_order})
+    if made.alphas_cumprod.shape == own.alphas_cumprod.shape:
+        # The table itself: its betas' name does not give it where a scheduler shifts the SNR.
+        made.alphas_cumprod = own.alphas_cumprod.clone()
+    return made

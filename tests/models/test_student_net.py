@@ -35,6 +35,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "sana": {"num_layers": 1},
     "lumina2": {"num_layers": 1},
     "z_image": {"n_layers": 1},
+    "unet2d": {"block_out_channels": [8, 8]},
+    "edm": {"block_out_channels": [8, 8]},
 }
 ROLES = {
     "teacher": Role(),
