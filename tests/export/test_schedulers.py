@@ -157,6 +157,26 @@ def test_flow_walk_from_the_config_alone(
     assert difference(sampler, path, "flow", spec, tmp_path) < 1e-5
 
 
+@pytest.mark.parametrize("sends_sigmas", [False, True])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_no_call_is_wasted_and_no_shift_counts_twice(
+    steps: int, shift: float, sends_sigmas: bool, tmp_path: Path
+) -> None:
+    """Stock FlowMatchEuler ends at 0.001 and shifts what it is sent; the saved one neither."""
+    grid = uniform_grid(steps, shift)
+    base = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    spec = SamplerSpec(grid, "ode")
+    sampler = stock_sampler(base, FlowPath(), spec, False, PLAIN_CALL, sends_sigmas)
+    sampler.scheduler.save_pretrained(tmp_path)
+    for loaded, right in ((type(base).from_pretrained(tmp_path), True), (base, False)):
+        sent = {"sigmas": [1.0 - i / steps for i in range(steps)]}
+        loaded.set_timesteps(**(sent if sends_sigmas else {"num_inference_steps": steps}))
+        fits = loaded.sigmas.tolist() == pytest.approx([*grid, 0.0], abs=1e-6)
+        # The teacher's own is right for one step, and for its own shift where it is sent sigmas.
+        assert fits == (right or steps == 1 or (sends_sigmas and shift == 3.0))
+
+
 def test_unshifted_config_is_shift_terminal_alone() -> None:
     assert flow_match_config(uniform_grid(4)) == {"shift": 1.0, "shift_terminal": 0.25}
     assert flow_match_config((1.0,)) == {"shift": 1.0}
