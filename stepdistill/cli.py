@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run: Callable[[argparse.Namespace], None] = args.run
     try:
         return run(args)
-    except (ValueError, TypeError, FloatingPointError) as err:
-        sys.exit(f"error: {err}")
+    except (ValueError, TypeError, FloatingPointError, OSError) as err:
+        sys.exit("error: " + " ".join(str(err).split()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     demo = command("demo", _demo)
-    demo.add_argument("--method", default="dmd2", help="dmd2 | consistency | reflow")
+    demo.add_argument("--method", default="dmd2", help="a method, or snoopi or tscd_one_lora")
     demo.add_argument("--student", choices=("lora", "full"), default="full")
     demo.add_argument("--seconds", type=float, help="training budget of each student")
     demo.add_argument("--seed", type=int, default=0)

@@ -12,7 +12,6 @@ trainer.export("out/pipeline")
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import EmptyRows, PromptDataset
 from stepdistill.models.family import Family
 from stepdistill.models.registry import conditioning_of, family_for, pipeline_class_of
+from stepdistill.models.safe_files import read_json
 from stepdistill.training.checkpoint import RUN_FILE, newest_valid
 from stepdistill.training.config import RunConfig, TrainConfig
 from stepdistill.training.configfile import method_class, parse_run_config
@@ -216,8 +216,8 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None
     """
     try:
         _launch(argv, trainer)
-    except (ValueError, TypeError, FloatingPointError) as err:
-        sys.exit(f"error: {err}")
+    except (ValueError, TypeError, FloatingPointError, OSError) as err:
+        sys.exit("error: " + " ".join(str(err).split()))
 
 
 def _launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None) -> None:
@@ -248,7 +248,10 @@ def trainer_of_run(run_dir: str | Path) -> DistillationTrainer:
         raise ValueError(
             f"run_dir: expected a run with a whole checkpoint, got {folder}. " + " ".join(skipped)
         )
-    facts = json.loads(saved.read_text())
+    keys = ("method", "model", "train_config", "method_config", "revision", "variant")
+    facts = read_json(saved, keys)
+    if facts["method"] not in TRAINER_OF:
+        raise ValueError(f"{saved}: expected a method of {sorted(TRAINER_OF)}, got another.")
     trainer = TRAINER_OF[facts["method"]](
         model=facts["model"],
         args=TrainConfig(

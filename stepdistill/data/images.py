@@ -57,8 +57,17 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"train_data_dir: expected {root}/metadata.jsonl with file_name and text, got none."
             )
-        rows = [json.loads(line) for line in index.read_text().splitlines() if line.strip()]
-        items = [(root / row["file_name"], row["text"]) for row in rows]
+        items = []
+        for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    items.append((root / row["file_name"], row["text"]))
+                except (ValueError, KeyError, TypeError) as err:
+                    raise ValueError(
+                        f"{index}:{number}: expected an object with file_name and text, "
+                        f"got {err!r}."
+                    ) from err
         outside = [p for p, _ in items if root.resolve() not in p.resolve().parents]
         if outside:
             raise ValueError(f"{index}: expected files inside {root}, got {outside[0]}.")

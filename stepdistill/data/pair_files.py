@@ -116,7 +116,7 @@ def read_manifest(folder: Path) -> tuple[PairSettings, int]:
     try:
         raw = json.loads(path.read_text())
         return PairSettings.parse(raw["settings"], path), int(raw["num_pairs"])
-    except (json.JSONDecodeError, KeyError, TypeError) as err:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as err:
         raise ValueError(f"{path}: expected a pair manifest, got {err!r}. Make it anew.") from err
 
 
@@ -138,7 +138,10 @@ def open_shard(
         handle = safe_open(path, framework="pt")
         header = json.loads((handle.metadata() or {}).get(HEADER, "{}"))
         shapes = [tuple(handle.get_slice(key).get_shape()) for key in ("noise", "x0")]
-    except (SafetensorError, OSError, json.JSONDecodeError) as err:
+        kinds = {handle.get_slice(key).get_dtype() for key in ("noise", "x0")}
+        if not isinstance(header, dict) or not kinds <= {"F32", "BF16"}:
+            raise ValueError(f"tensors of {sorted(kinds)}, expected F32 or BF16")
+    except (SafetensorError, OSError, ValueError) as err:
         raise ValueError(
             f"{path}: expected a whole safetensors shard, got a truncated file ({err}). "
             "Run stepdistill pairs again with the same settings: it makes this shard anew."
@@ -149,10 +152,10 @@ def open_shard(
             "Two sets were mixed in one folder; make them apart."
         )
     shape = (len(rows), *settings.shape)
-    prompts = header["prompts"]
-    if shapes != [shape, shape] or header["start"] != rows[0] or len(prompts) != len(rows):
+    prompts = header.get("prompts", [])
+    if shapes != [shape, shape] or header.get("start") != rows[0] or len(prompts) != len(rows):
         raise ValueError(
             f"{path}: expected pairs {rows[0]}..{rows[-1]} of shape {shape}, got {shapes} from "
-            f"{header['start']}. Run stepdistill pairs again with the same settings."
+            f"{header.get('start')}. Run stepdistill pairs again with the same settings."
         )
     return handle, prompts

@@ -21,6 +21,14 @@ SENT = {".safetensors", ".json", ".md", ".txt", ".png", ".jinja", ".model", ".ya
 _TEXT = SENT - {".safetensors", ".png", ".model"}
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
 # Left out of the record: they say where the run lay, not what it was.
+_MALFORMED = (
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    RecursionError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
 _PATHS = ("output_dir", "resume_from_checkpoint", "init_student_from")
 
 
@@ -62,7 +70,7 @@ def payload(folder: str | Path, repo_id: str) -> dict[str, bytes | Path]:
     try:
         record: dict[str, Any] = json.loads((root / RECORD).read_text(encoding="utf-8"))
         card = published_card(root, record, repo_id)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as err:
+    except _MALFORMED as err:
         raise ValueError(f"{root / RECORD}: expected an export's record, got {err!r}.") from err
     sent["README.md"] = card.encode()
     for name in _PATHS:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
+from stepdistill.models.registry import model_index
+from stepdistill.models.safe_files import load_stock, read_json
 
 
 def sample_export(
@@ -28,7 +29,7 @@ def sample_export(
     file = Path(folder) / RECORD
     if not file.is_file():
         raise ValueError(f"sample: expected an exported pipeline with {RECORD}, got {folder}.")
-    record: dict[str, Any] = json.loads(file.read_text())
+    record = read_json(file, ("num_inference_steps", "load_without", "conditioning", "call"))
     steps = record["num_inference_steps"]
     if num_steps not in (None, steps):
         raise ValueError(
@@ -36,7 +37,7 @@ def sample_export(
             "Export again: stepdistill export RUN_DIR OUT --num_steps N."
         )
     without = dict.fromkeys(record["load_without"])
-    pipe = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **without)
+    pipe = load_stock(folder, model_index(folder), **without)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)

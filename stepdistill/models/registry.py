@@ -6,7 +6,6 @@ Everything that can be wrong with a model id is said before a weight is read.
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -19,6 +18,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from stepdistill.core.method import Setting
 from stepdistill.models.family import Family
 from stepdistill.models.generic import generic_family
+from stepdistill.models.safe_files import check_index, load_stock, read_json
 from stepdistill.models.schedule import read_schedule
 from stepdistill.models.single_file import config_source, is_single_file, load_single_file
 from stepdistill.models.teacher_lora import merge_loras, parse_lora
@@ -84,6 +84,7 @@ def model_index(model: str | Path, config: str | None = None, **hub: Any) -> dic
     folder = Path(model)
     if not folder.exists():
         found: dict[str, Any] = DiffusionPipeline.load_config(model, **hub)
+        check_index(found, model)
         return found
     index = folder / "model_index.json"
     if not index.is_file():
@@ -91,13 +92,11 @@ def model_index(model: str | Path, config: str | None = None, **hub: Any) -> dic
             f"pretrained_model_name_or_path: expected a Diffusers pipeline folder "
             f"(with model_index.json), got {str(model)!r}. Save it with save_pretrained."
         )
-    try:
-        config = json.loads(index.read_text())
-    except json.JSONDecodeError as err:
-        raise ValueError(f"{index}: expected valid JSON, got {err}.") from err
-    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+    read = read_json(index, ("_class_name",))
+    if not isinstance(read.get("_class_name"), str):
         raise ValueError(f"{index}: expected an object with a string _class_name, got none.")
-    return config
+    check_index(read, index)
+    return read
 
 
 def pipeline_class_of(model: str | Path, config: str | None = None, **hub: Any) -> str:
@@ -136,9 +135,7 @@ def load_family(
         config = config_source(model, single_file_config)
         pipeline = load_single_file(model, index, config, cls.net_name, torch_dtype, **parts)
     else:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(model), variant=variant, dtype=torch_dtype, use_safetensors=True, **hub, **parts
-        )
+        pipeline = load_stock(model, index, variant=variant, dtype=torch_dtype, **hub, **parts)
     if cls.conditioning == "prompt":
         _check_encoders(pipeline)
     merge_loras(pipeline, cls.net_name, teacher_lora)
@@ -162,7 +159,10 @@ def load_setting(model: str | Path, config: str | None = None, **hub: Any) -> Se
     library, name = index["scheduler"]
     scheduler_cls = getattr(import_module(library), name)
     where = config_source(model, config)
-    scheduler = scheduler_cls.from_pretrained(where, subfolder="scheduler", **hub)
+    try:
+        scheduler = scheduler_cls.from_pretrained(where, subfolder="scheduler", **hub)
+    except (OSError, TypeError, KeyError, AttributeError) as err:
+        raise ValueError(f"{where}: expected a readable scheduler config, got {err}.") from err
     return Setting(*read_schedule(scheduler))
 
 

@@ -286,4 +286,11 @@ class RoleBank(nn.Module):
                 f"and unexpected {extra}. Was it saved with another tuning or target_modules?"
             )
         for name, value in state.items():
-            own[name].copy_(value)
+            mine = own[name]
+            # copy_ would spread a smaller tensor and round integers without a word.
+            if (value.shape, value.is_floating_point()) != (mine.shape, mine.is_floating_point()):
+                raise ValueError(
+                    f"role {role!r}: expected {name} of {tuple(mine.shape)} {mine.dtype}, got "
+                    f"{tuple(value.shape)} {value.dtype}."
+                )
+            mine.copy_(value)

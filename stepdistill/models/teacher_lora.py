@@ -19,6 +19,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME as PEFT_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from safetensors import SafetensorError
 from torch import nn
 
@@ -86,6 +87,11 @@ def _split_scale(text: str) -> tuple[str, float]:
 def _file_in(folder: Path) -> str | None:
     """The LoRA file of a folder; None where PEFT reads the folder itself."""
     if (folder / PEFT_CONFIG).is_file():
+        if not (folder / PEFT_FILE).is_file():  # PEFT would unpickle an adapter_model.bin
+            raise ValueError(
+                f"teacher_lora: expected {PEFT_FILE} in {folder}, got none. Pickled weights are "
+                "not read; convert them with safetensors."
+            )
         return None
     names = sorted(p.name for p in folder.glob("*.safetensors"))
     if LORA_WEIGHT_NAME_SAFE in names:

@@ -14,14 +14,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stepdistill.models.rolebank import RoleBank
+from stepdistill.models.safe_files import PICKLED, read_json, read_tensors
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # beside the checkpoints: what the run is
+STATE_KEYS = (
+    "step",
+    "batches_seen",
+    "seconds",
+    "world_size",
+    "global_batch",
+    "gradient_accumulation_steps",
+    "grad_scaler",
+    "facts",
+)
 
 
 def _digest(path: Path) -> str:
@@ -70,10 +81,19 @@ def write_folder(
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a written folder, or None where every file is as the manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as err:
-        return f"no readable manifest ({type(err).__name__})"
+        manifest = read_json(folder / MANIFEST)
+    except ValueError as err:
+        return f"no readable manifest ({err})"
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLED)
+    if pickled:
+        return f"{pickled[0]} is pickled, which is not read"
     for name, facts in manifest.items():
+        if (
+            Path(name).name != name
+            or not isinstance(facts, dict)
+            or {*facts} != {"bytes", "sha256"}
+        ):
+            return f"its manifest has a malformed entry {name!r}"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -146,6 +166,11 @@ def load_optimizer_state(
                 f"got {owner!r}. Was it saved with another tuning?"
             )
         param = owners[owner]
+        if isinstance(value, Tensor) and value.ndim and value.shape != param.shape:
+            raise ValueError(
+                f"checkpoint: expected optimiser state {full_key} of {tuple(param.shape)}, got "
+                f"{tuple(value.shape)}."
+            )
         if isinstance(value, Tensor):
             value = value.to(param.device)
         optimizer.state[param][key] = value.clone() if isinstance(value, Tensor) else value
@@ -178,19 +203,18 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"resume_from_checkpoint: expected a whole checkpoint, got {folder} where {fault}. "
             'Pass "latest" to take the newest whole one.'
         )
-    state: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text())
-    return state
+    return read_json(folder / "trainer_state.json", STATE_KEYS)
 
 
 def load_checkpoint(folder: Path, bank: RoleBank, optimizer: Optimizer) -> dict[str, Tensor]:
     """Load weights and optimiser in place; returns the method's saved buffers."""
     for role in bank.roles:
         if bank.members(role):
-            bank.load_role_state(role, load_file(folder / f"role_{role}.safetensors"))
-    plain = json.loads((folder / "optimizer.json").read_text())
-    load_optimizer_state(bank, optimizer, load_file(folder / "optimizer.safetensors"), plain)
+            bank.load_role_state(role, read_tensors(folder / f"role_{role}.safetensors"))
+    plain = read_json(folder / "optimizer.json")
+    load_optimizer_state(bank, optimizer, read_tensors(folder / "optimizer.safetensors"), plain)
     method = folder / "method.safetensors"
-    return load_file(method) if method.is_file() else {}
+    return read_tensors(method) if method.is_file() else {}
 
 
 def student_file(source: str | Path) -> Path:

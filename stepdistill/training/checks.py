@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields
 from stepdistill.models.family import Family
 from stepdistill.models.registry import conditioning_of, has_null, load_setting
+from stepdistill.models.safe_files import read_json
 from stepdistill.models.single_file import config_source
 from stepdistill.models.student_net import check_student_config
 from stepdistill.models.teacher_lora import lora_facts
@@ -153,7 +153,7 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
             f"got {args.resume_from_checkpoint!r}."
         )
     if saved.exists():
-        same_run(json.loads(saved.read_text()), facts)
+        same_run(read_json(saved), facts)
     return args.resume_from_checkpoint
 
 

@@ -40,7 +40,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--config: expected a YAML file, got {str(path)!r}, which is not there.")
-    loaded = yaml.safe_load(file.read_text()) or {}
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ValueError(f"{path}: expected valid YAML, got {' '.join(str(err).split())}.") from err
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a mapping of options, got {type(loaded).__name__}.")
     return loaded

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill.models.decoder import decoder_config
 from stepdistill.models.family import Family
 from stepdistill.models.registry import family_for, load_setting, pipeline_class_of
 from stepdistill.models.rolebank import RoleBank
+from stepdistill.models.safe_files import read_tensors
 from stepdistill.training.checkpoint import student_file
 from stepdistill.training.config import TrainConfig
 
@@ -81,7 +81,7 @@ def start_student(bank: RoleBank, source: str) -> None:
     if is_pipeline(source):
         bank.load_role_state("student", pipeline_student(bank, source))
     else:
-        bank.load_role_state("student", load_file(student_file(source)))
+        bank.load_role_state("student", read_tensors(student_file(source)))
     for role, spec in bank.roles.items():
         if spec.ema_of == "student":
             bank.ema_update(role, 0.0)

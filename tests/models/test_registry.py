@@ -60,7 +60,7 @@ def test_weights_load_in_the_dtype_asked_for(tmp_path) -> None:
 
 def test_pickled_weights_are_refused(tmp_path) -> None:
     tiny_sd().save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match="expected safetensors, got the pickled"):
         load_family(tmp_path)
 
 

@@ -1,0 +1,120 @@
+"""Read files that came from elsewhere: safetensors and JSON only, whole, and inside their folder.
+
+A pipeline folder is looked through before Diffusers sees it: what it names is a class of Diffusers
+or Transformers, its weights are safetensors whose headers are true. No code of a folder ever runs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, pipelines
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PART = re.compile(r"[A-Za-z]\w*")
+_NETS = ("unet", "transformer", "vae")
+
+
+def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
+    """The object in a JSON file. Errors: ValueError for another content or a missing key."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        raise ValueError(f"{path}: expected valid JSON, got {_line(err)}.") from err
+    missing = required if not isinstance(found, dict) else [k for k in required if k not in found]
+    if not isinstance(found, dict) or missing:
+        got = f"no {missing[0]!r}" if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path}: expected an object with {list(required)}, got {got}.")
+    return found
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Errors: ValueError for a missing or malformed one."""
+    check_safetensors(Path(path))
+    return load_file(path)
+
+
+def check_safetensors(path: Path, floating: bool = False) -> None:
+    """Errors: ValueError for a header that lies, a truncated file, or integers for weights."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as err:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, got a truncated or malformed one "
+            f"({_line(err)}). Fetch it again."
+        ) from err
+    odd = sorted(kind for kind in kinds if not kind.startswith(("F", "BF")))
+    if floating and odd:
+        raise ValueError(f"{path}: expected floating-point weights, got {odd}.")
+
+
+def check_index(index: Mapping[str, Any], where: str | Path) -> None:
+    """Errors: ValueError where model_index.json names a path, or code that is not a library's."""
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list | tuple) or len(entry) != 2:
+            continue
+        if not _PART.fullmatch(name):
+            raise ValueError(f"{where}: expected names of parts, got {name!r}.")
+        library, cls = entry
+        if library is None and cls is None:
+            continue
+        known = library in ("diffusers", "transformers") or (
+            isinstance(library, str) and _PART.fullmatch(library) and hasattr(pipelines, library)
+        )
+        if not known or not isinstance(cls, str) or not _PART.fullmatch(cls):
+            raise ValueError(
+                f"{where}: expected classes of diffusers and transformers, got {list(entry)!r} for "
+                f"{name}. Code that comes with a model is not run."
+            )
+
+
+def check_weights(folder: Path, index: Mapping[str, Any]) -> None:
+    """Errors: ValueError for a part that is pickled alone, or a malformed safetensors file."""
+    for name, entry in index.items():
+        part = folder / name
+        if name.startswith("_") or not isinstance(entry, list | tuple) or not part.is_dir():
+            continue
+        files = [p for p in part.iterdir() if p.is_file()]
+        whole = sorted(p for p in files if p.suffix == ".safetensors")
+        pickled = sorted(p.name for p in files if p.suffix.lower() in PICKLED)
+        if pickled and not whole:
+            raise ValueError(
+                f"{part}: expected safetensors, got the pickled {pickled[0]}, which is not read "
+                "(it can run code). Save the pipeline anew with safe_serialization=True."
+            )
+        config = part / "config.json"
+        quantised = config.is_file() and "quantization_config" in read_json(config)
+        for path in whole:
+            check_safetensors(path, floating=name in _NETS and not quantised)
+
+
+def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> Any:
+    """DiffusionPipeline.from_pretrained of a checked folder or a Hub id.
+
+    Errors: ValueError for whatever a broken folder makes the stock loader raise.
+    """
+    if Path(model).exists():
+        check_index(index, Path(model) / "model_index.json")
+        check_weights(Path(model), index)
+    try:
+        return DiffusionPipeline.from_pretrained(str(model), use_safetensors=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as err:
+        raise ValueError(
+            f"pretrained_model_name_or_path: expected a whole {index.get('_class_name')}, got "
+            f"{str(model)!r}, which does not load ({type(err).__name__}: {_line(err)})."
+        ) from err
+
+
+def _line(err: BaseException) -> str:
+    return " ".join(str(err).split())[:300]
