@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 _MODELS = {"core", "losses", "nn", "models"}
 _TRAINING = {*_MODELS, "methods", "data", "sampling", "rewards", "training"}
-_TOP = {*_TRAINING, "export", "evaluation", "trainers", "demo"}
+_TOP = {*_TRAINING, "export", "evaluation", "planning", "trainers", "demo"}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "losses": {"core"},
@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"core", "losses", "nn"},
     "training": _TRAINING,
     "evaluation": _TOP,
+    "planning": _TOP,
     "export": _TOP,
     "trainers": _TOP,
     "demo": _TOP,

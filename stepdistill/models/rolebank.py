@@ -80,7 +80,7 @@ class RoleBank(nn.Module):
             elif role not in self._net_of:
                 self._net_of[role], self._adapter_of[role] = BASE, None
         self._tuner_layers = [m for m in self.nets[BASE].modules() if isinstance(m, BaseTunerLayer)]
-        self._members = {role: self._collect(role) for role in self.roles}
+        self.rebind()
         for role, spec in self.roles.items():
             if spec.ema_of is not None:
                 self.ema_update(role, decay=0.0)
@@ -151,6 +151,10 @@ class RoleBank(nn.Module):
         for name, param in self.nets[BASE].named_parameters():
             if f".{role}." in name:
                 param.data = param.data.float()
+
+    def rebind(self) -> None:
+        """Look the roles' parameters up anew, after a caller replaced them in their modules."""
+        self._members = {role: self._collect(role) for role in self.roles}
 
     def _collect(self, role: str) -> dict[str, nn.Parameter]:
         """The role's own parameters by stock name; empty for the plain teacher."""

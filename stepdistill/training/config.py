@@ -37,6 +37,8 @@ class TrainConfig(BaseModel):
     """Autocast dtype of network calls; trained weights and losses stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_encoders: bool = False
+    """Keep text encoders and autoencoder on the CPU: prompts and images are encoded there, once."""
     tuning: Tuning = Tuning()
     """How trained roles store their weights (lora or full, rank, alpha)."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Loss
@@ -38,15 +39,27 @@ class TrainStep(nn.Module):
         return losses.total.float(), {name: v.detach() for name, v in losses.logs.items()}
 
 
+def frozen_dtype(args: TrainConfig) -> torch.dtype:
+    """The dtype of the frozen denoiser's weights: tuning.base_dtype, or what autocast uses."""
+    name = args.tuning.base_dtype
+    return _DTYPES[args.mixed_precision if name == "auto" else name]
+
+
 def place(bank: RoleBank, args: TrainConfig, device: torch.device) -> None:
     """Move the pipeline to the device, its frozen denoiser weights to tuning.base_dtype.
 
-    Trained and averaged weights stay float32.
+    Text encoders follow the denoiser: T5-XXL alone is 19 GB in float32. Trained and averaged
+    weights and the autoencoder, which overflows in half precision (SDXL), stay float32.
     """
-    name = args.tuning.base_dtype
-    dtype = _DTYPES[args.mixed_precision if name == "auto" else name]
+    dtype = frozen_dtype(args)
     own = {id(p) for role in bank.roles for p in bank.members(role).values()}
     for param in bank.family.net.parameters():
         if id(param) not in own:
             param.data = param.data.to(dtype)
-    bank.family.pipeline.to(device)
+    for part in bank.family.pipeline.components.values():
+        if isinstance(part, PreTrainedModel):
+            part.to(dtype)
+    if args.offload_encoders:
+        bank.family.net.to(device)
+    else:
+        bank.family.pipeline.to(device)

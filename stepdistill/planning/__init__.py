@@ -1,0 +1,1 @@
+"""A forecast of a run's memory and work from configurations alone."""

@@ -1,0 +1,122 @@
+"""A whole pipeline from its configuration files, on the meta device: shapes without weights.
+
+A folder (or a bundled description) names the parts and their configurations; every network is the
+stock class built from them. Where a folder holds no tokenizer files, a small tokenizer of the same
+class stands in: prompts are padded to the same length, and no text is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from stepdistill.models import tiny_parts
+from stepdistill.models.family import Family
+from stepdistill.models.registry import family_for
+
+# Tokenizer classes by the start of their names, and what stands in for one without its files.
+_STAND_INS: dict[str, Callable[[], Any]] = {
+    "CLIP": lambda: tiny_parts.clip_tokenizer(77),
+    "T5": lambda: tiny_parts.t5(8)[0],
+    "Qwen2": lambda: tiny_parts.qwen(8)[0],
+    "Gemma": lambda: tiny_parts.gemma(8)[0],
+}
+
+
+def bundled() -> list[str]:
+    """Names of the models that `plan` knows without any file."""
+    folder = resources.files("stepdistill.planning") / "models"
+    return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith("json"))
+
+
+def describe(model: str) -> dict[str, Any]:
+    """{"pipeline": class name, "options": {...}, "parts": {name: {"class", "config"}}}.
+
+    Args: model: a bundled name, or a pipeline folder (weights are not read and may be absent).
+    Errors: ValueError for anything else.
+    """
+    if model in bundled():
+        text = (resources.files("stepdistill.planning") / "models" / f"{model}.json").read_text()
+        found: dict[str, Any] = json.loads(text)
+        return found
+    folder = Path(model)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"plan: expected a pipeline folder (with model_index.json) or one of {bundled()}, "
+            f"got {model!r}."
+        )
+    index = json.loads((folder / "model_index.json").read_text())
+    parts: dict[str, Any] = {}
+    options = {}
+    for name, entry in index.items():
+        if name.startswith("_"):
+            continue
+        if not isinstance(entry, list):
+            options[name] = entry
+        elif entry[1] is None:
+            parts[name] = None
+        else:
+            parts[name] = {"class": ".".join(entry), **_part_config(folder / name)}
+    return {"pipeline": index["_class_name"], "options": options, "parts": parts}
+
+
+def _part_config(folder: Path) -> dict[str, Any]:
+    for file in ("config.json", "scheduler_config.json"):
+        if (folder / file).is_file():
+            return {"config": json.loads((folder / file).read_text())}
+    return {"folder": str(folder)}
+
+
+def blueprint(model: str, dtype: torch.dtype) -> Family:
+    """The family of a model whose parts have shapes and a dtype, but no numbers.
+
+    The dtype is that of `training.step.place`: autoencoders stay float32.
+
+    Errors: ValueError for an unknown model, or a part that no configuration describes.
+    """
+    told = describe(model)
+    cls = family_for(told["pipeline"])
+    parts = {name: _build(name, part, dtype) for name, part in told["parts"].items()}
+    module = import_module("diffusers")
+    pipeline_class: type[DiffusionPipeline] = getattr(module, told["pipeline"])
+    return cls(pipeline_class(**parts, **told["options"]))
+
+
+def _build(name: str, part: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
+    if part is None or name in ("safety_checker", "feature_extractor", "image_encoder"):
+        return None
+    library, _, class_name = part["class"].partition(".")
+    if "Tokenizer" in class_name or "Processor" in class_name:
+        return _tokenizer(class_name, part)
+    found = getattr(import_module(library), class_name)
+    if "Scheduler" in class_name:
+        return found.from_config(part["config"])
+    with torch.device("meta"):
+        if library == "diffusers":
+            net: nn.Module = found.from_config(part["config"])
+        else:
+            net = found(found.config_class.from_dict(dict(part["config"])))
+    for param in net.parameters():
+        if param.is_floating_point() and not class_name.startswith("Autoencoder"):
+            param.data = param.data.to(dtype)
+    return net.eval()
+
+
+def _tokenizer(class_name: str, part: Mapping[str, Any]) -> Any:
+    folder = Path(part["folder"]) if "folder" in part else None
+    if folder is not None and folder.is_dir() and any(folder.iterdir()):
+        return getattr(import_module("transformers"), class_name).from_pretrained(str(folder))
+    for start, make in _STAND_INS.items():
+        if class_name.startswith(start):
+            return make()
+    raise ValueError(
+        f"plan: expected tokenizer files or a class of {sorted(_STAND_INS)}, got {class_name}. "
+        "Save the tokenizer beside the configurations."
+    )

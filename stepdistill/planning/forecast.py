@@ -1,0 +1,255 @@
+"""Forecast: what a run would hold in memory and compute, found by running it on fake tensors.
+
+The method's own phases run once each through the real role bank and the stock networks; only
+the numbers are missing. Nothing is allocated but small time and noise tensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from stepdistill.core.context import Ctx
+from stepdistill.core.method import Method, Role
+from stepdistill.core.types import Batch, Cond
+from stepdistill.models.family import Family
+from stepdistill.models.rolebank import RoleBank
+from stepdistill.planning.blueprint import blueprint
+from stepdistill.planning.tracker import CostTracker
+from stepdistill.training.config import RunConfig
+from stepdistill.training.configfile import method_class, method_config
+from stepdistill.training.step import frozen_dtype
+
+PROMPT = "a photograph of an astronaut riding a horse, studio light, highly detailed"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and operations of one update of one phase. activations: the peak above `resident`."""
+
+    phase: str
+    repeat: int
+    activations: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one process holds, in bytes, and what one student step computes.
+
+    frozen: denoiser weights no phase trains. trained, averaged: weights by role. gradients: of the
+    largest phase. optimizer: both Adam moments of every trained role. encoders: text encoders and
+    VAE, where they are not offloaded. encoding: the peak of encoding a prompt above all that.
+    """
+
+    model: str
+    method: str
+    num_parameters: int
+    frozen: int
+    trained: dict[str, int]
+    averaged: int
+    gradients: int
+    optimizer: int
+    encoders: int
+    encoding: int
+    phases: tuple[Cost, ...] = field(default=())
+    largest_block: int = 0
+
+    @property
+    def resident(self) -> int:
+        """Held throughout training, gradients aside."""
+        weights = self.frozen + sum(self.trained.values()) + self.averaged
+        return weights + self.optimizer + self.encoders
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once on one process without sharding."""
+        busiest = max((c.activations for c in self.phases), default=0)
+        return self.resident + max(busiest, self.encoding)
+
+    @property
+    def flops_per_step(self) -> int:
+        """Floating-point operations of one student step: every phase, every repeat."""
+        return sum(c.flops * c.repeat for c in self.phases)
+
+    def peak_on(self, num_gpus: int, sharding: str = "ddp") -> int:
+        """Bytes on each of `num_gpus`: ddp adds the gradient buckets, fsdp2 shards what is held.
+
+        fsdp2 (a formula, not a run): weights, gradients and moments are divided, and two unsharded
+        blocks, the one at work and the one fetched ahead, come on top.
+        """
+        if num_gpus == 1:
+            return self.peak
+        if sharding == "ddp":
+            return self.peak + self.gradients
+        held = self.resident - self.encoders + self.gradients
+        active = self.peak - self.resident - self.gradients
+        return self.encoders + held // num_gpus + max(active, 0) + 2 * self.largest_block
+
+
+class _PlanCtx(Ctx):
+    """Shared draws at their costliest: the most rollout steps, never the null prompt."""
+
+    def shared_randint(self, low: int, high: int) -> int:
+        return high - 1
+
+    def shared_rand(self) -> float:
+        return 1.0 - 1e-9
+
+
+def forecast(run: RunConfig) -> Forecast:
+    """The forecast of a run's configuration. Errors: as those of training, before any work."""
+    dtype = frozen_dtype(run)
+    config = method_config(run.method, run.method_config)
+    family = blueprint(run.pretrained_model_name_or_path, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        method: Method[Any] = method_class(run.method)(config, family.setting)
+    if method.scorers():
+        raise ValueError(
+            f"plan: expected a run without image scorers, got {sorted(method.scorers())}. Plan "
+            "without them, and add the decoder's memory."
+        )
+    roles = dict(method.roles())
+    if run.ema_decay:
+        roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
+    with torch.device("meta"):
+        bank = RoleBank(family, roles, run.tuning)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    _to_fake(bank, fake)
+    bank.rebind()
+    encoders = [
+        part
+        for name, part in family.pipeline.components.items()
+        if isinstance(part, nn.Module) and name != family.net_name
+    ]
+    for part in encoders:
+        _to_fake(part, fake)
+    if run.gradient_checkpointing:
+        bank.enable_gradient_checkpointing()
+    return _measure(run, method, family, bank, encoders, fake)
+
+
+def _measure(
+    run: RunConfig,
+    method: Method[Any],
+    family: Family,
+    bank: RoleBank,
+    encoders: list[nn.Module],
+    fake: FakeTensorMode,
+) -> Forecast:
+    own = {id(p) for role in bank.roles for p in bank.members(role).values()}
+    trained = {r: _size(bank.members(r).values()) for r in bank.trained_roles}
+    averaged = sum(_size(bank.members(r).values()) for r, s in bank.roles.items() if s.ema_of)
+    tracker = CostTracker()
+    held: list[Tensor] = [*bank.parameters(), *bank.buffers()]
+    for part in () if run.offload_encoders else encoders:
+        held += [*part.parameters(), *part.buffers()]
+    tracker.watch(held)
+    before = tracker.live
+    with tracker:
+        batch, encoding = _batch(run, method, family, tracker, fake)
+    tracker.live = before + _size(_tensors(batch))
+    phases, gradients = [], 0
+    ctx = _PlanCtx(max_steps=run.max_train_steps)
+    with torch.autocast(
+        "cpu", torch.bfloat16, enabled=run.mixed_precision != "no", cache_enabled=False
+    ):
+        for phase in method.phases(0):
+            bank.train_only(phase.trains)
+            tracker.reset_peak()
+            start, flops = tracker.live, tracker.flops
+            ctx = _PlanCtx(phase=phase.name, max_steps=run.max_train_steps, carry=ctx.carry)
+            with tracker:
+                phase.loss(bank, batch, ctx).total.float().backward()
+            activations = tracker.peak - start
+            phases.append(Cost(phase.name, phase.repeat, activations, tracker.flops - flops))
+            gradients = max(gradients, sum(trained[r] for r in phase.trains))
+            for param in bank.parameters():
+                param.grad = None
+    return Forecast(
+        model=run.pretrained_model_name_or_path,
+        method=run.method,
+        num_parameters=sum(p.numel() for p in family.net.parameters() if id(p) not in own),
+        frozen=_size(p for p in bank.parameters() if id(p) not in own),
+        trained=trained,
+        averaged=averaged,
+        gradients=gradients,
+        optimizer=2 * sum(trained.values()) // (4 if run.optimizer == "adamw_8bit" else 1),
+        encoders=0 if run.offload_encoders else sum(_size(p.parameters()) for p in encoders),
+        encoding=0 if run.offload_encoders else encoding,
+        phases=tuple(phases),
+        largest_block=_largest_block(family.net),
+    )
+
+
+def _batch(
+    run: RunConfig,
+    method: Method[Any],
+    family: Family,
+    tracker: CostTracker,
+    fake: FakeTensorMode,
+) -> tuple[Batch, int]:
+    """A batch of fake tensors, and the peak of encoding one of its rows."""
+    start, bsz = tracker.live, run.train_batch_size
+    tracker.reset_peak()
+    shape = family.sample_shape(run.resolution, run.resolution)
+    item: Any = PROMPT if family.conditioning == "prompt" else 0
+    with torch.no_grad():
+        cond, null = family.encode([item]), family.null(1)
+    encoding = tracker.peak - start
+
+    def made() -> Tensor:
+        with fake:
+            return torch.empty((bsz, *shape))
+
+    batch = Batch(
+        cond=_rows(cond, bsz),
+        null=_rows(null, bsz),
+        shape=shape,
+        x0=made() if "x0" in method.needs else None,
+        noise=made() if "noise" in method.needs else None,
+        prompts=(PROMPT,) * bsz,
+    )
+    return batch, encoding
+
+
+def _rows(cond: Cond, bsz: int) -> Cond:
+    return cond.repeat(bsz)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    given = [*batch.cond.tensors.values(), *batch.null.tensors.values()]
+    return given + [x for x in (batch.x0, batch.noise) if x is not None]
+
+
+def _size(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _to_fake(module: nn.Module, fake: FakeTensorMode) -> None:
+    """Replace meta tensors by fake ones that claim to be on the CPU; shared ones stay shared."""
+    made: dict[int, Any] = {}
+    for part in module.modules():
+        stores: tuple[Any, Any] = (part._parameters, part._buffers)
+        for own in stores:
+            for name, old in own.items():
+                if old is None or old.device.type != "meta":
+                    continue
+                if id(old) not in made:
+                    with fake:
+                        new = torch.empty(old.shape, dtype=old.dtype)
+                        param = isinstance(old, nn.Parameter)
+                        made[id(old)] = nn.Parameter(new, old.requires_grad) if param else new
+                own[name] = made[id(old)]
+
+
+def _largest_block(net: nn.Module) -> int:
+    """Bytes of the biggest entry of the network's module lists: what FSDP2 gathers at once."""
+    lists = [m for m in net.modules() if isinstance(m, nn.ModuleList)]
+    return max((_size(block.parameters()) for blocks in lists for block in blocks), default=0)

@@ -1,0 +1,180 @@
+"""Forecasts against what is known: parameter counts, byte sums, operations, and the tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.runs import teacher_dir
+
+from stepdistill.planning.blueprint import blueprint, bundled, describe
+from stepdistill.planning.forecast import Forecast, forecast
+from stepdistill.planning.report import hours_per_1k, print_plan, suggestions
+from stepdistill.planning.tracker import CostTracker
+from stepdistill.training.config import RunConfig
+
+# Millions of denoiser parameters of the released models.
+RELEASED = {
+    "sd15": 860,
+    "sdxl": 2567,
+    "sd35_medium": 2243,
+    "sd35_large": 8057,
+    "flux": 11901,
+    "qwen_image": 20430,
+    "wan_1_3b": 1419,
+    "wan_14b": 14288,
+}
+
+
+def run_config(model: str | Path, **options: Any) -> RunConfig:
+    options = {"method": "dmd2", "method_config": {"num_steps": 1}, **options}
+    return RunConfig(pretrained_model_name_or_path=str(model), **options)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return teacher_dir("sd_v", tmp_path_factory)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_bundled_models_have_the_released_size(name: str) -> None:
+    count = sum(p.numel() for p in blueprint(name, torch.bfloat16).net.parameters())
+    assert round(count / 1e6) == RELEASED[name]
+
+
+def test_every_bundled_model_is_described() -> None:
+    assert set(RELEASED) <= set(bundled())
+    for name in bundled():
+        assert describe(name)["parts"], name
+
+
+def test_the_tracker_knows_peak_and_what_was_freed() -> None:
+    tracker = CostTracker()
+    with tracker:
+        a = torch.zeros(256)  # 1 KiB
+        b = a + 1
+        del a
+        c = b.view(2, 128)  # no storage of its own
+    assert (tracker.live, tracker.peak) == (1024, 2048)
+    assert c.shape == (2, 128)
+
+
+def test_the_tracker_counts_a_multiply_add_as_two() -> None:
+    tracker = CostTracker()
+    with tracker:
+        torch.zeros(2, 3) @ torch.zeros(3, 5)
+    assert tracker.flops == 2 * 2 * 3 * 5
+
+
+def test_held_bytes_are_those_of_the_real_parts(teacher: Path) -> None:
+    from stepdistill.models.registry import load_family
+
+    pipeline = load_family(teacher).pipeline
+    size = {
+        name: sum(4 * p.numel() for p in getattr(pipeline, name).parameters())
+        for name in ("unet", "vae", "text_encoder")
+    }
+    plan = forecast(run_config(teacher, tuning={"student": "full", "fake": "full"}, ema_decay=0.9))
+    assert plan.frozen == size["unet"]
+    assert plan.trained == {"student": size["unet"], "fake": size["unet"]}
+    assert plan.averaged == size["unet"]
+    assert plan.optimizer == 4 * size["unet"]
+    assert plan.encoders == size["vae"] + size["text_encoder"]
+
+
+def test_offloaded_encoders_cost_nothing(teacher: Path) -> None:
+    here, away = (forecast(run_config(teacher, offload_encoders=x)) for x in (False, True))
+    assert here.peak - away.peak >= here.encoders > 0
+    assert away.encoders == away.encoding == 0
+
+
+def test_adapters_cost_less_than_copies(teacher: Path) -> None:
+    lora = forecast(run_config(teacher, tuning={"rank": 2}))
+    full = forecast(run_config(teacher, tuning={"student": "full", "fake": "full"}))
+    assert sum(lora.trained.values()) < sum(full.trained.values()) / 4
+    assert lora.peak < full.peak
+
+
+def test_checkpointing_trades_memory_for_work(teacher: Path) -> None:
+    plain = forecast(run_config(teacher, train_batch_size=8))
+    spared = forecast(run_config(teacher, train_batch_size=8, gradient_checkpointing=True))
+    assert spared.phases[0].activations < plain.phases[0].activations
+    assert spared.flops_per_step > plain.flops_per_step
+
+
+def test_activations_grow_with_the_batch_and_work_is_proportional(teacher: Path) -> None:
+    one = forecast(run_config(teacher, train_batch_size=2))
+    four = forecast(run_config(teacher, train_batch_size=8))
+    assert four.flops_per_step == pytest.approx(4 * one.flops_per_step, rel=1e-6)
+    assert four.phases[0].activations > 2 * one.phases[0].activations
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("consistency", {}), ("vsd", {}), ("pcm", {}), ("tscd", {}), ("reflow", {})],
+)
+def test_methods_with_images_and_pairs_are_forecast_too(
+    teacher: Path, method: str, options: dict[str, Any]
+) -> None:
+    plan = forecast(run_config(teacher, method=method, method_config=options))
+    assert plan.flops_per_step > 0
+    assert plan.peak > plan.resident
+
+
+def made(**changes: Any) -> Forecast:
+    values = {
+        "model": "m",
+        "method": "dmd2",
+        "num_parameters": 10,
+        "frozen": 1000,
+        "trained": {"student": 100},
+        "averaged": 0,
+        "gradients": 100,
+        "optimizer": 200,
+        "encoders": 50,
+        "encoding": 0,
+        "largest_block": 10,
+    }
+    return Forecast(**{**values, **changes})
+
+
+def test_sharding_divides_what_is_held() -> None:
+    from stepdistill.planning.forecast import Cost
+
+    plan = made(phases=(Cost("student", 1, 100 + 40, 7),))
+    assert plan.peak == 1000 + 100 + 200 + 50 + 140
+    assert plan.peak_on(2, "ddp") == plan.peak + 100
+    assert plan.peak_on(4, "fsdp2") == 50 + 1400 // 4 + 40 + 20
+
+
+def test_hours_follow_from_the_peak_rate() -> None:
+    from stepdistill.planning.forecast import Cost
+
+    plan = made(phases=(Cost("student", 2, 0, 10**14),))
+    assert hours_per_1k(plan, "h100") == pytest.approx(2e14 * 1000 / (989.4e12 * 0.4) / 3600)
+
+
+def test_suggestions_go_from_mild_to_harsh(teacher: Path) -> None:
+    run = run_config(teacher, tuning={"student": "full", "fake": "full"}, train_batch_size=4)
+    told, last = list(suggestions(run))[-1]
+    assert told.startswith("gradient_checkpointing, mixed_precision=bf16, offload_encoders, ")
+    assert (last.train_batch_size, last.tuning.student, last.tuning.rank) == (1, "lora", 16)
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(
+    teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_config(teacher, tuning={"student": "full", "fake": "full"}, train_batch_size=8)
+    plan = forecast(run)
+    assert print_plan(run, 1, "rtx4090", None)
+    assert not print_plan(run, 1, "rtx4090", (plan.peak - 1) / 1e9)
+    assert "gradient_checkpointing" in capsys.readouterr().out
+
+
+def test_unknown_models_and_gpus_are_refused(teacher: Path) -> None:
+    with pytest.raises(ValueError, match="pipeline folder"):
+        forecast(run_config("no/such/model"))
+    with pytest.raises(ValueError, match="--gpu"):
+        print_plan(run_config(teacher), 1, "abacus", None)
