@@ -37,7 +37,7 @@ def make_family() -> Callable[[str], Family]:
 
 
 # Further configurations of a family: parity is checked by default, the rest by -m slow.
-VARIANTS = {"edm_plain", "flux_schnell", "pixart_sigma", "sd35", "wan_tokens"}
+VARIANTS = {"edm_plain", "flux_schnell", "pixart_sigma", "sd35", "wan_i2v_kept", "wan_tokens"}
 
 
 @pytest.fixture(

@@ -43,6 +43,11 @@ def make_pairs(
     """
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     cls = family_for(pipeline_class_of(model, single_file_config, **hub))
+    if cls.reads_image:
+        raise ValueError(
+            f"pairs: expected a model that a prompt is enough for, got {model!r}, which reads a "
+            "first frame too. Give the trainer a dataset of image, x0 and noise instead."
+        )
     if cls.conditioning == "label":
         prompts: list[Any] = list(LabelFileDataset.from_file(prompts_file).labels)
     else:

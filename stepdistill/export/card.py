@@ -41,6 +41,8 @@ def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     """The first argument of the call, as code."""
     if record["conditioning"] == "none":
         return ""
+    if record.get("reads_image"):
+        return f'load_image("first_frame.png"), {prompt!r}'
     return "class_labels=[0]" if record["conditioning"] == "label" else repr(prompt)
 
 
@@ -58,8 +60,9 @@ def saving_code(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     call = call_code(record, prompt)
     if record.get("output") != "frames":
         return f'pipe({call}).images[0].save("image.png")'
+    loader = ", load_image" if record.get("reads_image") else ""
     return (
-        "from diffusers.utils import export_to_video\n"
+        f"from diffusers.utils import export_to_video{loader}\n"
         f'export_to_video(pipe({call}).frames[0], "video.mp4")'
     )
 

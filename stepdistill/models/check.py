@@ -116,7 +116,7 @@ class Stock:
                 some = isinstance(made, tuple)  # a pipeline may read x0, the second entry
                 made = (packed,) * len(made) if some else type(made)(prev_sample=packed)
             after = made[0] if isinstance(made, tuple) else made.prev_sample
-            self.final = self.family.unpack(after, shape)
+            self.final = self.family.decoded(self.family.unpack(after, shape))
             return made
 
         scheduler.step = observed
@@ -230,6 +230,9 @@ def _vae_rows(family: Family) -> list[Row]:
     blank = family.images(torch.zeros(1, *family.sample_shape()))
     generator = torch.Generator().manual_seed(SEED)
     images = torch.rand(blank.shape, generator=generator) * 2 - 1
+    if family.reads_image:  # a video begins with the frame that the stock call is given
+        frame = family.pipeline.video_processor.preprocess(family.call_extras["image"])
+        images[:, :, 0] = frame
     stock = Stock(family)
     decoded, _ = stock.run(prompt, 1.0, 1, replace=family.latents(images))
     if "vae" not in family.pipeline.components:  # pixels are the latents

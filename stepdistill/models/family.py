@@ -97,6 +97,7 @@ class Family(ABC):
     supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
+    reads_image: ClassVar[bool] = False  # whether the condition holds a first frame
     output: ClassVar[Literal["images", "frames"]] = "images"  # what the stock call's result holds
     short_pipelines: ClassVar[
         tuple[str, ...]
@@ -204,12 +205,23 @@ class Family(ABC):
         """The Cond of B empty prompts, as the stock pipeline makes it for guidance."""
         return self.encode([""]).repeat(bsz)
 
+    def with_image(self, cond: Cond, images: Tensor, shape: Sequence[int]) -> Cond:
+        """The Cond with these first frames (B, 3, H, W) in [-1, 1], for latents of shape (C, *S).
+
+        Only where `reads_image`.
+        """
+        raise TypeError(f"{self.name}: expected no first frames, its condition holds none.")
+
+    def null_for(self, cond: Cond) -> Cond:
+        """The null counterpart of that very Cond, on its device."""
+        return self.null(cond.bsz).to(next(iter(cond.tensors.values())).device)
+
     def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B, C, *S) of images (B, 3, H, W) in [-1, 1]."""
         return encode_images(self.pipeline.vae, images, generator)
 
     def images(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) or videos (B, 3, F, H, W) in [-1, 1], unclamped, of scaled latents."""
+        """Images (B, 3, H, W), or videos (B, 3, F, H, W), in [-1, 1], unclamped."""
         return decode_latents(self.pipeline.vae, latents)
 
     # -------------------------------------------------------------- checking
@@ -232,6 +244,10 @@ class Family(ABC):
         By what its stock call reads from a config or weight; False where it reads nothing.
         """
         return False
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Latents after the stock loop as the stock call decodes them: here themselves."""
+        return latents
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B, C, *S) in the layout that the stock call keeps them in."""

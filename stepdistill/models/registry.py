@@ -36,6 +36,7 @@ FAMILIES: dict[str, str] = {
     "sana": "stepdistill.models.sana:SanaFamily",
     "qwen_image": "stepdistill.models.qwen_image:QwenImageFamily",
     "wan": "stepdistill.models.wan:WanFamily",
+    "wan_i2v": "stepdistill.models.wan_i2v:WanImageToVideoFamily",
     "unet2d": "stepdistill.models.unet2d:UNet2DFamily",
     "edm": "stepdistill.models.edm:EDMFamily",
 }
@@ -184,3 +185,10 @@ def has_null(model: Any, config: str | None = None, **hub: Any) -> bool:
     if isinstance(model, Family):
         return model.has_null
     return family_for(pipeline_class_of(model, config, **hub)).has_null
+
+
+def reads_image(model: Any, config: str | None = None, **hub: Any) -> bool:
+    """Whether that model's condition holds a first frame beside the prompt."""
+    if isinstance(model, Family):
+        return model.reads_image
+    return family_for(pipeline_class_of(model, config, **hub)).reads_image

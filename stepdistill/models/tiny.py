@@ -40,7 +40,7 @@ from stepdistill.models.tiny_transformers import (
     tiny_sana,
     tiny_z_image,
 )
-from stepdistill.models.tiny_video import tiny_qwen_image, tiny_wan
+from stepdistill.models.tiny_video import tiny_qwen_image, tiny_wan, tiny_wan_i2v
 
 
 def unet(text_width: int, **extra: Any) -> UNet2DConditionModel:
@@ -178,6 +178,8 @@ TINY: dict[str, Callable[[], Any]] = {
     "z_image": tiny_z_image,
     "qwen_image": tiny_qwen_image,
     "wan": tiny_wan,
+    "wan_i2v": tiny_wan_i2v,
+    "wan_i2v_kept": lambda: tiny_wan_i2v(expand_timesteps=True),
     "wan_tokens": lambda: tiny_wan(expand_timesteps=True),
     "unet2d": tiny_unet2d,
     "edm": tiny_edm,

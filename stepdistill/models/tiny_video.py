@@ -15,9 +15,11 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from stepdistill.models.tiny_parts import (
     LATENT_SIZE,
@@ -119,4 +121,34 @@ def tiny_wan(expand_timesteps: bool = False, seed: int = 0) -> WanPipeline:
             scheduler=wan_scheduler(),
             transformer=wan_transformer(),
             expand_timesteps=expand_timesteps,
+        )
+
+
+def tiny_wan_i2v(expand_timesteps: bool = False, seed: int = 0) -> WanImageToVideoPipeline:
+    """A WanImageToVideoPipeline like 2.1's, or with 2.2's 5B model, which keeps the first frame."""
+    with seeded(seed):
+        tokenizer, text_encoder = umt5(TEXT_WIDTH)
+        parts: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        if not expand_timesteps:
+            config = CLIPVisionConfig(
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=TEXT_WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=16,
+                patch_size=8,
+            )
+            parts["image_encoder"] = CLIPVisionModel(config)
+            sides = {"height": 16, "width": 16}
+            parts["image_processor"] = CLIPImageProcessor(size=sides, crop_size=sides)
+            extra = {"in_channels": 4 + 4 + 4, "image_dim": TEXT_WIDTH, "added_kv_proj_dim": 24}
+        return WanImageToVideoPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=wan_vae(),
+            scheduler=wan_scheduler(),
+            transformer=wan_transformer(**extra),
+            expand_timesteps=expand_timesteps,
+            **parts,
         )

@@ -64,7 +64,7 @@ class WanFamily(Family):
         return dict(zip(("num_frames", "height", "width"), self.size, strict=True))
 
     def token_times(self, x_t: Tensor, model_t: Tensor) -> Tensor:
-        """What the network is told: (B,), or (B, N) for 2.2's 5B, which has a time for each token."""
+        """What the network is told: (B,), or (B, N), a time for each token, with 2.2's 5B."""
         if not self.pipeline.config.expand_timesteps:
             return model_t.float()
         _, height, width = self.config.patch_size

@@ -50,12 +50,17 @@ class BatchMaker:
             prompts = raw["label"] if "label" in raw else raw["prompt"]
         prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
         cond = self.encode(prompts)
-        if self._null is None:
-            self._null = self.family.null(1).to(self.device)
+        if self.family.reads_image:
+            cond = self.family.with_image(cond, raw["image"], self.shape)
+            null = self.family.null_for(cond)
+        else:
+            if self._null is None:
+                self._null = self.family.null(1).to(self.device)
+            null = self._null.repeat(cond.bsz)
         known = {"index", "prompt", "label", "image", "x0", "noise"}
         return Batch(
             cond=cond,
-            null=self._null.repeat(cond.bsz),
+            null=null,
             shape=self.shape,
             x0=self._x0(raw),
             noise=raw["noise"].to(self.device).float() if "noise" in raw else None,
@@ -91,7 +96,7 @@ class BatchMaker:
         if "x0" in raw:
             latents: Tensor = raw["x0"].to(self.device).float()
             return latents
-        if "image" not in raw:
+        if "image" not in raw or self.family.reads_image:  # there it is the first frame alone
             return None
         index: list[int] = raw["index"]
         fresh: dict[int, Tensor] = {}

@@ -12,7 +12,7 @@ from typing import Any
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields
 from stepdistill.models.family import Family
-from stepdistill.models.registry import conditioning_of, has_null, load_setting
+from stepdistill.models.registry import conditioning_of, has_null, load_setting, reads_image
 from stepdistill.models.safe_files import read_json
 from stepdistill.models.single_file import config_source
 from stepdistill.models.student_net import check_student_config
@@ -49,6 +49,8 @@ def method_fits(
     if not has_null(model, single_file_config, **hub):
         _without_guidance(cls.name, config)
     has = provided_fields(dataset) | {"null"}
+    if reads_image(model, single_file_config, **hub):
+        has = _without_first_frames(has, dataset[0])
     if conditioning_of(model, single_file_config, **hub) == "none":
         has |= {"cond"}
     if not method.needs <= has:
@@ -63,6 +65,19 @@ def method_fits(
             f"{type(dataset).__name__}. " + " ".join(hint.get(name, "") for name in missing[:1])
         )
     check_scorers(method.scorers(), scorers)
+
+
+def _without_first_frames(has: frozenset[str], item: Mapping[str, Any]) -> frozenset[str]:
+    """The fields that a model which reads an item's image as its first frame still has.
+
+    Errors: ValueError where the item has no image.
+    """
+    if "image" not in item:
+        raise ValueError(
+            f"train_dataset: expected items with an image, the video's first frame, got "
+            f"{sorted(item)}. Train on images with captions: --data.train_data_dir DIR."
+        )
+    return has if "x0" in item else has - {"x0"}
 
 
 def student_fits(

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import Scorer
 from stepdistill.methods import METHODS
-from stepdistill.models.registry import conditioning_of, has_null
+from stepdistill.models.registry import conditioning_of, has_null, reads_image
 from stepdistill.models.tiny import TINY
 from stepdistill.trainers import TRAINER_OF, DistillationTrainer
 
@@ -43,7 +43,9 @@ def fingerprint(tensors: Mapping[str, Tensor], skip_adapters: bool = False) -> d
 class TinyData(Dataset[dict[str, Any]]):
     """Six items with every field a method may need."""
 
-    def __init__(self, shape: tuple[int, ...], told: str, fields: tuple[str, ...]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], told: str, fields: tuple[str, ...], frames: bool = False
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.items = []
         for i in range(6):
@@ -55,6 +57,8 @@ class TinyData(Dataset[dict[str, Any]]):
             item = kinds[told]
             for name in fields:
                 item[name] = torch.randn(shape, generator=generator)
+            if frames:  # one for a video's start
+                item["image"] = torch.rand(3, 16, 32, generator=generator) * 2 - 1
             self.items.append(item)
 
     def __len__(self) -> int:
@@ -94,6 +98,11 @@ def _brightness(images: Tensor, by: object) -> Tensor:
 def _pixel_distance(images: Tensor, by: Any) -> Tensor:
     """A stand-in for LPIPS that needs no weights."""
     return (images - by).square().mean(dim=(1, 2, 3))
+
+
+def _has_null(family: str, layout: str) -> bool:
+    """Not models without a null condition, which guidance has nothing to steer away from."""
+    return not family.startswith(("unet2d", "edm"))
 
 
 def _w_embedding(family: str, layout: str) -> bool:
@@ -165,6 +174,21 @@ METHOD_CASES: dict[str, MethodCase] = {
     "lcm_w": MethodCase(
         "consistency", {"target": "ema", "embed_guidance": True}, ("x0",), _w_embedding
     ),
+    "lora_guidance": MethodCase(
+        "lora_guidance", {"guidance": 5.0, "states": "trajectory"}, (), _has_null
+    ),
+    "lora_guidance_w": MethodCase(
+        "lora_guidance",
+        {"guidance": 5.0, "embed_guidance": True, "guidance_range": (2.0, 8.0)},
+        ("x0",),
+        _w_embedding,
+    ),
+    "progressive": MethodCase(
+        "lora_guidance",
+        {"guidance": 5.0, "guidance_stage": False, "num_steps": (8, 4)},
+        ("x0",),
+        _two_with_prompts,
+    ),
     "reflow": MethodCase("reflow", {"stage": "reflow"}, ("x0", "noise")),
     "reflow_raw": MethodCase(
         "reflow", {"stage": "reflow", "setup": "raw"}, ("x0", "noise"), _no_preconditioning
@@ -224,7 +248,7 @@ def build_trainer(
         },
     )
     shape = _latent_shape(teacher)
-    data = TinyData(shape, conditioning_of(teacher), spec.fields)
+    data = TinyData(shape, conditioning_of(teacher), spec.fields, reads_image(teacher))
     return TRAINER_OF[spec.method](
         str(teacher),
         args,
