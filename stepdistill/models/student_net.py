@@ -27,7 +27,7 @@ _INTERFACE = (
     *("encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_type", "addition_time_embed_dim"),
     *("projection_class_embeddings_input_dim", "class_embed_type", "num_class_embeds"),
     *("num_embeds_ada_norm", "use_additional_conditions", "guidance_embeds", "time_cond_proj_dim"),
-    *("timestep_scale", "t_scale"),
+    *("timestep_scale", "t_scale", "text_dim", "image_dim"),
 )
 
 

@@ -35,6 +35,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "sana": {"num_layers": 1},
     "lumina2": {"num_layers": 1},
     "z_image": {"n_layers": 1},
+    "qwen_image": {"num_layers": 1},
+    "wan": {"num_layers": 1},
+    "wan_i2v": {"num_layers": 1},
     "unet2d": {"block_out_channels": [8, 8]},
     "edm": {"block_out_channels": [8, 8]},
 }
