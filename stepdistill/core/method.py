@@ -162,6 +162,10 @@ class Method(ABC, Generic[C]):
         """
         return ()
 
+    def learning_rate_scale(self, step: int, max_steps: int) -> float:
+        """Factor on the run's learning rates at student step `step`; pure, as `resets` is."""
+        return 1.0
+
     def after(self, nets: Nets, step: int) -> None:
         """Work at the end of a student step: EMA targets, schedules."""
         return

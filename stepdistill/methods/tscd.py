@@ -13,7 +13,6 @@ solver at every stage, which the paper leaves open; the adversarial term compare
 
 from __future__ import annotations
 
-import math
 import warnings
 from itertools import pairwise
 from typing import Literal
@@ -24,6 +23,7 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.methods.segments import check_segments
+from stepdistill.methods.stages import check_stage_starts, stage_at, stage_begins
 from stepdistill.methods.trajectory import TrajectoryMethod
 from stepdistill.methods.trajectory_config import TrajectoryConfig
 
@@ -56,16 +56,7 @@ class TSCDConfig(TrajectoryConfig):
                 f"{self.segments}. Edges of a stage must be edges of the stage before."
             )
         check_segments(self.num_grid, self.segments)
-        starts = self.stage_starts
-        if starts is not None:
-            steps = all(start >= 1 and start == int(start) for start in starts)
-            alike = steps or all(0 < start < 1 for start in starts)
-            rises = all(a < b for a, b in pairwise(starts))
-            if len(starts) != len(self.segments) - 1 or not alike or not rises:
-                raise ValueError(
-                    f"stage_starts: expected {len(self.segments) - 1} rising numbers, all "
-                    f"fractions below 1 or all whole steps from 1 on, got {starts}."
-                )
+        check_stage_starts(self.stage_starts, len(self.segments))
         if self.gan_scale is not None:
             if len(self.gan_scale) != len(self.segments) or min(self.gan_scale) < 0:
                 raise ValueError(
@@ -86,16 +77,7 @@ class TSCDConfig(TrajectoryConfig):
 
         Errors: ValueError for explicit starts at or beyond max_steps, whose stages never come.
         """
-        count = len(self.segments)
-        starts = self.stage_starts or tuple(i / count for i in range(1, count))
-        if starts and starts[-1] >= 1 and starts[-1] >= max_steps:
-            raise ValueError(
-                f"stage_starts: expected steps below max_train_steps {max_steps}, got {starts}. "
-                "The sampler is the last stage's. Train longer, or give fractions."
-            )
-        # A fraction's first whole step; the tolerance keeps 0.1 * 30 = 3 at step 3.
-        begun = [math.ceil(s if s >= 1 else s * max_steps - 1e-9) <= step for s in starts]
-        return sum(begun)
+        return stage_at(step, stage_begins(len(self.segments), self.stage_starts, max_steps))
 
 
 class TSCD(TrajectoryMethod[TSCDConfig]):

@@ -85,10 +85,10 @@ def lr_factor(args: TrainConfig, step: int, seconds: float = 0.0) -> float:
 
 
 def set_learning_rate(
-    optimizer: Optimizer, args: TrainConfig, step: int, seconds: float = 0.0
+    optimizer: Optimizer, args: TrainConfig, step: int, seconds: float = 0.0, scale: float = 1.0
 ) -> None:
-    """Set every group's learning rate for this step."""
-    factor = lr_factor(args, step, seconds)
+    """Set every group's learning rate for this step; scale: the method's own factor."""
+    factor = scale * lr_factor(args, step, seconds)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 

@@ -149,7 +149,8 @@ class Trainer:
         self.log.start(self.step, self.seconds)
         last_saved = self.step
         while self.step < args.max_train_steps:
-            set_learning_rate(self.optimizer, args, self.step, self.seconds)
+            scale = self.method.learning_rate_scale(self.step, args.max_train_steps)
+            set_learning_rate(self.optimizer, args, self.step, self.seconds, scale)
             anew = self.method.resets(self.step, args.max_train_steps)
             reset_roles(self.bank, self.optimizer, anew)
             carry: list[dict[str, object]] = [{} for _ in range(args.gradient_accumulation_steps)]
