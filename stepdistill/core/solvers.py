@@ -36,6 +36,7 @@ class SamplerSpec:
     guidance: classifier-free guidance still needed at inference; 1 for guidance folded in.
     w: guidance told to the network's own embedding (w = g - 1), None where it has none.
     boundary_scale: LCM's timestep scaling of the skip/out blend, None for plain x0.
+    keeps_scheduler: the student serves the teacher's own scheduler, and export leaves it in place.
     """
 
     times: tuple[float, ...]
@@ -45,6 +46,7 @@ class SamplerSpec:
     w: float | None = None
     gamma: float = 0.0
     boundary_scale: float | None = None
+    keeps_scheduler: bool = False
 
     def __post_init__(self) -> None:
         if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
@@ -73,6 +75,7 @@ class SamplerSpec:
             self.w,
             self.gamma,
             self.boundary_scale,
+            self.keeps_scheduler,
         )
 
 

@@ -68,6 +68,8 @@ def export_pipeline(
 
 def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampler:
     """The stock sampler of a student on `path` in the family's pipeline."""
+    if spec.keeps_scheduler:  # its times are its own affair
+        return StockSampler(family.pipeline.scheduler, ())
     flow_in_vp = isinstance(path, FlowPath) and not isinstance(family.path, FlowPath)
     accepts = frozenset(inspect.signature(type(family.pipeline).__call__).parameters)
     if family.scales_input:  # the one flow scheduler that can do it takes no sigmas
@@ -115,7 +117,7 @@ def describe(
         "call": {**family.guided_call(spec.guidance), **sampler.call},
         "load_without": missing_parts(family.pipeline),
         "kind": spec.kind,
-        "times": list(spec.times),
+        "times": None if spec.keeps_scheduler else list(spec.times),
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),
         "visited_model_times": list(sampler.visited),
         "teacher_shift": family.shift,

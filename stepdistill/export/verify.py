@@ -13,9 +13,10 @@ from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser, is_guided
 from stepdistill.core.solvers import SamplerSpec, sample_x0
-from stepdistill.export.card import typed_options
+from stepdistill.export.card import call_options, typed_options
 from stepdistill.models.family import Family
 from stepdistill.models.registry import load_family
+from stepdistill.models.role_denoiser import RoleDenoiser
 
 # Images in [0, 1]: float32 leaves 1e-5; a wrong time, guidance or scheduler is orders above it.
 TOLERANCE = {torch.float32: 1e-3}
@@ -53,7 +54,11 @@ def check_export(
         )
         theirs = family.images_in(result)
         torch.manual_seed(0)
-        ours = _in_memory(family, denoiser, spec, prompt)
+        if spec.keeps_scheduler:
+            call = {**subject, **call_options(record), **family.call_extras}
+            ours = _in_stock_loop(family, denoiser, call)
+        else:
+            ours = _in_memory(family, denoiser, spec, prompt)
     worst = float((ours - theirs.float().cpu()).abs().max())
     if not worst <= TOLERANCE.get(net.dtype, HALF_TOLERANCE):
         raise RuntimeError(
@@ -61,6 +66,15 @@ def check_export(
             f"difference of {worst:.2e}. The unfinished export is kept in {folder}."
         )
     return worst
+
+
+def _in_stock_loop(family: Family, denoiser: Denoiser, call: Mapping[str, Any]) -> Tensor:
+    """(1, C, H, W) in [0, 1] of the teacher's own pipeline around the student, nothing saved."""
+    assert isinstance(denoiser, RoleDenoiser)
+    with denoiser.in_pipeline() as pipeline:
+        pipeline.set_progress_bar_config(disable=True)
+        result = pipeline(**call, generator=torch.default_generator, output_type="pt")
+    return family.images_in(result).float().cpu()
 
 
 def _in_memory(family: Family, denoiser: Denoiser, spec: SamplerSpec, prompt: Any) -> Tensor:

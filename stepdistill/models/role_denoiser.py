@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,15 @@ class RoleDenoiser(Denoiser):
     def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
         """See Denoiser.guide: as the family's stock pipeline does it."""
         return self._bank.family.guide(cond, null, guidance)
+
+    @contextmanager
+    def in_pipeline(self) -> Iterator[Any]:
+        """Within: the family's stock pipeline around this role's network, adapter unmerged."""
+        family = self._bank.family
+        pipeline = copy.copy(family.pipeline)
+        pipeline.register_modules(**{family.net_name: self._net})
+        with self._bank.use(self._adapter):
+            yield pipeline
 
     def raw(
         self,
