@@ -27,6 +27,7 @@ from stepdistill.models.safe_files import read_json
 from stepdistill.training.checkpoint import RUN_FILE, newest_valid
 from stepdistill.training.config import RunConfig, TrainConfig
 from stepdistill.training.configfile import method_class, parse_run_config
+from stepdistill.training.configfile import method_config as parse_method_config
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.validation import validate
 
@@ -149,6 +150,28 @@ class DistributionMatchingTrainer(DistillationTrainer):
     methods = ("dmd2", "f_distill")
 
 
+class LoRADistillationTrainer(DistillationTrainer):
+    """Guidance distillation into an adapter or a copy, then progressive halving of the steps."""
+
+    methods = ("lora_guidance",)
+
+    def __init__(
+        self,
+        model: str | Path | Family,
+        args: TrainConfig,
+        train_dataset: Any,
+        method: str | None = None,
+        method_config: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        from stepdistill.export.load import refuse_double_guidance
+
+        if method in (None, *self.methods):
+            config: Any = parse_method_config(self.methods[0], method_config or {})
+            refuse_double_guidance(model, config.guidance)
+        super().__init__(model, args, train_dataset, method, method_config, **others)
+
+
 class ReflowTrainer(DistillationTrainer):
     """Rectified flow on noise-image pairs: reflow, rf++, SlimFlow, one-step distillation."""
 
@@ -170,6 +193,7 @@ class VariationalScoreTrainer(DistillationTrainer):
 TRAINERS: tuple[type[DistillationTrainer], ...] = (
     ConsistencyTrainer,
     DistributionMatchingTrainer,
+    LoRADistillationTrainer,
     ReflowTrainer,
     TrajectorySegmentedTrainer,
     VariationalScoreTrainer,

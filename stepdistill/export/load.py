@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 
 from stepdistill.export.card import typed_options
 from stepdistill.export.pipeline import RECORD
+from stepdistill.models.family import Family
 
 
 def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
@@ -30,6 +31,24 @@ def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
     cls = few_step_class(getattr(diffusers, index["_class_name"]), typed_options(record))
     options = {"use_safetensors": True, **dict.fromkeys(record["load_without"]), **kwargs}
     return cls.from_pretrained(str(model), **options)
+
+
+def refuse_double_guidance(model: Any, guidance: float) -> None:
+    """Errors: ValueError where `model` is an export with guidance folded in and guidance is not 1.
+
+    Args: model: a pipeline folder, a Hub id (not looked up) or a loaded Family.
+    """
+    source = model.pipeline.name_or_path if isinstance(model, Family) else model
+    file = Path(source or "") / RECORD
+    if guidance == 1.0 or not file.is_file():
+        return
+    record = json.loads(file.read_text())
+    if not record["guided"] and not record["guidance_embedded"]:
+        raise ValueError(
+            f"guidance: expected 1 for {source}, a student with guidance folded in, got "
+            f"{guidance}: it would count twice. Set method_config.guidance: 1 and, to halve "
+            "steps alone, guidance_stage: false."
+        )
 
 
 def few_step_class(stock: Any, defaults: dict[str, Any]) -> Any:

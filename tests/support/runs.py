@@ -100,6 +100,11 @@ def _pixel_distance(images: Tensor, by: Any) -> Tensor:
     return (images - by).square().mean(dim=(1, 2, 3))
 
 
+def _has_null(family: str, layout: str) -> bool:
+    """Not models without a null condition, which guidance has nothing to steer away from."""
+    return not family.startswith(("unet2d", "edm"))
+
+
 def _w_embedding(family: str, layout: str) -> bool:
     return layout == "full" and family.startswith("sd") and not family.startswith("sd3")
 
@@ -168,6 +173,21 @@ METHOD_CASES: dict[str, MethodCase] = {
     ),
     "lcm_w": MethodCase(
         "consistency", {"target": "ema", "embed_guidance": True}, ("x0",), _w_embedding
+    ),
+    "lora_guidance": MethodCase(
+        "lora_guidance", {"guidance": 5.0, "states": "trajectory"}, (), _has_null
+    ),
+    "lora_guidance_w": MethodCase(
+        "lora_guidance",
+        {"guidance": 5.0, "embed_guidance": True, "guidance_range": (2.0, 8.0)},
+        ("x0",),
+        _w_embedding,
+    ),
+    "progressive": MethodCase(
+        "lora_guidance",
+        {"guidance": 5.0, "guidance_stage": False, "num_steps": (8, 4)},
+        ("x0",),
+        _two_with_prompts,
     ),
     "reflow": MethodCase("reflow", {"stage": "reflow"}, ("x0", "noise")),
     "reflow_raw": MethodCase(

@@ -35,7 +35,7 @@ def trainer_of(teacher, output_dir, max_train_steps=4, **options):
         tuning=Tuning(student="lora", rank=2),
         **options,
     )
-    data = TinyData(load_family(teacher).sample_shape(), False, ("x0",))
+    data = TinyData(load_family(teacher).sample_shape(), "prompt", ("x0",))
     return TrajectorySegmentedTrainer(str(teacher), args, data, "tscd", OPTIONS)
 
 
