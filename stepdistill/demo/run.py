@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -27,7 +24,7 @@ from .classifier import train_classifier
 from .data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
 from .metrics import NOISE_SEEDS, Judge, Row
 from .progress import Chain, Stage, watch
-from .recipes import REGRESSION, Recipe, as_lora, recipe_for
+from .recipes import Recipe, Training, recipe_for
 from .reload import Job, sample_in_fresh_process
 from .report import Report, print_report, write_report
 from .sampling import PipelineSampler
@@ -48,13 +45,14 @@ def run_demo(
     """Run everything and write OUTPUT_DIR/report.html and report.png.
 
     Args:
-        method: dmd2 | consistency | reflow. student: lora | full.
+        method: a name in RECIPES. student: lora | full.
         seconds: training budget of each student; none means the recipe's number of steps.
             A short one also shortens the teacher's training (to five times as long).
     Errors: ValueError for an unknown method or an output_dir that is not ours.
     """
     started, console, out = time.monotonic(), Console(), Path(output_dir)
     recipe = recipe_for(method, student)
+    sizes = [steps for steps in STUDENT_STEPS if steps in recipe.claims]
     quiet_loading()
     torch.set_num_threads(1)  # a second thread saves nothing on networks this small
     digits = load_digit_splits()
@@ -63,18 +61,19 @@ def run_demo(
     teacher = load_or_train_teacher(config, digits.train, out / "teacher")
     judge = Judge(digits, train_classifier(digits.train))
 
-    console.print(f"[bold]2/4[/bold] students: {method} ({student}), in {len(STUDENT_STEPS)} sizes")
+    told = " and ".join(map(str, sizes))
+    console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {told} steps")
     write_image_folder(digits.train, out / "data")
     (out / "data" / "prompts.txt").write_text(
         "".join(f"{prompt_for(k)}\n" for k in range(len(DIGIT_NAMES)))
     )
-    runs = {steps: out / f"{method}_{student}_{steps}step" for steps in STUDENT_STEPS}
+    runs = {steps: out / f"{method}_{student}_{steps}step" for steps in sizes}
     if recipe.needs_pairs and not teacher.cached:
         shutil.rmtree(out / "pairs", ignore_errors=True)  # another teacher's
     chains = {}
     for steps, run in runs.items():
         shutil.rmtree(run, ignore_errors=True)
-        stages = _stages(recipe, steps, student, out, run, seconds, seed)
+        stages = _stages(recipe, steps, out, run, seconds, seed)
         for stage in stages:
             line = "  stepdistill " + " ".join(stage.command)
             console.print(line, style="dim", highlight=False, soft_wrap=True)
@@ -83,19 +82,19 @@ def run_demo(
 
     console.print("[bold]3/4[/bold] judging teacher and students against held-out digits")
     rows = [judge.floor(), *_teacher_rows(judge, teacher)]
-    jobs = [Job(runs[steps] / "pipeline", steps) for steps in STUDENT_STEPS]
+    jobs = [Job(runs[steps] / "pipeline", steps) for steps in sizes]
     fresh = sample_in_fresh_process(jobs, judge.prompts, NOISE_SEEDS)
-    for steps, made in zip(STUDENT_STEPS, fresh, strict=True):
+    for steps, made in zip(sizes, fresh, strict=True):
         label = f"student, {steps} step{'s' if steps > 1 else ''}"
         rows.append(judge.score(label, "student", steps, made.samples))
 
     console.print("[bold]4/4[/bold] report")
     checks = [*quality_checks(rows), time_check(time.monotonic() - started, teacher.cached)]
     report = Report(
-        title=f"Handwritten digits: {method} ({student}) to one and four steps",
+        title=f"Handwritten digits: {method} ({student}) in {told} steps",
         rows=rows,
         checks=checks,
-        snippet=_snippet(runs[1] / "pipeline"),
+        snippet=_snippet(runs[sizes[0]] / "pipeline", sizes[0]),
         facts=_facts(teacher, runs, recipe, fresh[0].pipeline_class, seed),
         num_images=len(digits.heldout),
         num_seeds=len(NOISE_SEEDS),
@@ -113,13 +112,7 @@ def quiet_loading() -> None:
 
 
 def _stages(
-    recipe: Recipe,
-    steps: int,
-    student: str,
-    out: Path,
-    run: Path,
-    seconds: float | None,
-    seed: int,
+    recipe: Recipe, steps: int, out: Path, run: Path, seconds: float | None, seed: int
 ) -> list[Stage]:
     """The commands that make one student: pairs and regression where the recipe has them."""
     data = {
@@ -127,47 +120,37 @@ def _stages(
         "images": ("--data.train_data_dir", out / "data"),
         "pairs": ("--data.pairs_dir", out / "pairs" / run.name),
     }
-    warm = steps in recipe.warm_steps
+    trainings = recipe.trainings(steps)
     stages = []
-    if warm or recipe.data == "pairs":
+    if any(training.data == "pairs" for training in trainings):
         command = ["pairs", "--pretrained_model_name_or_path", str(out / "teacher")]
         command += ["--prompts_file", str(data["prompts"][1]), "--pairs_dir", str(data["pairs"][1])]
         command += ["--num_pairs", "4096", "--num_steps", "8", "--batch_size", "256"]
         stages.append(Stage("pairs", command))
-    if warm:
-        settings = REGRESSION if student == "full" else as_lora(REGRESSION)
-        settings = {"method": "reflow", **settings}
-        budget = None if seconds is None else seconds / 4
-        stages.append(
-            _training("regression", settings, data["pairs"], out, run / "warm", budget, seed)
-        )
-    settings = recipe.settings(steps)
-    last = _training(recipe.method, settings, data[recipe.data], out, run, seconds, seed)
-    more = ["--init_student_from", str(run / "warm")] if warm else []
-    stages.append(replace(last, command=[*last.command, *more]))
+    for index, training in enumerate(trainings):
+        folder = run if index + 1 == len(trainings) else run / "first"
+        exported = training.starts_from == "model"
+        command = ["train", "--config", str(_config(training, folder))]
+        model = run / "first" / "pipeline" if exported else out / "teacher"
+        source, path = data[training.data]
+        command += ["--pretrained_model_name_or_path", str(model), source, str(path)]
+        command += ["--output_dir", str(folder), "--seed", str(seed)]
+        if training.starts_from == "student":
+            command += ["--init_student_from", str(run / "first")]
+        budget = None if seconds is None else seconds * training.share
+        if budget is not None:
+            command += ["--max_train_seconds", f"{budget:g}"]
+        total = training.settings["max_train_steps"] if budget is None else budget
+        stages.append(Stage(training.label, command, folder, total, by_seconds=budget is not None))
     return stages
 
 
-def _training(
-    label: str,
-    settings: Mapping[str, Any],
-    data: tuple[str, Path],
-    out: Path,
-    run: Path,
-    seconds: float | None,
-    seed: int,
-) -> Stage:
-    """A `stepdistill train` with these settings in a config file of its own."""
-    run.mkdir(parents=True, exist_ok=True)
-    config = run / "config.yaml"
-    config.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
-    command = ["train", "--config", str(config)]
-    command += ["--pretrained_model_name_or_path", str(out / "teacher"), data[0], str(data[1])]
-    command += ["--output_dir", str(run), "--seed", str(seed)]
-    if seconds is not None:
-        command += ["--max_train_seconds", f"{seconds:g}"]
-    total = settings["max_train_steps"] if seconds is None else seconds
-    return Stage(label, command, run, total, by_seconds=seconds is not None)
+def _config(training: Training, folder: Path) -> Path:
+    """The training's settings as a config file in its run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(dict(training.settings), sort_keys=False))
+    return config
 
 
 def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
@@ -184,11 +167,11 @@ def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
     return rows
 
 
-def _snippet(folder: Path) -> str:
+def _snippet(folder: Path, steps: int) -> str:
     return (
         "from diffusers import DiffusionPipeline\n"
         f'pipe = DiffusionPipeline.from_pretrained("{folder}")\n'
-        'pipe("a handwritten seven", num_inference_steps=1, guidance_scale=1)'
+        f'pipe("a handwritten seven", num_inference_steps={steps}, guidance_scale=1)'
         '.images[0].save("seven.png")'
     )
 

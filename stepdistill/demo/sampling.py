@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -17,15 +18,20 @@ from .metrics import Samples
 class PipelineSampler:
     """Calls a loaded pipeline at a fixed number of steps; a `metrics.Sampler`.
 
-    Args: guidance_scale in Diffusers' convention; 1 means none.
+    Args: guidance_scale in Diffusers' convention; 1 means none. options: more of its call's.
     """
 
     def __init__(
-        self, pipeline: StableDiffusionPipeline, num_inference_steps: int, guidance_scale: float = 1
+        self,
+        pipeline: StableDiffusionPipeline,
+        num_inference_steps: int,
+        guidance_scale: float = 1,
+        **options: Any,
     ) -> None:
         self.pipeline = pipeline
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
+        self.options = options
         pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -45,6 +51,7 @@ class PipelineSampler:
                 guidance_scale=self.guidance_scale,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="np",
+                **self.options,
             ).images  # (N, 8, 8, 1) in [0, 1]
         finally:
             hook.remove()

@@ -1,0 +1,60 @@
+"""Every method has a recipe the demo can run, and each recipe is one its method accepts."""
+
+import pytest
+
+from stepdistill.demo.recipes import RECIPES, Training, recipe_for
+from stepdistill.methods import METHODS
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.configfile import method_config
+
+CASES = [
+    (name, layout, steps)
+    for name, recipe in RECIPES.items()
+    for layout in recipe.layouts
+    for steps in recipe.claims
+]
+
+
+def test_every_method_has_a_recipe() -> None:
+    assert set(METHODS) <= {recipe.method for recipe in RECIPES.values()}
+
+
+@pytest.mark.parametrize(("name", "layout", "steps"), CASES)
+def test_settings_are_ones_the_method_accepts(name: str, layout: str, steps: int) -> None:
+    for training in recipe_for(name, layout).trainings(steps):
+        settings = dict(training.settings)
+        method = settings.pop("method")
+        options = method_config(method, settings.pop("method_config", {}))
+        assert TrainConfig(**settings).tuning.student == layout
+    steps_of = {"pcm": "num_phases"}.get(method, "num_steps")
+    told = getattr(options, steps_of)
+    assert (told[-1] if isinstance(told, tuple) else told) == steps
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shares_add_up_to_the_whole_budget(name: str) -> None:
+    for steps in RECIPES[name].claims:
+        shares = [training.share for training in RECIPES[name].trainings(steps)]
+        assert sum(shares) == pytest.approx(1.0)
+
+
+def test_another_length_keeps_the_share_of_counted_options() -> None:
+    settings = {"max_train_steps": 2000, "method_config": {"anneal_steps": 500}}
+    made = Training("a", settings, "pairs").lasting(100)
+    assert made == {"max_train_steps": 100, "method_config": {"anneal_steps": 25}}
+
+
+def test_lora_doubles_the_rates_of_both_trainings() -> None:
+    full, lora = RECIPES["dmd2"].trainings(1), recipe_for("dmd2", "lora").trainings(1)
+    for before, after in zip(full, lora, strict=True):
+        assert after.settings["learning_rate"] == 2 * before.settings["learning_rate"]
+
+
+def test_a_student_a_recipe_cannot_train_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected a student of \('full',\) with slimflow"):
+        recipe_for("slimflow", "lora")
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a method of"):
+        recipe_for("lcm", "full")
