@@ -24,8 +24,8 @@ class LPIPSOptions(MethodConfig):
     backbone: Literal["vgg", "alex"] = "vgg"
     """Network whose features are compared."""
     weights: str | None = None
-    """File of the backbone's ImageNet weights, torchvision's names (.safetensors or .pth); none
-    means torchvision's cache, filled by a download where it is empty."""
+    """Safetensors file of the backbone's ImageNet weights, torchvision's names; none means
+    torchvision's cache, filled by a download where it is empty."""
     resize: int | None = Field(default=None, ge=16)
     """Side in px that images are resized to first, bilinearly; none leaves them."""
     pooling: Literal["max", "avg"] = "max"

@@ -19,7 +19,8 @@ from torch import nn
 
 from stepdistill.models import tiny_parts
 from stepdistill.models.family import Family
-from stepdistill.models.registry import family_for
+from stepdistill.models.registry import family_for, model_index
+from stepdistill.models.safe_files import read_json
 
 # Tokenizer classes by the start of their names, and what stands in for one without its files.
 _STAND_INS: dict[str, Callable[[], Any]] = {
@@ -40,7 +41,8 @@ def describe(model: str) -> dict[str, Any]:
     """{"pipeline": class name, "options": {...}, "parts": {name: {"class", "config"}}}.
 
     Args: model: a bundled name, or a pipeline folder (weights are not read and may be absent).
-    Errors: ValueError for anything else.
+    Errors: ValueError for anything else, for broken JSON, and for an index that names code which
+        is not a library's.
     """
     if model in bundled():
         text = (resources.files("stepdistill.planning") / "models" / f"{model}.json").read_text()
@@ -52,7 +54,7 @@ def describe(model: str) -> dict[str, Any]:
             f"plan: expected a pipeline folder (with model_index.json) or one of {bundled()}, "
             f"got {model!r}."
         )
-    index = json.loads((folder / "model_index.json").read_text())
+    index = model_index(folder)
     parts: dict[str, Any] = {}
     options = {}
     for name, entry in index.items():
@@ -70,7 +72,7 @@ def describe(model: str) -> dict[str, Any]:
 def _part_config(folder: Path) -> dict[str, Any]:
     for file in ("config.json", "scheduler_config.json"):
         if (folder / file).is_file():
-            return {"config": json.loads((folder / file).read_text())}
+            return {"config": read_json(folder / file)}
     return {"folder": str(folder)}
 
 

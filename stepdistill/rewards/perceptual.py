@@ -19,10 +19,10 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stepdistill.losses.rewards import LPIPSOptions
+from stepdistill.models.safe_files import read_tensors
 from stepdistill.rewards.base import FrozenScorer
 
 _TORCHVISION = {
@@ -39,19 +39,29 @@ class LPIPSScorer(FrozenScorer):
 
     @classmethod
     def check(cls, options: LPIPSOptions) -> None:
-        """Errors: ValueError without the lpips package, or for a missing weights file."""
+        """Errors: ValueError without the lpips package, for a missing or a pickled weights file."""
         if importlib.util.find_spec("lpips") is None:
             raise ValueError(
                 "scorer lpips: expected the lpips package, got none. "
                 'pip install "stepdistill[rewards]"'
             )
-        if options.weights is not None and not Path(options.weights).is_file():
+        if options.weights is None:
+            return
+        if Path(options.weights).suffix != ".safetensors":
+            raise ValueError(
+                f"scorer lpips: expected a .safetensors file as weights, got {options.weights!r}. "
+                "Pickled files can run code and are not read; only torchvision's own cached file "
+                "is (weights: null), by its hash and with weights_only. Convert yours with "
+                "safetensors.torch.save_file."
+            )
+        if not Path(options.weights).is_file():
             raise ValueError(
                 f"scorer lpips: expected weights to be a file, got {options.weights!r}. "
                 f"torchvision's {options.backbone} state dict is one; null takes its cache."
             )
 
     def __init__(self, options: LPIPSOptions) -> None:
+        self.check(options)
         super().__init__()
         import lpips
 
@@ -100,10 +110,8 @@ def load_backbone(net: nn.Module, options: LPIPSOptions) -> None:
                 f"scorer lpips: expected {options.backbone}'s weights in torchvision's cache or a "
                 f"network to fetch them, got {err}. Give their file as weights: PATH."
             ) from err
-    elif options.weights.endswith(".safetensors"):
-        state = load_file(options.weights)
     else:
-        state = torch.load(options.weights, map_location="cpu", weights_only=True)
+        state = read_tensors(options.weights)
     # "slice2.5.weight" here is "features.5.weight" there.
     own = {f"features.{name.partition('.')[2]}": value for name, value in net.state_dict().items()}
     wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]

@@ -50,6 +50,32 @@ def test_every_bundled_model_is_described() -> None:
         assert describe(name)["parts"], name
 
 
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ('["evil_package", "Net"]', "classes of diffusers and transformers"),
+        ('["diffusers", "os.system"]', "classes of diffusers and transformers"),
+        ("[broken", "expected valid JSON"),
+    ],
+)
+def test_a_foreign_index_is_refused_before_an_import(tmp_path: Path, entry: str, told: str) -> None:
+    index = f'{{"_class_name": "StableDiffusionPipeline", "unet": {entry}}}'
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(ValueError, match=told):
+        describe(str(tmp_path))
+
+
+def test_a_broken_part_config_is_said(tmp_path: Path) -> None:
+    index = (
+        '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}'
+    )
+    (tmp_path / "model_index.json").write_text(index)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: expected valid JSON"):
+        describe(str(tmp_path))
+
+
 def test_the_tracker_knows_peak_and_what_was_freed() -> None:
     tracker = CostTracker()
     with tracker:

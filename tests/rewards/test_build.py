@@ -13,7 +13,7 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.rewards import build_scorers
 from stepdistill.trainers import DistributionMatchingTrainer, trainer_of_run
 
-SPECS = {"lpips": ScorerSpec("lpips", {"weights": "nowhere.pth"})}
+SPECS = {"lpips": ScorerSpec("lpips", {"weights": "nowhere.safetensors"})}
 
 
 class Own(nn.Module):

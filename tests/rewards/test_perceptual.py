@@ -38,7 +38,8 @@ def files(tmp_path_factory) -> dict[str, Path]:
         state = {f"features.{k}": v for k, v in features_of(name).state_dict().items()}
         if name == "alex":
             save_file({**state, "classifier.1.weight": torch.zeros(2)}, folder / "alex.safetensors")
-        torch.save(state, folder / f"{name}.pth")
+        else:
+            save_file(state, folder / "vgg.safetensors")
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -68,7 +69,7 @@ def pair(size: int = 32, bsz: int = 2) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-@pytest.mark.parametrize("name", ["alex.safetensors", "alex.pth", "vgg.pth"])
+@pytest.mark.parametrize("name", ["alex.safetensors", "vgg.safetensors"])
 def test_equals_the_library_on_the_same_weights(files, name) -> None:
     a, b = pair()
     with torch.no_grad():
@@ -162,15 +163,25 @@ def test_autocast_does_not_coarsen_it(files) -> None:
 
 def test_weights_of_another_network_are_refused(files) -> None:
     with pytest.raises(ValueError, match=r"expected torchvision's alex weights.*features\.0"):
-        LPIPSScorer(LPIPSOptions(backbone="alex", weights=str(files["vgg.pth"])))
+        LPIPSScorer(LPIPSOptions(backbone="alex", weights=str(files["vgg.safetensors"])))
 
 
 def test_missing_file_and_package_are_said_by_the_check(monkeypatch) -> None:
-    with pytest.raises(ValueError, match=r"weights to be a file, got 'nowhere\.pth'"):
-        LPIPSScorer.check(LPIPSOptions(weights="nowhere.pth"))
+    with pytest.raises(ValueError, match=r"weights to be a file, got 'nowhere\.safetensors'"):
+        LPIPSScorer.check(LPIPSOptions(weights="nowhere.safetensors"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "stepdistill\[rewards\]"'):
         LPIPSScorer.check(LPIPSOptions())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+def test_a_pickled_file_is_refused_unread(tmp_path, suffix) -> None:
+    path = tmp_path / f"vgg{suffix}"
+    torch.save({}, path)
+    with pytest.raises(
+        ValueError, match=r"expected a \.safetensors file.*can run code.*weights: null"
+    ):
+        LPIPSScorer(LPIPSOptions(weights=str(path)))
 
 
 def test_an_empty_cache_without_network_names_the_option(monkeypatch, tmp_path) -> None:
