@@ -236,7 +236,7 @@ def open_dataset(run: RunConfig) -> Any:
 def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None) -> None:
     """What `stepdistill train` and the launchers in train/ run: train, export, push when asked.
 
-    A user's mistake or a non-finite loss ends with one line and exit status 1.
+    A mistake or a non-finite loss: one line, exit status 1. SIGTERM or SIGUSR1: saved, status 75.
     """
     try:
         _launch(argv, trainer)
@@ -254,6 +254,8 @@ def _launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None) -> N
         )
     running = DistillationTrainer.from_config(run)
     running.train()
+    if running.stop.preempted:
+        sys.exit(running.stop.status)
     folder = running.export(run.export_dir or Path(run.output_dir) / "pipeline")
     running.accelerator.print(f"exported {folder}")
     if run.push_to_hub and run.hub_model_id:
@@ -292,5 +294,7 @@ def trainer_of_run(run_dir: str | Path) -> DistillationTrainer:
         revision=facts["revision"],
         variant=facts["variant"],
     )
+    for line in skipped:
+        trainer.accelerator.print(f"{folder}: {line}")
     trainer.restore(checkpoint)
     return trainer

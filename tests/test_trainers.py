@@ -9,7 +9,7 @@ import pytest
 from support.runs import build_trainer, fingerprint, teacher_dir
 
 from stepdistill.trainers import trainer_of_run
-from stepdistill.training.checkpoint import write_folder
+from stepdistill.training.whole import write_folder
 
 
 @pytest.fixture

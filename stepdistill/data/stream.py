@@ -7,6 +7,7 @@ global batch of W B rows: N processes see what one process with the same global 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stepdistill.core.context import stable_seed
 
+# A cluster that wants its machine back sends these, often to a run's data workers too.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # What a dataset's item keys give a batch.
 FIELDS = {"prompt": "cond", "label": "cond", "image": "x0", "x0": "x0", "noise": "noise"}
 
@@ -121,6 +124,12 @@ def collate(items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
     return raw
 
 
+def _ignore_stop_signals(_worker: int) -> None:
+    """The run ends its workers itself, once it has finished the step and saved."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def stream(
     dataset: Dataset[dict[str, Any]],
     batch: int,
@@ -138,5 +147,6 @@ def stream(
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=False,
+        worker_init_fn=_ignore_stop_signals,
     )
     return iter(loader)

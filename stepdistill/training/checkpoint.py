@@ -6,23 +6,23 @@ method's buffers, the position in the data. Random numbers need no state (see co
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.safe_files import PICKLED, read_json, read_tensors
+from stepdistill.models.safe_files import read_json, read_tensors
+from stepdistill.training.whole import MANIFEST, fault_of, write_folder
 
-MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # beside the checkpoints: what the run is
+_NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 STATE_KEYS = (
     "step",
     "batches_seen",
@@ -35,79 +35,16 @@ STATE_KEYS = (
 )
 
 
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_folder(
-    target: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
-) -> None:
-    """Write a folder whole or not at all: temporary name, manifest last, fsync, rename.
-
-    Args: tensors: file stem -> tensors. documents: file stem -> JSON-able value.
-    """
-    aside = target.with_name(target.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for stem, state in tensors.items():
-        save_file(dict(state), aside / f"{stem}.safetensors")
-    for stem, value in documents.items():
-        (aside / f"{stem}.json").write_text(json.dumps(value, indent=2))
-    files = sorted(aside.iterdir())
-    for path in files:
-        _fsync(path)
-    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    _fsync(aside / MANIFEST)
-    _fsync(aside)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(aside, target)
-    _fsync(target.parent)
-
-
-def fault_of(folder: Path) -> str | None:
-    """What is wrong with a written folder, or None where every file is as the manifest says."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except ValueError as err:
-        return f"no readable manifest ({err})"
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLED)
-    if pickled:
-        return f"{pickled[0]} is pickled, which is not read"
-    for name, facts in manifest.items():
-        if (
-            Path(name).name != name
-            or not isinstance(facts, dict)
-            or {*facts} != {"bytes", "sha256"}
-        ):
-            return f"its manifest has a malformed entry {name!r}"
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
-        if _digest(path) != facts["sha256"]:
-            return f"{name} has another sha256 than the manifest"
-    return None
+def _order(folder: Path) -> tuple[int, bool]:
+    found = _NAME.fullmatch(folder.name)
+    assert found is not None
+    return int(found[1]), found[2] is None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """checkpoint-N folders, oldest first, whole or not."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+    """checkpoint-N folders, oldest first, whole or not; checkpoint-N.old comes before its heir."""
+    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=_order)
 
 
 def newest_valid(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -121,11 +58,31 @@ def newest_valid(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def prune(output_dir: Path, limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`; call only after a newer one is whole."""
-    if limit is not None:
-        for folder in list_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(folder)
+def prune(newest: Path, limit: int | None) -> None:
+    """Delete what is older than the newest `limit` whole checkpoints up to `newest`.
+
+    What a killed save or deletion left lying goes too, and the predecessors of whole checkpoints.
+
+    Args: newest: the checkpoint just written, which is whole.
+    Notes: damaged folders don't count towards the limit, and nothing newer is touched: a damaged
+        checkpoint-100 must not push the good checkpoint-60 out. Sizes are compared, not hashes.
+    """
+    for left in newest.parent.glob("checkpoint-*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    for old in newest.parent.glob("checkpoint-*.old"):
+        if fault_of(old.with_suffix("")) is None:
+            shutil.rmtree(old, ignore_errors=True)
+    if limit is None:
+        return
+    older = [p for p in list_checkpoints(newest.parent) if _order(p) < _order(newest)]
+    whole = [p for p in older if fault_of(p, hashes=False) is None]
+    kept = [*whole, newest][-limit:]
+    for folder in older:
+        if _order(folder) < _order(kept[0]):
+            gone = folder.with_name(folder.name + ".tmp")  # half a folder is no checkpoint
+            shutil.rmtree(gone, ignore_errors=True)
+            os.replace(folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 # ------------------------------------------------------------------ optimiser
@@ -184,7 +141,10 @@ def save_checkpoint(
     method_state: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
-    """Write checkpoint-N. Call on one process only, between barriers."""
+    """Write checkpoint-N. Call on one process only, between barriers.
+
+    Errors: OSError where it can't be written, naming the newest whole checkpoint.
+    """
     tensors: dict[str, Mapping[str, Tensor]] = {
         f"role_{role}": bank.role_state(role) for role in bank.roles if bank.members(role)
     }
@@ -192,7 +152,14 @@ def save_checkpoint(
     tensors["optimizer"] = opt_tensors
     if method_state:
         tensors["method"] = {k: v.detach().cpu().contiguous() for k, v in method_state.items()}
-    write_folder(folder, tensors, {"trainer_state": dict(state), "optimizer": opt_plain})
+    try:
+        write_folder(folder, tensors, {"trainer_state": dict(state), "optimizer": opt_plain})
+    except OSError as err:
+        good, _ = newest_valid(folder.parent)
+        raise OSError(
+            f"{err} Newest whole checkpoint: {good.name if good else 'none yet'}; then go on with "
+            "--resume_from_checkpoint latest."
+        ) from err
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -223,7 +190,12 @@ def student_file(source: str | Path) -> Path:
     Errors: ValueError where the folder is neither a whole checkpoint nor a run with one.
     """
     folder = Path(source)
-    whole = folder if (folder / MANIFEST).is_file() else newest_valid(folder)[0]
+    skipped: list[str] = []
+    whole: Path | None = folder
+    if not (folder / MANIFEST).is_file():
+        whole, skipped = newest_valid(folder)
+    for line in skipped:
+        warnings.warn(f"init_student_from: {line}", stacklevel=3)
     fault = "no whole checkpoint" if whole is None else fault_of(whole)
     if whole is None or fault is not None:
         raise ValueError(

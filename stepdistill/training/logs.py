@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from stepdistill.training.checkpoint import RUN_FILE, newest_valid
 from stepdistill.training.config import TrainConfig
+from stepdistill.training.whole import write_text
 
 
 class RunLog:
@@ -48,13 +49,13 @@ class RunLog:
         """
         if self._accelerator.is_main_process:
             self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / RUN_FILE).write_text(json.dumps(self._facts, indent=2))
+            write_text(self._folder / RUN_FILE, json.dumps(self._facts, indent=2))
         if self._args.report_to:
             self._accelerator.init_trackers("stepdistill", config={"method": self._facts["method"]})
         if self._accelerator.is_main_process and self._file.exists():
             lines = self._file.read_text().splitlines(keepends=True)
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-            self._file.write_text("".join(kept))
+            write_text(self._file, "".join(kept))
         self._window_start = (step, seconds)
         if self._accelerator.is_main_process and not self._args.disable_progress_bar:
             self._bar = tqdm(

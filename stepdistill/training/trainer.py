@@ -46,6 +46,7 @@ from stepdistill.training.optim import (
     reset_roles,
     set_learning_rate,
 )
+from stepdistill.training.preemption import StopRequest
 from stepdistill.training.setup import make_accelerator, make_bank
 from stepdistill.training.start import check_start
 from stepdistill.training.step import TrainStep
@@ -123,14 +124,19 @@ class Trainer:
         )
         self.step = self.batches_seen = 0
         self.seconds = 0.0
+        self.stop = StopRequest()
         self.log = RunLog(self.accelerator, args, self.facts)
 
     # ------------------------------------------------------------------ loop
     def train(self) -> dict[str, float]:
-        """Run to max_train_steps (or max_train_seconds); returns the last logged means.
+        """Run to max_train_steps, max_train_seconds, SIGTERM or SIGUSR1; returns the last means.
 
         Errors: FloatingPointError for a non-finite loss, naming role, step and last checkpoint.
         """
+        with self.stop:
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         args = self.args
         if self.dataset is None:
             raise ValueError("train: expected a train_dataset, got None (enough only to export).")
@@ -163,8 +169,9 @@ class Trainer:
                 self.bank.ema_update("ema", min(args.ema_decay, (1 + self.step) / (10 + self.step)))
             self.step += 1
             self.seconds = before + time.monotonic() - started
-            out_of_time = self._out_of_time()
-            last = self.step >= args.max_train_steps or out_of_time
+            late = self.seconds >= (args.max_train_seconds or float("inf"))
+            stopping = self.stop.agreed(late, self.accelerator)
+            last = self.step >= args.max_train_steps or stopping
             if self.log.due(self.step) or last:
                 self.log.write(self.step, self.seconds, self._learning_rates())
             if args.validation_steps and (self.step % args.validation_steps == 0 or last):
@@ -173,7 +180,7 @@ class Trainer:
             if (due or last) and self.step > last_saved:
                 self.save()
                 last_saved = self.step
-            if out_of_time:
+            if stopping:
                 break
         self.log.close()
         return self.log.last
@@ -218,13 +225,6 @@ class Trainer:
     def _learning_rates(self) -> dict[str, float]:
         return {group["role"]: group["lr"] for group in self.optimizer.param_groups}
 
-    def _out_of_time(self) -> bool:
-        limit = self.args.max_train_seconds
-        if limit is None:
-            return False
-        over = torch.tensor(float(self.seconds >= limit), device=self.device)
-        return bool(self._mean_over_ranks(over) > 0)  # one rank over is all over
-
     # ------------------------------------------------------- state and output
     @property
     def output_dir(self) -> Path:
@@ -266,7 +266,7 @@ class Trainer:
                 "facts": self.facts,
             }
             save_checkpoint(folder, self.bank, self.optimizer, self.method.state_dict(), state)
-            prune(self.output_dir, self.args.checkpoints_total_limit)
+            prune(folder, self.args.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         return folder
 

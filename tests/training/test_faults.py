@@ -1,0 +1,87 @@
+"""Kills and signals at any instant lose nothing: real processes, see support/faults.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import teacher_dir
+
+SCRIPT = Path(__file__).parents[1] / "support" / "faults.py"
+
+
+def told(tmp_path_factory: Any, *parts: str) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("faults")
+    command = [sys.executable, str(SCRIPT), str(teacher_dir("sd_v", tmp_path_factory)), str(out)]
+    done = subprocess.run(
+        [*command, *parts],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return told(tmp_path_factory, "operations", "kills:3", "signal:SIGTERM")
+
+
+@pytest.fixture(scope="module")
+def thorough(tmp_path_factory):
+    return told(tmp_path_factory, "kills:50", "signal:SIGUSR1", "ranks")
+
+
+def test_no_operation_of_a_save_can_be_killed_to_lose_a_checkpoint(quick) -> None:
+    found = quick["operations"]
+    assert found["tries"] > 20
+    assert found["lost"] == []
+
+
+def test_the_next_save_clears_what_a_kill_left(quick) -> None:
+    assert quick["operations"]["unrepaired"] == []
+
+
+def test_a_run_killed_thrice_loses_nothing_and_ends_the_same(quick) -> None:
+    assert (quick["kills"]["tries"], quick["kills"]["lost"]) == (3, 0)
+    assert quick["kills"]["differ"] == []
+
+
+def test_a_signal_to_a_run_and_its_data_worker_saves_and_leaves_with_75(quick) -> None:
+    found = quick["signal:SIGTERM"]
+    assert found["status"] == 75
+    assert found["step"] >= 1
+    assert not found["exported"]
+
+
+def test_the_resumed_run_is_the_run_that_was_not_signalled(quick) -> None:
+    found = quick["signal:SIGTERM"]
+    assert found["later"] == [0, 0]
+    assert found["differ"] == []
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_nothing(thorough) -> None:
+    found = thorough["kills"]
+    assert (found["tries"], found["lost"], found["differ"]) == (50, 0, [])
+    assert found["in_save"] > 0
+
+
+@pytest.mark.slow
+def test_sigusr1_does_the_same(thorough) -> None:
+    found = thorough["signal:SIGUSR1"]
+    assert (found["status"], found["later"], found["differ"]) == (75, [0, 0], [])
+
+
+@pytest.mark.slow
+def test_a_signal_on_one_rank_stops_both(thorough) -> None:
+    assert thorough["ranks"]["statuses"] == [75, 75]
+    assert thorough["ranks"]["world_size"] == 2
