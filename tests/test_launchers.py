@@ -28,13 +28,15 @@ FLAGS = [
 
 
 def launch(
-    teacher: Path, tmp_path: Path, *flags: str, processes: int = 1
+    teacher: Path, tmp_path: Path, *flags: str, processes: int = 1, launcher: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess:
     prompts = tmp_path / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("a\nb\nc\n")
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    if processes > 1:
+    if launcher:
+        accelerate += [*launcher, "--main_process_port", str(29000 + os.getpid() % 400)]
+    elif processes > 1:
         port = str(29000 + os.getpid() % 400)
         accelerate += [
             "--multi_gpu",
@@ -65,6 +67,21 @@ def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> N
     assert done.returncode == 0, done.stderr[-3000:]
     assert state(tmp_path / "run", 2)["world_size"] == processes
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [("cpu2",), ("ddp", "--num_processes", "2")], ids=lambda given: given[0]
+)
+def test_shipped_launcher_configs_give_two_ranks(launcher, tmp_path, tmp_path_factory) -> None:
+    config = str(ROOT / "configs" / "accelerate" / f"{launcher[0]}.yaml")
+    done = launch(
+        teacher_dir("sd_v", tmp_path_factory),
+        tmp_path,
+        launcher=("--config_file", config, *launcher[1:]),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert state(tmp_path / "run", 2)["world_size"] == 2
 
 
 def test_a_mistake_is_one_line(tmp_path, tmp_path_factory) -> None:

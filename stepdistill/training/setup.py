@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,18 @@ from stepdistill.training.step import place
 
 
 def make_accelerator(args: TrainConfig) -> Accelerator:
-    """The Accelerator of a run: one wrapped module, phases that train different parts of it."""
+    """The Accelerator of a run: one wrapped module, phases that train different parts of it.
+
+    Errors: ValueError under a launcher's FSDP, DeepSpeed or Megatron-LM.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"accelerate: expected one process or DDP, got {name} (which shards the base that "
+                "all roles share; it has not been shown to give the same gradients). Launch with "
+                "configs/accelerate/ddp.yaml, and save memory with LoRA roles, "
+                "--gradient_checkpointing and --offload_encoders."
+            )
     return Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=args.report_to or None,

@@ -55,6 +55,16 @@ class TestBeforeLoading:
                 tmp_path, TrainConfig(output_dir=str(tmp_path / "o")), ["a"]
             )
 
+    @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+    def test_a_launcher_that_shards(self, teacher, tmp_path, monkeypatch, name) -> None:
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+        with pytest.raises(
+            ValueError, match=rf"expected one process or DDP, got {name}.*ddp\.yaml"
+        ):
+            DistributionMatchingTrainer(
+                teacher, TrainConfig(output_dir=str(tmp_path / "o")), ["a prompt"]
+            )
+
     def test_unmet_data_needs(self, teacher, tmp_path) -> None:
         with pytest.raises(ValueError, match=r"noise.*stepdistill pairs"):
             ReflowTrainer(teacher, TrainConfig(output_dir=str(tmp_path)), ["a prompt"])
