@@ -14,6 +14,7 @@ _PUBLIC = {
     "Tuning": "stepdistill.models.tuning",
     "ConsistencyTrainer": "stepdistill.trainers",
     "DistributionMatchingTrainer": "stepdistill.trainers",
+    "LoRADistillationTrainer": "stepdistill.trainers",
     "ReflowTrainer": "stepdistill.trainers",
     "TrajectorySegmentedTrainer": "stepdistill.trainers",
     "VariationalScoreTrainer": "stepdistill.trainers",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from stepdistill.models.tuning import Tuning as Tuning
     from stepdistill.trainers import ConsistencyTrainer as ConsistencyTrainer
     from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer
+    from stepdistill.trainers import LoRADistillationTrainer as LoRADistillationTrainer
     from stepdistill.trainers import ReflowTrainer as ReflowTrainer
     from stepdistill.trainers import TrajectorySegmentedTrainer as TrajectorySegmentedTrainer
     from stepdistill.trainers import VariationalScoreTrainer as VariationalScoreTrainer

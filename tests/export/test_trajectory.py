@@ -37,7 +37,7 @@ def trained(family, tmp_path_factory, output_dir, method, options, steps=2, layo
     )
     if family not in SHAPES:
         SHAPES[family] = load_family(teacher).sample_shape()
-    data = TinyData(SHAPES[family], family == "dit", ("x0",))
+    data = TinyData(SHAPES[family], "label" if family == "dit" else "prompt", ("x0",))
     trainer = TrajectorySegmentedTrainer(str(teacher), args, data, method, options)
     trainer.train()
     generator = torch.Generator().manual_seed(1)
