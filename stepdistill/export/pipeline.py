@@ -70,7 +70,9 @@ def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampl
     """The stock sampler of a student on `path` in the family's pipeline."""
     if spec.keeps_scheduler:  # its times are its own affair
         return StockSampler(family.pipeline.scheduler, ())
-    flow_in_vp = isinstance(path, FlowPath) and not isinstance(family.path, FlowPath)
+    # A teacher that is itself such an export is known by the entry its scheduler was given.
+    made_so = "init_noise_sigma" in family.pipeline.scheduler.config
+    flow_in_vp = isinstance(path, FlowPath) and (made_so or not isinstance(family.path, FlowPath))
     accepts = frozenset(inspect.signature(type(family.pipeline).__call__).parameters)
     if family.scales_input:  # the one flow scheduler that can do it takes no sigmas
         accepts -= {"sigmas"}
