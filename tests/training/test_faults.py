@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import teacher_dir
+from support.runs import build_trainer, teacher_dir
+
+from stepdistill.training.checkpoint import list_checkpoints
 
 SCRIPT = Path(__file__).parents[1] / "support" / "faults.py"
 
@@ -32,12 +35,12 @@ def told(tmp_path_factory: Any, *parts: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    return told(tmp_path_factory, "operations", "kills:3", "signal:SIGTERM")
+    return told(tmp_path_factory, "operations", "kills:3")
 
 
 @pytest.fixture(scope="module")
 def thorough(tmp_path_factory):
-    return told(tmp_path_factory, "kills:50", "signal:SIGUSR1", "ranks")
+    return told(tmp_path_factory, "kills:50", "signal:SIGTERM", "signal:SIGUSR1", "ranks")
 
 
 def test_no_operation_of_a_save_can_be_killed_to_lose_a_checkpoint(quick) -> None:
@@ -55,17 +58,39 @@ def test_a_run_killed_thrice_loses_nothing_and_ends_the_same(quick) -> None:
     assert quick["kills"]["differ"] == []
 
 
-def test_a_signal_to_a_run_and_its_data_worker_saves_and_leaves_with_75(quick) -> None:
-    found = quick["signal:SIGTERM"]
+@pytest.mark.slow
+def test_a_signal_to_a_run_and_its_data_worker_saves_and_leaves_with_75(thorough) -> None:
+    found = thorough["signal:SIGTERM"]
     assert found["status"] == 75
     assert found["step"] >= 1
     assert not found["exported"]
 
 
-def test_the_resumed_run_is_the_run_that_was_not_signalled(quick) -> None:
-    found = quick["signal:SIGTERM"]
+@pytest.mark.slow
+def test_the_resumed_run_is_the_run_that_was_not_signalled(thorough) -> None:
+    found = thorough["signal:SIGTERM"]
     assert found["later"] == [0, 0]
     assert found["differ"] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_at_the_step_boundary_and_is_handed_back(
+    number, tmp_path, tmp_path_factory, monkeypatch
+) -> None:
+    teacher = teacher_dir("sd_v", tmp_path_factory)
+    trainer = build_trainer("cd", teacher, "lora", tmp_path, max_train_steps=10**6)
+    before, update = signal.getsignal(number), trainer._update
+
+    def signalled(*args: Any) -> None:
+        if trainer.step == 1:
+            os.kill(os.getpid(), number)
+        update(*args)
+
+    monkeypatch.setattr(trainer, "_update", signalled)
+    trainer.train()
+    assert (trainer.step, trainer.stop.preempted) == (2, True)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.slow
