@@ -43,7 +43,9 @@ def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
         return ""
     if record.get("reads_image"):
         return f'load_image("first_frame.png"), {prompt!r}'
-    return "class_labels=[0]" if record["conditioning"] == "label" else repr(prompt)
+    if record["conditioning"] == "label":
+        return "class_labels=[0]"
+    return f"prompt={prompt!r}" if record.get("prompt_by_name") else repr(prompt)
 
 
 def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> str:

@@ -99,6 +99,11 @@ def check_out_dir(out_dir: Path) -> None:
         )
 
 
+def _first_argument(family: Family) -> str:
+    """Of the pipeline's call, after self: Flux.2's begins with reference images."""
+    return list(inspect.signature(type(family.pipeline).__call__).parameters)[1]
+
+
 def describe(
     family: Family, spec: SamplerSpec, sampler: StockSampler, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -111,6 +116,7 @@ def describe(
         "conditioning": family.conditioning,
         "output": family.output,
         "reads_image": family.reads_image,
+        "prompt_by_name": family.conditioning == "prompt" and _first_argument(family) != "prompt",
         "method": facts.get("method"),
         "num_inference_steps": spec.num_steps,
         "guidance_scale": family.stock_guidance(guidance) if family.has_null else None,

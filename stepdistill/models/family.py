@@ -93,7 +93,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
     conditioning: Literal["prompt", "label", "none"] = "prompt"
     reads_conditioning: ClassVar[bool] = False  # whether the denoiser's config decides on it
-    has_null: ClassVar[bool] = True  # whether there is an empty condition to guide away from
+    has_null: bool = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
@@ -133,6 +133,11 @@ class Family(ABC):
     def conditioning_in(cls, config: Any) -> Literal["prompt", "label", "none"]:
         """The conditioning of a model whose denoiser has that configuration."""
         return cls.conditioning
+
+    @classmethod
+    def null_in(cls, index: Any) -> bool:
+        """Whether a pipeline with that model_index.json has an empty condition."""
+        return cls.has_null
 
     @property
     def embeds_guidance(self) -> bool:

@@ -30,6 +30,7 @@ FAMILIES: dict[str, str] = {
     "sd3": "stepdistill.models.sd3:StableDiffusion3Family",
     "dit": "stepdistill.models.dit:DiTFamily",
     "flux": "stepdistill.models.flux:FluxFamily",
+    "flux2": "stepdistill.models.flux2:Flux2Family",
     "pixart": "stepdistill.models.pixart:PixArtFamily",
     "lumina2": "stepdistill.models.lumina2:Lumina2Family",
     "z_image": "stepdistill.models.z_image:ZImageFamily",
@@ -184,7 +185,8 @@ def has_null(model: Any, config: str | None = None, **hub: Any) -> bool:
     """Whether that model has an empty condition to guide away from."""
     if isinstance(model, Family):
         return model.has_null
-    return family_for(pipeline_class_of(model, config, **hub)).has_null
+    index = model_index(model, config, **hub)
+    return family_for(index["_class_name"]).null_in(index)
 
 
 def reads_image(model: Any, config: str | None = None, **hub: Any) -> bool:

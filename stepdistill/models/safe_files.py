@@ -23,6 +23,9 @@ _PART = re.compile(r"[A-Za-z]\w*")
 _NETS = ("unet", "transformer", "vae")
 
 
+COUNTER = ".num_batches_tracked"  # of a BatchNorm (Flux.2's VAE): the one integer beside weights
+
+
 def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
     """The object in a JSON file. Errors: ValueError for another content or a missing key."""
     try:
@@ -46,7 +49,11 @@ def check_safetensors(path: Path, floating: bool = False) -> None:
     """Errors: ValueError for a header that lies, a truncated file, or integers for weights."""
     try:
         with safe_open(path, framework="pt") as file:
-            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            kinds = {
+                file.get_slice(name).get_dtype()
+                for name in file.keys()  # noqa: SIM118
+                if not name.endswith(COUNTER)
+            }
     except (SafetensorError, OSError, ValueError) as err:
         raise ValueError(
             f"{path}: expected a whole safetensors file, got a truncated or malformed one "

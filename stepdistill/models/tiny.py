@@ -22,6 +22,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from stepdistill.models.tiny_flux2 import tiny_flux2
 from stepdistill.models.tiny_parts import (
     LATENT_SIZE,
     TEXT_WIDTH,
@@ -171,6 +172,7 @@ TINY: dict[str, Callable[[], Any]] = {
     "dit": tiny_dit,
     "flux": tiny_flux,
     "flux_schnell": lambda: tiny_flux(guidance_embeds=False),
+    "flux2": tiny_flux2,
     "pixart": tiny_pixart,
     "pixart_sigma": lambda: tiny_pixart(PixArtSigmaPipeline),
     "sana": tiny_sana,

@@ -37,7 +37,7 @@ class UNet2DFamily(Family):
         *("downsamplers.0.conv", "upsamplers.0.conv"),
     )
     conditioning: Literal["prompt", "label", "none"] = "none"
-    has_null: ClassVar[bool] = False
+    has_null = False
 
     def __init__(self, pipeline: Any) -> None:
         if isinstance(pipeline, DDIMPipeline):

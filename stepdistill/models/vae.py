@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 @torch.no_grad()
@@ -31,6 +32,8 @@ def encode_images(vae: Any, images: Tensor, generator: torch.Generator | None = 
     else:
         dist = coded.latent_dist
         z = dist.mode() if generator is None else dist.sample(generator)
+    if is_patched_vae(vae):
+        z = pixel_unshuffle(z, vae.config.patch_size[0])
     shift, scale = scaling(vae, z.ndim)
     scaled: Tensor = (z.float() - shift.to(z.device)) / scale.to(z.device)
     return scaled.squeeze(2) if single else scaled
@@ -45,6 +48,8 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     z = latents.unsqueeze(2) if single else latents
     shift, scale = scaling(vae, z.ndim)
     z = z * scale.to(z.device) + shift.to(z.device)
+    if is_patched_vae(vae):
+        z = pixel_shuffle(z, vae.config.patch_size[0])
     images: Tensor = vae.decode(z.to(vae.device, vae.dtype)).sample.float()
     if single:
         images = images.squeeze(2)
@@ -56,6 +61,11 @@ def is_video_vae(vae: Any) -> bool:
     return "temperal_downsample" in vae.config  # spelt so in both classes
 
 
+def is_patched_vae(vae: Any) -> bool:
+    """Whether latents are square patches of the autoencoder's, batch-normed (Flux.2's)."""
+    return "batch_norm_eps" in vae.config
+
+
 def scaling(vae: Any, ndim: int) -> tuple[Tensor, Tensor]:
     """(shift, scale) that broadcast to latents of `ndim` dimensions, by channel where stated."""
     config = vae.config
@@ -63,6 +73,10 @@ def scaling(vae: Any, ndim: int) -> tuple[Tensor, Tensor]:
         mean, std = (torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std"))
         shape = (1, -1, *[1] * (ndim - 2))
         return mean.view(shape), std.view(shape)
+    if is_patched_vae(vae):
+        shape = (1, -1, 1, 1)
+        var = vae.bn.running_var.float().view(shape) + config.batch_norm_eps
+        return vae.bn.running_mean.float().view(shape), var.sqrt()
     shift = float(config.get("shift_factor") or 0.0)
     return torch.tensor(shift), torch.tensor(1.0 / config.scaling_factor)
 

@@ -29,6 +29,7 @@ TYPED = {
     "sd3": {"num_inference_steps": 4, "guidance_scale": 1.0},
     "flux": {"num_inference_steps": 4},
     "flux_schnell": {"num_inference_steps": 4},
+    "flux2": {"num_inference_steps": 4},
     "pixart": {"num_inference_steps": 4, "guidance_scale": 1.0},
     "sana": {"num_inference_steps": 4, "guidance_scale": 1.0},
     "lumina2": {"num_inference_steps": 4, "guidance_scale": 1.0},
@@ -52,7 +53,8 @@ def image_of(call, subject, **options):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         with listen(call.unet if hasattr(call, "unet") else call.transformer) as calls:
-            result = call(subject, output_type="pt", **options)
+            name = "class_labels" if isinstance(subject, list) else "prompt"
+            result = call(**{name: subject}, output_type="pt", **options)
     return family_for(type(call).__name__).images_in(result), calls
 
 

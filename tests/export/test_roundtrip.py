@@ -39,7 +39,7 @@ def moved(trainer, scale: float = 0.05):
 
 FAMILIES = ["sd", "sd_v", "sd3", "dit"]
 FURTHER = ["sdxl", "flux", "flux_schnell", "pixart", "pixart_sigma", "sana", "lumina2", "z_image"]
-FURTHER += ["qwen_image", "wan", "wan_i2v", "wan_i2v_kept", "sd35"]
+FURTHER += ["flux2", "qwen_image", "wan", "wan_i2v", "wan_i2v_kept", "sd35"]
 SHORT = [(1, "renoise"), (2, "renoise"), (4, "ode")]
 CASES = [(f, layout, *s) for f in FAMILIES for layout in ("lora", "full") for s in SHORT]
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
@@ -134,7 +134,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
 
 
 WITH_LORA_LOADER = ["sd_v", "sdxl", "sd3", "flux", "sana", "lumina2", "z_image"]
-WITH_LORA_LOADER += ["qwen_image", "wan", "wan_i2v", "sd35"]
+WITH_LORA_LOADER += ["flux2", "qwen_image", "wan", "wan_i2v", "sd35"]
 
 
 @pytest.mark.parametrize("family", WITH_LORA_LOADER)
