@@ -62,7 +62,7 @@ def test_each_layout_stores_what_it_says(make_family, student, fake) -> None:
 
 def test_a_second_adapter_does_not_wrap_the_first(family) -> None:
     plain = sum(
-        name.endswith(tuple(f".{t}" for t in family.lora_targets))
+        f".{name}".endswith(tuple(f".{t}" for t in family.lora_targets))
         for name, _ in family.net.named_modules()
     )
     bank = build(family)
