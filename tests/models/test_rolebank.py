@@ -45,9 +45,13 @@ def grads(bank: RoleBank, role: str) -> dict[str, Tensor | None]:
 
 
 def equal(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> bool:
-    return set(a) == set(b) and all(
-        a[k] is not None and b[k] is not None and torch.equal(a[k], b[k]) for k in a
-    )
+    """Same names, same gradients; where one has none (nothing reads that output) so has the other.
+
+    At least nine in ten have one.
+    """
+    both = [(a[k], b[k]) for k in a if a[k] is not None and b.get(k) is not None]
+    alike = set(a) == set(b) and all((a[k] is None) == (b[k] is None) for k in a)
+    return alike and len(both) > 0.9 * len(a) and all(torch.equal(x, y) for x, y in both)
 
 
 # ------------------------------------------------------------------------------------------ layouts
@@ -216,6 +220,9 @@ def test_checkpointing_changes_no_gradient(family, student, fake) -> None:
         after = grads(bank, role)
         assert set(after) == set(before)
         for name in before:
+            if before[name] is None:  # Qwen-Image's last block puts out text that nothing reads
+                assert after[name] is None, (role, name)
+                continue
             assert torch.allclose(after[name], before[name], rtol=1e-4, atol=1e-7), (role, name)
     assert bank._active is None
 
