@@ -15,14 +15,14 @@ from stepdistill.methods.tscd import TSCD
 from stepdistill.methods.vsd import VSD
 
 METHODS: dict[str, MethodInfo] = {
-    "consistency": MethodInfo(Consistency, "checked on analytic teachers"),
+    "consistency": MethodInfo(Consistency, "trained on real data here"),
     "dmd2": MethodInfo(DMD2, "trained on real data here"),
-    "f_distill": MethodInfo(FDistill, "checked on analytic teachers"),
-    "lora_guidance": MethodInfo(LoRAGuidance, "checked on analytic teachers"),
-    "pcm": MethodInfo(PCM, "checked on analytic teachers"),
-    "reflow": MethodInfo(Reflow, "checked on analytic teachers"),
-    "rfpp": MethodInfo(RFPP, "checked on analytic teachers"),
-    "slimflow": MethodInfo(SlimFlow, "checked on analytic teachers"),
-    "tscd": MethodInfo(TSCD, "checked on analytic teachers"),
-    "vsd": MethodInfo(VSD, "checked on analytic teachers"),
+    "f_distill": MethodInfo(FDistill, "trained on real data here"),
+    "lora_guidance": MethodInfo(LoRAGuidance, "trained on real data here"),
+    "pcm": MethodInfo(PCM, "trained on real data here"),
+    "reflow": MethodInfo(Reflow, "trained on real data here"),
+    "rfpp": MethodInfo(RFPP, "trained on real data here"),
+    "slimflow": MethodInfo(SlimFlow, "trained on real data here"),
+    "tscd": MethodInfo(TSCD, "trained on real data here"),
+    "vsd": MethodInfo(VSD, "trained on real data here"),
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
-from stepdistill.core.method import Nets, Role, Setting
+from stepdistill.core.method import Nets, Role
 from stepdistill.core.path import full
 from stepdistill.core.times import uniform_times
 from stepdistill.core.types import Batch, Losses
@@ -76,9 +76,6 @@ class SlimFlow(Reflow):
     paper = "Zhu et al. 2024, arXiv:2407.12718"
     Config = SlimFlowConfig
     config: SlimFlowConfig
-
-    def __init__(self, config: SlimFlowConfig, setting: Setting) -> None:
-        super().__init__(config, setting)
 
     @property
     def guided(self) -> bool:
