@@ -64,6 +64,15 @@ def token_blocks(width: int, item: int = 0, **counts: int) -> dict[str, FeatureB
     return {"mid": blocks[f"block.{len(paths) // 2}"], **blocks}
 
 
+def unet_blocks(widths: Sequence[int]) -> dict[str, FeatureBlock]:
+    """ "mid", "down.i" and "up.i" of a UNet with these block_out_channels, all maps."""
+    blocks = {"mid": FeatureBlock("mid_block", widths[-1], "map")}
+    for side, own in (("down", list(widths)), ("up", list(reversed(widths)))):
+        for i, width in enumerate(own):
+            blocks[f"{side}.{i}"] = FeatureBlock(f"{side}_blocks.{i}", width, "map")
+    return blocks
+
+
 def net_dtype(net: nn.Module) -> torch.dtype:
     """The dtype a denoiser computes in: that of its first weight (adapters come after theirs)."""
     return next(p.dtype for p in net.parameters() if p.is_floating_point())

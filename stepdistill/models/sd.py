@@ -21,6 +21,7 @@ from stepdistill.models.family import (
     FeatureBlock,
     check_prompts,
     net_dtype,
+    unet_blocks,
 )
 from stepdistill.models.unet_guidance import timestep_cond, with_guidance_input
 from stepdistill.models.vae import latent_size
@@ -92,13 +93,7 @@ class StableDiffusionFamily(Family):
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid", "down.i" and "up.i", all maps."""
-        widths = self.config.block_out_channels
-        blocks = {"mid": FeatureBlock("mid_block", widths[-1], "map")}
-        for i, width in enumerate(widths):
-            blocks[f"down.{i}"] = FeatureBlock(f"down_blocks.{i}", width, "map")
-        for i, width in enumerate(reversed(widths)):
-            blocks[f"up.{i}"] = FeatureBlock(f"up_blocks.{i}", width, "map")
-        return blocks
+        return unet_blocks(self.config.block_out_channels)
 
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         size = self.config.sample_size

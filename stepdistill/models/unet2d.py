@@ -20,7 +20,7 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, net_dtype
+from stepdistill.models.family import Family, FeatureBlock, net_dtype, unet_blocks
 
 
 class UNet2DFamily(Family):
@@ -78,13 +78,7 @@ class UNet2DFamily(Family):
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid", "down.i" and "up.i", all maps."""
-        widths = self.config.block_out_channels
-        blocks = {"mid": FeatureBlock("mid_block", widths[-1], "map")}
-        for i, width in enumerate(widths):
-            blocks[f"down.{i}"] = FeatureBlock(f"down_blocks.{i}", width, "map")
-        for i, width in enumerate(reversed(widths)):
-            blocks[f"up.{i}"] = FeatureBlock(f"up_blocks.{i}", width, "map")
-        return blocks
+        return unet_blocks(self.config.block_out_channels)
 
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, H, W) of the one size the stock call makes. Errors: ValueError for another."""

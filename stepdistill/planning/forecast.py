@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import Method, Role
-from stepdistill.core.types import Batch, Cond
+from stepdistill.core.method import Method
+from stepdistill.core.types import Batch
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.training.config import RunConfig
 from stepdistill.training.configfile import method_class, method_config
+from stepdistill.training.setup import roles_of
 from stepdistill.training.step import frozen_dtype
 
 PROMPT = "a photograph of an astronaut riding a horse, studio light, highly detailed"
@@ -115,11 +116,8 @@ def forecast(run: RunConfig) -> Forecast:
             f"plan: expected a run without image scorers, got {sorted(method.scorers())}. Plan "
             "without them, and add the decoder's memory."
         )
-    roles = dict(method.roles())
-    if run.ema_decay:
-        roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
     with torch.device("meta"):
-        bank = RoleBank(family, roles, run.tuning)
+        bank = RoleBank(family, roles_of(method, run), run.tuning)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _to_fake(bank, fake)
     bank.rebind()
@@ -209,18 +207,14 @@ def _batch(
             return torch.empty((bsz, *shape))
 
     batch = Batch(
-        cond=_rows(cond, bsz),
-        null=_rows(null, bsz),
+        cond=cond.repeat(bsz),
+        null=null.repeat(bsz),
         shape=shape,
         x0=made() if "x0" in method.needs else None,
         noise=made() if "noise" in method.needs else None,
         prompts=(PROMPT,) * bsz,
     )
     return batch, encoding
-
-
-def _rows(cond: Cond, bsz: int) -> Cond:
-    return cond.repeat(bsz)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

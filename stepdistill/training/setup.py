@@ -45,6 +45,14 @@ def make_accelerator(args: TrainConfig) -> Accelerator:
     )
 
 
+def roles_of(method: Method[Any], args: TrainConfig) -> dict[str, Role]:
+    """The method's roles, and the run's averaged student where it keeps one."""
+    roles = dict(method.roles())
+    if args.ema_decay:
+        roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
+    return roles
+
+
 def make_bank(
     family: Family,
     method: Method[Any],
@@ -53,9 +61,7 @@ def make_bank(
     scorers: Mapping[str, Scorer],
 ) -> RoleBank:
     """The method's networks on `device`, with the run's averaged student, started as args say."""
-    roles = dict(method.roles())
-    if args.ema_decay:
-        roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
+    roles = roles_of(method, args)
     decoder = None
     if args.decoder is not None and scorers:
         decoder = load_decoder(args.decoder, family.sample_shape()[0], device)
