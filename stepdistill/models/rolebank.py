@@ -24,6 +24,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Role, Scorer
 from stepdistill.models.family import Family
 from stepdistill.models.role_denoiser import RoleDenoiser, forget_graphless_casts
+from stepdistill.models.role_weights import copy_into, to_cpu
 from stepdistill.models.student_net import new_student
 from stepdistill.models.tuning import Tuning
 from stepdistill.models.vae import decode_latents
@@ -266,35 +267,16 @@ class RoleBank(nn.Module):
         """The role's own parameters by stock name (adapter infix removed)."""
         return self._members[role]
 
-    def role_state(self, role: str) -> dict[str, Tensor]:
-        """CPU copies of the role's weights, buffers of own copies included."""
-        state: Mapping[str, Tensor] = self._members[role]
+    def stored(self, role: str) -> Mapping[str, Tensor]:
+        """What a checkpoint holds of the role: its weights, and the buffers of own copies."""
         if role in self.heads:
-            state = self.heads[role].state_dict()
-        elif role in self.nets:
-            state = self.nets[role].state_dict()
-        return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+            return self.heads[role].state_dict()
+        return self.nets[role].state_dict() if role in self.nets else dict(self._members[role])
 
-    @torch.no_grad()
+    def role_state(self, role: str) -> dict[str, Tensor]:
+        """CPU copies of what the role stores."""
+        return to_cpu(self.stored(role))
+
     def load_role_state(self, role: str, state: Mapping[str, Tensor]) -> None:
         """Copy saved weights in. Errors: ValueError naming missing and unexpected tensors."""
-        own: Mapping[str, Tensor] = self._members[role]
-        if role in self.heads:
-            own = self.heads[role].state_dict()
-        elif role in self.nets:
-            own = self.nets[role].state_dict()
-        if set(own) != set(state):
-            missing, extra = sorted(set(own) - set(state))[:3], sorted(set(state) - set(own))[:3]
-            raise ValueError(
-                f"role {role!r}: expected the saved tensors of this layout, got missing {missing} "
-                f"and unexpected {extra}. Was it saved with another tuning or target_modules?"
-            )
-        for name, value in state.items():
-            mine = own[name]
-            # copy_ would spread a smaller tensor and round integers without a word.
-            if (value.shape, value.is_floating_point()) != (mine.shape, mine.is_floating_point()):
-                raise ValueError(
-                    f"role {role!r}: expected {name} of {tuple(mine.shape)} {mine.dtype}, got "
-                    f"{tuple(value.shape)} {value.dtype}."
-                )
-            mine.copy_(value)
+        copy_into(self.stored(role), state, f"role {role!r}")
