@@ -130,8 +130,8 @@ def _each(name: str, *counts: int) -> dict[int, dict[str, Any]]:
     return {count: _options(**{name: count}) for count in counts}
 
 
-# Half of the run belongs to the last stage, whose one segment any number of steps crosses.
-STAGES = {"segments": [8, 4, 2, 1], "stage_starts": [0.1, 0.25, 0.45]}
+# Most of the run belongs to the last stage, whose one segment any number of steps crosses.
+STAGES = {"segments": [8, 4, 2, 1], "stage_starts": [0.05, 0.12, 0.25]}
 SMALL = {"student": "full", "student_config": {"block_out_channels": [8, 24]}}
 
 RECIPES: dict[str, Recipe] = {
