@@ -84,15 +84,15 @@ class DistillationTrainer(Trainer):
         """Write the distilled student for stock Diffusers; returns the folder.
 
         Args:
-            num_steps: a step count of the trained grid; none means the run's own.
-            format: "pipeline" (loads with DiffusionPipeline.from_pretrained), "lora" or its other
-                name "diffusers" (pytorch_lora_weights.safetensors, loads with load_lora_weights),
-                "kohya" (A1111, ComfyUI, sd-scripts) or "comfyui" (diffusion_model keys).
+            num_steps: a step count of the grid that training reached; none means the run's own.
+            format: "pipeline" (for DiffusionPipeline.from_pretrained), "lora" or its other name
+                "diffusers" (load_lora_weights), "kohya" (A1111, sd-scripts, ComfyUI), "comfyui".
         Errors: ValueError for steps off the trained grid, an adapter format of a full student, or
             one that the model's network has no keys in.
         """
         from stepdistill.export.lora import LORA_FORMATS, export_lora
         from stepdistill.export.pipeline import export_pipeline
+        from stepdistill.export.reached import sampler_reached
 
         form = "lora" if format == "diffusers" else format
         if form not in ("pipeline", *LORA_FORMATS):
@@ -101,7 +101,7 @@ class DistillationTrainer(Trainer):
                 f"{format!r}."
             )
         role = "ema" if "ema" in self.bank else "student"
-        spec = self.method.sampler(num_steps)
+        spec = sampler_reached(self.method, self.step, self.args.max_train_steps, num_steps)
         facts = {**self.facts, "step": self.step, "seconds": round(self.seconds, 1)}
         if self.accelerator.is_main_process:
             where = (self.family, self.bank, spec, Path(out_dir), facts, role)

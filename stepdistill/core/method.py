@@ -174,6 +174,14 @@ class Method(ABC, Generic[C]):
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         """How the student is sampled; with num_steps, at that many steps of its trained grid."""
 
+    def sampler_at(self, step: int, max_steps: int, num_steps: int | None = None) -> SamplerSpec:
+        """The sampler of a student after `step` of max_steps updates, the run stopped there.
+
+        `sampler` is that of a finished run; a method whose grid changes while it trains gives the
+        one of the last update. Before any update that is the finished run's, too. Pure.
+        """
+        return self.sampler(num_steps)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Buffers to save with a checkpoint; empty for methods without state."""
         return {}

@@ -116,11 +116,20 @@ class Consistency(Method[ConsistencyConfig]):
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         """x0 then fresh noise, at the times the stock LCMScheduler visits of this grid."""
+        return self._sampler(self.grid, self.config.num_steps if num_steps is None else num_steps)
+
+    def sampler_at(self, step: int, max_steps: int, num_steps: int | None = None) -> SamplerSpec:
+        """See Method.sampler_at: on the grid reached, in as many steps as it has at most."""
+        grid = self.grid_at(step - 1) if step else self.grid
+        own = min(self.config.num_steps, len(grid.starts))
+        return self._sampler(grid, own if num_steps is None else num_steps)
+
+    def _sampler(self, grid: SolverGrid, num_steps: int) -> SamplerSpec:
         embedded = self.config.embed_guidance
         return SamplerSpec(
-            self.grid.visit(self.config.num_steps if num_steps is None else num_steps),
+            grid.visit(num_steps),
             "renoise",
-            trained_times=tuple(self.grid.starts.flip(0).tolist()),
+            trained_times=tuple(grid.starts.flip(0).tolist()),
             w=self.config.inference_guidance - 1.0 if embedded else None,
-            boundary_scale=self.grid.scale,
+            boundary_scale=grid.scale,
         )

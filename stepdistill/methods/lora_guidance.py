@@ -121,12 +121,19 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         """The teacher's scheduler at its steps; after halving, the last round's grid alone."""
+        return self._sampler(self.config.stages[-1], num_steps)
+
+    def sampler_at(self, step: int, max_steps: int, num_steps: int | None = None) -> SamplerSpec:
+        """See Method.sampler_at: that of the stage reached."""
+        stage = self.config.stage_of(step - 1 if step else max_steps, max_steps)
+        return self._sampler(self.config.stages[stage], num_steps)
+
+    def _sampler(self, last: int, num_steps: int | None) -> SamplerSpec:
         config = self.config
         w = config.guidance - 1.0 if config.embed_guidance else None
-        if not config.num_steps:
+        if not last:
             count = num_steps or config.teacher_steps
             return SamplerSpec(trailing_grid(self.setting, count), "ode", w=w, keeps_scheduler=True)
-        last = config.num_steps[-1]
         if num_steps not in (None, last):
             raise ValueError(f"num_steps: expected {last}, the last round's, got {num_steps}.")
         times = trailing_grid(self.setting, last)

@@ -110,8 +110,18 @@ class TSCD(TrajectoryMethod[TSCDConfig]):
 
         Errors: ValueError for a num_steps that would cross one.
         """
-        config, k = self.config, self.config.segments[-1]
+        return self._sampler(self.config.segments[-1], num_steps)
+
+    def sampler_at(self, step: int, max_steps: int, num_steps: int | None = None) -> SamplerSpec:
+        """See Method.sampler_at: the edges of the stage reached, and k steps where its own number
+        would cross one."""
+        last = step - 1 if step else max_steps
+        return self._sampler(self.num_segments(last, max_steps), num_steps)
+
+    def _sampler(self, k: int, num_steps: int | None) -> SamplerSpec:
+        config = self.config
         own = config.num_steps or k
+        own = own if own % k == 0 else k
         return SamplerSpec(
             self.segments.visit(own if num_steps is None else num_steps, k),
             config.sampler,

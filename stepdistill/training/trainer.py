@@ -241,7 +241,7 @@ class Trainer:
             grid = validate(
                 self.student(),
                 self.family,
-                self.method.sampler(),
+                self.method.sampler_at(self.step, self.args.max_train_steps),
                 self.args,
                 self.output_dir / "validation" / f"step-{self.step}.png",
             )

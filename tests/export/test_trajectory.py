@@ -17,14 +17,14 @@ from support.runs import TinyData, teacher_dir
 from stepdistill import TrainConfig, Tuning
 from stepdistill.export.pipeline import RECORD
 from stepdistill.models.registry import load_family
-from stepdistill.trainers import TrajectorySegmentedTrainer
+from stepdistill.trainers import TrajectorySegmentedTrainer, trainer_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILIES = ["sd", "sd_v", "sd3", "dit"]
 SHAPES: dict[str, tuple[int, ...]] = {}
 
 
-def trained(family, tmp_path_factory, output_dir, method, options, steps=2, layout="lora"):
+def trained(family, tmp_path_factory, output_dir, method, options, steps=2, layout="lora", **more):
     """A student after `steps` real updates, then pushed off its start so that nothing is idle."""
     teacher = teacher_dir(family, tmp_path_factory)
     args = TrainConfig(
@@ -34,6 +34,7 @@ def trained(family, tmp_path_factory, output_dir, method, options, steps=2, layo
         learning_rate=1e-3,
         disable_progress_bar=True,
         tuning=Tuning(student=layout, rank=2),
+        **more,
     )
     if family not in SHAPES:
         SHAPES[family] = load_family(teacher).sample_shape()
@@ -56,7 +57,7 @@ def saved(folder: Path) -> tuple[dict, dict]:
 def test_tscd_exports_deterministically_at_every_step_count(
     family, tmp_path, tmp_path_factory
 ) -> None:
-    trainer = trained(family, tmp_path_factory, tmp_path / "run", "tscd", {})
+    trainer = trained(family, tmp_path_factory, tmp_path / "run", "tscd", {}, steps=4)
     for num_steps in (1, 2, 4, 8):
         record, scheduler = saved(trainer.export(tmp_path / str(num_steps), num_steps=num_steps))
         assert record["num_inference_steps"] == num_steps
@@ -86,6 +87,24 @@ def test_a_segmented_student_is_not_exported_across_an_edge(tmp_path, tmp_path_f
     assert saved(trainer.export(tmp_path / "out"))[0]["num_inference_steps"] == 2
 
 
+def test_a_run_that_the_clock_stops_is_exported_on_the_edges_it_trained(
+    tmp_path, tmp_path_factory
+) -> None:
+    """One update of eight, in the stage of 8 segments: the finished run's one step is refused."""
+    late = {"steps": 8, "max_train_seconds": 1e-3, "ema_decay": 0.9}
+    trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", {"num_steps": 1}, **late)
+    assert trainer.step == 1
+    with pytest.warns(UserWarning, match="stopped at update 1 of 8.*in 8 steps and not in 1"):
+        record, scheduler = saved(trainer.export(tmp_path / "out"))
+    assert record["visited_model_times"] == [999, 874, 749, 624, 499, 374, 249, 124]
+    assert (record["call"], scheduler["_class_name"]) == ({}, "DDIMScheduler")
+    with pytest.warns(UserWarning, match="stopped"), pytest.raises(ValueError, match="edge"):
+        trainer.export(tmp_path / "one", num_steps=1)
+    again = trainer_of_run(tmp_path / "run")
+    with pytest.warns(UserWarning, match="stopped"):
+        assert saved(again.export(tmp_path / "again"))[0]["times"] == record["times"]
+
+
 # ---------------------------------------------------------------- one adapter, all step counts
 def recipe() -> dict:
     return yaml.safe_load((CONFIGS / "recipes" / "tscd_one_lora.yaml").read_text())["method_config"]
@@ -112,7 +131,7 @@ def test_one_adapter_file_makes_the_exported_images_on_the_stock_teacher(
     tmp_path, tmp_path_factory
 ) -> None:
     """Teacher + load_lora_weights + TCDScheduler: the images of the four exports, by one file."""
-    trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", recipe())
+    trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", recipe(), steps=4)
     lora = trainer.export(tmp_path / "lora", format="lora")
     stock = DiffusionPipeline.from_pretrained(teacher_dir("sd_v", tmp_path_factory))
     stock.load_lora_weights(str(lora))

@@ -418,6 +418,19 @@ def test_the_loss_draws_from_the_grid_of_its_step(path):
     assert method.sampler(4).trained_times == tuple(method.grid.starts.flip(0).tolist())
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_run_cut_short_is_sampled_on_the_grid_it_had_grown_to(path):
+    method = make(PATHS[path], solver="data", growth={"start": 2, "steps": 10}, num_grid=20)
+    assert method.sampler_at(0, 10) == method.sampler() == method.sampler_at(11, 11)
+    first, later = method.sampler_at(1, 10), method.sampler_at(6, 10)
+    assert first.times == (1.0,), "one interval at the first update"
+    assert later.trained_times == tuple(method.grid_at(5).starts.flip(0).tolist())
+    assert (later.num_steps, len(method.sampler_at(6, 10, 5).times)) == (4, 5)
+    with pytest.raises(ValueError, match="1 to 1 "):
+        method.sampler_at(1, 10, 4)
+    assert make(PATHS[path]).sampler_at(1, 10) == make(PATHS[path]).sampler()
+
+
 def test_a_growing_grid_on_a_table_takes_its_divisors():
     method = make(VP, solver="data", growth={"start": 2, "steps": 100}, num_grid=200)
     sizes = [len(method.grid_at(step).starts) for step in range(101)]

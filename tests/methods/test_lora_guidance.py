@@ -290,6 +290,17 @@ def test_samplers() -> None:
         method.sampler(2)
 
 
+def test_a_run_cut_short_is_sampled_as_its_stage_is() -> None:
+    method = make(num_steps=(8, 4))
+    found = [method.sampler_at(step, 6) for step in range(7)]
+    assert [spec.num_steps for spec in found] == [4, 50, 50, 8, 8, 4, 4]
+    assert [spec.keeps_scheduler for spec in found] == [False, True, True, *[False] * 4]
+    assert found[3].times == found[3].trained_times
+    assert found[6] == method.sampler()
+    with pytest.raises(ValueError, match="expected 8, the last round's, got 4"):
+        method.sampler_at(3, 6, 4)
+
+
 @pytest.mark.parametrize("steps", [(4, 2), (4, 2, 1)])
 def test_eps_students_stop_at_four_steps(steps) -> None:
     make(kind="eps", num_steps=(8, 4))

@@ -329,6 +329,17 @@ def test_steps_that_would_cross_an_edge_are_refused():
             method.sampler(num_steps)
 
 
+def test_a_run_cut_short_is_sampled_with_the_edges_it_was_trained_on():
+    method = make(num_steps=1)
+    found = [method.sampler_at(step, 8).num_steps for step in range(9)]
+    assert found == [1, 8, 8, 4, 4, 2, 2, 1, 1], "of the last update; before any, the plan's"
+    assert method.sampler_at(3, 8) == method.sampler(4)
+    assert make(num_steps=4).sampler_at(8, 8).num_steps == 4
+    assert method.sampler_at(4, 8, 8).times == method.sampler(8).times
+    with pytest.raises(ValueError, match="a multiple of 4"):
+        method.sampler_at(4, 8, 2)
+
+
 @pytest.mark.parametrize("sampler", ["ode", "tcd"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_exact_student_samples_the_data_in_any_number_of_steps(setting, sampler):

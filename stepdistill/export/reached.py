@@ -1,0 +1,27 @@
+"""How to sample the student of a run that stopped before its plan ended."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from stepdistill.core.method import Method
+from stepdistill.core.solvers import SamplerSpec
+
+
+def sampler_reached(
+    method: Method[Any], step: int, max_steps: int, num_steps: int | None = None
+) -> SamplerSpec:
+    """The sampler of a student after `step` of max_steps updates, in num_steps or its own number.
+
+    Warns where it is not the finished run's. Errors: ValueError for steps off the grid reached.
+    """
+    planned, reached = method.sampler(), method.sampler_at(step, max_steps)
+    if planned.times != reached.times:
+        warnings.warn(
+            f"export: training stopped at update {step} of {max_steps}, before its last grid. The "
+            f"student is sampled on the grid that it reached, in {reached.num_steps} steps and not "
+            f"in {planned.num_steps}. Train on: --resume_from_checkpoint latest.",
+            stacklevel=3,
+        )
+    return reached if num_steps is None else method.sampler_at(step, max_steps, num_steps)
