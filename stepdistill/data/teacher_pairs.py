@@ -72,7 +72,7 @@ def make_pairs(
         shape=family.sample_shape(resolution, resolution),
         model=" + ".join([model, *teacher_lora]),
         guidance=guidance,
-        times=uniform_grid(num_steps, family.shift),
+        times=uniform_grid(num_steps, family.shift_at(resolution, resolution)),
         seed=seed,
         batch_size=batch_size,
         device=state.device,

@@ -81,6 +81,12 @@ def _guidance(record: Mapping[str, Any]) -> str:
     return f"Guidance is {told}; the defaults are right."
 
 
+def size_text(record: Mapping[str, Any]) -> str:
+    """What size the student was trained at, in words."""
+    height = record["call"].get("height")
+    return "the model's own" if height is None else f"{height} px, not the model's own"
+
+
 def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, name: str) -> None:
     """README.md with Hub metadata, the snippet and the facts of the run."""
     base = record["base_model"]
@@ -103,6 +109,7 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
         f"| student updates | {run.get('step', '?')} |\n"
         f"| seed | {run.get('seed', '?')} |\n"
         f"| times | {record['times']} |\n"
+        f"| size | {size_text(record)} |\n"
         + "".join(
             f"| merged into the teacher | `{lora['source']}` at scale {lora['scale']:g} |\n"
             for lora in run.get("teacher_lora", ())

@@ -71,8 +71,10 @@ def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampl
     if spec.keeps_scheduler:  # its times are its own affair
         return StockSampler(family.pipeline.scheduler, ())
     # A teacher that is itself such an export is known by the entry its scheduler was given.
+    flow = isinstance(path, FlowPath)
+    family.refuse_one_step(type(family.pipeline).__name__, flow, spec.num_steps)
     made_so = "init_noise_sigma" in family.pipeline.scheduler.config
-    flow_in_vp = isinstance(path, FlowPath) and (made_so or not isinstance(family.path, FlowPath))
+    flow_in_vp = flow and (made_so or not isinstance(family.path, FlowPath))
     accepts = frozenset(inspect.signature(type(family.pipeline).__call__).parameters)
     if family.scales_input:  # the one flow scheduler that can do it takes no sigmas
         accepts -= {"sigmas"}
@@ -104,11 +106,22 @@ def _first_argument(family: Family) -> str:
     return list(inspect.signature(type(family.pipeline).__call__).parameters)[1]
 
 
+def size_call(family: Family, resolution: int | None) -> dict[str, Any]:
+    """Height and width, px, where the student was trained at another size than the model's own."""
+    taken = inspect.signature(type(family.pipeline).__call__).parameters
+    own = family.own_shape
+    if resolution is None or family.sample_shape(resolution, resolution) == own:
+        return {}
+    return {name: resolution for name in ("height", "width") if name in taken}
+
+
 def describe(
     family: Family, spec: SamplerSpec, sampler: StockSampler, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of distillation.json."""
     guidance = spec.guidance if spec.w is None else spec.w + 1.0
+    resolution = facts.get("train_config", {}).get("resolution")
+    size = size_call(family, resolution)
     packages = ("torch", "diffusers", "transformers", "peft", "stepdistill")
     return {
         "base_model": facts.get("model"),
@@ -122,13 +135,13 @@ def describe(
         "guidance_scale": family.stock_guidance(guidance) if family.has_null else None,
         "guidance_embedded": spec.w is not None,
         "guided": spec.guidance != 1.0,
-        "call": {**family.guided_call(spec.guidance), **sampler.call},
+        "call": {**size, **family.guided_call(spec.guidance), **sampler.call},
         "load_without": missing_parts(family.pipeline),
         "kind": spec.kind,
         "times": None if spec.keeps_scheduler else list(spec.times),
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),
         "visited_model_times": list(sampler.visited),
-        "teacher_shift": family.shift,
+        "teacher_shift": family.shift_at(resolution, resolution),
         "run": dict(facts),
         "run_sha256": hashlib.sha256(
             json.dumps(dict(facts), sort_keys=True, default=str).encode()

@@ -41,24 +41,27 @@ def check_export(
     prompt: Any = "a test" if family.conditioning == "prompt" else 0
     names = {"prompt": "prompt", "label": "class_labels"}
     subject = {names[family.conditioning]: [prompt]} if family.conditioning in names else {}
+    size = {n: v for n, v in record["call"].items() if n in ("height", "width")}
+    told = typed_options(record)
+    if family.reads_image:  # its frame is of the model's own size
+        told, size = {n: v for n, v in told.items() if n not in size}, {}
     devices = [net.device] if net.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         # The default generator serves the pipelines that pass theirs on and those that don't.
         torch.manual_seed(0)
         result = stock(
             **subject,
-            **typed_options(record),
-            **family.call_extras,
+            **{**family.call_extras, **told},
             generator=torch.default_generator,
             output_type="pt",
         )
         theirs = family.images_in(result)
         torch.manual_seed(0)
         if spec.keeps_scheduler:
-            call = {**subject, **call_options(record), **family.call_extras}
+            call = {**subject, **family.call_extras, **call_options(record), **size}
             ours = _in_stock_loop(family, denoiser, call)
         else:
-            ours = _in_memory(family, denoiser, spec, prompt)
+            ours = _in_memory(family, denoiser, spec, prompt, size)
     worst = float((ours - theirs.float().cpu()).abs().max())
     if not worst <= TOLERANCE.get(net.dtype, HALF_TOLERANCE):
         raise RuntimeError(
@@ -77,10 +80,16 @@ def _in_stock_loop(family: Family, denoiser: Denoiser, call: Mapping[str, Any]) 
     return family.images_in(result).float().cpu()
 
 
-def _in_memory(family: Family, denoiser: Denoiser, spec: SamplerSpec, prompt: Any) -> Tensor:
+def _in_memory(
+    family: Family,
+    denoiser: Denoiser,
+    spec: SamplerSpec,
+    prompt: Any,
+    size: Mapping[str, int],
+) -> Tensor:
     """(1, C, H, W) in [0, 1], with noise from the default CPU generator in stock order."""
     device = next(family.net.parameters()).device
-    shape = (1, *family.sample_shape())
+    shape = (1, *family.sample_shape(**size))
     packed = family.pack(torch.zeros(shape)).shape  # a stock scheduler draws in this layout
 
     def fresh_noise(_step: int) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, net_dtype, token_blocks
+from stepdistill.models.family import Family, net_dtype
+from stepdistill.models.features import FeatureBlock, token_blocks
 
 
 class DiTFamily(Family):

@@ -9,9 +9,9 @@ the pipeline's own denoiser. It knows nothing of methods, adapters or precision.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from stepdistill.core.denoiser import linear_guidance
 from stepdistill.core.method import Setting
 from stepdistill.core.types import Cond
-from stepdistill.models.schedule import read_schedule
+from stepdistill.models.features import FeatureBlock
+from stepdistill.models.schedule import dynamic_shift, read_schedule
 from stepdistill.models.vae import decode_latents, encode_images
 
 # Attention and feed-forward projections, the usual reach of a distillation LoRA on transformers.
@@ -37,40 +38,6 @@ UNET_LORA_TARGETS = (
     "upsamplers.0.conv",
     "time_emb_proj",
 )
-
-
-@dataclass(frozen=True)
-class FeatureBlock:
-    """Where a discriminator head may read: module path, width, and token or map layout.
-
-    item: which tensor to take where the module returns a tuple.
-    """
-
-    module: str
-    dim: int
-    layout: Literal["map", "tokens"]
-    item: int = 0
-
-
-def token_blocks(width: int, item: int = 0, **counts: int) -> dict[str, FeatureBlock]:
-    """ "mid" and "block.i", numbered on over lists of transformer blocks.
-
-    Args: counts: name of a module list -> its length, in order. item: see FeatureBlock.
-    """
-    paths = [f"{name}.{i}" for name, count in counts.items() for i in range(count)]
-    blocks = {
-        f"block.{i}": FeatureBlock(path, width, "tokens", item) for i, path in enumerate(paths)
-    }
-    return {"mid": blocks[f"block.{len(paths) // 2}"], **blocks}
-
-
-def unet_blocks(widths: Sequence[int]) -> dict[str, FeatureBlock]:
-    """ "mid", "down.i" and "up.i" of a UNet with these block_out_channels, all maps."""
-    blocks = {"mid": FeatureBlock("mid_block", widths[-1], "map")}
-    for side, own in (("down", list(widths)), ("up", list(reversed(widths)))):
-        for i, width in enumerate(own):
-            blocks[f"{side}.{i}"] = FeatureBlock(f"{side}_blocks.{i}", width, "map")
-    return blocks
 
 
 def net_dtype(net: nn.Module) -> torch.dtype:
@@ -108,13 +75,14 @@ class Family(ABC):
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
     reads_image: ClassVar[bool] = False  # whether the condition holds a first frame
     output: ClassVar[Literal["images", "frames"]] = "images"  # what the stock call's result holds
+    one_step_x0: ClassVar[tuple[str, ...]] = ()  # classes that read a single step's result as x0
     short_pipelines: ClassVar[
         tuple[str, ...]
     ] = ()  # stock classes of few-step defaults, same parts
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.path, self.kind, self.shift = read_schedule(pipeline.scheduler)
+        self.path, self.kind, self._fixed_shift = read_schedule(pipeline.scheduler)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 part.eval()  # train mode would drop class labels (DiT) and activations at random
@@ -153,10 +121,44 @@ class Family(ABC):
         """Whether the teacher itself is told the guidance (w) in place of a null pass."""
         return False
 
+    def shift_at(self, height: int | None = None, width: int | None = None) -> float:
+        """Resolution shift of the stock call's times at that size (the model's own where None)."""
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return self._fixed_shift
+        return dynamic_shift(config, self.image_tokens(height, width))
+
+    def image_tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """What the stock call counts for a dynamic shift at that size."""
+        sides = self.sample_shape(height, width)[1:]
+        return math.prod(sides) // int(self.config.get("patch_size", 1)) ** len(sides)
+
+    @property
+    def shift(self) -> float:
+        """`shift_at` the model's own size."""
+        return self.shift_at()
+
+    @classmethod
+    def refuse_one_step(cls, pipeline: str, as_flow: bool, num_steps: int) -> None:
+        """Errors: ValueError for a velocity student that the stock call can't sample in one step.
+
+        PixArtAlphaPipeline takes x0 from a single step's result; no flow scheduler puts it there.
+        """
+        if pipeline in cls.one_step_x0 and as_flow and num_steps == 1:
+            raise ValueError(
+                f"{cls.name}: expected two steps or more of a velocity student in {pipeline} (of a "
+                "single one its call reads what no flow scheduler gives), got 1. Set "
+                "method_config.setup: wrapped, or train and export at more steps (--num_steps)."
+            )
+
     @property
     def setting(self) -> Setting:
-        """The facts a method may know."""
-        return Setting(self.path, self.kind, self.shift)
+        """The facts a method may know, at the model's own size."""
+        return self.setting_at(None)
+
+    def setting_at(self, resolution: int | None) -> Setting:
+        """The same at that many px a side."""
+        return Setting(self.path, self.kind, self.shift_at(resolution, resolution))
 
     def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """An independent copy of the denoiser with the extra inputs a role asks for.
@@ -210,6 +212,11 @@ class Family(ABC):
     @abstractmethod
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, *S) of one latent for height x width px (the model's own size where None)."""
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """(C, *S) of one latent at the model's own size."""
+        return self.sample_shape()
 
     @abstractmethod
     def encode(self, prompts: Sequence[Any]) -> Cond:

@@ -1,14 +1,47 @@
-"""Capture hidden states of named blocks during one forward call."""
+"""Where discriminator heads may read, and the capture of hidden states during one call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from stepdistill.models.family import FeatureBlock
+
+@dataclass(frozen=True)
+class FeatureBlock:
+    """Where a discriminator head may read: module path, width, and token or map layout.
+
+    item: which tensor to take where the module returns a tuple.
+    """
+
+    module: str
+    dim: int
+    layout: Literal["map", "tokens"]
+    item: int = 0
+
+
+def token_blocks(width: int, item: int = 0, **counts: int) -> dict[str, FeatureBlock]:
+    """ "mid" and "block.i", numbered on over lists of transformer blocks.
+
+    Args: counts: name of a module list -> its length, in order. item: see FeatureBlock.
+    """
+    paths = [f"{name}.{i}" for name, count in counts.items() for i in range(count)]
+    blocks = {
+        f"block.{i}": FeatureBlock(path, width, "tokens", item) for i, path in enumerate(paths)
+    }
+    return {"mid": blocks[f"block.{len(paths) // 2}"], **blocks}
+
+
+def unet_blocks(widths: Sequence[int]) -> dict[str, FeatureBlock]:
+    """ "mid", "down.i" and "up.i" of a UNet with these block_out_channels, all maps."""
+    blocks = {"mid": FeatureBlock("mid_block", widths[-1], "map")}
+    for side, own in (("down", list(widths)), ("up", list(reversed(widths)))):
+        for i, width in enumerate(own):
+            blocks[f"{side}.{i}"] = FeatureBlock(f"{side}_blocks.{i}", width, "map")
+    return blocks
 
 
 @contextmanager

@@ -15,41 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import (
-    TRANSFORMER_LORA_TARGETS,
-    FeatureBlock,
-    check_prompts,
-    net_dtype,
-    token_blocks,
-)
-from stepdistill.models.flux_guidance import fold_guidance
+from stepdistill.models.family import TRANSFORMER_LORA_TARGETS, check_prompts, net_dtype
+from stepdistill.models.features import FeatureBlock, token_blocks
+from stepdistill.models.flux_guidance import GuidanceToldFamily, fold_guidance
 from stepdistill.models.vae_sized import PATCH, VaeSizedFamily
 
 
-class FluxFamily(VaeSizedFamily):
+class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
     """FluxPipeline: dev (guidance embedding) and schnell (none)."""
 
     name: ClassVar[str] = "flux"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     net_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = (*TRANSFORMER_LORA_TARGETS, "proj_mlp")
-    supports_w: ClassVar[bool] = True
     sends_sigmas: ClassVar[bool] = True
 
     @property
     def latent_channels(self) -> int:
         channels: int = self.config.in_channels // PATCH**2
         return channels
-
-    @property
-    def embeds_guidance(self) -> bool:
-        """See Family.embeds_guidance: true of dev, false of schnell."""
-        return bool(self.config.guidance_embeds)
-
-    def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
-        """A copy of the transformer; ("w",) is an input that dev has already."""
-        has_w = tuple(extra_inputs) == ("w",) and self.embeds_guidance
-        return super().copy_net(() if has_w else extra_inputs, net)
 
     def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
         """See Family.settle_guidance: the embedding of one guidance is a constant."""
@@ -73,11 +57,6 @@ class FluxFamily(VaeSizedFamily):
         w: Tensor | None = None,
     ) -> Tensor:
         """See Family.forward; s has no input here and is ignored. w = g - 1 as everywhere."""
-        guidance = None
-        if self.embeds_guidance:
-            guidance = torch.ones_like(model_t, dtype=torch.float32) if w is None else w.float() + 1
-        else:
-            self.refuse_w(w)
         dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
         embeds = cond["prompt_embeds"].to(dtype)
         ids = self.pipeline._prepare_latent_image_ids(
@@ -86,7 +65,7 @@ class FluxFamily(VaeSizedFamily):
         out: Tensor = net(
             hidden_states=self.pack(x_t.to(dtype)),
             timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
-            guidance=guidance,
+            guidance=self.told_guidance(model_t, w),
             pooled_projections=cond["pooled"].to(dtype),
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),

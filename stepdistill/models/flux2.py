@@ -10,7 +10,6 @@ export keeps the one of its own grid in the scheduler's config.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,21 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import FeatureBlock, check_prompts, net_dtype, token_blocks
+from stepdistill.models.family import check_prompts, net_dtype
+from stepdistill.models.features import FeatureBlock, token_blocks
+from stepdistill.models.schedule import empirical_shift
 from stepdistill.models.vae import latent_size
 from stepdistill.models.vae_sized import PATCH, VaeSizedFamily
 
 DEFAULT_STEPS = 50  # the stock call's num_inference_steps
 MAX_TOKENS = 512  # the stock call's max_sequence_length
-
-
-def empirical_shift(config: Any, num_tokens: int, num_steps: int) -> float:
-    """Shift that the stock call makes for that many image tokens and steps: exp(mu), or mu."""
-    # Here, because the module loads text encoders that other families have no use for.
-    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-
-    mu = float(compute_empirical_mu(num_tokens, num_steps))
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
 class Flux2Family(VaeSizedFamily):
@@ -53,10 +45,16 @@ class Flux2Family(VaeSizedFamily):
         outs = (f"single_transformer_blocks.{i}.attn.to_out" for i in single)
         self.lora_targets = (*type(self).lora_targets, *outs)  # type: ignore[misc]
         self.has_null = self.null_in(pipeline.config)
-        if pipeline.scheduler.config.get("use_dynamic_shifting"):
-            _, height, width = self.sample_shape()
-            tokens = height * width
-            self.shift = empirical_shift(pipeline.scheduler.config, tokens, DEFAULT_STEPS)
+
+    def shift_at(self, height: int | None = None, width: int | None = None) -> float:
+        """See Family.shift_at."""
+        config, (_, rows, columns) = (
+            self.pipeline.scheduler.config,
+            self.sample_shape(height, width),
+        )
+        if not config.get("use_dynamic_shifting"):
+            return super().shift_at(height, width)
+        return empirical_shift(config, rows * columns, DEFAULT_STEPS)
 
     @classmethod
     def null_in(cls, index: Any) -> bool:
@@ -79,6 +77,11 @@ class Flux2Family(VaeSizedFamily):
     def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
         return packed.transpose(1, 2).unflatten(2, tuple(shape[-2:]))
 
+    def told_guidance(self, model_t: Tensor, w: Tensor | None) -> Tensor | None:
+        """(B,) the network's guidance input: klein has none."""
+        self.refuse_w(w)
+        return None
+
     def forward(
         self,
         net: nn.Module,
@@ -89,13 +92,12 @@ class Flux2Family(VaeSizedFamily):
         w: Tensor | None = None,
     ) -> Tensor:
         """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
         dtype = net_dtype(net)
         embeds = cond["prompt_embeds"].to(dtype)
         out: Tensor = net(
             hidden_states=self.pack(x_t.to(dtype)),
             timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
-            guidance=None,
+            guidance=self.told_guidance(model_t, w),
             encoder_hidden_states=embeds,
             txt_ids=self.pipeline._prepare_text_ids(embeds).to(x_t.device),
             img_ids=self.pipeline._prepare_latent_ids(x_t).to(x_t.device),
@@ -122,7 +124,7 @@ class Flux2Family(VaeSizedFamily):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
-        """prompt_embeds (B, N, 3 D): hidden states of three Qwen 3 layers, padding included."""
+        """prompt_embeds (B, N, 3 D): hidden states of three layers, padding included."""
         embeds, _ = self.pipeline.encode_prompt(
             check_prompts(prompts),
             device=self.pipeline.text_encoder.device,

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, check_prompts, net_dtype
-from stepdistill.models.probe import IMAGE_INPUTS, hear, joined, learn, learn_null, pick
+from stepdistill.models.family import Family, check_prompts, net_dtype
+from stepdistill.models.features import FeatureBlock
+from stepdistill.models.probe import IMAGE_INPUTS, hear, joined, learn, learn_null, pick, placed
+from stepdistill.models.schedule import shift_of_mu
 
 BINNING = "use_resolution_binning"  # of sizes that were released; ours are exact
 
@@ -46,6 +48,7 @@ class GenericFamily(Family):
         sized = isinstance(side, int) and {"height", "width"} <= set(self._call)
         own = side * self.pipeline.vae_scale_factor if sized else None
         self._listen(own, own)
+        self._own_shape = self.facts.shape
         modules = {n for n, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
         ends = [t for t in type(self).lora_targets if any(n.endswith("." + t) for n in modules)]
         self.lora_targets = tuple(ends)  # type: ignore[misc]
@@ -70,7 +73,7 @@ class GenericFamily(Family):
         facts, dtype = self.facts, net_dtype(net)
         image = next(name for name in IMAGE_INPUTS if name in self._inputs)
         told = {image: x_t.to(dtype), "timestep": (facts.slope * model_t + facts.offset).float()}
-        fixed = {name: _to(value, x_t.device) for name, value in facts.fixed.items()}
+        fixed = {name: placed(value, x_t.device) for name, value in facts.fixed.items()}
         out: Any = net(**told, **joined(cond.to(dtype=dtype).tensors, fixed))
         made: Tensor = out[0] if isinstance(out, tuple) else out.sample
         return made[:, : x_t.shape[1]]  # learned variances are dropped
@@ -85,6 +88,16 @@ class GenericFamily(Family):
             self._listen(height, width)
         return self.facts.shape
 
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        return self._own_shape
+
+    def shift_at(self, height: int | None = None, width: int | None = None) -> float:
+        """See Family.shift_at: what the stock call was heard to tell its scheduler."""
+        self.sample_shape(height, width)
+        mu = self.facts.mu
+        return self._fixed_shift if mu is None else shift_of_mu(self.pipeline.scheduler.config, mu)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
         """What the stock call tells its denoiser of B prompts, stopped before the denoiser runs."""
@@ -98,13 +111,6 @@ class GenericFamily(Family):
     def call_extras(self) -> dict[str, Any]:
         no_bins = {BINNING: False} if BINNING in self._call else {}
         return {**self._size, **no_bins}
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors, also those in tuples and lists, on the device."""
-    if isinstance(value, list | tuple):
-        return type(value)(_to(v, device) for v in value)
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def generic_family(pipeline_class: str) -> type[GenericFamily]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, check_prompts, net_dtype, token_blocks
-from stepdistill.models.schedule import dynamic_shift
+from stepdistill.models.family import Family, check_prompts, net_dtype
+from stepdistill.models.features import FeatureBlock, token_blocks
 from stepdistill.models.vae import latent_size
 
 
@@ -32,11 +32,10 @@ class Lumina2Family(Family):
         *(f"feed_forward.linear_{i}" for i in (1, 2, 3)),
     )
 
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
-        if pipeline.scheduler.config.get("use_dynamic_shifting"):
-            # The stock call counts the latent's channels as its tokens.
-            self.shift = dynamic_shift(pipeline.scheduler.config, self.config.in_channels)
+    def image_tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """See Family.image_tokens: the stock call counts the latent's channels."""
+        channels: int = self.config.in_channels
+        return channels
 
     def forward(
         self,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, check_prompts, net_dtype, token_blocks
+from stepdistill.models.family import Family, check_prompts, net_dtype
+from stepdistill.models.features import FeatureBlock, token_blocks
 from stepdistill.models.vae import latent_size
 
 ENCODE_ARGUMENTS = ("clean_caption", "max_sequence_length", "complex_human_instruction")
@@ -29,6 +30,7 @@ class PixArtFamily(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     net_name: ClassVar[str] = "transformer"
     scales_input: ClassVar[bool] = True
+    one_step_x0: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline",)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from names but the image input (`sample` or `hidden_states`) and `timestep`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +34,7 @@ class Heard:
     """One call of the pipeline, step by step.
 
     shown, told, rest: the denoiser's image input, its time, and all other arguments by name.
-    raw: its outputs. out, x_t, model_t: what the scheduler was given. coded: the VAE's input.
+    raw: its outputs. out, x_t, model_t, mu: what the scheduler was given. coded: the VAE's input.
     """
 
     shown: list[Tensor] = field(default_factory=list)
@@ -45,6 +46,7 @@ class Heard:
     model_t: list[float] = field(default_factory=list)
     after: list[Tensor] = field(default_factory=list)
     coded: Tensor | None = None
+    mu: float | None = None
 
 
 @contextmanager
@@ -54,9 +56,10 @@ def listening(pipeline: Any, net: Any, scheduler: Any, only_encode: bool) -> Ite
     Args: only_encode: stop at the first denoiser call (EnoughHeard), before it computes.
     """
     heard, own = Heard(), pipeline.scheduler
-    signature, step, decode = (
+    signature, step, set_timesteps, decode = (
         inspect.signature(net.forward),
         scheduler.step,
+        scheduler.set_timesteps,
         getattr(pipeline.vae, "decode"),  # noqa: B009
     )
 
@@ -80,6 +83,11 @@ def listening(pipeline: Any, net: Any, scheduler: Any, only_encode: bool) -> Ite
         heard.after.append(made[0] if isinstance(made, tuple) else made.prev_sample)
         return made
 
+    @functools.wraps(set_timesteps)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        heard.mu = kwargs.get("mu")
+        return set_timesteps(*args, **kwargs)
+
     def decoded(z: Tensor, *args: Any, **kwargs: Any) -> Any:
         heard.coded = z
         return decode(z, *args, **kwargs)
@@ -89,7 +97,8 @@ def listening(pipeline: Any, net: Any, scheduler: Any, only_encode: bool) -> Ite
         net.register_forward_hook(after, with_kwargs=True),
     )
     bar = getattr(pipeline, "_progress_bar_config", {})
-    scheduler.step, pipeline.vae.decode, pipeline.scheduler = stepped, decoded, scheduler
+    scheduler.step, scheduler.set_timesteps = stepped, timed
+    pipeline.vae.decode, pipeline.scheduler = decoded, scheduler
     pipeline.set_progress_bar_config(disable=True)
     try:
         yield heard
@@ -117,8 +126,8 @@ class Facts:
     """What an adapter has to know of a denoiser's call.
 
     shape: (C, H, W). slope, offset: told time = slope k + offset at model time k. rows:
-    names of arguments that belong to a prompt; fixed: all others. The output's first C channels
-    are the prediction.
+    names of arguments that belong to a prompt; fixed: all others. mu: of a dynamic shift. The
+    output's first C channels are the prediction.
     """
 
     shape: tuple[int, ...]
@@ -126,6 +135,7 @@ class Facts:
     offset: float
     rows: tuple[str, ...]
     fixed: dict[str, Any]
+    mu: float | None = None
 
 
 def learn(family: Any) -> Facts:
@@ -154,7 +164,8 @@ def learn(family: Any) -> Facts:
         expect(family, "every prompt encoded to one length", fits, f"{shapes[TEXT]} for one of two")
         fits = all(torch.allclose(alone[n][0].float(), rows[n][i].float(), atol=1e-4) for n in rows)
         expect(family, "rows that do not depend on their batch", fits, "others")
-    return Facts(tuple(x.shape[1:]), slope, told0 - slope * k0, tuple(sorted(rows)), fixed)
+    offset = told0 - slope * k0
+    return Facts(tuple(x.shape[1:]), slope, offset, tuple(sorted(rows)), fixed, heard.mu)
 
 
 def learn_null(family: Any, names: Sequence[str]) -> dict[str, Tensor]:
@@ -214,6 +225,13 @@ def flat(rest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_rows(value: Any, bsz: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == bsz
+
+
+def placed(value: Any, device: torch.device) -> Any:
+    """Tensors, also those in tuples and lists, on the device."""
+    if isinstance(value, list | tuple):
+        return type(value)(placed(v, device) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def joined(*parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ FAMILIES: dict[str, str] = {
     "dit": "stepdistill.models.dit:DiTFamily",
     "flux": "stepdistill.models.flux:FluxFamily",
     "flux2": "stepdistill.models.flux2:Flux2Family",
+    "flux2_dev": "stepdistill.models.flux2_dev:Flux2DevFamily",
     "pixart": "stepdistill.models.pixart:PixArtFamily",
     "lumina2": "stepdistill.models.lumina2:Lumina2Family",
     "z_image": "stepdistill.models.z_image:ZImageFamily",
@@ -194,3 +195,14 @@ def reads_image(model: Any, config: str | None = None, **hub: Any) -> bool:
     if isinstance(model, Family):
         return model.reads_image
     return family_for(pipeline_class_of(model, config, **hub)).reads_image
+
+
+def refuse_one_step(
+    model: Any, as_flow: bool, num_steps: int, config: str | None = None, **hub: Any
+) -> None:
+    """See Family.refuse_one_step, for a Family, folder, Hub id or single file."""
+    if isinstance(model, Family):
+        model.refuse_one_step(type(model.pipeline).__name__, as_flow, num_steps)
+    else:
+        name = pipeline_class_of(model, config, **hub)
+        family_for(name).refuse_one_step(name, as_flow, num_steps)

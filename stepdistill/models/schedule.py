@@ -21,12 +21,23 @@ def dynamic_shift(config: Any, num_tokens: int) -> float:
     """Resolution shift of a flow scheduler that shifts by the number of image tokens.
 
     mu is linear in the tokens between (base_image_seq_len, base_shift) and (max_image_seq_len,
-    max_shift), as in the stock pipelines' calculate_shift; the shift is exp(mu), or mu itself
-    where time_shift_type is linear.
+    max_shift), as in the stock pipelines' calculate_shift.
     """
     span = config.max_image_seq_len - config.base_image_seq_len
     slope = (config.max_shift - config.base_shift) / span
-    mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
+    return shift_of_mu(config, config.base_shift + slope * (num_tokens - config.base_image_seq_len))
+
+
+def empirical_shift(config: Any, num_tokens: int, num_steps: int) -> float:
+    """Shift that the stock call of Flux.2 makes for that many image tokens and steps."""
+    # Here, because the module loads text encoders that other families have no use for.
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    return shift_of_mu(config, float(compute_empirical_mu(num_tokens, num_steps)))
+
+
+def shift_of_mu(config: Any, mu: float) -> float:
+    """exp(mu), or mu itself where time_shift_type is linear."""
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 

@@ -15,14 +15,8 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import (
-    UNET_LORA_TARGETS,
-    Family,
-    FeatureBlock,
-    check_prompts,
-    net_dtype,
-    unet_blocks,
-)
+from stepdistill.models.family import UNET_LORA_TARGETS, Family, check_prompts, net_dtype
+from stepdistill.models.features import FeatureBlock, unet_blocks
 from stepdistill.models.unet_guidance import timestep_cond, with_guidance_input
 from stepdistill.models.vae import latent_size
 

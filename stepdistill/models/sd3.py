@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, check_prompts, net_dtype, token_blocks
+from stepdistill.models.family import Family, check_prompts, net_dtype
+from stepdistill.models.features import FeatureBlock, token_blocks
 from stepdistill.models.vae import latent_size
 
 

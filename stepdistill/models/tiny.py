@@ -22,7 +22,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from stepdistill.models.tiny_flux2 import tiny_flux2
+from stepdistill.models.tiny_flux2 import tiny_flux2, tiny_flux2_dev
 from stepdistill.models.tiny_parts import (
     LATENT_SIZE,
     TEXT_WIDTH,
@@ -173,6 +173,7 @@ TINY: dict[str, Callable[[], Any]] = {
     "flux": tiny_flux,
     "flux_schnell": lambda: tiny_flux(guidance_embeds=False),
     "flux2": tiny_flux2,
+    "flux2_dev": tiny_flux2_dev,
     "pixart": tiny_pixart,
     "pixart_sigma": lambda: tiny_pixart(PixArtSigmaPipeline),
     "sana": tiny_sana,

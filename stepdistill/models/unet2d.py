@@ -20,7 +20,8 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, net_dtype, unet_blocks
+from stepdistill.models.family import Family, net_dtype
+from stepdistill.models.features import FeatureBlock, unet_blocks
 
 
 class UNet2DFamily(Family):

@@ -11,21 +11,18 @@ from abc import abstractmethod
 from typing import Any
 
 from stepdistill.models.family import Family
-from stepdistill.models.schedule import dynamic_shift
 from stepdistill.models.vae import latent_size
 
 PATCH = 2  # latent pixels to a side of an image token, fixed in these pipelines
 
 
 class VaeSizedFamily(Family):
-    """Sizes, and the shift that the stock call makes from the number of image tokens."""
+    """Sizes in px, and the number of image tokens."""
 
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
-        if pipeline.scheduler.config.get("use_dynamic_shifting"):
-            _, height, width = self.sample_shape()
-            tokens = height * width // PATCH**2
-            self.shift = dynamic_shift(pipeline.scheduler.config, tokens)
+    def image_tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """See Family.image_tokens: 2 x 2 latent pixels each."""
+        _, rows, columns = self.sample_shape(height, width)
+        return rows * columns // PATCH**2
 
     @property
     @abstractmethod

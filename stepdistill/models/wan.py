@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import Family, FeatureBlock, check_prompts, token_blocks
+from stepdistill.models.family import Family, check_prompts
+from stepdistill.models.features import FeatureBlock, token_blocks
 from stepdistill.models.vae import latent_size
 
 MAX_TOKENS = 512  # the stock call's max_sequence_length

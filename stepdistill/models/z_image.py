@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from stepdistill.core.types import Cond
-from stepdistill.models.family import FeatureBlock, check_prompts, net_dtype, token_blocks
+from stepdistill.models.family import check_prompts, net_dtype
+from stepdistill.models.features import FeatureBlock, token_blocks
 from stepdistill.models.vae_sized import PATCH, VaeSizedFamily
 
 MAX_TOKENS = 512  # the stock call's max_sequence_length

@@ -110,7 +110,7 @@ def forecast(run: RunConfig) -> Forecast:
     family = blueprint(run.pretrained_model_name_or_path, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        method: Method[Any] = method_class(run.method)(config, family.setting)
+        method: Method[Any] = method_class(run.method)(config, family.setting_at(run.resolution))
     if method.scorers():
         raise ValueError(
             f"plan: expected a run without image scorers, got {sorted(method.scorers())}. Plan "

@@ -12,7 +12,13 @@ from typing import Any
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields
 from stepdistill.models.family import Family
-from stepdistill.models.registry import conditioning_of, has_null, load_setting, reads_image
+from stepdistill.models.registry import (
+    conditioning_of,
+    has_null,
+    load_setting,
+    reads_image,
+    refuse_one_step,
+)
 from stepdistill.models.safe_files import read_json
 from stepdistill.models.single_file import config_source
 from stepdistill.models.student_net import check_student_config
@@ -46,6 +52,9 @@ def method_fits(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainer builds it again and warns then
         method = cls(config, setting)
+    spec, as_flow = method.sampler(), method.roles()["student"].as_flow
+    if spec.trained_times is not None:  # else any step count can be exported
+        refuse_one_step(model, as_flow, spec.num_steps, single_file_config, **hub)
     if not has_null(model, single_file_config, **hub):
         _without_guidance(cls.name, config)
     has = provided_fields(dataset) | {"null"}

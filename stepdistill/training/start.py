@@ -62,7 +62,7 @@ def check_start(
             f"got {source!r}. {err}"
         ) from err
     if isinstance(model, Family):
-        own_cls, own_kind = type(model), model.setting.kind
+        own_cls, own_kind = type(model), model.kind
     else:
         own_cls = family_for(pipeline_class_of(model, config, **hub))
         own_kind = load_setting(model, config, **hub).kind

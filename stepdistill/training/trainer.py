@@ -108,7 +108,9 @@ class Trainer:
                 single_file_config=args.single_file_config,
             )
         )
-        self.method: Method[Any] = method_class(method)(config, self.family.setting)
+        self.method: Method[Any] = method_class(method)(
+            config, self.family.setting_at(args.resolution)
+        )
         # Without data nothing is trained, and nothing judged.
         specs = {} if self.dataset is None else self.method.scorers()
         judged = build_scorers(specs, scorers or {}, self.device)

@@ -39,7 +39,7 @@ def moved(trainer, scale: float = 0.05):
 
 FAMILIES = ["sd", "sd_v", "sd3", "dit"]
 FURTHER = ["sdxl", "flux", "flux_schnell", "pixart", "pixart_sigma", "sana", "lumina2", "z_image"]
-FURTHER += ["flux2", "qwen_image", "wan", "wan_i2v", "wan_i2v_kept", "sd35"]
+FURTHER += ["flux2", "flux2_dev", "qwen_image", "wan", "wan_i2v", "wan_i2v_kept", "sd35"]
 SHORT = [(1, "renoise"), (2, "renoise"), (4, "ode")]
 CASES = [(f, layout, *s) for f in FAMILIES for layout in ("lora", "full") for s in SHORT]
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
@@ -124,6 +124,27 @@ def test_raw_velocity_student_where_the_loop_scales_its_input(
     assert index["scheduler"] == ["diffusers", "FlowMapEulerDiscreteScheduler"]
 
 
+def test_one_velocity_step_of_pixart_alpha_is_refused_with_nothing_written(
+    tmp_path, tmp_path_factory
+) -> None:
+    """Its call takes x0 from a single step's result, which flow schedulers do not return."""
+    teacher = teacher_dir("pixart", tmp_path_factory)
+    trainer = build_trainer("reflow_raw", teacher, "lora", tmp_path / "run")
+    for form in ("pipeline", "lora"):
+        with pytest.raises(ValueError, match="expected two steps or more of a velocity student"):
+            trainer.export(tmp_path / "out", num_steps=1, format=form)
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(ValueError, match="expected two steps or more"):  # before any training
+        build_trainer("reflow_raw_distill", teacher, "lora", tmp_path / "other")
+
+
+@pytest.mark.parametrize("family", ["pixart_sigma", "sana"])
+def test_one_velocity_step_elsewhere_is_exported(family, tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir(family, tmp_path_factory)
+    trainer = moved(build_trainer("reflow_raw", teacher, "lora", tmp_path / "run"), 0.01)
+    assert (trainer.export(tmp_path / "out", num_steps=1) / RECORD).is_file()
+
+
 def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer("dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path / "run")
     (tmp_path / "out").mkdir()
@@ -134,7 +155,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
 
 
 WITH_LORA_LOADER = ["sd_v", "sdxl", "sd3", "flux", "sana", "lumina2", "z_image"]
-WITH_LORA_LOADER += ["flux2", "qwen_image", "wan", "wan_i2v", "sd35"]
+WITH_LORA_LOADER += ["flux2", "flux2_dev", "qwen_image", "wan", "wan_i2v", "sd35"]
 
 
 @pytest.mark.parametrize("family", WITH_LORA_LOADER)

@@ -13,10 +13,12 @@ from stepdistill.core.method import Role
 from stepdistill.core.times import uniform_grid
 from stepdistill.models.check import LIMIT, check_family
 from stepdistill.models.flux2 import DEFAULT_STEPS, Flux2Family
+from stepdistill.models.flux2_dev import Flux2DevFamily
+from stepdistill.models.flux_guidance import fix_guidance
 from stepdistill.models.registry import has_null
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.safe_files import check_safetensors
-from stepdistill.models.tiny_flux2 import tiny_flux2
+from stepdistill.models.tiny_flux2 import flux2_transformer, tiny_flux2, tiny_flux2_dev
 from stepdistill.models.tuning import Tuning
 
 
@@ -124,3 +126,48 @@ def test_adapters_reach_the_single_blocks() -> None:
         "single_transformer_blocks.0.attn.to_out",
         "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
     } <= adapted
+
+
+# ------------------------------------------------------------------------------------------- dev
+class Untold(Flux2DevFamily):
+    def told_guidance(self, model_t, w):
+        return super().told_guidance(model_t, None)
+
+
+def test_check_finds_a_dev_adapter_that_forgets_the_guidance() -> None:
+    rows = check_family(Untold(tiny_flux2_dev()))
+    assert [name for name, value in rows if not value < LIMIT] == ["sampling: 4 steps, guidance 3"]
+
+
+def test_dev_prompts_reach_the_network() -> None:
+    embeds = Flux2DevFamily(tiny_flux2_dev()).encode(["a red cube", "cats"])["prompt_embeds"]
+    assert embeds.shape == (2, 512, 48)
+    assert (embeds[0] - embeds[1]).abs().max() > 0.1
+
+
+def test_dev_without_its_embedding_is_refused() -> None:
+    pipeline = tiny_flux2_dev()
+    pipeline.register_modules(transformer=flux2_transformer())
+    with pytest.raises(ValueError, match="expected a transformer that is told the guidance"):
+        Flux2DevFamily(pipeline)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+def test_fixed_guidance_heeds_no_other(guidance) -> None:
+    family = Flux2DevFamily(tiny_flux2_dev())
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 16, 4, 4, generator=generator), torch.tensor([1000.0, 500.0])
+    cond, net = family.encode(["a", "b"]), fix_guidance(family.net, guidance)
+
+    def answer(of, told):
+        with torch.no_grad():
+            return family.forward(of, x, t, cond, w=torch.full((2,), told - 1.0))
+
+    wanted = answer(family.net, guidance)
+    apart = [float((answer(net, told) - wanted).abs().max()) for told in (0.0, 1.0, 4.0, 20.0)]
+    assert max(apart) < 1e-4
+    assert float((answer(family.net, 9.0) - wanted).abs().max()) > 1e-2
+
+
+def test_a_narrow_guidance_sinusoid_cannot_be_fixed() -> None:
+    assert fix_guidance(flux2_transformer(guidance_embeds=True), 1.0) is None

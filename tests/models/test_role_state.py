@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stepdistill.core.method import Role
-from stepdistill.models.family import FeatureBlock
+from stepdistill.models.features import FeatureBlock
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.tuning import Tuning
 from stepdistill.nn.heads import make_head

@@ -193,6 +193,12 @@ METHOD_CASES: dict[str, MethodCase] = {
     "reflow_raw": MethodCase(
         "reflow", {"stage": "reflow", "setup": "raw"}, ("x0", "noise"), _no_preconditioning
     ),
+    "reflow_raw_distill": MethodCase(
+        "reflow",
+        {"stage": "distill", "setup": "raw"},
+        ("x0", "noise"),
+        lambda family, layout: family == "pixart_sigma",
+    ),
     "reflow_distill": MethodCase("reflow", {"stage": "distill"}, ("x0", "noise")),
     "reflow_lpips": MethodCase(
         "reflow",
