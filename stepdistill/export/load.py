@@ -28,7 +28,8 @@ def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
     """
     record = _record(model, kwargs.get("revision"))
     index = diffusers.DiffusionPipeline.load_config(str(model), revision=kwargs.get("revision"))
-    cls = few_step_class(getattr(diffusers, index["_class_name"]), typed_options(record))
+    stock = getattr(diffusers, index["_class_name"])
+    cls = few_step_class(stock, typed_options(record), bool(record.get("prompt_by_name")))
     options = {"use_safetensors": True, **dict.fromkeys(record["load_without"]), **kwargs}
     return cls.from_pretrained(str(model), **options)
 
@@ -51,20 +52,29 @@ def refuse_double_guidance(model: Any, guidance: float) -> None:
         )
 
 
-def few_step_class(stock: Any, defaults: dict[str, Any]) -> Any:
+def few_step_class(stock: Any, defaults: dict[str, Any], prompt_by_name: bool = False) -> Any:
     """A subclass of a stock pipeline class that differs in the defaults of its call alone.
 
     Its name is the stock one's, so that saving names the stock class.
+    Args: prompt_by_name: the stock call begins with images; a first argument that is a string, or a
+        list of strings, is taken as the prompt all the same.
     """
     signature = inspect.signature(stock.__call__)
 
     @functools.wraps(stock.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if prompt_by_name and args and "prompt" not in kwargs and _is_prompt(args[0]):
+            args, kwargs = (None, *args[1:]), {**kwargs, "prompt": args[0]}
         given = signature.bind(self, *args, **kwargs).arguments
         rest = {name: value for name, value in defaults.items() if name not in given}
         return stock.__call__(self, *args, **kwargs, **rest)
 
     return type(stock.__name__, (stock,), {"__call__": call, "__doc__": stock.__doc__})
+
+
+def _is_prompt(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) for text in texts)
 
 
 def _record(model: str | Path, revision: str | None) -> dict[str, Any]:
