@@ -30,13 +30,6 @@ from stepdistill.models.registry import load_family
 from stepdistill.rewards import build_scorers
 from stepdistill.training import checks
 from stepdistill.training.batches import BatchMaker
-from stepdistill.training.checkpoint import (
-    load_checkpoint,
-    newest_valid,
-    prune,
-    read_state,
-    save_checkpoint,
-)
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.configfile import method_class, method_config
 from stepdistill.training.logs import RunLog
@@ -48,6 +41,7 @@ from stepdistill.training.optim import (
 )
 from stepdistill.training.preemption import StopRequest
 from stepdistill.training.setup import make_accelerator, make_bank
+from stepdistill.training.snapshots import restore_run, resume_run, save_run
 from stepdistill.training.start import check_start
 from stepdistill.training.step import TrainStep
 from stepdistill.training.validation import validate
@@ -252,48 +246,12 @@ class Trainer:
 
     def save(self) -> Path:
         """Write checkpoint-STEP whole, then drop the oldest beyond the limit; returns its path."""
-        folder = self.output_dir / f"checkpoint-{self.step}"
-        self.log.check_finite()
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "step": self.step,
-                "batches_seen": self.batches_seen,
-                "seconds": self.seconds,
-                "world_size": self.accelerator.num_processes,
-                "global_batch": self.accelerator.num_processes * self.args.train_batch_size,
-                "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-                "grad_scaler": scaler.state_dict() if scaler is not None else {},
-                "facts": self.facts,
-            }
-            save_checkpoint(folder, self.bank, self.optimizer, self.method.state_dict(), state)
-            prune(folder, self.args.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
-        return folder
+        return save_run(self)
 
     def resume(self, where: str) -> None:
         """Continue from a checkpoint folder or the newest whole one ("latest")."""
-        folder: Path | None = Path(where)
-        if where == "latest":
-            folder, skipped = newest_valid(self.output_dir)
-            for line in skipped:
-                self.accelerator.print(f"resume: {line}")
-            if folder is None:
-                self.accelerator.print("resume: no whole checkpoint yet, starting at step 0")
-                return
-        assert folder is not None
-        state = read_state(folder)
-        checks.resume_fits(state, self.args, self.accelerator.num_processes, self.facts)
-        self.restore(folder)
-        self.accelerator.print(f"resume: continuing {folder.name} at step {self.step}")
+        resume_run(self, where)
 
     def restore(self, folder: Path) -> None:
         """Load a whole checkpoint, whatever number of processes saved it."""
-        state = read_state(folder)
-        self.method.load_state_dict(load_checkpoint(folder, self.bank, self.optimizer))
-        if self.accelerator.scaler is not None and state["grad_scaler"]:
-            self.accelerator.scaler.load_state_dict(state["grad_scaler"])
-        self.step, self.batches_seen = state["step"], state["batches_seen"]
-        self.seconds = state["seconds"]
-        self.facts.setdefault("data", state["facts"].get("data"))
+        restore_run(self, folder)
