@@ -110,12 +110,17 @@ def dry_run(folder: str | Path, repo_id: str, out_dir: str | Path) -> list[Path]
     return written
 
 
+def _first_line(err: BaseException | None) -> str:
+    lines = "" if err is None else str(err).strip()
+    return lines.splitlines()[0] if lines else ""
+
+
 def push_folder(folder: str | Path, repo_id: str, private: bool = True) -> str:
     """Upload an export to `repo_id` in one commit; returns the repository's URL.
 
     The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN).
     Args: private: visibility where the repository does not exist yet.
-    Errors: see payload; ValueError where the Hub refuses.
+    Errors: see payload; ValueError where the Hub or its store of large files refuses.
     """
     sent = payload(folder, repo_id)
     operations = [
@@ -128,7 +133,12 @@ def push_folder(folder: str | Path, repo_id: str, private: bool = True) -> str:
         api.create_commit(repo_id, operations, commit_message="Add stepdistill export")
     except HfHubHTTPError as err:
         raise ValueError(
-            f"push: expected the Hub to take {repo_id}, got: {str(err).strip().splitlines()[0]} "
+            f"push: expected the Hub to take {repo_id}, got: {_first_line(err)} "
             "Log in with `hf auth login` and check the name."
+        ) from err
+    except (RuntimeError, OSError, ValueError) as err:  # the store of large files, the network
+        raise ValueError(
+            f"push: expected the Hub to take {repo_id}, got: {_first_line(err)} "
+            f"{_first_line(err.__cause__)} No commit was made: push again."
         ) from err
     return str(url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -29,15 +30,74 @@ TOKEN = "hf_" + "ThisIsNoRealTokenAtAll" + "0123456789"
 REPO = "someone/four-step"
 
 
+PART = 10_000  # bytes of an upload in parts
+
+
 class FakeHub(BaseHTTPRequestHandler):
-    """The endpoints of one push: create, validate-yaml, preupload (all regular), commit."""
+    """The endpoints of one push: create, validate-yaml, preupload, large files, commit.
+
+    Large files, as `seen["large"]` calls them, go by Git LFS (batch, PUT in one piece or in parts,
+    verify) or by Xet: a token, the chunk store's xorbs and shards, which are counted.
+    """
 
     seen: Any  # filled by the fixture
+    protocol_version = "HTTP/1.1"
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        found = b""
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
+
+    def do_GET(self) -> None:
+        if "/xet-write-token/" in self.path:
+            self.seen["tokens"].add(self.headers.get("Authorization"))
+            cas = f"http://{self.headers['Host']}/cas"
+            self.answer({"casUrl": cas, "exp": 4_000_000_000, "accessToken": "short-lived"})
+        else:
+            self.answer({"error": "not there"}, 404)
+
+    def do_PUT(self) -> None:
+        """A large file, or one part of it: no token is sent to a signed address."""
+        assert self.headers.get("Authorization") is None
+        oid, _, part = self.path.removeprefix("/store/").partition("/")
+        self.seen["parts"].setdefault(oid, {})[int(part or 1)] = self.body()
+        self.answer({}, 403 if self.seen["store_fails"] else 200, etag=f"etag-{part or 1}")
+
+    def batch(self, objects: list[dict[str, Any]], base: str) -> None:
+        """Git LFS's answer: above 2 PART in parts, else in one piece."""
+        made = []
+        for entry in objects:
+            oid, size = entry["oid"], entry["size"]
+            href, header = f"{base}/store/{oid}", {}
+            if size > 2 * PART:
+                count = -(-size // PART)
+                header = {f"{i + 1:05d}": f"{href}/{i + 1}" for i in range(count)}
+                header["chunk_size"], href = str(PART), f"{base}/complete/{oid}"
+            upload = {"href": href, "header": header}
+            verify = {"href": f"{base}/verify/{oid}"}
+            made.append({**entry, "actions": {"upload": upload, "verify": verify}})
+        self.answer({"objects": made})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.seen["tokens"].add(self.headers.get("Authorization"))
+        body = self.body()
         base = f"http://{self.headers['Host']}"
+        if self.path.startswith(("/cas/", "/v1/telemetry")):
+            assert self.headers.get("Authorization") == "Bearer short-lived"
+            self.seen["cas"].append(self.path.removeprefix("/cas").split("/")[2])
+            known = "/v1/xorbs/" in self.path or self.path.endswith("/v1/shards")
+            self.answer({"was_inserted": True, "result": 1}, 200 if known else 404)
+            return
+        if self.path.startswith("/complete/"):  # the token is not sent here
+            parts = json.loads(body)["parts"]
+            assert [part["etag"] for part in parts] == [f"etag-{i + 1}" for i in range(len(parts))]
+            self.answer({})
+            return
+        self.seen["tokens"].add(self.headers.get("Authorization"))
         if self.path == "/api/repos/create":
             self.seen["created"] = json.loads(body)
             self.answer({"url": f"{base}/{REPO}", "name": REPO})
@@ -48,26 +108,40 @@ class FakeHub(BaseHTTPRequestHandler):
             self.answer(
                 {
                     "files": [
-                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        {
+                            "path": f["path"],
+                            "uploadMode": "lfs" if self.seen["large"](f) else "regular",
+                            "shouldIgnore": False,
+                        }
                         for f in files
                     ]
                 }
             )
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            self.batch(json.loads(body)["objects"], base)
+        elif self.path.startswith("/verify/"):
+            self.seen["verified"][self.path.split("/")[-1]] = json.loads(body)["size"]
+            self.answer({})
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             for line in lines:
                 if line["key"] == "file":
                     value = line["value"]
                     self.seen["files"][value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    value = line["value"]
+                    self.seen["lfs"][value["path"]] = (value["oid"], value["size"])
             self.answer({"commitUrl": f"{base}/{REPO}/commit/1", "commitOid": "1" * 40})
         else:
             self.answer({"error": f"unexpected {self.path}"}, 404)
 
-    def answer(self, value: Any, status: int = 200) -> None:
+    def answer(self, value: Any, status: int = 200, etag: str | None = None) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if etag is not None:
+            self.send_header("ETag", etag)
         self.end_headers()
         self.wfile.write(data)
 
@@ -78,7 +152,8 @@ class FakeHub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[tuple[str, dict[str, Any]]]:
     """(endpoint, what arrived)."""
-    seen: dict[str, Any] = {"files": {}, "tokens": set(), "created": None}
+    seen: dict[str, Any] = {"files": {}, "tokens": set(), "created": None, "lfs": {}, "parts": {}}
+    seen |= {"verified": {}, "cas": [], "large": lambda _file: False, "store_fails": False}
     handler = type("Handler", (FakeHub,), {"seen": seen})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -148,6 +223,69 @@ def test_a_push_sends_the_bytes_of_a_dry_run(run, hub, tmp_path) -> None:
     assert seen["files"] == contents(tmp_path / "dry")
     assert not any(TOKEN.encode() in data for data in seen["files"].values())
     assert TOKEN not in done.stdout + done.stderr
+
+
+def is_weights(file: dict[str, Any]) -> bool:
+    """What the Hub keeps apart whatever its size, by its default .gitattributes."""
+    name: str = file["path"]
+    return name.endswith(".safetensors")
+
+
+def push(run, endpoint: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return cli(
+        "push", str(run["pipeline"]), REPO,
+        HF_ENDPOINT=endpoint, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="0", HF_HOME=str(home), **env,
+    )  # fmt: skip
+
+
+def test_large_files_go_by_lfs_in_one_piece_or_in_parts(run, hub, tmp_path) -> None:
+    """Preupload says lfs -> batch -> PUT -> verify -> a commit with their hashes."""
+    endpoint, seen = hub
+    seen["large"] = is_weights
+    done = push(run, endpoint, tmp_path / "home", HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    dry_run(run["pipeline"], REPO, tmp_path / "dry")
+    wanted = contents(tmp_path / "dry")
+    weights = {name: data for name, data in wanted.items() if name.endswith(".safetensors")}
+    assert seen["files"] == {n: data for n, data in wanted.items() if n not in weights}
+    assert seen["lfs"] == {
+        n: (hashlib.sha256(data).hexdigest(), len(data)) for n, data in weights.items()
+    }
+    stored = {o: b"".join(parts[i] for i in sorted(parts)) for o, parts in seen["parts"].items()}
+    assert stored == {hashlib.sha256(data).hexdigest(): data for data in weights.values()}
+    assert seen["verified"] == {oid: len(data) for oid, data in stored.items()}
+    counts = {len(parts) for parts in seen["parts"].values()}
+    assert max(counts) > 1, "no file was sent in parts"
+    assert seen["tokens"] == {f"Bearer {TOKEN}"}
+
+
+def test_large_files_go_by_xet(run, hub, tmp_path) -> None:
+    """The default where hf_xet is installed: chunks to the store, hashes into the commit."""
+    pytest.importorskip("hf_xet")
+    endpoint, seen = hub
+    seen["large"] = is_weights
+    done = push(run, endpoint, tmp_path / "home")
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights = {n: p for n, p in payload(run["pipeline"], REPO).items() if n.endswith("tensors")}
+    assert seen["lfs"] == {
+        name: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+        for name, path in weights.items()
+    }
+    assert not seen["parts"]
+    assert seen["cas"].index("xorbs") < seen["cas"].index("shards")
+    assert seen["tokens"] == {f"Bearer {TOKEN}"}  # the store was given the short-lived one
+
+
+def test_a_store_that_fails_is_one_line_and_no_commit(run, hub, tmp_path) -> None:
+    endpoint, seen = hub
+    seen["large"], seen["store_fails"] = is_weights, True
+    done = push(run, endpoint, tmp_path / "home", HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: push: expected the Hub to take someone/four-step")
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stderr
+    assert not seen["files"]
 
 
 def test_a_refusal_of_the_hub_is_one_line(run, hub, tmp_path) -> None:
