@@ -53,9 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--variant")
     pairs.add_argument("--teacher_lora", action="append", default=[], help="path[:scale], merged")
     pairs.add_argument("--single_file_config", help="pipeline folder of a single-file teacher")
-    pairs.add_argument("--prompts_file", required=True)
+    pairs.add_argument("--prompts_file", help="noises are solved to images of these prompts")
+    pairs.add_argument("--invert", metavar="DIR", help="or real images, inverted to noises (rf++)")
     pairs.add_argument("--pairs_dir", required=True)
-    pairs.add_argument("--num_pairs", type=int, required=True)
+    pairs.add_argument("--num_pairs", type=int, help="all images with --invert")
     pairs.add_argument("--num_steps", type=int, default=50, help="steps of the teacher's solver")
     pairs.add_argument("--guidance", type=float, default=1.0, help="null + g (cond - null)")
     pairs.add_argument("--resolution", type=int)
@@ -128,7 +129,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _pairs(args: argparse.Namespace) -> None:
-    """Make noise-image pairs with the teacher's solver, for reflow."""
+    """Make noise-image pairs with the teacher's solver, or of real images, for reflow."""
     from stepdistill.data.teacher_pairs import make_pairs
 
     folder = make_pairs(
@@ -136,6 +137,7 @@ def _pairs(args: argparse.Namespace) -> None:
         args.prompts_file,
         args.pairs_dir,
         num_pairs=args.num_pairs,
+        train_data_dir=args.invert,
         num_steps=args.num_steps,
         guidance=args.guidance,
         resolution=args.resolution,

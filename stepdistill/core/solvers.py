@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser
-from stepdistill.core.path import expand
+from stepdistill.core.path import VEPath, expand, full
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 
@@ -114,6 +114,49 @@ def ode_solve(
     """x0 (B, C, *S) of a deterministic trajectory from unit noise over `times`, then to 0."""
     spec = SamplerSpec(times, "ode")
     return sample_x0(denoiser, spec, noise, cond, null, guidance)
+
+
+@torch.no_grad()
+def ode_invert(
+    denoiser: Denoiser,
+    x0: Tensor,
+    cond: Cond,
+    null: Cond | None = None,
+    guidance: float | Tensor | None = None,
+    times: tuple[float, ...] = uniform_grid(64),
+) -> Tensor:
+    """Unit noise (B, C, *S) whose deterministic trajectory ends at x0: from 0 up to times[0].
+
+    Heun's rule on dx/dtau = flow in x / (alpha + sigma), tau = sigma / (alpha + sigma), on every
+    path. At t = 0, where no network was trained, flow is -x0: clean data tell nothing of noise.
+    2 N - 1 calls. On a VE path times below sigma_min are left out.
+    Source: Lee et al. 2024, arXiv:2405.20320, config G (real images through the teacher's ODE).
+    Args: times: descending, as `ode_solve` takes them back.
+    """
+    path, bsz = denoiser.path, x0.shape[0]
+
+    def coeffs(t: float) -> tuple[Tensor, float, float]:
+        at = torch.full((bsz,), t, dtype=torch.float64, device=x0.device)
+        alpha, sigma = (float(c[0]) for c in path.coeffs(at))
+        return at, alpha + sigma, sigma / (alpha + sigma)
+
+    rising = sorted(times)
+    if isinstance(path, VEPath):
+        lowest = float(path.time_of_sigma(torch.tensor(path.sigma_min)))
+        rising = [t for t in rising if t >= lowest - 1e-12]
+    y, tau, slope = full(x0), 0.0, -full(x0)
+    for i, t in enumerate(rising):
+        at, scale, later = coeffs(t)
+
+        def flow(y: Tensor, at: Tensor = at, scale: float = scale) -> Tensor:
+            return denoiser(y * scale, at, cond, null, guidance).flow
+
+        mean = 0.5 * (slope + flow(y + (later - tau) * slope))
+        y, tau = y + (later - tau) * mean, later
+        if i + 1 < len(rising):
+            slope = flow(y)
+    x = y * scale
+    return x / path.prior(torch.ones((), dtype=x.dtype, device=x.device))
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ from stepdistill.data.pair_files import (
 )
 
 Prompt = str | int  # an int is a class label
+Pairs = tuple[Tensor, Tensor, list[Prompt]]  # noise and x0 (n, C, *S), n prompts
 
 
 class PairWriter:
@@ -223,22 +224,39 @@ def generate_pairs(
         shard_size=shard_size,
         x0_dtype=x0_dtype,
     )
-    writer = PairWriter(folder, settings, num_pairs)
+
+    def solved(rows: Sequence[int]) -> Pairs:
+        noise, texts = pair_noise(seed, rows, shape), [prompts[i % len(prompts)] for i in rows]
+        end = null(len(rows))
+        x0 = ode_solve(denoiser, noise.to(device), encode(texts), end, guidance, settings.times)
+        return noise, x0.cpu(), texts
+
+    return write_shards(PairWriter(folder, settings, num_pairs), solved, rank, world_size, progress)
+
+
+def write_shards(
+    writer: PairWriter,
+    make: Callable[[Sequence[int]], Pairs],
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> PairDataset | None:
+    """Make and write the missing shards of this rank, `settings.batch_size` pairs at a time.
+
+    Args: make: numbers of pairs -> their noise, x0 (n, C, *S) and prompts, on the CPU.
+    Returns: the finished set; None where other ranks' shards are still missing.
+    """
+    batch_size = writer.settings.batch_size
     mine = range(rank, writer.num_shards, world_size)
     total = sum(len(writer.rows(shard)) for shard in mine)
     with tqdm(total=total, desc="pairs", unit="pair", disable=not progress) as bar:
         for shard in mine:
             rows = writer.rows(shard)
             if not writer.done(shard):
-                noise = pair_noise(seed, rows, shape)
-                texts = [prompts[i % len(prompts)] for i in rows]
-                parts = []
-                for start in range(0, len(rows), batch_size):
-                    part = noise[start : start + batch_size].to(device)
-                    cond = encode(texts[start : start + batch_size])
-                    x0 = ode_solve(denoiser, part, cond, null(len(part)), guidance, settings.times)
-                    parts.append(x0.cpu())
-                writer.write(shard, noise, torch.cat(parts), texts)
+                starts = range(0, len(rows), batch_size)
+                parts = [make(rows[start : start + batch_size]) for start in starts]
+                noise, x0 = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+                writer.write(shard, noise, x0, [text for part in parts for text in part[2]])
             bar.update(len(rows))
-    present = all((Path(folder) / shard_name(i)).is_file() for i in range(writer.num_shards))
-    return PairDataset(folder) if present else None
+    names = [shard_name(shard) for shard in range(writer.num_shards)]
+    return PairDataset(writer.folder) if all((writer.folder / n).is_file() for n in names) else None

@@ -1,4 +1,4 @@
-"""`stepdistill pairs`: a teacher pipeline and prompts in, a pair set on disk out."""
+"""`stepdistill pairs`: a teacher pipeline and prompts (or real images) in, a pair set out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from accelerate import PartialState
 
 from stepdistill.core.method import Role
 from stepdistill.core.times import uniform_grid
-from stepdistill.data.images import LabelFileDataset
+from stepdistill.core.types import Cond
+from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
+from stepdistill.data.inverted_pairs import invert_pairs
 from stepdistill.data.pairs import generate_pairs
 from stepdistill.data.stream import PromptDataset
 from stepdistill.models.registry import family_for, load_family, pipeline_class_of
@@ -21,10 +23,11 @@ from stepdistill.models.tuning import Tuning
 
 def make_pairs(
     model: str,
-    prompts_file: str | Path,
+    prompts_file: str | Path | None,
     pairs_dir: str | Path,
     *,
-    num_pairs: int,
+    num_pairs: int | None = None,
+    train_data_dir: str | Path | None = None,
     num_steps: int = 50,
     guidance: float = 1.0,
     resolution: int | None = None,
@@ -35,10 +38,12 @@ def make_pairs(
     teacher_lora: Sequence[str] = (),
     single_file_config: str | None = None,
 ) -> Path:
-    """Solve the teacher's guided ODE for num_pairs noises; returns the folder.
+    """Solve the teacher's guided ODE for num_pairs noises, or backwards for the images of a folder.
 
     Run under `accelerate launch` to share the shards among processes. An interrupted call goes on
     where it stopped.
+    Args: prompts_file or train_data_dir: what to begin with; num_pairs: of a folder None takes all.
+    Returns: the folder of the set.
     Errors: ValueError for a bad model, prompt file or existing set, before a weight is loaded.
     """
     hub: dict[str, Any] = {"revision": revision} if revision else {}
@@ -48,10 +53,22 @@ def make_pairs(
             f"pairs: expected a model that a prompt is enough for, got {model!r}, which reads a "
             "first frame too. Give the trainer a dataset of image, x0 and noise instead."
         )
-    if cls.conditioning == "label":
-        prompts: list[Any] = list(LabelFileDataset.from_file(prompts_file).labels)
+    if (prompts_file is None) == (train_data_dir is None):
+        raise ValueError(
+            "pairs: expected --prompts_file (noises solved to images) or --invert FOLDER (images "
+            f"inverted to noises), got {'neither' if prompts_file is None else 'both'}."
+        )
+    prompts: list[Any] = []
+    images: ImageFolderDataset | None = None
+    if train_data_dir is not None:
+        told = cls.conditioning
+        images = ImageFolderDataset(train_data_dir, resolution, told == "label", told == "none")
+    elif num_pairs is None:
+        raise ValueError("pairs: expected --num_pairs with --prompts_file, got none.")
+    elif cls.conditioning == "label":
+        prompts = list(LabelFileDataset.from_file(str(prompts_file)).labels)
     else:
-        prompts = list(PromptDataset.from_file(prompts_file).prompts)
+        prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
     state = PartialState(cpu=not torch.cuda.is_available())
     family = load_family(
         model,
@@ -62,23 +79,30 @@ def make_pairs(
     )
     bank = RoleBank(family, {"teacher": Role()}, Tuning())
     family.pipeline.to(state.device)
-    generate_pairs(
-        bank["teacher"],
-        lambda rows: family.encode(rows).to(state.device),
-        lambda bsz: family.null(bsz).to(state.device),
-        prompts,
-        pairs_dir,
-        num_pairs,
-        shape=family.sample_shape(resolution, resolution),
-        model=" + ".join([model, *teacher_lora]),
-        guidance=guidance,
-        times=uniform_grid(num_steps, family.shift_at(resolution, resolution)),
-        seed=seed,
-        batch_size=batch_size,
-        device=state.device,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        progress=state.is_main_process,
-    )
+
+    def encode(rows: Sequence[Any]) -> Cond:
+        return family.encode(rows).to(state.device)
+
+    def null(bsz: int) -> Cond:
+        return family.null(bsz).to(state.device)
+
+    common: dict[str, Any] = {
+        "shape": family.sample_shape(resolution, resolution),
+        "model": " + ".join([model, *teacher_lora]),
+        "guidance": guidance,
+        "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
+        "batch_size": batch_size,
+        "device": state.device,
+        "rank": state.process_index,
+        "world_size": state.num_processes,
+        "progress": state.is_main_process,
+    }
+    teacher = bank["teacher"]
+    if images is not None:
+        count = len(images) if num_pairs is None else num_pairs
+        invert_pairs(teacher, encode, null, family.latents, images, pairs_dir, count, **common)
+    else:
+        assert num_pairs is not None
+        generate_pairs(teacher, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common)
     state.wait_for_everyone()
     return Path(pairs_dir)

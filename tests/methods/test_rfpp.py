@@ -20,6 +20,7 @@ from stepdistill.methods.grid import flow_time
 from stepdistill.methods.rfpp import RFPP, RFPPConfig
 from stepdistill.models.analytic import AnalyticNets, GaussianTeacher
 from stepdistill.training.config import RunConfig
+from stepdistill.training.configfile import merge
 
 CONFIG = Path(__file__).parents[2] / "configs" / "methods" / "rfpp.yaml"
 
@@ -186,3 +187,7 @@ def test_shipped_config_is_valid():
     assert make(perceptual="none").scorers() == {}
     with pytest.raises(ValueError, match="0 < low < high"):
         make(t_range=(0.0, 1.0))
+    real = yaml.safe_load(CONFIG.with_name("rfpp_real.yaml").read_text())
+    told = merge(yaml.safe_load(CONFIG.read_text()), real)
+    later = RunConfig(pretrained_model_name_or_path="m", **told)
+    assert (later.max_train_steps, later.method_config) == (5000, run.method_config)
