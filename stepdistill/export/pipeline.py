@@ -79,7 +79,13 @@ def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampl
     if family.scales_input:  # the one flow scheduler that can do it takes no sigmas
         accepts -= {"sigmas"}
     return stock_sampler(
-        family.pipeline.scheduler, path, spec, flow_in_vp, accepts, family.sends_sigmas
+        family.pipeline.scheduler,
+        path,
+        spec,
+        flow_in_vp,
+        accepts,
+        family.sends_sigmas,
+        family.scales_input,
     )
 
 

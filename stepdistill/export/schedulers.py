@@ -68,6 +68,7 @@ def stock_sampler(
     flow_in_vp: bool = False,
     accepts: Collection[str] = ALL_ARGUMENTS,
     sends_sigmas: bool = False,
+    scales_input: bool = True,
 ) -> StockSampler:
     """The stock sampler of `spec` for a student on `path`.
 
@@ -75,6 +76,7 @@ def stock_sampler(
         flow_in_vp: the student is a velocity network inside a pipeline made for VP schedulers.
         accepts: argument names of that pipeline's call.
         sends_sigmas: its call hands the scheduler linspace(1, 1/N, N) for N steps.
+        scales_input: its loop calls the scheduler's scale_model_input.
     Errors: ValueError for a spec no stock scheduler samples in that pipeline.
     """
     if spec.kind == "anchored":
@@ -86,7 +88,7 @@ def stock_sampler(
     if isinstance(path, VPPath):
         return _vp(teacher_scheduler.config, path, spec, accepts)
     if isinstance(path, FlowPath):
-        return _flow(path, spec, flow_in_vp, accepts, sends_sigmas)
+        return _flow(path, spec, flow_in_vp, accepts, sends_sigmas, scales_input)
     if isinstance(path, VEPath):
         return _ve(teacher_scheduler, path, spec)
     raise ValueError(f"export: expected a VP, flow or VE student, got {type(path).__name__}.")
@@ -191,6 +193,7 @@ def _flow(
     flow_in_vp: bool,
     accepts: Collection[str],
     sends_sigmas: bool,
+    scales_input: bool,
 ) -> StockSampler:
     gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind]
     if gamma not in (0.0, 1.0) or spec.boundary_scale is not None:
@@ -206,8 +209,8 @@ def _flow(
         # Such a pipeline multiplies its first noise by scheduler.init_noise_sigma, which flow
         # schedulers lack; an entry of that name in the saved config answers for it.
         config["init_noise_sigma"] = 1.0
-    if flow_in_vp and "sigmas" not in accepts:
-        # A loop this plain also calls scale_model_input: one flow scheduler has that.
+    if flow_in_vp and scales_input and "sigmas" not in accepts:
+        # The loop calls scale_model_input: one flow scheduler has that.
         if gamma:
             raise ValueError(
                 "export: expected kind ode for a velocity student in this pipeline, got renoise: "

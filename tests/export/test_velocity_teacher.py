@@ -13,6 +13,7 @@ from support.runs import build_trainer, teacher_dir
     [
         ("sd_v", "FlowMatchEulerDiscreteScheduler"),
         ("sdxl", "FlowMapEulerDiscreteScheduler"),
+        ("unet2d", "FlowMatchEulerDiscreteScheduler"),  # its call scales no input
     ],
 )
 def test_velocity_export_is_distilled_and_exported_again(
