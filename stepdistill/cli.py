@@ -19,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return launch(argv[1:])
     if argv[:1] == ["plan"]:
         return _plan(argv[1:])
+    if argv[:1] == ["evaluate"]:
+        from stepdistill.evaluation.command import main as evaluate
+
+        return evaluate(argv[1:])
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = args.run
     try:
@@ -46,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="Train from config files and flags; train --help lists them.")
 
     commands.add_parser("plan", help="Forecast a run's memory and hours; plan --help lists flags.")
+
+    commands.add_parser("evaluate", help="Compare a teacher with students; evaluate --help.")
 
     pairs = command("pairs", _pairs)
     pairs.add_argument("--pretrained_model_name_or_path", required=True)

@@ -5,12 +5,11 @@ per noise seed. Frechet distance AND recall decide; class accuracy alone does no
 that shows each class's mean is recognised perfectly.
 """
 
-# N images, S noise seeds
+# N images
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from stepdistill.evaluation.frechet import frechet_distance
 from stepdistill.evaluation.manifold import manifold_scores
+from stepdistill.evaluation.samples import Samples, Spread
 
 from .classifier import DigitClassifier
 from .data import DIGIT_NAMES, Digits, Split, stratified_subset
@@ -28,32 +28,7 @@ PREVIEWS_PER_CLASS = 2
 NOISE_SEEDS = (0, 1, 2, 3, 4)
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What a sampler made from one noise seed.
-
-    images (N, 1, 8, 8) in [-1, 1], in the order of the prompts; seconds for all of them;
-    network_calls: denoiser evaluations per image, a guided step counting twice.
-    """
-
-    images: Tensor
-    seconds: float
-    network_calls: float
-
-
 Sampler = Callable[[Sequence[str], int], Samples]  # (prompts, noise seed) -> samples
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation over the noise seeds."""
-
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
 
 @dataclass(frozen=True)

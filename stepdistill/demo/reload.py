@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .metrics import Samples
+from stepdistill.evaluation.samples import Samples
 
 SCRIPT = Path(__file__).with_name("fresh_sampler.py")
 

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .metrics import Row, Spread
+from stepdistill.evaluation.samples import Spread
+
+from .metrics import Row
 from .verdict import Check
 
 COLUMNS = (

@@ -4,12 +4,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 
@@ -24,10 +20,3 @@ def strip(images: Tensor, columns: int, gap_px: int = 1) -> NDArray[np.uint8]:
         top, left = index // columns * cell_h, index % columns * cell_w
         canvas[top : top + height, left : left + width] = image
     return (255 * (1 - canvas)).round().astype(np.uint8)
-
-
-def data_uri(picture: NDArray[np.uint8]) -> str:
-    """The picture as a PNG inside a data: address, for self-contained HTML."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -18,6 +18,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from rich.console import Console
 
+from stepdistill.evaluation.samples import PipelineSampler
 from stepdistill.training.checkpoint import list_checkpoints
 
 from .classifier import train_classifier
@@ -27,7 +28,6 @@ from .progress import Chain, Stage, watch
 from .recipes import Recipe, Training, recipe_for
 from .reload import Job, sample_in_fresh_process
 from .report import Report, print_report, write_report
-from .sampling import PipelineSampler
 from .teacher import Teacher, TeacherConfig, load_or_train_teacher
 from .verdict import quality_checks, time_check
 
@@ -162,7 +162,8 @@ def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
     rows = []
     for steps in TEACHER_STEPS:
         label = f"teacher, {steps} step{'s' if steps > 1 else ''}"
-        rows.append(judge.run(label, "teacher", steps, PipelineSampler(pipeline, steps)))
+        call = {"num_inference_steps": steps, "guidance_scale": 1}
+        rows.append(judge.run(label, "teacher", steps, PipelineSampler(pipeline, call)))
     Row.save_all(rows, kept)
     return rows
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROWS = 2048  # of a kernel matrix at a time
+
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Frechet distance between the Gaussians fitted to two feature sets.
@@ -53,14 +55,19 @@ def kernel_distance(real: Tensor, generated: Tensor) -> float:
     x, y = _checked(real, "real"), _checked(generated, "generated")
     _same_width(x, y)
     n, m = len(x), len(y)
-    kxx, kyy, kxy = _cubic(x, x), _cubic(y, y), _cubic(x, y)
-    within_x = (kxx.sum() - kxx.trace()) / (n * (n - 1))
-    within_y = (kyy.sum() - kyy.trace()) / (m * (m - 1))
-    return float(within_x + within_y - 2 * kxy.mean())
+    within_x = (_cubic_sum(x, x) - _cubic_diagonal(x)) / (n * (n - 1))
+    within_y = (_cubic_sum(y, y) - _cubic_diagonal(y)) / (m * (m - 1))
+    return within_x + within_y - 2 * _cubic_sum(x, y) / (n * m)
 
 
-def _cubic(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1).pow(3)
+def _cubic_sum(x: Tensor, y: Tensor) -> float:
+    """Sum of the kernel over all pairs, some rows at a time: N * M numbers are never held."""
+    parts = x.split(ROWS)
+    return float(torch.stack([(p @ y.T / x.shape[1] + 1).pow(3).sum() for p in parts]).sum())
+
+
+def _cubic_diagonal(x: Tensor) -> float:
+    return float((x.square().sum(1) / x.shape[1] + 1).pow(3).sum())
 
 
 def _sqrt_psd(matrix: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROWS = 1024  # of a distance matrix at a time
+
 
 @dataclass(frozen=True)
 class ManifoldScores:
@@ -33,7 +35,7 @@ def manifold_scores(real: Tensor, generated: Tensor, k: int = 3) -> ManifoldScor
 
     Args:  real (N, D), generated (M, D): features of one network; k: neighbour rank, the point
            itself not counted.
-    Notes: memory is N * M; meant for some thousands of samples.
+    Notes: time is N * M * D; meant for some thousands of samples.
     """
     for name, features in (("real", real), ("generated", generated)):
         if features.ndim != 2 or len(features) <= k:
@@ -43,19 +45,28 @@ def manifold_scores(real: Tensor, generated: Tensor, k: int = 3) -> ManifoldScor
             )
     real, generated = real.double(), generated.double()
     real_radius, generated_radius = _radii(real, k), _radii(generated, k)
-    distance = torch.cdist(real, generated, compute_mode="donot_use_mm_for_euclid_dist")  # (N, M)
-    in_real = distance <= real_radius[:, None]
-    in_generated = distance <= generated_radius[None, :]
+    balls = torch.zeros(len(generated), dtype=torch.long)  # (M,) real balls that hold each point
+    reached, covered = [], []
+    for rows, radius in zip(real.split(ROWS), real_radius.split(ROWS), strict=True):
+        distance = _distance(rows, generated)  # (ROWS, M)
+        in_real = distance <= radius[:, None]
+        balls += in_real.sum(0)
+        covered.append(in_real.any(1))
+        reached.append((distance <= generated_radius[None, :]).any(1))
     return ManifoldScores(
-        precision=float(in_real.any(0).double().mean()),
-        recall=float(in_generated.any(1).double().mean()),
-        density=float(in_real.double().sum(0).mean() / k),
-        coverage=float(in_real.any(1).double().mean()),
+        precision=float((balls > 0).double().mean()),
+        recall=float(torch.cat(reached).double().mean()),
+        density=float(balls.double().mean() / k),
+        coverage=float(torch.cat(covered).double().mean()),
     )
 
 
 def _radii(points: Tensor, k: int) -> Tensor:
     """(N,) distance of each point to its k-th neighbour; rank 0 is the point itself."""
+    parts = [_distance(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(ROWS)]
+    return torch.cat(parts)
+
+
+def _distance(x: Tensor, y: Tensor) -> Tensor:
     # Without the matrix-multiply shortcut a point is at exactly distance 0 from its copy.
-    distance = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    return distance.kthvalue(k + 1, dim=1).values
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

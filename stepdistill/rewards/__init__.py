@@ -18,7 +18,9 @@ from stepdistill.rewards.base import FrozenScorer
 
 # kind -> "module:Class"; modules load on demand, since each brings a library of its own.
 SCORERS: dict[str, str] = {
+    "aesthetic": "stepdistill.rewards.preference:AestheticScorer",
     "clip": "stepdistill.rewards.clip:CLIPScorer",
+    "hps": "stepdistill.rewards.preference:HPSScorer",
     "lpips": "stepdistill.rewards.perceptual:LPIPSScorer",
 }
 

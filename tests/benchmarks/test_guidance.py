@@ -25,8 +25,8 @@ from stepdistill import LoRADistillationTrainer, TrainConfig, Tuning
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.demo.data import load_digit_splits, write_image_folder
 from stepdistill.demo.run import quiet_loading
-from stepdistill.demo.sampling import PipelineSampler
 from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
+from stepdistill.evaluation.samples import PipelineSampler, Samples
 from stepdistill.methods.lora_guidance import LoRAGuidance, LoRAGuidanceConfig
 
 pytestmark = pytest.mark.benchmark
@@ -106,9 +106,14 @@ def test_half_the_calls_make_the_guided_images(tmp_path) -> None:
     teacher = DiffusionPipeline.from_pretrained(str(folder))
     student = DiffusionPipeline.from_pretrained(str(trainer.export(tmp_path / "out")))
     prompts = digits.heldout.prompts
-    guided = PipelineSampler(teacher, STEPS, GUIDANCE)(prompts, 0)
-    plain = PipelineSampler(teacher, STEPS, 1)(prompts, 0)
-    made = PipelineSampler(student, STEPS, 1)(prompts, 0)
+
+    def sample(pipeline: DiffusionPipeline, guidance: float) -> Samples:
+        call = {"num_inference_steps": STEPS, "guidance_scale": guidance}
+        return PipelineSampler(pipeline, call)(prompts, 0)
+
+    guided = sample(teacher, GUIDANCE)
+    plain = sample(teacher, 1)
+    made = sample(student, 1)
     error = _rms(made.images, guided.images) / _rms(plain.images, guided.images)
     show(
         f"(c) guided teacher (g = {GUIDANCE:g}) against its LoRA student, {STEPS} steps",

@@ -5,7 +5,8 @@ import torch
 
 from stepdistill.demo.classifier import FEATURE_WIDTH, DigitClassifier, train_classifier
 from stepdistill.demo.data import Digits, load_digit_splits, stratified_subset
-from stepdistill.demo.metrics import Judge, Samples
+from stepdistill.demo.metrics import Judge
+from stepdistill.evaluation.samples import Samples
 
 
 @pytest.fixture(scope="module")

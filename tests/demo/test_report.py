@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from stepdistill.demo.metrics import Row, Spread
+from stepdistill.demo.metrics import Row
 from stepdistill.demo.report import Report, print_report, write_report
 from stepdistill.demo.report_images import strip
 from stepdistill.demo.verdict import quality_checks, time_check
+from stepdistill.evaluation.samples import Spread
 
 
 def row(group: str, steps: int | None, frechet: float, recall: float = 0.85) -> Row:

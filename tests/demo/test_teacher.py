@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from stepdistill.demo import reload
 from stepdistill.demo.data import load_digit_splits
 from stepdistill.demo.reload import Job, sample_in_fresh_process
-from stepdistill.demo.sampling import PipelineSampler
 from stepdistill.demo.teacher import (
     RECORD,
     Teacher,
@@ -21,6 +20,7 @@ from stepdistill.demo.teacher import (
     load_or_train_teacher,
 )
 from stepdistill.demo.teacher_training import train_denoiser
+from stepdistill.evaluation.samples import PipelineSampler
 
 SHORT = TeacherConfig(max_train_steps=6, train_batch_size=8, lr_warmup_steps=2)
 PROMPTS = ["a handwritten two", "a handwritten seven", "a handwritten nine"]
@@ -102,12 +102,13 @@ def test_seconds_end_the_training_early(train) -> None:
 def test_folder_is_a_stock_pipeline(teacher: Teacher) -> None:
     pipeline = DiffusionPipeline.from_pretrained(teacher.folder)
     assert type(pipeline) is StableDiffusionPipeline
-    sampler = PipelineSampler(pipeline, 2)
+    sampler = PipelineSampler(pipeline, {"num_inference_steps": 2, "guidance_scale": 1})
     samples = sampler(PROMPTS, seed=0)
     assert samples.images.shape == (3, 1, 8, 8)
     assert samples.images.abs().max() <= 1
     assert samples.network_calls == 2
-    assert PipelineSampler(pipeline, 2, guidance_scale=3)(PROMPTS, 0).network_calls == 4
+    guided = PipelineSampler(pipeline, {"num_inference_steps": 2, "guidance_scale": 3})
+    assert guided(PROMPTS, 0).network_calls == 4
 
 
 def test_equal_config_is_found_again_and_another_is_trained(train, teacher: Teacher, tmp_path):
@@ -137,7 +138,9 @@ def test_fresh_process_draws_the_same_images(teacher: Teacher) -> None:
         "DDIMScheduler",
     )
     assert (one.samples[0].network_calls, four.samples[0].network_calls) == (1, 4)
-    here = PipelineSampler(DiffusionPipeline.from_pretrained(teacher.folder), 4)(PROMPTS, seed=7)
+    call = {"num_inference_steps": 4, "guidance_scale": 1}
+    loaded = DiffusionPipeline.from_pretrained(teacher.folder)
+    here = PipelineSampler(loaded, call)(PROMPTS, seed=7)
     assert torch.allclose(four.samples[1].images, here.images, atol=1e-5)
 
 

@@ -1,0 +1,164 @@
+"""Fills a store: draws images or reads them, and keeps features, scores and costs alone.
+
+Image i is of prompt i // K at draw i % K and has a generator of its own, keyed by (seed, prompt,
+draw): neither batch size nor the number of processes changes it.
+"""
+
+# B batch, C channels, H, W in px, D feature width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepdistill.core.context import stable_seed
+from stepdistill.core.method import Scorer
+
+from .features import FeatureNet
+from .images import Frame, eight_bit, open_image, pixel_statistics, to_tensor
+from .memory import PeakMemory
+from .samples import PipelineSampler
+from .store import Store
+
+PREVIEW_PX = 256
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What images are looked at with. scorers: by name, objects with Scorer's signature."""
+
+    nets: Sequence[FeatureNet]
+    scorers: Mapping[str, Scorer]
+    frame: Frame
+
+    def look(
+        self, images: Sequence[Image.Image], prompts: Sequence[Any] | None
+    ) -> dict[str, Tensor]:
+        """Rows of features, pixel statistics and (where there are prompts) scores."""
+        framed = to_tensor([self.frame(image) for image in images])
+        found = {
+            f"features/{net.name}": net(net.preprocess(framed)).cpu().float() for net in self.nets
+        }
+        if prompts is None:  # real images, which may differ in size: they are seen framed alone
+            return {**found, "pixels": pixel_statistics(framed)}
+        whole = to_tensor(images)
+        found["pixels"] = pixel_statistics(whole)
+        for name, scorer in self.scorers.items():
+            with torch.no_grad():
+                score = scorer(_on(scorer, whole.expand(-1, 3, -1, -1) * 2 - 1), list(prompts))
+            found[f"score/{name}"] = score.cpu().float()
+        return found
+
+
+def _on(scorer: Scorer, images: Tensor) -> Tensor:
+    if isinstance(scorer, torch.nn.Module):
+        tensors = [*scorer.parameters(), *scorer.buffers()]
+        return images.to(tensors[0].device) if tensors else images
+    return images
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How many images of what. prompts: one each; `None` for unconditional models."""
+
+    prompts: Sequence[Any]
+    per_prompt: int
+    seed: int
+    batch_size: int
+    num_previews: int
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.per_prompt
+
+    def prompt(self, index: int) -> Any:
+        return self.prompts[index // self.per_prompt]
+
+    def generator(self, index: int) -> torch.Generator:
+        prompt, draw = divmod(index, self.per_prompt)
+        return torch.Generator().manual_seed(stable_seed("evaluate", self.seed, prompt, draw))
+
+
+def preview_indices(drawing: Drawing) -> list[int]:
+    """Images of the grid: of as many prompts as there are, then more of each."""
+    prompts, per = len(drawing.prompts), drawing.per_prompt
+    by_draw = [p * per + k for k in range(per) for p in range(prompts)]
+    return sorted(by_draw[: drawing.num_previews])
+
+
+def draw_into(
+    store: Store,
+    load: Callable[[], PipelineSampler],
+    drawing: Drawing,
+    lens: Lens,
+    rank: int = 0,
+    world_size: int = 1,
+    tell: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Make this process's missing shards; a pipeline is loaded only where there are any.
+
+    Args: tell: called with the number of images made, after each batch.
+    """
+    shards = store.missing(rank, world_size)
+    if not shards:
+        return
+    sampler, shown = load(), set(preview_indices(drawing))
+    device = next(sampler.net.parameters()).device
+    peak, warm = PeakMemory(device), False
+    for shard in shards:
+        rows: list[dict[str, Tensor]] = []
+        batches: list[tuple[int, float]] = []
+        calls = 0.0
+        for first in range(shard.start, shard.stop, drawing.batch_size):
+            numbers = range(first, min(first + drawing.batch_size, shard.stop))
+            prompts = [drawing.prompt(i) for i in numbers]
+            made = sampler.draw(prompts, [drawing.generator(i) for i in numbers])
+            images = eight_bit((made.images.permute(0, 2, 3, 1) + 1) / 2)
+            batches.append((len(numbers), made.seconds if warm else -made.seconds))
+            warm, calls = True, made.network_calls
+            rows.append(lens.look(images, prompts))
+            for index, image in zip(numbers, images, strict=True):
+                if index in shown:
+                    save_preview(image, store.folder, index)
+            tell(len(numbers))
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        facts = {"batches": batches, "network_calls": calls}
+        store.write(shard, tensors, {**facts, "peak_gib": peak.gib, "peak_of": peak.kind})
+
+
+def read_into(
+    store: Store,
+    files: Sequence[Path],
+    lens: Lens,
+    batch_size: int,
+    num_previews: int,
+    rank: int = 0,
+    world_size: int = 1,
+    tell: Callable[[int], None] = lambda done: None,
+) -> None:
+    """The same for real images of a folder."""
+    for shard in store.missing(rank, world_size):
+        rows = []
+        for first in range(shard.start, shard.stop, batch_size):
+            numbers = range(first, min(first + batch_size, shard.stop))
+            images = [lens.frame(open_image(files[i])) for i in numbers]
+            seen = Lens(lens.nets, {}, Frame())  # framed already: sizes may differ before
+            rows.append(seen.look(images, None))
+            for index, image in zip(numbers, images, strict=True):
+                if index < num_previews:
+                    save_preview(image, store.folder, index)
+            tell(len(numbers))
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        store.write(shard, tensors, {})
+
+
+def save_preview(image: Image.Image, folder: Path, index: int) -> None:
+    """A PNG of at most PREVIEW_PX; its name is the image's number, never its prompt."""
+    small = image.copy()
+    small.thumbnail((PREVIEW_PX, PREVIEW_PX))
+    small.save(folder / f"preview_{index:07d}.png")

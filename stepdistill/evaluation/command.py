@@ -1,0 +1,98 @@
+"""The flags of `stepdistill evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .images import FILTERS
+from .presets import PRESETS
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags by the names of `run.Options`; those left out take a preset's or its defaults."""
+    told = "\n".join(f"  {name}: {one.about}\n    {one.files}" for name, one in PRESETS.items())
+    made = argparse.ArgumentParser(
+        prog="stepdistill evaluate",
+        description="Compare a teacher at N steps with students: same prompts, same seeds.",
+        epilog=f"presets:\n{told}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=None,
+    )
+    add = made.add_argument
+    add("--teacher", required=True, help="pipeline folder or Hub id")
+    add("--student", nargs="+", required=True, help="exports, run folders or other pipelines")
+    add("--steps", type=int, nargs="+", help="step counts to export a run for")
+    add("--teacher_steps", type=int, nargs="+", help="default 50; the most is the reference")
+    add("--prompts_file", help="one prompt (or class label) a line")
+    add("--output_dir")
+    add("--features", nargs="+", metavar="NET",
+        help="digits, inception:FILE, clip:MODEL[,WEIGHTS], dino:DIR_OR_HUB_ID")  # fmt: skip
+    add("--reference", help="folder of real images; none: the teacher's own are the reference")
+    add("--preset", choices=sorted(PRESETS))
+    add("--num_prompts", type=int, help="the first ones; default all")
+    add("--num_images_per_prompt", type=int, help="default 1; 2 or more for diversity")
+    add("--num_reference", type=int, help="the first images by name; default all")
+    add("--seeds", type=int, nargs="+", help="noise seeds, a whole set of images each; default 0")
+    add("--batch_size", type=int, help="default 8; changes times alone")
+    add("--shard_images", type=int, help="images between files; default 256")
+    add("--guidance", type=float, help="of the teacher, null + g (cond - null)")
+    add("--student_guidance", type=float, help="of students without distillation.json; default 1")
+    add("--teacher_lora", action="append", help="path[:scale], merged")
+    add("--single_file_config", help="pipeline folder of a single-file teacher")
+    add("--resolution", type=int, help="height and width in px")
+    add("--size_px", type=int, help="resize to that side before the feature network")
+    add("--crop_px", type=int, help="take the middle patch of that side first")
+    add("--resize_filter", choices=sorted(FILTERS))
+    add("--nearest_k", type=int, help="neighbours of precision and recall; default 3")
+    add("--dtype", choices=("float32", "bf16", "fp16"))
+    add("--clip", metavar="MODEL[,WEIGHTS]", help="CLIP score, an open_clip model")
+    add("--hps", metavar="FILE", help="HPSv2 weights")
+    add("--aesthetic", metavar="HEAD[,WEIGHTS]", help="linear head on CLIP ViT-L/14")
+    add("--num_previews", type=int, help="images shown of each; default 12")
+    return made
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run it; a user's mistake ends with one line and status 1."""
+    given = vars(parser().parse_args(list(argv)))
+    from .run import evaluate, options_of
+
+    try:
+        report = evaluate(options_of(given.pop("preset"), **given))
+    except (ValueError, TypeError, OSError) as err:
+        sys.exit("error: " + " ".join(str(err).split()))
+    print_report(report)
+
+
+def print_report(report: object) -> None:
+    """The main numbers in the terminal, by process 0."""
+    from accelerate import PartialState
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from .report import Report, heading, told
+
+    assert isinstance(report, Report)
+    if not PartialState().is_main_process:
+        return
+    shown = ("frechet", "recall", "score", "seconds_per_image", "network_calls")
+    first = ("", *report.networks[:1])  # one feature network's; the files hold all
+    columns = [
+        key
+        for key in report.columns()
+        if key[0] in shown
+        and key[2] in ("", report.reference)
+        and (key[1] in first or key[0] == "score")
+    ]
+    table = Table("", box=box.SIMPLE_HEAD)
+    for metric, network, _ in columns:
+        table.add_column(heading(metric, network if metric == "score" else ""), justify="right")
+    for system in report.systems:
+        table.add_row(report.name(system), *(told(system.get(*key), key[0]) for key in columns))
+    console = Console()
+    console.print(table)
+    console.print(f"report: {report.folder / 'report.html'}", highlight=False)

@@ -1,0 +1,119 @@
+"""Images on their way to a feature network: eight bits, crop and resize by a named filter.
+
+Distances depend on this path more than on many a method: Parmar et al. 2022, arXiv:2104.11222.
+Everything is done by Pillow on 8-bit pixels, for real and generated images alike.
+"""
+
+# B batch, C channels (1 or 3), H, W in px
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is done to every image first. size_px: the middle square, resized to that side.
+
+    crop_px: a square patch of that side from the middle, not resized; taken before size_px.
+    """
+
+    size_px: int | None = None
+    crop_px: int | None = None
+    filter: str = "lanczos"
+
+    def __post_init__(self) -> None:
+        if self.filter not in FILTERS:
+            raise ValueError(
+                f"resize_filter: expected one of {sorted(FILTERS)}, got {self.filter!r}."
+            )
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if self.crop_px is not None:
+            if min(image.size) < self.crop_px:
+                raise ValueError(
+                    f"crop_px: expected images of {self.crop_px} px or more, got {image.size}. "
+                    "Take a smaller crop, or none."
+                )
+            image = _middle(image, self.crop_px)
+        if self.size_px is not None:
+            square = _middle(image, min(image.size))
+            image = square.resize((self.size_px, self.size_px), FILTERS[self.filter])
+        return image
+
+    def told(self) -> str:
+        """In a few words, for the protocol."""
+        parts = [f"middle {self.crop_px} px"] if self.crop_px else []
+        parts += [f"square to {self.size_px} px, {self.filter}"] if self.size_px else []
+        return "; ".join(parts) or "as made"
+
+
+def _middle(image: Image.Image, side: int) -> Image.Image:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def eight_bit(images: Any) -> list[Image.Image]:
+    """Pillow images of an array or tensor (B, H, W, C) in [0, 1], rounded as a PNG would be."""
+    pixels = (np.asarray(images, dtype=np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """(B, C, H, W) float32 in [0, 1] of equally large images; C is 1 for grey ones."""
+    rows = []
+    for image in images:
+        pixels = torch.from_numpy(np.array(image if image.mode == "L" else image.convert("RGB")))
+        rows.append(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
+    shapes = {tuple(row.shape) for row in rows}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"images: expected one size and mode, got {sorted(shapes)[:3]}. Set size_px."
+        )
+    return torch.stack(rows).float() / 255
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """The images below a folder, sorted by path. Errors: ValueError where there are none."""
+    root = Path(folder)
+    found = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES]
+    if not found:
+        raise ValueError(f"reference: expected a folder with images, got none in {str(folder)!r}.")
+    return found
+
+
+def open_image(path: Path) -> Image.Image:
+    """A grey or RGB image. Errors: ValueError naming a file that is none."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("L" if image.mode in ("L", "1") else "RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as err:
+        raise ValueError(f"reference: expected an image, got {path} ({err}). Remove it.") from err
+
+
+def pixel_statistics(images: Tensor) -> Tensor:
+    """(B, 2): mean saturation (HSV, in [0, 1]) and contrast (deviation of Rec. 709 luma).
+
+    Args: images (B, C, H, W) in [0, 1].
+    """
+    rgb = images.expand(-1, 3, -1, -1)
+    high, low = rgb.amax(1), rgb.amin(1)
+    saturation = ((high - low) / high.clamp_min(1e-6)).mean(dim=(1, 2))
+    luma = (rgb * rgb.new_tensor([0.2126, 0.7152, 0.0722]).view(1, 3, 1, 1)).sum(1)
+    return torch.stack([saturation, luma.flatten(1).std(1, correction=0)], dim=1)

@@ -1,0 +1,112 @@
+"""From filled stores to the rows of a report: means over noise seeds, the teacher beside each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .collect import Drawing, preview_indices
+from .metrics import System, diversity, drift, numbers_of, seconds_per_image, set_distances
+from .store import Store
+from .systems import Source
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What was collected. stores: of each source (by its place) and noise seed; real: or None."""
+
+    sources: Sequence[Source]
+    stores: Mapping[tuple[int, int], Store]
+    real: Store | None
+    drawings: Sequence[Drawing]  # one for each noise seed
+    nets: Sequence[str]
+    nearest_k: int
+
+    @property
+    def base(self) -> int:
+        """The place of the teacher at most steps, which others are compared with."""
+        teachers = [i for i, source in enumerate(self.sources) if source.group == "teacher"]
+        return max(teachers, key=lambda i: self.sources[i].steps)
+
+
+def measure(filled: Filled) -> tuple[list[System], str]:
+    """(a System for the real images and for each source; what peak memory is of)."""
+    systems: list[System] = []
+    real: dict[str, torch.Tensor] = {}
+    peak_of = ""
+    first = filled.drawings[0]
+    if filled.real is not None:
+        real = filled.real.read()[0]
+        count = filled.real.count
+        pictures = previews(filled.real, range(min(first.num_previews, count)))
+        numbers = numbers_of([_pixels(real)])
+        systems.append(System("real images", "real", None, numbers, count, pictures))
+    bases = [filled.stores[filled.base, i].read()[0] for i in range(len(filled.drawings))]
+    for place, source in enumerate(filled.sources):
+        by: dict[tuple[str, str], list[dict[str, float | None]]] = {}
+        for index, drawing in enumerate(filled.drawings):
+            own, facts = filled.stores[place, index].read()
+            peak_of = facts[0]["peak_of"]
+            found = _values(filled, drawing, own, bases[index], real)
+            found["", ""] |= _costs(facts)
+            for key, values in found.items():
+                by.setdefault(key, []).append(values)
+        numbers = []
+        for (network, reference), rows in by.items():
+            if place == filled.base and reference == "teacher":
+                continue  # a set against itself
+            numbers += numbers_of(rows, network=network, reference=reference)
+        pictures = previews(filled.stores[place, 0], preview_indices(first))
+        systems.append(
+            System(source.label, source.group, source.steps, numbers, len(first), pictures)
+        )
+    return systems, peak_of
+
+
+def _values(
+    filled: Filled,
+    drawing: Drawing,
+    own: Mapping[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor],
+    real: Mapping[str, torch.Tensor],
+) -> dict[tuple[str, str], dict[str, float | None]]:
+    """(network, reference) -> metric -> value, of one noise seed."""
+    found: dict[tuple[str, str], dict[str, float | None]] = {}
+    prompts = [drawing.prompt(i) for i in range(len(drawing))]
+    for net in filled.nets:
+        features = own[f"features/{net}"]
+        for name, reference in (("real", real), ("teacher", base)):
+            if reference:
+                against = reference[f"features/{net}"]
+                found[net, name] = dict(set_distances(against, features, filled.nearest_k))
+        found[net, ""] = {"diversity": diversity(features, prompts)}
+    for key, value in own.items():
+        if key.startswith("score/"):
+            score = float(value.double().mean())
+            found[key.removeprefix("score/"), ""] = {"score": score}
+    pixels, teacher = _pixels(own), _pixels(base)
+    found["", "teacher"] = {f"{k}_drift": drift(pixels[k], teacher[k]) for k in pixels}
+    found["", ""] = dict(pixels)
+    return found
+
+
+def _pixels(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    mean = tensors["pixels"].double().mean(0)
+    return {"saturation": float(mean[0]), "contrast": float(mean[1])}
+
+
+def _costs(facts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    batches = [(int(n), float(s)) for shard in facts for n, s in shard["batches"]]
+    return {
+        "seconds_per_image": seconds_per_image(batches),
+        "network_calls": float(facts[0]["network_calls"]),
+        "peak_memory_gib": max(float(shard["peak_gib"]) for shard in facts),
+    }
+
+
+def previews(store: Store, indices: Sequence[int]) -> list[str]:
+    """Paths of the store's preview pictures."""
+    return [str(store.folder / f"preview_{index:07d}.png") for index in indices]

@@ -1,0 +1,120 @@
+"""From features, scores and costs to named numbers, each with the network and reference it is of.
+
+`frechet`, `kid`, `precision`, `recall`, `density`, `coverage`: against a reference set.
+`diversity`: mean distance of two images of one prompt. Drifts: relative to the teacher's means.
+"""
+
+# N, M images, D feature width
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from .frechet import frechet_distance, kernel_distance
+from .manifold import manifold_scores
+from .samples import Spread
+
+MANIFOLD_IMAGES = 10_000  # at most that many, the first ones: time grows with their square
+HIGHER_IS_BETTER = {
+    "frechet": False,
+    "kid": False,
+    "precision": True,
+    "recall": True,
+    "density": True,
+    "coverage": True,
+    "score": True,
+    "diversity": True,
+    "seconds_per_image": False,
+    "network_calls": False,
+    "peak_memory_gib": False,
+}  # saturation, contrast and their drifts: neither, the teacher's are the aim
+
+
+@dataclass(frozen=True)
+class Number:
+    """One measured value. network: feature network or scorer; reference: "real" or "teacher"."""
+
+    metric: str
+    spread: Spread
+    network: str = ""
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of an evaluation. group: "real", "teacher" or "student"; previews: image files."""
+
+    label: str
+    group: str
+    steps: int | None
+    numbers: Sequence[Number]
+    num_images: int
+    previews: Sequence[str] = field(default_factory=tuple)
+
+    def get(self, metric: str, network: str = "", reference: str = "") -> Spread | None:
+        """The value of that name, of the first such network and reference where left out."""
+        for number in self.numbers:
+            of = network in ("", number.network) and reference in ("", number.reference)
+            if number.metric == metric and of:
+                return number.spread
+        return None
+
+    def plain(self) -> dict[str, object]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+def set_distances(real: Tensor, generated: Tensor, k: int) -> dict[str, float]:
+    """Every distance between two sets of features (N, D), (M, D); k: neighbours of the manifold."""
+    found = {
+        "frechet": frechet_distance(real, generated),
+        "kid": kernel_distance(real, generated),
+    }
+    if min(len(real), len(generated)) > k:
+        some = manifold_scores(real[:MANIFOLD_IMAGES], generated[:MANIFOLD_IMAGES], k)
+        found |= asdict(some)
+    return found
+
+
+def diversity(features: Tensor, prompts: Sequence[Hashable]) -> float | None:
+    """Mean Euclidean distance of two images of one prompt, then mean over prompts.
+
+    Args: features (N, D); prompts: N, equal for images of one prompt. None where no prompt has two.
+    """
+    rows: dict[Hashable, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(index)
+    means = [
+        torch.pdist(features[index].double()).mean() for index in rows.values() if len(index) > 1
+    ]
+    return float(torch.stack(means).mean()) if means else None
+
+
+def drift(value: float, teacher: float) -> float | None:
+    """Relative difference to the teacher's mean; None where that is zero (grey images)."""
+    return value / teacher - 1 if teacher > 1e-6 else None
+
+
+def seconds_per_image(batches: Sequence[tuple[int, float]]) -> float:
+    """Median over batches (images, seconds); each process's first, which warms up, has seconds < 0.
+
+    Where there are warm-ups alone, their own median.
+    """
+    steady = [seconds / count for count, seconds in batches if seconds >= 0]
+    rates = steady or [-seconds / count for count, seconds in batches]
+    return float(torch.tensor(rates, dtype=torch.float64).median())
+
+
+def numbers_of(values: Sequence[Mapping[str, float | None]], **of: str) -> list[Number]:
+    """Numbers of dictionaries, one for each noise seed; a value that any seed lacks is left out."""
+    made = []
+    for metric in values[0]:
+        told = [one[metric] for one in values]
+        known = [value for value in told if value is not None]
+        if len(known) == len(told):
+            made.append(Number(metric, Spread.of(known), **of))
+    return made

@@ -1,0 +1,247 @@
+"""`stepdistill evaluate`: a teacher at N steps against students, same prompts and same seeds.
+
+Images stream through the feature networks and are dropped; features lie in whole files, so that a
+killed evaluation goes on and processes share the work (they need one common output_dir).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from stepdistill.core.method import Scorer
+from stepdistill.data.lines import LineFile
+from stepdistill.models.registry import conditioning_of
+
+from .collect import Drawing, Lens, draw_into, read_into
+from .features import FeatureNet, feature_net
+from .images import Frame, image_files
+from .measure import Filled, measure
+from .metrics import MANIFOLD_IMAGES
+from .presets import preset
+from .report import Report, write_report
+from .scores import Judges
+from .store import Store, settings_hash
+from .systems import Loading, Source, student_sources, teacher_sources
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to evaluate and how; the command's flags, by the same names."""
+
+    teacher: str
+    student: Sequence[str]
+    prompts_file: str | None = None
+    output_dir: str = "evaluation"
+    teacher_steps: Sequence[int] = (50,)
+    steps: Sequence[int] = ()
+    features: Sequence[str] = ()
+    reference: str | None = None
+    num_reference: int | None = None
+    num_prompts: int | None = None
+    num_images_per_prompt: int = 1
+    seeds: Sequence[int] = (0,)
+    batch_size: int = 8
+    shard_images: int = SHARD_IMAGES
+    guidance: float | None = None
+    student_guidance: float = 1.0
+    teacher_lora: Sequence[str] = ()
+    single_file_config: str | None = None
+    resolution: int | None = None
+    size_px: int | None = None
+    crop_px: int | None = None
+    resize_filter: str = "lanczos"
+    nearest_k: int = 3
+    dtype: str = "float32"
+    clip: str | None = None
+    hps: str | None = None
+    aesthetic: str | None = None
+    num_previews: int = 12
+    preset: str | None = None
+
+
+def options_of(preset_name: str | None, **given: Any) -> Options:
+    """Options of a preset's defaults under what was given (None: not given)."""
+    base = dict(preset(preset_name).options) if preset_name else {}
+    told = {name: value for name, value in given.items() if value is not None}
+    return Options(**{**base, **told, "preset": preset_name})
+
+
+def evaluate(
+    options: Options,
+    nets: Sequence[FeatureNet] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
+) -> Report:
+    """Draw what is missing, measure, and write the report's files into output_dir.
+
+    Args: nets: feature networks of your own in place of options.features; scorers: judges of your
+        own by name, beside those of the options.
+    Errors: ValueError for wrong options, before any image is drawn.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    frame = Frame(options.size_px, options.crop_px, options.resize_filter)
+    prompts = read_prompts(options)
+    files = image_files(options.reference)[: options.num_reference] if options.reference else []
+    if nets is None:
+        if not options.features:
+            raise ValueError("features: expected a feature network, got none. See evaluate --help.")
+        nets = [feature_net(text, state.device) for text in options.features]
+    judges = Judges.of(options, scorers or {}, state.device)
+    lens = Lens(nets, judges.scorers, frame)
+    out = Path(options.output_dir)
+    sources = _sources(options, state.device, out)
+
+    facts = {
+        "networks": {net.name: net.told for net in nets},
+        "frame": frame.told(),
+        "scorers": judges.told,
+    }
+    drawings = [_drawing(options, prompts, seed) for seed in options.seeds]
+    filled = _fill(options, facts, lens, sources, drawings, files, state)
+    systems, peak_of = measure(filled)
+    report = Report(
+        title=f"{Path(options.teacher).name} and its students",
+        systems=systems,
+        protocol=_protocol(options, facts, prompts, files, peak_of),
+        reference="real" if files else "teacher",
+        networks=[net.name for net in nets],
+        folder=out,
+    )
+    if state.is_main_process:
+        write_report(report, out)
+    state.wait_for_everyone()
+    return report
+
+
+def read_prompts(options: Options) -> list[Any]:
+    """The prompts, labels, or (unconditional) as many None. Errors: ValueError for none or few."""
+    told = conditioning_of(options.teacher, options.single_file_config)
+    if told == "none":
+        return [None] * (options.num_prompts or 64)
+    if options.prompts_file is None:
+        raise ValueError(
+            f"prompts_file: expected a file of {told}s for {options.teacher}, got none."
+        )
+    lines = LineFile(options.prompts_file)
+    wanted = options.num_prompts or len(lines)
+    if not 0 < wanted <= len(lines):
+        raise ValueError(
+            f"num_prompts: expected at most the {len(lines)} lines of {options.prompts_file}, got "
+            f"{wanted}. Give a longer file, or --num_prompts."
+        )
+    return lines[:wanted]
+
+
+def _sources(options: Options, device: torch.device, out: Path) -> list[Source]:
+    if options.dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {sorted(DTYPES)}, got {options.dtype!r}.")
+    loading = Loading(
+        device,
+        DTYPES[options.dtype],
+        options.resolution,
+        options.guidance,
+        options.student_guidance,
+        tuple(options.teacher_lora),
+        options.single_file_config,
+    )
+    counts = sorted(options.teacher_steps)
+    found = teacher_sources(options.teacher, counts, loading)
+    for path in options.student:
+        found += student_sources(path, options.steps, loading, out / "exports")
+    return found
+
+
+def _drawing(options: Options, prompts: Sequence[Any], seed: int) -> Drawing:
+    return Drawing(
+        prompts, options.num_images_per_prompt, seed, options.batch_size, options.num_previews
+    )
+
+
+def _fill(
+    options: Options,
+    facts: Mapping[str, Any],
+    lens: Lens,
+    sources: Sequence[Source],
+    drawings: Sequence[Drawing],
+    files: Sequence[Path],
+    state: PartialState,
+) -> Filled:
+    """The stores, each filled by all processes."""
+    root = Path(options.output_dir) / "features"
+    where = (state.process_index, state.num_processes)
+
+    def bar(label: str, count: int) -> Any:
+        off = None if state.is_main_process else True
+        return tqdm(total=count, desc=label, unit="image", disable=off)
+
+    real = None
+    if files:
+        sizes = [(file.name, file.stat().st_size) for file in files]
+        settings = {**facts, "files": settings_hash({"files": sizes})}
+        real = Store.of(root, "real", settings, len(files), options.shard_images)
+        with bar("real images", len(files)) as told:
+            seen = (options.batch_size, options.num_previews)
+            read_into(real, files, lens, *seen, *where, told.update)
+    stores = {}
+    for place, source in enumerate(sources):
+        for index, drawing in enumerate(drawings):
+            settings = {
+                **facts,
+                "source": source.settings,
+                "dtype": options.dtype,
+                "prompts": settings_hash({"prompts": list(drawing.prompts)}),
+                "per_prompt": drawing.per_prompt,
+                "seed": drawing.seed,
+                "versions": versions(),
+            }
+            name = f"{source.group}_{source.steps}"
+            store = Store.of(root, name, settings, len(drawing), options.shard_images)
+            with bar(f"{source.label}, {source.steps} steps", len(drawing)) as told:
+                draw_into(store, source.load, drawing, lens, *where, told.update)
+            stores[place, index] = store
+    state.wait_for_everyone()
+    nets = [net.name for net in lens.nets]
+    return Filled(sources, stores, real, drawings, nets, options.nearest_k)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that images and features depend on."""
+    names = ("torch", "diffusers", "transformers", "pillow", "stepdistill")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _protocol(
+    options: Options,
+    facts: Mapping[str, Any],
+    prompts: Sequence[Any],
+    files: Sequence[Path],
+    peak_of: str,
+) -> dict[str, Any]:
+    """What stands beside every number."""
+    return {
+        **facts,
+        "num_prompts": len(prompts),
+        "num_images_per_prompt": options.num_images_per_prompt,
+        "num_reference": len(files) or len(prompts) * options.num_images_per_prompt,
+        "reference": options.reference or f"the teacher at {max(options.teacher_steps)} steps",
+        "seeds": list(options.seeds),
+        "nearest_k": options.nearest_k,
+        "manifold_images": MANIFOLD_IMAGES,
+        "batch_size": options.batch_size,
+        "dtype": options.dtype,
+        "guidance": options.guidance,
+        "peak_memory_of": peak_of,
+        "preset": options.preset,
+        "versions": versions(),
+        "options": asdict(options),
+    }

@@ -1,0 +1,119 @@
+"""Samples images through a stock pipeline's own __call__; counts its network calls and its time."""
+
+# N images, C channels, H, W in px
+
+from __future__ import annotations
+
+import functools
+import inspect
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.models.registry import family_for
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a sampler made from one noise seed.
+
+    images (N, C, H, W) in [-1, 1], in the order of the prompts; seconds for all of them;
+    network_calls: denoiser evaluations per image, a guided step counting twice.
+    """
+
+    images: Tensor
+    seconds: float
+    network_calls: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation, over noise seeds or training seeds."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+
+
+class PipelineSampler:
+    """Calls a loaded pipeline as `call` says: num_inference_steps, guidance_scale, ...
+
+    Args: conditioning: "prompt", "label" or "none", what the pipeline is told for each image.
+    """
+
+    def __init__(
+        self, pipeline: Any, call: Mapping[str, Any], conditioning: str = "prompt"
+    ) -> None:
+        self.pipeline, self.call, self.conditioning = pipeline, dict(call), conditioning
+        self.net: nn.Module = getattr(pipeline, family_for(type(pipeline).__name__).net_name)
+        pipeline.set_progress_bar_config(disable=True)
+
+    def __call__(self, prompts: Sequence[Any], seed: int) -> Samples:
+        """One image for each prompt, all from one generator."""
+        return self.draw(prompts, torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Sequence[Any], generator: torch.Generator | list[torch.Generator]
+    ) -> Samples:
+        """One image for each prompt (or label, or None). Args: generator: one, or one each."""
+        rows = 0
+
+        def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal rows
+            rows += len(args[0] if args else next(iter(kwargs.values())))
+
+        hook = self.net.register_forward_pre_hook(count, with_kwargs=True)
+        device = next(self.net.parameters()).device
+        start = _now(device)
+        try:
+            with noise_from(self.pipeline.scheduler, generator):
+                images = self.pipeline(
+                    **self._subject(prompts), **self.call, generator=generator, output_type="np"
+                ).images  # (N, H, W, C) in [0, 1]
+            seconds = _now(device) - start
+        finally:
+            hook.remove()
+        tensor = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+        return Samples(tensor, seconds, rows / len(prompts))
+
+    def _subject(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        if self.conditioning == "prompt":
+            return {"prompt": list(prompts)}
+        taken = inspect.signature(type(self.pipeline).__call__).parameters
+        told = {"class_labels": [int(p) for p in prompts]} if self.conditioning == "label" else {}
+        return {**told, **({"batch_size": len(prompts)} if "batch_size" in taken else {})}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def noise_from(scheduler: Any, generator: Any) -> Iterator[None]:
+    """Let noise between steps come from `generator` where a pipeline does not pass it on."""
+    stock = scheduler.step
+    if "generator" not in inspect.signature(stock).parameters:
+        yield
+        return
+
+    @functools.wraps(stock)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return stock(*args, **{"generator": generator, **kwargs})
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step

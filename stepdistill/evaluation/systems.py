@@ -1,0 +1,200 @@
+"""What is compared: a teacher pipeline at some step counts, and students however they were saved.
+
+A student is an exported pipeline, an exported LoRA (put on its teacher), the folder of a training
+run (exported here for each asked step count), or any other few-step pipeline.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import schedulers
+from peft import PeftModel
+
+from stepdistill.export.base_model import base_model
+from stepdistill.export.card import call_options
+from stepdistill.export.pipeline import RECORD
+from stepdistill.models.family import Family
+from stepdistill.models.registry import load_family
+from stepdistill.models.safe_files import read_json
+from stepdistill.training.checkpoint import RUN_FILE
+
+from .samples import PipelineSampler
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to draw images from. settings: all that its images depend on; load: builds it."""
+
+    label: str
+    group: str
+    steps: int
+    settings: dict[str, Any]
+    load: Callable[[], PipelineSampler]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How pipelines are loaded and called. resolution: height and width in px, or the model's own.
+
+    guidance, student_guidance: null + g (cond - null), of the teacher (None: the pipeline class's
+    default) and of a student without distillation.json.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    resolution: int | None = None
+    guidance: float | None = None
+    student_guidance: float = 1.0
+    teacher_lora: tuple[str, ...] = ()
+    single_file_config: str | None = None
+
+
+def teacher_sources(model: str, counts: Sequence[int], loading: Loading) -> list[Source]:
+    """The teacher at each step count; one loaded pipeline serves them all."""
+    load = functools.cache(
+        lambda: _family(
+            model,
+            loading,
+            teacher_lora=loading.teacher_lora,
+            single_file_config=loading.single_file_config,
+        )
+    )
+    about = _weights(model) | {"teacher_lora": list(loading.teacher_lora)}
+    return [_plain("teacher", "teacher", n, load, about, loading, loading.guidance) for n in counts]
+
+
+def student_sources(
+    path: str, counts: Sequence[int], loading: Loading, exports: Path
+) -> list[Source]:
+    """The sources of one `--student`. Args: exports: where runs are exported to.
+
+    Errors: ValueError for a folder that holds no student, or steps that it was not exported for.
+    """
+    folder = Path(path)
+    if (folder / RUN_FILE).is_file():
+        return _run_sources(folder, counts, loading, exports)
+    if not (folder / RECORD).is_file():
+        if not counts:
+            raise ValueError(
+                f"student: expected an export with {RECORD}, a run, or --steps for another "
+                f"pipeline, got {path!r} and no steps."
+            )
+        load = functools.cache(lambda: _family(path, loading))
+        name, about = folder.name or path, _weights(path)
+        return [
+            _plain(name, "student", n, load, about, loading, loading.student_guidance)
+            for n in counts
+        ]
+    source = _export_source(folder, loading)
+    if counts and source.steps not in counts:
+        raise ValueError(
+            f"student: expected {path} to be exported for one of {list(counts)} steps, got "
+            f"{source.steps}. Give the run's folder instead, or leave --steps out."
+        )
+    return [source]
+
+
+def _export_source(folder: Path, loading: Loading, label: str = "") -> Source:
+    record = read_json(folder / RECORD, ("num_inference_steps", "call", "conditioning", "run"))
+    call = {**call_options(record), **_size(loading)}
+    lora = record.get("lora")
+
+    def load() -> PipelineSampler:
+        if lora is None:
+            family = _family(str(folder), loading)
+        else:
+            beside = [
+                f"{one['source']}:{one['scale']:g}" for one in record["run"].get("teacher_lora", ())
+            ]
+            config = record["run"].get("train_config", {}).get("single_file_config")
+            base = record["base_model"]
+            family = _family(base, loading, teacher_lora=beside, single_file_config=config)
+            _put_lora(family, folder, lora["file"])
+        return PipelineSampler(family.pipeline, call, record["conditioning"])
+
+    about = _weights(str(folder)) | {"call": call}
+    if lora is not None:
+        about["base"] = _weights(str(record["base_model"]))
+    name, steps = label or _short(folder), int(record["num_inference_steps"])
+    return Source(name, "student", steps, about, load)
+
+
+def _run_sources(run: Path, counts: Sequence[int], loading: Loading, exports: Path) -> list[Source]:
+    from stepdistill.trainers import trainer_of_run
+
+    trainer = trainer_of_run(run)
+    folders = [
+        trainer.export(exports / f"{run.name}_{count or 'own'}", count)
+        for count in counts or (None,)
+    ]
+    return [_export_source(folder, loading, run.name) for folder in folders]
+
+
+def _plain(
+    label: str,
+    group: str,
+    steps: int,
+    load: Callable[[], Family],
+    about: dict[str, Any],
+    loading: Loading,
+    guidance: float | None,
+) -> Source:
+    """A pipeline called with a number of steps and, where it has any, a guidance."""
+
+    def sampler() -> PipelineSampler:
+        family = load()
+        call: dict[str, Any] = {"num_inference_steps": steps, **_size(loading)}
+        if guidance is not None and family.has_null:
+            call |= family.guided_call(guidance)
+            call["guidance_scale"] = family.stock_guidance(guidance)
+        return PipelineSampler(family.pipeline, call, family.conditioning)
+
+    settings = {**about, "steps": steps, "guidance": guidance, **_size(loading)}
+    return Source(label, group, steps, settings, sampler)
+
+
+def _family(model: str, loading: Loading, **options: Any) -> Family:
+    family = load_family(model, torch_dtype=loading.dtype, **options)
+    if family.output != "images" or family.reads_image:
+        raise ValueError(
+            f"evaluate: expected a pipeline that makes images from prompts, labels or noise, got "
+            f"{type(family.pipeline).__name__} in {model!r}."
+        )
+    family.pipeline.to(loading.device)
+    return family
+
+
+def _put_lora(family: Family, folder: Path, file: str) -> None:
+    """A LoRA export's adapter and scheduler on its teacher, by the stock loaders."""
+    pipeline: Any = family.pipeline
+    if file == "adapter_model.safetensors":  # no loader in Diffusers: PEFT's files
+        adapted: Any = PeftModel.from_pretrained(family.net, str(folder))
+        setattr(pipeline, family.net_name, adapted.merge_and_unload())
+    else:
+        pipeline.load_lora_weights(str(folder), weight_name=file, adapter_name="student")
+    config = read_json(folder / "scheduler" / "scheduler_config.json", ("_class_name",))
+    cls = getattr(schedulers, str(config["_class_name"]))
+    pipeline.scheduler = cls.from_pretrained(str(folder), subfolder="scheduler")
+
+
+def _weights(model: str) -> dict[str, Any]:
+    """What tells a pipeline's weights apart: their hash, or the Hub's commit."""
+    found = base_model(model)
+    return {"model": found.hub_id or Path(model).name, "weights": found.sha256 or found.commit}
+
+
+def _size(loading: Loading) -> dict[str, int]:
+    side = loading.resolution
+    return {} if side is None else {"height": side, "width": side}
+
+
+def _short(folder: Path) -> str:
+    """A label: the run's name where the export lies inside one as `pipeline`."""
+    at = folder.resolve()
+    return at.parent.name if at.name in ("pipeline", "lora") else at.name
