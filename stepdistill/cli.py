@@ -1,4 +1,4 @@
-"""The `stepdistill` command: demo | train | pairs | sample | export | merge | push | list | check.
+"""The `stepdistill` command: demo | train | plan | cache | pairs | sample | export | merge | ...
 
 Heavy imports happen inside the commands, so --help answers at once.
 """
@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from stepdistill.evaluation.command import main as evaluate
 
         return evaluate(argv[1:])
+    if argv[:1] == ["cache"]:
+        return _cache(argv[1:])
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = args.run
     try:
@@ -48,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output_dir", default="demo")
 
     commands.add_parser("train", help="Train from config files and flags; train --help lists them.")
+
+    commands.add_parser("cache", help="Encode a run's prompts and images to --cache_dir.")
 
     commands.add_parser("plan", help="Forecast a run's memory and hours; plan --help lists flags.")
 
@@ -101,6 +105,19 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check)
     check.add_argument("model_dir", help="Diffusers pipeline folder or Hub id")
     return parser
+
+
+def _cache(argv: Sequence[str]) -> None:
+    """Fill --cache_dir with the files and flags of a run; the method does not matter."""
+    from stepdistill.training.configfile import parse_run_config
+    from stepdistill.training.precompute import cache_run
+    from stepdistill.training.sources import open_dataset
+
+    try:
+        run = parse_run_config(argv, prog="stepdistill cache", method="dmd2")
+        cache_run(run, open_dataset(run))
+    except (ValueError, TypeError, OSError) as err:
+        sys.exit("error: " + " ".join(str(err).split()))
 
 
 def _plan(argv: Sequence[str]) -> None:

@@ -19,15 +19,13 @@ from typing import Any, ClassVar, Literal
 
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
-from stepdistill.data.stream import EmptyRows, PromptDataset
 from stepdistill.models.family import Family
-from stepdistill.models.registry import conditioning_of, family_for, pipeline_class_of
 from stepdistill.models.safe_files import read_json
 from stepdistill.training.checkpoint import RUN_FILE, newest_valid
 from stepdistill.training.config import RunConfig, TrainConfig
 from stepdistill.training.configfile import method_class, parse_run_config
 from stepdistill.training.configfile import method_config as parse_method_config
+from stepdistill.training.sources import open_dataset
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.validation import validate
 
@@ -201,36 +199,6 @@ TRAINERS: tuple[type[DistillationTrainer], ...] = (
 TRAINER_OF: dict[str, type[DistillationTrainer]] = {
     name: cls for cls in TRAINERS for name in cls.methods
 }
-
-
-def open_dataset(run: RunConfig) -> Any:
-    """The dataset of a RunConfig's one data source. Errors: ValueError where there is none."""
-    data = run.data
-    hub = {"revision": run.revision} if run.revision else {}
-    found = pipeline_class_of(run.pretrained_model_name_or_path, run.single_file_config, **hub)
-    family_for(found)  # refuses unserved classes first
-    told = conditioning_of(run.pretrained_model_name_or_path, run.single_file_config, **hub)
-    if told == "none" and data.prompts_file is not None:
-        raise ValueError(
-            "data: expected images or no data for an unconditional model, got a prompts_file. "
-            "Leave it out, or give --data.train_data_dir."
-        )
-    by_label = told == "label"
-    if data.prompts_file is not None:
-        source = LabelFileDataset if by_label else PromptDataset
-        return source.from_file(data.prompts_file)
-    if data.train_data_dir is not None:
-        return ImageFolderDataset(data.train_data_dir, run.resolution, by_label, told == "none")
-    if data.pairs_dir is not None:
-        from stepdistill.data.pairs import PairDataset
-
-        return PairDataset(data.pairs_dir)
-    if told == "none":
-        return EmptyRows()
-    raise ValueError(
-        "data: expected one of --data.prompts_file, --data.train_data_dir, --data.pairs_dir, got "
-        "none."
-    )
 
 
 def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None) -> None:

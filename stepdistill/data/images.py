@@ -8,25 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 from torch.utils.data import Dataset
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+from stepdistill.data.corrupt import CorruptItemError
+from stepdistill.data.source import IMAGE_SUFFIXES, Source
 
 
-def load_image(path: Path, size_px: int | None) -> Tensor:
-    """(3, H, W) float32 in [-1, 1]; with size_px, resized and centre-cropped to a square."""
-    image = Image.open(path).convert("RGB")
-    if size_px is not None:
-        image = ImageOps.fit(image, (size_px, size_px), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-    return pixels / 127.5 - 1.0
-
-
-class ImageFolderDataset(Dataset[dict[str, Any]]):
+class ImageFolderDataset(Source):
     """Images with captions (metadata.jsonl: file_name, text), labels (sub-folders) or neither.
 
     Args: size_px: side of the square crop; None keeps the files' size (all must agree).
@@ -41,9 +29,10 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         root = Path(folder)
         if not root.is_dir():
             raise ValueError(f"train_data_dir: expected a folder, got {str(folder)!r}.")
-        self.size_px, self.key = size_px, "label" if labels else "prompt"
+        super().__init__(size_px)
+        self.key = "label" if labels else "prompt"
         if plain:
-            files = (p for p in sorted(root.rglob("*")) if p.suffix.lower() in _SUFFIXES)
+            files = (p for p in sorted(root.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES)
             self.key, self.items = "", [(p, None) for p in files]
         else:
             self.items = self._by_label(root) if labels else self._by_caption(root)
@@ -88,16 +77,21 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
             (path, int(sub.name))
             for sub in folders
             for path in sorted(sub.iterdir())
-            if path.suffix.lower() in _SUFFIXES
+            if path.suffix.lower() in IMAGE_SUFFIXES
         ]
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path, told = self.items[index]
-        told_as = {self.key: told} if self.key else {}
-        return {**told_as, "image": load_image(path, self.size_px)}
+    def told(self, index: int) -> dict[str, Any]:
+        return {self.key: self.items[index][1]} if self.key else {}
+
+    def image_bytes(self, index: int) -> tuple[bytes, str]:
+        path = self.items[index][0]
+        try:
+            return path.read_bytes(), path.name
+        except OSError as err:
+            raise CorruptItemError(path.name) from err
 
 
 class LabelFileDataset(Dataset[dict[str, Any]]):

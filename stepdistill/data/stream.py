@@ -2,20 +2,25 @@
 
 Sample k of the stream is a pure function of (seed, k), so a resumed run continues exactly where the
 saved one stopped, with any number of loader workers. Rank r of W takes rows r B..(r+1) B of every
-global batch of W B rows: N processes see what one process with the same global batch sees.
+global batch of W B rows: N processes see what one process with the same global batch sees. Whole
+batches go to workers in turn, so nothing depends on their number either.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from stepdistill.core.context import stable_seed
+from stepdistill.data.corrupt import CorruptLog, first_item, good_item
+from stepdistill.data.lines import LineFile
+from stepdistill.data.order import EpochOrder
+from stepdistill.data.rows import RowStream
+from stepdistill.data.source import Source
 
 # A cluster that wants its machine back sends these, often to a run's data workers too.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -29,16 +34,12 @@ class PromptDataset(Dataset[dict[str, Any]]):
     def __init__(self, prompts: Sequence[Any], where: str = "train_dataset") -> None:
         if not len(prompts):
             raise ValueError(f"{where}: expected at least one prompt, got none.")
-        self.prompts = list(prompts)
+        self.prompts = prompts if isinstance(prompts, LineFile) else list(prompts)
 
     @classmethod
     def from_file(cls, path: str | Path) -> PromptDataset:
-        """One prompt a line; empty lines are dropped."""
-        file = Path(path)
-        if not file.is_file():
-            raise ValueError(f"prompts_file: expected a text file, got {str(path)!r}.")
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        return cls([line for line in lines if line], where=f"prompts_file {file.name}")
+        """One prompt a line; empty lines are dropped. The file is read as it is needed."""
+        return cls(LineFile(path), where=f"prompts_file {Path(path).name}")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -57,68 +58,96 @@ class EmptyRows(Dataset[dict[str, Any]]):
         return {}
 
 
-def as_dataset(data: Any) -> Dataset[dict[str, Any]]:
-    """A map-style dataset of dicts: sequences of strings or integers become prompts."""
+def as_dataset(data: Any) -> Any:
+    """A map-style dataset of dicts, or a RowStream; lists of strings or integers are prompts."""
     if isinstance(data, list | tuple):
         return PromptDataset(data)
+    if isinstance(data, RowStream):
+        return data
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(
             f"train_dataset: expected prompts or a map-style dataset of dicts, got {type(data)}."
         )
     if len(data) == 0:
         raise ValueError("train_dataset: expected at least one item, got an empty dataset.")
-    return data  # type: ignore[no-any-return]
+    return data
 
 
-def provided_fields(dataset: Dataset[dict[str, Any]]) -> frozenset[str]:
+def sample_item(dataset: Any) -> dict[str, Any]:
+    """One readable item of a dataset, without its file's hash."""
+    item = dataset.first() if isinstance(dataset, RowStream) else first_item(dataset)
+    return {key: value for key, value in item.items() if key != "content"}
+
+
+def provided_fields(dataset: Any) -> frozenset[str]:
     """Batch fields the dataset's items give, read off its first item."""
-    item = dataset[0]
+    item = sample_item(dataset)
     text = {"prompts"} if "prompt" in item else set()
     return frozenset(FIELDS.get(key, key) for key in item) | text
 
 
 class StreamSampler(Sampler[list[int]]):
-    """Batches of indices of one rank, from global batch `start` on, epoch after epoch."""
+    """Batches of rows of one rank, from global batch `start` on, epoch after epoch.
+
+    Args: order: of the rows; none means the one of a set without shards.
+    """
 
     def __init__(
-        self, size: int, batch: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        order: EpochOrder | None = None,
     ) -> None:
-        self.size, self.batch, self.seed = size, batch, seed
-        self.rank, self.world_size, self.start = rank, world_size, start
+        self.batch, self.rank, self.world_size, self.start = batch, rank, world_size, start
+        self.order = EpochOrder(size, seed) if order is None else order
 
-    def _order(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(stable_seed("epoch", self.seed, epoch))
-        return torch.randperm(self.size, generator=generator)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step, epoch, order = self.start, -1, torch.empty(0)
+    def placed(self) -> Iterator[list[tuple[int, int]]]:
+        """Batches of (position in the stream, row)."""
+        step = self.start
         while True:
             first = (step * self.world_size + self.rank) * self.batch
-            rows = []
-            for position in range(first, first + self.batch):
-                if position // self.size != epoch:
-                    epoch = position // self.size
-                    order = self._order(epoch)
-                rows.append(int(order[position % self.size]))
-            yield rows
+            yield [(place, self.order[place]) for place in range(first, first + self.batch)]
             step += 1
 
-
-class _Indexed(Dataset[tuple[int, dict[str, Any]]]):
-    def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
-        return index, self.dataset[index]
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.placed():
+            yield [row for _, row in batch]
 
 
-def collate(items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-    """Lists for prompts and labels, stacked tensors for the rest, and "index" (B,)."""
-    raw: dict[str, Any] = {"index": [index for index, _ in items]}
-    for key in items[0][1]:
-        values = [item[key] for _, item in items]
-        if isinstance(values[0], torch.Tensor) and key != "label":
-            raw[key] = torch.stack(values)
+class _Placed(Sampler[list[tuple[int, int]]]):
+    def __init__(self, sampler: StreamSampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.sampler.placed()
+
+
+Row = tuple[int, dict[str, Any], list[str]]  # its number, the item, what it stands in for
+
+
+class _Indexed(Dataset[Row]):
+    def __init__(self, dataset: Dataset[dict[str, Any]], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, placed: tuple[int, int]) -> Row:  # type: ignore[override]
+        return good_item(self.dataset, placed[1], self.seed, placed[0])
+
+
+def collate(rows: Sequence[Row]) -> dict[str, Any]:
+    """Lists for prompts and labels, stacked tensors for the rest, "index" (B,) and "corrupt".
+
+    Images that need not be read, as their latents are known, are None in a list of images.
+    """
+    raw: dict[str, Any] = {"index": [index for index, _, _ in rows]}
+    raw["corrupt"] = [name for _, _, bad in rows for name in bad]
+    for key in dict.fromkeys(key for _, item, _ in rows for key in item):
+        values = [item.get(key) for _, item, _ in rows]
+        if all(isinstance(value, torch.Tensor) for value in values) and key != "label":
+            raw[key] = torch.stack(values)  # type: ignore[arg-type]
         else:
             raw[key] = values
     return raw
@@ -131,22 +160,38 @@ def _ignore_stop_signals(_worker: int) -> None:
 
 
 def stream(
-    dataset: Dataset[dict[str, Any]],
+    dataset: Any,
     batch: int,
     seed: int,
     rank: int = 0,
     world_size: int = 1,
     start: int = 0,
     num_workers: int = 0,
+    corrupt: CorruptLog | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The endless stream of collated batches from global batch `start` on."""
-    sampler = StreamSampler(len(dataset), batch, seed, rank, world_size, start)  # type: ignore[arg-type]
-    loader = DataLoader(
-        _Indexed(dataset),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        persistent_workers=False,
-        worker_init_fn=_ignore_stop_signals,
-    )
-    return iter(loader)
+    """The endless stream of collated batches from global batch `start` on.
+
+    Args: dataset: map-style, or a RowStream. corrupt: where replaced samples are counted.
+    """
+    options: dict[str, Any] = {
+        "num_workers": num_workers,
+        "persistent_workers": False,
+        "worker_init_fn": _ignore_stop_signals,
+    }
+    loader: DataLoader[Any]
+    if isinstance(dataset, RowStream):
+        share = dataset.share(batch, seed, rank, world_size, start)
+        loader = DataLoader(share, batch_size=None, collate_fn=collate, **options)
+    else:
+        order = dataset.order(seed) if isinstance(dataset, Source) else None
+        sampler = StreamSampler(len(dataset), batch, seed, rank, world_size, start, order)
+        placed = _Placed(sampler)
+        data = _Indexed(dataset, seed)
+        loader = DataLoader(data, batch_sampler=placed, collate_fn=collate, **options)
+    return _counted(iter(loader), CorruptLog() if corrupt is None else corrupt)
+
+
+def _counted(batches: Iterable[dict[str, Any]], corrupt: CorruptLog) -> Iterator[dict[str, Any]]:
+    for raw in batches:
+        corrupt.add(len(raw["index"]), raw.pop("corrupt"))
+        yield raw

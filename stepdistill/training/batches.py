@@ -1,7 +1,7 @@
 """From a collated dict to the Batch a method sees: prompts encoded, images turned into latents.
 
-Prompt embeddings and latents are kept in memory after the first use: a dataset of few prompts or
-images is encoded once.
+Prompt embeddings and latents come from the run's cache on disk where it has one; else the last used
+are kept in memory, so that a dataset of few prompts or images is encoded once.
 """
 
 # Shapes: B batch, C channels, *S spatial.
@@ -17,12 +17,15 @@ from torch import Tensor
 
 from stepdistill.core.types import Batch, Cond
 from stepdistill.models.family import Family
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.encoded import EncodedCache, image_key
 
 
 class BatchMaker:
     """Turns raw batches into Batches with a family's own encoding code.
 
-    Args: max_cached_prompts: embeddings kept, least recently used dropped first; 0 keeps none.
+    Args: max_cached_prompts, max_cached_latents: how many are kept in memory, least recently used
+        dropped first; 0 keeps none. disk: the run's cache; what it has is not kept in memory.
     """
 
     def __init__(
@@ -32,12 +35,15 @@ class BatchMaker:
         resolution: int | None = None,
         cache_latents: bool = True,
         max_cached_prompts: int = 4096,
+        max_cached_latents: int = 4096,
+        disk: EncodedCache | None = None,
     ) -> None:
-        self.family, self.device, self.cache_latents = family, device, cache_latents
+        self.family, self.device, self.disk = family, device, disk
         self.shape = family.sample_shape(resolution, resolution)
         self._max_prompts = max_cached_prompts
+        self._max_latents = max_cached_latents if cache_latents else 0
         self._prompts: OrderedDict[Any, Cond] = OrderedDict()
-        self._latents: dict[int, Tensor] = {}
+        self._latents: OrderedDict[int | str, Tensor] = OrderedDict()
         self._null: Cond | None = None
 
     @torch.no_grad()
@@ -57,7 +63,7 @@ class BatchMaker:
             if self._null is None:
                 self._null = self.family.null(1).to(self.device)
             null = self._null.repeat(cond.bsz)
-        known = {"index", "prompt", "label", "image", "x0", "noise"}
+        known = {"index", "content", "prompt", "label", "image", "x0", "noise"}
         return Batch(
             cond=cond,
             null=null,
@@ -75,36 +81,69 @@ class BatchMaker:
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
         """The Cond of the prompts on the run's device, encoding only the new ones."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
         fresh: dict[Any, Cond] = {}
-        for prompt in missing:
-            # One by one: the last bits depend on the batch a prompt is encoded in, and which
-            # prompts are new depends on where a run was resumed.
-            fresh[prompt] = self.family.encode([prompt]).to(self.device)
-        parts = []
-        for prompt in prompts:
+        stored: dict[Any, Cond] = {}
+        for prompt in dict.fromkeys(prompts):
             if prompt in self._prompts:
                 self._prompts.move_to_end(prompt)
-            parts.append(fresh[prompt] if prompt in fresh else self._prompts[prompt])
+                continue
+            found = None if self.disk is None else self.disk.prompt(prompt)
+            if found is not None:
+                stored[prompt] = found.to(self.device)
+            else:
+                # One by one: the last bits depend on the batch a prompt is encoded in, and which
+                # prompts are new depends on where a run was resumed.
+                fresh[prompt] = self.family.encode([prompt]).to(self.device)
+        at_hand = {**stored, **fresh}
+        parts = [at_hand[p] if p in at_hand else self._prompts[p] for p in prompts]
         if self._max_prompts:
             self._prompts.update(fresh)
-            while len(self._prompts) > self._max_prompts:
-                self._prompts.popitem(last=False)
+            _drop_oldest(self._prompts, self._max_prompts)
         return Cond.cat(parts)
 
     def _x0(self, raw: dict[str, Any]) -> Tensor | None:
         if "x0" in raw:
             latents: Tensor = raw["x0"].to(self.device).float()
             return latents
-        if "image" not in raw or self.family.reads_image:  # there it is the first frame alone
-            return None
-        index: list[int] = raw["index"]
-        fresh: dict[int, Tensor] = {}
-        for i, key in enumerate(index):
-            if key not in self._latents and key not in fresh:  # one by one, as for prompts
-                image = raw["image"][i : i + 1].to(self.device)
-                fresh[key] = self.family.latents(image)[0].float()
-        if self.cache_latents:
-            self._latents.update({key: value.cpu() for key, value in fresh.items()})
-        parts = [fresh[k] if k in fresh else self._latents[k].to(self.device) for k in index]
+        if not {"image", "content"} & raw.keys() or self.family.reads_image:
+            return None  # of the latter the image is the first frame alone
+        images: Any = raw["image"] if "image" in raw else [None] * len(raw["index"])
+        parts = []
+        for row, image in enumerate(images):
+            content = raw["content"][row] if "content" in raw else None
+            key: int | str = raw["index"][row] if content is None else content
+            parts.append(self._latent(key, content, image).to(self.device))
         return torch.stack(parts)
+
+    def _latent(self, key: int | str, content: str | None, image: Tensor | None) -> Tensor:
+        """(C, *S) of an image (3, H, W), which may be missing where the disk has its latent."""
+        if self.disk is not None and self.disk.latents is not None:
+            told = {"image": image} if content is None else {"content": content}
+            found = self.disk.latent(image_key(told))
+            if found is not None:
+                return found
+        if key in self._latents:
+            self._latents.move_to_end(key)
+            return self._latents[key]
+        assert image is not None, "a source leaves out only what the disk has"
+        fresh = self.family.latents(image.unsqueeze(0).to(self.device))[0].float()  # one by one
+        if self._max_latents:
+            self._latents[key] = fresh.cpu()
+            _drop_oldest(self._latents, self._max_latents)
+        return fresh
+
+
+def _drop_oldest(kept: OrderedDict[Any, Any], limit: int) -> None:
+    while len(kept) > limit:
+        kept.popitem(last=False)
+
+
+def batch_maker(
+    family: Family, device: torch.device, args: TrainConfig, training: bool
+) -> BatchMaker:
+    """The BatchMaker of a run; its cache on disk is opened for training alone."""
+    disk = None
+    if args.cache_dir is not None and training:
+        disk = EncodedCache(args.cache_dir, family, args.resolution)
+    prompts, latents = args.max_cached_prompts, args.max_cached_latents
+    return BatchMaker(family, device, args.resolution, args.cache_latents, prompts, latents, disk)

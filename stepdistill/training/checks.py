@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.core.method import Method, MethodConfig, Scorer
-from stepdistill.data.stream import provided_fields
+from stepdistill.data.stream import provided_fields, sample_item
 from stepdistill.models.family import Family
 from stepdistill.models.registry import (
     conditioning_of,
@@ -59,7 +59,7 @@ def method_fits(
         _without_guidance(cls.name, config)
     has = provided_fields(dataset) | {"null"}
     if reads_image(model, single_file_config, **hub):
-        has = _without_first_frames(has, dataset[0])
+        has = _without_first_frames(has, sample_item(dataset))
     if conditioning_of(model, single_file_config, **hub) == "none":
         has |= {"cond"}
     if not method.needs <= has:

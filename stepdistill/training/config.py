@@ -86,8 +86,18 @@ class TrainConfig(BaseModel):
     """Worker processes that load data."""
     cache_latents: bool = True
     """Keep VAE latents of dataset images in memory after the first use."""
+    max_cached_latents: int = Field(default=4096, ge=0)
+    """Latents kept in memory, the last used; 0 encodes every time."""
     max_cached_prompts: int = Field(default=4096, ge=0)
     """Prompt embeddings kept in memory; 0 encodes every time."""
+    cache_dir: str | None = None
+    """Folder of encoded prompts and latents, filled before training where something is missing (or
+    by `stepdistill cache`), and of the indexes of tar shards."""
+    cache_shard_mb: int = Field(default=256, ge=1)
+    """MiB of a file in cache_dir; a kill while it is filled costs the one in work."""
+    max_corrupt_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Largest fraction of samples that may be unreadable (and are replaced by others), from a
+    thousand draws on; above it the run stops. Counted from the start of the process."""
 
     # ---------------------------------------------------- logs, checkpoints
     logging_steps: int = Field(default=10, ge=1)
@@ -136,12 +146,35 @@ class DataConfig(BaseModel):
     """Image folder with metadata.jsonl (file_name, text) or one sub-folder per class label."""
     pairs_dir: str | None = None
     """Noise-image pairs made by `stepdistill pairs`."""
+    tar_shards: str | None = None
+    """webdataset tar files: a folder, a glob, or a range such as "shards/{0000..0099}.tar"."""
+    dataset_name: str | None = None
+    """Dataset of the `datasets` library: Hub id, folder of files, or folder of save_to_disk."""
+
+    dataset_config_name: str | None = None
+    """Configuration of the dataset, where it has several."""
+    dataset_revision: str | None = None
+    """Hub revision of the dataset."""
+    dataset_split: str = "train"
+    """Split of the dataset."""
+    image_column: str = "image"
+    """Column of images in the dataset; where it is not there, prompts alone are read."""
+    caption_column: str = "text"
+    """Column of captions (or class labels), and key of captions in a tar's .json."""
+    streaming: bool = False
+    """Read the dataset as a stream and download nothing first. Every worker of every process reads
+    all of it; resuming reads up to its place."""
+    shuffle_buffer: int = Field(default=4096, ge=1)
+    """Samples that tar shards (by number) and streams (held in memory) are shuffled within."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        sources = ("prompts_file", "train_data_dir", "pairs_dir", "tar_shards", "dataset_name")
+        given = [name for name in sources if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"data: expected one source, got {given}. Keep one of them.")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError("data: expected dataset_name beside streaming, got none.")
         return self
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Loss
 from stepdistill.core.types import Batch
+from stepdistill.models.family import Family
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.training.config import TrainConfig
 
@@ -45,6 +46,15 @@ def frozen_dtype(args: TrainConfig) -> torch.dtype:
     return _DTYPES[args.mixed_precision if name == "auto" else name]
 
 
+def place_encoders(family: Family, args: TrainConfig, device: torch.device) -> None:
+    """Text encoders in the frozen dtype, and all but the denoiser on the device."""
+    for name, part in family.pipeline.components.items():
+        if isinstance(part, PreTrainedModel):
+            part.to(frozen_dtype(args))
+        if isinstance(part, nn.Module) and name != family.net_name:
+            part.to(device)
+
+
 def place(bank: RoleBank, args: TrainConfig, device: torch.device) -> None:
     """Move the pipeline to the device, its frozen denoiser weights to tuning.base_dtype.
 
@@ -56,10 +66,5 @@ def place(bank: RoleBank, args: TrainConfig, device: torch.device) -> None:
     for param in bank.family.net.parameters():
         if id(param) not in own:
             param.data = param.data.to(dtype)
-    for part in bank.family.pipeline.components.values():
-        if isinstance(part, PreTrainedModel):
-            part.to(dtype)
-    if args.offload_encoders:
-        bank.family.net.to(device)
-    else:
-        bank.family.pipeline.to(device)
+    place_encoders(bank.family, args, torch.device("cpu") if args.offload_encoders else device)
+    bank.family.net.to(device)

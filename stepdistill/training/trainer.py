@@ -23,13 +23,14 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Method, Phase, Scorer
+from stepdistill.data.corrupt import CorruptLog
 from stepdistill.data.fingerprint import data_facts
 from stepdistill.data.stream import as_dataset, stream
 from stepdistill.models.family import Family
 from stepdistill.models.registry import load_family
 from stepdistill.rewards import build_scorers
 from stepdistill.training import checks
-from stepdistill.training.batches import BatchMaker
+from stepdistill.training.batches import batch_maker
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.configfile import method_class, method_config
 from stepdistill.training.logs import RunLog
@@ -39,6 +40,7 @@ from stepdistill.training.optim import (
     reset_roles,
     set_learning_rate,
 )
+from stepdistill.training.precompute import prepare_cache
 from stepdistill.training.preemption import StopRequest
 from stepdistill.training.setup import make_accelerator, make_bank
 from stepdistill.training.snapshots import restore_run, resume_run, save_run
@@ -111,13 +113,8 @@ class Trainer:
         self.bank = make_bank(self.family, self.method, args, self.device, judged)
         optimizer = build_optimizer(self.bank, args)
         self.module, self.optimizer = self.accelerator.prepare(TrainStep(self.bank), optimizer)
-        self.batches = BatchMaker(
-            self.family,
-            self.device,
-            args.resolution,
-            args.cache_latents,
-            args.max_cached_prompts,
-        )
+        self.batches = batch_maker(self.family, self.device, args, self.dataset is not None)
+        self.corrupt = CorruptLog(args.max_corrupt_fraction)
         self.step = self.batches_seen = 0
         self.seconds = 0.0
         self.stop = StopRequest()
@@ -138,6 +135,7 @@ class Trainer:
             raise ValueError("train: expected a train_dataset, got None (enough only to export).")
         if self.resume_from is not None:
             self.resume(self.resume_from)
+        prepare_cache(self.batches.disk, self.dataset, args, self.accelerator)
         data = stream(
             self.dataset,
             args.train_batch_size,
@@ -146,6 +144,7 @@ class Trainer:
             self.accelerator.num_processes,
             self.batches_seen,
             args.dataloader_num_workers,
+            self.corrupt,
         )
         started, before = time.monotonic(), self.seconds
         self.log.start(self.step, self.seconds)
@@ -179,6 +178,8 @@ class Trainer:
             if stopping:
                 break
         self.log.close()
+        if self.corrupt.replaced:
+            self.accelerator.print(f"data: replaced unreadable samples: {self.corrupt}")
         return self.log.last
 
     def _update(self, phase: Phase, repeat: int, data: Any, carry: list[dict[str, object]]) -> None:

@@ -185,7 +185,7 @@ def test_a_folder_of_images_is_enough(tmp_path, tmp_path_factory) -> None:
         Image.new("RGB", (9, 9), (40 * i, 0, 255)).save(tmp_path / "data" / str(i) / "a.png")
     data = ImageFolderDataset(tmp_path / "data", 8, plain=True)
     assert len(data) == 3
-    assert set(data[0]) == {"image"}
+    assert set(data[0]) == {"image", "content"}
     trainer = stepdistill.ConsistencyTrainer(
         str(teacher_dir("unet2d", tmp_path_factory)),
         args_of(tmp_path / "run"),

@@ -1,0 +1,202 @@
+"""Datasets of the `datasets` library, downloaded (rows by number) or streamed (from the beginning).
+
+Images stay undecoded bytes until a worker needs them. A streamed epoch is the library's own shuffle
+of shards and buffer under a seed of (seed, epoch), so it is the same every time; its position is
+reached by skipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stepdistill.core.context import stable_seed
+from stepdistill.data.corrupt import CorruptItemError
+from stepdistill.data.rows import RowStream
+from stepdistill.data.source import Source, decoded
+
+_READ = 64  # rows taken from the library at a time
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as err:
+        raise ValueError(
+            "dataset_name: expected the datasets library, which is not installed. "
+            'pip install "stepdistill[datasets]"'
+        ) from err
+    return datasets
+
+
+class Columns:
+    """Which columns of a dataset are its image and its caption or label.
+
+    Args: image: column of images; one that is not there means prompts alone. key: what is told
+        beside an image: "prompt", "label" or "none".
+    Errors: ValueError where a column that is needed is not there.
+    """
+
+    def __init__(self, names: list[str], image: str, caption: str, key: str) -> None:
+        if key == "none" and image not in names:
+            raise ValueError(
+                f"image_column: expected one of {sorted(names)}, got {image!r}. "
+                "Name the column of images: --data.image_column."
+            )
+        if key != "none" and caption not in names:
+            raise ValueError(
+                f"caption_column: expected one of {sorted(names)}, got {caption!r}. "
+                "Name the column of captions (or labels): --data.caption_column."
+            )
+        self.image = image if image in names else None
+        self.caption, self.key = caption, key
+
+    @property
+    def wanted(self) -> list[str]:
+        told = [] if self.key == "none" else [self.caption]
+        return told if self.image is None else [self.image, *told]
+
+    def told(self, row: dict[str, Any], name: str) -> dict[str, Any]:
+        """{"prompt"} or {"label"} of a row. Errors: CorruptItemError where it has none."""
+        if self.key == "none":
+            return {}
+        value = row[self.caption]
+        if self.key == "label" and isinstance(value, int):
+            return {"label": value}
+        if self.key == "prompt" and isinstance(value, str) and value.strip():
+            return {"prompt": value.strip()}
+        raise CorruptItemError(name)
+
+    def image_bytes(self, row: dict[str, Any], name: str) -> tuple[bytes, str] | None:
+        """The row's image file and its name. Errors: CorruptItemError where it can't be read."""
+        if self.image is None:
+            return None
+        try:
+            found = row[self.image]
+            path = found["path"]
+            named = Path(path).name if path else name
+            return (found["bytes"] or Path(path).read_bytes()), named
+        except (OSError, TypeError, KeyError) as err:
+            raise CorruptItemError(name) from err
+
+
+def load_rows(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+) -> Any:
+    """A split of a dataset: Hub id, folder of files, or folder of save_to_disk.
+
+    Errors: ValueError where it can't be found or loaded; no code of a dataset is run.
+    """
+    datasets = _library()
+    folder = Path(name)
+    saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+    try:
+        if saved:
+            found = datasets.load_from_disk(name)
+            found = found[split] if isinstance(found, dict) else found
+            return found.to_iterable_dataset(num_shards=_shards(found)) if streaming else found
+        return datasets.load_dataset(
+            name, config, split=split, revision=revision, streaming=streaming
+        )
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as err:
+        raise ValueError(
+            f"dataset_name: expected a dataset with a split {split!r}, got {name!r}: "
+            f"{' '.join(str(err).split())[:300]}"
+        ) from err
+
+
+def _shards(found: Any) -> int:
+    return min(len(found), 64) or 1
+
+
+def undecoded(found: Any, columns: Columns) -> Any:
+    """Only the columns that are read, images as bytes."""
+    found = found.select_columns(columns.wanted)
+    if columns.image is not None:
+        found = found.cast_column(columns.image, _library().Image(decode=False))
+    return found
+
+
+def told_by(found: Any) -> list[Any]:
+    """What a dataset says of itself: names, version, and checksums of what was downloaded."""
+    info = found.info
+    names = [info.dataset_name, info.config_name, str(info.version), str(info.features)]
+    return [*names, info.download_checksums]
+
+
+class HubDataset(Source):
+    """A downloaded split: rows by number, in Arrow files that are mapped and not read."""
+
+    def __init__(
+        self, found: Any, size_px: int | None, image: str, caption: str, key: str = "prompt"
+    ) -> None:
+        super().__init__(size_px)
+        self.columns = Columns(found.column_names, image, caption, key)
+        self.rows = undecoded(found, self.columns)
+        self.told_by = told_by(found)
+        self._texts = found.select_columns([caption]) if key != "none" else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def told(self, index: int) -> dict[str, Any]:
+        row = {} if self._texts is None else self._texts[index]
+        return self.columns.told(row, f"row {index}")
+
+    def image_bytes(self, index: int) -> tuple[bytes, str] | None:
+        if self.columns.image is None:
+            return None
+        return self.columns.image_bytes(self.rows[index], f"row {index}")
+
+
+class HubStream(RowStream):
+    """A streamed split. Its length comes from the dataset's own statement, else from counting.
+
+    Args: buffer: rows of the shuffle buffer, held as bytes in each worker.
+    """
+
+    def __init__(
+        self,
+        found: Any,
+        size_px: int | None,
+        image: str,
+        caption: str,
+        key: str = "prompt",
+        buffer: int = 4096,
+        split: str = "train",
+    ) -> None:
+        names = found.column_names or list(next(iter(found)))
+        self.columns = Columns(names, image, caption, key)
+        self.size_px, self.buffer = size_px, buffer
+        self._found = undecoded(found, self.columns)
+        self.told_by = told_by(found)
+        stated = (found.info.splits or {}).get(split)
+        self._size = stated.num_examples if stated is not None and stated.num_examples else 0
+        if not self._size:
+            one = self.columns.wanted[-1]  # the caption where there is one: few bytes a row
+            counted = self._found.select_columns([one])
+            self._size = sum(len(part[one]) for part in counted.iter(1000))
+        if not self._size:
+            raise ValueError(f"dataset_name: expected at least one row, got none in {split!r}.")
+
+    def __len__(self) -> int:
+        return self._size
+
+    def rows(self, seed: int, epoch: int, start: int) -> Iterator[dict[str, Any]]:
+        key = stable_seed("epoch", seed, epoch)
+        # One shard at a time: several are read by threads, which forked workers can't have.
+        shuffled = self._found.shuffle(seed=key, buffer_size=self.buffer, max_buffer_input_shards=1)
+        # `iter` in place of `iter()`: the latter would split the rows among loader workers itself.
+        for part in shuffled.skip(start).iter(_READ):
+            for values in zip(*(part[name] for name in self.columns.wanted), strict=True):
+                yield dict(zip(self.columns.wanted, values, strict=True))
+
+    def decode(self, row: dict[str, Any]) -> dict[str, Any]:
+        told = self.columns.told(row, "a row without caption")
+        named = self.columns.image_bytes(row, str(next(iter(told.values()), "an image"))[:40])
+        return {**told, **decoded(named, self.size_px, self.known)}

@@ -1,0 +1,243 @@
+"""Fill the cache of encoded prompts and latents: forecast, check the disk, encode what is missing.
+
+Prompts and images are encoded one by one, so their bits depend neither on the order nor on where
+an interrupted call goes on. Ranks share the keys; what they read they all read.
+"""
+
+# Shapes: C channels, *S spatial, H, W in px.
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepdistill.data.cache import CacheWriter, content_key, missing_keys, row_bytes
+from stepdistill.data.corrupt import CorruptItemError, CorruptLog
+from stepdistill.data.rows import RowStream
+from stepdistill.data.source import Source
+from stepdistill.data.stream import PromptDataset, sample_item
+from stepdistill.models.family import Family
+from stepdistill.models.registry import load_family
+from stepdistill.training.config import RunConfig, TrainConfig
+from stepdistill.training.encoded import EncodedCache, image_key
+from stepdistill.training.step import place_encoders
+
+_PROBES = 512  # images looked at to say how many are missing
+
+
+def encode_prompt(family: Family, prompt: Any) -> dict[str, Tensor]:
+    """One prompt's tensors without the batch's dimension; alone, so that its bits are its own."""
+    return {name: value[0] for name, value in family.encode([prompt]).tensors.items()}
+
+
+class _Task:
+    """One kind of thing to encode: (key, value) of every sample, and what encodes a value."""
+
+    def __init__(self, cache: EncodedCache, dataset: Any, corrupt: CorruptLog) -> None:
+        self.family, self.dataset, self.corrupt = cache.family, dataset, corrupt
+
+    def _read(self, get: Callable[[Any], dict[str, Any]], rows: Iterable[Any]) -> Iterator[Any]:
+        """What can be read of the rows, in order."""
+        for row in rows:
+            try:
+                item, bad = get(row), []
+            except CorruptItemError as err:
+                item, bad = {}, [str(err)]
+            self.corrupt.add(1, bad)
+            if not bad:
+                yield item
+
+    def _items(self, only: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+        data = self.dataset
+        if isinstance(data, RowStream):
+            rows = islice(data.rows(0, 0, 0), None if only is None else len(only))
+            return self._read(data.decode, rows)
+        return self._read(data.__getitem__, range(len(data)) if only is None else only)
+
+
+class Prompts(_Task):
+    """The dataset's prompts; their images stay unread where the source can do without."""
+
+    name = "prompts"
+
+    def __init__(self, cache: EncodedCache, dataset: Any, corrupt: CorruptLog) -> None:
+        super().__init__(cache, dataset, corrupt)
+        assert cache.prompts is not None
+        self.store = cache.prompts
+
+    def read(self, rank: int, world_size: int) -> Iterator[tuple[bytes, Any]]:
+        data = self.dataset
+        if isinstance(data, PromptDataset):
+            texts: Iterable[Any] = data.prompts
+        elif isinstance(data, Source):
+            texts = (item["prompt"] for item in self._read(data.told, range(len(data))))
+        else:
+            texts = (item["prompt"] for item in self._items())
+        return ((content_key(text), text) for text in texts)
+
+    def encode(self, text: Any) -> dict[str, Tensor]:
+        return encode_prompt(self.family, text)
+
+    def missing(self) -> int:
+        return missing_keys(self.store, (key for key, _ in self.read(0, 1)))
+
+
+class Images(_Task):
+    """The dataset's images, decoded only where their latents are this rank's to make."""
+
+    name = "images"
+
+    def __init__(
+        self, cache: EncodedCache, dataset: Any, corrupt: CorruptLog, device: torch.device
+    ) -> None:
+        super().__init__(cache, dataset, corrupt)
+        assert cache.latents is not None
+        self.store, self.device = cache.latents, device
+
+    def read(self, rank: int, world_size: int) -> Iterator[tuple[bytes, Any]]:
+        def needless(content: str) -> bool:
+            key = content_key(content)
+            return owner(key, world_size) != rank or key in self.store
+
+        with _knowing(self.dataset, needless):
+            for item in self._items():
+                yield image_key(item), item.get("image")
+
+    def encode(self, image: Tensor) -> dict[str, Tensor]:
+        return {"x0": self.family.latents(image.unsqueeze(0).to(self.device))[0].float()}
+
+    def missing(self) -> int:
+        """Told from some hundred images spread over the set: a forecast, as all are to be read."""
+        count = len(self.dataset)
+        probes = sorted({i * count // _PROBES for i in range(_PROBES)})
+        with _knowing(self.dataset, lambda _: True):
+            keys = [image_key(item) for item in self._items(probes)]
+        return round(count * sum(key not in self.store for key in keys) / max(len(keys), 1))
+
+
+def owner(key: bytes, world_size: int) -> int:
+    """The rank that encodes a key: two ranks never write the same one."""
+    return int.from_bytes(key[-4:], "big") % world_size
+
+
+@contextmanager
+def _knowing(dataset: Any, known: Callable[[str], bool]) -> Iterator[None]:
+    """Let a source leave out images whose content is known."""
+    if isinstance(dataset, Source | RowStream):
+        before, dataset.known = dataset.known, known
+    try:
+        yield
+    finally:
+        if isinstance(dataset, Source | RowStream):
+            dataset.known = before
+
+
+def gib(count: float) -> str:
+    """Bytes as text."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def fill(
+    cache: EncodedCache,
+    dataset: Any,
+    device: torch.device,
+    shard_bytes: int,
+    rank: int = 0,
+    world_size: int = 1,
+    say: Callable[[str], object] = print,
+) -> None:
+    """Encode what the cache lacks of a dataset's prompts and images; this rank's share of the keys.
+
+    Every rank calls it; afterwards wait for all and `reopen`. An interrupted call goes on.
+    Errors: ValueError where the forecast needs more than the disk has free, before it is filled.
+    """
+    corrupt = CorruptLog(limit=1.0)  # training judges how much is too much
+    item = sample_item(dataset)
+    tasks: list[Prompts | Images] = []
+    if cache.prompts is not None and "prompt" in item:
+        tasks.append(Prompts(cache, dataset, corrupt))
+    if cache.latents is not None and "image" in item:
+        tasks.append(Images(cache, dataset, corrupt, device))
+    with torch.no_grad():
+        _check_room(cache.folder, tasks, item, say)
+        for task in tasks:
+            writer = CacheWriter(task.store, shard_bytes)
+            bar = tqdm(task.read(rank, world_size), desc=f"cache {task.name}", disable=rank > 0)
+            for key, value in bar:
+                if owner(key, world_size) == rank and key not in writer:
+                    writer.add(key, task.encode(value))
+            writer.flush()
+
+
+def _check_room(
+    folder: Path, tasks: Sequence[Prompts | Images], item: dict[str, Any], say: Callable[[str], Any]
+) -> None:
+    """Say how many bytes are to come. Errors: ValueError where the disk has fewer free."""
+    needed, free = 0, shutil.disk_usage(folder).free
+    for task in tasks:
+        missing = task.missing()
+        size = 0
+        if missing:
+            one = task.encode(item["prompt" if isinstance(task, Prompts) else "image"])
+            size = row_bytes(one)
+        needed += missing * size
+        say(
+            f"cache: {len(task.store):,} {task.name} there, {missing:,} to encode x {gib(size)} = "
+            f"{gib(missing * size)}"
+        )
+    say(f"cache: {gib(needed)} needed, {gib(free)} free in {folder}")
+    if needed > free:
+        raise ValueError(
+            f"cache_dir: expected {gib(needed)} free in {folder}, got {gib(free)}. Free some "
+            "space, choose another --cache_dir, or train without one."
+        )
+
+
+def prepare_cache(
+    cache: EncodedCache | None, dataset: Any, args: TrainConfig, state: PartialState | Accelerator
+) -> None:
+    """Fill a run's cache on all ranks, then let the dataset leave out the images that it has."""
+    if cache is None:
+        return
+    say = print if state.is_main_process else (lambda _: None)
+    rank, world_size = state.process_index, state.num_processes
+    fill(cache, dataset, state.device, args.cache_shard_mb << 20, rank, world_size, say)
+    state.wait_for_everyone()
+    cache.reopen()
+    if cache.latents is not None and isinstance(dataset, Source | RowStream):
+        dataset.known = cache.latents.knows
+
+
+def cache_run(run: RunConfig, dataset: Any) -> EncodedCache:
+    """Fill the cache of a run's own encoders and data, as its trainer would; nothing is trained.
+
+    Run under `accelerate launch` to share the work.
+    Errors: ValueError where cache_dir is missing, the model has nothing to cache, or see `fill`.
+    """
+    if run.cache_dir is None:
+        raise ValueError("cache: expected --cache_dir, a folder to fill, got none.")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    family = load_family(
+        run.pretrained_model_name_or_path,
+        revision=run.revision,
+        variant=run.variant,
+        teacher_lora=run.teacher_lora,
+        single_file_config=run.single_file_config,
+    )
+    place_encoders(family, run, state.device)
+    cache = EncodedCache(run.cache_dir, family, run.resolution)
+    prepare_cache(cache, dataset, run, state)
+    return cache

@@ -1,0 +1,307 @@
+"""The cache of prompts and latents: what it is keyed by, filling it, and training from it."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.faults import fork, status_of
+from support.runs import build_trainer, fingerprint, teacher_dir
+from support.samples import COUNT, caption, dataset_of, image_folder
+
+from stepdistill import ConsistencyTrainer, DistributionMatchingTrainer, TrainConfig, Tuning
+from stepdistill.cli import main
+from stepdistill.data.images import ImageFolderDataset
+from stepdistill.data.stream import PromptDataset, stream
+from stepdistill.models.registry import load_family
+from stepdistill.training.batches import BatchMaker
+from stepdistill.training.encoded import EncodedCache, encoder_facts
+from stepdistill.training.precompute import fill
+
+CPU = torch.device("cpu")
+PROMPTS = [f"a picture of thing {i}" for i in range(40)]
+RESOLUTION = 32
+
+
+@pytest.fixture
+def teacher(tmp_path_factory):
+    return teacher_dir("sd_v", tmp_path_factory)
+
+
+@pytest.fixture
+def family(teacher):
+    return load_family(teacher)
+
+
+def silent(_text: str) -> None:
+    pass
+
+
+def open_and_fill(folder: Path, family: Any, data: Any, **options: Any) -> EncodedCache:
+    cache = EncodedCache(folder, family, None)
+    fill(cache, data, CPU, options.pop("shard_bytes", 1 << 20), say=silent, **options)
+    cache.reopen()
+    return cache
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+# ------------------------------------------------------------------ what it holds
+def test_prompts_are_the_encoder_s_bits(family, tmp_path) -> None:
+    cache = open_and_fill(tmp_path, family, PromptDataset(PROMPTS))
+    for prompt in PROMPTS[:5]:
+        found, fresh = cache.prompt(prompt), family.encode([prompt])
+        assert found is not None
+        assert fingerprint(found.tensors) == fingerprint(fresh.tensors)
+
+
+def test_latents_are_the_autoencoder_s_bits(family, tmp_path) -> None:
+    data = ImageFolderDataset(image_folder(tmp_path / "images"), RESOLUTION)
+    cache = open_and_fill(tmp_path / "cache", family, data)
+    assert cache.latents is not None
+    assert len(cache.latents) == COUNT
+    made = [BatchMaker(family, CPU, disk=disk) for disk in (cache, None)]
+    raws = [next(stream(data, 3, 0)) for _ in made]
+    latents = [maker(raw).x0 for maker, raw in zip(made, raws, strict=True)]
+    assert torch.equal(latents[0], latents[1])
+
+
+@pytest.mark.parametrize("kind", ["tars", "rows", "stream"])
+def test_every_source_fills_it(family, tmp_path, kind) -> None:
+    data = dataset_of(kind, tmp_path, bad=(4,))
+    data.size_px = RESOLUTION
+    with pytest.warns(UserWarning, match="can't be read"):
+        cache = open_and_fill(tmp_path / "cache", family, data)
+    assert cache.latents is not None
+    assert cache.prompts is not None
+    assert len(cache.latents) == COUNT - 1
+    # A tar's and a row's caption can be read without its image; a stream's row is one thing.
+    assert len(cache.prompts) == COUNT - (kind == "stream")
+
+
+def test_tensors_of_the_user_s_own_dataset(family, tmp_path) -> None:
+    images = torch.rand(4, 3, RESOLUTION, RESOLUTION) * 2 - 1
+    data = [{"prompt": caption(i % 2), "image": images[i % 3]} for i in range(4)]
+
+    class Own:
+        def __len__(self) -> int:
+            return len(data)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return data[index]
+
+    cache = open_and_fill(tmp_path, family, Own())
+    assert (len(cache.prompts or ()), len(cache.latents or ())) == (2, 3)
+    batch = BatchMaker(family, CPU, disk=cache)(next(stream(Own(), 4, 0)))
+    fresh = BatchMaker(family, CPU)(next(stream(Own(), 4, 0)))
+    assert torch.equal(batch.x0, fresh.x0)
+
+
+# ------------------------------------------------------------------- who made it
+def test_another_encoder_has_another_folder(family, teacher, tmp_path) -> None:
+    EncodedCache(tmp_path, family, None)
+    EncodedCache(tmp_path, load_family(teacher), None)
+    assert len(list(tmp_path.iterdir())) == 2  # prompts and latents
+    with torch.no_grad():
+        next(family.pipeline.text_encoder.parameters()).view(-1)[0] += 1e-3
+    EncodedCache(tmp_path, family, None)
+    assert sorted(p.name.split("-")[0] for p in tmp_path.iterdir()) == [
+        "latents", "prompts", "prompts"]  # fmt: skip
+    with torch.no_grad():
+        next(family.pipeline.vae.parameters()).view(-1)[0] += 1e-3
+    EncodedCache(tmp_path, family, None)
+    assert len(list(tmp_path.iterdir())) == 4
+    EncodedCache(tmp_path, family.__class__(family.pipeline), 64)
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+@pytest.mark.parametrize("name", ["sd_v", "sdxl", "sd3", "flux", "sana", "lumina2", "qwen_image"])
+def test_using_an_encoder_does_not_change_its_name(make_family, name) -> None:
+    family = make_family(name)
+    before = encoder_facts(family, None, False)
+    family.encode(["a", "a cat"])
+    family.null(1)
+    assert encoder_facts(family, None, False) == before
+    assert "text_encoder" in before["parts"]
+    assert "tokenizer" in before["parts"]
+
+
+def test_a_denoiser_s_adapters_do_not_matter(teacher, tmp_path) -> None:
+    trainer = build_trainer(
+        "dmd2", teacher, "lora", tmp_path / "run", cache_dir=str(tmp_path / "c")
+    )
+    before = len(list((tmp_path / "c").iterdir()))
+    EncodedCache(tmp_path / "c", load_family(teacher), None)
+    assert len(list((tmp_path / "c").iterdir())) == before
+    assert trainer.batches.disk is not None
+
+
+# -------------------------------------------------------------------- filling it
+def test_ranks_share_the_keys(family, tmp_path) -> None:
+    data = PromptDataset(PROMPTS * 2)
+    parts = []
+    for rank in (0, 1):
+        before = set(files(tmp_path))
+        open_and_fill(tmp_path, family, data, rank=rank, world_size=2, shard_bytes=4000)
+        parts.append(set(files(tmp_path)) - before)
+    cache = EncodedCache(tmp_path, family, None)
+    assert len(cache.prompts or ()) == len(PROMPTS)
+    assert all(cache.prompt(text) is not None for text in PROMPTS)
+    assert min(len(part) for part in parts) > 3
+
+
+def test_kills_cost_the_shard_in_work(family, tmp_path) -> None:
+    """Killed again and again while it is filled, it becomes the very files of a quiet fill."""
+    data, size = PromptDataset([f"{p} {i}" for p in PROMPTS for i in range(3)]), 3000
+    began = time.monotonic()
+    open_and_fill(tmp_path / "whole", family, data, shard_bytes=size)
+    pace, chance = time.monotonic() - began, random.Random(0)
+    killed, before = tmp_path / "killed", 0
+    EncodedCache(killed, family, None)
+    for _ in range(8):
+        child = fork(lambda: open_and_fill(killed, family, data, shard_bytes=size) and None)
+        time.sleep(chance.random() * pace / 3)
+        os.kill(child, signal.SIGKILL)
+        assert status_of(child) in (-signal.SIGKILL, 0)
+        cache = EncodedCache(killed, family, None)  # opens without a warning
+        assert len(cache.prompts or ()) >= before
+        before = len(cache.prompts or ())
+    open_and_fill(killed, family, data, shard_bytes=size)
+    assert files(killed) == files(tmp_path / "whole")
+
+
+def test_forecast_is_said_and_right(family, tmp_path) -> None:
+    said: list[str] = []
+    cache = EncodedCache(tmp_path, family, None)
+    fill(cache, PromptDataset([*PROMPTS, *PROMPTS[:7]]), CPU, 1 << 20, say=said.append)
+    (path,) = tmp_path.rglob("shard-*.safetensors")
+    one = family.encode(PROMPTS[:1]).tensors.values()
+    size = 16 + sum(x.numel() * x.element_size() for x in one)
+    assert f"0 prompts there, 40 to encode x {size / 1024:.1f} KiB" in said[0]
+    assert 0 <= path.stat().st_size - 40 * size < 1000
+    fill(cache, PromptDataset(PROMPTS), CPU, 1 << 20, say=said.append)
+    assert "40 prompts there, 0 to encode x 0.0 B" in said[2]
+
+
+def test_forecast_of_images_sees_what_is_there(family, tmp_path) -> None:
+    half = ImageFolderDataset(image_folder(tmp_path / "half", count=12), RESOLUTION)
+    data = ImageFolderDataset(image_folder(tmp_path / "all"), RESOLUTION)
+    open_and_fill(tmp_path / "cache", family, half)
+    said: list[str] = []
+    fill(EncodedCache(tmp_path / "cache", family, None), data, CPU, 1 << 20, say=said.append)
+    assert "12 images there, 12 to encode" in said[1]
+
+
+def test_too_little_room_is_said_first(family, tmp_path, monkeypatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(ValueError, match=r"cache_dir: expected \d.* free in .*, got 1000\.0 B"):
+        open_and_fill(tmp_path, family, PromptDataset(PROMPTS))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# ------------------------------------------------------------------ training from it
+def options(out: Path, **more: Any) -> TrainConfig:
+    base = {"max_train_steps": 2, "train_batch_size": 2, "disable_progress_bar": True}
+    return TrainConfig(output_dir=str(out), tuning=Tuning(rank=2), **{**base, **more})
+
+
+def test_training_from_it_is_training_without(teacher, tmp_path, monkeypatch) -> None:
+    data = ImageFolderDataset(image_folder(tmp_path / "images"), RESOLUTION)
+    runs = []
+    for name, more in (("plain", {}), ("cached", {"cache_dir": str(tmp_path / "cache")})):
+        trainer = ConsistencyTrainer(teacher, options(tmp_path / name, **more), data)
+        trainer.train()
+        runs.append(fingerprint(trainer.bank.members("student")))
+    assert runs[0] == runs[1]
+
+    def refuse(*_args: Any) -> None:
+        raise AssertionError("encoded or decoded again")
+
+    more = {"cache_dir": str(tmp_path / "cache"), "dataloader_num_workers": 2}
+    fresh = ImageFolderDataset(tmp_path / "images", RESOLUTION)
+    trainer = ConsistencyTrainer(teacher, options(tmp_path / "again", **more), fresh)
+    null = trainer.family.null(1)
+    monkeypatch.setattr(trainer.family, "null", lambda bsz: null)
+    monkeypatch.setattr(trainer.family, "encode", refuse)
+    monkeypatch.setattr(trainer.family, "latents", refuse)
+    trainer.train()
+    assert fingerprint(trainer.bank.members("student")) == runs[0]
+
+
+@pytest.mark.filterwarnings("ignore:data:UserWarning")
+def test_resume_in_an_epoch_with_workers_and_cache(teacher, tmp_path) -> None:
+    """24 tar samples, two unreadable, in batches of 2, killed after 5 updates of 9."""
+    data = dataset_of("tars", tmp_path, bad=(4, 11))
+    data.size_px = RESOLUTION
+    more = {"dataloader_num_workers": 2, "checkpointing_steps": 5, "max_train_steps": 9}
+    whole = ConsistencyTrainer(teacher, options(tmp_path / "run", **more), data)
+    whole.train()
+    back = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-5"), **more}
+    back["cache_dir"] = str(tmp_path / "cache")
+    resumed = ConsistencyTrainer(teacher, options(tmp_path / "run", **back), data)
+    resumed.train()
+    assert whole.step == resumed.step == 9
+    members = [fingerprint(t.bank.members("student")) for t in (whole, resumed)]
+    assert members[0] == members[1]
+
+
+def test_latents_in_memory_are_bounded(family, tmp_path) -> None:
+    data = ImageFolderDataset(image_folder(tmp_path), RESOLUTION)
+    maker, calls = BatchMaker(family, CPU, max_cached_latents=10), 0
+    encode = family.latents
+
+    def counted(image: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return encode(image)
+
+    family.latents = counted
+    batches = stream(data, 2, 0)
+    for _ in range(COUNT // 2):
+        maker(next(batches))
+    assert (calls, len(maker._latents)) == (COUNT, 10)
+
+
+def test_corrupt_samples_end_a_run_where_none_are_allowed(teacher, tmp_path) -> None:
+    data = ImageFolderDataset(image_folder(tmp_path / "images", bad=range(12)), RESOLUTION)
+    args = options(tmp_path / "run", max_corrupt_fraction=0.0, train_batch_size=8)
+    trainer = ConsistencyTrainer(teacher, args, data)
+    with (
+        pytest.warns(UserWarning, match="can't be read"),
+        pytest.raises(ValueError, match="max_corrupt_fraction"),
+    ):
+        trainer.train()
+
+
+# ------------------------------------------------------------------------ command
+def test_command_fills_what_the_run_then_finds(teacher, tmp_path, capsys) -> None:
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    flags = ["--pretrained_model_name_or_path", str(teacher), "--cache_dir", str(tmp_path / "c")]
+    flags += ["--data.prompts_file", str(tmp_path / "p.txt")]
+    main(["cache", *flags])
+    assert "0 prompts there, 40 to encode" in capsys.readouterr().out
+    before = files(tmp_path / "c")
+    data = PromptDataset.from_file(tmp_path / "p.txt")
+    args = options(tmp_path / "run", cache_dir=str(tmp_path / "c"))
+    DistributionMatchingTrainer(teacher, args, data).train()
+    assert "40 prompts there, 0 to encode" in capsys.readouterr().out
+    assert files(tmp_path / "c") == before
+
+
+def test_command_without_a_folder(teacher, tmp_path) -> None:
+    (tmp_path / "p.txt").write_text("a")
+    with pytest.raises(SystemExit, match="expected --cache_dir"):
+        main(["cache", "--pretrained_model_name_or_path", str(teacher),
+              "--data.prompts_file", str(tmp_path / "p.txt")])  # fmt: skip
