@@ -175,9 +175,9 @@ def check_family(model: Any) -> list[Row]:
     return [*_call_rows(family, prompts), *_sampling_rows(family, prompts), *_vae_rows(family)]
 
 
-def _embedded(family: Family, guidance: float, bsz: int) -> Tensor | None:
-    """(B,) w for denoisers that are told the guidance, else None."""
-    return torch.full((bsz,), guidance - 1.0) if family.embeds_guidance else None
+def _told(family: Family, call: Call) -> bool:
+    """Whether the stock call tells the denoiser the guidance, were it through an idle input."""
+    return family.embeds_guidance or "timestep_cond" in call.cond
 
 
 def _call_rows(family: Family, prompts: list[Any]) -> list[Row]:
@@ -186,7 +186,7 @@ def _call_rows(family: Family, prompts: list[Any]) -> list[Row]:
     images, calls = stock.run(prompts, guidance=1.0, num_steps=1)
     first = stock.steps[0]
     device = first.x_t.device
-    w = _embedded(family, 1.0, bsz)
+    w = torch.zeros(bsz) if _told(family, calls[0]) else None
     with listen(family.net) as own:
         out = family.forward(
             family.net,
@@ -207,12 +207,12 @@ def _sampling_rows(family: Family, prompts: list[Any]) -> list[Row]:
     """A guided trajectory over the stock scheduler's own timesteps."""
     stock, bsz = Stock(family), len(prompts)
     scale = GUIDANCE if family.has_null else 1.0
-    stock.run(prompts, scale, NUM_STEPS)
+    _, calls = stock.run(prompts, scale, NUM_STEPS)
     path: Any = family.path
     times = tuple(float(path.time_of(step.model_t)) for step in stock.steps)
     noise = stock.steps[0].x_t[:bsz].float() / float(path.prior(torch.ones(())))
-    w = scale - 1.0 if family.embeds_guidance else None
-    guidance = 1.0 if family.embeds_guidance else scale
+    told = _told(family, calls[0])
+    w, guidance = (scale - 1.0, 1.0) if told else (None, scale)
     restarts = isinstance(family.pipeline.scheduler, CMStochasticIterativeScheduler)
     spec = SamplerSpec(times, "renoise" if restarts else "ode", w=w)
     teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]

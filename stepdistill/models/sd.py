@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stepdistill.core.types import Cond
 from stepdistill.models.family import UNET_LORA_TARGETS, Family, check_prompts, net_dtype
 from stepdistill.models.features import FeatureBlock, unet_blocks
-from stepdistill.models.unet_guidance import timestep_cond, with_guidance_input
+from stepdistill.models.unet_guidance import idle_guidance_input, timestep_cond, with_guidance_input
 from stepdistill.models.vae import latent_size
 
 
@@ -37,7 +37,7 @@ class StableDiffusionFamily(Family):
     @property
     def embeds_guidance(self) -> bool:
         """See Family.embeds_guidance: true of LCM's UNets."""
-        return self.config.time_cond_proj_dim is not None
+        return self.config.time_cond_proj_dim is not None and not idle_guidance_input(self.net)
 
     def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """A copy of the UNet; with ("w",) it has a guidance input that starts without effect."""

@@ -42,6 +42,15 @@ def timestep_cond(dim: int | None, w: Tensor | None, dtype: torch.dtype) -> Tens
     return guidance_embedding(w, dim).to(dtype)
 
 
+def idle_guidance_input(net: Any) -> bool:
+    """Whether the UNet's guidance input goes through zeros, as in our exports: it is told nothing.
+
+    Such a UNet as a teacher is guided by a null pass, as if it had no such input.
+    """
+    weight: Tensor = net.time_embedding.cond_proj.weight
+    return not weight.is_meta and not bool(weight.any())
+
+
 def with_guidance_input(net: Any) -> nn.Module:
     """A copy of a stock UNet that reads w, through a projection that starts at zero.
 
