@@ -81,9 +81,11 @@ def stock_sampler(
     """
     if spec.kind == "anchored":
         raise ValueError(
-            "export: expected a sampler that a stock scheduler has, got the anchored one beyond "
-            "one step. Train with method_config.sampler: euler (the same where the field is "
-            "straight), export one step, or sample with stepdistill.sampling."
+            f"export: expected a sampler that a stock scheduler has, got the anchored one in "
+            f"{spec.num_steps} steps. Export fewer (it is Euler's in one step, on flow models in "
+            "two), or export a run with method_config.sampler: euler, which trains the same "
+            "weights, and on flow models put pipelines/anchored_flow_match_scheduler.py in the "
+            "saved scheduler's place, as that file says."
         )
     if isinstance(path, VPPath):
         return _vp(teacher_scheduler.config, path, spec, accepts)

@@ -48,7 +48,8 @@ class RFPPConfig(MethodConfig):
     lpips: LPIPSOptions = LPIPSOptions(resize=224, pooling="avg")
     """Options of LPIPS; released code: 224 px, average pooling."""
     sampler: Literal["anchored", "euler"] = "euler"
-    """Steps beyond the first: anchored keeps the first noise, and no stock scheduler does."""
+    """Steps beyond the first: anchored keeps the first noise. On flow models Euler's second step
+    does, too; further ones need pipelines/anchored_flow_match_scheduler.py. Not for training."""
     num_steps: int = Field(default=1, ge=1)
     """Sampling steps."""
 
@@ -107,8 +108,13 @@ class RFPP(Method[RFPPConfig]):
         return Losses(total, {"loss": total.detach(), **logs})
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
-        """The uniform grid; the first step is the same in both samplers."""
+        """The uniform grid; both samplers begin alike.
+
+        From pure noise z Euler's first step leads to (1 - s) x0 + s z, the anchored state; on VP
+        and VE paths the prior stands in for a state with some x0 in it, and they part at once.
+        """
         grid = torch.tensor(uniform_grid(num_steps or self.config.num_steps), dtype=torch.float64)
         times = tuple(self.path.snap(grid).tolist())
-        anchored = self.config.sampler == "anchored" and len(times) > 1
+        alike = 2 if isinstance(self.path, FlowPath) and times[0] == 1.0 else 1
+        anchored = self.config.sampler == "anchored" and len(times) > alike
         return SamplerSpec(times, "anchored" if anchored else "ode")

@@ -170,13 +170,28 @@ def test_anchored_sampler_returns_to_the_first_noise():
     assert (found - euler).abs().max() > 0.01
 
 
-def test_one_step_is_exported_as_euler_and_more_say_what_to_do():
+@pytest.mark.parametrize(("path", "alike"), [("flow", 2), ("vp", 1), ("ve", 1)])
+def test_the_anchored_sampler_begins_as_euler(path, alike):
+    """On a curved field the two make one image up to `alike` steps, and others beyond."""
+    data, teacher = pairs(64), GaussianTeacher(PATHS[path], 0.5)
+    method = make(PATHS[path], sampler="anchored", num_steps=4)
+    for num_steps in (1, 2, 3):
+        grid = method.sampler(num_steps).times
+        anchored, euler = (
+            sample_x0(teacher, SamplerSpec(grid, kind), data.noise, data.cond)
+            for kind in ("anchored", "ode")
+        )
+        same = torch.allclose(anchored, euler, rtol=0, atol=1e-9)
+        assert same == (num_steps <= alike) == (method.sampler(num_steps).kind == "ode")
+
+
+def test_more_steps_are_refused_at_export_with_what_to_do():
     method = make(sampler="anchored", num_steps=4)
-    assert method.sampler(1).kind == "ode"
-    assert method.sampler().kind == "anchored"
     assert make(num_steps=4).sampler().kind == "ode"
-    with pytest.raises(ValueError, match="sampler: euler"):
+    with pytest.raises(ValueError, match=r"in 4 steps.*anchored_flow_match_scheduler.py"):
         stock_sampler(None, FlowPath(), method.sampler())
+    file = Path(__file__).parents[2] / "pipelines" / "anchored_flow_match_scheduler.py"
+    assert file.is_file()
 
 
 def test_shipped_config_is_valid():
