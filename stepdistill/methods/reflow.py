@@ -59,7 +59,7 @@ class Reflow(Method[ReflowConfig]):
         return {"student": Role(train=True, as_flow=self.config.setup == "raw")}
 
     def scorers(self) -> dict[str, ScorerSpec]:
-        return {"lpips": self.config.lpips.spec} if self.config.loss == "lpips" else {}
+        return {"lpips": self.config.lpips.spec} if self.config.judged else {}
 
     def phases(self, step: int) -> Sequence[Phase]:
         loss = self.reflow_loss if self.config.stage == "reflow" else self.distill_loss
@@ -110,11 +110,15 @@ class Reflow(Method[ReflowConfig]):
 
     def x0_distance(self, nets: Nets, x0: Tensor, target: Tensor) -> Tensor:
         """(B,) the configured distance of x0 to a target, which gets no gradient."""
-        if self.config.loss == "lpips":
+        kind, judged = self.config.loss, torch.zeros(())
+        if kind == "lpips" or kind == "l2_lpips":
             with torch.no_grad():
                 reference = nets.images(target)
-            return nets.scorer("lpips")(nets.images(x0), reference)
-        return per_sample(distance(self.config.loss, x0, target.detach(), self.config.huber_c))
+            judged = nets.scorer("lpips")(nets.images(x0), reference)
+            if kind == "lpips":
+                return judged
+            kind = "l2"
+        return judged + per_sample(distance(kind, x0, target.detach(), self.config.huber_c))
 
     def trained_times(self) -> tuple[float, ...]:
         """Stage distill's grid, on the table of a VP path."""

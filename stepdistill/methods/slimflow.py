@@ -49,13 +49,16 @@ class SlimFlowConfig(ReflowConfig):
     """Rectified-flow times between the teacher's two steps, uniform."""
     guide_first: Literal["student", "teacher"] = "student"
     """Who takes the first of the two steps; the student's costs no call."""
+    start_time: float = Field(default=1.0, gt=0, le=1)
+    """Time told to stage distill's one call, of pure noise all the same; 0.999 as released."""
     guidance: float = Field(default=1.0, ge=0)
     """The teacher's guidance in stage distill, g of null + g (cond - null)."""
 
     @model_validator(mode="after")
     def _one_step(self) -> SlimFlowConfig:
-        if not 0 < self.guide_range[0] < self.guide_range[1] < 1:
-            raise ValueError(f"guide_range: expected 0 < low < high < 1, got {self.guide_range}.")
+        low, high = self.guide_range
+        if not 0 < low < high < self.start_time:
+            raise ValueError(f"guide_range: expected 0 < low < high < start_time, got {low, high}.")
         if self.stage == "distill" and self.setup == "raw":
             raise ValueError(
                 "setup: expected 'wrapped' in stage distill, got 'raw': the teacher of that stage "
@@ -84,6 +87,11 @@ class SlimFlow(Reflow):
 
     def roles(self) -> dict[str, Role]:
         return {**super().roles(), **({"teacher": Role()} if self.guided else {})}
+
+    def trained_times(self) -> tuple[float, ...]:
+        """See Reflow.trained_times: in stage distill start_time alone."""
+        own = self.path.snap(torch.tensor([self.config.start_time], dtype=torch.float64))
+        return tuple(own.tolist()) if self.config.stage == "distill" else super().trained_times()
 
     def annealing(self, step: int) -> float:
         """b at a student update: 1 new noise alone, 0 the pair's own."""
@@ -117,10 +125,10 @@ class SlimFlow(Reflow):
         if not self.guided:
             return Losses(offline, {"loss": offline.detach()})
         student, teacher, config = nets["student"], nets["teacher"], self.config
-        path, one = student.path, ctx.times(1.0, batch.bsz)
+        path, first = student.path, ctx.times(self.trained_times()[0], batch.bsz)
         start = path.prior(ctx.randn((batch.bsz, *batch.shape)))
         middle = path_time(path, uniform_times(ctx.rand(batch.bsz), *config.guide_range))
-        x0 = student(start, one, batch.cond).x0
+        x0 = student(start, first, batch.cond).x0
         target = self.two_steps(teacher, x0.detach(), start, middle, batch)
         online = self.x0_distance(nets, x0, target).mean()
         total = offline + config.guide_weight * online
@@ -134,8 +142,8 @@ class SlimFlow(Reflow):
 
         Args: own: (B, C, *S) the student's x0 at start.
         """
-        one, guidance = torch.ones_like(middle), self.config.guidance
+        guidance, first = self.config.guidance, torch.ones_like(middle) * self.trained_times()[0]
         if self.config.guide_first == "teacher":
-            own = teacher(start, one, batch.cond, batch.null, guidance).x0
-        x_t = teacher.path.step(own, start, one, middle)
+            own = teacher(start, first, batch.cond, batch.null, guidance).x0
+        x_t = teacher.path.step(own, start, first, middle)
         return teacher(x_t, middle, batch.cond, batch.null, guidance).x0

@@ -162,15 +162,36 @@ def test_lpips_judges_both_terms():
     theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     student = Straight(FLOW, error=lambda t: theta + 0 * t, from_prior=True)
     totals = []
-    for loss in ("l2", "lpips"):
+    for loss in ("l2", "lpips", "l2_lpips"):
         method = make(stage="distill", loss=loss)
         nets = AnalyticNets(
             {"student": student, "teacher": Straight(FLOW)}, scorers={"lpips": judge}
         )
         (phase,) = method.phases(0)
         totals.append(phase.loss(nets, pairs(64), Ctx64(seed=1)).total)
-    assert seen == [False, False]
+    assert seen == [False] * 4
     torch.testing.assert_close(totals[0], totals[1])
+    torch.testing.assert_close(totals[2], totals[0] + totals[1])
+    assert make(stage="distill", loss="l2_lpips").scorers().keys() == {"lpips"}
+
+
+def test_the_one_call_may_be_told_a_time_before_noise():
+    """Released t0: pure noise in, 0.999 told, x0 = z - 0.999 v; the sampler does the same."""
+    method, data = make(stage="distill", start_time=0.999), pairs(64)
+    student, teacher = Straight(FLOW), Straight(FLOW)
+    loss_of(method, data, student, teacher)
+    assert [float(t.min()) for _, t in student.seen] == [0.999, 0.999]
+    assert torch.equal(student.seen[0][0], data.noise)
+    assert method.sampler().times == method.sampler().trained_times == (0.999,)
+    noise, middle = data.noise, torch.full((64,), 0.4, dtype=torch.float64)
+    own = MU + 0.9 * noise
+    x_t = noise + (0.4 - 0.999) * (noise - own) / 0.999
+    found = method.two_steps(teacher, own, noise, middle, data)
+    torch.testing.assert_close(found, teacher(x_t, middle, data.cond).x0)
+    assert make(VP, stage="distill", start_time=0.999).trained_times() == (0.999,)
+    assert make(start_time=0.999, num_steps=2).sampler().times == (1.0, 0.5), (
+        "stage distill's alone"
+    )
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -181,6 +202,7 @@ def test_lpips_judges_both_terms():
         ({"stage": "distill", "setup": "raw"}, "'wrapped' in stage distill"),
         ({"stage": "distill", "num_steps": 2}, "expected 1 and no student_times"),
         ({"loss": "lpips"}, "'l2' in stage reflow"),
+        ({"stage": "distill", "start_time": 0.7}, "high < start_time"),
     ],
 )
 def test_bad_options_are_refused(options, message):
