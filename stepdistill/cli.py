@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command("check", _check)
     check.add_argument("model_dir", help="Diffusers pipeline folder or Hub id")
+    check.add_argument("--base_quantization", choices=("none", "int8", "nf4"), default="none")
     return parser
 
 
@@ -234,7 +235,7 @@ def _check(args: argparse.Namespace) -> None:
     """Compare our adapter with the stock pipeline; exit 1 where they differ."""
     from stepdistill.models.check import print_check
 
-    sys.exit(print_check(args.model_dir))
+    sys.exit(print_check(args.model_dir, args.base_quantization))
 
 
 if __name__ == "__main__":

@@ -86,11 +86,15 @@ def adapters_of(net: nn.Module, role: str) -> dict[str, Lora]:
 
 def _rows(net: Any) -> dict[str, int]:
     """Rows of each module's weight by stock name."""
-    return {
-        name.removesuffix(".weight").removesuffix(".base_layer"): value.shape[0]
-        for name, value in net.state_dict().items()
-        if name.endswith(".weight") and ".lora_" not in name
-    }
+    rows = {}
+    for path, module in net.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and ".lora_" not in path:
+            # A quantised weight is packed; its layer knows the size.
+            linear = isinstance(module, nn.Linear)
+            count = module.out_features if linear else weight.shape[0]
+            rows[path.removesuffix(".base_layer")] = int(count)
+    return rows
 
 
 def places_of(net: Any, form: str) -> list[Place]:

@@ -24,6 +24,7 @@ from stepdistill.export.schedulers import StockSampler, stock_sampler
 from stepdistill.export.verify import check_export
 from stepdistill.export.weights import stock_net
 from stepdistill.models.family import Family
+from stepdistill.models.quantization import is_quantized
 from stepdistill.models.rolebank import RoleBank
 
 RECORD = "distillation.json"
@@ -45,12 +46,14 @@ def export_pipeline(
         pipeline does not make the in-memory sampler's image.
     """
     check_out_dir(out_dir)
-    denoiser = bank[role]
+    denoiser: Any = bank[role]
     sampler = sampler_of(family, denoiser.path, spec)
-    pipeline = copy.copy(family.pipeline)
-    pipeline.register_modules(
-        **{family.net_name: stock_net(bank, role), "scheduler": sampler.scheduler}
-    )
+    pipeline, net = copy.copy(family.pipeline), stock_net(bank, role)
+    pipeline.register_modules(**{family.net_name: net, "scheduler": sampler.scheduler})
+    quantized = is_quantized(family.net)
+    if quantized:
+        denoiser = denoiser.on(net)  # what is written is the student on the base as it was
+    like = net if quantized else family.net
     record = describe(family, spec, sampler, facts)
     pipeline, record["typed"] = settle(family, pipeline, record)
     aside = out_dir.with_name(out_dir.name + ".tmp")
@@ -59,7 +62,7 @@ def export_pipeline(
     (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     write_card(aside, record, type(pipeline).__name__, out_dir.name)
     if verify:
-        check_export(aside, record, family, denoiser, spec)
+        check_export(aside, record, family, denoiser, spec, like)
     if out_dir.exists():
         shutil.rmtree(out_dir)
     aside.replace(out_dir)

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from stepdistill.models.quantization import is_quantized
 from stepdistill.models.rolebank import BASE, RoleBank
 
 
@@ -20,6 +21,8 @@ def stock_net(bank: RoleBank, role: str) -> nn.Module:
     if role in bank.nets:
         return bank.nets[role]
     base: Any = bank.nets[BASE]
+    if is_quantized(base):
+        return _merged_anew(bank, role)
     deltas = {
         name: layer.get_delta_weight(role)
         for name, layer in base.named_modules()
@@ -37,3 +40,22 @@ def stock_net(bank: RoleBank, role: str) -> nn.Module:
     merged: nn.Module = type(base).from_config(base.config)
     merged.load_state_dict(state)
     return merged.to(device=base.device, dtype=base.dtype).eval().requires_grad_(False)
+
+
+def _merged_anew(bank: RoleBank, role: str) -> nn.Module:
+    """The weights that a quantised base was made from, read again on the CPU, plus the adapter.
+
+    Errors: ValueError where they are not known: the teacher came quantised.
+    """
+    if bank.family.unquantized is None:
+        raise ValueError(
+            "export: expected a base that was quantised for this run (its weights are merged with "
+            "the adapter), got a teacher that came quantised. Export format lora."
+        )
+    net = bank.family.unquantized()
+    for name, layer in bank.nets[BASE].named_modules():
+        if isinstance(layer, BaseTunerLayer) and bank.members(role):
+            weight: Any = net.get_submodule(name).weight
+            delta = layer.get_delta_weight(role).float().cpu()
+            weight.data = (weight.data.float() + delta).to(weight.dtype)
+    return net.eval().requires_grad_(False)

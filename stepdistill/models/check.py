@@ -248,8 +248,10 @@ def _vae_rows(family: Family) -> list[Row]:
     return [("vae: encode, then stock decode", gap((direct / 2 + 0.5).clamp(0, 1), decoded))]
 
 
-def print_check(model: Any) -> int:
+def print_check(model: Any, base_quantization: str = "none") -> int:
     """Prints the rows of `check_family`; 0 where all are below the limit, else 1."""
+    if base_quantization != "none":
+        model = load_family(model, base_quantization=base_quantization)
     rows = check_family(model)
     table = Table("adapter against stock pipeline", "max abs difference", "")
     for name, value in rows:

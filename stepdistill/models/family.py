@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -76,9 +76,8 @@ class Family(ABC):
     reads_image: ClassVar[bool] = False  # whether the condition holds a first frame
     output: ClassVar[Literal["images", "frames"]] = "images"  # what the stock call's result holds
     one_step_x0: ClassVar[tuple[str, ...]] = ()  # classes that read a single step's result as x0
-    short_pipelines: ClassVar[
-        tuple[str, ...]
-    ] = ()  # stock classes of few-step defaults, same parts
+    short_pipelines: ClassVar[tuple[str, ...]] = ()  # stock classes of few-step defaults
+    unquantized: Callable[[], nn.Module] | None = None  # loads what a quantised base was made from
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from stepdistill.core.method import Setting
 from stepdistill.models.family import Family
 from stepdistill.models.generic import generic_family
-from stepdistill.models.safe_files import check_index, load_stock, read_json
+from stepdistill.models.quantization import check_quantization, loader_config, requantized
+from stepdistill.models.safe_files import check_index, load_part, load_stock, read_json
 from stepdistill.models.schedule import read_schedule
 from stepdistill.models.single_file import config_source, is_single_file, load_single_file
 from stepdistill.models.teacher_lora import merge_loras, parse_lora
@@ -116,6 +118,8 @@ def load_family(
     torch_dtype: torch.dtype = torch.float32,
     teacher_lora: Sequence[str] = (),
     single_file_config: str | None = None,
+    base_quantization: str = "none",
+    base_dtype: torch.dtype | None = None,
     **components: Any,
 ) -> Family:
     """The loaded family of a folder, Hub id or single file; safetensors only, never remote code.
@@ -125,8 +129,11 @@ def load_family(
     Args:
         teacher_lora: `path[:scale]` of LoRAs merged into the weights, in order.
         single_file_config: pipeline folder or Hub id that describes a single-file checkpoint.
+        base_quantization: "int8" or "nf4": the denoiser's linear layers, its other weights in
+            base_dtype (None: torch_dtype).
         components: parts to pass to from_pretrained instead of loading them (None to leave out).
     """
+    check_quantization(base_quantization)
     for text in teacher_lora:
         parse_lora(text)  # refuses a wrong one before the base is read
     hub = {"revision": revision} if revision else {}
@@ -134,6 +141,12 @@ def load_family(
     cls = family_for(index["_class_name"])
     missing = {name: None for name, entry in index.items() if entry == [None, None]}
     parts = {**missing, **components}
+    quantized = base_quantization != "none" and cls.net_name not in parts
+    made_here = bool(teacher_lora) or is_single_file(model)  # there is no folder to read it from
+    dtype = base_dtype or torch_dtype
+    net = partial(load_part, model, index, cls.net_name, variant=variant, dtype=dtype, **hub)
+    if quantized and not made_here:
+        parts[cls.net_name] = net(quantization_config=loader_config(base_quantization, dtype))
     if is_single_file(model):
         config = config_source(model, single_file_config)
         pipeline = load_single_file(model, index, config, cls.net_name, torch_dtype, **parts)
@@ -142,7 +155,15 @@ def load_family(
     if cls.conditioning == "prompt":
         _check_encoders(pipeline)
     merge_loras(pipeline, cls.net_name, teacher_lora)
-    return cls(pipeline)
+    if quantized and made_here:
+        made = requantized(getattr(pipeline, cls.net_name), base_quantization, dtype)
+        pipeline.register_modules(**{cls.net_name: made})
+    family = cls(pipeline)
+    if quantized:
+        again = {"revision": revision, "variant": variant, "torch_dtype": dtype, **components}
+        again |= {"teacher_lora": teacher_lora, "single_file_config": single_file_config}
+        family.unquantized = (lambda: load_family(model, **again).net) if made_here else net
+    return family
 
 
 def _check_encoders(pipeline: Any) -> None:

@@ -53,6 +53,12 @@ class RoleDenoiser(Denoiser):
         """See Denoiser.guide: as the family's stock pipeline does it."""
         return self._bank.family.guide(cond, null, guidance)
 
+    def on(self, net: nn.Module) -> RoleDenoiser:
+        """The same role computed by another network, which holds the role's weights itself."""
+        other = copy.copy(self)
+        other._net, other._adapter = net, None
+        return other
+
     @contextmanager
     def in_pipeline(self) -> Iterator[Any]:
         """Within: the family's stock pipeline around this role's network, adapter unmerged."""

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Role, Scorer
 from stepdistill.models.family import Family
+from stepdistill.models.quantization import check_base
 from stepdistill.models.role_denoiser import RoleDenoiser, forget_graphless_casts
 from stepdistill.models.role_weights import copy_into, to_cpu
 from stepdistill.models.student_net import new_student
@@ -101,6 +102,7 @@ class RoleBank(nn.Module):
                 f"{self.family.name}: expected a plain denoiser, got one with adapters on it. "
                 "Fuse them first (pipeline.fuse_lora, then unload_lora_weights), or load it again."
             )
+        check_base(self.family.net, self.tuning.base_quantization, self._stored("full"))
         blocks = self.family.feature_blocks()
         for role, spec in self.roles.items():
             if spec.ema_of is not None and spec.ema_of not in self.roles:

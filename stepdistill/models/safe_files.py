@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,24 @@ def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> A
 
     Errors: ValueError for whatever a broken folder makes the stock loader raise.
     """
+    return _load_checked(DiffusionPipeline, model, index, options)
+
+
+def load_part(model: str | Path, index: Mapping[str, Any], name: str, **options: Any) -> Any:
+    """One network of such a folder or Hub id. Errors: as those of `load_stock`."""
+    library, cls = index[name]
+    net_cls = getattr(import_module(library), cls)
+    return _load_checked(net_cls, model, index, {"subfolder": name, **options})
+
+
+def _load_checked(
+    cls: Any, model: str | Path, index: Mapping[str, Any], options: Mapping[str, Any]
+) -> Any:
     if Path(model).exists():
         check_index(index, Path(model) / "model_index.json")
         check_weights(Path(model), index)
     try:
-        return DiffusionPipeline.from_pretrained(str(model), use_safetensors=True, **options)
+        return cls.from_pretrained(str(model), use_safetensors=True, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as err:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from stepdistill.models.quantization import Quantization
+
 Layout = Literal["lora", "full"]
 
 
@@ -36,6 +38,10 @@ class Tuning(BaseModel):
     once; the run keeps its content."""
     base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of frozen base weights; auto follows mixed_precision. Trained weights are float32."""
+    base_quantization: Quantization = "none"
+    """Linear layers of the frozen base in 8 bits (int8, torchao) or 4 (nf4, bitsandbytes on CUDA).
+
+    Needs LoRA roles. Exports merge into the weights as they were before."""
 
     @field_validator("student_config", mode="before")
     @classmethod
@@ -57,6 +63,17 @@ class Tuning(BaseModel):
             raise ValueError(
                 "student_config: expected student 'full' beside it (an adapter has its base's "
                 f"architecture), got {self.student!r}. Set --tuning.student full"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lora_on_quantized(self) -> Tuning:
+        full = [role for role in ("student", "fake") if getattr(self, role) == "full"]
+        if full and self.base_quantization != "none":
+            raise ValueError(
+                "base_quantization: expected LoRA roles on a quantised base (its weights can't be "
+                f"trained), got full {' and '.join(full)}. Set --tuning.{full[0]} lora, or "
+                "--tuning.base_quantization none"
             )
         return self
 

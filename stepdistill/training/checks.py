@@ -184,6 +184,7 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
 def same_run(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Errors: ValueError listing what differs between a saved run and this one."""
     earlier = {"teacher_lora": [], **saved}  # runs begun before it was written down had none
+    earlier["tuning"] = {**Tuning().model_dump(mode="json"), **dict(saved.get("tuning") or {})}
     differ = {
         key: (earlier.get(key), facts[key]) for key in _FIXED if earlier.get(key) != facts[key]
     }

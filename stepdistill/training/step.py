@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Loss
 from stepdistill.core.types import Batch
+from stepdistill.models.quantization import is_packed
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.training.config import TrainConfig
@@ -64,7 +65,7 @@ def place(bank: RoleBank, args: TrainConfig, device: torch.device) -> None:
     dtype = frozen_dtype(args)
     own = {id(p) for role in bank.roles for p in bank.members(role).values()}
     for param in bank.family.net.parameters():
-        if id(param) not in own:
+        if id(param) not in own and not is_packed(param):
             param.data = param.data.to(dtype)
     place_encoders(bank.family, args, torch.device("cpu") if args.offload_encoders else device)
     bank.family.net.to(device)

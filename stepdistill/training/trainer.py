@@ -44,6 +44,7 @@ from stepdistill.training.precompute import prepare_cache
 from stepdistill.training.preemption import StopRequest
 from stepdistill.training.setup import make_accelerator, make_bank
 from stepdistill.training.snapshots import restore_run, resume_run, save_run
+from stepdistill.training.memory import quantized_base
 from stepdistill.training.start import check_start
 from stepdistill.training.step import TrainStep
 from stepdistill.training.validation import validate
@@ -101,6 +102,7 @@ class Trainer:
                 revision=revision,
                 variant=variant,
                 teacher_lora=args.teacher_lora,
+                **quantized_base(args),
                 single_file_config=args.single_file_config,
             )
         )
