@@ -88,9 +88,7 @@ class DistillationTrainer(Trainer):
         Errors: ValueError for steps off the trained grid, an adapter format of a full student, or
             one that the model's network has no keys in.
         """
-        from stepdistill.export.lora import LORA_FORMATS, export_lora
-        from stepdistill.export.pipeline import export_pipeline
-        from stepdistill.export.reached import sampler_reached
+        from stepdistill.export.lora import LORA_FORMATS
 
         form = "lora" if format == "diffusers" else format
         if form not in ("pipeline", *LORA_FORMATS):
@@ -98,18 +96,29 @@ class DistillationTrainer(Trainer):
                 f"export: expected a format of {('pipeline', 'diffusers', *LORA_FORMATS)}, got "
                 f"{format!r}."
             )
+        if self.sharded and not (self.output_dir / f"checkpoint-{self.step}").is_dir():
+            self.save()
+        if self.accelerator.is_main_process:
+            # Networks in shards are put together from the checkpoint, on this process alone.
+            source = trainer_of_run(self.output_dir) if self.sharded else self
+            source._export(Path(out_dir), num_steps, form)
+        self.accelerator.wait_for_everyone()
+        return Path(out_dir)
+
+    def _export(self, out_dir: Path, num_steps: int | None, form: str) -> None:
+        from stepdistill.export.lora import export_lora
+        from stepdistill.export.pipeline import export_pipeline
+        from stepdistill.export.reached import sampler_reached
+
         role = "ema" if "ema" in self.bank else "student"
         spec = sampler_reached(self.method, self.step, self.args.max_train_steps, num_steps)
         facts = {**self.facts, "step": self.step, "seconds": round(self.seconds, 1)}
-        if self.accelerator.is_main_process:
-            where = (self.family, self.bank, spec, Path(out_dir), facts, role)
-            if form == "pipeline":
-                export_pipeline(*where)
-            else:
-                export_lora(*where, format=form)
-            self._add_samples(Path(out_dir), spec)
-        self.accelerator.wait_for_everyone()
-        return Path(out_dir)
+        where = (self.family, self.bank, spec, out_dir, facts, role)
+        if form == "pipeline":
+            export_pipeline(*where)
+        else:
+            export_lora(*where, format=form)
+        self._add_samples(out_dir, spec)
 
     def _add_samples(self, folder: Path, spec: SamplerSpec) -> None:
         """Put a grid of the validation prompts, and the run's metrics.json, beside an export."""

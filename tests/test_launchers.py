@@ -71,7 +71,9 @@ def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher", [("cpu2",), ("ddp", "--num_processes", "2")], ids=lambda given: given[0]
+    "launcher",
+    [("cpu2",), ("ddp", "--num_processes", "2"), ("fsdp2", "--num_processes", "2")],
+    ids=lambda given: given[0],
 )
 def test_shipped_launcher_configs_give_two_ranks(launcher, tmp_path, tmp_path_factory) -> None:
     config = str(ROOT / "configs" / "accelerate" / f"{launcher[0]}.yaml")
@@ -82,6 +84,7 @@ def test_shipped_launcher_configs_give_two_ranks(launcher, tmp_path, tmp_path_fa
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert state(tmp_path / "run", 2)["world_size"] == 2
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 
 def test_a_mistake_is_one_line(tmp_path, tmp_path_factory) -> None:

@@ -275,9 +275,9 @@ class RoleBank(nn.Module):
             return self.heads[role].state_dict()
         return self.nets[role].state_dict() if role in self.nets else dict(self._members[role])
 
-    def role_state(self, role: str) -> dict[str, Tensor]:
-        """CPU copies of what the role stores."""
-        return to_cpu(self.stored(role))
+    def role_state(self, role: str, keep: bool = True) -> dict[str, Tensor]:
+        """CPU copies of what the role stores; in shards, call on every process (see to_cpu)."""
+        return to_cpu(self.stored(role), keep)
 
     def load_role_state(self, role: str, state: Mapping[str, Tensor]) -> None:
         """Copy saved weights in. Errors: ValueError naming missing and unexpected tensors."""

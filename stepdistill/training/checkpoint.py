@@ -10,13 +10,16 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stepdistill.models.role_weights import like, to_cpu
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.safe_files import read_json, read_tensors
 from stepdistill.training.whole import MANIFEST, fault_of, write_folder
@@ -87,20 +90,22 @@ def prune(newest: Path, limit: int | None) -> None:
 
 # ------------------------------------------------------------------ optimiser
 def optimizer_state(
-    bank: RoleBank, optimizer: Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state by role and parameter name: (tensors, plain values)."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for role in bank.trained_roles:
-        for name, param in bank.members(role).items():
-            for key, value in optimizer.state.get(param, {}).items():
-                full_key = f"{role}/{name}/{key}"
-                if isinstance(value, Tensor):
-                    tensors[full_key] = value.detach().cpu().contiguous().clone()
-                else:
-                    plain[full_key] = value
-    return tensors, plain
+    bank: RoleBank, optimizer: Optimizer, role: str, keep: bool = True
+) -> dict[str, Tensor]:
+    """CPU copies of a role's optimiser state by "role/parameter/key"; keep: see to_cpu."""
+    return to_cpu({k: v for k, v in _entries(bank, optimizer, role) if torch.is_tensor(v)}, keep)
+
+
+def plain_state(bank: RoleBank, optimizer: Optimizer) -> dict[str, Any]:
+    """What of the optimiser's state is no tensor, by "role/parameter/key"."""
+    entries = [e for role in bank.trained_roles for e in _entries(bank, optimizer, role)]
+    return {key: value for key, value in entries if not torch.is_tensor(value)}
+
+
+def _entries(bank: RoleBank, optimizer: Optimizer, role: str) -> Iterator[tuple[str, Any]]:
+    for name, param in bank.members(role).items():
+        for key, value in optimizer.state.get(param, {}).items():
+            yield f"{role}/{name}/{key}", value
 
 
 def load_optimizer_state(
@@ -129,31 +134,58 @@ def load_optimizer_state(
                 f"{tuple(value.shape)}."
             )
         if isinstance(value, Tensor):
-            value = value.to(param.device)
-        optimizer.state[param][key] = value.clone() if isinstance(value, Tensor) else value
+            value = value.to(param.device).clone()
+            value = like(value, param) if value.ndim else value
+        optimizer.state[param][key] = value
 
 
 # ----------------------------------------------------------------- whole run
+class _Files(Mapping[str, Mapping[str, Tensor]]):
+    """File stem -> tensors, copied (from all processes) when looked up: one file's at a time."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Mapping[str, Tensor]]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, stem: str) -> Mapping[str, Tensor]:
+        return self._makers[stem]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
 def save_checkpoint(
     folder: Path,
     bank: RoleBank,
     optimizer: Optimizer,
     method_state: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    writes: bool = True,
 ) -> None:
-    """Write checkpoint-N. Call on one process only, between barriers.
+    """Write checkpoint-N on the one process that `writes`, between barriers.
 
+    The others call it too where the networks are in shards, to hand theirs over.
     Errors: OSError where it can't be written, naming the newest whole checkpoint.
     """
-    tensors: dict[str, Mapping[str, Tensor]] = {
-        f"role_{role}": bank.role_state(role) for role in bank.roles if bank.members(role)
+    makers: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+        f"role_{role}": partial(bank.role_state, role, writes)
+        for role in bank.roles
+        if bank.members(role)
     }
-    opt_tensors, opt_plain = optimizer_state(bank, optimizer)
-    tensors["optimizer"] = opt_tensors
+    for role in bank.trained_roles:
+        makers[f"optimizer_{role}"] = partial(optimizer_state, bank, optimizer, role, writes)
     if method_state:
-        tensors["method"] = {k: v.detach().cpu().contiguous() for k, v in method_state.items()}
+        makers["method"] = partial(to_cpu, method_state)
+    files = _Files(makers)
+    if not writes:
+        for _handed_over in files.values():
+            pass
+        return
+    documents = {"trainer_state": dict(state), "optimizer": plain_state(bank, optimizer)}
     try:
-        write_folder(folder, tensors, {"trainer_state": dict(state), "optimizer": opt_plain})
+        write_folder(folder, files, documents)
     except OSError as err:
         good, _ = newest_valid(folder.parent)
         raise OSError(
@@ -178,8 +210,9 @@ def load_checkpoint(folder: Path, bank: RoleBank, optimizer: Optimizer) -> dict[
     for role in bank.roles:
         if bank.members(role):
             bank.load_role_state(role, read_tensors(folder / f"role_{role}.safetensors"))
-    plain = read_json(folder / "optimizer.json")
-    load_optimizer_state(bank, optimizer, read_tensors(folder / "optimizer.safetensors"), plain)
+    load_optimizer_state(bank, optimizer, {}, read_json(folder / "optimizer.json"))
+    for path in sorted(folder.glob("optimizer*.safetensors")):  # earlier runs have one for all
+        load_optimizer_state(bank, optimizer, read_tensors(path), {})
     method = folder / "method.safetensors"
     return read_tensors(method) if method.is_file() else {}
 

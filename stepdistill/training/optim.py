@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from stepdistill.models.role_weights import whole
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.training.config import TrainConfig
 
@@ -108,8 +109,8 @@ def clip_by_role(
 ) -> dict[str, Tensor]:
     """Clip each role's gradients to its own norm; returns the norms before clipping."""
     return {
-        role: torch.nn.utils.clip_grad_norm_(
-            bank.members(role).values(), by_role.get(role, default)
+        role: whole(
+            torch.nn.utils.clip_grad_norm_(bank.members(role).values(), by_role.get(role, default))
         )
         for role in roles
     }

@@ -16,33 +16,54 @@ from stepdistill.models.decoder import load_decoder
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.training.config import TrainConfig
+from stepdistill.training.optim import build_optimizer
+from stepdistill.training.sharding import check_sharding, shard, sharding_asked, without_plugin
 from stepdistill.training.start import start_student
-from stepdistill.training.step import place
+from stepdistill.training.step import TrainStep, place
 
 
 def make_accelerator(args: TrainConfig) -> Accelerator:
     """The Accelerator of a run: one wrapped module, phases that train different parts of it.
 
-    Errors: ValueError under a launcher's FSDP, DeepSpeed or Megatron-LM.
+    Errors: ValueError under a launcher's DeepSpeed, Megatron-LM or first version of FSDP, and for
+    settings that FSDP2 does not serve.
     """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
             raise ValueError(
-                f"accelerate: expected one process or DDP, got {name} (which shards the base that "
-                "all roles share; it has not been shown to give the same gradients). Launch with "
-                "configs/accelerate/ddp.yaml, and save memory with LoRA roles, "
-                "--gradient_checkpointing and --offload_encoders."
+                f"accelerate: expected one process, DDP or FSDP2, got {name} (it takes one model "
+                "with one optimiser, not roles that share a base). Launch with "
+                "configs/accelerate/fsdp2.yaml or ddp.yaml."
             )
-    return Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to or None,
-        project_dir=args.output_dir,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-            # A weight cast under no_grad and kept would cost the student its gradient.
-            AutocastKwargs(cache_enabled=False),
-        ],
-    )
+    if sharding_asked():
+        check_sharding(args)
+    with without_plugin():
+        return Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to or None,
+            project_dir=args.output_dir,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+                # A weight cast under no_grad and kept would cost the student its gradient.
+                AutocastKwargs(cache_enabled=False),
+            ],
+        )
+
+
+def prepared(
+    accelerator: Accelerator, bank: RoleBank, args: TrainConfig, training: bool
+) -> tuple[Any, Any]:
+    """The one wrapped module (DDP, or in shards where the launcher asks for FSDP2), and its
+    optimiser. What is made to export is not wrapped: one process may do it alone."""
+    step = TrainStep(bank)
+    in_shards = sharding_asked() and accelerator.num_processes > 1
+    if training and not in_shards:
+        module, optimizer = accelerator.prepare(step, build_optimizer(bank, args))
+        return module, optimizer
+    if training:
+        shard(step, accelerator.device)
+    module = accelerator.prepare_model(step, evaluation_mode=True)  # autocast, and no DDP
+    return module, accelerator.prepare(build_optimizer(bank, args))
 
 
 def roles_of(method: Method[Any], args: TrainConfig) -> dict[str, Role]:
@@ -73,7 +94,8 @@ def make_bank(
     bank = RoleBank(family, roles, args.tuning, scorers, decoder)
     if args.init_student_from is not None:
         start_student(bank, args.init_student_from)
-    place(bank, args, device)
+    # Weights that will be in shards reach the device block by block.
+    place(bank, args, device, torch.device("cpu") if sharding_asked() else device)
     if args.gradient_checkpointing:
         bank.enable_gradient_checkpointing()
     return bank

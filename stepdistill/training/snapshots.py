@@ -28,7 +28,8 @@ def save_run(run: Trainer) -> Path:
     run.log.check_finite()
     accelerator, args = run.accelerator, run.args
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    if main or run.sharded:
         scaler = accelerator.scaler
         state = {
             "step": run.step,
@@ -40,7 +41,8 @@ def save_run(run: Trainer) -> Path:
             "grad_scaler": scaler.state_dict() if scaler is not None else {},
             "facts": run.facts,
         }
-        save_checkpoint(folder, run.bank, run.optimizer, run.method.state_dict(), state)
+        save_checkpoint(folder, run.bank, run.optimizer, run.method.state_dict(), state, main)
+    if main:
         prune(folder, args.checkpoints_total_limit)
     accelerator.wait_for_everyone()
     return folder

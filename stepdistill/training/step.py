@@ -56,11 +56,15 @@ def place_encoders(family: Family, args: TrainConfig, device: torch.device) -> N
             part.to(device)
 
 
-def place(bank: RoleBank, args: TrainConfig, device: torch.device) -> None:
+def place(
+    bank: RoleBank, args: TrainConfig, device: torch.device, net_device: torch.device | None = None
+) -> None:
     """Move the pipeline to the device, its frozen denoiser weights to tuning.base_dtype.
 
     Text encoders follow the denoiser: T5-XXL alone is 19 GB in float32. Trained and averaged
     weights and the autoencoder, which overflows in half precision (SDXL), stay float32.
+
+    Args: net_device: where the denoiser goes instead.
     """
     dtype = frozen_dtype(args)
     own = {id(p) for role in bank.roles for p in bank.members(role).values()}
@@ -68,4 +72,4 @@ def place(bank: RoleBank, args: TrainConfig, device: torch.device) -> None:
         if id(param) not in own and not is_packed(param):
             param.data = param.data.to(dtype)
     place_encoders(bank.family, args, torch.device("cpu") if args.offload_encoders else device)
-    bank.family.net.to(device)
+    bank.family.net.to(device if net_device is None else net_device)

@@ -35,18 +35,17 @@ from stepdistill.training.config import TrainConfig
 from stepdistill.training.configfile import method_class, method_config
 from stepdistill.training.logs import RunLog
 from stepdistill.training.optim import (
-    build_optimizer,
     clip_by_role,
     reset_roles,
     set_learning_rate,
 )
 from stepdistill.training.precompute import prepare_cache
 from stepdistill.training.preemption import StopRequest
-from stepdistill.training.setup import make_accelerator, make_bank
+from stepdistill.training.setup import make_accelerator, make_bank, prepared
+from stepdistill.training.sharding import gathered, is_sharded
 from stepdistill.training.snapshots import restore_run, resume_run, save_run
 from stepdistill.training.memory import quantized_base
 from stepdistill.training.start import check_start
-from stepdistill.training.step import TrainStep
 from stepdistill.training.validation import validate
 
 
@@ -113,8 +112,10 @@ class Trainer:
         specs = {} if self.dataset is None else self.method.scorers()
         judged = build_scorers(specs, scorers or {}, self.device)
         self.bank = make_bank(self.family, self.method, args, self.device, judged)
-        optimizer = build_optimizer(self.bank, args)
-        self.module, self.optimizer = self.accelerator.prepare(TrainStep(self.bank), optimizer)
+        self.module, self.optimizer = prepared(
+            self.accelerator, self.bank, args, training=self.dataset is not None
+        )
+        self.sharded = is_sharded(self.module)
         self.batches = batch_maker(self.family, self.device, args, self.dataset is not None)
         self.corrupt = CorruptLog(args.max_corrupt_fraction)
         self.step = self.batches_seen = 0
@@ -236,15 +237,16 @@ class Trainer:
     def validate(self) -> None:
         """Write the validation grid of this step (main process) and send it to the trackers."""
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            grid = validate(
-                self.student(),
-                self.family,
-                self.method.sampler_at(self.step, self.args.max_train_steps),
-                self.args,
-                self.output_dir / "validation" / f"step-{self.step}.png",
-            )
-            self.log.image("validation", grid, self.step)
+        with gathered(self.module):
+            if self.accelerator.is_main_process:
+                grid = validate(
+                    self.student(),
+                    self.family,
+                    self.method.sampler_at(self.step, self.args.max_train_steps),
+                    self.args,
+                    self.output_dir / "validation" / f"step-{self.step}.png",
+                )
+                self.log.image("validation", grid, self.step)
         self.accelerator.wait_for_everyone()
 
     def save(self) -> Path:

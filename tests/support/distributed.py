@@ -1,47 +1,227 @@
-"""What each process of a two-process test runs: train, then rank 0 writes weights and world size.
+"""Trainings on several gloo processes, described as jobs, and what each process saw of them.
 
-Usage: distributed.py TEACHER OUTPUT_DIR BATCH CASE LAYOUT
+As a script it is what each process runs:  distributed.py TEACHERS_JSON JOBS_JSON OUTPUT_DIR
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.runs import build_trainer
 
+from stepdistill.models.role_weights import whole
+from stepdistill.trainers import DistillationTrainer
+from stepdistill.training.checkpoint import optimizer_state
 
-def main(teacher: str, output_dir: str, batch: str, case: str, layout: str) -> None:
-    torch.set_num_threads(1)
-    out = Path(output_dir)
+GLOBAL_BATCH = 6  # divides by one, two and three
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a case of METHOD_CASES, how it is wrapped, and options of TrainConfig.
+
+    folder: of the run, so that a later job can go on from it.
+    """
+
+    case: str
+    layout: str
+    wrapping: str = "ddp"
+    family: str = "sd_v"
+    steps: int = 2
+    options: Mapping[str, Any] = field(default_factory=dict)
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        told = [str(v) for v in self.options.values() if not isinstance(v, bool)]
+        flags = [k for k, v in self.options.items() if v is True]
+        return "-".join([self.case, self.family, self.layout, *told, *flags])
+
+    @property
+    def run_folder(self) -> str:
+        return self.folder or f"{self.name}-{self.wrapping}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one process saw: gradients of each phase's first update, weights and logs at the end.
+
+    facts: world_size, sharded, logs, and the bytes of parameters it held.
+    """
+
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def train(job: Job, teacher: Path, out: Path, world: int) -> Seen:
+    """Run a job in this process, which is one of `world`."""
+    os.environ["ACCELERATE_USE_FSDP"] = str(job.wrapping == "fsdp2").lower()
+    os.environ["FSDP_VERSION"] = "2"
+    AcceleratorState._reset_state()
     trainer = build_trainer(
-        case,
-        Path(teacher),
-        layout,
-        out,
-        max_train_steps=3,
-        train_batch_size=int(batch),
-        gradient_accumulation_steps=2,
-        ema_decay=0.9,
+        job.case,
+        teacher,
+        job.layout,
+        out / job.run_folder,
+        **{
+            "max_train_steps": job.steps,
+            "train_batch_size": GLOBAL_BATCH // world,
+            "gradient_accumulation_steps": 2,
+            "ema_decay": 0.9,
+            "validation_steps": 0,
+            **job.options,
+        },
     )
+    gradients = _watched(trainer)
     logs = trainer.train()
-    accelerator = trainer.accelerator
-    rank = accelerator.process_index
-    state = {
-        f"{role}/{name}": value
-        for role in trainer.bank.roles
-        for name, value in trainer.bank.role_state(role).items()
-        if trainer.bank.members(role)
-    }
-    save_file(state, out / f"rank{rank}.safetensors")
-    facts = {"world_size": accelerator.num_processes, "logs": logs}
-    (out / f"rank{rank}.json").write_text(json.dumps(facts))
+    bank = trainer.bank
+    return Seen(
+        gradients,
+        {
+            f"{role}/{name}": value
+            for role in bank.roles
+            if bank.members(role)
+            for name, value in bank.role_state(role).items()
+        },
+        {
+            name: value
+            for role in bank.trained_roles
+            for name, value in optimizer_state(bank, trainer.optimizer, role).items()
+        },
+        {
+            "world_size": trainer.accelerator.num_processes,
+            "sharded": trainer.sharded,
+            "logs": logs,
+            "bytes": sum(_local(p).nbytes for p in bank.parameters()),
+        },
+    )
+
+
+def _local(value: Any) -> Tensor:
+    local: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return local
+
+
+def _watched(trainer: DistillationTrainer) -> dict[str, Tensor]:
+    """A dict that fills with the gradients of each role's first update, by role and parameter."""
+    found: dict[str, Tensor] = {}
+    step = trainer.optimizer.step
+
+    def recording() -> None:
+        for role in trainer.bank.trained_roles:
+            new = {
+                f"{role}/{name}": whole(param.grad).clone()
+                for name, param in trainer.bank.members(role).items()
+                if param.grad is not None
+            }
+            if not any(name.startswith(f"{role}/") for name in found):
+                found.update(new)
+        step()
+
+    trainer.optimizer.step = recording
+    return found
+
+
+def alone(job: Job, teacher: Path, out: Path) -> Seen:
+    """The job in this process alone, with the whole global batch; leaves no trace of itself."""
+    kept = {name: os.environ.get(name) for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION")}
+    try:
+        return train(Job(**{**asdict(job), "wrapping": "one"}), teacher, out, 1)
+    finally:
+        AcceleratorState._reset_state()
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def together(
+    world: int, jobs: Sequence[Job], teachers: Mapping[str, Path], out: Path
+) -> list[list[Seen]]:
+    """Every job on `world` gloo processes, started once; by job, then by rank."""
+    out.mkdir(parents=True, exist_ok=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    port = ["--master_port", str(29500 + os.getpid() % 500)]
+    args = [
+        json.dumps({name: str(path) for name, path in teachers.items()}),
+        json.dumps([asdict(job) for job in jobs]),
+        str(out),
+    ]
+    done = subprocess.run(
+        [*launcher, *port, __file__, *args],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-12000:]
+    return [[_read(out, index, rank) for rank in range(world)] for index in range(len(jobs))]
+
+
+_PARTS = ("gradients", "weights", "optimizer")
+
+
+def _read(out: Path, index: int, rank: int) -> Seen:
+    tensors = [load_file(out / f"{index}-{rank}-{part}.safetensors") for part in _PARTS]
+    return Seen(*tensors, json.loads((out / f"{index}-{rank}.json").read_text()))
+
+
+def largest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """The largest difference of tensors of the same names."""
+    assert one.keys() == other.keys(), sorted(one.keys() ^ other.keys())[:4]
+    return max(float((one[name] - other[name]).abs().max()) for name in one if one[name].numel())
+
+
+def gradient_error(one: Seen, other: Seen) -> float:
+    """The largest difference of gradients, as a part of the largest gradient of their role."""
+    worst = 0.0
+    for role in {name.split("/")[0] for name in one.gradients}:
+        own = [
+            {k: v for k, v in seen.gradients.items() if k.startswith(f"{role}/")}
+            for seen in (one, other)
+        ]
+        scale = max(float(v.abs().max()) for v in own[0].values())
+        worst = max(worst, largest(*own) / scale)
+    return worst
+
+
+def equal(one: Seen, other: Seen) -> bool:
+    """Whether two processes hold the same bits: weights, gradients, optimiser and logs."""
+    pairs = [(getattr(one, part), getattr(other, part)) for part in _PARTS]
+    return all(
+        mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+        for mine, theirs in pairs
+    )
+
+
+def main(teachers_json: str, jobs_json: str, output_dir: str) -> None:
+    torch.set_num_threads(1)
+    teachers, out = json.loads(teachers_json), Path(output_dir)
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    for index, fields in enumerate(json.loads(jobs_json)):
+        job = Job(**fields)
+        seen = train(job, Path(teachers[job.family]), out, world)
+        for part in _PARTS:
+            tensors = {name: value.contiguous() for name, value in getattr(seen, part).items()}
+            save_file(tensors, out / f"{index}-{rank}-{part}.safetensors")
+        (out / f"{index}-{rank}.json").write_text(json.dumps(seen.facts))
 
 
 if __name__ == "__main__":

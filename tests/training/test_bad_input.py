@@ -55,15 +55,38 @@ class TestBeforeLoading:
                 tmp_path, TrainConfig(output_dir=str(tmp_path / "o")), ["a"]
             )
 
-    @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-    def test_a_launcher_that_shards(self, teacher, tmp_path, monkeypatch, name) -> None:
+    @pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
+    def test_a_launcher_that_is_not_served(self, teacher, tmp_path, monkeypatch, name) -> None:
         monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-        with pytest.raises(
-            ValueError, match=rf"expected one process or DDP, got {name}.*ddp\.yaml"
-        ):
+        with pytest.raises(ValueError, match=rf"DDP or FSDP2, got {name}.*fsdp2\.yaml"):
             DistributionMatchingTrainer(
                 teacher, TrainConfig(output_dir=str(tmp_path / "o")), ["a prompt"]
             )
+
+    @pytest.mark.parametrize(
+        ("setting", "value", "told"),
+        [
+            ("FSDP_VERSION", "1", r"expected fsdp_version 2, got 1.*fsdp2\.yaml"),
+            ("FSDP_OFFLOAD_PARAMS", "true", "expected fsdp_offload_params false, got true"),
+        ],
+    )
+    def test_a_launcher_of_another_fsdp(
+        self, teacher, tmp_path, monkeypatch, setting, value, told
+    ) -> None:
+        for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+            monkeypatch.setenv(name, {"FSDP_VERSION": "2"}.get(name, "true"))
+        monkeypatch.setenv(setting, value)
+        with pytest.raises(ValueError, match=told):
+            DistributionMatchingTrainer(
+                teacher, TrainConfig(output_dir=str(tmp_path / "o")), ["a prompt"]
+            )
+
+    def test_fp16_in_shards(self, teacher, tmp_path, monkeypatch) -> None:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+        args = TrainConfig(output_dir=str(tmp_path / "o"), mixed_precision="fp16")
+        with pytest.raises(ValueError, match="expected no or bf16 under FSDP2, got fp16"):
+            DistributionMatchingTrainer(teacher, args, ["a prompt"])
 
     def test_unmet_data_needs(self, teacher, tmp_path) -> None:
         with pytest.raises(ValueError, match=r"noise.*stepdistill pairs"):
