@@ -23,6 +23,7 @@ from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.training.config import RunConfig
 from stepdistill.training.configfile import method_class, method_config
+from stepdistill.training.optim import moment_bytes
 from stepdistill.training.setup import roles_of
 from stepdistill.training.step import frozen_dtype
 
@@ -178,7 +179,11 @@ def _measure(
         trained=trained,
         averaged=averaged,
         gradients=gradients,
-        optimizer=2 * sum(trained.values()) // (4 if run.optimizer == "adamw_8bit" else 1),
+        optimizer=sum(
+            moment_bytes(param, run.optimizer)
+            for role in bank.trained_roles
+            for param in bank.members(role).values()
+        ),
         encoders=0 if run.offload_encoders else sum(_size(p.parameters()) for p in encoders),
         encoding=0 if run.offload_encoders else encoding,
         phases=tuple(phases),

@@ -22,6 +22,8 @@ from torch.optim import Optimizer
 from stepdistill.models.role_weights import like, to_cpu
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.safe_files import read_json, read_tensors
+from stepdistill.training.best import read_best
+from stepdistill.training.optim import state_shape
 from stepdistill.training.whole import MANIFEST, fault_of, write_folder
 
 RUN_FILE = "run.json"  # beside the checkpoints: what the run is
@@ -128,9 +130,10 @@ def load_optimizer_state(
                 f"got {owner!r}. Was it saved with another tuning?"
             )
         param = owners[owner]
-        if isinstance(value, Tensor) and value.ndim and value.shape != param.shape:
+        expected = state_shape(key, param)
+        if isinstance(value, Tensor) and value.ndim and tuple(value.shape) != expected:
             raise ValueError(
-                f"checkpoint: expected optimiser state {full_key} of {tuple(param.shape)}, got "
+                f"checkpoint: expected optimiser state {full_key} of {expected}, got "
                 f"{tuple(value.shape)}."
             )
         if isinstance(value, Tensor):

@@ -59,7 +59,7 @@ class TrainConfig(BaseModel):
     role_learning_rates: dict[str, float] = {}
     """Learning rate by role, e.g. {"fake": 5e-6}."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit needs bitsandbytes and a CUDA device."""
+    """adamw_8bit keeps its moments in 8 bits and needs bitsandbytes; on CPU and CUDA."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """First Adam beta."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)

@@ -14,18 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from stepdistill.models.role_weights import whole
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.training.config import TrainConfig
 
+BLOCK, SMALLEST_8BIT = 256, 4096  # of bitsandbytes' 8-bit states
+
 
 def build_optimizer(bank: RoleBank, args: TrainConfig) -> Optimizer:
     """AdamW over every trained role; each group carries "role" and "base_lr".
 
     Errors: ValueError for role_learning_rates or role_max_grad_norm of a role nobody trains, and
-    for an 8-bit optimiser without CUDA or bitsandbytes.
+    for an 8-bit optimiser without bitsandbytes or on sharded weights.
     """
     for option in ("role_learning_rates", "role_max_grad_norm"):
         unknown = sorted(set(getattr(args, option)) - set(bank.trained_roles))
@@ -43,7 +46,7 @@ def build_optimizer(bank: RoleBank, args: TrainConfig) -> Optimizer:
         for role in bank.trained_roles
     ]
     # Fused: one kernel per device instead of a Python loop over hundreds of small tensors.
-    cls: Any = partial(AdamW, fused=True) if args.optimizer == "adamw" else _adamw_8bit()
+    cls: Any = partial(AdamW, fused=True) if args.optimizer == "adamw" else _adamw_8bit(groups)
     optimizer: Optimizer = cls(
         groups,
         betas=(args.adam_beta1, args.adam_beta2),
@@ -53,17 +56,39 @@ def build_optimizer(bank: RoleBank, args: TrainConfig) -> Optimizer:
     return optimizer
 
 
-def _adamw_8bit() -> type[Optimizer]:
-    if not torch.cuda.is_available():
-        raise ValueError("optimizer: expected 'adamw' without a CUDA device, got 'adamw_8bit'.")
+def _adamw_8bit(groups: list[dict[str, Any]]) -> type[Optimizer]:
+    """bitsandbytes' AdamW, on CPU and CUDA (torchao's compiles for minutes on a CPU)."""
+    if any(isinstance(param, DTensor) for group in groups for param in group["params"]):
+        raise ValueError(
+            "optimizer: expected 'adamw' on sharded weights (bitsandbytes does not read their "
+            "shards), got 'adamw_8bit'."
+        )
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as err:
         raise ValueError(
-            "optimizer: expected bitsandbytes for 'adamw_8bit', got none. pip install bitsandbytes"
+            "optimizer: expected bitsandbytes for 'adamw_8bit', got none. "
+            'pip install "stepdistill[quantization]"'
         ) from err
     cls: type[Optimizer] = AdamW8bit
     return cls
+
+
+def state_shape(key: str, param: Tensor) -> tuple[int, ...]:
+    """The shape of an entry of a parameter's optimiser state; scalars aside.
+
+    In 8 bits a block of 256 has one scale (absmax), and a table of 256 gives the values (qmap).
+    """
+    if key.startswith("absmax"):
+        return (math.ceil(param.numel() / BLOCK),)
+    return (256,) if key.startswith("qmap") else tuple(param.shape)
+
+
+def moment_bytes(param: Tensor, optimizer: str) -> int:
+    """Bytes of both Adam moments of a parameter; of fewer than 4,096 numbers always in float32."""
+    if optimizer == "adamw" or param.numel() < SMALLEST_8BIT:
+        return 8 * param.numel()
+    return 2 * (param.numel() + 4 * math.ceil(param.numel() / BLOCK))
 
 
 def lr_factor(args: TrainConfig, step: int, seconds: float = 0.0) -> float:
