@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from stepdistill.models.role_weights import like, to_cpu
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.safe_files import read_json, read_tensors
-from stepdistill.training.best import read_best
 from stepdistill.training.optim import state_shape
 from stepdistill.training.whole import MANIFEST, fault_of, write_folder
 
