@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from stepdistill.data.pair_files import write_atomic
@@ -148,6 +148,7 @@ class CacheWriter:
 
     def __init__(self, cache: TensorCache, shard_bytes: int) -> None:
         self.cache, self.shard_bytes = cache, shard_bytes
+        cache.folder.mkdir(parents=True, exist_ok=True)
         self._waiting: dict[tuple[Any, ...], dict[bytes, Mapping[str, Tensor]]] = {}
 
     def __contains__(self, key: bytes) -> bool:
@@ -177,7 +178,8 @@ class CacheWriter:
         name = hashlib.sha256(joined).hexdigest()[:32]
         path = self.cache.folder / f"shard-{name}.safetensors"
         try:
-            write_atomic(path, lambda temporary: save_file(tensors, temporary))
+            # Not save_file: a kill would leave its own temporary file, under a random name.
+            write_atomic(path, lambda temporary: temporary.write_bytes(save(tensors)))
         except (OSError, SafetensorError) as err:
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             raise OSError(

@@ -1,0 +1,106 @@
+"""Memory of data at scale, each figure in a process of its own. Prints a table.
+
+    pytest -m benchmark -n 0 -s tests/benchmarks/test_data.py
+
+Growth of resident memory from before a set is opened to after 2000 batches of 16, over a
+shuffled epoch's beginning: prompt files read by offsets against a list of their lines, and a cache
+of embeddings read by key.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+pytestmark = pytest.mark.benchmark
+
+_MEASURE = """
+import sys, warnings
+from itertools import islice
+from pathlib import Path
+import numpy as np, torch
+from stepdistill.data.cache import TensorCache, content_key
+from stepdistill.data.stream import PromptDataset, stream
+
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    shared = int(Path("/proc/self/statm").read_text().split()[2])
+    return (pages - shared) * 4096  # mapped files are the kernel's to drop
+
+kind, path = sys.argv[1], Path(sys.argv[2])
+torch.randperm(1000)
+list(islice(stream(PromptDataset(["a"] * 100), 16, 0), 3))
+before = resident()
+if kind == "cache":
+    cache = TensorCache(path)
+    rng = np.random.default_rng(0)
+    for i in rng.integers(0, len(cache), 32_000):
+        cache.get(content_key(int(i)))
+else:
+    data = PromptDataset(path.read_text().splitlines()) if kind == "list" else (
+        PromptDataset.from_file(path))
+    for raw in islice(stream(data, 16, 0), 2000):
+        assert len(raw["prompt"]) == 16
+print(resident() - before, resident())
+"""
+
+
+def measured(kind: str, path: Path) -> tuple[float, float]:
+    """MB that a fresh process grows by, and that it has then."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, kind, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown, total = done.stdout.split()
+    return int(grown) / 1e6, int(total) / 1e6
+
+
+def prompts(path: Path, count: int) -> Path:
+    with path.open("w") as file:
+        file.writelines(f"a picture of thing {i}, " + "x" * 80 + "\n" for i in range(count))
+    return path
+
+
+def test_prompts_stream_in_constant_memory(tmp_path) -> None:
+    few, many = (prompts(tmp_path / f"{n}.txt", n) for n in (10_000, 1_000_000))
+    (small, one), (large, two) = measured("file", few), measured("file", many)
+    listed, _ = measured("list", many)
+    table = Table("what", "MB", title="2000 batches of 16 prompts: growth of resident memory")
+    table.add_row("10,000 prompts, by offsets", f"{small:.1f}")
+    table.add_row("1,000,000 prompts, by offsets", f"{large:.1f}")
+    table.add_row("1,000,000 prompts, as a list", f"{listed:.1f}")
+    table.add_row("1,000,000 prompts, the file itself", f"{many.stat().st_size / 1e6:.1f}")
+    table.add_row("the process, 1M / 10k, by offsets", f"{two / one:.3f}")
+    table.add_row("growth at 1M, by offsets / list", f"{large / listed:.3f}")
+    Console().print(table)
+    assert large < 0.1 * listed
+    assert two < 1.05 * one
+    assert large < 12  # 0.1 of offsets, 2 of the window's numbers, and what its making took
+
+
+def test_a_cache_is_read_in_the_memory_of_its_keys(tmp_path) -> None:
+    import torch
+
+    from stepdistill.data.cache import CacheWriter, TensorCache, content_key
+
+    sizes = {}
+    for count in (2_000, 40_000):
+        writer = CacheWriter(TensorCache(tmp_path / str(count)), 16 << 20)
+        for i in range(count):
+            writer.add(content_key(i), {"embeds": torch.full((8, 256), float(i))})
+        writer.flush()
+        sizes[count], _ = measured("cache", tmp_path / str(count))
+    whole = sum(p.stat().st_size for p in (tmp_path / "40000").iterdir()) / 1e6
+    table = Table("what", "MB", title="32,000 rows of 8 kB read by key: growth of private memory")
+    for count, size in sizes.items():
+        table.add_row(f"{count:,} rows on disk", f"{size:.1f}")
+    table.add_row("40,000 rows, the files themselves", f"{whole:.1f}")
+    Console().print(table)
+    assert sizes[40_000] < 0.1 * whole
