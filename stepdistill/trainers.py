@@ -152,9 +152,9 @@ class ConsistencyTrainer(DistillationTrainer):
 
 
 class DistributionMatchingTrainer(DistillationTrainer):
-    """Distribution matching distillation (DMD2) and its f-divergences (f-distill)."""
+    """Distribution matching distillation (DMD2, DMD) and its f-divergences (f-distill)."""
 
-    methods = ("dmd2", "f_distill")
+    methods = ("dmd2", "f_distill", "dmd")
 
 
 class LoRADistillationTrainer(DistillationTrainer):

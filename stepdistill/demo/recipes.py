@@ -136,6 +136,12 @@ SMALL = {"student": "full", "student_config": {"block_out_channels": [8, 24]}}
 
 RECIPES: dict[str, Recipe] = {
     "dmd2": Recipe("dmd2", SCORE, {1: ONE, 2: _few(2), 4: _few(4)}, first=WARM, first_steps=(1,)),
+    "dmd": Recipe(
+        "dmd",
+        merge(SCORE, _options(num_steps=1, guidance=1.0, critic_steps=2, regression="l2")),
+        data="pairs",
+        claims=(1,),
+    ),
     "f_distill": Recipe(
         "f_distill",
         SCORE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepdistill.core.method import MethodInfo
 from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.dmd import DMD
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.f_distill import FDistill
 from stepdistill.methods.lora_guidance import LoRAGuidance
@@ -16,6 +17,7 @@ from stepdistill.methods.vsd import VSD
 
 METHODS: dict[str, MethodInfo] = {
     "consistency": MethodInfo(Consistency, "trained on real data here"),
+    "dmd": MethodInfo(DMD, "checked on analytic teachers"),
     "dmd2": MethodInfo(DMD2, "trained on real data here"),
     "f_distill": MethodInfo(FDistill, "trained on real data here"),
     "lora_guidance": MethodInfo(LoRAGuidance, "trained on real data here"),

@@ -26,8 +26,9 @@ from stepdistill.core.path import FlowPath, NoisePath, VEPath, expand, full
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import grid_times, uniform_grid, uniform_times
 from stepdistill.core.types import Batch, Losses
-from stepdistill.losses.regression import distance, per_sample, weighted_mean
+from stepdistill.losses.regression import distance, weighted_mean
 from stepdistill.methods.grid import flow_time, path_time
+from stepdistill.methods.perceptual import judged, pair_distance
 from stepdistill.methods.reflow_config import ReflowConfig
 
 
@@ -59,7 +60,7 @@ class Reflow(Method[ReflowConfig]):
         return {"student": Role(train=True, as_flow=self.config.setup == "raw")}
 
     def scorers(self) -> dict[str, ScorerSpec]:
-        return {"lpips": self.config.lpips.spec} if self.config.judged else {}
+        return {"lpips": self.config.lpips.spec} if judged(self.config.loss) else {}
 
     def phases(self, step: int) -> Sequence[Phase]:
         loss = self.reflow_loss if self.config.stage == "reflow" else self.distill_loss
@@ -110,15 +111,7 @@ class Reflow(Method[ReflowConfig]):
 
     def x0_distance(self, nets: Nets, x0: Tensor, target: Tensor) -> Tensor:
         """(B,) the configured distance of x0 to a target, which gets no gradient."""
-        kind, judged = self.config.loss, torch.zeros(())
-        if kind == "lpips" or kind == "l2_lpips":
-            with torch.no_grad():
-                reference = nets.images(target)
-            judged = nets.scorer("lpips")(nets.images(x0), reference)
-            if kind == "lpips":
-                return judged
-            kind = "l2"
-        return judged + per_sample(distance(kind, x0, target.detach(), self.config.huber_c))
+        return pair_distance(nets, self.config.loss, x0, target, self.config.huber_c)
 
     def trained_times(self) -> tuple[float, ...]:
         """Stage distill's grid, on the table of a VP path."""

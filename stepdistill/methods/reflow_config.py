@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stepdistill.core.method import MethodConfig
-from stepdistill.losses.regression import DistanceName
 from stepdistill.losses.rewards import LPIPSOptions
+from stepdistill.methods.perceptual import PairDistance, judged
 
 
 class ReflowConfig(MethodConfig):
@@ -19,7 +19,7 @@ class ReflowConfig(MethodConfig):
     """wrapped: the teacher's path and prediction; raw: the output is velocity on a flow path."""
     t_range: tuple[float, float] = (1e-3, 1.0)
     """Rectified-flow times of stage reflow, uniform; a VP table reaches less and is clamped."""
-    loss: DistanceName | Literal["lpips", "l2_lpips"] = "l2"
+    loss: PairDistance = "l2"
     """Distance of stage distill, of latents or (lpips, one step only) of decoded images, or the sum
     of l2 and lpips; stage reflow takes l2 (others bias its mean)."""
     lpips: LPIPSOptions = LPIPSOptions()
@@ -40,7 +40,7 @@ class ReflowConfig(MethodConfig):
             raise ValueError(f"loss: expected 'l2' in stage reflow, got {self.loss!r}.")
         times = self.student_times
         num_trained = self.num_steps if times is None else len(times)
-        if self.judged and num_trained != 1:
+        if judged(self.loss) and num_trained != 1:
             raise ValueError(
                 f"loss: expected {self.loss!r} with one trained time, got {num_trained}. At noisy "
                 "inputs x0 is a mean, which is no image; take l2, l1 or huber."
@@ -58,8 +58,3 @@ class ReflowConfig(MethodConfig):
                     f"{times} in stage {self.stage}."
                 )
         return self
-
-    @property
-    def judged(self) -> bool:
-        """Whether LPIPS judges decoded images."""
-        return self.loss in ("lpips", "l2_lpips")

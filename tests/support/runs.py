@@ -137,6 +137,7 @@ def _never_moves(name: str) -> bool:
 
 METHOD_CASES: dict[str, MethodCase] = {
     "dmd2": MethodCase("dmd2", {"num_steps": 2, "critic_steps": 2}),
+    "dmd": MethodCase("dmd", {"regression": "l2"}, ("x0", "noise"), _two_with_prompts),
     "dmd2_gan": MethodCase(
         "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
     ),
