@@ -2,7 +2,8 @@
 
 With the softplus pair the optimal logit is log p_real / p_fake, which is what f-distill reads.
 Sources: Goodfellow et al. 2014, arXiv:1406.2661 (non-saturating); Lim & Ye 2017, arXiv:1705.02894
-(hinge); Lin et al. 2025, arXiv:2501.08316 (approximate R1).
+(hinge); Mescheder et al. 2018, arXiv:1801.04406 (R1); Lin et al. 2025, arXiv:2501.08316
+(approximate R1).
 """
 
 # Shapes: B batch, K heads. Any logit shape works: losses are means over all elements.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,3 +57,16 @@ def approximate_r1(logits: Tensor, perturbed: Tensor) -> Tensor:
     Notes: about noise_std^2 |dD/dx|^2, so weights of 100 to 1000 go with noise_std 0.1.
     """
     return F.mse_loss(logits.float(), perturbed.float())
+
+
+def exact_r1(logits: Tensor, x: Tensor) -> Tensor:
+    """E[|dD/dx|^2] over samples and heads, with a graph for the second derivative.
+
+    Args: logits: (B, K) at real inputs x (B, ...), which must carry gradients.
+    Notes: `approximate_r1` is about noise_std^2 times this.
+    """
+    total = torch.zeros((), device=x.device)
+    for head in logits.float().unbind(1):
+        (slope,) = torch.autograd.grad(head.sum(), x, create_graph=True)
+        total = total + slope.float().square().flatten(1).sum(1).mean()
+    return total / logits.shape[1]

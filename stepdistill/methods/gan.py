@@ -9,16 +9,24 @@ too); Sauer et al. 2024, arXiv:2403.12015 (head on the frozen teacher).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import MethodConfig, Nets, Role
 from stepdistill.core.path import NoisePath
 from stepdistill.core.types import Cond
-from stepdistill.losses.adversarial import AdversarialLoss, approximate_r1, discriminator_loss
+from stepdistill.losses.adversarial import (
+    AdversarialLoss,
+    approximate_r1,
+    discriminator_loss,
+    exact_r1,
+)
 
 Sample = tuple[Tensor, Cond]  # x0 (B, C, *S) and its own condition
 Noised = tuple[Tensor, Tensor, Cond]  # x_t (B, C, *S), t (B,) and the condition
@@ -38,9 +46,13 @@ class GANConfig(MethodConfig):
     loss: AdversarialLoss = "softplus"
     """softplus (non-saturating), hinge, or clipped_hinge (the generator's stops at the margin)."""
     r1_weight: float = Field(default=0.0, ge=0)
-    """Weight of approximate R1 on real samples, inside weight_d; 100 to 1000 where used."""
+    """Weight of R1 on real samples, inside weight_d; of the approximate one 100 to 1000 are used,
+    of the exact one about r1_noise^2 times that."""
+    r1: Literal["approximate", "exact"] = "approximate"
+    """R1 by a perturbed input, or by the second derivative: exact, at more memory and time, with
+    attention that has one (torch's plain kernel)."""
     r1_noise: float = Field(default=0.1, ge=0)
-    """Standard deviation of its input perturbation."""
+    """Standard deviation of the approximate one's input perturbation."""
     same_noise: bool = False
     """Noise real and fake samples with one draw of time and noise, not one each."""
 
@@ -86,12 +98,26 @@ def noised_disc_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The discriminator's loss (before weight_d) on noised samples, and its parts to log."""
     logits_fake = head_logits(nets, gan, *fake)
-    logits_real = head_logits(nets, gan, *real)
+    x_t, t, cond = real
+    exact = gan.r1_weight > 0.0 and gan.r1 == "exact"
+    if exact:
+        x_t = x_t.detach().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+        logits_real = head_logits(nets, gan, x_t, t, cond)
     total = discriminator_loss(logits_real, logits_fake, gan.loss)
     logs = {"gan_d": total, "logit_real": logits_real.mean(), "logit_fake": logits_fake.mean()}
     if gan.r1_weight > 0.0:
-        x_t, t, cond = real
-        near = x_t + gan.r1_noise * ctx.randn(tuple(x_t.shape))
-        r1 = approximate_r1(logits_real, head_logits(nets, gan, near, t, cond))
+        if exact:
+            try:
+                r1 = exact_r1(logits_real, x_t)
+            except CheckpointError as err:
+                raise ValueError(
+                    "gan.r1: expected no gradient_checkpointing with 'exact' (blocks are run again "
+                    "with attention kernels that have no second derivative), got it. Set r1: "
+                    "approximate, or turn checkpointing off."
+                ) from err
+        else:
+            near = x_t + gan.r1_noise * ctx.randn(tuple(x_t.shape))
+            r1 = approximate_r1(logits_real, head_logits(nets, gan, near, t, cond))
         total, logs = total + gan.r1_weight * r1, {**logs, "r1": r1}
     return total, logs

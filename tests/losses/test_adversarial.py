@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from stepdistill.losses.adversarial import approximate_r1, discriminator_loss, generator_loss
+from stepdistill.losses.adversarial import (
+    approximate_r1,
+    discriminator_loss,
+    exact_r1,
+    generator_loss,
+)
 
 
 def test_discriminator_loss_is_two_log_two_at_logit_zero() -> None:
@@ -82,3 +87,14 @@ def test_unknown_losses_are_errors() -> None:
         discriminator_loss(torch.zeros(1), torch.zeros(1), "wgan")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got 'wgan'"):
         generator_loss(torch.zeros(1), "wgan")  # type: ignore[arg-type]
+
+
+def test_exact_r1_is_the_squared_slope_and_trains_the_slope() -> None:
+    """D_k = a_k . x, K = 2: the mean of |a_k|^2, whose gradient in a_k is a_k."""
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    slopes = torch.tensor([[1.0, 2.0, 2.0], [0.0, 3.0, 4.0]], dtype=torch.float64)
+    slopes.requires_grad_()
+    found = exact_r1(x @ slopes.T, x)
+    found.backward()
+    assert found.item() == pytest.approx((9.0 + 25.0) / 2)
+    torch.testing.assert_close(slopes.grad, slopes.detach())

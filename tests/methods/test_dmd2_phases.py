@@ -155,6 +155,21 @@ def test_r1_weight_counts_inside_the_discriminator_weight() -> None:
     assert gap.item() == pytest.approx(0.5 * 50.0 * totals[1].logs["r1"].item(), rel=1e-3)
 
 
+def test_exact_r1_is_the_limit_of_the_approximate_one() -> None:
+    """On a head linear in the features, a perturbation of std s is worth s^2 times the slope^2."""
+    found = {}
+    for kind in ("approximate", "exact"):
+        gan = {"weight_g": 1.0, "r1_weight": 1.0, "r1": kind, "r1_noise": 0.01}
+        method = make(VP, gan=gan)
+        modules, nets = networks(VP, method)
+        ctx = Ctx(carry={"sample": (torch.zeros(BSZ, 2), batch_of().cond)})
+        losses = fake_loss(method, nets, batch_of(x0=torch.ones(BSZ, 2)), ctx)
+        losses.total.backward()
+        found[kind] = float(losses.logs["r1"])
+        assert modules["disc"].weight.grad.abs().max() > 0
+    assert found["approximate"] == pytest.approx(1e-4 * found["exact"], rel=0.5)
+
+
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_sample_weights_scale_the_gradient_of_their_sample(factor: float) -> None:
     """The seam other divergences use: factor 1 leaves DMD's gradient as it is, bit for bit."""

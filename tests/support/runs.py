@@ -141,6 +141,16 @@ METHOD_CASES: dict[str, MethodCase] = {
     "dmd2_gan": MethodCase(
         "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
     ),
+    "dmd2_r1": MethodCase(
+        "dmd2",
+        {
+            "num_steps": 1,
+            "critic_steps": 1,
+            "gan": {"weight_g": 1e-2, "r1_weight": 0.1, "r1": "exact"},
+        },
+        ("x0",),
+        _two_with_prompts,
+    ),
     "f_distill": MethodCase(
         "f_distill", {"critic_steps": 1, "ratio_ema": 0.5, "gan": {"weight_g": 1e-2}}, ("x0",)
     ),
