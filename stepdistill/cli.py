@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--public", action="store_true", help="make a new repository public")
     push.add_argument("--dry_run", metavar="DIR", help="write what would be sent; send nothing")
 
+    report = command("report", _report)
+    report.add_argument("run_dir", help="output_dir of a finished or running training run")
+
     command("list", _list)
 
     check = command("check", _check)
@@ -209,6 +212,16 @@ def _push(args: argparse.Namespace) -> None:
             print(path)
     else:
         print(push_folder(args.folder, args.repo_id, private=not args.public))
+
+
+def _report(args: argparse.Namespace) -> None:
+    """Draw a run's report.html again from its records."""
+    from pathlib import Path
+
+    from stepdistill.reporting.page import write_run_report
+    from stepdistill.training.whole import write_text
+
+    print(write_run_report(Path(args.run_dir), write_text))
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / "stepdistill"
 FILES = sorted(ROOT.rglob("*.py"))
 
 _MODELS = {"core", "losses", "nn", "models"}
-_TRAINING = {*_MODELS, "methods", "data", "sampling", "rewards", "training"}
+_TRAINING = {*_MODELS, "methods", "data", "sampling", "rewards", "reporting", "training"}
 _TOP = {*_TRAINING, "export", "evaluation", "planning", "trainers", "demo"}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"core", "models"},
     "sampling": {"core", "models"},
     "methods": {"core", "losses", "nn"},
+    "reporting": set(),
     "training": _TRAINING,
     "evaluation": _TOP,
     "planning": _TOP,

@@ -1,0 +1,90 @@
+"""Reads a run folder's records, finished or still being written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Points = list[tuple[float, float]]
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The objects of a JSONL file; none where there is no file. A last line cut short is left out.
+
+    Errors: ValueError for a line within that is no object.
+    """
+    if not path.is_file():
+        return []
+    found: list[Record] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as err:
+            if number == len(lines):
+                break  # being written just now
+            raise ValueError(f"{path}: expected JSON in line {number}, got {line[:40]!r}.") from err
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: expected an object in line {number}, got {line[:40]!r}.")
+        found.append(record)
+    return found
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """All that is known of a run: its facts, log lines, validations, alarms, end and best."""
+
+    folder: Path
+    facts: Record
+    log: list[Record]
+    validations: list[Record]
+    alarms: list[Record]
+    end: Record | None
+    best: Record | None
+
+    @property
+    def step(self) -> int:
+        """Student updates done, as far as told."""
+        return int(max((r.get("step", 0) for r in (*self.log[-1:], *self.validations[-1:])),
+                       default=0))  # fmt: skip
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Errors: ValueError where the folder holds no run, or a record is malformed."""
+    facts = folder / "run.json"
+    if not facts.is_file():
+        raise ValueError(
+            f"report: expected a run's folder with run.json, got {folder}. Give the output_dir of "
+            "a training run."
+        )
+    try:
+        told = json.loads(facts.read_text(encoding="utf-8"))
+        pointer = folder / "best.json"
+        best = json.loads(pointer.read_text(encoding="utf-8")) if pointer.is_file() else None
+    except json.JSONDecodeError as err:
+        raise ValueError(f"report: expected JSON in {folder}, got {err}.") from err
+    events = read_lines(folder / "events.jsonl")
+    ends = [event for event in events if event.get("kind") == "end"]
+    return RunRecords(
+        folder,
+        told,
+        read_lines(folder / "log.jsonl"),
+        read_lines(folder / "validation.jsonl"),
+        [event for event in events if event.get("kind") == "alarm"],
+        ends[-1] if ends else None,
+        best,
+    )
+
+
+def series(records: Iterable[Mapping[str, Any]], prefix: str) -> dict[str, Points]:
+    """Name after `prefix` -> (step, value) points, of the records' numbers."""
+    found: dict[str, Points] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith(prefix) and isinstance(value, (int, float)):
+                found.setdefault(key[len(prefix) :], []).append((record["step"], value))
+    return found
