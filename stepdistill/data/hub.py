@@ -122,13 +122,6 @@ def undecoded(found: Any, columns: Columns) -> Any:
     return found
 
 
-def told_by(found: Any) -> list[Any]:
-    """What a dataset says of itself: names, version, and checksums of what was downloaded."""
-    info = found.info
-    names = [info.dataset_name, info.config_name, str(info.version), str(info.features)]
-    return [*names, info.download_checksums]
-
-
 class HubDataset(Source):
     """A downloaded split: rows by number, in Arrow files that are mapped and not read."""
 
@@ -138,7 +131,8 @@ class HubDataset(Source):
         super().__init__(size_px)
         self.columns = Columns(found.column_names, image, caption, key)
         self.rows = undecoded(found, self.columns)
-        self.told_by = told_by(found)
+        # The library's own hash of what the rows are and where they came from.
+        self.told_by = (found.info.dataset_name, found.info.config_name, found._fingerprint)
         self._texts = found.select_columns([caption]) if key != "none" else None
 
     def __len__(self) -> int:
@@ -174,7 +168,6 @@ class HubStream(RowStream):
         self.columns = Columns(names, image, caption, key)
         self.size_px, self.buffer = size_px, buffer
         self._found = undecoded(found, self.columns)
-        self.told_by = told_by(found)
         stated = (found.info.splits or {}).get(split)
         self._size = stated.num_examples if stated is not None and stated.num_examples else 0
         if not self._size:

@@ -5,13 +5,62 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch.utils.data import Dataset
 
 from stepdistill.data.corrupt import CorruptItemError
+from stepdistill.data.lines import LineFile
 from stepdistill.data.source import IMAGE_SUFFIXES, Source
+
+
+class CaptionFile(Sequence[tuple[Path, str]]):
+    """(file, caption) of each line of an image folder's metadata.jsonl, read as they are needed.
+
+    Errors: ValueError for a line that is no object of file_name and text, and for a file that is
+        outside the folder or not there: all lines are looked at when it is opened.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.file = root, root / "metadata.jsonl"
+        if not self.file.is_file():
+            raise ValueError(
+                f"train_data_dir: expected {root}/metadata.jsonl with file_name and text, got none."
+            )
+        self.lines = LineFile(self.file, "train_data_dir")
+        inside = root.resolve()
+        for number, line in enumerate(self.lines, 1):
+            path, _ = self._parse(line, number)
+            if inside not in path.resolve().parents:
+                raise ValueError(f"{self.file}: expected files inside {root}, got {path}.")
+            if not path.is_file():
+                raise ValueError(f"{self.file}: expected every file to exist, got no {path}.")
+
+    def _parse(self, line: str, number: int) -> tuple[Path, str]:
+        try:
+            row = json.loads(line)
+            return self.root / row["file_name"], row["text"]
+        except (ValueError, KeyError, TypeError) as err:
+            raise ValueError(
+                f"{self.file}:{number}: expected an object with file_name and text, got {err!r}."
+            ) from err
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Path, str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[Path, str]]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._parse(self.lines[index], index + 1)
+
+    def __iter__(self) -> Iterator[tuple[Path, str]]:
+        return (self._parse(line, number) for number, line in enumerate(self.lines, 1))
 
 
 class ImageFolderDataset(Source):
@@ -33,37 +82,12 @@ class ImageFolderDataset(Source):
         self.key = "label" if labels else "prompt"
         if plain:
             files = (p for p in sorted(root.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES)
-            self.key, self.items = "", [(p, None) for p in files]
+            self.key = ""
+            self.items: Sequence[tuple[Path, Any]] = [(p, None) for p in files]
         else:
-            self.items = self._by_label(root) if labels else self._by_caption(root)
+            self.items = self._by_label(root) if labels else CaptionFile(root)
         if not self.items:
             raise ValueError(f"train_data_dir: expected images, got none in {root}.")
-
-    @staticmethod
-    def _by_caption(root: Path) -> list[tuple[Path, Any]]:
-        index = root / "metadata.jsonl"
-        if not index.is_file():
-            raise ValueError(
-                f"train_data_dir: expected {root}/metadata.jsonl with file_name and text, got none."
-            )
-        items = []
-        for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    items.append((root / row["file_name"], row["text"]))
-                except (ValueError, KeyError, TypeError) as err:
-                    raise ValueError(
-                        f"{index}:{number}: expected an object with file_name and text, "
-                        f"got {err!r}."
-                    ) from err
-        outside = [p for p, _ in items if root.resolve() not in p.resolve().parents]
-        if outside:
-            raise ValueError(f"{index}: expected files inside {root}, got {outside[0]}.")
-        missing = [p for p, _ in items if not p.is_file()]
-        if missing:
-            raise ValueError(f"{index}: expected every file to exist, got no {missing[0]}.")
-        return items
 
     @staticmethod
     def _by_label(root: Path) -> list[tuple[Path, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from stepdistill.core.types import Cond
 from stepdistill.data.cache import TensorCache, content_key
 from stepdistill.models.family import Family
+from stepdistill.models.safe_files import read_json
 from stepdistill.training.whole import write_text
 
 _FORMAT = 1  # raise it where a family's encoding changes
@@ -107,10 +109,34 @@ class EncodedCache:
             write_text(folder / "encoder.json", text)
         return TensorCache(folder)
 
+    def _stores(self) -> list[TensorCache]:
+        return [store for store in (self.prompts, self.latents) if store is not None]
+
+    @staticmethod
+    def _mark(store: TensorCache, told: Mapping[str, Any]) -> Path:
+        text = json.dumps(dict(told), sort_keys=True)
+        return store.folder / f"seen-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+    def seen(self, told: Mapping[str, Any]) -> bool:
+        """Whether a dataset of these facts was encoded whole and no row was lost since."""
+        marks = [(store, self._mark(store, told)) for store in self._stores()]
+        return told["sha256"] is not None and all(
+            mark.is_file() and read_json(mark, ("rows",))["rows"] <= len(store)
+            for store, mark in marks
+        )
+
+    def note(self, told: Mapping[str, Any]) -> None:
+        """Note that a dataset was encoded whole."""
+        for store in self._stores() if told["sha256"] is not None else ():
+            text = json.dumps({"rows": len(store), **told}, indent=1)
+            write_text(self._mark(store, told), text)
+
     def reopen(self) -> None:
         """See what other processes wrote."""
-        self.prompts = self.prompts and TensorCache(self.prompts.folder)
-        self.latents = self.latents and TensorCache(self.latents.folder)
+        if self.prompts is not None:
+            self.prompts = TensorCache(self.prompts.folder)
+        if self.latents is not None:
+            self.latents = TensorCache(self.latents.folder)
 
     def prompt(self, prompt: Any) -> Cond | None:
         """The Cond of one prompt, on the CPU, or None where it is missing."""

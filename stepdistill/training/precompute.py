@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from stepdistill.data.cache import CacheWriter, content_key, missing_keys, row_bytes
 from stepdistill.data.corrupt import CorruptItemError, CorruptLog
+from stepdistill.data.fingerprint import data_facts
 from stepdistill.data.rows import RowStream
 from stepdistill.data.source import Source
 from stepdistill.data.stream import PromptDataset, sample_item
@@ -178,8 +179,20 @@ def fill(
             bar = tqdm(task.read(rank, world_size), desc=f"cache {task.name}", disable=rank > 0)
             for key, value in bar:
                 if owner(key, world_size) == rank and key not in writer:
-                    writer.add(key, task.encode(value))
+                    encoded = task.encode(value)
+                    _check_finite(encoded, task.name, value)
+                    writer.add(key, encoded)
             writer.flush()
+
+
+def _check_finite(encoded: dict[str, Tensor], kind: str, value: Any) -> None:
+    """Errors: ValueError for NaN or inf, which the cache would keep for ever."""
+    if any(not bool(x.isfinite().all()) for x in encoded.values() if x.is_floating_point()):
+        told = repr(value) if isinstance(value, str) else "one of them"
+        raise ValueError(
+            f"cache: expected finite encodings of {kind}, got NaN or inf for {told}. The encoder "
+            "overflowed: use --mixed_precision bf16 or no."
+        )
 
 
 def _check_room(
@@ -209,14 +222,25 @@ def _check_room(
 def prepare_cache(
     cache: EncodedCache | None, dataset: Any, args: TrainConfig, state: PartialState | Accelerator
 ) -> None:
-    """Fill a run's cache on all ranks, then let the dataset leave out the images that it has."""
+    """Fill a run's cache on all ranks, then let the dataset leave out the images that it has.
+
+    A set that was gone through before is not read again, where the cache has not lost a row since.
+    """
     if cache is None:
         return
+    told = {**data_facts(dataset), "resolution": args.resolution}
+    seen = cache.seen(told)
+    state.wait_for_everyone()  # all have looked before one writes
     say = print if state.is_main_process else (lambda _: None)
-    rank, world_size = state.process_index, state.num_processes
-    fill(cache, dataset, state.device, args.cache_shard_mb << 20, rank, world_size, say)
-    state.wait_for_everyone()
-    cache.reopen()
+    if seen:
+        say(f"cache: {cache.folder} has these data already")
+    else:
+        rank, world_size = state.process_index, state.num_processes
+        fill(cache, dataset, state.device, args.cache_shard_mb << 20, rank, world_size, say)
+        state.wait_for_everyone()
+        cache.reopen()
+        if state.is_main_process:
+            cache.note(told)
     if cache.latents is not None and isinstance(dataset, Source | RowStream):
         dataset.known = cache.latents.knows
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tracemalloc
 
 import pytest
+from support.samples import caption, image_folder, png
 
 from stepdistill.data.fingerprint import data_facts
+from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.lines import STRIDE, LineFile
 from stepdistill.data.stream import PromptDataset, StreamSampler
 
@@ -29,6 +33,14 @@ def test_hash_is_that_of_the_list(tmp_path) -> None:
     (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
     from_file = data_facts(PromptDataset.from_file(tmp_path / "p.txt"))
     assert from_file == data_facts(PromptDataset(prompts))
+
+
+def test_hash_of_an_image_folder_is_that_of_its_rows(tmp_path) -> None:
+    data = ImageFolderDataset(image_folder(tmp_path / "in", count=3), None)
+    rows = [("in", f"{i:02d}.png", caption(i), len(png(i))) for i in range(3)]
+    assert data_facts(data)["sha256"] == hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    assert data.items[-1] == (tmp_path / "in" / "02.png", caption(2))
+    assert [path.name for path, _ in data.items[:2]] == ["00.png", "01.png"]
 
 
 def test_bytes_that_are_no_text_name_their_line(tmp_path) -> None:

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from support.faults import fork, status_of
 from support.runs import build_trainer, fingerprint, teacher_dir
 from support.samples import COUNT, caption, dataset_of, image_folder
@@ -24,7 +27,7 @@ from stepdistill.data.stream import PromptDataset, stream
 from stepdistill.models.registry import load_family
 from stepdistill.training.batches import BatchMaker
 from stepdistill.training.encoded import EncodedCache, encoder_facts
-from stepdistill.training.precompute import fill
+from stepdistill.training.precompute import fill, prepare_cache
 
 CPU = torch.device("cpu")
 PROMPTS = [f"a picture of thing {i}" for i in range(40)]
@@ -211,6 +214,42 @@ def test_too_little_room_is_said_first(family, tmp_path, monkeypatch) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_encodings_that_are_not_finite_are_refused(family, tmp_path) -> None:
+    with torch.no_grad():
+        next(family.pipeline.text_encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"expected finite encodings of prompts.*thing 0"):
+        open_and_fill(tmp_path, family, PromptDataset(PROMPTS))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+class Watched(ImageFolderDataset):
+    """Counts how often an image's bytes are read."""
+
+    reads = 0
+
+    def image_bytes(self, index: int) -> tuple[bytes, str]:
+        type(self).reads += 1
+        return super().image_bytes(index)
+
+
+def test_a_set_gone_through_is_not_read_again(family, tmp_path) -> None:
+    state, reads = PartialState(cpu=True), []
+    for name, size in (("a", 16), ("a", 16), ("b", 16), ("a", 32), ("a", 16)):
+        folder = tmp_path / name
+        data = Watched(image_folder(folder, count=12 if name == "a" else 9), size)
+        args = TrainConfig(cache_dir=str(tmp_path / "c"), resolution=size)
+        Watched.reads = 0
+        cache = EncodedCache(tmp_path / "c", family, size)
+        prepare_cache(cache, data, args, state)
+        reads.append(Watched.reads > 0)
+        assert data[0].keys() == {"prompt", "content"}
+    assert reads == [True, False, True, True, False]
+    gone = next((tmp_path / "c").glob("latents-*/shard-*"))
+    gone.unlink()
+    prepare_cache(cache := EncodedCache(tmp_path / "c", family, 16), data, args, state)
+    assert len(cache.latents or ()) >= 12
+
+
 # ------------------------------------------------------------------ training from it
 def options(out: Path, **more: Any) -> TrainConfig:
     base = {"max_train_steps": 2, "train_batch_size": 2, "disable_progress_bar": True}
@@ -242,17 +281,17 @@ def test_training_from_it_is_training_without(teacher, tmp_path, monkeypatch) ->
 
 @pytest.mark.filterwarnings("ignore:data:UserWarning")
 def test_resume_in_an_epoch_with_workers_and_cache(teacher, tmp_path) -> None:
-    """24 tar samples, two unreadable, in batches of 2, killed after 5 updates of 9."""
+    """24 tar samples, two unreadable, in batches of 2, taken up after 3 updates of 6."""
     data = dataset_of("tars", tmp_path, bad=(4, 11))
     data.size_px = RESOLUTION
-    more = {"dataloader_num_workers": 2, "checkpointing_steps": 5, "max_train_steps": 9}
+    more = {"dataloader_num_workers": 2, "checkpointing_steps": 3, "max_train_steps": 6}
     whole = ConsistencyTrainer(teacher, options(tmp_path / "run", **more), data)
     whole.train()
-    back = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-5"), **more}
+    back = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-3"), **more}
     back["cache_dir"] = str(tmp_path / "cache")
     resumed = ConsistencyTrainer(teacher, options(tmp_path / "run", **back), data)
     resumed.train()
-    assert whole.step == resumed.step == 9
+    assert whole.step == resumed.step == 6
     members = [fingerprint(t.bank.members("student")) for t in (whole, resumed)]
     assert members[0] == members[1]
 
@@ -296,7 +335,7 @@ def test_command_fills_what_the_run_then_finds(teacher, tmp_path, capsys) -> Non
     data = PromptDataset.from_file(tmp_path / "p.txt")
     args = options(tmp_path / "run", cache_dir=str(tmp_path / "c"))
     DistributionMatchingTrainer(teacher, args, data).train()
-    assert "40 prompts there, 0 to encode" in capsys.readouterr().out
+    assert "has these data already" in capsys.readouterr().out
     assert files(tmp_path / "c") == before
 
 
@@ -305,3 +344,31 @@ def test_command_without_a_folder(teacher, tmp_path) -> None:
     with pytest.raises(SystemExit, match="expected --cache_dir"):
         main(["cache", "--pretrained_model_name_or_path", str(teacher),
               "--data.prompts_file", str(tmp_path / "p.txt")])  # fmt: skip
+
+
+@pytest.mark.slow
+def test_command_shares_the_work_among_processes(teacher, tmp_path) -> None:
+    """Two processes write what one would, each its own keys, and a second call finds it all."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    flags = ["--pretrained_model_name_or_path", str(teacher)]
+    flags += ["--data.prompts_file", str(tmp_path / "p.txt"), "--cache_dir"]
+    main(["cache", *flags, str(tmp_path / "one")])
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    run += ["--master_port", str(random.randrange(20000, 40000))]
+    run += ["-m", "stepdistill.cli", "cache", *flags, str(tmp_path / "two")]
+    said = [
+        subprocess.run(
+            run, capture_output=True, text=True, timeout=300, env=os.environ, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert "40 to encode" in said[0]
+    assert "has these data already" in said[1]
+    family = load_family(teacher)
+    one, two = (EncodedCache(tmp_path / name, family, None) for name in ("one", "two"))
+    assert len(list((tmp_path / "two").glob("prompts-*/shard-*"))) == 2
+    for prompt in PROMPTS:
+        a, b = one.prompt(prompt), two.prompt(prompt)
+        assert a is not None
+        assert b is not None
+        assert fingerprint(a.tensors) == fingerprint(b.tensors)
