@@ -23,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from stepdistill.evaluation.command import main as evaluate
 
         return evaluate(argv[1:])
+    if argv[:1] == ["compare"]:
+        from stepdistill.comparison.command import main as compare
+
+        return compare(argv[1:])
     if argv[:1] == ["cache"]:
         return _cache(argv[1:])
     args = _parser().parse_args(argv)
@@ -54,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("cache", help="Encode a run's prompts and images to --cache_dir.")
 
     commands.add_parser("plan", help="Forecast a run's memory and hours; plan --help lists flags.")
+
+    commands.add_parser("compare", help="Train methods alike and judge them; compare --help.")
 
     commands.add_parser("evaluate", help="Compare a teacher with students; evaluate --help.")
 

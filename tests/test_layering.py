@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 _MODELS = {"core", "losses", "nn", "models"}
 _TRAINING = {*_MODELS, "methods", "data", "sampling", "rewards", "reporting", "training"}
-_TOP = {*_TRAINING, "export", "evaluation", "planning", "trainers", "demo"}
+_TOP = {*_TRAINING, "export", "evaluation", "planning", "trainers", "demo", "comparison"}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "losses": {"core"},
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": _TOP,
     "trainers": _TOP,
     "demo": _TOP,
+    "comparison": _TOP,
     "cli": _TOP,
     "__init__": _TOP,
 }

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,14 @@ class Row:
     seconds_per_image: float | None
     previews: Tensor
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**asdict(self), "previews": self.previews.tolist()}
+
     @staticmethod
     def save_all(rows: Sequence[Row], path: Path) -> None:
         """Write rows to a JSON file."""
-        plain = [{**asdict(row), "previews": row.previews.tolist()} for row in rows]
-        path.write_text(json.dumps(plain))
+        path.write_text(json.dumps([row.plain() for row in rows]))
 
     @staticmethod
     def load_all(path: Path) -> list[Row]:

@@ -106,9 +106,10 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def chart(png: bytes, about: str) -> str:
-    """A drawn picture as wide as the page."""
-    return f'<img class="chart" alt="{escape(about)}" src="{_uri(png)}">'
+def charts(drawn: Sequence[tuple[str, bytes]]) -> str:
+    """Drawn pictures (what, PNG), side by side where there is room."""
+    images = (f'<img alt="{escape(about)}" src="{_uri(png)}">' for about, png in drawn)
+    return f'<div class="charts">{"".join(images)}</div>'
 
 
 def data_uri(picture: NDArray[np.uint8]) -> str:

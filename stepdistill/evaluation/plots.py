@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -53,9 +53,17 @@ Panel = Callable[[Axes], None]
 
 
 def save_page(
-    path: Path, title: str, strips: Sequence[Strip], panels: Sequence[Panel], tall: float = 4.9
+    path: Path,
+    title: str,
+    strips: Sequence[Strip],
+    panels: Sequence[Panel],
+    tall: float = 4.9,
+    share: float = 0.88,
 ) -> None:
-    """Strips below each other, then the panels side by side, as one PNG."""
+    """Strips below each other, then the panels side by side, as one PNG.
+
+    Args: share: of its place that a panel fills; a legend beside it needs room.
+    """
     cell = (WIDTH_IN - LABEL_IN - 2 * MARGIN_IN) / max(strip.columns for strip in strips)
     cell = min(cell, 1.4)
     gallery = len(strips) * (cell + GAP_IN)
@@ -75,7 +83,7 @@ def save_page(
     wide = (WIDTH_IN - 2 * MARGIN_IN) / max(len(panels), 1)
     for index, panel in enumerate(panels):
         left = MARGIN_IN + index * wide
-        panel(place(left + 0.35, top + 0.75, 0.88 * wide, tall - 1.2))
+        panel(place(left + 0.35, top + 0.75, share * wide, tall - 1.2))
     figure.savefig(path, facecolor=PAPER)
 
 
@@ -101,8 +109,10 @@ def draw_curves(
     xlabel: str,
     floor: tuple[str, float] | None = None,
     ticks: Sequence[float] = (),
+    log_x: bool = True,
+    legend: bool = True,
 ) -> None:
-    """Values on two logarithmic axes (the lower, the better). Args: floor: (what, value)."""
+    """Values on a logarithmic axis (the lower, the better). Args: floor: (what, value)."""
     for curve in curves:
         axes.errorbar(curve.at, curve.means, yerr=curve.stds, capsize=3, marker=curve.marker,
                       markersize=8, linewidth=1.8 if curve.line else 0, elinewidth=1.4,
@@ -116,7 +126,7 @@ def draw_curves(
         axes.annotate(f"{floor[0]} {floor[1]:.2f}", (1, floor[1]),
                       xycoords=("axes fraction", "data"), textcoords="offset points",
                       xytext=(-6, 5), ha="right", fontsize=9.5, color=MUTED)  # fmt: skip
-    axes.set_xscale("log")
+    axes.set_xscale("log" if log_x else "linear")
     axes.set_yscale("log")
     if ticks:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -127,8 +137,6 @@ def draw_curves(
     decades = [value for value in rounded if low * 0.85 < value < high * 1.25]
     axes.set_yticks(decades, [f"{value:g}" for value in decades])
     axes.yaxis.set_minor_locator(NullLocator())
-    if not ticks:
-        axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_title(title, loc="left", fontsize=12, color=INK)
     axes.set_xlabel(xlabel, fontsize=10, color=MUTED)
     axes.grid(color=LINE, linewidth=0.8)
@@ -136,15 +144,17 @@ def draw_curves(
     axes.tick_params(colors=MUTED, length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    if curves:
-        axes.legend(frameon=False, loc="best", fontsize=10.5)
+    if curves and legend:
+        if len(curves) > 4:
+            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10.5)
+        else:
+            axes.legend(frameon=False, loc="best", fontsize=10.5)
 
 
-def panels_png(panels: Sequence[Panel], tall: float = 4.2) -> bytes:
-    """The panels alone, side by side, as PNG bytes for a page."""
-    figure = Figure(figsize=(7.5 * len(panels), tall), dpi=110, facecolor=PAPER)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        panel(axes)
+def panel_png(panel: Panel, tall: float = 4.2) -> bytes:
+    """A panel alone as PNG bytes for a page."""
+    figure = Figure(figsize=(7.5, tall), dpi=110, facecolor=PAPER)
+    panel(figure.add_subplot())
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=PAPER)

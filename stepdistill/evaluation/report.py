@@ -176,7 +176,7 @@ def _caption(report: Report, system: System) -> str:
 
 def render_html(report: Report) -> str:
     """The page: gallery, plot, table and protocol."""
-    from .plots import contact, panels_png
+    from .plots import contact, panel_png
 
     strips = []
     for system in report.systems:
@@ -195,7 +195,7 @@ def render_html(report: Report) -> str:
     sections = [("Samples", page.gallery(strips))]
     panel = _panel(report)
     if panel is not None:
-        drawn = page.chart(panels_png([panel]), "Fréchet distance against steps")
+        drawn = page.charts([("Fréchet distance against steps", panel_png(panel))])
         sections.append(("Quality against steps", drawn))
     sections += _tables(report)
     facts = page.facts(protocol_facts(report))

@@ -1,0 +1,109 @@
+"""The demo's ground: handwritten digits, its recipes, and held-out digits to judge by."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from stepdistill.data.images import ImageFolderDataset
+from stepdistill.data.pairs import PairDataset
+from stepdistill.data.stream import PromptDataset
+from stepdistill.data.teacher_pairs import make_pairs
+from stepdistill.demo.classifier import train_classifier
+from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
+from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
+from stepdistill.demo.recipes import RECIPES, Training
+from stepdistill.demo.run import quiet_loading
+from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
+from stepdistill.evaluation.samples import PipelineSampler
+
+from .ground import PAIRS_SECONDS, TEACHER_ROWS, Ground, Plain
+from .students import ALIASES, Student, reach_of_recipes, students
+
+TEACHER_STEPS = (1, 2, 4, 8, 50)
+PAIRS, PAIR_STEPS = 4096, 16
+
+
+class Digits(Ground):
+    """Teacher, data and pairs are made below `out`, once.
+
+    Args: teacher_steps: a shorter training of the teacher than the demo's; noise_seeds: that each
+        student is judged from.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        teacher_steps: int | None = None,
+        pairs: int = PAIRS,
+        noise_seeds: int = len(NOISE_SEEDS),
+    ) -> None:
+        super().__init__(out)
+        config = TeacherConfig()
+        self.config = replace(config, max_train_steps=teacher_steps or config.max_train_steps)
+        self.pairs, self.seeds = pairs, range(noise_seeds)
+        quiet_loading()
+
+    def teacher(self) -> str:
+        return str(self.out / "teacher")
+
+    def prepare(self) -> None:
+        torch.set_num_threads(1)
+        digits, out = load_digit_splits(), self.out
+        teacher = load_or_train_teacher(self.config, digits.train, out / "teacher")
+        write_image_folder(digits.train, out / "data")
+        prompts = out / "data" / "prompts.txt"
+        prompts.write_text("".join(f"{prompt_for(k)}\n" for k in range(len(DIGIT_NAMES))))
+        took = out / PAIRS_SECONDS
+        if not took.is_file():
+            shutil.rmtree(out / "pairs", ignore_errors=True)
+            start = time.process_time()
+            make_pairs(str(teacher.folder), prompts, out / "pairs", num_pairs=self.pairs,
+                       num_steps=PAIR_STEPS, batch_size=256)  # fmt: skip
+            took.write_text(json.dumps(time.process_time() - start))
+        kept = out / TEACHER_ROWS
+        if not kept.is_file():
+            pipeline, judge = DiffusionPipeline.from_pretrained(str(teacher.folder)), _judge()
+            rows = [judge.floor(self.seeds)]
+            for steps in TEACHER_STEPS:
+                call = {"num_inference_steps": steps, "guidance_scale": 1}
+                sampler = PipelineSampler(pipeline, call)
+                rows.append(judge.run("teacher", "teacher", steps, sampler, self.seeds))
+            Row.save_all(rows, kept)
+
+    def students(self, methods: Sequence[str], steps: Sequence[int] | None) -> list[Student]:
+        reaches = reach_of_recipes()
+        names = dict.fromkeys(ALIASES.get(name, name) for name in methods or reaches)
+        unknown = [name for name in names if name not in reaches]
+        if unknown:
+            raise ValueError(f"methods: expected some of {sorted(reaches)}, got {unknown[0]!r}.")
+        return students({name: reaches[name] for name in names}, steps)
+
+    def trainings(self, student: Student) -> list[Training]:
+        return RECIPES[student.recipe].trainings(student.trained_for)
+
+    def dataset(self, training: Training) -> Any:
+        if training.data == "prompts":
+            return PromptDataset.from_file(self.out / "data" / "prompts.txt")
+        if training.data == "images":
+            return ImageFolderDataset(self.out / "data", None, labels=False)
+        return PairDataset(self.out / "pairs")
+
+    def judge(self, label: str, steps: int, folder: Path) -> Plain:
+        call = json.loads((folder / "distillation.json").read_text())["call"]
+        told = {"num_inference_steps": steps, "guidance_scale": 1, **call}
+        sampler = PipelineSampler(DiffusionPipeline.from_pretrained(str(folder)), told)
+        return _judge().run(label, "student", steps, sampler, self.seeds).plain()
+
+
+def _judge() -> Judge:
+    digits = load_digit_splits()
+    return Judge(digits, train_classifier(digits.train))

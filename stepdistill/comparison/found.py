@@ -1,0 +1,81 @@
+"""What a comparison's folder holds so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepdistill.demo.recipes import RECIPES
+
+from .ground import PAIRS_SECONDS, TEACHER_ROWS
+from .runs import failures, results
+from .table import Cell, Judged, cells, data_needs, recommend
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that the files show. runs: results' content without rows; failed: failures' content."""
+
+    table: dict[tuple[str, int], Cell]
+    base: Sequence[Judged]
+    students: Sequence[Judged]
+    runs: Sequence[dict[str, Any]]
+    failed: Sequence[dict[str, Any]]
+    needs: dict[str, str]
+    facts: str
+
+    @property
+    def teacher(self) -> dict[int, float]:
+        """Steps -> Frechet distance."""
+        return {r.steps: r.frechet.mean for r in self.base if r.steps and r.frechet is not None}
+
+    @property
+    def methods(self) -> list[str]:
+        """Those with a finished run."""
+        return list(dict.fromkeys(key[0] for key in self.table))
+
+    @property
+    def counts(self) -> list[int]:
+        """The step counts of the table's columns."""
+        return sorted({key[1] for key in self.table})
+
+    def advice(self) -> list[str]:
+        """See `table.recommend`."""
+        return recommend(self.table, self.teacher, self.needs)
+
+
+def read(out: Path) -> Comparison:
+    """What a folder holds so far. Errors: ValueError where nothing was compared in it."""
+    kept = out / TEACHER_ROWS
+    if not kept.is_file():
+        raise ValueError(
+            f"output_dir: expected a comparison (with {TEACHER_ROWS}), got {out}. Give --methods "
+            "and --budget to make one."
+        )
+    found = results(out)
+    base = [Judged.of(raw) for raw in json.loads(kept.read_text())]
+    students = [Judged.of(raw) for result in found for raw in result["rows"]]
+    order = {name: index for index, name in enumerate(RECIPES)}
+    table = cells(found)
+    table = dict(sorted(table.items(), key=lambda item: (order.get(item[0][0], 99), item[0])))
+    runs = [{k: v for k, v in result.items() if k != "rows"} for result in found]
+    for run, result in zip(runs, found, strict=True):
+        run["method"] = result["rows"][0]["label"]
+        run["steps"] = [row["steps"] for row in result["rows"]]
+    facts = _facts(out, found)
+    return Comparison(table, base, students, runs, failures(out), data_needs(found), facts)
+
+
+def _facts(out: Path, found: Sequence[dict[str, Any]]) -> str:
+    seeds = sorted({result["seed"] for result in found})
+    budgets = sorted({result.get("budget") or f"{result['seconds']:g}s" for result in found})
+    told = f"Training seeds {seeds}, {', '.join(budgets)} for each student."
+    took = out / PAIRS_SECONDS
+    if took.is_file():
+        told += (
+            f" The teacher's pairs, made once for all, took {json.loads(took.read_text()):.0f} s."
+        )
+    return told

@@ -1,0 +1,220 @@
+"""A user's ground: any served pipeline as the teacher, methods by their config files, `evaluate` as
+the judge.
+
+The same for every method: teacher, prompts, data, batch size, precision, tuning and guidance, where
+they are given. Everything else is the method's own config file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stepdistill
+from stepdistill.data.images import ImageFolderDataset
+from stepdistill.data.pairs import PairDataset
+from stepdistill.data.stream import PromptDataset
+from stepdistill.data.teacher_pairs import make_pairs
+from stepdistill.demo.recipes import Training
+from stepdistill.evaluation.metrics import System
+from stepdistill.evaluation.run import Options, evaluate
+from stepdistill.methods import METHODS
+from stepdistill.models.registry import conditioning_of
+from stepdistill.training.configfile import merge, method_class, read_yaml
+
+from .ground import PAIRS_SECONDS, TEACHER_ROWS, Ground, Plain
+from .students import Reach, Student, reach_of_methods, students
+
+CONFIGS = Path(stepdistill.__file__).parents[1] / "configs" / "methods"  # in a checkout
+FILE_OF = {"reflow": "reflow_distill"}  # its other stage ends in no few-step student
+UNSAVED = {"checkpointing_steps": 0, "resume_from_checkpoint": None, "validation_steps": 0}
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the user said. methods: name -> config file, or None for the bundled one's."""
+
+    teacher: str
+    prompts_file: str
+    features: Sequence[str]
+    train_data_dir: str | None = None
+    reference: str | None = None
+    methods: Mapping[str, str | None] = field(default_factory=dict)
+    config: Sequence[str] = ()
+    guidance: float | None = None
+    student: str | None = None
+    train_batch_size: int | None = None
+    mixed_precision: str | None = None
+    resolution: int | None = None
+    num_pairs: int = 1024
+    pair_steps: int = 25
+    teacher_steps: Sequence[int] = (50,)
+    eval_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def settled(self) -> dict[str, Any]:
+        """What must not change between calls in one folder."""
+        return {name: value for name, value in asdict(self).items() if name != "methods"}
+
+
+class OwnTeacher(Ground):
+    """See the module."""
+
+    threads = None
+
+    def __init__(self, out: Path, own: Own) -> None:
+        super().__init__(out)
+        self.own = own
+        if conditioning_of(own.teacher) != "prompt":
+            raise ValueError(
+                f"compare: expected a teacher told by prompts, got {own.teacher!r}. Train each "
+                "method by itself and use stepdistill evaluate."
+            )
+
+    def teacher(self) -> str:
+        return self.own.teacher
+
+    def prepare(self) -> None:
+        own, took = self.own, self.out / PAIRS_SECONDS
+        if not took.is_file():
+            shutil.rmtree(self.out / "pairs", ignore_errors=True)
+            start = time.perf_counter()
+            make_pairs(
+                own.teacher,
+                own.prompts_file,
+                self.out / "pairs",
+                num_pairs=own.num_pairs,
+                num_steps=own.pair_steps,
+                guidance=1.0 if own.guidance is None else own.guidance,
+                resolution=own.resolution,
+            )
+            took.write_text(json.dumps(time.perf_counter() - start))
+        if not (self.out / TEACHER_ROWS).is_file():
+            report = evaluate(self._options([]))
+            rows = [plain(one, one.label, report.reference) for one in report.systems]
+            (self.out / TEACHER_ROWS).write_text(json.dumps(rows))
+
+    def _options(self, student: Sequence[str]) -> Options:
+        own = self.own
+        return Options(
+            teacher=own.teacher,
+            student=student,
+            prompts_file=own.prompts_file,
+            output_dir=str(self.out / "evaluation"),
+            teacher_steps=own.teacher_steps,
+            features=own.features,
+            reference=own.reference,
+            guidance=own.guidance,
+            resolution=own.resolution,
+            **own.eval_options,
+        )
+
+    def students(self, methods: Sequence[str], steps: Sequence[int] | None) -> list[Student]:
+        reaches = {}
+        known = reach_of_methods()
+        for name in methods:
+            reaches[name] = known.get(
+                self.settings(name)["method"], Reach((1, 2, 4), False, "images")
+            )
+        return students(reaches, steps or (1, 2, 4), only_claims=False)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """A method's config file under what is the same for all."""
+        own, given = self.own, self.own.methods.get(name)
+        file = Path(given) if given else CONFIGS / f"{FILE_OF.get(name, name)}.yaml"
+        # An installed package has no configs/: the method's own defaults.
+        settings = read_yaml(file) if given or file.is_file() else {"method": name}
+        for path in own.config:
+            settings = merge(settings, read_yaml(path))
+        settings.setdefault("method", name)
+        fields = method_class(settings["method"]).Config.model_fields
+        same: dict[str, Any] = {**UNSAVED}
+        same["mixed_precision"] = own.mixed_precision or (
+            "bf16" if torch.cuda.is_available() else "no"
+        )
+        if own.train_batch_size:
+            same["train_batch_size"] = own.train_batch_size
+        if own.resolution:
+            same["resolution"] = own.resolution
+        if own.student:
+            same["tuning"] = {"student": own.student, "fake": own.student}
+        if own.guidance is not None:
+            told = {"guidance": own.guidance, "guidance_range": [own.guidance] * 2}
+            told["embed_guidance"] = False  # one guidance needs no telling
+            if "guidance" in fields:
+                told.pop("guidance_range")
+            same["method_config"] = {key: v for key, v in told.items() if key in fields}
+        return merge(settings, same)
+
+    def trainings(self, student: Student) -> list[Training]:
+        settings = self.settings(student.recipe)
+        info = method_class(settings["method"])
+        name = "num_phases" if "num_phases" in info.Config.model_fields else "num_steps"
+        several = isinstance(info.Config.model_fields[name].default, tuple)
+        count: Any = [student.trained_for] if several else student.trained_for
+        settings = merge(settings, {"method_config": {name: count}})
+        settings.setdefault("max_train_steps", 1000)
+        reach = reach_of_methods().get(settings["method"])
+        data = reach.data if reach else "images"
+        if data == "images" and self.own.train_data_dir is None:
+            data = "pairs"  # whose images the teacher made
+        return [Scaled(student.recipe, settings, data)]
+
+    def dataset(self, training: Training) -> Any:
+        if training.data == "prompts":
+            return PromptDataset.from_file(self.own.prompts_file)
+        if training.data == "images" and self.own.train_data_dir is not None:
+            return ImageFolderDataset(self.own.train_data_dir, self.own.resolution, labels=False)
+        return PairDataset(self.out / "pairs")
+
+    def judge(self, label: str, steps: int, folder: Path) -> Plain:
+        report = evaluate(self._options([str(folder)]))
+        return plain(report.systems[-1], label, report.reference)
+
+
+class Scaled(Training):
+    """A config file's training, shortened: warm-up takes at most a tenth of it."""
+
+    def lasting(self, updates: int) -> dict[str, Any]:
+        """See Training."""
+        made = super().lasting(updates)
+        warm = min(int(made.get("lr_warmup_steps", 0)), updates // 10)
+        return merge(made, {"lr_warmup_steps": warm})
+
+
+def plain(system: System, label: str, reference: str) -> Plain:
+    """A row of `evaluate` as a row of the comparison, in its first feature network."""
+    found: Plain = {
+        "label": label,
+        "group": system.group,
+        "steps": system.steps,
+        "previews": list(system.previews),
+    }
+    for name in ("frechet", "recall"):
+        value = system.get(name, reference=reference)
+        found[name] = None if value is None else asdict(value)
+    for name in ("network_calls", "seconds_per_image"):
+        value = system.get(name)
+        found[name] = None if value is None else value.mean
+    return found
+
+
+def split_methods(texts: Sequence[str]) -> dict[str, str | None]:
+    """NAME or NAME=FILE -> {name: file}. Errors: ValueError for a name without file or method."""
+    found: dict[str, str | None] = {}
+    for text in texts:
+        name, _, file = text.partition("=")
+        bundled = CONFIGS / f"{FILE_OF.get(name, name)}.yaml"
+        if not file and not bundled.is_file() and name not in METHODS:
+            raise ValueError(
+                f"methods: expected a method of {sorted(METHODS)}, a file of configs/methods or "
+                f"NAME=FILE, got {text!r}."
+            )
+        found[name] = file or None
+    return found

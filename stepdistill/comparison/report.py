@@ -1,0 +1,137 @@
+"""The comparison's files, written anew after every run: table.md, results.json, results.csv,
+samples.png and report.html."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stepdistill.evaluation import page
+from stepdistill.evaluation.plots import panel_png, save_page
+
+from .found import Comparison, read
+from .pictures import figure, panels, shown, strips
+from .table import Cell
+
+
+def markdown(found: Comparison) -> str:
+    """The table, a row for each method, Frechet distance with recall in brackets."""
+    counts = found.counts
+    lines = ["| | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in counts) + " |"]
+    lines += ["|---" * (len(counts) + 1) + "|"]
+    for label, texts in _rows(found):
+        lines.append(f"| {label} | " + " | ".join(texts) + " |")
+    for one in found.failed:
+        error = one["error"].replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {_failed(one)} | {error} |" + " |" * (len(counts) - 1))
+    others = [
+        f"{'real images' if r.group == 'real' else f'teacher at {r.steps} steps'} "
+        f"{_told(r.frechet.mean, 0, r.recall)}"
+        for r in found.base
+        if r.frechet is not None and r.steps not in counts
+    ]
+    head = (
+        "Fréchet distance (recall in brackets), mean ± deviation over training seeds. "
+        f"{'; '.join(others)}. {found.facts}"
+    )
+    advice = [f"- {line}" for line in found.advice()]
+    return "\n".join([head, "", *lines, "", *advice, ""])
+
+
+def _failed(one: dict[str, Any]) -> str:
+    return f"{one['recipe']} for {'/'.join(map(str, one['steps']))}, seed {one['seed']}: failed"
+
+
+def _told(mean: float, std: float, recall: Any) -> str:
+    value = getattr(recall, "mean", recall)
+    text = f"{mean:.2f} ± {std:.2f}" if std else f"{mean:.2f}"
+    return text if value is None or value != value else f"{text} ({value:.2f})"
+
+
+def _rows(found: Comparison) -> list[tuple[str, list[str]]]:
+    """(label, a text for each step count): the teacher's, then each method's."""
+    naive = {r.steps: r for r in found.base if r.group == "teacher"}
+    rows = []
+    teacher = [naive.get(n) for n in found.counts]
+    rows.append(
+        (
+            "teacher",
+            [_told(r.frechet.mean, 0, r.recall) if r and r.frechet else "" for r in teacher],
+        )
+    )
+    for method in found.methods:
+        own = [found.table.get((method, n)) for n in found.counts]
+        rows.append((method, [_told(c.frechet, c.std, c.recall) if c else "" for c in own]))
+    return rows
+
+
+def write(out: Path) -> Comparison:
+    """Write the files of what the folder holds."""
+    found = read(out)
+    (out / "table.md").write_text(markdown(found), encoding="utf-8")
+    plain = [{"recipe": key[0], "steps": key[1], **asdict(c)} for key, c in found.table.items()]
+    told = {
+        "table": plain,
+        "runs": list(found.runs),
+        "failed": list(found.failed),
+        "advice": found.advice(),
+    }
+    (out / "results.json").write_text(json.dumps(told, indent=1) + "\n")
+    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        names = ["recipe", "steps", *asdict(Cell(0, 0, 0, 0)), "error"]
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        writer.writerows(plain)
+        for one in found.failed:
+            steps = "/".join(map(str, one["steps"]))
+            writer.writerow({"recipe": one["recipe"], "steps": steps, "error": one["error"]})
+    save_page(out / "samples.png", "Methods compared", strips(found), panels(found), share=0.74)
+    (out / "report.html").write_text(render(found), encoding="utf-8")
+    return found
+
+
+def render(found: Comparison) -> str:
+    """The page: advice, table, plots, pictures, runs."""
+    lines = [
+        page.Line("teacher" if label == "teacher" else "student", [label, *texts])
+        for label, texts in _rows(found)
+    ]
+    heads = ["Fréchet ↓ (recall ↑)", *(f"{n} step{'s' * (n > 1)}" for n in found.counts)]
+    first, *rest = found.advice()
+    told = (line.partition(": ") for line in rest)
+    advice = [("good", "advice", first, "")]
+    advice += [("", steps, sentence, "") for steps, _, sentence in told]
+    small_print = (
+        "Mean ± deviation over training seeds, where there are several. Same teacher, data and "
+        f"budget for every method. {found.facts}"
+    )
+    sections = [
+        ("Which one?", page.verdicts(advice)),
+        ("Figures", page.table(heads, lines) + page.paragraph(small_print)),
+    ]
+    if found.table:
+        about = ("Fréchet distance against steps", "Fréchet distance against training time")
+        drawn = [panel_png(panel) for panel in panels(found)]
+        charts = page.charts(list(zip(about, drawn, strict=True)))
+        sections.append(("Quality against steps and time", charts))
+    sections.append(("Samples", page.gallery([figure(row) for row in shown(found)])))
+    if found.failed:
+        failed = [page.Line("failed", [_failed(one), one["error"]]) for one in found.failed]
+        sections.append(("Failed runs", page.table(["run", "error"], failed)))
+    runs = [
+        page.Line(
+            "",
+            [
+                f"{run['method']} for {'/'.join(map(str, run['steps']))}",
+                str(run["seed"]),
+                " + ".join(map(str, run["updates"])),
+                f"{run['cpu_seconds']:.0f}",
+            ],
+        )
+        for run in found.runs
+    ]
+    sections.append(("Runs", page.table(["run", "seed", "updates", "seconds"], runs)))
+    return page.render("Methods compared", sections)

@@ -1,0 +1,98 @@
+"""Who is compared: one training for each method and step count, or for all its step counts at once,
+and the budget that each of them gets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stepdistill.demo.recipes import RECIPES
+
+ALIASES = {"lcm": "consistency"}  # of the demo's recipes; there is a configs/methods/lcm.yaml
+
+
+@dataclass(frozen=True)
+class Student:
+    """One training to do. steps: what it is judged at; the first is the one it is trained for."""
+
+    recipe: str
+    steps: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.recipe}_{'_'.join(map(str, self.steps))}"
+
+    @property
+    def trained_for(self) -> int:
+        return self.steps[0]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each student gets: seconds of one processor core (on CUDA, of wall clock) or updates."""
+
+    seconds: float | None = None
+    updates: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Of "240s" or "500steps". Errors: ValueError for anything else."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|steps?)", text.strip())
+        if found is None or float(found[1]) <= 0:
+            raise ValueError(f"budget: expected such as 240s or 500steps, got {text!r}.")
+        if found[2] == "s":
+            return cls(seconds=float(found[1]))
+        return cls(updates=max(1, round(float(found[1]))))
+
+    def __str__(self) -> str:
+        return f"{self.updates}steps" if self.seconds is None else f"{self.seconds:g}s"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a method can be asked for. claims: step counts it is meant for; all of them by one
+    student where one_student; data: "prompts", "images" or "pairs"."""
+
+    claims: tuple[int, ...]
+    one_student: bool
+    data: str
+
+    def of(self, steps: Sequence[int] | None, only_claims: bool) -> tuple[int, ...]:
+        """The asked step counts that make sense; all claims where none are asked for.
+
+        Args: only_claims: else a method of several steps also takes others above one.
+        """
+        if steps is None:
+            return self.claims
+        several = max(self.claims) > 1 and not only_claims
+        return tuple(n for n in steps if n in self.claims or (several and n > 1))
+
+
+def reach_of_recipes() -> dict[str, Reach]:
+    """Of the demo's recipes."""
+    return {
+        name: Reach(recipe.claims, recipe.one_student, recipe.data)
+        for name, recipe in RECIPES.items()
+    }
+
+
+def reach_of_methods() -> dict[str, Reach]:
+    """Of the methods themselves, each by the recipe of its own name."""
+    return {
+        name: reach for name, reach in reach_of_recipes().items() if RECIPES[name].method == name
+    }
+
+
+def students(
+    reaches: Mapping[str, Reach], steps: Sequence[int] | None = None, only_claims: bool = True
+) -> list[Student]:
+    """A student for each step count, or one for all; those of one step (or of all steps) first."""
+    made = []
+    for name, reach in reaches.items():
+        counts = reach.of(steps, only_claims)
+        groups = [counts] if reach.one_student and counts else [(n,) for n in counts]
+        made += [Student(name, group) for group in groups]
+    order = {1: 0, 4: 1, 2: 2}
+    return sorted(made, key=lambda student: order.get(student.trained_for, student.trained_for))

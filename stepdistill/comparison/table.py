@@ -1,0 +1,173 @@
+"""From runs to cells, and from cells to a recommendation that says why."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepdistill.demo.metrics import NOISE_SEEDS
+from stepdistill.evaluation.samples import Spread
+
+DATA_ORDER = ("prompts", "images", "pairs")  # the less to bring, the earlier
+NEAR = 1.1  # a student within that factor of the teacher's best is as good as it, for advice
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One judged sampler. group: "real", "teacher" or "student"; previews: as the judge left them,
+    paths of pictures or (digits) numbers in [-1, 1]."""
+
+    label: str
+    group: str
+    steps: int | None
+    frechet: Spread | None
+    recall: Spread | None
+    network_calls: float | None
+    seconds_per_image: float | None
+    previews: Sequence[Any]
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Judged:
+        """A row as JSON holds it; other figures are left out."""
+        spreads = {
+            name: None if raw.get(name) is None else Spread(**raw[name])
+            for name in ("frechet", "recall")
+        }
+        names = ("label", "group", "steps", "network_calls", "seconds_per_image", "previews")
+        return cls(**{name: raw.get(name) for name in names}, **spreads)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one step count. frechet, std, recall: over training seeds; noise: standard
+    error of one run's value, by its noise seeds; seconds: of training."""
+
+    frechet: float
+    std: float
+    recall: float
+    num_seeds: int
+    noise: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean, of training seeds or (where there is one) of noise."""
+        return max(self.std, self.noise) / math.sqrt(self.num_seeds)
+
+
+Table = Mapping[tuple[str, int], Cell]
+
+
+def cells(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Cell]:
+    """(method, steps) -> Cell of the results' rows."""
+    found: dict[tuple[str, int], list[tuple[Mapping[str, Any], float]]] = {}
+    for result in results:
+        for row in result["rows"]:
+            if row["frechet"] is not None:
+                spent = float(result.get("cpu_seconds", 0.0))
+                found.setdefault((row["label"], row["steps"]), []).append((row, spent))
+    made = {}
+    for key, rows in found.items():
+        frechet = [row["frechet"]["mean"] for row, _ in rows]
+        recall = [row["recall"]["mean"] for row, _ in rows if row["recall"] is not None]
+        made[key] = Cell(
+            statistics.fmean(frechet),
+            statistics.stdev(frechet) if len(frechet) > 1 else 0.0,
+            statistics.fmean(recall) if recall else math.nan,
+            len(rows),
+            statistics.fmean(row["frechet"].get("std", 0.0) for row, _ in rows)
+            / math.sqrt(len(NOISE_SEEDS)),
+            statistics.fmean(spent for _, spent in rows),
+        )
+    return made
+
+
+def data_needs(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Method -> the data its last training read, where the runs say so."""
+    return {
+        row["label"]: result["data"]
+        for result in results
+        if "data" in result
+        for row in result["rows"]
+    }
+
+
+def peers(table: Table, steps: int) -> list[str]:
+    """The best method at that step count, then those whose distance differs from its by less than
+    the standard error of the difference."""
+    own = {key[0]: cell for key, cell in table.items() if key[1] == steps}
+    order = sorted(own, key=lambda name: own[name].frechet)
+    best = own[order[0]]
+    return [
+        name
+        for name in order
+        if own[name].frechet - best.frechet <= math.hypot(own[name].error, best.error)
+    ]
+
+
+def recommend(
+    table: Table, teacher: Mapping[int, float], needs: Mapping[str, str] | None = None
+) -> list[str]:
+    """Sentences: what to take at each step count and, first, over all, each with its numbers.
+
+    Args: teacher: steps -> Frechet distance; needs: see `data_needs`.
+    """
+    if not table:
+        return ["No run has finished: there is nothing to recommend."]
+    most = max(teacher, default=None)
+    lines, best = [], {}
+    for steps in sorted({key[1] for key in table}):
+        names = peers(table, steps)
+        best[steps] = names[0]
+        lines.append(_sentence(table, steps, names, teacher, most, needs or {}))
+    if most is None:
+        return lines
+    base = teacher[most]
+    near = [n for n in best if table[best[n], n].frechet <= NEAR * base]
+    if near:
+        n = min(near)
+        value = table[best[n], n].frechet
+        first = (
+            f"Take {best[n]} at {_steps(n)}: the fewest steps within {NEAR - 1:.0%} of the "
+            f"teacher's {most} ({value:.2f} against {base:.2f})."
+        )
+    else:
+        n = min(best, key=lambda n: table[best[n], n].frechet)
+        value = table[best[n], n].frechet
+        first = (
+            f"Take {best[n]} at {_steps(n)}: the nearest to the teacher's {most} steps "
+            f"({value:.2f} against {base:.2f}, {value / base:.2f} times it); none comes within "
+            f"{NEAR - 1:.0%} at this budget."
+        )
+    return [first, *lines]
+
+
+def _sentence(
+    table: Table,
+    steps: int,
+    names: Sequence[str],
+    teacher: Mapping[int, float],
+    most: int | None,
+    needs: Mapping[str, str],
+) -> str:
+    best = table[names[0], steps]
+    told = f"{_steps(steps)}: {names[0]} ({best.frechet:.2f}, recall {best.recall:.2f}"
+    told += f"; the teacher {teacher[steps]:.2f} there" if steps in teacher else ""
+    told += f", {best.frechet / teacher[most]:.2f} times its {most} steps)" if most else ")"
+    others = names[1:]
+    if others:
+        told += f"; not told apart from it by these runs: {', '.join(others)}"
+        rank = {name: DATA_ORDER.index(needs[name]) for name in names if name in needs}
+        least = min(rank, key=lambda name: rank[name], default=names[0])
+        if rank.get(least, 9) < rank.get(names[0], -1):
+            told += f", of which {least} needs {needs[least]} alone"
+    if steps in teacher and best.frechet >= teacher[steps]:
+        told += "; no student beats the teacher at this step count: raise the budget"
+    return told + "."
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count > 1)}"

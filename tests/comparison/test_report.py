@@ -1,0 +1,114 @@
+"""The report of a folder: earlier layouts, failures as rows, and pages that stand alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation.test_evaluate import Page
+from PIL import Image
+
+from stepdistill.cli import main
+from stepdistill.comparison.report import write
+from stepdistill.comparison.runs import write_plan
+from stepdistill.comparison.students import Budget
+
+
+def row(label: str, group: str, steps: int | None, frechet: float) -> dict[str, Any]:
+    digit = [[[0.5 if x == y else -1.0 for x in range(8)] for y in range(8)]]
+    return {
+        "label": label,
+        "group": group,
+        "steps": steps,
+        "frechet": {"mean": frechet, "std": 0.3},
+        "frechet_pixels": {"mean": 1.0, "std": 0.1},
+        "recall": {"mean": 0.85, "std": 0.01},
+        "accuracy": {"mean": 0.97, "std": 0.01},
+        "network_calls": None if steps is None else float(steps),
+        "seconds_per_image": None if steps is None else 0.001,
+        "previews": [digit] * 4,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """As the benchmark of earlier versions left it: no plan, no budget, no data."""
+    base = [row("real (train)", "real", None, 1.3), row("teacher", "teacher", 1, 40.0)]
+    base.append(row("teacher", "teacher", 50, 2.0))
+    (tmp_path / "teacher_rows.json").write_text(json.dumps(base))
+    (tmp_path / "pairs_seconds.json").write_text("12.0")
+    (tmp_path / "results").mkdir()
+    for seed, frechet in enumerate((2.0, 2.2)):
+        facts = {"updates": [10, 40], "cpu_seconds": 61.0, "seconds": 60.0, "seed": seed}
+        content = {**facts, "rows": [row("dmd2", "student", 1, frechet)]}
+        (tmp_path / "results" / f"dmd2_1_seed{seed}.json").write_text(json.dumps(content))
+    (tmp_path / "failures").mkdir()
+    failure = {"recipe": "pcm", "steps": [2], "seed": 0, "error": "ValueError: a | <b>"}
+    (tmp_path / "failures" / "pcm_2_seed0.json").write_text(json.dumps(failure))
+    return tmp_path
+
+
+def test_command_without_a_budget_renders_what_is_there(folder, capsys) -> None:
+    main(["compare", "--output_dir", str(folder)])
+    told = capsys.readouterr().out
+    assert "| dmd2 | 2.10 ± 0.14 (0.85) |" in told
+    assert "| teacher | 40.00 (0.85) |" in told
+    assert "| pcm for 2, seed 0: failed | ValueError: a \\| <b> |" in told
+    assert "- Take dmd2 at 1 step: the fewest steps within 10%" in told
+    assert "teacher at 50 steps 2.00 (0.85)" in told
+
+
+def test_files_hold_the_table_and_the_failure(folder) -> None:
+    write(folder)
+    plain = json.loads((folder / "results.json").read_text())
+    assert [(one["recipe"], one["steps"]) for one in plain["table"]] == [("dmd2", 1)]
+    assert plain["runs"][0]["updates"] == [10, 40]
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert (rows[0]["recipe"], float(rows[0]["frechet"])) == ("dmd2", 2.1)
+    assert (rows[1]["recipe"], rows[1]["error"]) == ("pcm", "ValueError: a | <b>")
+
+
+def test_page_stands_alone_and_picture_has_a_row_for_each(folder) -> None:
+    write(folder)
+    page = Page()
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page.feed(text)
+    assert page.open == []
+    assert page.tags.count("figure") == 3  # the teacher twice, dmd2
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "script" not in page.tags
+    assert "a | &lt;b&gt;" in text
+    with Image.open(folder / "samples.png") as image:
+        assert image.height > 500
+
+
+def test_a_folder_without_a_comparison_is_refused(tmp_path) -> None:
+    with pytest.raises(SystemExit, match=r"output_dir: expected a comparison"):
+        main(["compare", "--output_dir", str(tmp_path)])
+
+
+def test_an_earlier_folder_goes_on_at_its_own_budget_alone(folder) -> None:
+    with pytest.raises(ValueError, match=r"expected runs of 30s .* got some of 60s"):
+        write_plan(folder, "digits", {}, Budget(seconds=30.0), {})
+    write_plan(folder, "digits", {}, Budget(seconds=60.0), {})
+    with pytest.raises(ValueError, match="the same budget"):
+        write_plan(folder, "digits", {}, Budget(seconds=30.0), {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--methods", "dmd2"], "budget: expected such as 240s beside --methods"),
+        (["--budget", "5steps", "--guidance", "2"], "guidance: expected it beside --teacher alone"),
+        (["--budget", "5steps", "--teacher", "x"], "prompts_file: expected it beside --teacher"),
+        (["--budget", "5 hours"], "budget: expected such as 240s or 500steps"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, told, tmp_path) -> None:
+    with pytest.raises(SystemExit, match=told):
+        main(["compare", "--output_dir", str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()

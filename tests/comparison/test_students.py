@@ -1,0 +1,71 @@
+"""Who is compared, by names and step counts, and what a budget says."""
+
+import pytest
+
+from stepdistill.comparison.digits import Digits
+from stepdistill.comparison.own_teacher import CONFIGS, split_methods
+from stepdistill.comparison.students import (
+    Budget,
+    Reach,
+    Student,
+    reach_of_methods,
+    reach_of_recipes,
+    students,
+)
+from stepdistill.demo.recipes import RECIPES
+from stepdistill.methods import METHODS
+
+
+def test_every_claim_of_every_recipe_is_judged_once() -> None:
+    judged = [(one.recipe, steps) for one in students(reach_of_recipes()) for steps in one.steps]
+    claimed = [(name, steps) for name, recipe in RECIPES.items() for steps in recipe.claims]
+    assert sorted(judged) == sorted(claimed)
+
+
+def test_one_student_serves_all_step_counts_where_its_method_says_so() -> None:
+    reaches = {"a": Reach((1, 2, 4), True, "images"), "b": Reach((1, 2, 4), False, "prompts")}
+    made = students(reaches, [1, 2])
+    assert made == [Student("a", (1, 2)), Student("b", (1,)), Student("b", (2,))]
+
+
+def test_a_one_step_method_is_asked_for_one_step_alone() -> None:
+    reach = Reach((1,), False, "prompts")
+    assert reach.of([1, 2, 8], only_claims=False) == (1,)
+    assert Reach((2, 4), False, "images").of([1, 2, 8], only_claims=False) == (2, 8)
+    assert Reach((2, 4), False, "images").of([1, 2, 8], only_claims=True) == (2,)
+
+
+def test_every_method_is_known_with_its_data() -> None:
+    assert set(reach_of_methods()) == set(METHODS)
+
+
+def test_lcm_is_the_demo_s_consistency(tmp_path) -> None:
+    made = Digits(tmp_path).students(["lcm", "dmd2"], [1, 4])
+    assert [one.name for one in made] == ["consistency_1_4", "dmd2_1", "dmd2_4"]
+
+
+def test_an_unknown_method_is_refused_with_the_choices(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"methods: expected some of \['consistency'.*'lcmm'"):
+        Digits(tmp_path).students(["lcmm"], None)
+    with pytest.raises(ValueError, match="methods: expected a method of"):
+        split_methods(["lcmm"])
+
+
+def test_a_method_of_one_s_own_file_keeps_its_name(tmp_path) -> None:
+    assert CONFIGS.is_dir()
+    assert split_methods(["lcm", "mine=a.yaml"]) == {"lcm": None, "mine": "a.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("240s", Budget(seconds=240.0)), ("0.5s", Budget(seconds=0.5)), ("5steps", Budget(updates=5))],
+)
+def test_a_budget_is_of_time_or_of_updates(text, budget) -> None:
+    assert Budget.parse(text) == budget
+    assert str(budget) == text
+
+
+@pytest.mark.parametrize("text", ["240", "s", "0s", "-3steps", "4m"])
+def test_another_budget_is_refused(text) -> None:
+    with pytest.raises(ValueError, match="budget: expected such as 240s or 500steps"):
+        Budget.parse(text)
