@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from stepdistill.core.context import stable_seed
 
 TOLD = 5  # names in a message
@@ -61,12 +63,15 @@ class CorruptLog:
     def __init__(self, limit: float = 0.05) -> None:
         self.limit = limit
         self.draws = self.replaced = 0
+        self.possible = False  # whether the data set is one that can have unreadable samples
+        self._last = 0.0
         self.names: list[str] = []
 
     def add(self, draws: int, bad: Sequence[str]) -> None:
         """Note one batch. Errors: ValueError past the limit."""
         self.draws += draws
         self.replaced += len(bad)
+        self._last = len(bad) / draws
         for name in bad:
             if len(self.names) < TOLD and name not in self.names:
                 self.names.append(name)
@@ -76,6 +81,10 @@ class CorruptLog:
                 f"data: expected at most {self.limit:.3g} of the samples to be unreadable "
                 f"(--max_corrupt_fraction), got {self}. Repair them, or allow more."
             )
+
+    def logs(self, like: Tensor) -> dict[str, Tensor]:
+        """{"unreadable": its fraction of the last batch}, on that tensor's device."""
+        return {"unreadable": like.new_tensor(self._last)} if self.possible else {}
 
     def __str__(self) -> str:
         return f"{self.replaced} of {self.draws} ({', '.join(self.names)})"

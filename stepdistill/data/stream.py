@@ -188,7 +188,9 @@ def stream(
         placed = _Placed(sampler)
         data = _Indexed(dataset, seed)
         loader = DataLoader(data, batch_sampler=placed, collate_fn=collate, **options)
-    return _counted(iter(loader), CorruptLog() if corrupt is None else corrupt)
+    corrupt = CorruptLog() if corrupt is None else corrupt
+    corrupt.possible = isinstance(dataset, Source | RowStream)
+    return _counted(iter(loader), corrupt)
 
 
 def _counted(batches: Iterable[dict[str, Any]], corrupt: CorruptLog) -> Iterator[dict[str, Any]]:

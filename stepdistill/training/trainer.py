@@ -210,6 +210,7 @@ class Trainer:
             with accelerator.no_sync(self.module) if more else nullcontext():
                 total, logs = self.module(phase.loss, batch, ctx)
                 accelerator.backward(total / len(carry))
+            logs = {**logs, **self.corrupt.logs(total.detach())}
             self.log.add(phase.name, self.step, total.detach(), logs)
         accelerator.unscale_gradients(self.optimizer)
         norms = clip_by_role(self.bank, phase.trains, args.max_grad_norm, args.role_max_grad_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -108,6 +109,21 @@ def test_tensors_of_the_user_s_own_dataset(family, tmp_path) -> None:
     assert (len(cache.prompts or ()), len(cache.latents or ())) == (2, 3)
     batch = BatchMaker(family, CPU, disk=cache)(next(stream(Own(), 4, 0)))
     fresh = BatchMaker(family, CPU)(next(stream(Own(), 4, 0)))
+    assert torch.equal(batch.x0, fresh.x0)
+
+
+def test_class_labels_leave_latents_alone(make_family, tmp_path) -> None:
+    family, folder = make_family("dit"), tmp_path / "images"
+    for label in (0, 2):
+        image_folder(folder / str(label), count=3)
+    data = ImageFolderDataset(folder, RESOLUTION, labels=True)
+    cache = open_and_fill(tmp_path / "cache", family, data)
+    assert cache.prompts is None
+    assert len(cache.latents or ()) == 3  # three different images under two labels
+    raw = next(stream(data, 6, 0))
+    batch, fresh = (BatchMaker(family, CPU, disk=disk)(raw) for disk in (cache, None))
+    assert batch.x0 is not None
+    assert fresh.x0 is not None
     assert torch.equal(batch.x0, fresh.x0)
 
 
@@ -284,7 +300,8 @@ def test_resume_in_an_epoch_with_workers_and_cache(teacher, tmp_path) -> None:
     """24 tar samples, two unreadable, in batches of 2, taken up after 3 updates of 6."""
     data = dataset_of("tars", tmp_path, bad=(4, 11))
     data.size_px = RESOLUTION
-    more = {"dataloader_num_workers": 2, "checkpointing_steps": 3, "max_train_steps": 6}
+    more = {"dataloader_num_workers": 2, "checkpointing_steps": 3}
+    more |= {"max_train_steps": 6, "logging_steps": 1}
     whole = ConsistencyTrainer(teacher, options(tmp_path / "run", **more), data)
     whole.train()
     back = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-3"), **more}
@@ -292,6 +309,8 @@ def test_resume_in_an_epoch_with_workers_and_cache(teacher, tmp_path) -> None:
     resumed = ConsistencyTrainer(teacher, options(tmp_path / "run", **back), data)
     resumed.train()
     assert whole.step == resumed.step == 6
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert sum(row["student/unreadable"] * 2 for row in rows) == whole.corrupt.replaced > 0
     members = [fingerprint(t.bank.members("student")) for t in (whole, resumed)]
     assert members[0] == members[1]
 
