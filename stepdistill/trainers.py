@@ -28,6 +28,7 @@ from stepdistill.training.configfile import method_config as parse_method_config
 from stepdistill.training.sources import open_dataset
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.validation import validate
+from stepdistill.training.watchdog import WatchdogStop
 
 
 class DistillationTrainer(Trainer):
@@ -213,10 +214,14 @@ TRAINER_OF: dict[str, type[DistillationTrainer]] = {
 def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None) -> None:
     """What `stepdistill train` and the launchers in train/ run: train, export, push when asked.
 
-    A mistake or a non-finite loss: one line, exit status 1. SIGTERM or SIGUSR1: saved, status 75.
+    Exit statuses: 0 finished; 1 a mistake, told in one line; 75 stopped by SIGTERM or SIGUSR1 and
+    saved, start it again; 76 stopped by the watchdog, nothing saved since the checkpoint it names.
     """
     try:
         _launch(argv, trainer)
+    except WatchdogStop as stop:
+        print("stopped: " + " ".join(str(stop).split()), file=sys.stderr)
+        sys.exit(stop.status)
     except (ValueError, TypeError, FloatingPointError, OSError) as err:
         sys.exit("error: " + " ".join(str(err).split()))
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from stepdistill.models.role_weights import like, to_cpu
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.safe_files import read_json, read_tensors
+from stepdistill.training.best import read_best
 from stepdistill.training.optim import state_shape
 from stepdistill.training.whole import MANIFEST, fault_of, write_folder
 
@@ -62,10 +63,16 @@ def newest_valid(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def prune(newest: Path, limit: int | None) -> None:
+def step_of(folder: Path) -> int:
+    """The student step of a checkpoint-N."""
+    return _order(folder)[0]
+
+
+def prune(newest: Path, limit: int | None, protect: Collection[str] = ()) -> None:
     """Delete what is older than the newest `limit` whole checkpoints up to `newest`.
 
     What a killed save or deletion left lying goes too, and the predecessors of whole checkpoints.
+    The best (see best.py) and the names in `protect` stay, and do not count.
 
     Args: newest: the checkpoint just written, which is whole.
     Notes: damaged folders don't count towards the limit, and nothing newer is touched: a damaged
@@ -78,15 +85,26 @@ def prune(newest: Path, limit: int | None) -> None:
             shutil.rmtree(old, ignore_errors=True)
     if limit is None:
         return
-    older = [p for p in list_checkpoints(newest.parent) if _order(p) < _order(newest)]
+    best = read_best(newest.parent)
+    stays = {*protect, *([best.checkpoint] if best is not None else [])}
+    older = [
+        p
+        for p in list_checkpoints(newest.parent)
+        if _order(p) < _order(newest) and p.name.removesuffix(".old") not in stays
+    ]
     whole = [p for p in older if fault_of(p, hashes=False) is None]
     kept = [*whole, newest][-limit:]
     for folder in older:
         if _order(folder) < _order(kept[0]):
-            gone = folder.with_name(folder.name + ".tmp")  # half a folder is no checkpoint
-            shutil.rmtree(gone, ignore_errors=True)
-            os.replace(folder, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; a kill meanwhile leaves no half of one."""
+    gone = folder.with_name(folder.name + ".tmp")  # half a folder is no checkpoint
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 # ------------------------------------------------------------------ optimiser

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepdistill.models.tuning import Tuning
+from stepdistill.training.sample_metrics import METRICS
+from stepdistill.training.watchdog_config import WatchdogConfig
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -118,6 +120,17 @@ class TrainConfig(BaseModel):
     """Student updates between validation grids; 0 makes none."""
     num_validation_images: int = Field(default=4, ge=1)
     """Images per validation prompt, always from the same seeds."""
+    validation_teacher_steps: int = Field(default=20, ge=0)
+    """Steps of the teacher's samples that validation compares with, made once; 0 makes none."""
+    validation_guidance: float | None = Field(default=None, ge=0)
+    """Guidance of those samples; none means the method's own (of pairs it is not known: set it)."""
+    best_metric: str | None = None
+    """Validation metric by which the best checkpoint is saved and kept whatever the limit, and
+    named in best.json: frechet_diagonal, teacher_rmse, trajectory_rmse, ..."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether a lower or a higher best_metric is better."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """What to do when the run goes wrong, check by check: warn, back_off or stop."""
     push_to_hub: bool = False
     """Upload the export when training ends."""
     hub_model_id: str | None = None
@@ -130,6 +143,12 @@ class TrainConfig(BaseModel):
                 "validation_steps: expected validation_prompts beside it, got none. "
                 "Give --validation_prompts, or set validation_steps to 0"
             )
+        if self.best_metric is not None and self.best_metric not in METRICS:
+            raise ValueError(
+                f"best_metric: expected one of {', '.join(METRICS)}, got {self.best_metric!r}"
+            )
+        if self.best_metric is not None and not self.validation_steps:
+            raise ValueError("best_metric: expected validation_steps beside it, got none")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub: expected hub_model_id (user/name) beside it, got none")
         return self

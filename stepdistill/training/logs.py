@@ -1,43 +1,58 @@
 """RunLog: JSONL always, Accelerate trackers when asked, a tqdm bar with loss, rate and ETA.
 
-Values stay on the device between log lines, so logging costs no synchronisation per step.
+Values stay on the device between log lines, so logging costs no synchronisation per step. The
+watchdog looks at a run where its log does, and the live report is written there.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stepdistill.training.checkpoint import RUN_FILE, newest_valid
+from stepdistill.reporting.page import write_run_report
+from stepdistill.training.best import Best, read_best, write_best
+from stepdistill.training.checkpoint import RUN_FILE, discard
 from stepdistill.training.config import TrainConfig
-from stepdistill.training.whole import write_text
+from stepdistill.training.validation import Validation
+from stepdistill.training.watchdog import Watchdog, WatchdogStop
+from stepdistill.training.whole import fault_of, write_text
+
+_REPORT_SECONDS = 20.0  # between live reports at log lines; validations always write one
 
 
 class RunLog:
     """Collects a window of values and writes their means.
 
-    Writes OUTPUT_DIR/run.json (the run's facts) and OUTPUT_DIR/log.jsonl on the main process.
+    Writes run.json (the run's facts), log.jsonl, validation.jsonl, events.jsonl (alarms, and the
+    run's end) and report.html into OUTPUT_DIR, on the main process.
     """
 
     def __init__(
         self, accelerator: Accelerator, args: TrainConfig, facts: Mapping[str, Any]
     ) -> None:
         self._accelerator, self._args = accelerator, args
+        self.watchdog = Watchdog(args, accelerator)
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._first_bad: dict[str, Tensor] = {}  # phase -> step of its first non-finite loss, or -1
+        self._counts: dict[str, Any] = {}
         self._bar: Any = None
         self._window_start = (0, 0.0)
         self.last: dict[str, float] = {}
+        self._seen = 0  # the last step heard of
+        self._best: Best | None = None
+        self._reported = -math.inf
         self._facts = facts
         self._folder = Path(args.output_dir)
         self._file = self._folder / "log.jsonl"
@@ -50,72 +65,91 @@ class RunLog:
         if self._accelerator.is_main_process:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_text(self._folder / RUN_FILE, json.dumps(self._facts, indent=2))
+            for name in ("log.jsonl", "validation.jsonl", "events.jsonl"):
+                self._cut(self._folder / name, step)
+            self.keep_best()  # a kill may have come between the checkpoint and its pointer
         if self._args.report_to:
             self._accelerator.init_trackers("stepdistill", config={"method": self._facts["method"]})
-        if self._accelerator.is_main_process and self._file.exists():
-            lines = self._file.read_text().splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-            write_text(self._file, "".join(kept))
         self._window_start = (step, seconds)
         if self._accelerator.is_main_process and not self._args.disable_progress_bar:
             self._bar = tqdm(
                 total=self._args.max_train_steps, initial=step, desc="distil", unit="step"
             )
 
+    @staticmethod
+    def _cut(path: Path, step: int) -> None:
+        """Keep a JSONL file's whole lines up to `step`, but for those an early end added."""
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                told = json.loads(line)
+                if told["step"] <= step and not told.get("early") and told.get("kind") != "end":
+                    kept.append(line)
+        write_text(path, "".join(kept))
+
+    # ------------------------------------------------------------ every update
     def _collect(self, key: str, value: Tensor) -> None:
+        count: Any = 1
+        if self._args.watchdog.nonfinite == "back_off":  # skipped updates have no part in a mean
+            count = torch.isfinite(value).float()
+            value = torch.where(count > 0, value, torch.zeros_like(value))
         self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
-        self._counts[key] = self._counts.get(key, 0) + 1
+        self._counts[key] = self._counts.get(key, 0) + count
 
     def add(self, phase: str, step: int, total: Tensor, logs: Mapping[str, Tensor]) -> None:
         """One loss evaluation; values stay on the device."""
         self._collect(f"loss/{phase}", total)
         for name, value in logs.items():
             self._collect(f"{phase}/{name}", value.float())
-        bad = self._first_bad.setdefault(phase, torch.full_like(total, -1.0))
-        now = (~torch.isfinite(total)) & (bad < 0)
-        self._first_bad[phase] = torch.where(now, torch.full_like(bad, float(step)), bad)
+        self.watchdog.see_loss(phase, step, total)
 
     def add_norms(self, norms: Mapping[str, Tensor]) -> None:
         for role, norm in norms.items():
             self._collect(f"grad_norm/{role}", norm.detach())
 
+    # -------------------------------------------------------------- log lines
     def due(self, step: int) -> bool:
         return step % self._args.logging_steps == 0
 
     def check_finite(self) -> None:
-        """Errors: FloatingPointError naming phase, step and last good checkpoint."""
-        for phase, bad in self._first_bad.items():
-            worst = self._accelerator.gather(bad.reshape(1)).max() if self._many else bad
-            if float(worst) >= 0:
-                good, _ = newest_valid(self._folder)
-                raise FloatingPointError(
-                    f"{phase}: expected a finite loss, got a non-finite one at step {int(worst)}. "
-                    f"Last good checkpoint: {good or 'none yet'}. Lower --learning_rate or its "
-                    "role's, or use --mixed_precision no."
-                )
-
-    @property
-    def _many(self) -> bool:
-        return self._accelerator.num_processes > 1
+        """Errors: WatchdogStop naming phase, step and last good checkpoint."""
+        try:
+            self.watchdog.check_finite()
+        except WatchdogStop as stop:
+            self._end(stop)
+            raise
 
     def write(self, step: int, seconds: float, rates: Mapping[str, float]) -> None:
-        """One log line of means since the last; stops the run on a non-finite loss."""
-        self.check_finite()
-        keys = list(self._sums)
-        means = torch.stack([self._sums[k].float() / self._counts[k] for k in keys])
-        if self._many:
-            means = self._accelerator.reduce(means, reduction="mean")
-        values = dict(zip(keys, means.tolist(), strict=True))
+        """One log line of means since the last.
+
+        Where the run ends between two lines, the window stays open, so that a resumed run goes on
+        as if it had not.
+        Errors: WatchdogStop where a check of the watchdog stops the run; no line is written then.
+        """
+        planned, self._seen = self.due(step), step
+        try:
+            if planned:
+                self.watchdog.check_updates(step)
+            else:
+                self.watchdog.check_finite()
+        except WatchdogStop as stop:
+            self._end(stop)
+            raise
+        values = self._means()
         values |= {f"lr/{role}": rate for role, rate in rates.items()}
         from_step, from_seconds = self._window_start
         values["steps_per_second"] = (step - from_step) / max(seconds - from_seconds, 1e-9)
-        self._window_start = (step, seconds)
-        self._sums, self._counts, self.last = {}, {}, values
+        self.last = values
+        if planned:
+            self._window_start = (step, seconds)
+            self._sums, self._counts = {}, {}
+        early = {} if planned else {"early": True}
+        self._append("log.jsonl", {"step": step, "seconds": round(seconds, 3), **values, **early})
+        self._tell_alarms()
         if not self._accelerator.is_main_process:
             return
-        line = {"step": step, "seconds": round(seconds, 3), **values}
-        with self._file.open("a") as handle:
-            handle.write(json.dumps(line) + "\n")
         if self._args.report_to:
             self._accelerator.log(values, step=step)
         if self._bar is not None:
@@ -124,14 +158,134 @@ class RunLog:
             }
             self._bar.set_postfix(losses)
             self._bar.update(step - self._bar.n)
+        if time.monotonic() - self._reported > _REPORT_SECONDS:
+            self.report()
+
+    def _means(self) -> dict[str, float]:
+        keys = list(self._sums)
+        means = torch.stack([self._sums[k].float() / self._counts[k] for k in keys])
+        if self._accelerator.num_processes > 1:
+            means = self._accelerator.reduce(means, reduction="mean")
+        told = zip(keys, means.tolist(), strict=True)
+        return {key: value for key, value in told if math.isfinite(value)}
+
+    # -------------------------------------------------------------- validation
+    def validation(self, found: Validation | None, step: int, seconds: float) -> bool:
+        """Write a validation (made on the main process) down; call on all ranks.
+
+        Returns: whether it is the best so far, so that the step's checkpoint should be kept.
+        Errors: WatchdogStop where a check of samples stops the run.
+        """
+        # The last step's, where it is none of the planned ones, decides nothing: a run that is
+        # stopped early and resumed must go the way of one that was not.
+        planned = step % max(1, self._args.validation_steps) == 0
+        line = {"step": step, "seconds": round(seconds, 3)}
+        if found is not None:
+            finite = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
+            told = {**line, **finite, "trajectory": found.trajectory}
+            self._append("validation.jsonl", told if planned else {**told, "early": True})
+            self.image("validation", found.grid, step)
+            if self._args.report_to:
+                self._accelerator.log({f"validation/{k}": v for k, v in finite.items()}, step=step)
+        shared: list[Any] = [None if found is None else found.metrics]
+        metrics = broadcast_object_list(shared)[0]
+        ends = step >= self._args.max_train_steps
+        better = (planned or ends) and self._better(step, metrics)
+        if planned:
+            try:
+                self.watchdog.check_samples(step, metrics)
+            except WatchdogStop as stop:
+                self._end(stop)
+                raise
+            finally:
+                self._tell_alarms()
+        if self._accelerator.is_main_process:
+            self.report()
+        return better
+
+    def _better(self, step: int, metrics: Mapping[str, float]) -> bool:
+        name = self._args.best_metric
+        value = metrics.get(name, math.nan) if name is not None else math.nan
+        if name is None or step == 0 or not math.isfinite(value):
+            return False
+        if self._best is not None and self._best.metric == name and not self._best.beaten_by(value):
+            return False
+        every = self._args.checkpointing_steps
+        due = (every and step % every == 0) or step >= self._args.max_train_steps
+        self._best = Best(step, name, self._args.best_mode, value, extra=not due)
+        return True
+
+    def keep_best(self) -> None:
+        """Point best.json at the best's checkpoint, which is whole; the one before may go then."""
+        best, before = self._best, read_best(self._folder)
+        if best is None or best == before or not self._accelerator.is_main_process:
+            return
+        if fault_of(self._folder / best.checkpoint, hashes=False) is not None:
+            return
+        write_best(self._folder, best)
+        if before is not None and before.extra and before.step < best.step:
+            old = self._folder / before.checkpoint
+            if old.is_dir():
+                discard(old)
+
+    # ------------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """The open window, the watchdog's memory and the best so far; call on all ranks."""
+        sums = {k: v.float() for k, v in self._sums.items()}
+        if self._accelerator.num_processes > 1:
+            sums = {k: self._accelerator.reduce(v, reduction="mean") for k, v in sums.items()}
+        return {
+            "sums": {key: float(value) for key, value in sums.items()},
+            "counts": {key: float(value) for key, value in self._counts.items()},
+            "watchdog": self.watchdog.state_dict(),
+            "best": None if self._best is None else asdict(self._best),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave; an empty one starts a new window."""
+        if not state:
+            return
+        device = self._accelerator.device
+        self._sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
+        self._counts = dict(state["counts"])
+        self.watchdog.load_state_dict(state["watchdog"])
+        self._best = None if state["best"] is None else Best(**state["best"])
+
+    # ----------------------------------------------------------------- outputs
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if self._accelerator.is_main_process:
+            with (self._folder / name).open("a") as handle:
+                handle.write(json.dumps(record) + "\n")
+
+    def _tell_alarms(self) -> None:
+        """Alarms since the last time: a line each on the terminal and in events.jsonl."""
+        for alarm in self.watchdog.take_alarms():
+            self._append("events.jsonl", {"kind": "alarm", **alarm})
+            if self._accelerator.is_main_process:
+                tqdm.write(alarm["line"])
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Send a picture to the trackers that take one."""
         for tracker in self._accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({name: np.asarray(image)[None]}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
 
-    def close(self) -> None:
+    def report(self) -> None:
+        """Write report.html as the run stands."""
+        write_run_report(self._folder, write_text)
+        self._reported = time.monotonic()
+
+    def _end(self, stop: WatchdogStop) -> None:
+        """The watchdog has ended the run: say so in the records and close them."""
+        self._tell_alarms()
+        self.close(self._seen, "stopped by the watchdog", str(stop))
+
+    def close(self, step: int, state: str = "finished", why: str = "") -> None:
+        """End the logs; state ("finished", "stopped", ...) and why stand in the report."""
+        self._append("events.jsonl", {"step": step, "kind": "end", "state": state, "why": why})
+        if self._accelerator.is_main_process:
+            self.report()
         if self._bar is not None:
             self._bar.close()
         if self._args.report_to:

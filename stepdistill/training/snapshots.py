@@ -27,6 +27,7 @@ def save_run(run: Trainer) -> Path:
     folder = run.output_dir / f"checkpoint-{run.step}"
     run.log.check_finite()
     accelerator, args = run.accelerator, run.args
+    log_state = run.log.state_dict()
     accelerator.wait_for_everyone()
     main = accelerator.is_main_process
     if main or run.sharded:
@@ -40,10 +41,11 @@ def save_run(run: Trainer) -> Path:
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "grad_scaler": scaler.state_dict() if scaler is not None else {},
             "facts": run.facts,
+            "log": log_state,
         }
         save_checkpoint(folder, run.bank, run.optimizer, run.method.state_dict(), state, main)
     if main:
-        prune(folder, args.checkpoints_total_limit)
+        prune(folder, args.checkpoints_total_limit, run.log.watchdog.protected())
     accelerator.wait_for_everyone()
     return folder
 
@@ -73,3 +75,4 @@ def restore_run(run: Trainer, folder: Path) -> None:
     run.step, run.batches_seen = state["step"], state["batches_seen"]
     run.seconds = state["seconds"]
     run.facts.setdefault("data", state["facts"].get("data"))
+    run.log.load_state_dict(state.get("log", {}))

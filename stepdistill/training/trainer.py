@@ -46,7 +46,7 @@ from stepdistill.training.sharding import gathered, is_sharded
 from stepdistill.training.snapshots import restore_run, resume_run, save_run
 from stepdistill.training.memory import quantized_base
 from stepdistill.training.start import check_start
-from stepdistill.training.validation import validate
+from stepdistill.training.validation import Validator
 
 
 class Trainer:
@@ -122,12 +122,14 @@ class Trainer:
         self.seconds = 0.0
         self.stop = StopRequest()
         self.log = RunLog(self.accelerator, args, self.facts)
+        self.validator = Validator(self.bank, self.method, args)
 
     # ------------------------------------------------------------------ loop
     def train(self) -> dict[str, float]:
         """Run to max_train_steps, max_train_seconds, SIGTERM or SIGUSR1; returns the last means.
 
-        Errors: FloatingPointError for a non-finite loss, naming role, step and last checkpoint.
+        Errors: WatchdogStop (a FloatingPointError) for a non-finite loss or gradient, or where
+            another check of args.watchdog stops the run; it names the last good checkpoint.
         """
         with self.stop:
             return self._train()
@@ -152,9 +154,12 @@ class Trainer:
         started, before = time.monotonic(), self.seconds
         self.log.start(self.step, self.seconds)
         last_saved = self.step
+        if args.validation_steps and self.step == 0:
+            self.validate()  # the student before training, which later ones are held against
         while self.step < args.max_train_steps:
             scale = self.method.learning_rate_scale(self.step, args.max_train_steps)
             set_learning_rate(self.optimizer, args, self.step, self.seconds, scale)
+            self.log.watchdog.scale_rates(self.optimizer)
             anew = self.method.resets(self.step, args.max_train_steps)
             reset_roles(self.bank, self.optimizer, anew)
             carry: list[dict[str, object]] = [{} for _ in range(args.gradient_accumulation_steps)]
@@ -172,15 +177,18 @@ class Trainer:
             last = self.step >= args.max_train_steps or stopping
             if self.log.due(self.step) or last:
                 self.log.write(self.step, self.seconds, self._learning_rates())
+            better = False
             if args.validation_steps and (self.step % args.validation_steps == 0 or last):
-                self.validate()
+                better = self.validate()
             due = args.checkpointing_steps and self.step % args.checkpointing_steps == 0
-            if (due or last) and self.step > last_saved:
+            if (due or last or better) and self.step > last_saved:
                 self.save()
                 last_saved = self.step
+            if better:
+                self.log.keep_best()
             if stopping:
                 break
-        self.log.close()
+        self.log.close(self.step, "finished" if self.step >= args.max_train_steps else "stopped")
         if self.corrupt.replaced:
             self.accelerator.print(f"data: replaced unreadable samples: {self.corrupt}")
         return self.log.last
@@ -215,7 +223,8 @@ class Trainer:
         accelerator.unscale_gradients(self.optimizer)
         norms = clip_by_role(self.bank, phase.trains, args.max_grad_norm, args.role_max_grad_norm)
         self.log.add_norms(norms)
-        self.optimizer.step()
+        if self.log.watchdog.allows(norms, self.step):
+            self.optimizer.step()
 
     def _mean_over_ranks(self, x: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
@@ -235,20 +244,17 @@ class Trainer:
         """The network to use: the averaged student where the run keeps one."""
         return self.bank["ema" if "ema" in self.bank else "student"]
 
-    def validate(self) -> None:
-        """Write the validation grid of this step (main process) and send it to the trackers."""
+    def validate(self) -> bool:
+        """Grid and metrics of this step (main process); returns whether it is the best so far."""
         self.accelerator.wait_for_everyone()
+        found = None
         with gathered(self.module):
             if self.accelerator.is_main_process:
-                grid = validate(
-                    self.student(),
-                    self.family,
-                    self.method.sampler_at(self.step, self.args.max_train_steps),
-                    self.args,
-                    self.output_dir / "validation" / f"step-{self.step}.png",
-                )
-                self.log.image("validation", grid, self.step)
+                spec = self.method.sampler_at(self.step, self.args.max_train_steps)
+                found = self.validator.run(self.student(), spec, self.step)
+        better = self.log.validation(found, self.step, self.seconds)
         self.accelerator.wait_for_everyone()
+        return better
 
     def save(self) -> Path:
         """Write checkpoint-STEP whole, then drop the oldest beyond the limit; returns its path."""

@@ -402,7 +402,7 @@ def test_prompts_never_become_paths(tmp_path, tmp_path_factory, trained, capsys)
         "dmd2", teacher, "lora", tmp_path / "run", max_train_steps=1, validation_steps=1,
         validation_prompts=PROMPTS, num_validation_images=1,
     ).train()  # fmt: skip
-    names = [p.name for p in (tmp_path / "run" / "validation").iterdir()]
-    assert names == ["step-1.png"]
+    names = sorted(p.name for p in (tmp_path / "run" / "validation").iterdir())
+    assert names == ["step-0.png", "step-1.png", "teacher.png", "teacher.safetensors"]
     assert set(tmp_path.parent.iterdir()) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run", "samples"]
