@@ -267,7 +267,8 @@ def trainer_of_run(run_dir: str | Path) -> DistillationTrainer:
                 **facts["train_config"],
                 "output_dir": str(folder),
                 "resume_from_checkpoint": "latest",
-                "init_student_from": None,  # the checkpoint holds the student
+                # The checkpoint holds the student, or its adapter on a base of its own.
+                "init_student_from": facts.get("student_base"),
             }
         ),
         train_dataset=None,

@@ -31,7 +31,7 @@ from stepdistill.export.lora_formats import (
 )
 from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
 from stepdistill.models.family import Family
-from stepdistill.models.rolebank import BASE, RoleBank
+from stepdistill.models.rolebank import RoleBank
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_FORMATS = ("lora", *PREFIX)
@@ -64,7 +64,9 @@ def export_lora(
     out_dir.mkdir(parents=True, exist_ok=True)
     file, adapters = _write(family, bank, role, out_dir, format)
     sampler.scheduler.save_pretrained(out_dir / "scheduler")
-    record = describe(family, spec, sampler, facts)
+    # A student on a base of its own belongs to that one, not to the teacher.
+    own = facts.get("student_base") or facts.get("model")
+    record = describe(family, spec, sampler, {**facts, "model": own})
     record["lora"] = {"format": format, "file": file}
     if file != PEFT_FILE:
         record["lora"]["read_back"] = check_lora(family, out_dir / file, format, adapters)
@@ -81,7 +83,7 @@ def _write(
     if format in PREFIX:
         file = f"{out_dir.resolve().name}.safetensors"  # other tools call a LoRA by its file name
         return file, write_format(bank, role, format, out_dir / file)
-    base: Any = bank.nets[BASE]
+    base: Any = bank.base_of(role)
     pipeline: Any = family.pipeline
     state = get_peft_model_state_dict(base, adapter_name=role)
     config = base.peft_config[role]

@@ -35,7 +35,7 @@ from stepdistill.models.original_layout import (
     split,
     swap_halves,
 )
-from stepdistill.models.rolebank import BASE, RoleBank
+from stepdistill.models.rolebank import RoleBank
 
 Format = Literal["kohya", "comfyui"]
 PREFIX: dict[str, str] = {"kohya": "lora_unet_", "comfyui": "diffusion_model."}
@@ -165,7 +165,7 @@ def _fused(
 
 def write_format(bank: RoleBank, role: str, form: str, path: Path) -> dict[str, Lora]:
     """Write the role's adapters; returns them by stock name."""
-    net = bank.nets[BASE]
+    net = bank.base_of(role)
     adapters = adapters_of(net, role)
     tensors = {}
     for name, lora in to_original(adapters, places_of(net, form), _rows(net)).items():

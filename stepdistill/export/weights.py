@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from stepdistill.models.quantization import is_quantized
-from stepdistill.models.rolebank import BASE, RoleBank
+from stepdistill.models.rolebank import RoleBank
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def stock_net(bank: RoleBank, role: str) -> nn.Module:
     """
     if role in bank.nets:
         return bank.nets[role]
-    base: Any = bank.nets[BASE]
+    base: Any = bank.base_of(role)
     if is_quantized(base):
         return _merged_anew(bank, role)
     deltas = {
@@ -53,7 +53,7 @@ def _merged_anew(bank: RoleBank, role: str) -> nn.Module:
             "the adapter), got a teacher that came quantised. Export format lora."
         )
     net = bank.family.unquantized()
-    for name, layer in bank.nets[BASE].named_modules():
+    for name, layer in bank.base_of(role).named_modules():
         if isinstance(layer, BaseTunerLayer) and bank.members(role):
             weight: Any = net.get_submodule(name).weight
             delta = layer.get_delta_weight(role).float().cpu()

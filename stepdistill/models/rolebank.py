@@ -32,6 +32,7 @@ from stepdistill.models.vae import decode_latents
 from stepdistill.nn.heads import make_head
 
 BASE = "base"
+STUDENT_BASE = "student_base"
 
 
 class RoleBank(nn.Module):
@@ -42,6 +43,8 @@ class RoleBank(nn.Module):
         roles: what the method needs. tuning: how trained roles store their weights.
         scorers: frozen judges of images by the method's names for them.
         decoder: a small autoencoder that makes the images they judge; None means the family's.
+        student_base: a frozen network of the teacher's architecture below a LoRA student's adapter,
+            in place of the teacher's own.
     Errors: ValueError for a role that follows an unknown one, extra inputs with LoRA, a feature
         block the family lacks, or a denoiser that already carries adapters.
     """
@@ -53,6 +56,7 @@ class RoleBank(nn.Module):
         tuning: Tuning,
         scorers: Mapping[str, Scorer] | None = None,
         decoder: Any = None,
+        student_base: nn.Module | None = None,
     ) -> None:
         super().__init__()
         # Frozen helpers stay outside the module tree: no optimiser or wrapper has to know them.
@@ -73,15 +77,19 @@ class RoleBank(nn.Module):
             self._net_of[role], self._adapter_of[role] = role, None
         self.nets[BASE] = family.net.requires_grad_(False)
         blocks = family.feature_blocks()
+        if student_base is not None:
+            self.nets[STUDENT_BASE] = student_base.requires_grad_(False)
         for role in self._stored("lora"):
+            elsewhere = student_base is not None and self.is_student(role)
+            self._net_of[role] = STUDENT_BASE if elsewhere else BASE
+            self._adapter_of[role] = role
             self._add_adapter(role)
-            self._net_of[role], self._adapter_of[role] = BASE, role
         for role, spec in self.roles.items():
             if spec.source == "head":
                 self.heads[role] = make_head([blocks[name] for name in spec.features])
             elif role not in self._net_of:
                 self._net_of[role], self._adapter_of[role] = BASE, None
-        self._tuner_layers = [m for m in self.nets[BASE].modules() if isinstance(m, BaseTunerLayer)]
+        self._tuner_layers = [m for m in self.nets.modules() if isinstance(m, BaseTunerLayer)]
         self.rebind()
         for role, spec in self.roles.items():
             if spec.ema_of is not None:
@@ -146,14 +154,19 @@ class RoleBank(nn.Module):
         alpha: Any = int(scale) if scale == int(scale) else scale  # peft types it int, takes both
         targets = self.tuning.target_modules or self.family.lora_targets
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        net = self.base_of(role)
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "Already found a `peft_config`"
             )  # several, on purpose
-            inject_adapter_in_model(config, self.nets[BASE], adapter_name=role)
-        for name, param in self.nets[BASE].named_parameters():
+            inject_adapter_in_model(config, net, adapter_name=role)
+        for name, param in net.named_parameters():
             if f".{role}." in name:
                 param.data = param.data.float()
+
+    def base_of(self, role: str) -> nn.Module:
+        """The network that computes the role: of an adapter, the frozen one it sits on."""
+        return self.nets[self._net_of[role]]
 
     def rebind(self) -> None:
         """Look the roles' parameters up anew, after a caller replaced them in their modules."""
@@ -167,7 +180,7 @@ class RoleBank(nn.Module):
         if adapter is not None:
             return {
                 name.replace(f".{role}.", "."): param
-                for name, param in self.nets[BASE].named_parameters()
+                for name, param in self.base_of(role).named_parameters()
                 if f".{role}." in name
             }
         if self._net_of[role] == BASE:

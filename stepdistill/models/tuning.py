@@ -29,6 +29,8 @@ class Tuning(BaseModel):
     """LoRA alpha (scale is alpha / rank); none means alpha = rank, scale 1. Always saved."""
     fake_rank: int | None = Field(default=None, ge=1)
     """LoRA rank of the fake's adapter; none means `rank`."""
+    fake_alpha: float | None = Field(default=None, gt=0)
+    """LoRA alpha of the fake's adapter; none means `alpha`."""
     target_modules: tuple[str, ...] | None = None
     """Module name endings that get an adapter; none means the family's list."""
     student_config: dict[str, Any] | str | None = None
@@ -90,4 +92,5 @@ class Tuning(BaseModel):
     def lora(self, role: str) -> tuple[int, float]:
         """(rank, alpha) of a role's adapter."""
         rank = self.fake_rank if role == "fake" and self.fake_rank else self.rank
-        return rank, self.alpha if self.alpha is not None else float(rank)
+        alpha = self.fake_alpha if role == "fake" and self.fake_alpha else self.alpha
+        return rank, alpha if alpha is not None else float(rank)

@@ -27,9 +27,19 @@ from stepdistill.models.tuning import Tuning
 from stepdistill.rewards import check_scorers
 from stepdistill.training.checkpoint import RUN_FILE, list_checkpoints
 from stepdistill.training.config import TrainConfig
+from stepdistill.training.start import student_base_of
 
 # What must stay the same for a resumed run to be the same run.
-_FIXED = ("model", "revision", "teacher_lora", "method", "method_config", "tuning", "seed")
+_FIXED = (
+    "model",
+    "revision",
+    "teacher_lora",
+    "student_base",
+    "method",
+    "method_config",
+    "tuning",
+    "seed",
+)
 
 
 def method_fits(
@@ -142,6 +152,7 @@ def run_facts(
         "revision": revision,
         "variant": variant,
         "teacher_lora": lora_facts(args.teacher_lora),
+        "student_base": student_base_of(args),
         "method": method,
         "method_config": config.model_dump(mode="json"),
         "tuning": args.tuning.model_dump(mode="json"),
@@ -183,7 +194,8 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
 
 def same_run(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Errors: ValueError listing what differs between a saved run and this one."""
-    earlier = {"teacher_lora": [], **saved}  # runs begun before it was written down had none
+    # Runs begun before these were written down had none.
+    earlier = {"teacher_lora": [], "student_base": None, **saved}
     earlier["tuning"] = {**Tuning().model_dump(mode="json"), **dict(saved.get("tuning") or {})}
     differ = {
         key: (earlier.get(key), facts[key]) for key in _FIXED if earlier.get(key) != facts[key]

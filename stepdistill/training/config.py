@@ -49,8 +49,9 @@ class TrainConfig(BaseModel):
     single_file_config: str | None = None
     """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
     init_student_from: str | None = None
-    """Where the student starts: a run (or one of its checkpoints) of the same tuning, or, for full
-    students, a pipeline of the teacher's architecture (folder or Hub id, such as SD-Turbo)."""
+    """Where the student starts: a run (or one of its checkpoints) of the same tuning, or a pipeline
+    of the teacher's architecture (folder or Hub id, such as SD-Turbo); a LoRA student then sits on
+    that pipeline's frozen network, a second one in memory."""
     decoder: str | None = None
     """Folder or Hub id of a small decoder (AutoencoderTiny, such as TAESD) for losses that judge
     images; none means the pipeline's VAE, whose gradient takes far more memory."""

@@ -18,8 +18,8 @@ from stepdistill.models.rolebank import RoleBank
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.optim import build_optimizer
 from stepdistill.training.sharding import check_sharding, shard, sharding_asked, without_plugin
-from stepdistill.training.start import start_student
-from stepdistill.training.step import TrainStep, place
+from stepdistill.training.start import load_student_base, start_student, student_base_of
+from stepdistill.training.step import TrainStep, frozen_dtype, place
 
 
 def make_accelerator(args: TrainConfig) -> Accelerator:
@@ -91,8 +91,16 @@ def make_bank(
             f"decoder {args.decoder!r} has no effect: no loss of this run judges images.",
             stacklevel=3,
         )
-    bank = RoleBank(family, roles, args.tuning, scorers, decoder)
-    if args.init_student_from is not None:
+    source, own_base = student_base_of(args), None
+    if source is not None:
+        if sharding_asked():
+            raise ValueError(
+                f"init_student_from: expected no shards with a LoRA student on {source!r}, got "
+                "them. Train with DDP, or a full student."
+            )
+        own_base = load_student_base(family, source, frozen_dtype(args)).to(device)
+    bank = RoleBank(family, roles, args.tuning, scorers, decoder, own_base)
+    if args.init_student_from is not None and source is None:
         start_student(bank, args.init_student_from)
     # Weights that will be in shards reach the device block by block.
     place(bank, args, device, torch.device("cpu") if sharding_asked() else device)

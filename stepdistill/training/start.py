@@ -1,6 +1,7 @@
 """Where a student's first weights come from besides the teacher: another run or pipeline.
 
-SwiftBrush v2 starts from SD-Turbo under a Stable Diffusion 2.1 teacher (arXiv:2408.14176).
+SwiftBrush v2 starts from SD-Turbo under a Stable Diffusion 2.1 teacher (arXiv:2408.14176): a full
+student takes its weights, a LoRA student sits on them.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def check_start(
 ) -> None:
     """Say what is wrong with init_student_from and, for training, with decoder; reads no weight.
 
-    Errors: ValueError for a source without a student, for a pipeline with a LoRA student, of
-        another family than the teacher's or of another prediction type.
+    Errors: ValueError for a source without a student, for a pipeline of another family than the
+        teacher's or of another prediction type.
     """
     if training and args.decoder is not None:
         decoder_config(args.decoder)
@@ -47,11 +48,6 @@ def check_start(
     if not is_pipeline(source):
         student_file(source)
         return
-    if args.tuning.student == "lora":
-        raise ValueError(
-            f"init_student_from: expected tuning.student full with the pipeline {source!r} (an "
-            "adapter sits on the teacher's own weights), got lora. Set --tuning.student full."
-        )
     hub = {"revision": revision} if revision else {}
     config = args.single_file_config
     try:
@@ -71,6 +67,38 @@ def check_start(
             f"init_student_from: expected a pipeline of the teacher's family and prediction type "
             f"({own_cls.name}, {own_kind}), got {source!r} ({cls.name}, {kind})."
         )
+
+
+def student_base_of(args: TrainConfig) -> str | None:
+    """The pipeline whose frozen network a LoRA student's adapter sits on; None: the teacher's.
+
+    An adapter begins at no change, so a LoRA student that starts at a pipeline is one on it. A full
+    student, or one that starts at a run, only takes weights.
+    """
+    source = args.init_student_from
+    lora = args.tuning.student == "lora"
+    return source if lora and source is not None and is_pipeline(source) else None
+
+
+def load_student_base(family: Family, source: str, dtype: torch.dtype) -> Any:
+    """That network, in `dtype`. Errors: ValueError where it is not the teacher's architecture."""
+    teacher: Any = family.net
+    net = _denoiser_of(family, type(teacher), source, dtype)
+    own, found = teacher.config, net.config
+    private = {"sample_size", "time_cond_proj_dim"}  # neither changes what an adapter sits on
+    differ = [k for k in own if k[0] != "_" and k not in private and own[k] != found.get(k)]
+    if differ:
+        raise ValueError(
+            f"init_student_from: expected a {family.net_name} of the teacher's architecture, got "
+            f"{source!r}, whose config differs in {differ[:3]}."
+        )
+    return net
+
+
+def _denoiser_of(family: Family, cls: Any, source: str, dtype: torch.dtype) -> Any:
+    return cls.from_pretrained(
+        source, subfolder=family.net_name, use_safetensors=True, torch_dtype=dtype
+    ).eval()
 
 
 def start_student(bank: RoleBank, source: str) -> None:
@@ -94,12 +122,7 @@ def pipeline_student(bank: RoleBank, source: str) -> dict[str, Tensor]:
     the pipeline's that is all zeros does nothing and is left out (our exports may carry it).
     """
     net: Any = bank.nets["student"]
-    loaded: Any = type(net).from_pretrained(
-        source,
-        subfolder=bank.family.net_name,
-        use_safetensors=True,
-        torch_dtype=torch.float32,
-    )
+    loaded = _denoiser_of(bank.family, type(net), source, torch.float32)
     own = net.state_dict()
     state = {
         name: value

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.runs import build_trainer, fingerprint, teacher_dir
 
+from stepdistill import Tuning
+from stepdistill.core.method import Role
+from stepdistill.models.registry import load_family
+from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.tiny import TINY, tiny_sd, unet
 from stepdistill.models.tiny_parts import TEXT_WIDTH
 from stepdistill.trainers import trainer_of_run
@@ -65,6 +71,93 @@ def test_an_export_is_such_a_pipeline(teacher, tmp_path) -> None:
     assert fingerprint(second.bank.members("student")) == fingerprint(first.bank.members("student"))
 
 
+# --------------------------------------------------------------- a LoRA student on another base
+def answer(denoiser, trainer):
+    """The role's output at one fixed point."""
+    x = torch.randn(1, *trainer.batches.shape, generator=torch.Generator().manual_seed(2))
+    cond = trainer.family.encode(["a cat"])
+    with torch.no_grad():
+        return denoiser(x, torch.tensor([0.6], dtype=torch.float64), cond).raw
+
+
+def plain(folder, trainer):
+    """What the denoiser of a pipeline folder answers there."""
+    family = load_family(folder)
+    return answer(RoleBank(family, {"teacher": Role()}, Tuning())["teacher"], trainer)
+
+
+def test_lora_student_sits_on_the_pipeline_and_the_fake_on_the_teacher(
+    teacher, other, tmp_path
+) -> None:
+    options = {"init_student_from": str(other), "ema_decay": 0.5}
+    trainer = build_trainer("dmd2", teacher, "lora", tmp_path, **options)
+    before = {"teacher": plain(teacher, trainer), "student": plain(other, trainer)}
+    bank = trainer.bank
+    for role, like in (("teacher", "teacher"), ("fake", "teacher"), ("student", "student")):
+        assert torch.equal(answer(bank[role], trainer), before[like]), role
+    assert torch.equal(answer(bank["ema"], trainer), before["student"])
+    assert not torch.equal(*before.values())
+    frozen = {
+        key: fingerprint(bank.nets[key].state_dict(), skip_adapters=True)
+        for key in ("base", "student_base")
+    }
+    trainer.train()
+    for key, was in frozen.items():
+        assert fingerprint(bank.nets[key].state_dict(), skip_adapters=True) == was
+    assert torch.equal(answer(bank["teacher"], trainer), before["teacher"])
+    assert not torch.equal(answer(bank["student"], trainer), before["student"])
+    assert not torch.equal(answer(bank["fake"], trainer), before["teacher"])
+
+
+def test_its_gradient_survives_checkpointing(teacher, other, tmp_path) -> None:
+    prints = []
+    for checkpointing in (False, True):
+        trainer = build_trainer(
+            "dmd2",
+            teacher,
+            "lora",
+            tmp_path / str(checkpointing),
+            init_student_from=str(other),
+            gradient_checkpointing=checkpointing,
+        )
+        trainer.train()
+        prints.append(fingerprint(trainer.bank.members("student")))
+    assert prints[0] == prints[1]
+
+
+def test_it_resumes_and_exports_with_its_own_base(teacher, other, tmp_path) -> None:
+    options = {"init_student_from": str(other), "checkpointing_steps": 1}
+    trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run", **options)
+    trainer.train()
+    made = answer(trainer.bank["student"], trainer)
+    found = trainer_of_run(tmp_path / "run")
+    assert torch.equal(answer(found.bank["student"], trainer), made)
+    where = str(tmp_path / "run" / "checkpoint-1")
+    again = build_trainer(
+        "dmd2", teacher, "lora", tmp_path / "run", **options, resume_from_checkpoint=where
+    )
+    again.train()
+    assert torch.equal(answer(again.bank["student"], trainer), made)
+
+    found.export(tmp_path / "out")  # compared with the in-memory sampler
+    torch.testing.assert_close(plain(tmp_path / "out", trainer), made, rtol=1e-4, atol=1e-5)
+    lora = found.export(tmp_path / "lora", format="lora")
+    assert json.loads((lora / "distillation.json").read_text())["base_model"] == str(other)
+    stock = load_family(other)
+    stock.pipeline.load_lora_weights(str(lora))
+    x = torch.randn(1, *trainer.batches.shape, generator=torch.Generator().manual_seed(2))
+    told = stock.path.model_time(torch.tensor([0.6], dtype=torch.float64))
+    with torch.no_grad():
+        theirs = stock.forward(stock.pipeline.unet, x, told, trainer.family.encode(["a cat"]))
+    torch.testing.assert_close(theirs, made, rtol=1e-4, atol=1e-5)
+
+
+def test_another_base_is_another_run(teacher, other, tmp_path) -> None:
+    build_trainer("dmd2", teacher, "lora", tmp_path, init_student_from=str(other)).train()
+    with pytest.raises(ValueError, match="student_base"):
+        build_trainer("dmd2", teacher, "lora", tmp_path, resume_from_checkpoint="latest")
+
+
 class TestRefused:
     @pytest.fixture(autouse=True)
     def _no_loading(self, request, monkeypatch) -> None:
@@ -73,10 +166,6 @@ class TestRefused:
 
         if "architecture" not in request.node.name:
             monkeypatch.setattr("stepdistill.training.trainer.load_family", refuse)
-
-    def test_lora_students(self, teacher, other, tmp_path) -> None:
-        with pytest.raises(ValueError, match=r"expected tuning\.student full with the pipeline"):
-            build_trainer("dmd2", teacher, "lora", tmp_path, init_student_from=str(other))
 
     @pytest.mark.parametrize("name", ["sd", "dit"])
     def test_another_prediction_type_or_family(self, name, teacher, tmp_path) -> None:
@@ -98,7 +187,12 @@ class TestRefused:
         pipeline = tiny_sd("v_prediction")
         pipeline.unet = unet(TEXT_WIDTH, resnet_time_scale_shift="scale_shift")
         pipeline.save_pretrained(tmp_path / "source")
-        with pytest.raises(ValueError, match="of the student's architecture"):
-            build_trainer(
-                "dmd2", teacher, "full", tmp_path / "r", init_student_from=str(tmp_path / "source")
-            )
+        for layout, whose in (("full", "student"), ("lora", "teacher")):
+            with pytest.raises(ValueError, match=f"of the {whose}'s architecture"):
+                build_trainer(
+                    "dmd2",
+                    teacher,
+                    layout,
+                    tmp_path / "r",
+                    init_student_from=str(tmp_path / "source"),
+                )
