@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -69,10 +70,13 @@ OWN = (
 def main(argv: Sequence[str]) -> None:
     """Run what is missing and write the report; a user's mistake is one line and status 1."""
     args = parser().parse_args(list(argv))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs, too
     try:
         compare(args)
     except (ValueError, TypeError, OSError) as err:
         sys.exit("error: " + " ".join(str(err).split()))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def compare(args: argparse.Namespace) -> Any:
