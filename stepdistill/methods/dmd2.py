@@ -73,33 +73,34 @@ class DMD2(Method[DMD2Config]):
         config, path = self.config, self.setting.path
         t = self._draw_times(ctx, batch.bsz, config.dm_t_range)
         x_t = path.add_noise(x0, ctx.randn(tuple(x0.shape)), t)
+        g_real, g_fake = self._guidances(ctx)
+        fake = self._fake_prediction(nets, batch, x_t, t, g_fake)
         with torch.no_grad():
-            grad = self._score_gradient(nets, batch, ctx, x0, x_t, t)
+            real = nets["teacher"](x_t, t, batch.cond, batch.null, g_real)
+            grad = dmd_gradient(x0, real.x0, fake.x0, config.weight, path.coeffs(t))
         if not config.gan.enabled:
             dm = surrogate(x0, grad)
             return Losses(dm, {"dm": dm.detach()})
-        logits = self._student_logits(nets, batch, ctx, x0, x_t, t)
+        logits = self._student_logits(nets, batch, ctx, x0, fake)
         weights = self._sample_weights(ctx, t, logits.detach())
         dm = surrogate(x0, grad if weights is None else expand(weights, grad) * grad)
         gan_g = generator_loss(logits, config.gan.loss)
         logs = {"dm": dm.detach(), "gan_g": gan_g.detach()}
         return Losses(dm + config.gan.weight_g * gan_g, logs)
 
-    def _score_gradient(
-        self, nets: Nets, batch: Batch, ctx: Ctx, x0: Tensor, x_t: Tensor, t: Tensor
-    ) -> Tensor:
-        """The gradient wanted on x0 (B, C, *S), called without grad."""
-        g_real, g_fake = self._guidances(ctx)
-        real = nets["teacher"](x_t, t, batch.cond, batch.null, g_real).x0
-        fake = nets["fake"](x_t, t, batch.cond, batch.null, g_fake).x0
-        return dmd_gradient(x0, real, fake, self.config.weight, self.setting.path.coeffs(t))
+    def _fake_prediction(
+        self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, guidance: float
+    ) -> Prediction:
+        """The fake's prediction at the gradient's own (x_t, t)."""
+        with torch.no_grad():
+            return nets["fake"](x_t, t, batch.cond, batch.null, guidance)
 
     def _guidances(self, ctx: Ctx) -> tuple[float, float]:
         """Guidance of (teacher, fake) in the student's gradient."""
         return self.config.guidance, 1.0
 
     def _student_logits(
-        self, nets: Nets, batch: Batch, ctx: Ctx, x0: Tensor, x_t: Tensor, t: Tensor
+        self, nets: Nets, batch: Batch, ctx: Ctx, x0: Tensor, fake: Prediction
     ) -> Tensor:
         """(B, K) logits of the student's samples, at a noise level of their own as in DMD2."""
         t = self._draw_times(ctx, batch.bsz, self.config.fake_t_range)

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
+from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Nets, Setting
 from stepdistill.core.types import Batch
 from stepdistill.losses.divergence import (
@@ -76,11 +77,21 @@ class FDistill(DMD2):
         self.low, self.high = config.draw_times(setting, ends, config.dm_t_range).tolist()
         self.bins = torch.ones(config.ratio_bins)  # (N,) mean ratio of each time bin
 
+    def _fake_prediction(
+        self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, guidance: float
+    ) -> Prediction:
+        """One call for the score and, where the head reads the fake, for its features."""
+        if self.config.gan.source != "fake":
+            return super()._fake_prediction(nets, batch, x_t, t, guidance)
+        return nets["fake"](x_t, t, batch.cond, features=self.config.gan.blocks)
+
     def _student_logits(
-        self, nets: Nets, batch: Batch, ctx: Ctx, x0: Tensor, x_t: Tensor, t: Tensor
+        self, nets: Nets, batch: Batch, ctx: Ctx, x0: Tensor, fake: Prediction
     ) -> Tensor:
         """(B, K) logits at the gradient's own (x_t, t): h is a function of that very x_t."""
-        return head_logits(nets, self.config.gan, x_t, t, batch.cond)
+        if fake.features:
+            return nets.head("disc", fake.features)
+        return head_logits(nets, self.config.gan, fake.x_t, fake.t, batch.cond)
 
     def _sample_weights(self, ctx: Ctx, t: Tensor, logits: Tensor) -> Tensor:
         """(B,) h(r) over its mean, both over the global batch."""
