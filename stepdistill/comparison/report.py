@@ -68,11 +68,17 @@ def _rows(found: Comparison) -> list[tuple[str, list[str]]]:
     return rows
 
 
+def _plain(recipe: str, steps: int, cell: Cell) -> dict[str, Any]:
+    """A cell for JSON, which knows no NaN."""
+    values = {name: None if value != value else value for name, value in asdict(cell).items()}
+    return {"recipe": recipe, "steps": steps, **values}
+
+
 def write(out: Path) -> Comparison:
     """Write the files of what the folder holds."""
     found = read(out)
     (out / "table.md").write_text(markdown(found), encoding="utf-8")
-    plain = [{"recipe": key[0], "steps": key[1], **asdict(c)} for key, c in found.table.items()]
+    plain = [_plain(recipe, steps, cell) for (recipe, steps), cell in found.table.items()]
     told = {
         "table": plain,
         "runs": list(found.runs),
