@@ -19,7 +19,10 @@ _TRIES = 100
 
 
 class CorruptItemError(Exception):
-    """One item of a dataset can't be read; its name is the message."""
+    """One item of a dataset can't be read; its name is the message.
+
+    A dataset of one's own may raise it: another item is then drawn in its place.
+    """
 
 
 def first_item(dataset: Any) -> dict[str, Any]:

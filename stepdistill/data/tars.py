@@ -33,6 +33,7 @@ _CAPTIONS = (".txt", ".json", ".cls")
 # Columns of an index: offset and bytes of the image, of the caption, and which caption it is.
 _COLUMNS = 5
 _UNTOLD = -1
+_LONGEST = 1 << 20  # bytes of a caption
 _EMPTY = 128  # bytes of an array file without rows, which can't be mapped
 
 
@@ -176,6 +177,8 @@ class TarDataset(Source):
             return {}
         path, number, (_, _, offset, size, kind) = self._row(index)
         name = f"{path.name}:{number}"
+        if size > _LONGEST:
+            raise CorruptItemError(name)
         try:
             text = _read(path, offset, size).decode("utf-8").strip()
             found = json.loads(text)[self.column] if _CAPTIONS[kind] == ".json" else text

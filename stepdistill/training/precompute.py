@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,7 @@ class _Task:
             if not bad:
                 yield item
 
-    def _items(self, only: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
-        data = self.dataset
+    def _items(self, data: Any, only: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         if isinstance(data, RowStream):
             rows = islice(data.rows(0, 0, 0), None if only is None else len(only))
             return self._read(data.decode, rows)
@@ -82,7 +81,7 @@ class Prompts(_Task):
         elif isinstance(data, Source):
             texts = (item["prompt"] for item in self._read(data.told, range(len(data))))
         else:
-            texts = (item["prompt"] for item in self._items())
+            texts = (item["prompt"] for item in self._items(data))
         return ((content_key(text), text) for text in texts)
 
     def encode(self, text: Any) -> dict[str, Tensor]:
@@ -109,9 +108,8 @@ class Images(_Task):
             key = content_key(content)
             return owner(key, world_size) != rank or key in self.store
 
-        with _knowing(self.dataset, needless):
-            for item in self._items():
-                yield image_key(item), item.get("image")
+        for item in self._items(_knowing(self.dataset, needless)):
+            yield image_key(item), item.get("image")
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         return {"x0": self.family.latents(image.unsqueeze(0).to(self.device))[0].float()}
@@ -120,8 +118,8 @@ class Images(_Task):
         """Told from some hundred images spread over the set: a forecast, as all are to be read."""
         count = len(self.dataset)
         probes = sorted({i * count // _PROBES for i in range(_PROBES)})
-        with _knowing(self.dataset, lambda _: True):
-            keys = [image_key(item) for item in self._items(probes)]
+        undecoded = _knowing(self.dataset, lambda _: True)
+        keys = [image_key(item) for item in self._items(undecoded, probes)]
         return round(count * sum(key not in self.store for key in keys) / max(len(keys), 1))
 
 
@@ -130,16 +128,12 @@ def owner(key: bytes, world_size: int) -> int:
     return int.from_bytes(key[-4:], "big") % world_size
 
 
-@contextmanager
-def _knowing(dataset: Any, known: Callable[[str], bool]) -> Iterator[None]:
-    """Let a source leave out images whose content is known."""
+def _knowing(dataset: Any, known: Callable[[str], bool]) -> Any:
+    """A dataset that leaves out images whose content is known, where it is one that can."""
     if isinstance(dataset, Source | RowStream):
-        before, dataset.known = dataset.known, known
-    try:
-        yield
-    finally:
-        if isinstance(dataset, Source | RowStream):
-            dataset.known = before
+        dataset = copy(dataset)
+        dataset.known = known
+    return dataset
 
 
 def gib(count: float) -> str:
@@ -221,13 +215,13 @@ def _check_room(
 
 def prepare_cache(
     cache: EncodedCache | None, dataset: Any, args: TrainConfig, state: PartialState | Accelerator
-) -> None:
-    """Fill a run's cache on all ranks, then let the dataset leave out the images that it has.
+) -> Any:
+    """Fill a run's cache on all ranks; returns the dataset without the images that it has.
 
     A set that was gone through before is not read again, where the cache has not lost a row since.
     """
     if cache is None:
-        return
+        return dataset
     told = {**data_facts(dataset), "resolution": args.resolution}
     seen = cache.seen(told)
     state.wait_for_everyone()  # all have looked before one writes
@@ -241,8 +235,7 @@ def prepare_cache(
         cache.reopen()
         if state.is_main_process:
             cache.note(told)
-    if cache.latents is not None and isinstance(dataset, Source | RowStream):
-        dataset.known = cache.latents.knows
+    return dataset if cache.latents is None else _knowing(dataset, cache.latents.knows)
 
 
 def cache_run(run: RunConfig, dataset: Any) -> EncodedCache:

@@ -140,9 +140,9 @@ class Trainer:
             raise ValueError("train: expected a train_dataset, got None (enough only to export).")
         if self.resume_from is not None:
             self.resume(self.resume_from)
-        prepare_cache(self.batches.disk, self.dataset, args, self.accelerator)
+        dataset = prepare_cache(self.batches.disk, self.dataset, args, self.accelerator)
         data = stream(
-            self.dataset,
+            dataset,
             args.train_batch_size,
             args.seed,
             self.accelerator.process_index,
