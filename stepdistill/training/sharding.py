@@ -61,7 +61,7 @@ def check_sharding(args: TrainConfig) -> None:
             "mixed_precision: expected no or bf16 under FSDP2, got fp16 (its gradient scaler has "
             "not been run on shards). Set --mixed_precision bf16."
         )
-    if args.tuning.base_quantization is not None:
+    if args.tuning.base_quantization != "none":
         raise ValueError(
             f"tuning.base_quantization: expected none under FSDP2, got "
             f"{args.tuning.base_quantization} (packed weights can't be cut). Launch with "

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Loss
 from stepdistill.core.types import Batch
-from stepdistill.models.quantization import is_packed
 from stepdistill.models.family import Family
+from stepdistill.models.quantization import is_packed
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.training.config import TrainConfig
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,11 +23,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support.runs import build_trainer
-
 from stepdistill.models.role_weights import whole
 from stepdistill.trainers import DistillationTrainer
 from stepdistill.training.checkpoint import optimizer_state
+from support.runs import build_trainer
 
 GLOBAL_BATCH = 6  # divides by one, two and three
 
@@ -151,28 +152,61 @@ def alone(job: Job, teacher: Path, out: Path) -> Seen:
                 os.environ[name] = value
 
 
-def together(
-    world: int, jobs: Sequence[Job], teachers: Mapping[str, Path], out: Path
-) -> list[list[Seen]]:
-    """Every job on `world` gloo processes, started once; by job, then by rank."""
-    out.mkdir(parents=True, exist_ok=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    port = ["--master_port", str(29500 + os.getpid() % 500)]
-    args = [
-        json.dumps({name: str(path) for name, path in teachers.items()}),
-        json.dumps([asdict(job) for job in jobs]),
-        str(out),
-    ]
-    done = subprocess.run(
-        [*launcher, *port, __file__, *args],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr[-12000:]
-    return [[_read(out, index, rank) for rank in range(world)] for index in range(len(jobs))]
+class Group:
+    """Every job on `world` gloo processes, started at once; `seen` waits for them.
+
+    torchrun does the same with one more process, which takes seconds to start.
+    """
+
+    def __init__(
+        self, world: int, jobs: Sequence[Job], teachers: Mapping[str, Path], out: Path
+    ) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._out, self._jobs = out, jobs
+        args = [
+            json.dumps({name: str(path) for name, path in teachers.items()}),
+            json.dumps([asdict(job) for job in jobs]),
+            str(out),
+        ]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
+        self._processes = []
+        for rank in range(world):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (out / f"rank{rank}.txt").open("w") as told:
+                self._processes.append(
+                    subprocess.Popen(
+                        [sys.executable, __file__, *args],
+                        env={**os.environ, **common, **own},
+                        stdout=told,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def seen(self, timeout: float = 280) -> list[list[Seen]]:
+        """By job, then by rank. Fails where a process fails, and ends the others."""
+        ends = time.monotonic() + timeout
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes) and time.monotonic() < ends:
+            time.sleep(0.05)
+            codes = [process.poll() for process in self._processes]
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        told = [(self._out / f"rank{r}.txt").read_text() for r in range(len(codes))]
+        first = next((t for t, code in zip(told, codes, strict=True) if code), told[0])
+        assert not any(code != 0 for code in codes), f"exit codes {codes}: {first[-4000:]}"
+        ranks = range(len(codes))
+        return [[_read(self._out, i, rank) for rank in ranks] for i in range(len(self._jobs))]
 
 
 _PARTS = ("gradients", "weights", "optimizer")
