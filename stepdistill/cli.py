@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export)
     export.add_argument("run_dir", help="output_dir of a training run")
     export.add_argument("out_dir")
+    export.add_argument("--checkpoint", help="best, or checkpoint-N; the newest unless given")
     export.add_argument("--num_steps", type=int, help="a step count of the trained grid")
     formats = ("pipeline", "lora", "diffusers", "kohya", "comfyui")
     export.add_argument(
@@ -198,7 +199,7 @@ def _export(args: argparse.Namespace) -> None:
     """Export the newest checkpoint of a run as a pipeline or a LoRA."""
     from stepdistill.trainers import trainer_of_run
 
-    trainer = trainer_of_run(args.run_dir)
+    trainer = trainer_of_run(args.run_dir, args.checkpoint)
     print(trainer.export(args.out_dir, args.num_steps, args.format))
 
 

@@ -21,7 +21,7 @@ from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.models.family import Family
 from stepdistill.models.safe_files import read_json
-from stepdistill.training.checkpoint import RUN_FILE, newest_valid
+from stepdistill.training.checkpoint import RUN_FILE, named_checkpoint, newest_valid
 from stepdistill.training.config import RunConfig, TrainConfig
 from stepdistill.training.configfile import method_class, parse_run_config
 from stepdistill.training.configfile import method_config as parse_method_config
@@ -244,14 +244,17 @@ def _launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None) -> N
         running.push_to_hub(run.hub_model_id, folder)
 
 
-def trainer_of_run(run_dir: str | Path) -> DistillationTrainer:
+def trainer_of_run(run_dir: str | Path, name: str | None = None) -> DistillationTrainer:
     """The trainer of a finished or stopped run, at its newest whole checkpoint.
 
-    Errors: ValueError where the folder holds no run or no whole checkpoint.
+    Args: name: "best", or checkpoint-N, in place of the newest.
+    Errors: ValueError where the folder holds no run or no (such) whole checkpoint.
     """
     folder = Path(run_dir)
     saved = folder / RUN_FILE
     checkpoint, skipped = newest_valid(folder)
+    if name is not None:
+        checkpoint, skipped = named_checkpoint(folder, name), []
     if not saved.is_file() or checkpoint is None:
         raise ValueError(
             f"run_dir: expected a run with a whole checkpoint, got {folder}. " + " ".join(skipped)

@@ -68,6 +68,22 @@ def step_of(folder: Path) -> int:
     return _order(folder)[0]
 
 
+def named_checkpoint(output_dir: Path, name: str) -> Path:
+    """A run's whole checkpoint by name: "best" or checkpoint-N.
+
+    Errors: ValueError where there is none of that name, or it is damaged.
+    """
+    best = read_best(output_dir)
+    chosen = best.checkpoint if name == "best" and best is not None else name
+    fault = fault_of(output_dir / chosen) if _NAME.fullmatch(chosen) else "no such name"
+    if fault is not None:
+        raise ValueError(
+            f'checkpoint: expected "best" (kept by best_metric) or a whole checkpoint-N of '
+            f"{output_dir}, got {name!r}: {fault}."
+        )
+    return output_dir / chosen
+
+
 def prune(newest: Path, limit: int | None, protect: Collection[str] = ()) -> None:
     """Delete what is older than the newest `limit` whole checkpoints up to `newest`.
 

@@ -51,13 +51,15 @@ def validate(
 ) -> Image.Image:
     """The grid (a row per prompt), also saved to `path`."""
     size = (args.resolution, args.resolution)
-    images = sample_images(student, family, spec, grid_prompts(args), args.seed, *size)
+    images = sample_images(student, family, spec, grid_prompts(args, family), args.seed, *size)
     return save_grid(images, args.num_validation_images, path)
 
 
-def grid_prompts(args: TrainConfig) -> list[str]:
-    """Each validation prompt as often as it has images."""
-    return [p for p in args.validation_prompts for _ in range(args.num_validation_images)]
+def grid_prompts(args: TrainConfig, family: Family) -> list[Any]:
+    """Each validation prompt as often as it has images; numbers are class ids where labels tell."""
+    by_label = family.conditioning == "label"
+    told = [int(p) if by_label and p.isdigit() else p for p in args.validation_prompts]
+    return [p for p in told for _ in range(args.num_validation_images)]
 
 
 def save_grid(images: Sequence[Image.Image], columns: int, path: Path) -> Image.Image:
@@ -103,7 +105,7 @@ class Validator:
             self._folder,
             self._bank["teacher"],
             self._bank.family,
-            grid_prompts(self._args),
+            grid_prompts(self._args, self._bank.family),
             self._args,
             self._guidance,
             probe_times(self._method.sampler()) if self._same_path else (),
@@ -128,7 +130,7 @@ class Validator:
 
     def _latents(self, student: Denoiser, spec: SamplerSpec) -> Tensor:
         """x0 (N, C, *S) of the grid's noise, on the CPU."""
-        args, prompts = self._args, grid_prompts(self._args)
+        args, prompts = self._args, grid_prompts(self._args, self._bank.family)
         size = (args.resolution, args.resolution)
         parts = [
             sample_latents(
@@ -163,7 +165,7 @@ class Validator:
         self, student: Denoiser, spec: SamplerSpec, teacher: Reference
     ) -> dict[str, list[float]]:
         """RMS distance of x0 predictions on the teacher's trajectory from its end, by time."""
-        prompts, found = grid_prompts(self._args), []
+        prompts, found = grid_prompts(self._args, self._bank.family), []
         for t, states in teacher.states.items():
             parts = []
             for i in range(0, len(prompts), BATCH):
@@ -182,7 +184,7 @@ class Validator:
         The fake is fitted to what the student makes at every step of a rollout, unless the method
         trains the last one alone.
         """
-        bank, args, prompts = self._bank, self._args, grid_prompts(self._args)
+        bank, args, prompts = self._bank, self._args, grid_prompts(self._args, self._bank.family)
         size = (args.resolution, args.resolution)
         shape = bank.family.sample_shape(*size)
         shift = bank.family.shift_at(*size)

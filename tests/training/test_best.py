@@ -9,7 +9,7 @@ from PIL import Image
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill.training.best import Best, read_best, write_best
-from stepdistill.training.checkpoint import list_checkpoints, prune
+from stepdistill.training.checkpoint import list_checkpoints, named_checkpoint, prune
 from stepdistill.training.validation import Validation, Validator
 from stepdistill.training.whole import fault_of, write_folder
 
@@ -28,6 +28,22 @@ def test_pruning_leaves_the_best_and_does_not_count_it(tmp_path) -> None:
     write_best(tmp_path, Best(1, "teacher_rmse", "min", 0.3))
     prune(tmp_path / "checkpoint-4", 2)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+def test_the_best_is_found_by_name(tmp_path) -> None:
+    make(tmp_path, 1, 2)
+    with pytest.raises(ValueError, match=r"expected \"best\".*got 'best'"):
+        named_checkpoint(tmp_path, "best")
+    write_best(tmp_path, Best(1, "teacher_rmse", "min", 0.3))
+    assert named_checkpoint(tmp_path, "best") == tmp_path / "checkpoint-1"
+    assert named_checkpoint(tmp_path, "checkpoint-2") == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "..", "../checkpoint-1", "/etc"])
+def test_a_name_that_is_no_checkpoint_is_refused(tmp_path, name) -> None:
+    make(tmp_path, 1)
+    with pytest.raises(ValueError, match="a whole checkpoint-N"):
+        named_checkpoint(tmp_path / "checkpoint-1", name)
 
 
 def test_pruning_leaves_what_it_is_told_to(tmp_path) -> None:

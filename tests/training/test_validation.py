@@ -20,7 +20,7 @@ from stepdistill.training.sample_metrics import (
     saturation,
     x0_drift,
 )
-from stepdistill.training.validation import Validator
+from stepdistill.training.validation import Validator, grid_prompts
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -164,6 +164,19 @@ def test_features_of_ones_own_are_taken(validated) -> None:
     validator.features = lambda images: images.flatten(1).mean(1, keepdim=True) * 0 + 1
     found = validator.run(validated.student(), validated.method.sampler(), 2)
     assert found.metrics["frechet_diagonal"] == 0.0
+
+
+@pytest.mark.parametrize("family", ["edm", "dit"])
+def test_class_ids_are_prompts_of_a_class_conditional_model(
+    family, tmp_path, tmp_path_factory
+) -> None:
+    trainer = build_trainer(
+        "lcm", teacher_dir(family, tmp_path_factory), "lora", tmp_path,
+        **{**OPTIONS, "validation_prompts": ["1", "2"], "validation_teacher_steps": 0},
+    )  # fmt: skip
+    assert grid_prompts(trainer.args, trainer.family) == [1, 1, 2, 2]
+    found = trainer.validator.run(trainer.student(), trainer.method.sampler(), 0)
+    assert found.metrics["diversity"] > 0.0
 
 
 def test_without_teacher_samples_there_is_a_grid_and_little_else(validated, tmp_path) -> None:
