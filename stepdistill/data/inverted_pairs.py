@@ -22,6 +22,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import ode_invert
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
+from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.data.pair_files import PairSettings, digest
 from stepdistill.data.pairs import PairDataset, Pairs, PairWriter, Prompt, write_shards
 
@@ -58,7 +59,7 @@ def invert_pairs(
             and "prompt" or "label" (neither for models that are told nothing).
         times: descending, see `ode_invert`.
     Returns: the finished set; None where other ranks' shards are still missing.
-    Errors: ValueError for more pairs than images, or latents of another shape.
+    Errors: ValueError for more pairs than images, an unreadable image, or latents of another shape.
     """
     size = len(images)  # type: ignore[arg-type]
     if not 1 <= num_pairs <= size:
@@ -67,7 +68,12 @@ def invert_pairs(
         )
 
     def item(row: int) -> tuple[Tensor, Prompt]:
-        found = images[row]
+        try:
+            found = images[row]
+        except CorruptItemError as err:
+            raise ValueError(
+                f"pairs: expected images that can be read, got {err}. Repair it or take it out."
+            ) from err
         told: Prompt = found.get("prompt", found.get("label", 0))
         return found["image"], told
 

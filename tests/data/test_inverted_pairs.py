@@ -176,6 +176,9 @@ def test_command_inverts_a_folder_for_a_stock_teacher(tmp_path, tmp_path_factory
     noise = torch.stack([dataset[i]["noise"] for i in range(3)])
     assert noise.isfinite().all()
     assert not torch.equal(noise[0], noise[1])
+    (folder / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"images that can be read, got .*2\.png"):
+        make_pairs(str(model), None, tmp_path / "bad", train_data_dir=folder, **options)
     with pytest.raises(ValueError, match=r"--prompts_file .* or --invert .*, got neither"):
         make_pairs(str(model), None, tmp_path / "none", num_pairs=2)
     with pytest.raises(ValueError, match="--num_pairs with --prompts_file"):
