@@ -142,9 +142,10 @@ class _MetaSDXL(StableDiffusionXLFamily):
     def __init__(self) -> None:
         with torch.device("meta"):
             unet = UNet2DConditionModel(**SDXL_UNET).requires_grad_(False)
-        self.pipeline = SimpleNamespace(unet=unet)  # type: ignore[assignment]
+        scheduler = SimpleNamespace(config={})
+        self.pipeline = SimpleNamespace(unet=unet, scheduler=scheduler)  # type: ignore[assignment]
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        self.path, self.kind, self.shift = VPPath.from_betas(betas), "eps", 1.0
+        self.path, self.kind, self._fixed_shift = VPPath.from_betas(betas), "eps", 1.0
 
 
 def resident_bytes(tuning: Tuning, roles: dict[str, Role]) -> dict[str, int]:

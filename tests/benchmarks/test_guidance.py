@@ -99,7 +99,7 @@ def test_half_the_calls_make_the_guided_images(tmp_path) -> None:
             disable_progress_bar=True,
             tuning=Tuning(student="lora", rank=16),
         ),
-        ImageFolderDataset(tmp_path / "data"),
+        ImageFolderDataset(tmp_path / "data", None),
         method_config={"guidance": GUIDANCE, "teacher_steps": STEPS},
     )
     trainer.train()
