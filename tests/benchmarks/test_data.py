@@ -1,4 +1,4 @@
-"""Memory of data at scale, each figure in a process of its own. Prints a table.
+"""Memory of data at scale, each figure in a process of its own, and tars' speed. Prints tables.
 
     pytest -m benchmark -n 0 -s tests/benchmarks/test_data.py
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,42 @@ def test_a_cache_is_read_in_the_memory_of_its_keys(tmp_path) -> None:
     table.add_row("40,000 rows, the files themselves", f"{whole:.1f}")
     Console().print(table)
     assert sizes[40_000] < 0.1 * whole
+
+
+def test_tars_by_offset_against_the_library(tmp_path) -> None:
+    """Undecoded samples of one epoch, in one process: shuffled by offset, and from end to end."""
+    import webdataset
+
+    from stepdistill.data.tars import TarDataset
+
+    image, count = bytes(range(256)) * 200, 1_000  # 50 kB, as a small JPEG
+    for shard in range(8):
+        with webdataset.TarWriter(str(tmp_path / f"{shard:04d}.tar")) as tar:
+            for i in range(count):
+                tar.write({"__key__": f"{shard}-{i}", "jpg": image, "txt": "a caption"})
+    began = time.perf_counter()
+    data = TarDataset(str(tmp_path), None, window=4096)
+    opened = time.perf_counter() - began
+    order, urls = data.order(0), [str(path) for path in data.shards]
+
+    def ours() -> int:
+        rows = [order[i] for i in range(len(data))]
+        return sum(len(data.image_bytes(i)[0]) + len(data.told(i)["prompt"]) for i in rows)
+
+    def theirs() -> int:
+        rows = webdataset.WebDataset(urls, shardshuffle=False)
+        return sum(len(row["jpg"]) + len(row["txt"]) for row in rows)
+
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(3):
+        for name, read in (("ours", ours), ("theirs", theirs)):
+            began = time.perf_counter()
+            assert read() == len(data) * (len(image) + len("a caption"))
+            seconds[name].append(time.perf_counter() - began)
+    best = {name: min(times) for name, times in seconds.items()}
+    table = Table("what", "ratio", title="8,000 samples of 50 kB in 8 tar shards, undecoded")
+    table.add_row("an epoch, shuffled by offset / webdataset's from end to end",
+                  f"{best['ours'] / best['theirs']:.2f}")  # fmt: skip
+    table.add_row("making the index / webdataset's epoch", f"{opened / best['theirs']:.2f}")
+    Console().print(table)
+    assert best["ours"] < best["theirs"]
