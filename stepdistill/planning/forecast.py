@@ -7,7 +7,8 @@ the numbers are missing. Nothing is allocated but small time and noise tensors.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ from stepdistill.core.types import Batch
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.planning.blueprint import blueprint
+from stepdistill.planning.quantized import pack
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.training.config import RunConfig
 from stepdistill.training.configfile import method_class, method_config
+from stepdistill.training.memory import checkpoints_activations
 from stepdistill.training.optim import moment_bytes
 from stepdistill.training.setup import roles_of
 from stepdistill.training.step import frozen_dtype
 
+_HELD = {"offload_encoders": False, "optimizer": "adamw"}  # no phase depends on them
 PROMPT = "a photograph of an astronaut riding a horse, studio light, highly detailed"
 
 
@@ -45,8 +49,9 @@ class Forecast:
     """What one process holds, in bytes, and what one student step computes.
 
     frozen: denoiser weights no phase trains. trained, averaged: weights by role. gradients: of the
-    largest phase. optimizer: both Adam moments of every trained role. encoders: text encoders and
-    VAE, where they are not offloaded. encoding: the peak of encoding a prompt above all that.
+    largest phase. optimizer: both Adam moments of every trained role (optimizer_8bit: in 8 bits).
+    encoders: text encoders and VAE, where they are not offloaded. encoding: the peak of encoding a
+    prompt above all that.
     """
 
     model: str
@@ -59,6 +64,9 @@ class Forecast:
     optimizer: int
     encoders: int
     encoding: int
+    optimizer_8bit: int = 0
+    checkpointing: bool = False
+    quantization: str = "none"
     phases: tuple[Cost, ...] = field(default=())
     largest_block: int = 0
 
@@ -105,7 +113,21 @@ class _PlanCtx(Ctx):
 
 
 def forecast(run: RunConfig) -> Forecast:
-    """The forecast of a run's configuration. Errors: as those of training, before any work."""
+    """The forecast of a run's configuration. Errors: as those of training, before any work.
+
+    Runs that differ only in where encoders and moments are held are traced once.
+    """
+    plan = _traced(run.model_copy(update=_HELD).model_dump_json())
+    if run.offload_encoders:
+        plan = replace(plan, encoders=0, encoding=0)
+    if run.optimizer == "adamw_8bit":
+        plan = replace(plan, optimizer=plan.optimizer_8bit)
+    return plan
+
+
+@lru_cache(maxsize=8)
+def _traced(run_json: str) -> Forecast:
+    run = RunConfig.model_validate_json(run_json)
     dtype = frozen_dtype(run)
     config = method_config(run.method, run.method_config)
     family = blueprint(run.pretrained_model_name_or_path, dtype)
@@ -117,6 +139,9 @@ def forecast(run: RunConfig) -> Forecast:
             f"plan: expected a run without image scorers, got {sorted(method.scorers())}. Plan "
             "without them, and add the decoder's memory."
         )
+    count = sum(p.numel() for p in family.net.parameters())
+    if run.tuning.base_quantization != "none":
+        pack(family.net, run.tuning.base_quantization)
     with torch.device("meta"):
         bank = RoleBank(family, roles_of(method, run), run.tuning)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -129,9 +154,11 @@ def forecast(run: RunConfig) -> Forecast:
     ]
     for part in encoders:
         _to_fake(part, fake)
-    if run.gradient_checkpointing:
+    recomputes = checkpoints_activations(run, family.net)
+    if recomputes:
         bank.enable_gradient_checkpointing()
-    return _measure(run, method, family, bank, encoders, fake)
+    plan = _measure(run, method, family, bank, encoders, fake)
+    return replace(plan, num_parameters=count, checkpointing=recomputes)
 
 
 def _measure(
@@ -147,7 +174,7 @@ def _measure(
     averaged = sum(_size(bank.members(r).values()) for r, s in bank.roles.items() if s.ema_of)
     tracker = CostTracker()
     held: list[Tensor] = [*bank.parameters(), *bank.buffers()]
-    for part in () if run.offload_encoders else encoders:
+    for part in encoders:
         held += [*part.parameters(), *part.buffers()]
     tracker.watch(held)
     before = tracker.live
@@ -174,18 +201,16 @@ def _measure(
     return Forecast(
         model=run.pretrained_model_name_or_path,
         method=run.method,
-        num_parameters=sum(p.numel() for p in family.net.parameters() if id(p) not in own),
+        num_parameters=0,
         frozen=_size(p for p in bank.parameters() if id(p) not in own),
         trained=trained,
         averaged=averaged,
         gradients=gradients,
-        optimizer=sum(
-            moment_bytes(param, run.optimizer)
-            for role in bank.trained_roles
-            for param in bank.members(role).values()
-        ),
-        encoders=0 if run.offload_encoders else sum(_size(p.parameters()) for p in encoders),
-        encoding=0 if run.offload_encoders else encoding,
+        optimizer=_moments(bank, "adamw"),
+        optimizer_8bit=_moments(bank, "adamw_8bit"),
+        encoders=sum(_size(p.parameters()) for p in encoders),
+        encoding=encoding,
+        quantization=run.tuning.base_quantization,
         phases=tuple(phases),
         largest_block=_largest_block(family.net),
     )
@@ -220,6 +245,11 @@ def _batch(
         prompts=(PROMPT,) * bsz,
     )
     return batch, encoding
+
+
+def _moments(bank: RoleBank, optimizer: str) -> int:
+    params = [p for role in bank.trained_roles for p in bank.members(role).values()]
+    return sum(moment_bytes(param, optimizer) for param in params)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

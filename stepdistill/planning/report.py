@@ -51,7 +51,7 @@ def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None)
         console.print(f"fits {room / 1e9:g} GB")
         return True
     console.print(f"does not fit {room / 1e9:g} GB")
-    for told, smaller in suggestions(run):
+    for told, smaller in suggestions(run, plan.checkpointing):
         size = forecast(smaller).peak_on(num_gpus)
         verdict = "fits" if size <= room else "does not fit either"
         console.print(f"  {told}: {size / GIB:.2f} GiB, {verdict}")
@@ -62,9 +62,10 @@ def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None)
 
 def table(plan: Forecast, run: RunConfig) -> Table:
     """What is held, in GiB."""
+    packed = "" if plan.quantization == "none" else f", {plan.quantization}"
     made = Table("what", "GiB", title=f"{plan.method} on {plan.model}")
     rows = [
-        (f"frozen denoiser ({plan.num_parameters / 1e6:,.0f} M parameters)", plan.frozen),
+        (f"frozen denoiser ({plan.num_parameters / 1e6:,.0f} M parameters{packed})", plan.frozen),
         *((f"trained: {role}", size) for role, size in plan.trained.items()),
         ("averaged weights", plan.averaged),
         ("optimiser", plan.optimizer),
@@ -75,13 +76,16 @@ def table(plan: Forecast, run: RunConfig) -> Table:
     ]
     for name, size in rows:
         made.add_row(name, f"{size / GIB:.2f}")
-    checkpointing = "on" if run.gradient_checkpointing else "off"
+    checkpointing = "on" if plan.checkpointing else "off"
     made.caption = f"batch {run.train_batch_size}, gradient checkpointing {checkpointing}"
     return made
 
 
-def suggestions(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Cheaper runs, the mildest change first, each keeping the changes before it."""
+def suggestions(run: RunConfig, checkpointing: bool = False) -> Iterator[tuple[str, RunConfig]]:
+    """Cheaper runs, the mildest change first, each keeping the changes before it.
+
+    Args: checkpointing: whether the run recomputes activations already.
+    """
     told: list[str] = []
 
     def step(name: str, **changes: object) -> tuple[str, RunConfig]:
@@ -90,7 +94,7 @@ def suggestions(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         run = run.model_copy(update=changes)
         return ", ".join(told), run
 
-    if not run.gradient_checkpointing:
+    if not checkpointing:
         yield step("gradient_checkpointing", gradient_checkpointing=True)
     if run.mixed_precision == "no":
         yield step("mixed_precision=bf16", mixed_precision="bf16")
@@ -101,7 +105,16 @@ def suggestions(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         yield step("student=lora, fake=lora", tuning=tuning)
     if run.train_batch_size > 1:
         yield step("batch 1 with accumulation", train_batch_size=1)
+    if run.optimizer == "adamw":
+        yield step("optimizer=adamw_8bit", optimizer="adamw_8bit")
+    lora = run.tuning.student == run.tuning.fake == "lora"
+    if lora and run.tuning.base_quantization == "none":
+        tuning = run.tuning.model_copy(update={"base_quantization": "int8"})
+        yield step("base_quantization=int8", tuning=tuning)
     if run.ema_decay:
         yield step("ema_decay=0", ema_decay=0.0)
     if run.tuning.rank > 16:
         yield step("rank=16", tuning=run.tuning.model_copy(update={"rank": 16, "alpha": None}))
+    if lora and run.tuning.base_quantization == "int8":
+        tuning = run.tuning.model_copy(update={"base_quantization": "nf4"})
+        yield step("base_quantization=nf4", tuning=tuning)

@@ -37,8 +37,14 @@ class TrainConfig(BaseModel):
     """Micro-batches per optimiser update, each phase on its own."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast dtype of network calls; trained weights and losses stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. auto does
+    so for quantised denoisers, and those of 500 M parameters and more."""
+    compile: bool = False
+    """Compile the denoisers' repeated blocks with torch.compile: minutes at the start, faster
+    steps after. Once for each role, with and without gradients."""
+    compile_backend: str = "inductor"
+    """Backend of torch.compile; inductor needs Triton on CUDA, a C++ compiler on CPU."""
     offload_encoders: bool = False
     """Keep text encoders and autoencoder on the CPU: prompts and images are encoded there, once."""
     tuning: Tuning = Tuning()

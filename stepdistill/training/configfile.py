@@ -143,12 +143,23 @@ def parse_run_config(argv: Sequence[str], prog: str = "stepdistill", method: str
         fields["method_config"] = (options, options())
     flags: Any = create_model("RunConfig", __base__=_FlagsOverFiles, **fields)
     try:
-        parsed = flags(_cli_parse_args=rest, _cli_prog_name=prog, **values)
+        parsed = flags(_cli_parse_args=_spelt_out(rest), _cli_prog_name=prog, **values)
     except ValidationError as err:
         raise explain(err, flags, "config") from err
     except SettingsError as err:
         raise _unknown_flags(err, rest, flags) from err
     return RunConfig(**parsed.model_dump())
+
+
+def _spelt_out(argv: Sequence[str], switch: str = "gradient_checkpointing") -> list[str]:
+    """The flags with a value beside the one switch that takes a third (auto): --X is --X true."""
+    spelt: list[str] = []
+    for arg, after in zip(argv, [*argv[1:], "--"], strict=True):
+        if arg == f"--no-{switch}":
+            spelt += [f"--{switch}", "false"]
+        else:
+            spelt += [arg, "true"] if arg == f"--{switch}" and after.startswith("--") else [arg]
+    return spelt
 
 
 def _unknown_flags(err: Exception, argv: Sequence[str], model: type[BaseModel]) -> ValueError:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from stepdistill.models.rolebank import RoleBank
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.step import frozen_dtype
 
+# Graphs of one block: roles, with and without gradients, batches with and without their null half.
+GRAPH_LIMIT = 64
 AUTO_PARAMETERS = 500_000_000  # "auto" recomputes activations from this size of the denoiser on
 
 
@@ -19,8 +23,37 @@ def quantized_base(args: TrainConfig) -> dict[str, Any]:
 
 
 def checkpoints_activations(args: TrainConfig, net: nn.Module) -> bool:
-    """Whether the run recomputes activations: as told, or by the frozen denoiser's size."""
+    """Whether the run recomputes activations: as told, or by the frozen denoiser's size.
+
+    On a quantised base always: autograd would keep every weight as it was unpacked (torchao).
+    """
     if isinstance(args.gradient_checkpointing, bool):
         return args.gradient_checkpointing
+    if args.tuning.base_quantization != "none":
+        return True
     own = (p.numel() for name, p in net.named_parameters() if ".lora_" not in name)
     return sum(own) >= AUTO_PARAMETERS
+
+
+def compile_blocks(bank: RoleBank, backend: str = "inductor") -> int:
+    """Compile the repeated blocks of every denoiser of the bank; returns how many.
+
+    Those that the stock class names (Diffusers' regional compilation), else the entries of its
+    module lists. Blocks of one class share their graphs. Which adapter is active is part of them,
+    so each role has its own, and switching between them compiles nothing anew.
+
+    Notes: forward alone, not the call around it: a discriminator's hooks come and go there.
+    """
+    torch._dynamo.config.recompile_limit = max(GRAPH_LIMIT, torch._dynamo.config.recompile_limit)
+    blocks = [block for net in bank.nets.values() for block in repeated_blocks(net)]
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
+    return len(blocks)
+
+
+def repeated_blocks(net: Any) -> list[nn.Module]:
+    """The blocks that make up most of a stock denoiser."""
+    named = type(net)._repeated_blocks or ()
+    found = [m for m in net.modules() if type(m).__name__ in named]
+    lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
+    return found or [block for entries in lists for block in entries]

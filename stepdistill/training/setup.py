@@ -16,6 +16,7 @@ from stepdistill.models.decoder import load_decoder
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.training.config import TrainConfig
+from stepdistill.training.memory import checkpoints_activations, compile_blocks
 from stepdistill.training.optim import build_optimizer
 from stepdistill.training.sharding import check_sharding, shard, sharding_asked, without_plugin
 from stepdistill.training.start import load_student_base, start_student, student_base_of
@@ -104,6 +105,8 @@ def make_bank(
         start_student(bank, args.init_student_from)
     # Weights that will be in shards reach the device block by block.
     place(bank, args, device, torch.device("cpu") if sharding_asked() else device)
-    if args.gradient_checkpointing:
+    if checkpoints_activations(args, bank.family.net):
         bank.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(bank, args.compile_backend)
     return bank

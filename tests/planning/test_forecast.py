@@ -137,6 +137,62 @@ def test_activations_grow_with_the_batch_and_work_is_proportional(teacher: Path)
     assert four.phases[0].activations > 2 * one.phases[0].activations
 
 
+def linear_sizes(folder: Path) -> tuple[int, int, int]:
+    """(weights in linear layers, their rows, all other parameters) of the denoiser."""
+    net = blueprint(str(folder), torch.float32).net
+    layers = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
+    inside = sum(m.weight.numel() for m in layers)
+    rows = sum(m.out_features for m in layers)
+    return inside, rows, sum(p.numel() for p in net.parameters()) - inside
+
+
+def test_an_int8_base_holds_a_byte_a_weight_and_a_scale_a_row(teacher: Path) -> None:
+    inside, rows, others = linear_sizes(teacher)
+    tuning = {"rank": 2, "base_quantization": "int8"}
+    plan = forecast(run_config(teacher, gradient_checkpointing=True, tuning=tuning))
+    assert plan.frozen == inside + 4 * rows + 4 * others
+    assert plan.num_parameters == inside + others
+
+
+def test_an_nf4_base_holds_half_a_byte_a_weight_and_a_scale_a_block(teacher: Path) -> None:
+    inside, _, others = linear_sizes(teacher)
+    plan = forecast(run_config(teacher, tuning={"rank": 2, "base_quantization": "nf4"}))
+    packed = plan.frozen - 4 * others
+    assert inside / 2 + inside / 64 <= packed <= 1.1 * (inside / 2 + inside / 64)
+
+
+@pytest.mark.slow
+def test_a_quantised_base_costs_no_less_work(teacher: Path) -> None:
+    plain, packed = (
+        forecast(
+            run_config(
+                teacher,
+                gradient_checkpointing=True,
+                tuning={"rank": 2, "base_quantization": kind},
+            )
+        )
+        for kind in ("none", "int8")
+    )
+    assert packed.flops_per_step == plain.flops_per_step
+    assert packed.frozen < plain.frozen
+
+
+@pytest.mark.slow
+def test_recomputing_holds_one_blocks_unpacked_weights_at_a_time(teacher: Path) -> None:
+    kept, freed = (
+        forecast(
+            run_config(
+                teacher,
+                gradient_checkpointing=told,
+                tuning={"rank": 2, "base_quantization": "int8"},
+            )
+        )
+        for told in (False, True)
+    )
+    inside, _, _ = linear_sizes(teacher)
+    assert kept.phases[0].activations - freed.phases[0].activations > inside
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [("consistency", {}), ("vsd", {}), ("pcm", {}), ("tscd", {}), ("reflow", {})],
@@ -187,6 +243,9 @@ def test_suggestions_go_from_mild_to_harsh(teacher: Path) -> None:
     told, last = list(suggestions(run))[-1]
     assert told.startswith("gradient_checkpointing, mixed_precision=bf16, offload_encoders, ")
     assert (last.train_batch_size, last.tuning.student, last.tuning.rank) == (1, "lora", 16)
+    assert told.endswith(
+        "optimizer=adamw_8bit, base_quantization=int8, rank=16, base_quantization=nf4"
+    )
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(
