@@ -126,7 +126,7 @@ class BatchMaker:
             self._latents.move_to_end(key)
             return self._latents[key]
         assert image is not None, "a source leaves out only what the disk has"
-        fresh = self.family.latents(image.unsqueeze(0).to(self.device))[0].float()  # one by one
+        fresh = self.family.latents(image.unsqueeze(0))[0].float()  # one by one, where the VAE is
         if self._max_latents:
             self._latents[key] = fresh.cpu()
             _drop_oldest(self._latents, self._max_latents)

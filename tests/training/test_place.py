@@ -9,6 +9,7 @@ from stepdistill.core.method import Role
 from stepdistill.models.registry import family_class
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.models.tiny import TINY
+from stepdistill.training.batches import BatchMaker
 from stepdistill.training.step import place
 
 
@@ -36,3 +37,22 @@ def test_offloaded_encoders_stay_on_the_cpu() -> None:
     pipeline = placed("meta", offload_encoders=True).family.pipeline
     assert pipeline.unet.device.type == "meta"
     assert pipeline.text_encoder.device.type == pipeline.vae.device.type == "cpu"
+
+
+def test_offloaded_encoders_feed_a_run_on_another_device() -> None:
+    bank = placed("meta", offload_encoders=True)
+    family, calls = bank.family, []
+    latents = family.latents
+    family.latents = lambda images: calls.append(images.device.type) or latents(images)
+    size = family.images(torch.zeros(1, *family.sample_shape())).shape[-1]
+    maker = BatchMaker(family, torch.device("meta"))
+    raw = {
+        "index": [0, 1],
+        "prompt": ["a", "b"],
+        "image": torch.rand(2, 3, size, size) * 2 - 1,
+    }
+    for _ in range(2):
+        batch = maker(raw)
+        assert batch.x0 is not None
+        assert batch.x0.device.type == batch.cond["prompt_embeds"].device.type == "meta"
+    assert calls == ["cpu", "cpu"]  # one call an image; the second round reads what is cached
