@@ -60,7 +60,7 @@ def test_every_method_has_a_config_file() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--method", "dmd"], "dmd2"),
+        (["--method", "dmd3"], "dmd2"),
         (["--method", "dmd2", "--max_train_step", "3"], "max_train_steps"),
         (["--method", "dmd2", "--method_config.critic_step", "3"], "method_config.critic_steps"),
         (["--method", "dmd2", "--config", "nowhere.yaml"], "nowhere.yaml"),
