@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--resolution", type=int)
     add("--num_pairs", type=int, help="noise-image pairs of the teacher; default 1024")
     add("--pair_steps", type=int, help="steps of its solver for them; default 25")
-    add("--teacher_steps", type=int, nargs="+", help="it is judged at; default 50")
+    add("--teacher_steps", type=int, nargs="+", help="it is judged at; default 1 2 4 8 50")
     add("--num_prompts", type=int, help="to judge with; default all")
     add("--num_images_per_prompt", type=int)
     add("--batch_size", type=int, help="of sampling")

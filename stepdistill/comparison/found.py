@@ -42,9 +42,15 @@ class Comparison:
         """The step counts of the table's columns."""
         return sorted({key[1] for key in self.table})
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the teacher's own images are what all others are judged by."""
+        own = [r for r in self.base if r.group == "teacher"]
+        return bool(own) and max(own, key=lambda r: r.steps or 0).frechet is None
+
     def advice(self) -> list[str]:
         """See `table.recommend`."""
-        return recommend(self.table, self.teacher, self.needs)
+        return recommend(self.table, self.teacher, self.needs, self.is_reference)
 
 
 def read(out: Path) -> Comparison:

@@ -55,7 +55,7 @@ class Own:
     resolution: int | None = None
     num_pairs: int = 1024
     pair_steps: int = 25
-    teacher_steps: Sequence[int] = (50,)
+    teacher_steps: Sequence[int] = (1, 2, 4, 8, 50)
     eval_options: Mapping[str, Any] = field(default_factory=dict)
 
     def settled(self) -> dict[str, Any]:

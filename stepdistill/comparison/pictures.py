@@ -16,7 +16,7 @@ from stepdistill.evaluation import page
 from stepdistill.evaluation.plots import COLOUR, CYCLE, Curve, Panel, Strip, contact, draw_curves
 
 from .found import Comparison
-from .table import Judged
+from .table import Judged, short
 
 
 def shown(found: Comparison) -> list[Judged]:
@@ -35,7 +35,7 @@ def caption(row: Judged) -> str:
     if row.frechet is None:
         return ""
     recall = "" if row.recall is None else f"  recall {row.recall.mean:.2f}"
-    return f"Fréchet {row.frechet.mean:.2f}{recall}"
+    return f"Fréchet {short(row.frechet.mean)}{recall}"
 
 
 def picture(previews: Sequence[Any]) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from stepdistill.evaluation.plots import panel_png, save_page
 
 from .found import Comparison, read
 from .pictures import figure, panels, shown, strips
-from .table import Cell
+from .table import Cell, short
 
 
 def markdown(found: Comparison) -> str:
@@ -33,8 +33,10 @@ def markdown(found: Comparison) -> str:
         for r in found.base
         if r.frechet is not None and r.steps not in counts
     ]
+    if found.is_reference:
+        others.append("to the teacher's own images at its most steps")
     head = (
-        "Fréchet distance (recall in brackets), mean ± deviation over training seeds. "
+        "Fréchet distance (recall in brackets), mean ± deviation over training seeds; "
         f"{'; '.join(others)}. {found.facts}"
     )
     advice = [f"- {line}" for line in found.advice()]
@@ -47,7 +49,8 @@ def _failed(one: dict[str, Any]) -> str:
 
 def _told(mean: float, std: float, recall: Any) -> str:
     value = getattr(recall, "mean", recall)
-    text = f"{mean:.2f} ± {std:.2f}" if std else f"{mean:.2f}"
+    spread = f"{std:.2f}" if mean >= 1 else f"{std:.2g}"
+    text = f"{short(mean)} ± {spread}" if std else short(mean)
     return text if value is None or value != value else f"{text} ({value:.2f})"
 
 

@@ -109,22 +109,28 @@ def peers(table: Table, steps: int) -> list[str]:
 
 
 def recommend(
-    table: Table, teacher: Mapping[int, float], needs: Mapping[str, str] | None = None
+    table: Table,
+    teacher: Mapping[int, float],
+    needs: Mapping[str, str] | None = None,
+    is_reference: bool = False,
 ) -> list[str]:
     """Sentences: what to take at each step count and, first, over all, each with its numbers.
 
-    Args: teacher: steps -> Frechet distance; needs: see `data_needs`.
+    Args: teacher: steps -> Frechet distance; needs: see `data_needs`; is_reference: the
+        distances are to the teacher's images at most steps: its own there is no yardstick.
     """
     if not table:
         return ["No run has finished: there is nothing to recommend."]
-    most = max(teacher, default=None)
+    most = None if is_reference else max(teacher, default=None)
     lines, best = [], {}
     for steps in sorted({key[1] for key in table}):
         names = peers(table, steps)
         best[steps] = names[0]
         lines.append(_sentence(table, steps, names, teacher, most, needs or {}))
     if most is None:
-        return lines
+        n = min(best, key=lambda n: table[best[n], n].frechet)
+        value = short(table[best[n], n].frechet)
+        return [f"Take {best[n]} at {_steps(n)}: the nearest to the teacher ({value}).", *lines]
     base = teacher[most]
     near = [n for n in best if table[best[n], n].frechet <= NEAR * base]
     if near:
@@ -132,15 +138,15 @@ def recommend(
         value = table[best[n], n].frechet
         first = (
             f"Take {best[n]} at {_steps(n)}: the fewest steps within {NEAR - 1:.0%} of the "
-            f"teacher's {most} ({value:.2f} against {base:.2f})."
+            f"teacher's {most} ({short(value)} against {short(base)})."
         )
     else:
         n = min(best, key=lambda n: table[best[n], n].frechet)
         value = table[best[n], n].frechet
         first = (
             f"Take {best[n]} at {_steps(n)}: the nearest to the teacher's {most} steps "
-            f"({value:.2f} against {base:.2f}, {value / base:.2f} times it); none comes within "
-            f"{NEAR - 1:.0%} at this budget."
+            f"({short(value)} against {short(base)}, {value / base:.2f} times it); none comes "
+            f"within {NEAR - 1:.0%} at this budget."
         )
     return [first, *lines]
 
@@ -154,8 +160,8 @@ def _sentence(
     needs: Mapping[str, str],
 ) -> str:
     best = table[names[0], steps]
-    told = f"{_steps(steps)}: {names[0]} ({best.frechet:.2f}, recall {best.recall:.2f}"
-    told += f"; the teacher {teacher[steps]:.2f} there" if steps in teacher else ""
+    told = f"{_steps(steps)}: {names[0]} ({short(best.frechet)}, recall {best.recall:.2f}"
+    told += f"; the teacher {short(teacher[steps])} there" if steps in teacher else ""
     told += f", {best.frechet / teacher[most]:.2f} times its {most} steps)" if most else ")"
     others = names[1:]
     if others:
@@ -167,6 +173,11 @@ def _sentence(
     if steps in teacher and best.frechet >= teacher[steps]:
         told += "; no student beats the teacher at this step count: raise the budget"
     return told + "."
+
+
+def short(value: float) -> str:
+    """Two decimals, or three digits below one."""
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def _steps(count: int) -> str:

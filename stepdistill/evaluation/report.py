@@ -68,7 +68,9 @@ def told(value: Spread | None, metric: str) -> str:
     if value is None:
         return "–"
     _, form, factor = COLUMNS[metric]
-    text = f"{value.mean * factor:{form}}"
+    mean = value.mean * factor
+    form = ".3g" if metric == "frechet" and abs(mean) < 1 else form
+    text = f"{mean:{form}}"
     return f"{text} ± {value.std * factor:{form}}" if value.std else text
 
 

@@ -60,5 +60,12 @@ def test_of_equals_the_one_that_needs_least_data_is_named() -> None:
     )
 
 
+def test_where_the_teacher_is_the_reference_the_nearest_is_advised() -> None:
+    table = {("a", 1): Cell(0.05, 0.0, 0.8, 1), ("b", 2): Cell(0.0123, 0.0, 0.8, 1)}
+    first, *rest = recommend(table, {1: 0.4}, is_reference=True)
+    assert first == "Take b at 2 steps: the nearest to the teacher (0.0123)."
+    assert rest[0] == "1 step: a (0.05, recall 0.80; the teacher 0.4 there)."
+
+
 def test_nothing_finished_is_said() -> None:
     assert recommend({}, {50: 2.0}) == ["No run has finished: there is nothing to recommend."]
