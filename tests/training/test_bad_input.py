@@ -33,7 +33,7 @@ class TestBeforeLoading:
     def test_unknown_method(self, teacher, tmp_path) -> None:
         with pytest.raises(ValueError, match="dmd2"):
             DistributionMatchingTrainer(
-                teacher, TrainConfig(output_dir=str(tmp_path)), ["a"], method="dmd"
+                teacher, TrainConfig(output_dir=str(tmp_path)), ["a"], method="dmd3"
             )
 
     def test_method_of_another_trainer(self, teacher, tmp_path) -> None:
