@@ -153,6 +153,7 @@ def fill(
     rank: int = 0,
     world_size: int = 1,
     say: Callable[[str], object] = print,
+    progress: bool = False,
 ) -> None:
     """Encode what the cache lacks of a dataset's prompts and images; this rank's share of the keys.
 
@@ -170,8 +171,8 @@ def fill(
         _check_room(cache.folder, tasks, item, say)
         for task in tasks:
             writer = CacheWriter(task.store, shard_bytes)
-            bar = tqdm(task.read(rank, world_size), desc=f"cache {task.name}", disable=rank > 0)
-            for key, value in bar:
+            found = task.read(rank, world_size)
+            for key, value in tqdm(found, desc=f"cache {task.name}") if progress else found:
                 if owner(key, world_size) == rank and key not in writer:
                     encoded = task.encode(value)
                     _check_finite(encoded, task.name, value)
@@ -230,7 +231,9 @@ def prepare_cache(
         say(f"cache: {cache.folder} has these data already")
     else:
         rank, world_size = state.process_index, state.num_processes
-        fill(cache, dataset, state.device, args.cache_shard_mb << 20, rank, world_size, say)
+        progress = state.is_main_process and not args.disable_progress_bar
+        shard_bytes = args.cache_shard_mb << 20
+        fill(cache, dataset, state.device, shard_bytes, rank, world_size, say, progress)
         state.wait_for_everyone()
         cache.reopen()
         if state.is_main_process:

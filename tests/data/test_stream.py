@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from support.samples import COUNT, KINDS, batches, dataset_of
 
@@ -35,3 +37,9 @@ def test_resume_in_an_epoch_with_workers(dataset, start) -> None:
     """24 samples in batches of 5: an epoch ends within a batch."""
     whole = list(batches(dataset, 20, batch=5))
     assert list(batches(dataset, 20 - start, batch=5, start=start, num_workers=2)) == whole[start:]
+
+
+def test_a_copy_sent_to_another_process_is_the_same(dataset) -> None:
+    """Workers that are started and not forked get it pickled."""
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert list(batches(copy, EPOCH)) == list(batches(dataset, EPOCH))
