@@ -22,6 +22,7 @@ from stepdistill.models.family import Family
 from stepdistill.models.rolebank import RoleBank
 from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.quantized import pack
+from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.training.config import RunConfig
 from stepdistill.training.configfile import method_class, method_config
@@ -69,6 +70,7 @@ class Forecast:
     quantization: str = "none"
     phases: tuple[Cost, ...] = field(default=())
     largest_block: int = 0
+    kept_gathered: int = 0
 
     @property
     def resident(self) -> int:
@@ -90,8 +92,8 @@ class Forecast:
     def peak_on(self, num_gpus: int, sharding: str = "ddp") -> int:
         """Bytes on each of `num_gpus`: ddp adds the gradient buckets, fsdp2 shards what is held.
 
-        fsdp2 (a formula, not a run): weights, gradients and moments are divided, and two unsharded
-        blocks, the one at work and the one fetched ahead, come on top.
+        fsdp2: weights, gradients and moments are divided (as counted on gloo processes). On top
+        come what belongs to no block, gathered for a step, and two blocks: one at work, one next.
         """
         if num_gpus == 1:
             return self.peak
@@ -99,7 +101,8 @@ class Forecast:
             return self.peak + self.gradients
         held = self.resident - self.encoders + self.gradients
         active = self.peak - self.resident - self.gradients
-        return self.encoders + held // num_gpus + max(active, 0) + 2 * self.largest_block
+        gathered = self.kept_gathered + 2 * self.largest_block
+        return self.encoders + held // num_gpus + max(active, 0) + gathered
 
 
 class _PlanCtx(Ctx):
@@ -198,6 +201,7 @@ def _measure(
             gradients = max(gradients, sum(trained[r] for r in phase.trains))
             for param in bank.parameters():
                 param.grad = None
+    kept, largest = gathered_bytes(bank.nets.values())
     return Forecast(
         model=run.pretrained_model_name_or_path,
         method=run.method,
@@ -212,7 +216,8 @@ def _measure(
         encoding=encoding,
         quantization=run.tuning.base_quantization,
         phases=tuple(phases),
-        largest_block=_largest_block(family.net),
+        largest_block=largest,
+        kept_gathered=kept,
     )
 
 
@@ -276,9 +281,3 @@ def _to_fake(module: nn.Module, fake: FakeTensorMode) -> None:
                         param = isinstance(old, nn.Parameter)
                         made[id(old)] = nn.Parameter(new, old.requires_grad) if param else new
                 own[name] = made[id(old)]
-
-
-def _largest_block(net: nn.Module) -> int:
-    """Bytes of the biggest entry of the network's module lists: what FSDP2 gathers at once."""
-    lists = [m for m in net.modules() if isinstance(m, nn.ModuleList)]
-    return max((_size(block.parameters()) for blocks in lists for block in blocks), default=0)

@@ -67,6 +67,11 @@ def check_sharding(args: TrainConfig) -> None:
             f"{args.tuning.base_quantization} (packed weights can't be cut). Launch with "
             "configs/accelerate/ddp.yaml."
         )
+    if args.compile:
+        raise ValueError(
+            "compile: expected false under FSDP2, got true (compiled blocks have not been run in "
+            "shards). Set --compile false."
+        )
     if args.optimizer != "adamw":
         raise ValueError(
             f"optimizer: expected adamw under FSDP2, got {args.optimizer} (its moments have not "

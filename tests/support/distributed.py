@@ -1,6 +1,6 @@
 """Trainings on several gloo processes, described as jobs, and what each process saw of them.
 
-As a script it is what each process runs:  distributed.py TEACHERS_JSON JOBS_JSON OUTPUT_DIR
+As a script it is what each process runs:  distributed.py TEACHERS_JSON JOBS_JSON OUTPUT_DIR RUNS_DIR
 """
 
 from __future__ import annotations
@@ -156,10 +156,16 @@ class Group:
     """Every job on `world` gloo processes, started at once; `seen` waits for them.
 
     torchrun does the same with one more process, which takes seconds to start.
+    Args: runs: where the jobs' run folders are, if not in `out`.
     """
 
     def __init__(
-        self, world: int, jobs: Sequence[Job], teachers: Mapping[str, Path], out: Path
+        self,
+        world: int,
+        jobs: Sequence[Job],
+        teachers: Mapping[str, Path],
+        out: Path,
+        runs: Path | None = None,
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._out, self._jobs = out, jobs
@@ -167,6 +173,7 @@ class Group:
             json.dumps({name: str(path) for name, path in teachers.items()}),
             json.dumps([asdict(job) for job in jobs]),
             str(out),
+            str(runs or out),
         ]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -245,13 +252,13 @@ def equal(one: Seen, other: Seen) -> bool:
     )
 
 
-def main(teachers_json: str, jobs_json: str, output_dir: str) -> None:
+def main(teachers_json: str, jobs_json: str, output_dir: str, runs: str) -> None:
     torch.set_num_threads(1)
     teachers, out = json.loads(teachers_json), Path(output_dir)
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     for index, fields in enumerate(json.loads(jobs_json)):
         job = Job(**fields)
-        seen = train(job, Path(teachers[job.family]), out, world)
+        seen = train(job, Path(teachers[job.family]), Path(runs), world)
         for part in _PARTS:
             tensors = {name: value.contiguous() for name, value in getattr(seen, part).items()}
             save_file(tensors, out / f"{index}-{rank}-{part}.safetensors")

@@ -81,11 +81,20 @@ class TestBeforeLoading:
                 teacher, TrainConfig(output_dir=str(tmp_path / "o")), ["a prompt"]
             )
 
-    def test_fp16_in_shards(self, teacher, tmp_path, monkeypatch) -> None:
+    @pytest.mark.parametrize(
+        ("option", "told"),
+        [
+            ({"mixed_precision": "fp16"}, "expected no or bf16 under FSDP2, got fp16"),
+            ({"optimizer": "adamw_8bit"}, "expected adamw under FSDP2, got adamw_8bit"),
+            ({"compile": True}, "expected false under FSDP2, got true"),
+            ({"tuning": {"base_quantization": "int8"}}, "expected none under FSDP2, got int8"),
+        ],
+    )
+    def test_what_does_not_go_in_shards(self, teacher, tmp_path, monkeypatch, option, told) -> None:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setenv("FSDP_VERSION", "2")
-        args = TrainConfig(output_dir=str(tmp_path / "o"), mixed_precision="fp16")
-        with pytest.raises(ValueError, match="expected no or bf16 under FSDP2, got fp16"):
+        args = TrainConfig(output_dir=str(tmp_path / "o"), **option)
+        with pytest.raises(ValueError, match=told):
             DistributionMatchingTrainer(teacher, args, ["a prompt"])
 
     def test_unmet_data_needs(self, teacher, tmp_path) -> None:

@@ -8,6 +8,7 @@ tiny gradients differ by up to the learning rate (1e-3) times the roundings' par
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -81,7 +82,7 @@ def test_gloo_equality_table(world, tmp_path, tmp_path_factory) -> None:
     families = {job.family for job in TABLE}
     teachers = {name: teacher_dir(name, tmp_path_factory) for name in families}
     jobs = [replace(job, wrapping=w) for job in TABLE for w in ("ddp", "fsdp2")]
-    seen = Group(world, jobs, teachers, tmp_path / "many").seen(timeout=3000)
+    seen = Group(world, jobs, teachers, tmp_path / "many").seen(3000)
     worse = []
     for job, ranks in zip(jobs, seen, strict=True):
         one = alone(job, teachers[job.family], tmp_path / f"one-{job.wrapping}")
@@ -96,3 +97,32 @@ def test_gloo_equality_table(world, tmp_path, tmp_path_factory) -> None:
         print(told)
         worse += [] if fits else [told]
     assert not worse, worse
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "layout"), [("f_distill", "lora"), ("cd", "full")])
+def test_saved_on_two_goes_on_on_one_and_on_three(case, layout, tmp_path, tmp_path_factory) -> None:
+    """What was loaded is what was saved, bit for bit; what comes of it is one process's run."""
+    teachers = {"sd_v": teacher_dir("sd_v", tmp_path_factory)}
+    # The images of a run in shards are made by one process, between steps that all take part in.
+    shown = {"validation_steps": 1, "validation_prompts": ["a thing"]}
+    begun = Job(case, layout, "fsdp2", options=shown, folder="begun")
+    (saved, _other), *_ = Group(2, [begun], teachers, tmp_path).seen(1500)
+    assert (tmp_path / "begun" / "validation").is_dir()
+    options = {**shown, "resume_from_checkpoint": "latest"}
+    loading = replace(begun, options=options)
+    going_on = replace(loading, steps=4)
+    for folder in ("loaded1", "one", "loaded3", "three"):
+        shutil.copytree(tmp_path / "begun", tmp_path / folder)
+    on_three = [replace(loading, folder="loaded3"), replace(going_on, folder="three")]
+    group = Group(3, on_three, teachers, tmp_path / "of3", runs=tmp_path)
+    teacher = teachers["sd_v"]
+    loaded1 = alone(replace(loading, folder="loaded1"), teacher, tmp_path)
+    one = alone(replace(going_on, folder="one"), teacher, tmp_path)
+    never_stopped = alone(replace(begun, steps=4, folder="never_stopped"), teacher, tmp_path)
+    (loaded3, *_), (three, *_) = group.seen(1500)
+    for loaded in (loaded1, loaded3):
+        assert largest(saved.weights, loaded.weights) == 0.0
+        assert largest(saved.optimizer, loaded.optimizer) == 0.0
+    for done in (one, three):
+        assert largest(never_stopped.weights, done.weights) < DRIFTED
