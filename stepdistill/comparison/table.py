@@ -129,8 +129,8 @@ def recommend(
         lines.append(_sentence(table, steps, names, teacher, most, needs or {}))
     if most is None:
         n = min(best, key=lambda n: table[best[n], n].frechet)
-        value = short(table[best[n], n].frechet)
-        return [f"Take {best[n]} at {_steps(n)}: the nearest to the teacher ({value}).", *lines]
+        told = short(table[best[n], n].frechet)
+        return [f"Take {best[n]} at {_steps(n)}: the nearest to the teacher ({told}).", *lines]
     base = teacher[most]
     near = [n for n in best if table[best[n], n].frechet <= NEAR * base]
     if near:
