@@ -215,7 +215,7 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None
     """What `stepdistill train` and the launchers in train/ run: train, export, push when asked.
 
     Exit statuses: 0 finished; 1 a mistake, told in one line; 75 stopped by SIGTERM or SIGUSR1 and
-    saved, start it again; 76 stopped by the watchdog, nothing saved since the checkpoint it names.
+    saved, start it again; 76 stopped by the watchdog, which names the last good checkpoint.
     """
     try:
         _launch(argv, trainer)

@@ -8,10 +8,10 @@ STYLE = """
   --paper: #101317; --card: #181c22; --bad: #f87171; --good: #4ade80; --c0: #7aa7ff; --c1: #ff8a5c;
   --c2: #5fd38a; --c3: #c793ff; --c4: #f0b35a; --c5: #4fd0e3; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
+body { margin: 0; overflow-wrap: anywhere; background: var(--paper); color: var(--ink);
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 18px 16px 40px; }
-h1 { font-size: 1.5rem; margin: 0 0 2px; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 0 0 2px; }
 h2 { font-size: 1.1rem; margin: 30px 0 10px; }
 h3 { font-size: .95rem; margin: 0; }
 p { margin: 0; }
@@ -25,8 +25,7 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(125px, 1fr))
   margin: 12px 0 0; }
 dl div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 7px 10px; min-width: 0; }
-dt { color: var(--muted); font-size: .76rem; } dd { margin: 0; font-weight: 600;
-  overflow-wrap: anywhere; }
+dt { color: var(--muted); font-size: .76rem; } dd { margin: 0; font-weight: 600; }
 .charts, .grids { display: grid; gap: 14px;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
@@ -50,8 +49,8 @@ polyline { fill: none; stroke-width: 1.9; stroke-linejoin: round; }
 img.tiny { image-rendering: pixelated; }
 .alarms { list-style: none; margin: 0; padding: 0; }
 .alarms li { background: var(--card); border: 1px solid var(--line); border-left: 4px solid
-  var(--bad); border-radius: 6px; padding: 7px 11px; margin-bottom: 7px; overflow-wrap: anywhere; }
-.why { color: var(--bad); margin-top: 10px; overflow-wrap: anywhere; }
+  var(--bad); border-radius: 6px; padding: 7px 11px; margin-bottom: 7px; }
+.why { color: var(--bad); margin-top: 10px; }
 details { margin-top: 26px; } summary { cursor: pointer; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px;
   overflow-x: auto; font-size: .78rem; }

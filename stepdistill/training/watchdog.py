@@ -32,7 +32,7 @@ _HINT = "Lower --learning_rate or its role's"
 
 
 class WatchdogStop(FloatingPointError):
-    """A check has ended the run. Nothing is saved; the message names the last good checkpoint.
+    """A check has ended the run, and saved nothing; it names the last good checkpoint.
 
     status: what a stopped process leaves with: starting it again unchanged would not help.
     """
@@ -65,7 +65,7 @@ class Watchdog:
     def __init__(self, args: TrainConfig, accelerator: Accelerator) -> None:
         self.config, self._folder = args.watchdog, Path(args.output_dir)
         self._accelerator = accelerator
-        self._first_bad: dict[str, Tensor] = {}  # what -> step of its first non-finite value, or -1
+        self._losses: dict[str, list[tuple[int, Tensor]]] = {}  # phase -> (step, loss)
         self._pending: dict[str, list[tuple[int, Tensor]]] = {}  # role -> (step, norm)
         self._history: dict[str, deque[float]] = {}
         self._scales: dict[str, float] = {}
@@ -80,7 +80,7 @@ class Watchdog:
     def see_loss(self, phase: str, step: int, total: Tensor) -> None:
         """One loss; stays on the device."""
         if self.config.nonfinite == "stop" or self._scaled:
-            self._flag(f"{phase}/loss", step, total)
+            self._losses.setdefault(phase, []).append((step, total))
 
     def allows(self, norms: Mapping[str, Tensor], step: int) -> bool:
         """Whether these gradients (norms by role, before clipping) may be used.
@@ -95,18 +95,11 @@ class Watchdog:
             self._skipped = 0
         for role, norm in norms.items():
             self._pending.setdefault(role, []).append((step, norm.detach()))
-            if not self._scaled:  # a GradScaler overflows now and then by design, and skips
-                self._flag(f"{role}/gradient", step, norm.detach())
         return True
 
     @property
     def _scaled(self) -> bool:
         return self._accelerator.scaler is not None
-
-    def _flag(self, what: str, step: int, value: Tensor) -> None:
-        bad = self._first_bad.setdefault(what, torch.full_like(value, -1.0))
-        now = (~torch.isfinite(value)) & (bad < 0)
-        self._first_bad[what] = torch.where(now, torch.full_like(bad, float(step)), bad)
 
     def _skip(self, norms: Mapping[str, Tensor], step: int) -> None:
         self._skipped += 1
@@ -124,14 +117,24 @@ class Watchdog:
     # ---------------------------------------------------------- at log lines
     def check_finite(self) -> None:
         """Errors: WatchdogStop naming role, step and last good checkpoint."""
-        for what, bad in self._first_bad.items():
-            many = self._accelerator.num_processes > 1
-            worst = self._accelerator.gather(bad.reshape(1)).max() if many else bad
-            if float(worst) >= 0:
-                who, kind = what.rsplit("/", 1)
-                self._stop(
-                    f"{who}: expected a finite {kind}, got a non-finite one at step {int(worst)}"
-                )
+        seen = {f"{phase}: expected a finite loss": v for phase, v in self._losses.items()}
+        if not self._scaled:  # a GradScaler overflows now and then by design, and skips
+            seen |= {f"{role}: expected a finite gradient": v for role, v in self._pending.items()}
+        for rule, values in seen.items():
+            step = self._first_bad(values)
+            if step >= 0:
+                self._stop(f"{rule}, got a non-finite one at step {step}")
+        self._losses.clear()
+
+    def _first_bad(self, values: Sequence[tuple[int, Tensor]]) -> int:
+        """The step of the first non-finite value on any rank, -1 for none."""
+        if not values:
+            return -1
+        finite = torch.stack([value.float() for _, value in values]).isfinite()
+        if self._accelerator.num_processes > 1:
+            finite = self._accelerator.reduce(finite.float()) == self._accelerator.num_processes
+        found = (~finite).nonzero()
+        return values[int(found[0])][0] if len(found) else -1
 
     def check_updates(self, step: int) -> None:
         """Look at the norms since the last call. Errors: WatchdogStop where a check stops."""
@@ -208,9 +211,7 @@ class Watchdog:
         good = self.last_good()
         if good is not None:
             hint += f", and go on from there with --resume_from_checkpoint {good}"
-        raise WatchdogStop(
-            f"{why}. Last good checkpoint: {good or 'none yet'}; nothing was saved since. {hint}."
-        )
+        raise WatchdogStop(f"{why}. Last good checkpoint: {good or 'none yet'}. {hint}.")
 
     def last_good(self) -> Path | None:
         """The newest whole checkpoint; while samples are bad, the newest from before that."""
@@ -255,7 +256,7 @@ class Watchdog:
         if not state:
             return
         device, window = self._accelerator.device, self.config.grad_norm_window
-        self._first_bad, self.alarms = {}, []
+        self._losses, self.alarms = {}, []
         self._pending = {
             role: [(at, torch.tensor(norm, device=device)) for at, norm in values]
             for role, values in state["pending"].items()
