@@ -34,6 +34,7 @@ from stepdistill.training.batches import batch_maker
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.configfile import method_class, method_config
 from stepdistill.training.logs import RunLog
+from stepdistill.training.memory import quantized_base
 from stepdistill.training.optim import (
     clip_by_role,
     reset_roles,
@@ -44,7 +45,6 @@ from stepdistill.training.preemption import StopRequest
 from stepdistill.training.setup import make_accelerator, make_bank, prepared
 from stepdistill.training.sharding import gathered, is_sharded
 from stepdistill.training.snapshots import restore_run, resume_run, save_run
-from stepdistill.training.memory import quantized_base
 from stepdistill.training.start import check_start
 from stepdistill.training.validation import Validator
 
@@ -101,8 +101,8 @@ class Trainer:
                 revision=revision,
                 variant=variant,
                 teacher_lora=args.teacher_lora,
-                **quantized_base(args),
                 single_file_config=args.single_file_config,
+                **quantized_base(args),
             )
         )
         self.method: Method[Any] = method_class(method)(

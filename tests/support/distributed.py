@@ -1,6 +1,6 @@
 """Trainings on several gloo processes, described as jobs, and what each process saw of them.
 
-As a script it is what each process runs:  distributed.py TEACHERS_JSON JOBS_JSON OUTPUT_DIR RUNS_DIR
+As a script it is what each process runs: distributed.py TEACHERS JOBS OUTPUT_DIR RUNS_DIR.
 """
 
 from __future__ import annotations
