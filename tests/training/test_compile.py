@@ -82,11 +82,10 @@ def test_gradients_are_those_of_eager_blocks(tmp_path_factory: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["flux", "sd3", "sd"])
 def test_switching_roles_and_phases_compiles_nothing_anew(
-    family: str, checkpointing: bool, tmp_path_factory: Any
+    checkpointing: bool, tmp_path_factory: Any
 ) -> None:
-    run = Run(teacher_dir(family, tmp_path_factory), gan={"weight_g": 1e-3})
+    run = Run(teacher_dir("flux", tmp_path_factory), gan={"weight_g": 1e-3})
     if checkpointing:
         run.bank.enable_gradient_checkpointing()
     kinds = {type(block) for block in repeated_blocks(run.bank.nets["base"])}
@@ -96,9 +95,8 @@ def test_switching_roles_and_phases_compiles_nothing_anew(
     graphs = counters["stats"]["unique_graphs"]
     for step in range(3, 6):
         run.step(step)
-    print(family, checkpointing, graphs, len(kinds))
     assert counters["stats"]["unique_graphs"] == graphs
-    assert graphs <= 12 * len(kinds)
+    assert graphs <= 6 * len(kinds)
 
 
 def test_the_blocks_are_those_that_the_stock_class_names(tmp_path_factory: Any) -> None:
