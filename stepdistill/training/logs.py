@@ -282,7 +282,7 @@ class RunLog:
         self.close(self._seen, "stopped by the watchdog", str(stop))
 
     def close(self, step: int, state: str = "finished", why: str = "") -> None:
-        """End the logs; state ("finished", "stopped", ...) and why stand in the report."""
+        """End the logs; state ("finished", "preempted", ...) and why stand in the report."""
         self._append("events.jsonl", {"step": step, "kind": "end", "state": state, "why": why})
         if self._accelerator.is_main_process:
             self.report()

@@ -188,7 +188,7 @@ class Trainer:
                 self.log.keep_best()
             if stopping:
                 break
-        self.log.close(self.step, "finished" if self.step >= args.max_train_steps else "stopped")
+        self.log.close(self.step, "preempted" if self.stop.preempted else "finished")
         if self.corrupt.replaced:
             self.accelerator.print(f"data: replaced unreadable samples: {self.corrupt}")
         return self.log.last

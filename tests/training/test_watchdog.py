@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -353,3 +355,19 @@ def test_a_stopped_process_leaves_with_status_76(teacher, tmp_path, capsys) -> N
         )  # fmt: skip
     assert left.value.code == 76
     assert "stopped: " in capsys.readouterr().err
+
+
+def test_a_run_out_of_time_is_finished_and_a_preempted_one_is_not(teacher, tmp_path) -> None:
+    late = build_trainer("dmd2", teacher, "lora", tmp_path / "late", max_train_seconds=1e-3)
+    late.train()
+    taken = build_trainer("dmd2", teacher, "lora", tmp_path / "taken", max_train_steps=9)
+    after = taken.method.after
+
+    def signalled(bank, step) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        after(bank, step)
+
+    taken.method.after = signalled  # type: ignore[method-assign]
+    taken.train()
+    ends = [lines(tmp_path / name, "events.jsonl")[-1]["state"] for name in ("late", "taken")]
+    assert ends == ["finished", "preempted"]
