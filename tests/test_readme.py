@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from support.runs import teacher_dir
 
+from stepdistill.cli import main
 from stepdistill.methods import METHODS
 from stepdistill.models.registry import FAMILIES, family_class
 from stepdistill.trainers import TRAINER_OF
@@ -75,6 +79,92 @@ def test_commands_answer(command) -> None:
         assert all(name in done.stdout for name in METHODS)
     if command == ["train", "--help"]:
         assert "--tuning.student" in done.stdout
+
+
+# Where each indented command of README is run: by CI's script, or by the test of that name.
+RUN_BY = {
+    r'pip install -e "\.\[\w+\]" && ': ".ci/run",
+    r"accelerate launch train/distribution_matching\.py": "tests/test_readme.py",
+    r"accelerate launch .*ddp\.yaml": "tests/test_launchers.py",
+    r"ACCELERATE_USE_CPU=true accelerate launch .*cpu2\.yaml": "tests/test_launchers.py",
+    r"accelerate launch .*fsdp2\.yaml": "tests/training/test_distributed.py",
+    r"stepdistill (evaluate|compare) ": "tests/test_readme_evaluation.py",
+    r"stepdistill (plan|train|export) .*(sdxl|out/lora)": "tests/test_readme.py",
+    r"stepdistill (cache|train) .*--(cache_dir|data\.(tar|dataset))": (
+        "tests/data/test_readme_commands.py"
+    ),
+}
+JOINED = re.sub(r"\\\n\s*", "", README)
+COMMANDS = re.findall(
+    r"^    ((?:[A-Z_]+=\S+ )*(?:pip|stepdistill|accelerate|python) .*)$", JOINED, flags=re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_run_somewhere(command) -> None:
+    files = [file for pattern, file in RUN_BY.items() if re.match(pattern, command)]
+    assert len(files) == 1, files
+    if files == [".ci/run"]:
+        told = re.split(r" +#|(?<=demo) ", command)[0]
+        assert told in (ROOT / files[0]).read_text().replace(" --quiet", "")
+    assert (ROOT / files[0]).is_file()
+
+
+def run_here(command: str, *more: str) -> None:
+    """One of README's `stepdistill` lines, with settings for a tiny model behind it."""
+    # The shell's braces, by hand.
+    plain = re.sub(r"(\S+)\{,(\w+)\}(\S+)", r"\1\3 \1\2\3", command.split("  #")[0])
+    words = shlex.split(plain)
+    main([*words[1:], *more])
+
+
+SMALL = ["--resolution", "32", "--tuning.rank", "2", "--train_batch_size", "1"]
+SHORT = ["--max_train_steps", "1", "--gradient_accumulation_steps", "1", "--mixed_precision", "no"]
+
+
+def test_recipe_for_a_fine_tune_runs(tmp_path, tmp_path_factory, monkeypatch) -> None:
+    teacher = teacher_dir("sdxl", tmp_path_factory).resolve()
+    monkeypatch.chdir(tmp_path)
+    Path("DIR").symlink_to(teacher)
+    Path("configs").symlink_to(ROOT / "configs")
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    pipe = DiffusionPipeline.from_pretrained(str(teacher))
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipe.save_lora_weights("style", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    next(Path("style").iterdir()).rename("style.safetensors")
+    plan, train, export = [c for c in COMMANDS if "sdxl.yaml" in c or "out/lora" in c]
+    with pytest.raises(SystemExit) as ended:
+        run_here(plan, *SMALL)
+    assert ended.value.code == 0
+    run_here(train, *SMALL, *SHORT)
+    run_here(export)
+    assert Path("out/lora/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_first_launch_runs(tmp_path, tmp_path_factory) -> None:
+    (tmp_path / "DIR").symlink_to(teacher_dir("sd", tmp_path_factory).resolve())
+    for name in ("configs", "train"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (command,) = [c for c in COMMANDS if c.startswith("accelerate launch train/")]
+    words = shlex.split(command)[2:]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
+         *words, *SMALL, *SHORT],
+        cwd=tmp_path, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_plan_of_sdxl_runs(capsys) -> None:
+    (command,) = [c for c in COMMANDS if re.match(r"stepdistill plan .*path sdxl ", c)]
+    with pytest.raises(SystemExit) as ended:
+        run_here(command)
+    assert ended.value.code == 0
+    assert "GiB" in capsys.readouterr().out
 
 
 def test_check_command_passes_on_a_tiny_pipeline(tmp_path_factory) -> None:
