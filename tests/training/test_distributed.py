@@ -16,7 +16,7 @@ import torch
 from support.distributed import Group, Job, alone, equal, gradient_error, largest
 from support.runs import build_trainer, teacher_dir
 
-GRADIENTS, WEIGHTS, DRIFTED = 2e-4, 2e-4, 2e-3
+GRADIENTS, WEIGHTS, DRIFTED = 5e-5, 2e-4, 2e-3
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ TABLE = [
     Job("dmd2_gan", "lora", family="flux"),
     Job("cd", "full", family="sd3"),
 ]
-# bfloat16 rounds matrix products of other shapes differently: 2^-8 is its unit.
-ROUGH = {"mixed_precision": (2**-5, 2e-2)}
+# bfloat16 (unit 2^-8) rounds matrix products of other shapes differently; 2^-5 was measured.
+ROUGH = {"mixed_precision": (2**-4, 2e-2)}
 
 
 @pytest.mark.slow
