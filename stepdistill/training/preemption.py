@@ -47,16 +47,24 @@ class StopRequest:
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self._noted = True
 
-    def agreed(self, late: bool, accelerator: Accelerator) -> bool:
-        """Whether any rank is late or has been signalled; call on all ranks at a step boundary."""
-        asked = torch.tensor([float(late), float(self._noted)])
+    def agreed(
+        self, seconds: float, limit: float | None, accelerator: Accelerator
+    ) -> tuple[bool, float]:
+        """(whether to stop, seconds); call on all ranks at a step boundary.
+
+        Stops where a rank was signalled, or where the ranks' mean clock is past `limit`. All ranks
+        get that mean: learning rates that follow the clock must be the same everywhere.
+        """
+        signalled = float(self._noted)
         if accelerator.num_processes > 1:
-            asked = accelerator.reduce(asked.to(accelerator.device), reduction="sum")
-        any_late, any_signal = (asked > 0).tolist()
+            told = torch.tensor([signalled, seconds], device=accelerator.device)
+            signalled, seconds = accelerator.reduce(told, reduction="mean").tolist()
+        any_late = seconds >= (float("inf") if limit is None else limit)
+        any_signal = signalled > 0
         self.preempted = any_signal
         if any_signal:
             accelerator.print(
                 f"stopped by a signal: saving, then leaving with status {self.status}. Go on with "
                 "--resume_from_checkpoint latest."
             )
-        return bool(any_late or any_signal)
+        return any_late or any_signal, seconds

@@ -171,9 +171,9 @@ class Trainer:
                 # Early steps average over fewer, as the zero-th would otherwise never be forgotten.
                 self.bank.ema_update("ema", min(args.ema_decay, (1 + self.step) / (10 + self.step)))
             self.step += 1
-            self.seconds = before + time.monotonic() - started
-            late = self.seconds >= (args.max_train_seconds or float("inf"))
-            stopping = self.stop.agreed(late, self.accelerator)
+            stopping, self.seconds = self.stop.agreed(
+                before + time.monotonic() - started, args.max_train_seconds, self.accelerator
+            )
             last = self.step >= args.max_train_steps or stopping
             if self.log.due(self.step) or last:
                 self.log.write(self.step, self.seconds, self._learning_rates())
