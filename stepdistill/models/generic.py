@@ -47,7 +47,9 @@ class GenericFamily(Family):
         side = self.config.get("sample_size")
         sized = isinstance(side, int) and {"height", "width"} <= set(self._call)
         own = side * self.pipeline.vae_scale_factor if sized else None
+        self._heard = False
         self._listen(own, own)
+        self._heard = True
         self._own_shape = self.facts.shape
         modules = {n for n, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
         ends = [t for t in type(self).lora_targets if any(n.endswith("." + t) for n in modules)]
@@ -94,6 +96,8 @@ class GenericFamily(Family):
 
     def shift_at(self, height: int | None = None, width: int | None = None) -> float:
         """See Family.shift_at: what the stock call was heard to tell its scheduler."""
+        if not self._heard:  # asked for while the first call is listened to
+            return self._fixed_shift
         self.sample_shape(height, width)
         mu = self.facts.mu
         return self._fixed_shift if mu is None else shift_of_mu(self.pipeline.scheduler.config, mu)

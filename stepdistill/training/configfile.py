@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def parse_run_config(argv: Sequence[str], prog: str = "stepdistill", method: str
 def _spelt_out(argv: Sequence[str], switch: str = "gradient_checkpointing") -> list[str]:
     """The flags with a value beside the one switch that takes a third (auto): --X is --X true."""
     spelt: list[str] = []
-    for arg, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for arg, after in pairwise([*argv, "--"]):
         if arg == f"--no-{switch}":
             spelt += [f"--{switch}", "false"]
         else:

@@ -40,6 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "wan_i2v": {"num_layers": 1},
     "unet2d": {"block_out_channels": [8, 8]},
     "flux2": {"num_layers": 1},
+    "flux2_dev": {"num_layers": 1},
     "edm": {"block_out_channels": [8, 8]},
 }
 ROLES = {

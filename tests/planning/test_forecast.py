@@ -123,6 +123,7 @@ def test_adapters_cost_less_than_copies(teacher: Path) -> None:
     assert lora.peak < full.peak
 
 
+@pytest.mark.slow
 def test_checkpointing_trades_memory_for_work(teacher: Path) -> None:
     plain = forecast(run_config(teacher, train_batch_size=8))
     spared = forecast(run_config(teacher, train_batch_size=8, gradient_checkpointing=True))
@@ -130,6 +131,7 @@ def test_checkpointing_trades_memory_for_work(teacher: Path) -> None:
     assert spared.flops_per_step > plain.flops_per_step
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch_and_work_is_proportional(teacher: Path) -> None:
     one = forecast(run_config(teacher, train_batch_size=2))
     four = forecast(run_config(teacher, train_batch_size=8))
@@ -154,6 +156,7 @@ def test_an_int8_base_holds_a_byte_a_weight_and_a_scale_a_row(teacher: Path) -> 
     assert plan.num_parameters == inside + others
 
 
+@pytest.mark.slow
 def test_an_nf4_base_holds_half_a_byte_a_weight_and_a_scale_a_block(teacher: Path) -> None:
     inside, _, others = linear_sizes(teacher)
     plan = forecast(run_config(teacher, tuning={"rank": 2, "base_quantization": "nf4"}))
@@ -193,6 +196,7 @@ def test_recomputing_holds_one_blocks_unpacked_weights_at_a_time(teacher: Path) 
     assert kept.phases[0].activations - freed.phases[0].activations > inside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [("consistency", {}), ("vsd", {}), ("pcm", {}), ("tscd", {}), ("reflow", {})],

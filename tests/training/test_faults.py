@@ -43,6 +43,7 @@ def thorough(tmp_path_factory):
     return told(tmp_path_factory, "kills:50", "signal:SIGTERM", "signal:SIGUSR1", "ranks")
 
 
+@pytest.mark.slow
 def test_no_operation_of_a_save_can_be_killed_to_lose_a_checkpoint(quick) -> None:
     found = quick["operations"]
     assert found["tries"] > 20
