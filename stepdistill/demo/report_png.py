@@ -79,7 +79,7 @@ def _table(axes: Axes, report: Report) -> None:
     axes.set_axis_off()
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    edges = (0.0, 0.345, 0.49, 0.655, 0.785, 0.88, 1.0)  # right edges; the first column is left
+    edges = (0.0, 0.335, 0.485, 0.66, 0.785, 0.88, 1.0)  # right edges; the first column is left
     line = 0.064
     y = 0.95
     for name, x in zip(COLUMNS, edges, strict=True):

@@ -42,7 +42,7 @@ def quality_checks(rows: Sequence[Row]) -> list[Check]:
     student1, student4 = find_row(rows, "student", 1), find_row(rows, "student", 4)
     checks = []
     if student1 and teacher8:
-        claim = "1-step student: Fréchet distance at most the teacher's at 8 steps"
+        claim = "1-step student: at most the teacher's at 8 steps"
         checks.append(_at_most(claim, student1.frechet.mean, teacher8.frechet.mean))
     if student1:
         recall = student1.recall.mean
