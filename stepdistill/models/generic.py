@@ -1,9 +1,8 @@
 """A family for text-to-image pipelines that have none, learnt by listening to the stock call.
 
-At loading, the pipeline runs two unguided steps and a guided one (probe.py). From them: which
-arguments of its denoiser belong to a prompt, the time it is told, the use of its output, the null
-rows. What does not fit is refused with what was heard; `stepdistill check` judges the rest, the
-guided trajectory above all. No features: methods with a discriminator need a family of their own.
+At loading, the pipeline runs two unguided steps and a guided one (probe.py): which arguments of its
+denoiser belong to a prompt, the time it is told, the use of its output, the null rows. What does
+not fit is refused; `stepdistill check` judges the rest. No features, so no discriminator.
 """
 
 # Shapes: B batch, C channels, H, W spatial.
@@ -46,10 +45,8 @@ class GenericFamily(Family):
             )
         side = self.config.get("sample_size")
         sized = isinstance(side, int) and {"height", "width"} <= set(self._call)
-        own = side * self.pipeline.vae_scale_factor if sized else None
-        self._heard = False
-        self._listen(own, own)
-        self._heard = True
+        self._own_shape: tuple[int, ...] = ()
+        self._listen(*[side * self.pipeline.vae_scale_factor if sized else None] * 2)
         self._own_shape = self.facts.shape
         modules = {n for n, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
         ends = [t for t in type(self).lora_targets if any(n.endswith("." + t) for n in modules)]
@@ -96,10 +93,9 @@ class GenericFamily(Family):
 
     def shift_at(self, height: int | None = None, width: int | None = None) -> float:
         """See Family.shift_at: what the stock call was heard to tell its scheduler."""
-        if not self._heard:  # asked for while the first call is listened to
-            return self._fixed_shift
-        self.sample_shape(height, width)
-        mu = self.facts.mu
+        if self._own_shape:  # else asked for while the first call is listened to
+            self.sample_shape(height, width)
+        mu = self.facts.mu if self._own_shape else None
         return self._fixed_shift if mu is None else shift_of_mu(self.pipeline.scheduler.config, mu)
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ def test_no_operation_of_a_save_can_be_killed_to_lose_a_checkpoint(quick) -> Non
     assert found["lost"] == []
 
 
+@pytest.mark.slow
 def test_the_next_save_clears_what_a_kill_left(quick) -> None:
     assert quick["operations"]["unrepaired"] == []
 
