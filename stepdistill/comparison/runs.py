@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from stepdistill.data.pair_files import write_atomic
 from stepdistill.demo.recipes import Training
 from stepdistill.models.safe_files import read_json
 
@@ -134,9 +135,7 @@ def run_student(ground: Ground, student: Student, seed: int, budget: Budget) -> 
     content = {**facts, "budget": str(budget), "data": trainings[-1].data, "rows": rows}
     file = result_file(out, student, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(content) + "\n")
-    partial.replace(file)
+    write_atomic(file, lambda aside: aside.write_text(json.dumps(content) + "\n"))
     shutil.rmtree(work)
 
 

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepdistill.data.pair_files import write_atomic
+
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """Eight hex digits over JSON settings."""
@@ -42,7 +44,7 @@ class Store:
         folder = root / f"{name}-{settings_hash(facts)}"
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n"
-        _whole(folder / "settings.json", lambda path: path.write_text(text))
+        write_atomic(folder / "settings.json", lambda path: path.write_text(text), _aside())
         return cls(folder, count, size)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[range]:
@@ -60,7 +62,9 @@ class Store:
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         assert all(len(value) == len(shard) for value in plain.values())
         told = {"facts": json.dumps(dict(facts))}
-        _whole(self._file(shard), lambda path: save_file(plain, path, metadata=told))
+        write_atomic(
+            self._file(shard), lambda path: save_file(plain, path, metadata=told), _aside()
+        )
 
     def read(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """(every tensor, all images in order; the shards' facts). Every shard must be there."""
@@ -77,8 +81,6 @@ class Store:
         return self.folder / f"shard_{shard.start:07d}.safetensors"
 
 
-def _whole(path: Path, write: Any) -> None:
-    """Write aside, then rename: nobody ever reads half a file."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(aside)
-    aside.replace(path)
+def _aside() -> str:
+    """A suffix of this process's own: several may write one file's same bytes."""
+    return f".{os.getpid()}.tmp"

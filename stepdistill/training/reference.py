@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from stepdistill.core.method import Method
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
+from stepdistill.data.pair_files import write_atomic
 from stepdistill.models.family import Family
 from stepdistill.sampling import keyed_noise
 from stepdistill.training.config import TrainConfig
@@ -150,8 +150,7 @@ def kept_reference(
         plain = solve_reference(teacher, family, prompts, args, 1.0, ())
         found = replace(found, unguided=plain.x0)
         tensors["unguided"] = plain.x0.contiguous()
-    aside = path.with_name(path.name + ".tmp")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, aside, {"key": key, "errors": json.dumps(list(found.errors.items()))})
-    os.replace(aside, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {"key": key, "errors": json.dumps(list(found.errors.items()))}
+    write_atomic(path, lambda aside: save_file(tensors, aside, told))
     return found
