@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ON_HOST = ("length",)
+
 
 @dataclass(frozen=True)
 class Cond:
     """Conditioning of a batch: named tensors whose first dimension is the batch.
 
-    Args: tensors: name -> (B, ...); every tensor has the same B.
+    Args: tensors: name -> (B, ...); every tensor has the same B. Integers named in ON_HOST stay on
+        the CPU: networks take them as Python numbers, and to read those would wait for a GPU.
     Errors: ValueError where batch sizes differ.
     """
 
@@ -47,9 +50,14 @@ class Cond:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Cond:
-        """A copy on `device`; floating tensors also take `dtype`, integer ones keep theirs."""
-        return self._map(
-            lambda v: v.to(device=device, dtype=dtype if v.is_floating_point() else None)
+        """A copy on `device` (ON_HOST stays); floats take `dtype`, integers keep theirs."""
+        return Cond(
+            {
+                name: v
+                if name in ON_HOST
+                else v.to(device=device, dtype=dtype if v.is_floating_point() else None)
+                for name, v in self.tensors.items()
+            }
         )
 
     def slice(self, start: int, stop: int) -> Cond:
@@ -72,15 +80,6 @@ class Cond:
         return Cond(
             {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         )
-
-    @staticmethod
-    def where(mask: Tensor, a: Cond, b: Cond) -> Cond:
-        """Row by row: `a` where mask (B,) is true, else `b`."""
-
-        def pick(x: Tensor, y: Tensor) -> Tensor:
-            return torch.where(mask.view(-1, *([1] * (x.ndim - 1))), x, y)
-
-        return Cond({name: pick(a.tensors[name], b.tensors[name]) for name in a.tensors})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Qwen-Image: a joint transformer over masked Qwen2.5-VL tokens and packed flow latents.
+"""Qwen-Image: a joint transformer over Qwen2.5-VL tokens and packed flow latents.
 
 Packed as in Flux. Guidance is not linear: the stock call gives every token of the guided
 prediction the norm that its conditional one has. The VAE is a video's, used on single frames.
@@ -66,14 +66,14 @@ class QwenImageFamily(VaeSizedFamily):
         """See Family.forward; s has no input here and is ignored."""
         self.refuse_w(w)
         dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
-        mask = cond["mask"]
-        longest = int(mask.sum(dim=1).max())  # as the stock call pads a batch of its own
-        mask = mask[:, :longest]
+        length = cond["length"]
+        longest = int(length.max())  # as the stock call pads a batch of its own
+        mask = (torch.arange(longest) < length.unsqueeze(1)).to(x_t.device)
         out: Tensor = net(
             hidden_states=self.pack(x_t.to(dtype)),
             timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
             encoder_hidden_states=cond["prompt_embeds"][:, :longest].to(dtype),
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=None if length.min() == longest else mask,
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x_t),
             return_dict=False,
         )[0]
@@ -86,7 +86,7 @@ class QwenImageFamily(VaeSizedFamily):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
-        """prompt_embeds (B, N, D) of Qwen2.5-VL, zero after each row's text; mask (B, N), 1 there.
+        """prompt_embeds (B, N, D) of Qwen2.5-VL, zero after each row's length (B,).
 
         All rows have MAX_TOKENS, so that prompts encoded apart make one batch.
         """
@@ -95,11 +95,11 @@ class QwenImageFamily(VaeSizedFamily):
             device=self.pipeline.text_encoder.device,
             max_sequence_length=MAX_TOKENS,
         )
-        if mask is None:  # no row is padded
-            mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
-        short = MAX_TOKENS - embeds.shape[1]
-        padded = pad(embeds, (0, 0, 0, short))
-        return Cond({"prompt_embeds": padded, "mask": pad(mask.long(), (0, short))})
+        bsz, longest = embeds.shape[:2]
+        # No mask: no row is padded.
+        length = torch.full((bsz,), longest) if mask is None else mask.sum(dim=1).long().cpu()
+        padded = pad(embeds, (0, 0, 0, MAX_TOKENS - longest))
+        return Cond({"prompt_embeds": padded, "length": length})
 
     def null(self, bsz: int) -> Cond:
         return self.encode([NEGATIVE]).repeat(bsz)

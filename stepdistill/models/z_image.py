@@ -82,7 +82,7 @@ class ZImageFamily(VaeSizedFamily):
             max_sequence_length=MAX_TOKENS,
         )
         embeds = torch.stack([pad(row, (0, 0, 0, MAX_TOKENS - len(row))) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
+        lengths = torch.tensor([len(row) for row in rows])
         return Cond({"prompt_embeds": embeds, "length": lengths})
 
     def stock_guidance(self, guidance: float) -> float:

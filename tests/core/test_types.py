@@ -26,7 +26,6 @@ def test_row_operations() -> None:
     assert rows(c.index(torch.tensor([1, 1]))) == [1, 1]
     assert rows(c.repeat(2)) == [0, 0, 1, 1, 2, 2]
     assert rows(Cond.cat([c, cond(7)])) == [0, 1, 2, 7]
-    assert rows(Cond.where(torch.tensor([True, False, True]), c, cond(7, 8, 9))) == [0, 8, 2]
 
 
 def test_to_casts_floats_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -103,6 +104,22 @@ def test_parity_does_not_depend_on_the_checkpoints_scheduler() -> None:
     before = pipeline.scheduler
     assert max(value for _, value in check_family(pipeline)) < LIMIT
     assert pipeline.scheduler is before
+
+
+def test_a_call_never_waits_for_the_device(family) -> None:
+    """On the meta device, where numbers can't be read back; lengths that shape a call are kept on
+    the CPU. Lumina 2's own network reads its mask at every call."""
+    by_text = family.conditioning == "prompt"
+    cond = family.encode(["a cube", "seven cats in a row"] if by_text else [0, 1])
+    shape = (2, *family.sample_shape())
+    if family.reads_image:
+        cond = family.with_image(cond, torch.zeros(2, 3, 16, 16), shape[1:])
+    cond, x_t = cond.to("meta"), torch.empty(shape, device="meta")
+    model_t = torch.empty(2, dtype=torch.float64, device="meta")
+    net = family.net.to("meta")
+    reads = pytest.raises(NotImplementedError) if family.name == "lumina2" else nullcontext()
+    with reads:
+        assert family.forward(net, x_t, model_t, cond).shape == shape
 
 
 class WrongNull(StableDiffusionFamily):

@@ -31,10 +31,10 @@ class UnevenNull(QwenImageFamily):
         return self.encode([""]).repeat(bsz)
 
 
-class WrongMask(QwenImageFamily):
+class WrongLength(QwenImageFamily):
     def encode(self, prompts) -> Cond:
         cond = super().encode(prompts)
-        return Cond({**cond.tensors, "mask": torch.ones_like(cond["mask"])})
+        return Cond({**cond.tensors, "length": cond["length"] + 1})
 
 
 class OneScale(QwenImageFamily):
@@ -47,7 +47,7 @@ class OneScale(QwenImageFamily):
     [
         (LinearGuidance, "sampling"),
         (UnevenNull, "sampling"),
-        (WrongMask, "encode"),
+        (WrongLength, "encode"),
         (OneScale, "vae"),
     ],
 )
