@@ -125,21 +125,25 @@ class Trainer:
         self.validator = Validator(self.bank, self.method, args)
 
     # ------------------------------------------------------------------ loop
-    def train(self) -> dict[str, float]:
+    def train(self, until: int | None = None) -> dict[str, float]:
         """Run to max_train_steps, max_train_seconds, SIGTERM or SIGUSR1; returns the last means.
 
+        Args: until: pause after that many updates in all, saved; the next call goes on, and what is
+            planned over max_train_steps (learning rates, stages) does not notice.
         Errors: WatchdogStop (a FloatingPointError) for a non-finite loss or gradient, or where
             another check of args.watchdog stops the run; it names the last good checkpoint.
         """
         with self.stop:
-            return self._train()
+            return self._train(until)
 
-    def _train(self) -> dict[str, float]:
+    def _train(self, until: int | None) -> dict[str, float]:
         args = self.args
+        end = args.max_train_steps if until is None else min(until, args.max_train_steps)
         if self.dataset is None:
             raise ValueError("train: expected a train_dataset, got None (enough only to export).")
         if self.resume_from is not None:
             self.resume(self.resume_from)
+            self.resume_from = None
         dataset = prepare_cache(self.batches.disk, self.dataset, args, self.accelerator)
         data = stream(
             dataset,
@@ -156,7 +160,7 @@ class Trainer:
         last_saved = self.step
         if args.validation_steps and self.step == 0:
             self.validate()  # the student before training, which later ones are held against
-        while self.step < args.max_train_steps:
+        while self.step < end:
             scale = self.method.learning_rate_scale(self.step, args.max_train_steps)
             set_learning_rate(self.optimizer, args, self.step, self.seconds, scale)
             self.log.watchdog.scale_rates(self.optimizer)
@@ -174,7 +178,7 @@ class Trainer:
             stopping, self.seconds = self.stop.agreed(
                 before + time.monotonic() - started, args.max_train_seconds, self.accelerator
             )
-            last = self.step >= args.max_train_steps or stopping
+            last = self.step >= end or stopping
             if self.log.due(self.step) or last:
                 self.log.write(self.step, self.seconds, self._learning_rates())
             better = False
@@ -188,7 +192,8 @@ class Trainer:
                 self.log.keep_best()
             if stopping:
                 break
-        self.log.close(self.step, "preempted" if self.stop.preempted else "finished")
+        done = "paused" if end < args.max_train_steps else "finished"
+        self.log.close(self.step, "preempted" if self.stop.preempted else done)
         if self.corrupt.replaced:
             self.accelerator.print(f"data: replaced unreadable samples: {self.corrupt}")
         return self.log.last
@@ -222,8 +227,7 @@ class Trainer:
             self.log.add(phase.name, self.step, total.detach(), logs)
         accelerator.unscale_gradients(self.optimizer)
         norms = clip_by_role(self.bank, phase.trains, args.max_grad_norm, args.role_max_grad_norm)
-        self.log.add_norms(norms)
-        if self.log.watchdog.allows(norms, self.step):
+        if self.log.allows(norms, self.step):
             self.optimizer.step()
 
     def _mean_over_ranks(self, x: Tensor) -> Tensor:
