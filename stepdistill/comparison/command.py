@@ -29,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, nargs="+", help="step counts; default 1 2 4, or a recipe's own")
     add("--seeds", type=int, nargs="+", default=[0], help="training seeds; default 0")
     add("--processes", type=int, default=1, help="runs side by side; default 1")
+    add("--curve_points", type=int, help="times that a student is judged while it trains, at the "
+        "end, half, a quarter ... of its budget; default 4; 1: at the end alone")  # fmt: skip
     demo = made.add_argument_group("the demo's teacher")
     demo.add_argument("--demo_teacher_steps", type=int, help="a shorter training of it")
     demo.add_argument("--demo_pairs", type=int, help="default 4096")
@@ -82,6 +84,7 @@ def main(argv: Sequence[str]) -> None:
 def compare(args: argparse.Namespace) -> Any:
     """The report.Comparison that the command ends with. Errors: ValueError for wrong flags."""
     from . import report, runs
+    from .student_run import CURVE_POINTS
 
     out = Path(args.output_dir)
     if args.budget is None:
@@ -92,7 +95,10 @@ def compare(args: argparse.Namespace) -> Any:
     kind, options, settled = _described(args)
     if kind == "own":
         _check_methods(args)
-    runs.write_plan(out, kind, options, budget, settled)
+    points = CURVE_POINTS if args.curve_points is None else args.curve_points
+    if points < 1:
+        raise ValueError(f"curve_points: expected 1 or more, got {points}.")
+    runs.write_plan(out, kind, options, budget, settled, curve_points=points)
     ground = runs.ground_of(out)
     chosen = ground.students(_method_names(args.methods), args.steps)
     if not chosen:

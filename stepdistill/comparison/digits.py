@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -104,6 +105,7 @@ class Digits(Ground):
         return _judge().run(label, "student", steps, sampler, self.seeds).plain()
 
 
+@functools.cache
 def _judge() -> Judge:
     digits = load_digit_splits()
     return Judge(digits, train_classifier(digits.train))

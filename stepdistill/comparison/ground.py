@@ -51,9 +51,12 @@ class Ground(ABC):
         """The row of an exported pipeline."""
 
     def trainer(
-        self, training: Training, updates: int, run: Path, seed: int
+        self, training: Training, updates: int, run: Path, seed: int, saves: int = 0
     ) -> DistillationTrainer:
-        """A trainer of that many updates in `run`, whose parent holds what it starts from."""
+        """A trainer of that many updates in `run`, whose parent holds what it starts from.
+
+        Args: saves: checkpoints on the way, from the newest of which it goes on.
+        """
         settings = training.lasting(updates)
         method, options = settings.pop("method"), settings.pop("method_config", {})
         first = run.parent / "first"
@@ -61,6 +64,12 @@ class Ground(ABC):
             settings["init_student_from"] = str(first)
         model = str(first / "pipeline") if training.starts_from == "model" else self.teacher()
         settings |= {"output_dir": str(run), "seed": seed, "disable_progress_bar": True}
+        if saves:
+            settings |= {
+                "checkpointing_steps": max(1, updates // saves),
+                "checkpoints_total_limit": 1,
+                "resume_from_checkpoint": "latest",
+            }
         return TRAINER_OF[method](
             model,
             TrainConfig(**settings),

@@ -1,17 +1,12 @@
-"""Trains and judges students, each in a process of its own; a finished one is never repeated.
+"""What is compared in a folder, and its runs, each in a process of its own (see student_run).
 
-Time is seconds of one processor core (on CUDA: of the wall clock): each run first measures its own
-cost of an update, then trains as many updates as fill the budget, so that schedules end where they
-should and a busy machine changes nothing. A recipe's first training is inside the budget; the
-teacher's pairs, made once and shared, are not, and their time is stated.
+A finished one is never repeated; one that was cut off goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,22 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from stepdistill.data.pair_files import write_atomic
-from stepdistill.demo.recipes import Training
 from stepdistill.models.safe_files import read_json
 
 from .ground import Ground
 from .students import Budget, Student
 
 PLAN = "comparison.json"
-PROBE = (6, 26)  # updates of the two short runs whose difference is an update's cost
-
-
-def clock() -> float:
-    """Seconds so far: of this process's cores, or of the wall clock where a GPU works."""
-    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+RUN = "stepdistill.comparison.student_run"
+ENDING_SECONDS = 30.0  # a run that is told to stop has that long to save
 
 
 def ground_of(out: Path) -> Ground:
@@ -49,10 +36,12 @@ def ground_of(out: Path) -> Ground:
     return OwnTeacher(out, Own(**plan["options"]))
 
 
-def write_plan(out: Path, kind: str, options: dict[str, Any], budget: Budget, settled: Any) -> None:
+def write_plan(
+    out: Path, kind: str, options: dict[str, Any], budget: Budget, settled: Any, **more: Any
+) -> None:
     """Say in PLAN what is compared.
 
-    Args: settled: what must be the same in every call with this folder.
+    Args: settled: what must be the same in every call with this folder; more: what may change.
     Errors: ValueError where an earlier call compared something else here.
     """
     facts = json.loads(json.dumps({"kind": kind, "settled": settled, "budget": str(budget)}))
@@ -74,7 +63,7 @@ def write_plan(out: Path, kind: str, options: dict[str, Any], budget: Budget, se
             )
     out.mkdir(parents=True, exist_ok=True)
     ground = {"kind": kind, "options": options}
-    file.write_text(json.dumps({**facts, "ground": ground}, indent=1) + "\n")
+    file.write_text(json.dumps({**facts, "ground": ground, **more}, indent=1) + "\n")
 
 
 def results(out: Path) -> list[dict[str, Any]]:
@@ -90,53 +79,6 @@ def failures(out: Path) -> list[dict[str, Any]]:
 def result_file(out: Path, student: Student, seed: int) -> Path:
     """Where a finished run's rows lie."""
     return out / "results" / f"{student.name}_seed{seed}.json"
-
-
-def seconds_per_update(ground: Ground, training: Training, scratch: Path) -> float:
-    """Of one update: a longer run's over a shorter one's, starts cancelled."""
-    spent = []
-    for updates in PROBE:
-        shutil.rmtree(scratch, ignore_errors=True)
-        trainer = ground.trainer(training, updates, scratch, seed=0)
-        start = clock()
-        trainer.train()
-        spent.append(clock() - start)
-    shutil.rmtree(scratch)
-    return max((spent[1] - spent[0]) / (PROBE[1] - PROBE[0]), 1e-6)
-
-
-def run_student(ground: Ground, student: Student, seed: int, budget: Budget) -> None:
-    """Train, export and judge one student; its result file is written last, whole."""
-    if ground.threads is not None:
-        torch.set_num_threads(ground.threads)
-    out = ground.out
-    work = out / "work" / f"{student.name}_seed{seed}"
-    shutil.rmtree(work, ignore_errors=True)
-    trainings = ground.trainings(student)
-    updates, spent = [], 0.0
-    for index, training in enumerate(trainings):
-        last = index + 1 == len(trainings)
-        if budget.updates is not None:
-            updates.append(max(1, round(training.share * budget.updates)))
-        else:
-            cost = seconds_per_update(ground, training, work / "probe")
-            updates.append(max(1, round(training.share * (budget.seconds or 0.0) / cost)))
-        trainer = ground.trainer(training, updates[-1], work / ("last" if last else "first"), seed)
-        start = clock()
-        trainer.train()
-        spent += clock() - start
-        if not last and trainings[index + 1].starts_from == "model":
-            trainer.export(work / "first" / "pipeline")
-    rows = []
-    for steps in student.steps:
-        folder = trainer.export(work / f"pipeline_{steps}", steps)
-        rows.append(ground.judge(student.recipe, steps, folder))
-    facts = {"updates": updates, "cpu_seconds": spent, "seconds": budget.seconds, "seed": seed}
-    content = {**facts, "budget": str(budget), "data": trainings[-1].data, "rows": rows}
-    file = result_file(out, student, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, lambda aside: aside.write_text(json.dumps(content) + "\n"))
-    shutil.rmtree(work)
 
 
 def run_all(
@@ -162,7 +104,7 @@ def run_all(
         while jobs or running:
             while jobs and len(running) < processes:
                 student, seed = jobs.pop(0)
-                command = [sys.executable, "-m", "stepdistill.comparison.runs", str(out)]
+                command = [sys.executable, "-m", RUN, str(out)]
                 command += [json.dumps(asdict(student)), str(seed)]
                 with _log(out, student, seed).open("wb") as log:
                     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -174,6 +116,15 @@ def run_all(
     finally:
         for process, _, _ in running:  # the caller was interrupted
             process.terminate()
+        for process, _, _ in running:
+            _wait(process)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _log(out: Path, student: Student, seed: int) -> Path:
@@ -192,20 +143,3 @@ def _ended(out: Path, process: subprocess.Popen[bytes], student: Student, seed: 
     fact = {**asdict(student), "seed": seed, "error": error[:400]}
     file.write_text(json.dumps(fact) + "\n")
     return f"{student.name} seed {seed}: FAILED, {error[:200]} (see {_log(out, student, seed)})"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """One run, in this process: OUT STUDENT SEED."""
-    parser = argparse.ArgumentParser(description="One run of a comparison.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("student")
-    parser.add_argument("seed", type=int)
-    args = parser.parse_args(argv)
-    raw = json.loads(args.student)
-    student = Student(raw["recipe"], tuple(raw["steps"]))
-    budget = Budget.parse(read_json(args.out / PLAN, ("budget",))["budget"])
-    run_student(ground_of(args.out), student, args.seed, budget)
-
-
-if __name__ == "__main__":
-    main()

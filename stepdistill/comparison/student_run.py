@@ -1,0 +1,199 @@
+"""One run of a comparison: measures an update, trains, and judges on the way and at the end.
+
+Time is seconds of one processor core (on CUDA: of the wall clock) in training alone: each run first
+measures its own cost of an update, then trains as many updates as fill the budget, so that
+schedules end where they should and a busy machine changes nothing. A recipe's first training is
+inside the budget; the teacher's pairs, made once and shared, are not, and their time is stated.
+On the way the student is judged as it is then, its average where it keeps one, at the step counts
+that the grid reached so far allows. A killed run goes on from its newest checkpoint, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from stepdistill.data.pair_files import write_atomic
+from stepdistill.demo.recipes import Training
+from stepdistill.models.safe_files import read_json
+from stepdistill.trainers import DistillationTrainer
+
+from .ground import Ground, Plain
+from .progress import SAVES, Leg, Progress, shares, stops
+from .runs import PLAN, ground_of, result_file
+from .students import Budget, Student
+
+PROBE = (6, 26)  # updates of the two short runs whose difference is an update's cost
+CURVE_POINTS = 4
+ON_THE_WAY = ("steps", "frechet", "recall")  # what is kept of a row that is not the last
+
+
+def clock() -> float:
+    """Seconds so far: of this process's cores, or of the wall clock where a GPU works."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
+def train(trainer: DistillationTrainer, until: int | None = None) -> float:
+    """The seconds of it. A signal that stopped it, saved, ends this process with its status."""
+    start = clock()
+    trainer.train(until)
+    if trainer.stop.preempted:
+        sys.exit(trainer.stop.status)
+    return clock() - start
+
+
+def seconds_per_update(ground: Ground, training: Training, scratch: Path) -> float:
+    """Of one update: a longer run's over a shorter one's, starts cancelled."""
+    spent = []
+    for updates in PROBE:
+        shutil.rmtree(scratch, ignore_errors=True)
+        spent.append(train(ground.trainer(training, updates, scratch, seed=0)))
+    shutil.rmtree(scratch)
+    return max((spent[1] - spent[0]) / (PROBE[1] - PROBE[0]), 1e-6)
+
+
+def run_student(
+    ground: Ground, student: Student, seed: int, budget: Budget, points: int = CURVE_POINTS
+) -> None:
+    """Train, judge and export one student; its result file is written last, whole.
+
+    Args: points: of its curve, the end included (see progress.shares).
+    """
+    if ground.threads is not None:
+        torch.set_num_threads(ground.threads)
+    file = result_file(ground.out, student, seed)
+    work = ground.out / "work" / f"{student.name}_seed{seed}"
+    work.parent.mkdir(parents=True, exist_ok=True)
+    # The run of a caller that was killed may still be at it: it is waited for.
+    with FileLock(work.with_suffix(".lock")):
+        if file.is_file():
+            return
+        trainings = ground.trainings(student)
+        progress = Progress.of(work, trainings)
+        rows = _Run(ground, student, seed, work, progress, points).all(trainings, budget)
+        content = {
+            "updates": [leg.updates for leg in progress.legs],
+            "cpu_seconds": progress.seconds,
+            "seconds": budget.seconds,
+            "seed": seed,
+            "budget": str(budget),
+            "data": trainings[-1].data,
+            "curve": progress.curve,
+            "rows": rows,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, lambda aside: aside.write_text(json.dumps(content) + "\n"))
+        shutil.rmtree(work)
+
+
+class _Run:
+    def __init__(
+        self,
+        ground: Ground,
+        student: Student,
+        seed: int,
+        work: Path,
+        progress: Progress,
+        points: int,
+    ) -> None:
+        self.ground, self.student, self.seed = ground, student, seed
+        self.work, self.progress, self.points = work, progress, points
+
+    def all(self, trainings: Sequence[Training], budget: Budget) -> list[Plain]:
+        """The rows of the finished student."""
+        progress, before = self.progress, 0.0
+        for index, training in enumerate(trainings):
+            last = index + 1 == len(trainings)
+            if index == len(progress.legs):
+                progress.legs.append(Leg(self._updates(training, budget)))
+                progress.save()
+            leg = progress.legs[index]
+            at = stops(shares(self.points), before, training.share, leg.updates, last)
+            trainer = self._one(training, leg, self.work / ("last" if last else "first"), at)
+            if not last and trainings[index + 1].starts_from == "model":
+                shutil.rmtree(self.work / "first" / "pipeline", ignore_errors=True)
+                trainer.export(self.work / "first" / "pipeline")
+            before += training.share
+        return self._judge(trainer, self.student.steps)
+
+    def _updates(self, training: Training, budget: Budget) -> int:
+        if budget.updates is not None:
+            return max(1, round(training.share * budget.updates))
+        cost = seconds_per_update(self.ground, training, self.work / "probe")
+        return max(1, round(training.share * (budget.seconds or 0.0) / cost))
+
+    def _one(
+        self, training: Training, leg: Leg, run: Path, at: dict[int, float]
+    ) -> DistillationTrainer:
+        """Train one training to its end, judging at `at` (see progress.stops)."""
+        progress = self.progress
+        progress.catch_up(leg, run)
+        trainer = self.ground.trainer(training, leg.updates, run, self.seed, saves=SAVES)
+        for stop in sorted({*at, leg.updates}):
+            share = at.get(stop)
+            due = share is not None and share < 1.0 and not progress.judged(share)
+            if stop < leg.step or (stop == leg.step < leg.updates and not due):
+                continue
+            leg.seconds += train(trainer, stop)
+            leg.step, leg.wall = trainer.step, trainer.seconds
+            progress.save()
+            if due:
+                self._point(share or 0.0, trainer)
+        return trainer
+
+    def _point(self, share: float, trainer: DistillationTrainer) -> None:
+        reached = [steps for steps in self.student.steps if _reaches(trainer, steps)]
+        rows = self._judge(trainer, reached)
+        kept = [{name: row[name] for name in ON_THE_WAY} for row in rows]
+        done = sum(leg.step for leg in self.progress.legs)
+        facts = {"share": share, "updates": done, "seconds": self.progress.seconds}
+        self.progress.curve.append({**facts, "rows": kept})
+        self.progress.save()
+
+    def _judge(self, trainer: DistillationTrainer, counts: Sequence[int]) -> list[Plain]:
+        rows = []
+        for steps in counts:
+            folder = self.work / f"pipeline_{steps}"
+            shutil.rmtree(folder, ignore_errors=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="export: training stopped at update")
+                trainer.export(folder, steps)
+            rows.append(self.ground.judge(self.student.recipe, steps, folder))
+        return rows
+
+
+def _reaches(trainer: DistillationTrainer, steps: int) -> bool:
+    """Whether the student, as trained so far, can be sampled in that many steps."""
+    try:
+        trainer.method.sampler_at(trainer.step, trainer.args.max_train_steps, steps)
+    except ValueError:
+        return False
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One run, in this process: OUT STUDENT SEED."""
+    parser = argparse.ArgumentParser(description="One run of a comparison.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("student")
+    parser.add_argument("seed", type=int)
+    args = parser.parse_args(argv)
+    raw = json.loads(args.student)
+    student = Student(raw["recipe"], tuple(raw["steps"]))
+    plan: dict[str, Any] = read_json(args.out / PLAN, ("budget",))
+    budget, points = Budget.parse(plan["budget"]), plan.get("curve_points", CURVE_POINTS)
+    run_student(ground_of(args.out), student, args.seed, budget, points)
+
+
+if __name__ == "__main__":
+    main()
