@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,12 @@ class RunLog:
             self._collect(f"{phase}/{name}", value.float())
         self.watchdog.see_loss(phase, step, total)
 
-    def add_norms(self, norms: Mapping[str, Tensor]) -> None:
+    def allows(self, norms: Mapping[str, Tensor], step: int) -> bool:
+        """One update's gradient norms by role; whether the watchdog lets it be made."""
         for role, norm in norms.items():
             self._collect(f"grad_norm/{role}", norm.detach())
+        with self._ending():
+            return self.watchdog.allows(norms, step)
 
     # -------------------------------------------------------------- log lines
     def due(self, step: int) -> bool:
@@ -115,11 +119,8 @@ class RunLog:
 
     def check_finite(self) -> None:
         """Errors: WatchdogStop naming phase, step and last good checkpoint."""
-        try:
+        with self._ending():
             self.watchdog.check_finite()
-        except WatchdogStop as stop:
-            self._end(stop)
-            raise
 
     def write(self, step: int, seconds: float, rates: Mapping[str, float]) -> None:
         """One log line of means since the last.
@@ -129,14 +130,11 @@ class RunLog:
         Errors: WatchdogStop where a check of the watchdog stops the run; no line is written then.
         """
         planned, self._seen = self.due(step), step
-        try:
+        with self._ending():
             if planned:
                 self.watchdog.check_updates(step)
             else:
                 self.watchdog.check_finite()
-        except WatchdogStop as stop:
-            self._end(stop)
-            raise
         values = self._means()
         values |= {f"lr/{role}": rate for role, rate in rates.items()}
         from_step, from_seconds = self._window_start
@@ -192,13 +190,9 @@ class RunLog:
         ends = step >= self._args.max_train_steps
         better = (planned or ends) and self._better(step, metrics)
         if planned:
-            try:
+            with self._ending():
                 self.watchdog.check_samples(step, metrics)
-            except WatchdogStop as stop:
-                self._end(stop)
-                raise
-            finally:
-                self._tell_alarms()
+            self._tell_alarms()
         if self._accelerator.is_main_process:
             self.report()
         return better
@@ -276,10 +270,15 @@ class RunLog:
         write_run_report(self._folder, write_text)
         self._reported = time.monotonic()
 
-    def _end(self, stop: WatchdogStop) -> None:
-        """The watchdog has ended the run: say so in the records and close them."""
-        self._tell_alarms()
-        self.close(self._seen, "stopped by the watchdog", str(stop))
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Where the watchdog ends the run within, say so in the records and close them."""
+        try:
+            yield
+        except WatchdogStop as stop:
+            self._tell_alarms()
+            self.close(self._seen, "stopped by the watchdog", str(stop))
+            raise
 
     def close(self, step: int, state: str = "finished", why: str = "") -> None:
         """End the logs; state ("finished", "preempted", ...) and why stand in the report."""

@@ -72,6 +72,8 @@ class Watchdog:
         self._raised_at: dict[str, int] = {}  # role -> when its rate was last changed
         self._told: dict[str, int] = {}
         self._skipped = 0
+        self._fit = -1  # the last step at which an update was allowed
+        self._trusted: int | None = None  # while updates are skipped: the last step to go back to
         self.samples = SampleChecks(self.config)
         self.healthy_step: int | None = None
         self.alarms: list[Alarm] = []
@@ -87,12 +89,16 @@ class Watchdog:
 
         Errors: WatchdogStop after max_skipped_updates refusals in a row.
         """
-        if not self._scaled and self.config.nonfinite == "back_off":
+        if self.config.nonfinite == "back_off":
             # All ranks have the same norms, so all skip or none.
-            if not math.isfinite(sum(float(norm) for norm in norms.values())):
+            finite = math.isfinite(sum(float(norm) for norm in norms.values()))
+            if not finite and (not self._scaled or self._lost()):
+                self._losses.clear()
                 self._skip(norms, step)
-                return False
-            self._skipped = 0
+                return self._scaled  # a GradScaler skips it itself, and counts on being called
+            if finite:
+                self._skipped, self._trusted, self._fit = 0, None, step
+            self._losses.clear()
         for role, norm in norms.items():
             self._pending.setdefault(role, []).append((step, norm.detach()))
         return True
@@ -101,7 +107,13 @@ class Watchdog:
     def _scaled(self) -> bool:
         return self._accelerator.scaler is not None
 
+    def _lost(self) -> bool:
+        """Whether a loss is non-finite on any rank: no scale of gradients helps against that."""
+        return any(self._first_bad(values)[0] >= 0 for values in self._losses.values())
+
     def _skip(self, norms: Mapping[str, Tensor], step: int) -> None:
+        if not self._skipped:
+            self._trusted = step if self._fit == step else step - 1
         self._skipped += 1
         bad = [role for role, norm in norms.items() if not math.isfinite(float(norm))]
         for role in bad:
@@ -120,21 +132,31 @@ class Watchdog:
         seen = {f"{phase}: expected a finite loss": v for phase, v in self._losses.items()}
         if not self._scaled:  # a GradScaler overflows now and then by design, and skips
             seen |= {f"{role}: expected a finite gradient": v for role, v in self._pending.items()}
-        for rule, values in seen.items():
-            step = self._first_bad(values)
-            if step >= 0:
-                self._stop(f"{rule}, got a non-finite one at step {step}")
+        found = [(*self._first_bad(values), rule) for rule, values in seen.items()]
+        bad = [one for one in found if one[0] >= 0]
+        if bad:
+            step, proven, rule = min(bad, key=lambda one: one[0])
+            told = f"{rule}, got a non-finite one at step {step}"
+            self._stop(told, newest=step if proven else step - 1)
         self._losses.clear()
 
-    def _first_bad(self, values: Sequence[tuple[int, Tensor]]) -> int:
-        """The step of the first non-finite value on any rank, -1 for none."""
+    def _first_bad(self, values: Sequence[tuple[int, Tensor]]) -> tuple[int, bool]:
+        """(step of the first non-finite value on any rank, whether that step began with a finite
+        one); -1 for none.
+
+        Weights that an update ruined are saved before a loss shows it: a checkpoint is known to be
+        good once the step that it begins has had a finite one.
+        """
         if not values:
-            return -1
+            return -1, False
         finite = torch.stack([value.float() for _, value in values]).isfinite()
         if self._accelerator.num_processes > 1:
             finite = self._accelerator.reduce(finite.float()) == self._accelerator.num_processes
         found = (~finite).nonzero()
-        return values[int(found[0])][0] if len(found) else -1
+        if not len(found):
+            return -1, False
+        first = int(found[0])
+        return values[first][0], first > 0 and values[first - 1][0] == values[first][0]
 
     def check_updates(self, step: int) -> None:
         """Look at the norms since the last call. Errors: WatchdogStop where a check stops."""
@@ -207,25 +229,32 @@ class Watchdog:
             option, hint = ("drift", "Lower the guidance") if guided else (check, _HINT)
             self._stop(f"{role}: {message} at step {at} (watchdog.{option})", hint)
 
-    def _stop(self, why: str, hint: str = _HINT) -> None:
-        good = self.last_good()
+    def _stop(self, why: str, hint: str = _HINT, newest: int | None = None) -> None:
+        good = self.last_good(newest)
         if good is not None:
             hint += f", and go on from there with --resume_from_checkpoint {good}"
         raise WatchdogStop(f"{why}. Last good checkpoint: {good or 'none yet'}. {hint}.")
 
-    def last_good(self) -> Path | None:
-        """The newest whole checkpoint; while samples are bad, the newest from before that."""
-        if not any(self.samples.strikes.values()):
+    def last_good(self, newest: int | None = None) -> Path | None:
+        """The newest whole checkpoint, of step `newest` at most.
+
+        While samples are bad or updates skipped, the newest from before that.
+        """
+        limits = [n for n in (newest, self._trusted) if n is not None]
+        if any(self.samples.strikes.values()):
+            limits.append(-1 if self.healthy_step is None else self.healthy_step)
+        if not limits:
             return newest_valid(self._folder)[0]
-        healthy = -1 if self.healthy_step is None else self.healthy_step
         for folder in reversed(list_checkpoints(self._folder)):
-            if step_of(folder) <= healthy and fault_of(folder) is None:
+            if step_of(folder) <= min(limits) and fault_of(folder) is None:
                 return folder
         return None
 
     def protected(self) -> tuple[str, ...]:
-        """Names of checkpoints that pruning must leave: the last good one while samples are bad."""
-        good = self.last_good() if any(self.samples.strikes.values()) else None
+        """Names of checkpoints that pruning must leave: the last good one, where it is not the
+        newest."""
+        in_doubt = self._trusted is not None or any(self.samples.strikes.values())
+        good = self.last_good() if in_doubt else None
         return () if good is None else (good.name,)
 
     def take_alarms(self) -> Sequence[dict[str, Any]]:
@@ -247,6 +276,8 @@ class Watchdog:
             "raised_at": dict(self._raised_at),
             "told": dict(self._told),
             "skipped": self._skipped,
+            "fit": self._fit,
+            "trusted": self._trusted,
             "healthy_step": self.healthy_step,
             "samples": self.samples.state_dict(),
         }
@@ -264,5 +295,6 @@ class Watchdog:
         self._history = {role: deque(v, maxlen=window) for role, v in state["history"].items()}
         self._scales, self._raised_at = dict(state["scales"]), dict(state["raised_at"])
         self._told, self._skipped = dict(state["told"]), state["skipped"]
+        self._fit, self._trusted = state.get("fit", -1), state.get("trusted")
         self.healthy_step = state["healthy_step"]
         self.samples.load_state_dict(state["samples"])
