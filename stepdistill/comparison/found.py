@@ -10,6 +10,7 @@ from typing import Any
 
 from stepdistill.demo.recipes import RECIPES
 
+from .curves import Curves, curves, falling
 from .ground import PAIRS_SECONDS, TEACHER_ROWS
 from .runs import failures, results
 from .table import Cell, Judged, cells, data_needs, recommend
@@ -26,6 +27,7 @@ class Comparison:
     failed: Sequence[dict[str, Any]]
     needs: dict[str, str]
     facts: str
+    curves: Curves
 
     @property
     def teacher(self) -> dict[int, float]:
@@ -50,7 +52,8 @@ class Comparison:
 
     def advice(self) -> list[str]:
         """See `table.recommend`."""
-        return recommend(self.table, self.teacher, self.needs, self.is_reference)
+        notes = falling(self.curves)
+        return recommend(self.table, self.teacher, self.needs, self.is_reference, notes)
 
 
 def read(out: Path) -> Comparison:
@@ -65,14 +68,17 @@ def read(out: Path) -> Comparison:
     base = [Judged.of(raw) for raw in json.loads(kept.read_text())]
     students = [Judged.of(raw) for result in found for raw in result["rows"]]
     order = {name: index for index, name in enumerate(RECIPES)}
-    table = cells(found)
-    table = dict(sorted(table.items(), key=lambda item: (order.get(item[0][0], 99), item[0])))
+
+    def sorted_by_recipe(values: dict[tuple[str, int], Any]) -> dict[tuple[str, int], Any]:
+        return {key: values[key] for key in sorted(values, key=lambda k: (order.get(k[0], 99), k))}
+
+    table, ways = sorted_by_recipe(cells(found)), sorted_by_recipe(curves(found))
     runs = [{k: v for k, v in result.items() if k != "rows"} for result in found]
     for run, result in zip(runs, found, strict=True):
         run["method"] = result["rows"][0]["label"]
         run["steps"] = [row["steps"] for row in result["rows"]]
     facts = _facts(out, found)
-    return Comparison(table, base, students, runs, failures(out), data_needs(found), facts)
+    return Comparison(table, base, students, runs, failures(out), data_needs(found), facts, ways)
 
 
 def _facts(out: Path, found: Sequence[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,16 @@ from numpy.typing import NDArray
 from stepdistill.demo.metrics import PREVIEWS_PER_CLASS
 from stepdistill.demo.report_images import strip as digit_strip
 from stepdistill.evaluation import page
-from stepdistill.evaluation.plots import COLOUR, CYCLE, Curve, Panel, Strip, contact, draw_curves
+from stepdistill.evaluation.plots import (
+    COLOUR,
+    CYCLE,
+    Curve,
+    Panel,
+    Strip,
+    contact,
+    draw_curves,
+    round_ticks,
+)
 
 from .found import Comparison
 from .table import Judged, short
@@ -27,7 +37,7 @@ def shown(found: Comparison) -> list[Judged]:
 
 def name(row: Judged) -> str:
     """With its steps."""
-    return f"{row.label}, {row.steps} step{'s' * (row.steps != 1)}"
+    return f"{row.label}, {_steps(row.steps or 0)}"
 
 
 def caption(row: Judged) -> str:
@@ -61,10 +71,21 @@ def strips(found: Comparison) -> list[Strip]:
     ]
 
 
+def _looks(found: Comparison) -> dict[str, dict[str, Any]]:
+    """Method -> colour and marker, the same in every plot."""
+    return {
+        one: {
+            "colour": CYCLE[i % len(CYCLE)],
+            "marker": "osD^vPX*"[i // len(CYCLE) % 8],
+            "told": False,
+        }
+        for i, one in enumerate(found.methods)
+    }
+
+
 def panels(found: Comparison) -> list[Panel]:
     """Quality against steps, and against training time."""
-    colours = {one: CYCLE[i % len(CYCLE)] for i, one in enumerate(found.methods)}
-    markers = {one: "osD^vPX*"[i // len(CYCLE) % 8] for i, one in enumerate(found.methods)}
+    looks = _looks(found)
     steps, times = [], []
     base = sorted(found.teacher.items())
     if base:
@@ -72,7 +93,7 @@ def panels(found: Comparison) -> list[Panel]:
         steps.append(Curve("teacher", at, means, [0.0] * len(at), COLOUR["teacher"], told=False))
     for method in found.methods:
         own = sorted((key[1], cell) for key, cell in found.table.items() if key[0] == method)
-        look: dict[str, Any] = {"colour": colours[method], "marker": markers[method], "told": False}
+        look = looks[method]
         curve = [cell for _, cell in own]
         steps.append(
             Curve(method, [n for n, _ in own], [c.frechet for c in curve], [c.std for c in curve],
@@ -95,6 +116,42 @@ def panels(found: Comparison) -> list[Panel]:
         lambda axes: draw_curves(axes, steps, title.format("steps"), "steps", told, ticks),
         against_time,
     ]
+
+
+def training_panels(found: Comparison) -> list[tuple[str, Panel]]:
+    """(what, panel): for each step count quality against training time and against updates, a line
+    through each method's mean and a dot for each seed. Empty where no run was judged on its way."""
+    made: list[tuple[str, Panel]] = []
+    for steps in sorted({key[1] for key in found.curves}):
+        for over, spent in (("seconds", "seconds of training"), ("updates", "student updates")):
+            title = f"Fréchet distance over {over} of training, {_steps(steps)}"
+            made.append((title, partial(_draw_training, found, steps, over == "seconds", spent)))
+    return made
+
+
+def _draw_training(found: Comparison, steps: int, by_time: bool, spent: str, axes: Axes) -> None:
+    lines = []
+    looks = _looks(found)
+    for (method, n), readings in found.curves.items():
+        if n == steps:
+            at = [r.cell.seconds if by_time else r.updates for r in readings]
+            means = [r.cell.frechet for r in readings]
+            lines.append(Curve(method, at, means, [0.0] * len(at), **looks[method]))
+            for reading in readings if found.curves[method, n][0].cell.num_seeds > 1 else ():
+                places = [one[2] if by_time else one[1] for one in reading.each]
+                values = [one[3] for one in reading.each]
+                colour = looks[method]["colour"]
+                axes.scatter(places, values, s=14, color=colour, alpha=0.5, linewidths=0, zorder=2)
+    most = max(found.teacher, default=None)
+    floor = None if most is None else (f"teacher, {_steps(most)}", found.teacher[most])
+    ends = [value for line in lines for value in (line.at[0], line.at[-1])]
+    over = "seconds" if by_time else "updates"
+    title = f"Fréchet distance over {over}, {_steps(steps)}"
+    draw_curves(axes, lines, title, spent, floor, round_ticks(min(ends), max(ends)))
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
 
 
 def figure(row: Judged) -> page.Strip:

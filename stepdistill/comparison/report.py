@@ -1,5 +1,5 @@
 """The comparison's files, written anew after every run: table.md, results.json, results.csv,
-samples.png and report.html."""
+samples.png, report.html and, where runs were judged on their way, curves.csv and curves.png."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.evaluation import page
-from stepdistill.evaluation.plots import panel_png, save_page
+from stepdistill.evaluation.plots import panel_png, save_page, save_panels
 
+from .curves import rows_of
 from .found import Comparison, read
-from .pictures import figure, panels, shown, strips
+from .pictures import figure, panels, shown, strips, training_panels
 from .table import Cell, short
+
+WAY = (
+    "Each student as it was at that part of its run, its average where it keeps one; judging is "
+    "not counted as time. A line joins the means, dots are seeds. A point is missing where the "
+    "student could not yet be sampled in that many steps. Learning rates follow the whole budget: "
+    "a run that is planned shorter may end better than a longer one is at that time."
+)
 
 
 def markdown(found: Comparison) -> str:
@@ -98,6 +106,13 @@ def write(out: Path) -> Comparison:
             steps = "/".join(map(str, one["steps"]))
             writer.writerow({"recipe": one["recipe"], "steps": steps, "error": one["error"]})
     save_page(out / "samples.png", "Methods compared", strips(found), panels(found), share=0.74)
+    if found.curves:
+        save_panels(out / "curves.png", [panel for _, panel in training_panels(found)])
+        rows = rows_of(found.curves)
+        with (out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     (out / "report.html").write_text(render(found), encoding="utf-8")
     return found
 
@@ -126,6 +141,9 @@ def render(found: Comparison) -> str:
         drawn = [panel_png(panel) for panel in panels(found)]
         charts = page.charts(list(zip(about, drawn, strict=True)))
         sections.append(("Quality against steps and time", charts))
+    if found.curves:
+        drawn_ways = [(about, panel_png(panel)) for about, panel in training_panels(found)]
+        sections.append(("Quality while training", page.charts(drawn_ways) + page.paragraph(WAY)))
     sections.append(("Samples", page.gallery([figure(row) for row in shown(found)])))
     if found.failed:
         failed = [page.Line("failed", [_failed(one), one["error"]]) for one in found.failed]

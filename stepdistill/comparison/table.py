@@ -113,11 +113,13 @@ def recommend(
     teacher: Mapping[int, float],
     needs: Mapping[str, str] | None = None,
     is_reference: bool = False,
+    notes: Mapping[tuple[str, int], str] | None = None,
 ) -> list[str]:
     """Sentences: what to take at each step count and, first, over all, each with its numbers.
 
     Args: teacher: steps -> Frechet distance; needs: see `data_needs`; is_reference: the
-        distances are to the teacher's images at most steps: its own there is no yardstick.
+        distances are to the teacher's images at most steps: its own there is no yardstick; notes:
+        what else to say of a method at a step count (see `curves.falling`).
     """
     if not table:
         return ["No run has finished: there is nothing to recommend."]
@@ -126,7 +128,8 @@ def recommend(
     for steps in sorted({key[1] for key in table}):
         names = peers(table, steps)
         best[steps] = names[0]
-        lines.append(_sentence(table, steps, names, teacher, most, needs or {}))
+        note = (notes or {}).get((names[0], steps), "")
+        lines.append(_sentence(table, steps, names, teacher, most, needs or {}, note))
     if most is None:
         n = min(best, key=lambda n: table[best[n], n].frechet)
         told = short(table[best[n], n].frechet)
@@ -158,6 +161,7 @@ def _sentence(
     teacher: Mapping[int, float],
     most: int | None,
     needs: Mapping[str, str],
+    note: str,
 ) -> str:
     best = table[names[0], steps]
     told = f"{_steps(steps)}: {names[0]} ({short(best.frechet)}, recall {best.recall:.2f}"
@@ -172,6 +176,8 @@ def _sentence(
             told += f", of which {least} needs {needs[least]} alone"
     if steps in teacher and best.frechet >= teacher[steps]:
         told += "; no student beats the teacher at this step count: raise the budget"
+    elif note:
+        told += f"; {names[0]} is {note}"
     return told + "."
 
 

@@ -133,8 +133,7 @@ def draw_curves(
         axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
     axes.set_ylim(low * 0.85, high * 1.25)
-    rounded = [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]
-    decades = [value for value in rounded if low * 0.85 < value < high * 1.25]
+    decades = round_ticks(low * 0.85, high * 1.25)
     axes.set_yticks(decades, [f"{value:g}" for value in decades])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(title, loc="left", fontsize=12, color=INK)
@@ -149,6 +148,22 @@ def draw_curves(
             axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10.5)
         else:
             axes.legend(frameon=False, loc="best", fontsize=10.5)
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between two positive values, for a logarithmic axis."""
+    rounded = [m * 10.0**e for e in range(-4, 7) for m in (1, 2, 5)]
+    return [value for value in rounded if low <= value <= high]
+
+
+def save_panels(path: Path, panels: Sequence[Panel], columns: int = 2) -> None:
+    """Panels in rows of `columns` as one PNG."""
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(7.5 * columns, 4.2 * rows), dpi=100, facecolor=PAPER)
+    for index, panel in enumerate(panels):
+        panel(figure.add_subplot(rows, columns, index + 1))
+    figure.tight_layout()
+    figure.savefig(path, facecolor=PAPER)
 
 
 def panel_png(panel: Panel, tall: float = 4.2) -> bytes:
