@@ -17,7 +17,7 @@ from stepdistill.methods.vsd import VSD
 
 METHODS: dict[str, MethodInfo] = {
     "consistency": MethodInfo(Consistency, "trained on real data here"),
-    "dmd": MethodInfo(DMD, "checked on analytic teachers"),
+    "dmd": MethodInfo(DMD, "trained on real data here"),
     "dmd2": MethodInfo(DMD2, "trained on real data here"),
     "f_distill": MethodInfo(FDistill, "trained on real data here"),
     "lora_guidance": MethodInfo(LoRAGuidance, "trained on real data here"),
