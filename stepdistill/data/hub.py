@@ -1,22 +1,24 @@
-"""Datasets of the `datasets` library, downloaded (rows by number) or streamed (from the beginning).
+"""Datasets of the `datasets` library, downloaded (rows by number) or streamed (shard by shard).
 
-Images stay undecoded bytes until a worker needs them. A streamed epoch is the library's own shuffle
-of shards and buffer under a seed of (seed, epoch), so it is the same every time; its position is
-reached by skipping.
+Images stay undecoded bytes until a worker needs them. A streamed epoch takes the shards in an order
+of (seed, epoch) and shuffles rows in the library's own buffer; a position within a shard is reached
+by skipping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.core.context import stable_seed
 from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.data.rows import RowStream
 from stepdistill.data.source import Source, decoded
 
-_READ = 64  # rows taken from the library at a time
+_READ = 64  # rows taken from the library at a time, by all lanes
+_THREADS = 16  # that read the footers of parquet files
 
 
 def _library() -> Any:
@@ -90,6 +92,7 @@ def load_rows(
 ) -> Any:
     """A split of a dataset: Hub id, folder of files, or folder of save_to_disk.
 
+    Returns: the library's Dataset, or where streaming `Streamed`.
     Errors: ValueError where it can't be found or loaded; no code of a dataset is run.
     """
     datasets = _library()
@@ -99,10 +102,14 @@ def load_rows(
         if saved:
             found = datasets.load_from_disk(name)
             found = found[split] if isinstance(found, dict) else found
-            return found.to_iterable_dataset(num_shards=_shards(found)) if streaming else found
-        return datasets.load_dataset(
-            name, config, split=split, revision=revision, streaming=streaming
-        )
+            if not streaming:
+                return found
+            return Streamed(found.to_iterable_dataset(num_shards=min(len(found), 64) or 1))
+        if not streaming:
+            return datasets.load_dataset(name, config, split=split, revision=revision)
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        files = (builder.config.data_files or {}).get(split, ())
+        return Streamed(builder.as_streaming_dataset(split=split), tuple(map(str, files)))
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as err:
         raise ValueError(
             f"dataset_name: expected a dataset with a split {split!r}, got {name!r}: "
@@ -110,8 +117,39 @@ def load_rows(
         ) from err
 
 
-def _shards(found: Any) -> int:
-    return min(len(found), 64) or 1
+@dataclass(frozen=True)
+class Streamed:
+    """A streamed split, and the files that it is read from where they are known."""
+
+    rows: Any
+    files: tuple[str, ...] = ()
+
+
+def _parquet_rows(file: str) -> int:
+    """Rows of a local or remote parquet file, of which the footer alone is read."""
+    import fsspec
+    from pyarrow.parquet import ParquetFile
+
+    with fsspec.open(file, "rb") as opened:
+        found: int = ParquetFile(opened).metadata.num_rows
+    return found
+
+
+def shard_rows(found: Streamed, split: str, column: str) -> list[int]:
+    """Rows of each shard, or of all as one where only their sum can be known without reading them.
+
+    Parquet files tell theirs in their footers. Of other formats, the dataset's own statement is the
+    sum; without one the rows are counted. Args: column: of few bytes, to count by.
+    """
+    rows, number = found.rows, found.rows.num_shards
+    if len(found.files) == number and all(name.endswith(".parquet") for name in found.files):
+        with ThreadPoolExecutor(min(_THREADS, number)) as pool:
+            return list(pool.map(_parquet_rows, found.files))
+    stated = (rows.info.splits or {}).get(split)
+    if stated is not None and stated.num_examples:
+        return [stated.num_examples]
+    shards = (rows.select_columns([column]).shard(number, index) for index in range(number))
+    return [sum(len(part[column]) for part in shard.iter(1000)) for shard in shards]
 
 
 def undecoded(found: Any, columns: Columns) -> Any:
@@ -149,14 +187,15 @@ class HubDataset(Source):
 
 
 class HubStream(RowStream):
-    """A streamed split. Its length comes from the dataset's own statement, else from counting.
+    """A streamed split.
 
-    Args: buffer: rows of the shuffle buffer, held as bytes in each worker.
+    Args: buffer: rows of the shuffle buffer, held as bytes; lanes share it.
+    Errors: ValueError where it has no rows, or lacks a column.
     """
 
     def __init__(
         self,
-        found: Any,
+        found: Streamed,
         size_px: int | None,
         image: str,
         caption: str,
@@ -164,30 +203,30 @@ class HubStream(RowStream):
         buffer: int = 4096,
         split: str = "train",
     ) -> None:
-        names = found.column_names or list(next(iter(found)))
+        names = found.rows.column_names or list(next(iter(found.rows)))
         self.columns = Columns(names, image, caption, key)
         self.size_px, self.buffer = size_px, buffer
-        self._found = undecoded(found, self.columns)
-        stated = (found.info.splits or {}).get(split)
-        self._size = stated.num_examples if stated is not None and stated.num_examples else 0
-        if not self._size:
-            one = self.columns.wanted[-1]  # the caption where there is one: few bytes a row
-            counted = self._found.select_columns([one])
-            self._size = sum(len(part[one]) for part in counted.iter(1000))
-        if not self._size:
+        self._found = undecoded(found.rows, self.columns)
+        told = self.columns.wanted[-1]  # the caption where there is one: few bytes a row
+        self.shards: Sequence[int] = shard_rows(found, split, told)
+        if not len(self):
             raise ValueError(f"dataset_name: expected at least one row, got none in {split!r}.")
 
-    def __len__(self) -> int:
-        return self._size
-
-    def rows(self, seed: int, epoch: int, start: int) -> Iterator[dict[str, Any]]:
-        key = stable_seed("epoch", seed, epoch)
+    def read(
+        self, shard: int, begin: int, end: int | None, key: int, skip: int, lanes: int
+    ) -> Iterator[dict[str, Any]]:
+        rows = self._found
+        if len(self.shards) > 1:
+            rows = rows.shard(len(self.shards), shard)
+        rows = rows.skip(begin) if begin else rows
+        rows = rows if end is None else rows.take(end - begin)
+        buffer, names = max(1, self.buffer // lanes), self.columns.wanted
         # One shard at a time: several are read by threads, which forked workers can't have.
-        shuffled = self._found.shuffle(seed=key, buffer_size=self.buffer, max_buffer_input_shards=1)
+        rows = rows.shuffle(seed=key, buffer_size=buffer, max_buffer_input_shards=1).skip(skip)
         # `iter` in place of `iter()`: the latter would split the rows among loader workers itself.
-        for part in shuffled.skip(start).iter(_READ):
-            for values in zip(*(part[name] for name in self.columns.wanted), strict=True):
-                yield dict(zip(self.columns.wanted, values, strict=True))
+        for part in rows.iter(max(1, _READ // lanes)):
+            for values in zip(*(part[name] for name in names), strict=True):
+                yield dict(zip(names, values, strict=True))
 
     def decode(self, row: dict[str, Any]) -> dict[str, Any]:
         told = self.columns.told(row, "a row without caption")

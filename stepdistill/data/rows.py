@@ -1,19 +1,23 @@
-"""Data that can only be read from its beginning: streams of rows, split exactly all the same.
+"""Data that can only be read from a beginning: shards of rows, split exactly all the same.
 
-Every worker of every rank reads all rows of an epoch as undecoded bytes and decodes its own alone,
-so the stream is what it would be in one process, and a resumed run skips to its place. That is the
-price of exactness where there is no random access: rows are read once per worker and rank.
+A worker of a rank reads the lanes (see lanes.py) that its batches need, as undecoded bytes, and
+decodes its own rows alone. The stream is what it would be in one process, and a resumed run skips
+to its place. A set of one shard is one lane, which every worker of every rank reads.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from stepdistill.core.context import stable_seed
 from stepdistill.data.corrupt import TOLD, CorruptItemError
+from stepdistill.data.lanes import Lanes
 
 _TRIES = 100
 Item = tuple[int, dict[str, Any], list[str]]
@@ -22,26 +26,61 @@ Item = tuple[int, dict[str, Any], list[str]]
 class RowStream(ABC):
     """Rows that come in an order of their own, the same for the same (seed, epoch).
 
-    Attributes: known: as in `Source`.
+    Attributes: shards: rows of each shard that can be read by itself. known: as in `Source`.
     """
 
+    shards: Sequence[int]
     known: Callable[[str], bool] | None = None
 
-    @abstractmethod
     def __len__(self) -> int:
         """Rows of an epoch."""
+        return sum(self.shards)
 
     @abstractmethod
-    def rows(self, seed: int, epoch: int, start: int) -> Iterator[Any]:
-        """Undecoded rows of an epoch from row `start` on."""
+    def read(
+        self, shard: int, begin: int, end: int | None, key: int, skip: int, lanes: int
+    ) -> Iterator[Any]:
+        """Undecoded rows begin..end (None: to the last) of a shard from the skip-th on.
+
+        Args: key: decides on their order. lanes: how many are read at once, to share memory by.
+        """
 
     @abstractmethod
     def decode(self, row: Any) -> dict[str, Any]:
         """The item of a row. Errors: CorruptItemError where it can't be read."""
 
+    def rows(self, seed: int = 0, epoch: int = 0) -> Iterator[Any]:
+        """All undecoded rows of an epoch, from one process to itself."""
+        whole = Lanes(self.shards, 1, seed)
+        for lane in range(whole.number):
+            yield from self.stretch(whole, epoch, lane)
+
+    def stretch(self, lanes: Lanes, epoch: int, lane: int, skip: int = 0) -> Iterator[Any]:
+        """Undecoded rows of a lane in an epoch, from the skip-th on.
+
+        Errors: ValueError where a shard has another number of rows than it said.
+        """
+        for shard, begin, end in lanes.pieces(epoch, lane):
+            size = end - begin
+            if skip >= size:
+                skip -= size
+                continue
+            last = end == self.shards[shard]
+            found, key = skip, stable_seed("rows", lanes.seed, epoch, shard, begin)
+            for row in self.read(shard, begin, None if last else end, key, skip, lanes.number):
+                found += 1
+                yield row
+            if found != size:
+                raise ValueError(
+                    f"data: expected {end} rows in shard {shard}, got {begin + found} in epoch "
+                    f"{epoch}. The dataset changed or states a wrong number: load it without "
+                    "streaming."
+                )
+            skip = 0
+
     def first(self) -> dict[str, Any]:
         """The first item that can be read."""
-        for row in self.rows(0, 0, 0):
+        for row in self.rows():
             try:
                 return self.decode(row)
             except CorruptItemError:
@@ -54,30 +93,56 @@ class RowStream(ABC):
         """The batches of one rank from global batch `start` on."""
         return _Share(self, batch, seed, rank, world_size, start)
 
-    def endless(self, seed: int, position: int) -> Iterator[tuple[int, Any]]:
-        """(position, row) from a position on, epoch after epoch.
 
-        Errors: ValueError where an epoch has another number of rows than it said.
+class _Lane:
+    """One lane's rows by their positions, read ahead where one can't be read."""
+
+    def __init__(self, source: RowStream, lanes: Lanes, lane: int, start: int) -> None:
+        self._source, self._lanes, self._lane = source, lanes, lane
+        self._rows = self._endless(lanes.before(start, lane))
+        self._ahead: deque[tuple[int, Any]] = deque()
+
+    def _endless(self, place: int) -> Iterator[tuple[int, Any]]:
+        """(position, row) from a place on, epoch after epoch."""
+        lanes, lane = self._lanes, self._lane
+        for epoch in count(lanes.position(place, lane) // lanes.size):
+            first, end = lanes.span(epoch, lane)
+            for row in self._source.stretch(lanes, epoch, lane, place - first):
+                yield lanes.position(place, lane), row
+                place += 1
+            assert place == end
+
+    def item(self, position: int) -> Item:
+        """(position, item, names of what it stands in for): the next of the lane that can be read.
+
+        Errors: ValueError where a hundred in a row can't be read.
         """
-        epoch, place = divmod(position, len(self))
-        while True:
-            found = place
-            for row in self.rows(seed, epoch, place):
-                yield epoch * len(self) + found, row
-                found += 1
-            if found != len(self):
-                raise ValueError(
-                    f"data: expected {len(self)} rows in each epoch, got {found} in epoch {epoch}. "
-                    "The dataset changed or states a wrong number: load it without streaming."
-                )
-            epoch, place = epoch + 1, 0
+        while self._ahead and self._ahead[0][0] < position:
+            self._ahead.popleft()
+        bad: list[str] = []
+        for row in self._from(position):
+            try:
+                return position, self._source.decode(row), bad
+            except CorruptItemError as err:
+                bad.append(str(err))
+                if len(bad) > _TRIES:
+                    break
+        raise ValueError(
+            f"data: expected readable rows, got {_TRIES} unreadable ones in a row: {bad[:TOLD]}."
+        )
+
+    def _from(self, position: int) -> Iterator[Any]:
+        """The lane's rows from a position on, which stay at hand."""
+        for index in count():
+            while index >= len(self._ahead):
+                found = next(self._rows)
+                if found[0] >= position:
+                    self._ahead.append(found)
+            yield self._ahead[index][1]
 
 
 class _Share(IterableDataset[list[Item]]):
-    """One rank's batches; a worker has every num_workers-th of them.
-
-    A row that can't be read is replaced by the next that can, whosever that is.
-    """
+    """One rank's batches; a worker has every num_workers-th of them."""
 
     def __init__(
         self, source: RowStream, batch: int, seed: int, rank: int, world_size: int, start: int
@@ -88,29 +153,14 @@ class _Share(IterableDataset[list[Item]]):
     def __iter__(self) -> Iterator[list[Item]]:
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        begin = ((self.start + own) * self.world_size + self.rank) * self.batch
-        ready: list[Item] = []
-        waiting: list[tuple[int, list[str]]] = []  # places without an item, what they stand in for
-        for position, row in self.source.endless(self.seed, begin):
-            share, _ = divmod(position, self.batch)
-            step, rank = divmod(share, self.world_size)
-            if rank == self.rank and (step - self.start) % workers == own:
-                waiting.append((position, []))
-            if not waiting:
-                continue
-            try:
-                item = self.source.decode(row)
-            except CorruptItemError as err:
-                for _, bad in waiting:
-                    bad.append(str(err))
-                if len(waiting[0][1]) > _TRIES:
-                    raise ValueError(
-                        f"data: expected readable rows, got {_TRIES} unreadable ones in a row: "
-                        f"{waiting[0][1][:TOLD]}."
-                    ) from err
-                continue
-            ready += [(place, item, bad) for place, bad in waiting]
-            waiting = []
-            while len(ready) >= self.batch:
-                yield ready[: self.batch]
-                ready = ready[self.batch :]
+        lanes = Lanes(self.source.shards, self.batch * self.world_size, self.seed)
+        open_lanes: dict[int, _Lane] = {}
+        for step in count(self.start + own, workers):
+            begin = (step * self.world_size + self.rank) * self.batch
+            batch = []
+            for position in range(begin, begin + self.batch):
+                lane = lanes.at(position)
+                if lane not in open_lanes:
+                    open_lanes[lane] = _Lane(self.source, lanes, lane, position)
+                batch.append(open_lanes[lane].item(position))
+            yield batch

@@ -59,7 +59,7 @@ class _Task:
 
     def _items(self, data: Any, only: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         if isinstance(data, RowStream):
-            rows = islice(data.rows(0, 0, 0), None if only is None else len(only))
+            rows = islice(data.rows(), None if only is None else len(only))
             return self._read(data.decode, rows)
         return self._read(data.__getitem__, range(len(data)) if only is None else only)
 

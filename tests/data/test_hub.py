@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from itertools import islice
 
 import datasets
 import pytest
-from support.samples import COUNT, caption, number_of, parquet_folder
+from support.samples import COUNT, SHARDS, batches, caption, number_of, parquet_folder
 
 from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.data.hub import HubDataset, HubStream, load_rows
@@ -25,7 +26,7 @@ def opened(folder, streaming: bool, *columns: str, **options):
 
 def items(data):
     if isinstance(data, HubStream):
-        return [data.decode(row) for row in data.rows(0, 0, 0)]
+        return [data.decode(row) for row in data.rows()]
     return [data[i] for i in range(len(data))]
 
 
@@ -91,6 +92,8 @@ def test_the_missing_library_is_named_with_its_command(monkeypatch) -> None:
 
 def test_a_stream_that_states_a_wrong_number_is_refused(tmp_path) -> None:
     data = opened(parquet_folder(tmp_path), True, "image", "text")
-    data._size += 1
-    with pytest.raises(ValueError, match=f"expected {COUNT + 1} rows in each epoch, got {COUNT}"):
-        list(zip(range(COUNT + 1), data.endless(0, 0), strict=False))
+    for wrong in (SHARDS[2] + 1, SHARDS[2] - 1):
+        data.shards = [*SHARDS[:2], wrong, *SHARDS[3:]]
+        told = f"expected {wrong} rows in shard 2, got {SHARDS[2]} in epoch"
+        with pytest.raises(ValueError, match=told):
+            list(islice(batches(data, 2 * COUNT), 2 * COUNT))
