@@ -248,9 +248,10 @@ def build_trainer(
     output_dir: Path,
     alpha: float | None = None,
     scorers: Mapping[str, Scorer] | None = None,
+    dataset: Any = None,
     **options: Any,
 ) -> DistillationTrainer:
-    """A two-step trainer of that case on a saved tiny teacher."""
+    """A two-step trainer of that case on a saved tiny teacher; dataset: in place of TinyData."""
     spec = METHOD_CASES[case]
     args = TrainConfig(
         output_dir=str(output_dir),
@@ -264,8 +265,10 @@ def build_trainer(
             **options,
         },
     )
-    shape = _latent_shape(teacher)
-    data = TinyData(shape, conditioning_of(teacher), spec.fields, reads_image(teacher))
+    data = dataset
+    if data is None:
+        shape = _latent_shape(teacher)
+        data = TinyData(shape, conditioning_of(teacher), spec.fields, reads_image(teacher))
     return TRAINER_OF[spec.method](
         str(teacher),
         args,

@@ -1,50 +1,78 @@
-"""A run cut off at a random update and resumed is the uninterrupted one, to the last bit.
+"""A run cut off or killed anywhere and resumed is the uninterrupted one, to the last bit.
 
 tests/benchmarks/resume.py does the same for every method and family.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
-import torch
-from accelerate.optimizer import AcceleratedOptimizer
+from support.fp16 import in_fp16
+from support.killed import killed_differs
 from support.resume import cut_off, differences, everything, resumed_differs
 from support.runs import build_trainer, teacher_dir
+from support.samples import dataset_of
+
+CASES = ["f_distill", "tscd_gan", "progressive", "cd"]
+WORKING = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("case", ["f_distill", "tscd_gan", "progressive", "cd"])
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_cut_off_anywhere(case, workers, tmp_path, tmp_path_factory) -> None:
     """Ratio bins, segments and heads, stages, an averaged target; data from workers."""
     teacher = teacher_dir("sd", tmp_path_factory)
-    options = {"dataloader_num_workers": workers, "gradient_accumulation_steps": 2}
+    options = {**WORKING, "dataloader_num_workers": workers}
     differ, update, total = resumed_differs(case, teacher, "lora", tmp_path, **options)
     assert not differ, f"cut off at update {update} of {total}: {differ[:5]}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_killed_at_any_instant(case, tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir("sd", tmp_path_factory)
+    differ, update, total = killed_differs(case, teacher, "lora", tmp_path, **WORKING)
+    assert not differ, f"killed in update {update} of {total}: {differ[:5]}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:data:UserWarning")
+@pytest.mark.parametrize("kind", ["images", "tars", "rows", "stream"])
+def test_a_run_killed_within_an_epoch_of_shards(kind, tmp_path, tmp_path_factory) -> None:
+    """24 samples, two of them unreadable, 4 an update: killed in the first epoch or the second."""
+    teacher, data = teacher_dir("sd_v", tmp_path_factory), dataset_of(kind, tmp_path, bad=(4, 11))
+    data.size_px = 16
+    options = {**WORKING, "max_train_steps": 9, "dataset": data}
+    differ, update, total = killed_differs("lcm", teacher, "lora", tmp_path / "runs", **options)
+    assert not differ, f"killed in update {update} of {total}: {differ[:5]}"
+
+
 def scaled(teacher, folder, **options):
-    """A trainer with a gradient scaler that doubles every two updates, in float32.
-
-    Accelerate makes one for fp16 on CUDA alone; what is saved and restored is the same.
-    """
+    """A trainer in float16 whose scaler begins too high, and then doubles every two updates."""
     trainer = build_trainer(
-        "lcm", teacher, "lora", folder, max_train_steps=4, checkpointing_steps=1, **options
+        "lcm", teacher, "lora", folder, max_train_steps=8, checkpointing_steps=1, **options
     )
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-    bare = trainer.optimizer.optimizer
-    trainer.accelerator.scaler = scaler
-    trainer.optimizer = AcceleratedOptimizer(bare, scaler=scaler)
-    trainer.accelerator.unscale_gradients = lambda _optimizer: scaler.unscale_(bare)
-    return trainer
+    return in_fp16(trainer, init_scale=2.0**28, growth_interval=2)
 
 
-def test_the_gradient_scaler_goes_on_where_it_was(tmp_path, tmp_path_factory) -> None:
+@pytest.mark.parametrize("update", [2, 6])
+def test_the_gradient_scaler_goes_on_where_it_was(update, tmp_path, tmp_path_factory) -> None:
+    """While it still falls and skips updates, and when it has begun to rise."""
     teacher = teacher_dir("sd_v", tmp_path_factory)
-    whole = scaled(teacher, tmp_path / "whole")
+    whole, scales = scaled(teacher, tmp_path / "whole"), []
+    after = whole.method.after
+
+    def note(bank, step) -> None:
+        scales.append(whole.accelerator.scaler.get_scale())
+        after(bank, step)
+
+    whole.method.after = note
     whole.train()
-    assert whole.accelerator.scaler.get_scale() == 32.0  # 8, doubled after updates 2 and 4
-    cut_off(scaled(teacher, tmp_path / "cut"), 3)
+    assert scales[0] > scales[1] > scales[2]  # updates that were skipped
+    assert max(b / a for a, b in pairwise(scales)) == 2.0
+    cut_off(scaled(teacher, tmp_path / "cut"), update)
     again = scaled(teacher, tmp_path / "cut", resume_from_checkpoint="latest")
     again.train()
     assert differences(everything(whole), everything(again)) == []

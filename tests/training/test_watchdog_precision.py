@@ -1,7 +1,5 @@
 """Runs made to overflow in half precision: told, stopped or skipped as configured, and what the
 checkpoint that is named as good is worth.
-
-Accelerate leaves fp16 to CUDA, so those runs get torch's own autocast and gradient scaler here.
 """
 
 from __future__ import annotations
@@ -10,8 +8,8 @@ import json
 
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from support.fp16 import in_fp16
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill.models.safe_files import read_tensors
@@ -34,22 +32,6 @@ def trainer_of(teacher, folder, precision: str, case: str = "dmd2", **options):
         **{"max_train_steps": 7, "checkpointing_steps": 1, "max_grad_norm": 1e30, **options},
     )  # fmt: skip
     return in_fp16(trainer) if precision == "fp16" else trainer
-
-
-def in_fp16(trainer):
-    """Forward under float16 autocast, and a gradient scaler around the optimiser."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    bare, forward = trainer.optimizer.optimizer, trainer.module.forward
-    trainer.accelerator.scaler = scaler
-    trainer.optimizer = AcceleratedOptimizer(bare, scaler=scaler)
-    trainer.accelerator.unscale_gradients = lambda _optimizer: scaler.unscale_(bare)
-
-    def half(*args):
-        with torch.autocast("cpu", torch.float16):
-            return forward(*args)
-
-    trainer.module.forward = half
-    return trainer
 
 
 def jump_at(trainer, step: int, factor: float) -> None:
