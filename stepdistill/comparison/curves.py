@@ -32,7 +32,7 @@ Curves = Mapping[tuple[str, int], Sequence[Reading]]
 def curves(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[Reading]]:
     """(method, steps) -> readings by share, of the runs that were judged on the way.
 
-    A step count that the student's grid had not reached has no reading there.
+    A step count that the student's grid had not reached has no reading there; the end has one.
     """
     by_share: dict[float, list[dict[str, Any]]] = {}
     for result in results:
@@ -61,17 +61,21 @@ def curves(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[R
             ]
             mean = statistics.fmean(updates for _, updates, _, _ in each)
             found.setdefault(key, []).append(Reading(share, cell, mean, each))
-    return {key: readings for key, readings in found.items() if len(readings) > 1}
+    return found
 
 
 def falling(found: Curves) -> dict[tuple[str, int], str]:
     """(method, steps) -> what to say of those that the last part of the budget made better by more
-    than the standard error of the difference."""
+    than the standard error of the difference; none where a single seed of each kind hides that.
+    """
     told = {}
     for key, readings in found.items():
+        if len(readings) < 2:
+            continue
         before, end = readings[-2], readings[-1]
         drop = before.cell.frechet - end.cell.frechet
-        if end.share == 1.0 and drop > math.hypot(before.cell.error, end.cell.error):
+        noise = math.hypot(before.cell.error, end.cell.error)
+        if end.share == 1.0 and drop > noise > 0:
             told[key] = (
                 f"still falling at the end of the budget ({short(before.cell.frechet)} at "
                 f"{before.share:.3g} of it): raise it"

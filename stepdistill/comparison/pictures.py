@@ -137,7 +137,7 @@ def _draw_training(found: Comparison, steps: int, by_time: bool, spent: str, axe
             at = [r.cell.seconds if by_time else r.updates for r in readings]
             means = [r.cell.frechet for r in readings]
             lines.append(Curve(method, at, means, [0.0] * len(at), **looks[method]))
-            for reading in readings if found.curves[method, n][0].cell.num_seeds > 1 else ():
+            for reading in readings if readings[0].cell.num_seeds > 1 else ():
                 places = [one[2] if by_time else one[1] for one in reading.each]
                 values = [one[3] for one in reading.each]
                 colour = looks[method]["colour"]
@@ -147,7 +147,7 @@ def _draw_training(found: Comparison, steps: int, by_time: bool, spent: str, axe
     ends = [value for line in lines for value in (line.at[0], line.at[-1])]
     over = "seconds" if by_time else "updates"
     title = f"Fréchet distance over {over}, {_steps(steps)}"
-    draw_curves(axes, lines, title, spent, floor, round_ticks(min(ends), max(ends)))
+    draw_curves(axes, lines, title, spent, floor, round_ticks(0.7 * min(ends), 1.4 * max(ends)))
 
 
 def _steps(count: int) -> str:

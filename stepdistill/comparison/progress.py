@@ -72,12 +72,13 @@ class Progress:
 
     def catch_up(self, leg: Leg, run: Path) -> None:
         """Add the time that the newest checkpoint of `run` holds and nobody noted: a kill came
-        between. It is of the wall clock, the only one that a checkpoint has."""
+        between. A checkpoint has the wall clock alone: it is scaled as it was before."""
         folder, _ = newest_valid(run)
         if folder is None:
             return
         state = read_state(folder)
-        leg.seconds += max(0.0, state["seconds"] - leg.wall)
+        scale = leg.seconds / leg.wall if leg.wall else 1.0
+        leg.seconds += scale * max(0.0, state["seconds"] - leg.wall)
         leg.step, leg.wall = state["step"], state["seconds"]
         self.save()
 

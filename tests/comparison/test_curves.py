@@ -47,7 +47,9 @@ def test_a_step_count_not_reached_yet_has_fewer_readings() -> None:
     one["curve"][0]["rows"] = []
     assert [reading.share for reading in curves([one])["a", 1]] == [0.5, 1.0]
     one["curve"][1]["rows"] = []
-    assert curves([one]) == {}  # the end alone is no curve
+    (readings,) = (made := curves([one])).values()
+    assert [reading.share for reading in readings] == [1.0]
+    assert falling(made) == {}
 
 
 @pytest.mark.parametrize(("end", "told"), [(2.0, True), (3.9, False), (5.0, False)])
@@ -56,6 +58,12 @@ def test_still_falling_is_a_drop_above_the_noise(end, told) -> None:
     found = falling(curves([result(0, 8.0, 4.0, end, std=1.0)]))
     text = "still falling at the end of the budget (4.00 at 0.5 of it): raise it"
     assert found == ({("a", 1): text} if told else {})
+
+
+def test_nothing_is_said_where_the_noise_is_unknown() -> None:
+    one = result(0, 8.0, 4.0, 2.0)
+    one["rows"][0]["frechet"]["std"] = 0.0
+    assert falling(curves([one])) == {}
 
 
 def test_report_draws_them_and_says_so(folder) -> None:  # noqa: F811
