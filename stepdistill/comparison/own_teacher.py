@@ -199,8 +199,8 @@ def plain(system: System, label: str, reference: str) -> Plain:
     for name in ("frechet", "recall"):
         value = system.get(name, reference=reference)
         found[name] = None if value is None else asdict(value)
-    for name in ("network_calls", "seconds_per_image"):
-        value = system.get(name)
+    for name, other in (("network_calls", ""), ("seconds_per_image", "seconds_per_video")):
+        value = system.get(name) or system.get(other)
         found[name] = None if value is None else value.mean
     return found
 

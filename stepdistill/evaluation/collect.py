@@ -4,7 +4,7 @@ Image i is of prompt i // K at draw i % K and has a generator of its own, keyed 
 draw): neither batch size nor the number of processes changes it.
 """
 
-# B batch, C channels, H, W in px, D feature width
+# B batch, F frames, C channels, H, W in px, D feature width
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .images import Frame, eight_bit, open_image, pixel_statistics, to_tensor
 from .memory import PeakMemory
 from .samples import PipelineSampler
 from .store import Store
+from .videos import SHOWN_FRAMES, frame_indices, look_at_videos
 
 PREVIEW_PX = 256
 
@@ -65,13 +66,15 @@ def _on(scorer: Scorer, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How many images of what. prompts: one each; `None` for unconditional models."""
+    """How many images of what. prompts: one each; `None` for unconditional models; num_previews:
+    images (or videos) shown; frames: which of a video are seen (see videos.frame_indices)."""
 
     prompts: Sequence[Any]
     per_prompt: int
     seed: int
     batch_size: int
     num_previews: int
+    frames: str = "first"
 
     def __len__(self) -> int:
         return len(self.prompts) * self.per_prompt
@@ -118,17 +121,42 @@ def draw_into(
             numbers = range(first, min(first + drawing.batch_size, shard.stop))
             prompts = [drawing.prompt(i) for i in numbers]
             made = sampler.draw(prompts, [drawing.generator(i) for i in numbers])
-            images = eight_bit((made.images.permute(0, 2, 3, 1) + 1) / 2)
             batches.append((len(numbers), made.seconds if warm else -made.seconds))
             warm, calls = True, made.network_calls
-            rows.append(lens.look(images, prompts))
-            for index, image in zip(numbers, images, strict=True):
-                if index in shown:
-                    save_preview(image, store.folder, index)
+            seen = [index if index in shown else None for index in numbers]
+            rows.append(_looked(made.images, prompts, drawing.frames, lens, seen, store.folder))
             tell(len(numbers))
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         facts = {"batches": batches, "network_calls": calls}
         store.write(shard, tensors, {**facts, "peak_gib": peak.gib, "peak_of": peak.kind})
+
+
+def _looked(
+    made: Tensor,
+    prompts: Sequence[Any],
+    frames: str,
+    lens: Lens,
+    shown: Sequence[int | None],
+    folder: Path,
+) -> dict[str, Tensor]:
+    """Rows of images (B, C, H, W) or videos (B, F, C, H, W) in [-1, 1].
+
+    Args: shown: for each the number that its preview is saved under, or None.
+    """
+    if made.ndim == 4:
+        images = eight_bit((made.permute(0, 2, 3, 1) + 1) / 2)
+        for index, image in zip(shown, images, strict=True):
+            if index is not None:
+                save_preview(image, folder, index)
+        return lens.look(images, prompts)
+    videos = [eight_bit((video.permute(0, 2, 3, 1) + 1) / 2) for video in made]
+    for index, video in zip(shown, videos, strict=True):
+        if index is not None:
+            chosen = frame_indices(frames, len(video))
+            some = frame_indices(str(SHOWN_FRAMES), len(chosen))
+            for place, at in enumerate(some):
+                save_preview(video[chosen[at]], folder, index, place)
+    return look_at_videos(videos, prompts, frames, lens.look)
 
 
 def read_into(
@@ -157,8 +185,16 @@ def read_into(
         store.write(shard, tensors, {})
 
 
-def save_preview(image: Image.Image, folder: Path, index: int) -> None:
-    """A PNG of at most PREVIEW_PX; its name is the image's number, never its prompt."""
+def save_preview(image: Image.Image, folder: Path, index: int, frame: int = 0) -> None:
+    """A PNG of at most PREVIEW_PX; its name is the image's number, never its prompt.
+
+    Args: frame: place among a video's shown frames.
+    """
     small = image.copy()
     small.thumbnail((PREVIEW_PX, PREVIEW_PX))
-    small.save(folder / f"preview_{index:07d}.png")
+    small.save(folder / preview_name(index, frame))
+
+
+def preview_name(index: int, frame: int = 0) -> str:
+    """Of that file."""
+    return f"preview_{index:07d}{f'_{frame}' if frame else ''}.png"

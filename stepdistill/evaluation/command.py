@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, nargs="+", help="step counts to export a run for")
     add("--teacher_steps", type=int, nargs="+", help="default 50; the most is the reference")
     add("--prompts_file", help="one prompt (or class label) a line")
+    add("--first_frames", metavar="DIR", help="of an image-to-video pipeline, in place of prompts: "
+        "images and metadata.jsonl (file_name, text)")  # fmt: skip
     add("--output_dir")
     add("--features", nargs="+", metavar="NET",
         help="digits, inception:FILE, clip:MODEL[,WEIGHTS], dino:DIR_OR_HUB_ID")  # fmt: skip
@@ -43,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     add("--teacher_lora", action="append", help="path[:scale], merged")
     add("--single_file_config", help="pipeline folder of a single-file teacher")
     add("--resolution", type=int, help="height and width in px")
+    add("--num_frames", type=int, help="of a video; default the model's own")
+    add("--frames", metavar="first|all|N", help="of a video that are seen; default 4, evenly apart")
     add("--size_px", type=int, help="resize to that side before the feature network")
     add("--crop_px", type=int, help="take the middle patch of that side first")
     add("--resize_filter", choices=sorted(FILTERS))
@@ -79,13 +83,14 @@ def print_report(report: object) -> None:
     assert isinstance(report, Report)
     if not PartialState().is_main_process:
         return
-    shown = ("frechet", "recall", "score", "seconds_per_image", "network_calls")
+    costs = ("seconds_per_image", "seconds_per_video", "network_calls")
+    shown = ("frechet", "recall", "score", "motion_drift", *costs)
     first = ("", *report.networks[:1])  # one feature network's; the files hold all
     columns = [
         key
         for key in report.columns()
         if key[0] in shown
-        and key[2] in ("", report.reference)
+        and (key[2] in ("", report.reference) or key[0] == "motion_drift")
         and (key[1] in first or key[0] == "score")
     ]
     table = Table("", box=box.SIMPLE_HEAD)

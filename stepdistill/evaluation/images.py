@@ -98,13 +98,13 @@ def image_files(folder: str | Path) -> list[Path]:
     return found
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, where: str = "reference") -> Image.Image:
     """A grey or RGB image. Errors: ValueError naming a file that is none."""
     try:
         with Image.open(path) as image:
             return image.convert("L" if image.mode in ("L", "1") else "RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as err:
-        raise ValueError(f"reference: expected an image, got {path} ({err}). Remove it.") from err
+        raise ValueError(f"{where}: expected an image, got {path} ({err}). Remove it.") from err
 
 
 def pixel_statistics(images: Tensor) -> Tensor:

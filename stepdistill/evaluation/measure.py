@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from .collect import Drawing, preview_indices
+from .collect import Drawing, preview_indices, preview_name
 from .metrics import System, diversity, drift, numbers_of, seconds_per_image, set_distances
 from .store import Store
 from .systems import Source
+from .videos import SHOWN_FRAMES, frame_distance, per_frame, per_video
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def measure(filled: Filled) -> tuple[list[System], str]:
             own, facts = filled.stores[place, index].read()
             peak_of = facts[0]["peak_of"]
             found = _values(filled, drawing, own, bases[index], real)
-            found["", ""] |= _costs(facts)
+            found["", ""] |= _costs(facts, "video" if "motion" in own else "image")
             for key, values in found.items():
                 by.setdefault(key, []).append(values)
         numbers = []
@@ -59,10 +60,12 @@ def measure(filled: Filled) -> tuple[list[System], str]:
             if place == filled.base and reference == "teacher":
                 continue  # a set against itself
             numbers += numbers_of(rows, network=network, reference=reference)
-        pictures = previews(filled.stores[place, 0], preview_indices(first))
-        systems.append(
-            System(source.label, source.group, source.steps, numbers, len(first), pictures)
+        frames = (
+            min(own["pixels"][0].flatten(0, -2).shape[0], SHOWN_FRAMES) if "motion" in own else 1
         )
+        pictures = previews(filled.stores[place, 0], preview_indices(first), frames)
+        row = (source.label, source.group, source.steps, numbers, len(first), pictures, frames)
+        systems.append(System(*row))
     return systems, peak_of
 
 
@@ -80,9 +83,11 @@ def _values(
         features = own[f"features/{net}"]
         for name, reference in (("real", real), ("teacher", base)):
             if reference:
-                against = reference[f"features/{net}"]
-                found[net, name] = dict(set_distances(against, features, filled.nearest_k))
-        found[net, ""] = {"diversity": diversity(features, prompts)}
+                against = per_frame(reference[f"features/{net}"])
+                distances = set_distances(against, per_frame(features), filled.nearest_k)
+                found[net, name] = dict(distances)
+        found[net, ""] = {"diversity": diversity(per_video(features), prompts)}
+        found[net, ""]["frame_distance"] = frame_distance(features)
     for key, value in own.items():
         if key.startswith("score/"):
             score = float(value.double().mean())
@@ -94,19 +99,22 @@ def _values(
 
 
 def _pixels(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    mean = tensors["pixels"].double().mean(0)
-    return {"saturation": float(mean[0]), "contrast": float(mean[1])}
+    mean = per_frame(tensors["pixels"]).double().mean(0)
+    found = {"saturation": float(mean[0]), "contrast": float(mean[1])}
+    if "motion" in tensors:
+        found["motion"] = float(tensors["motion"].double().mean())
+    return found
 
 
-def _costs(facts: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def _costs(facts: Sequence[Mapping[str, Any]], what: str) -> dict[str, float | None]:
     batches = [(int(n), float(s)) for shard in facts for n, s in shard["batches"]]
     return {
-        "seconds_per_image": seconds_per_image(batches),
+        f"seconds_per_{what}": seconds_per_image(batches),
         "network_calls": float(facts[0]["network_calls"]),
         "peak_memory_gib": max(float(shard["peak_gib"]) for shard in facts),
     }
 
 
-def previews(store: Store, indices: Sequence[int]) -> list[str]:
-    """Paths of the store's preview pictures."""
-    return [str(store.folder / f"preview_{index:07d}.png") for index in indices]
+def previews(store: Store, indices: Sequence[int], frames: int = 1) -> list[str]:
+    """Paths of the store's preview pictures, `frames` of each video after one another."""
+    return [str(store.folder / preview_name(i, frame)) for i in indices for frame in range(frames)]

@@ -2,6 +2,7 @@
 
 `frechet`, `kid`, `precision`, `recall`, `density`, `coverage`: against a reference set.
 `diversity`: mean distance of two images of one prompt. Drifts: relative to the teacher's means.
+Of videos, these are of frames; `motion` and `frame_distance` stand in videos.py.
 """
 
 # N, M images, D feature width
@@ -29,9 +30,10 @@ HIGHER_IS_BETTER = {
     "score": True,
     "diversity": True,
     "seconds_per_image": False,
+    "seconds_per_video": False,
     "network_calls": False,
     "peak_memory_gib": False,
-}  # saturation, contrast and their drifts: neither, the teacher's are the aim
+}  # looks, motion, their drifts and frame_distance: neither, the teacher's are the aim
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Number:
 
 @dataclass(frozen=True)
 class System:
-    """One row of an evaluation. group: "real", "teacher" or "student"; previews: image files."""
+    """One row of an evaluation. group: "real", "teacher" or "student"; previews: image files, of
+    videos `frames` each."""
 
     label: str
     group: str
@@ -54,6 +57,7 @@ class System:
     numbers: Sequence[Number]
     num_images: int
     previews: Sequence[str] = field(default_factory=tuple)
+    frames: int = 1
 
     def get(self, metric: str, network: str = "", reference: str = "") -> Spread | None:
         """The value of that name, of the first such network and reference where left out."""

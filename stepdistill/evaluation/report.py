@@ -28,13 +28,18 @@ COLUMNS: dict[str, tuple[str, str, float]] = {
     "contrast": ("contrast", ".3f", 1),
     "saturation_drift": ("saturation drift %", ".1f", 100),
     "contrast_drift": ("contrast drift %", ".1f", 100),
+    "motion": ("motion", ".4f", 1),
+    "motion_drift": ("motion drift %", ".1f", 100),
+    "frame_distance": ("frame distance", ".3g", 1),
     "seconds_per_image": ("s / image", ".4f", 1),
+    "seconds_per_video": ("s / video", ".3f", 1),
     "network_calls": ("network calls", ".1f", 1),
     "peak_memory_gib": ("peak GiB", ".2f", 1),
 }
 
-COSTS = ("seconds_per_image", "network_calls", "peak_memory_gib")
+COSTS = ("seconds_per_image", "seconds_per_video", "network_calls", "peak_memory_gib")
 LOOKS = ("saturation", "contrast", "saturation_drift", "contrast_drift")
+OVER_TIME = ("motion", "motion_drift", "frame_distance")
 DISTANCES = ("frechet", "kid", "precision", "recall", "density", "coverage", "diversity")
 REFERENCES = {"real": "real images", "teacher": "the teacher's images"}
 
@@ -103,7 +108,7 @@ def protocol_line(report: Report, network: str) -> dict[str, str]:
     return {
         "weights": net.get("weights", facts["scorers"].get(network, "")),
         "preprocess": net.get("preprocess", ""),
-        "images": facts["frame"],
+        "images": facts["frame"] + (f"; frames: {facts['frames']}" if facts["frames"] else ""),
         "num_prompts": str(facts["num_prompts"]),
         "num_images_per_prompt": str(facts["num_images_per_prompt"]),
         "num_reference": str(facts["num_reference"]),
@@ -149,7 +154,8 @@ def protocol_facts(report: Report) -> list[tuple[str, str]]:
         ("images", f"8 bits, {facts['frame']}"),
         (
             "counts",
-            f"{facts['num_prompts']} prompts × {facts['num_images_per_prompt']} images; "
+            f"{facts['num_prompts']} prompts × {facts['num_images_per_prompt']} "
+            f"{'videos' if facts['frames'] else 'images'}; "
             f"{facts['num_reference']} reference images",
         ),
         ("reference", str(facts["reference"])),
@@ -163,7 +169,7 @@ def protocol_facts(report: Report) -> list[tuple[str, str]]:
         ("precision of networks", facts["dtype"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())),
     ]
-    return [*made, ("preset", facts["preset"])] if facts["preset"] else made
+    return made + [(name, facts[name]) for name in ("frames", "preset") if facts[name]]
 
 
 def quality(report: Report, system: System) -> Spread | None:
@@ -182,8 +188,11 @@ def render_html(report: Report) -> str:
 
     strips = []
     for system in report.systems:
-        half = -(-len(system.previews) // 2)
-        parts = [p for p in (system.previews[:half], system.previews[half:]) if p]
+        a_line = system.frames if system.frames > 1 else -(-len(system.previews) // 2)
+        parts = [
+            system.previews[first : first + a_line]
+            for first in range(0, len(system.previews), max(a_line, 1))
+        ]
         pictures = [contact(part) for part in parts]
         small = bool(pictures) and len(pictures[0]) < page.SMALL_PX
         caption = _caption(report, system)
@@ -208,17 +217,19 @@ def render_html(report: Report) -> str:
 def _tables(report: Report) -> list[tuple[str, str]]:
     """One small table for each kind of number, each as wide as a page."""
     columns = report.columns()
-    quality = [k for k in columns if k[0] not in COSTS + LOOKS and k[2] in ("", report.reference)]
+    apart = COSTS + LOOKS + OVER_TIME
+    quality = [k for k in columns if k[0] not in apart and k[2] in ("", report.reference)]
     rest = [key for key in columns if key not in quality]
     kinds = {
         f"Quality, against {REFERENCES[report.reference]}": quality,
-        "Likeness to the teacher's images": [k for k in rest if k[0] not in COSTS + LOOKS],
+        "Likeness to the teacher's images": [k for k in rest if k[0] not in apart],
         "Look": [key for key in rest if key[0] in LOOKS],
+        "From frame to frame": [key for key in rest if key[0] in OVER_TIME],
         "Cost": [key for key in rest if key[0] in COSTS],
     }
     made = []
     for name, keys in kinds.items():
-        several = len({key[1] for key in keys if key[0] in DISTANCES}) > 1
+        several = len({key[1] for key in keys if key[0] in (*DISTANCES, *OVER_TIME[2:])}) > 1
         heads = ["", *(heading(m, n if several or m == "score" else "") for m, n, _ in keys)]
         lines = [
             page.Line(
@@ -264,6 +275,9 @@ def _write_png(report: Report, path: Path) -> None:
             len(system.previews),
             COLOUR[system.group],
             bold=system.group == "student",
+            breaks=range(system.frames, len(system.previews), system.frames)
+            if system.frames > 1
+            else (),
         )
         for system in report.systems
         if system.previews

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from stepdistill.core.method import Scorer
 from stepdistill.data.lines import LineFile
-from stepdistill.models.registry import conditioning_of
+from stepdistill.models.family import Family
+from stepdistill.models.registry import conditioning_of, family_for, pipeline_class_of
 
 from .collect import Drawing, Lens, draw_into, read_into
 from .features import FeatureNet, feature_net
@@ -30,6 +31,7 @@ from .report import Report, write_report
 from .scores import Judges
 from .store import Store, settings_hash
 from .systems import Loading, Source, student_sources, teacher_sources
+from .videos import DEFAULT_FRAMES, check_video, first_frames, frames_told, shown_of
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_IMAGES = 256
@@ -42,6 +44,7 @@ class Options:
     teacher: str
     student: Sequence[str]
     prompts_file: str | None = None
+    first_frames: str | None = None
     output_dir: str = "evaluation"
     teacher_steps: Sequence[int] = (50,)
     steps: Sequence[int] = ()
@@ -58,6 +61,8 @@ class Options:
     teacher_lora: Sequence[str] = ()
     single_file_config: str | None = None
     resolution: int | None = None
+    num_frames: int | None = None
+    frames: str | None = None
     size_px: int | None = None
     crop_px: int | None = None
     resize_filter: str = "lanczos"
@@ -88,8 +93,10 @@ def evaluate(
         own by name, beside those of the options.
     Errors: ValueError for wrong options, before any image is drawn.
     """
+    family = _family_of(options)
     state = PartialState(cpu=not torch.cuda.is_available())
     frame = Frame(options.size_px, options.crop_px, options.resize_filter)
+    check_video(options, family.output, family.reads_image)
     prompts = read_prompts(options)
     files = image_files(options.reference)[: options.num_reference] if options.reference else []
     if nets is None:
@@ -128,18 +135,27 @@ def read_prompts(options: Options) -> list[Any]:
     told = conditioning_of(options.teacher, options.single_file_config)
     if told == "none":
         return [None] * (options.num_prompts or 64)
+    if options.first_frames is not None:
+        return _first(first_frames(options.first_frames), options.first_frames, options)
     if options.prompts_file is None:
         raise ValueError(
             f"prompts_file: expected a file of {told}s for {options.teacher}, got none."
         )
-    lines = LineFile(options.prompts_file)
+    return _first(LineFile(options.prompts_file), options.prompts_file, options)
+
+
+def _first(lines: Sequence[Any], source: str, options: Options) -> list[Any]:
     wanted = options.num_prompts or len(lines)
     if not 0 < wanted <= len(lines):
         raise ValueError(
-            f"num_prompts: expected at most the {len(lines)} lines of {options.prompts_file}, got "
+            f"num_prompts: expected at most the {len(lines)} lines of {source}, got "
             f"{wanted}. Give a longer file, or --num_prompts."
         )
-    return lines[:wanted]
+    return list(lines[:wanted])
+
+
+def _family_of(options: Options) -> type[Family]:
+    return family_for(pipeline_class_of(options.teacher, options.single_file_config))
 
 
 def _sources(options: Options, device: torch.device, out: Path) -> list[Source]:
@@ -153,6 +169,9 @@ def _sources(options: Options, device: torch.device, out: Path) -> list[Source]:
         options.student_guidance,
         tuple(options.teacher_lora),
         options.single_file_config,
+        options.num_frames,
+        _family_of(options).output,
+        _family_of(options).reads_image,
     )
     counts = sorted(options.teacher_steps)
     found = teacher_sources(options.teacher, counts, loading)
@@ -162,9 +181,11 @@ def _sources(options: Options, device: torch.device, out: Path) -> list[Source]:
 
 
 def _drawing(options: Options, prompts: Sequence[Any], seed: int) -> Drawing:
-    return Drawing(
-        prompts, options.num_images_per_prompt, seed, options.batch_size, options.num_previews
-    )
+    per, shown, frames = options.num_images_per_prompt, options.num_previews, "first"
+    if _family_of(options).output == "frames":
+        frames = options.frames or DEFAULT_FRAMES
+        shown = max(1, shown // shown_of(frames))
+    return Drawing(prompts, per, seed, options.batch_size, shown, frames)
 
 
 def _fill(
@@ -204,6 +225,8 @@ def _fill(
                 "seed": drawing.seed,
                 "versions": versions(),
             }
+            if _family_of(options).output == "frames":
+                settings["frames"] = drawing.frames
             name = f"{source.group}_{source.steps}"
             store = Store.of(root, name, settings, len(drawing), options.shard_images)
             with bar(f"{source.label}, {source.steps} steps", len(drawing)) as told:
@@ -242,6 +265,7 @@ def _protocol(
         "guidance": options.guidance,
         "peak_memory_of": peak_of,
         "preset": options.preset,
+        "frames": None if _family_of(options).output == "images" else frames_told(options.frames),
         "versions": versions(),
         "options": asdict(options),
     }

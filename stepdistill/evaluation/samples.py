@@ -1,6 +1,6 @@
 """Samples images through a stock pipeline's own __call__; counts its network calls and its time."""
 
-# N images, C channels, H, W in px
+# N images, F frames, C channels, H, W in px
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stepdistill.models.registry import family_for
+
+from .videos import FirstFrame
 
 
 @dataclass(frozen=True)
 class Samples:
     """What a sampler made from one noise seed.
 
-    images (N, C, H, W) in [-1, 1], in the order of the prompts; seconds for all of them;
-    network_calls: denoiser evaluations per image, a guided step counting twice.
+    images (N, C, H, W) in [-1, 1], or videos (N, F, C, H, W), in the order of the prompts; seconds
+    for all of them; network_calls: denoiser evaluations of each, a guided step counting twice.
     """
 
     images: Tensor
@@ -54,7 +57,9 @@ class PipelineSampler:
         self, pipeline: Any, call: Mapping[str, Any], conditioning: str = "prompt"
     ) -> None:
         self.pipeline, self.call, self.conditioning = pipeline, dict(call), conditioning
-        self.net: nn.Module = getattr(pipeline, family_for(type(pipeline).__name__).net_name)
+        family = family_for(type(pipeline).__name__)
+        self.net: nn.Module = getattr(pipeline, family.net_name)
+        self.output = family.output
         pipeline.set_progress_bar_config(disable=True)
 
     def __call__(self, prompts: Sequence[Any], seed: int) -> Samples:
@@ -65,7 +70,16 @@ class PipelineSampler:
     def draw(
         self, prompts: Sequence[Any], generator: torch.Generator | list[torch.Generator]
     ) -> Samples:
-        """One image for each prompt (or label, or None). Args: generator: one, or one each."""
+        """One image for each prompt (label, None, FirstFrame). Args: generator: one, or one each.
+
+        Videos with a first frame are made one by one: stock calls take one image.
+        """
+        if prompts and isinstance(prompts[0], FirstFrame) and len(prompts) > 1:
+            each = generator if isinstance(generator, list) else [generator] * len(prompts)
+            made = [self.draw([p], [one]) for p, one in zip(prompts, each, strict=True)]
+            images = torch.cat([one.images for one in made])
+            seconds = sum(one.seconds for one in made)
+            return Samples(images, seconds, made[0].network_calls)
         rows = 0
 
         def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -77,16 +91,19 @@ class PipelineSampler:
         start = _now(device)
         try:
             with noise_from(self.pipeline.scheduler, generator):
-                images = self.pipeline(
+                result = self.pipeline(
                     **self._subject(prompts), **self.call, generator=generator, output_type="np"
-                ).images  # (N, H, W, C) in [0, 1]
+                )
             seconds = _now(device) - start
         finally:
             hook.remove()
-        tensor = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+        pixels = np.asarray(getattr(result, self.output))  # (N, H, W, C), (N, F, H, W, C) in [0, 1]
+        tensor = torch.from_numpy(pixels).movedim(-1, -3) * 2 - 1
         return Samples(tensor, seconds, rows / len(prompts))
 
     def _subject(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        if isinstance(prompts[0], FirstFrame):
+            return {"prompt": prompts[0].text, "image": prompts[0].image}
         if self.conditioning == "prompt":
             return {"prompt": list(prompts)}
         taken = inspect.signature(type(self.pipeline).__call__).parameters

@@ -40,7 +40,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Loading:
-    """How pipelines are loaded and called. resolution: height and width in px, or the model's own.
+    """How pipelines are loaded and called. resolution, num_frames: height and width in px, and
+    a video's frames, or the model's own; output, reads_image: what all must be (see Family).
 
     guidance, student_guidance: null + g (cond - null), of the teacher (None: the pipeline class's
     default) and of a student without distillation.json.
@@ -53,6 +54,9 @@ class Loading:
     student_guidance: float = 1.0
     teacher_lora: tuple[str, ...] = ()
     single_file_config: str | None = None
+    num_frames: int | None = None
+    output: str = "images"
+    reads_image: bool = False
 
 
 def teacher_sources(model: str, counts: Sequence[int], loading: Loading) -> list[Source]:
@@ -116,7 +120,9 @@ def _export_source(folder: Path, loading: Loading, label: str = "") -> Source:
             base = record["base_model"]
             family = _family(base, loading, teacher_lora=beside, single_file_config=config)
             _put_lora(family, folder, lora["file"])
-        return PipelineSampler(family.pipeline, call, record["conditioning"])
+        return PipelineSampler(
+            family.pipeline, {**_own_size(family), **call}, record["conditioning"]
+        )
 
     about = _weights(str(folder)) | {"call": call}
     if lora is not None:
@@ -149,7 +155,8 @@ def _plain(
 
     def sampler() -> PipelineSampler:
         family = load()
-        call: dict[str, Any] = {"num_inference_steps": steps, **_size(loading)}
+        call: dict[str, Any] = {"num_inference_steps": steps}
+        call |= {**_own_size(family), **_size(loading)}
         if guidance is not None and family.has_null:
             call |= family.guided_call(guidance)
             call["guidance_scale"] = family.stock_guidance(guidance)
@@ -161,10 +168,10 @@ def _plain(
 
 def _family(model: str, loading: Loading, **options: Any) -> Family:
     family = load_family(model, torch_dtype=loading.dtype, **options)
-    if family.output != "images" or family.reads_image:
+    if (family.output, family.reads_image) != (loading.output, loading.reads_image):
         raise ValueError(
-            f"evaluate: expected a pipeline that makes images from prompts, labels or noise, got "
-            f"{type(family.pipeline).__name__} in {model!r}."
+            f"evaluate: expected {_kind(loading.output, loading.reads_image)}, as the teacher is, "
+            f"got {_kind(family.output, family.reads_image)} in {model!r}."
         )
     family.pipeline.to(loading.device)
     return family
@@ -189,9 +196,22 @@ def _weights(model: str) -> dict[str, Any]:
     return {"model": found.hub_id or Path(model).name, "weights": found.sha256 or found.commit}
 
 
+def _kind(output: str, reads_image: bool) -> str:
+    made = "images" if output == "images" else "videos"
+    return f"a pipeline that makes {made}{' from a first frame' * reads_image}"
+
+
+def _own_size(family: Family) -> dict[str, Any]:
+    """Of videos, whose stock calls have a size of their own by default."""
+    if family.output == "images":
+        return {}
+    return {name: value for name, value in family.call_extras.items() if name != "image"}
+
+
 def _size(loading: Loading) -> dict[str, int]:
-    side = loading.resolution
-    return {} if side is None else {"height": side, "width": side}
+    side, frames = loading.resolution, loading.num_frames
+    size = {} if side is None else {"height": side, "width": side}
+    return size if frames is None else {**size, "num_frames": frames}
 
 
 def _short(folder: Path) -> str:

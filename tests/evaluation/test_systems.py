@@ -79,7 +79,7 @@ def test_another_pipeline_needs_step_counts(tmp_path, tmp_path_factory) -> None:
         sources(teacher_dir("sd_v", tmp_path_factory), tmp_path)
 
 
-def test_videos_are_refused(tmp_path, tmp_path_factory) -> None:
+def test_videos_beside_images_are_refused(tmp_path, tmp_path_factory) -> None:
     (source,) = sources(teacher_dir("wan", tmp_path_factory), tmp_path, [1])
     with pytest.raises(ValueError, match="expected a pipeline that makes images"):
         source.load()
