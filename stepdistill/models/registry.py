@@ -6,6 +6,7 @@ Everything that can be wrong with a model id is said before a weight is read.
 from __future__ import annotations
 
 import difflib
+import inspect
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
@@ -24,6 +26,7 @@ from stepdistill.models.safe_files import check_index, load_part, load_stock, re
 from stepdistill.models.schedule import read_schedule
 from stepdistill.models.single_file import config_source, is_single_file, load_single_file
 from stepdistill.models.teacher_lora import merge_loras, parse_lora
+from stepdistill.models.weightless import weightless
 
 # family name -> "module:Class"; modules load on demand, so one broken family breaks no other.
 FAMILIES: dict[str, str] = {
@@ -164,6 +167,39 @@ def load_family(
         again |= {"teacher_lora": teacher_lora, "single_file_config": single_file_config}
         family.unquantized = (lambda: load_family(model, **again).net) if made_here else net
     return family
+
+
+def load_encoders(
+    model: str | Path,
+    device: torch.device,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    teacher_lora: Sequence[str] = (),
+    single_file_config: str | None = None,
+) -> Family:
+    """A family to encode prompts and images with: no weight of its denoiser is read or held.
+
+    Its denoiser has its configuration and shapes, and one zero on `device` for all weights. It is
+    loaded after all with teacher_lora, as merging reads both, and where the stock class calls its
+    denoiser optional (Wan), as Diffusers then loads it whatever it is handed.
+    """
+    parts: dict[str, Any] = {}
+    hub = {"revision": revision} if revision else {}
+    index = model_index(model, single_file_config, **hub)
+    name = family_for(index["_class_name"]).net_name
+    taken = inspect.signature(getattr(diffusers, index["_class_name"])).parameters
+    if not teacher_lora and taken[name].default is inspect.Parameter.empty:
+        where = config_source(model, single_file_config)
+        parts[name] = weightless(where, index, name, device, **hub)
+    return load_family(
+        model,
+        revision=revision,
+        variant=variant,
+        teacher_lora=teacher_lora,
+        single_file_config=single_file_config,
+        **parts,
+    )
 
 
 def _check_encoders(pipeline: Any) -> None:

@@ -125,7 +125,7 @@ def _load_checked(
 ) -> Any:
     if Path(model).exists():
         check_index(index, Path(model) / "model_index.json")
-        check_weights(Path(model), index)
+        check_weights(Path(model), {k: v for k, v in index.items() if k not in options})
     try:
         return cls.from_pretrained(str(model), use_safetensors=True, **options)
     except torch.OutOfMemoryError:

@@ -99,15 +99,16 @@ def load_single_file(
         if whole:
             cls: Any = getattr(diffusers, index["_class_name"])
             return cls.from_single_file(str(path), config=config, dtype=torch_dtype, **parts)
-        net_cls: Any = getattr(diffusers, index[net_name][1])
-        net = net_cls.from_single_file(
-            str(path), config=config, subfolder=net_name, dtype=torch_dtype
-        )
+        if net_name not in parts:
+            net_cls: Any = getattr(diffusers, index[net_name][1])
+            parts[net_name] = net_cls.from_single_file(
+                str(path), config=config, subfolder=net_name, dtype=torch_dtype
+            )
     except (SingleFileComponentError, ValueError, KeyError, RuntimeError, IndexError) as err:
         raise ValueError(
             f"pretrained_model_name_or_path: expected a checkpoint of the architecture in "
             f"{config!r}, got {path}: {str(err)[:300]}. Name another --single_file_config."
         ) from err
     return DiffusionPipeline.from_pretrained(
-        config, dtype=torch_dtype, use_safetensors=True, **{net_name: net}, **parts
+        config, dtype=torch_dtype, use_safetensors=True, **parts
     )

@@ -27,7 +27,7 @@ from stepdistill.data.rows import RowStream
 from stepdistill.data.source import Source
 from stepdistill.data.stream import PromptDataset, sample_item
 from stepdistill.models.family import Family
-from stepdistill.models.registry import load_family
+from stepdistill.models.registry import load_encoders
 from stepdistill.training.config import RunConfig, TrainConfig
 from stepdistill.training.encoded import EncodedCache, image_key
 from stepdistill.training.step import place_encoders
@@ -244,14 +244,16 @@ def prepare_cache(
 def cache_run(run: RunConfig, dataset: Any) -> EncodedCache:
     """Fill the cache of a run's own encoders and data, as its trainer would; nothing is trained.
 
+    The denoiser is not loaded: text encoders and the autoencoder are all that must fit.
     Run under `accelerate launch` to share the work.
     Errors: ValueError where cache_dir is missing, the model has nothing to cache, or see `fill`.
     """
     if run.cache_dir is None:
         raise ValueError("cache: expected --cache_dir, a folder to fill, got none.")
     state = PartialState(cpu=not torch.cuda.is_available())
-    family = load_family(
+    family = load_encoders(
         run.pretrained_model_name_or_path,
+        state.device,
         revision=run.revision,
         variant=run.variant,
         teacher_lora=run.teacher_lora,

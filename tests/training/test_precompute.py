@@ -364,6 +364,19 @@ def test_command_fills_what_the_run_then_finds(teacher, tmp_path, capsys) -> Non
     assert files(tmp_path / "c") == before
 
 
+def test_command_opens_no_file_of_the_denoiser(teacher, tmp_path) -> None:
+    """There is none, and the cache is the one that is made with it."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    shutil.copytree(teacher, tmp_path / "model")
+    for path in (tmp_path / "model" / "unet").glob("*.safetensors"):
+        path.unlink()
+    for name, model in (("with", teacher), ("without", tmp_path / "model")):
+        flags = ["--pretrained_model_name_or_path", str(model), "--data.prompts_file"]
+        main(["cache", *flags, str(tmp_path / "p.txt"), "--cache_dir", str(tmp_path / name)])
+    assert len(files(tmp_path / "with")) > 1
+    assert files(tmp_path / "with") == files(tmp_path / "without")
+
+
 def test_command_without_a_folder(teacher, tmp_path) -> None:
     (tmp_path / "p.txt").write_text("a")
     with pytest.raises(SystemExit, match="expected --cache_dir"):
