@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,7 +14,8 @@ from torch.utils.data import Dataset
 
 from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.data.lines import LineFile
-from stepdistill.data.source import IMAGE_SUFFIXES, Source
+from stepdistill.data.paths import labelled_paths, plain_paths
+from stepdistill.data.source import Source
 
 
 class CaptionFile(Sequence[tuple[Path, str]]):
@@ -80,29 +82,13 @@ class ImageFolderDataset(Source):
             raise ValueError(f"train_data_dir: expected a folder, got {str(folder)!r}.")
         super().__init__(size_px)
         self.key = "label" if labels else "prompt"
+        self.items: Sequence[tuple[Path, Any]]
         if plain:
-            files = (p for p in sorted(root.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES)
-            self.key = ""
-            self.items: Sequence[tuple[Path, Any]] = [(p, None) for p in files]
+            self.key, self.items = "", plain_paths(root)
         else:
-            self.items = self._by_label(root) if labels else CaptionFile(root)
+            self.items = labelled_paths(root) if labels else CaptionFile(root)
         if not self.items:
             raise ValueError(f"train_data_dir: expected images, got none in {root}.")
-
-    @staticmethod
-    def _by_label(root: Path) -> list[tuple[Path, Any]]:
-        folders = sorted(p for p in root.iterdir() if p.is_dir())
-        odd = [p.name for p in folders if not p.name.isdigit()]
-        if odd:
-            raise ValueError(
-                f"train_data_dir: expected sub-folders named by class label, got {odd[:3]}."
-            )
-        return [
-            (path, int(sub.name))
-            for sub in folders
-            for path in sorted(sub.iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -121,8 +107,8 @@ class ImageFolderDataset(Source):
 class LabelFileDataset(Dataset[dict[str, Any]]):
     """Class labels only, one integer a line."""
 
-    def __init__(self, labels: list[int]) -> None:
-        self.labels = labels
+    def __init__(self, labels: Iterable[int]) -> None:
+        self.labels = array("q", labels)
 
     @classmethod
     def from_file(cls, path: str | Path) -> LabelFileDataset:

@@ -42,6 +42,12 @@ if kind == "cache":
     rng = np.random.default_rng(0)
     for i in rng.integers(0, len(cache), 32_000):
         cache.get(content_key(int(i)))
+elif kind in ("paths", "packed"):
+    from stepdistill.data.paths import PackedPaths
+    names = ((f"{i % 1000}/ILSVRC2012_val_{i:08d}.JPEG", i % 1000) for i in range(1_000_000))
+    held = PackedPaths(path, names) if kind == "packed" else [(path / n, k) for n, k in names]
+    for i in np.random.default_rng(0).integers(0, len(held), 32_000):
+        assert held[int(i)][0].suffix == ".JPEG"
 else:
     data = PromptDataset(path.read_text().splitlines()) if kind == "list" else (
         PromptDataset.from_file(path))
@@ -84,6 +90,16 @@ def test_prompts_stream_in_constant_memory(tmp_path) -> None:
     assert large < 0.1 * listed
     assert two < 1.05 * one
     assert large < 12  # 0.1 of offsets, 2 of the window's numbers, and what its making took
+
+
+def test_paths_of_a_million_images_are_packed(tmp_path) -> None:
+    (packed, _), (listed, _) = (measured(kind, tmp_path) for kind in ("packed", "paths"))
+    table = Table("what", "MB", title="1,000,000 labelled image paths: growth of resident memory")
+    table.add_row("packed", f"{packed:.1f}")
+    table.add_row("as a list of paths", f"{listed:.1f}")
+    Console().print(table)
+    assert packed < 80  # 33 bytes of a name, 12 of where it ends and its label, and room to grow
+    assert packed < 0.2 * listed
 
 
 def test_a_cache_is_read_in_the_memory_of_its_keys(tmp_path) -> None:
