@@ -22,6 +22,7 @@ from stepdistill.models.quantization import check_quantization, is_packed, is_qu
 from stepdistill.models.registry import load_family
 from stepdistill.models.rolebank import RoleBank
 
+pytestmark = pytest.mark.quantization
 ROLES = {"teacher": Role(), "student": Role(train=True), "fake": Role(train=True)}
 
 

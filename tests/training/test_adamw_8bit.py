@@ -15,6 +15,7 @@ from stepdistill.training.checkpoint import load_optimizer_state
 from stepdistill.training.config import RunConfig
 
 pytest.importorskip("bitsandbytes", reason="8-bit optimisers need bitsandbytes")
+pytestmark = pytest.mark.quantization
 RANK = 128  # from 4,096 numbers on a moment is held in 8 bits
 
 
