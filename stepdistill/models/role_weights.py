@@ -1,4 +1,4 @@
-"""Weights of one role out of the networks and back: the one place that reads and writes them."""
+"""Weights of one role out of the networks and back: the one place that copies and checks them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from stepdistill.models.stored_tensors import StoredTensors
 
 
 def whole(value: Tensor) -> Tensor:
@@ -15,46 +17,39 @@ def whole(value: Tensor) -> Tensor:
     return full
 
 
-def like(value: Tensor, mine: Tensor) -> Tensor:
-    """A whole tensor as this process's part of it where `mine` is in shards, else itself."""
-    if not isinstance(mine, DTensor):
-        return value
-    # Every process has read it, so none has to send it.
-    value = value.to(mine.device)
-    return distribute_tensor(value, mine.device_mesh, mine.placements, src_data_rank=None)
-
-
-def to_cpu(own: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """CPU copies of the tensors, contiguous and apart from the live ones.
-
-    Args: keep: without, only take part in gathering what is in shards; returns nothing.
-    """
-    copies: dict[str, Tensor] = {}
-    for name, value in own.items():
-        full = whole(value.detach())
-        if keep:
-            copies[name] = full.cpu().contiguous().clone()
-    return copies
+def to_cpu(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU copies of the tensors, contiguous and apart from the live ones."""
+    return {k: whole(v.detach()).cpu().contiguous().clone() for k, v in own.items()}
 
 
 @torch.no_grad()
-def copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], whose: str) -> None:
-    """Copy saved tensors over live ones.
+def copy_into(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor] | StoredTensors, whose: str
+) -> None:
+    """Copy saved tensors over live ones; stored ones over live ones in shards, too.
 
     Errors: ValueError naming what is missing, unexpected, or of another shape or kind.
     """
-    if set(own) != set(state):
-        missing, extra = sorted(set(own) - set(state))[:3], sorted(set(state) - set(own))[:3]
+    if isinstance(state, StoredTensors):
+        found = state.facts
+    else:
+        found = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+    if set(own) != set(found):
+        missing, extra = sorted(set(own) - set(found))[:3], sorted(set(found) - set(own))[:3]
         raise ValueError(
             f"{whose}: expected the saved tensors of this layout, got missing {missing} "
             f"and unexpected {extra}. Was it saved with another tuning or target_modules?"
         )
-    for name, value in state.items():
+    for name, (shape, dtype) in found.items():
         mine = own[name]
         # copy_ would spread a smaller tensor and round integers without a word.
-        if (value.shape, value.is_floating_point()) != (mine.shape, mine.is_floating_point()):
+        if (shape, dtype.is_floating_point) != (tuple(mine.shape), mine.is_floating_point()):
             raise ValueError(
                 f"{whose}: expected {name} of {tuple(mine.shape)} {mine.dtype}, got "
-                f"{tuple(value.shape)} {value.dtype}."
+                f"{shape} {dtype}."
             )
-        mine.copy_(like(value, mine))
+    if isinstance(state, StoredTensors):
+        state.read_into(own)
+        return
+    for name, value in state.items():
+        own[name].copy_(value)

@@ -26,6 +26,7 @@ from stepdistill.models.family import Family
 from stepdistill.models.quantization import check_base
 from stepdistill.models.role_denoiser import RoleDenoiser, forget_graphless_casts
 from stepdistill.models.role_weights import copy_into, to_cpu
+from stepdistill.models.stored_tensors import StoredTensors
 from stepdistill.models.student_net import new_student
 from stepdistill.models.tuning import Tuning
 from stepdistill.models.vae import decode_latents
@@ -288,10 +289,10 @@ class RoleBank(nn.Module):
             return self.heads[role].state_dict()
         return self.nets[role].state_dict() if role in self.nets else dict(self._members[role])
 
-    def role_state(self, role: str, keep: bool = True) -> dict[str, Tensor]:
-        """CPU copies of what the role stores; in shards, call on every process (see to_cpu)."""
-        return to_cpu(self.stored(role), keep)
+    def role_state(self, role: str) -> dict[str, Tensor]:
+        """Whole CPU copies of what the role stores; in shards, call on every process."""
+        return to_cpu(self.stored(role))
 
-    def load_role_state(self, role: str, state: Mapping[str, Tensor]) -> None:
+    def load_role_state(self, role: str, state: Mapping[str, Tensor] | StoredTensors) -> None:
         """Copy saved weights in. Errors: ValueError naming missing and unexpected tensors."""
         copy_into(self.stored(role), state, f"role {role!r}")

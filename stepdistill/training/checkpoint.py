@@ -1,7 +1,8 @@
 """checkpoint-N folders: written aside, manifest last, renamed whole; read back only if whole.
 
 Everything is safetensors or JSON: weights of trained and averaged roles, optimiser state, the
-method's buffers, the position in the data. Random numbers need no state (see core.context).
+method's buffers, the position in the data. Random numbers need no state (see core.context). Of
+networks in shards each process writes its own (see shards.py); both kinds are read alike.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stepdistill.models.role_weights import like, to_cpu
+from stepdistill.models.role_weights import to_cpu
 from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.safe_files import read_json, read_tensors
+from stepdistill.models.safe_files import read_json
+from stepdistill.models.stored_tensors import StoredTensors
 from stepdistill.training.best import read_best
 from stepdistill.training.optim import state_shape
+from stepdistill.training.shards import write_shards
 from stepdistill.training.whole import MANIFEST, fault_of, write_folder
 
 RUN_FILE = "run.json"  # beside the checkpoints: what the run is
@@ -124,11 +127,9 @@ def discard(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------ optimiser
-def optimizer_state(
-    bank: RoleBank, optimizer: Optimizer, role: str, keep: bool = True
-) -> dict[str, Tensor]:
-    """CPU copies of a role's optimiser state by "role/parameter/key"; keep: see to_cpu."""
-    return to_cpu({k: v for k, v in _entries(bank, optimizer, role) if torch.is_tensor(v)}, keep)
+def optimizer_state(bank: RoleBank, optimizer: Optimizer, role: str) -> dict[str, Tensor]:
+    """The live tensors of a role's optimiser state by "role/parameter/key"."""
+    return {k: v for k, v in _entries(bank, optimizer, role) if torch.is_tensor(v)}
 
 
 def plain_state(bank: RoleBank, optimizer: Optimizer) -> dict[str, Any]:
@@ -144,40 +145,45 @@ def _entries(bank: RoleBank, optimizer: Optimizer, role: str) -> Iterator[tuple[
 
 
 def load_optimizer_state(
-    bank: RoleBank,
-    optimizer: Optimizer,
-    tensors: Mapping[str, Tensor],
-    plain: Mapping[str, Any],
+    bank: RoleBank, optimizer: Optimizer, tensors: StoredTensors | None, plain: Mapping[str, Any]
 ) -> None:
-    """Put a saved state back, matched by role and parameter name."""
+    """Put a saved state back, matched by role and parameter name; in shards where those are."""
     owners = {
         f"{role}/{name}": param
         for role in bank.trained_roles
         for name, param in bank.members(role).items()
     }
-    for full_key, value in [*tensors.items(), *plain.items()]:
+
+    def owner_of(full_key: str) -> tuple[Tensor, str]:
         owner, _, key = full_key.rpartition("/")
         if owner not in owners:
             raise ValueError(
                 f"checkpoint: expected optimiser state of {sorted(owners)[:2]}..., "
                 f"got {owner!r}. Was it saved with another tuning?"
             )
-        param = owners[owner]
-        expected = state_shape(key, param)
-        if isinstance(value, Tensor) and value.ndim and tuple(value.shape) != expected:
-            raise ValueError(
-                f"checkpoint: expected optimiser state {full_key} of {expected}, got "
-                f"{tuple(value.shape)}."
-            )
-        if isinstance(value, Tensor):
-            value = value.to(param.device).clone()
-            value = like(value, param) if value.ndim else value
+        return owners[owner], key
+
+    values: dict[str, Any] = dict(plain)
+    if tensors is not None:
+        for full_key, (shape, dtype) in tensors.facts.items():
+            param, key = owner_of(full_key)
+            expected = state_shape(key, param)
+            if shape and shape != expected:
+                raise ValueError(
+                    f"checkpoint: expected optimiser state {full_key} of {expected}, got {shape}."
+                )
+            cut = shape == tuple(param.shape)  # as the parameter is, if it is
+            like = param.detach() if cut else torch.empty(shape, device=param.device)
+            values[full_key] = torch.zeros_like(like, dtype=dtype)
+        tensors.read_into({k: v for k, v in values.items() if k in tensors.facts})
+    for full_key, value in values.items():
+        param, key = owner_of(full_key)
         optimizer.state[param][key] = value
 
 
 # ----------------------------------------------------------------- whole run
-class _Files(Mapping[str, Mapping[str, Tensor]]):
-    """File stem -> tensors, copied (from all processes) when looked up: one file's at a time."""
+class _Parts(Mapping[str, Mapping[str, Tensor]]):
+    """File stem -> tensors, made when looked up: only one file's are in memory at a time."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Mapping[str, Tensor]]]) -> None:
         self._makers = makers
@@ -192,36 +198,36 @@ class _Files(Mapping[str, Mapping[str, Tensor]]):
         return len(self._makers)
 
 
+def _copied(make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    return to_cpu(make())
+
+
 def save_checkpoint(
     folder: Path,
     bank: RoleBank,
     optimizer: Optimizer,
     method_state: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    writes: bool = True,
+    in_shards: bool = False,
 ) -> None:
-    """Write checkpoint-N on the one process that `writes`, between barriers.
+    """Write checkpoint-N on one process, between barriers; networks in shards on all together.
 
-    The others call it too where the networks are in shards, to hand theirs over.
     Errors: OSError where it can't be written, naming the newest whole checkpoint.
     """
     makers: dict[str, Callable[[], Mapping[str, Tensor]]] = {
-        f"role_{role}": partial(bank.role_state, role, writes)
-        for role in bank.roles
-        if bank.members(role)
+        f"role_{role}": partial(bank.stored, role) for role in bank.roles if bank.members(role)
     }
     for role in bank.trained_roles:
-        makers[f"optimizer_{role}"] = partial(optimizer_state, bank, optimizer, role, writes)
+        makers[f"optimizer_{role}"] = partial(optimizer_state, bank, optimizer, role)
     if method_state:
-        makers["method"] = partial(to_cpu, method_state)
-    files = _Files(makers)
-    if not writes:
-        for _handed_over in files.values():
-            pass
-        return
+        makers["method"] = lambda: method_state
     documents = {"trainer_state": dict(state), "optimizer": plain_state(bank, optimizer)}
     try:
-        write_folder(folder, files, documents)
+        if in_shards:
+            write_shards(folder, _Parts(makers), documents)
+        else:
+            copies = _Parts({stem: partial(_copied, make) for stem, make in makers.items()})
+            write_folder(folder, copies, documents)
     except OSError as err:
         good, _ = newest_valid(folder.parent)
         raise OSError(
@@ -242,19 +248,30 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, bank: RoleBank, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Load weights and optimiser in place; returns the method's saved buffers."""
+    """Load weights and optimiser in place, in shards or not; returns the method's saved buffers."""
     for role in bank.roles:
         if bank.members(role):
-            bank.load_role_state(role, read_tensors(folder / f"role_{role}.safetensors"))
-    load_optimizer_state(bank, optimizer, {}, read_json(folder / "optimizer.json"))
-    for path in sorted(folder.glob("optimizer*.safetensors")):  # earlier runs have one for all
-        load_optimizer_state(bank, optimizer, read_tensors(path), {})
-    method = folder / "method.safetensors"
-    return read_tensors(method) if method.is_file() else {}
+            bank.load_role_state(role, StoredTensors(folder / f"role_{role}"))
+    load_optimizer_state(bank, optimizer, None, read_json(folder / "optimizer.json"))
+    for source in _stored_as(folder, "optimizer"):  # earlier runs have one for all roles
+        load_optimizer_state(bank, optimizer, StoredTensors(source), {})
+    buffers: dict[str, Tensor] = {}
+    for source in _stored_as(folder, "method"):
+        stored = StoredTensors(source)
+        buffers = {name: torch.empty(s, dtype=d) for name, (s, d) in stored.facts.items()}
+        stored.read_into(buffers)
+    return buffers
 
 
-def student_file(source: str | Path) -> Path:
-    """The averaged (else plain) student weights of a run's newest whole checkpoint.
+def _stored_as(folder: Path, begins: str) -> list[Path]:
+    """What StoredTensors reads of the checkpoint under names that begin so."""
+    found = [p for p in folder.glob(f"{begins}*") if p.is_dir() or p.suffix == ".safetensors"]
+    return sorted({p.with_suffix("") for p in found})
+
+
+def saved_student(source: str | Path) -> Path:
+    """The averaged (else plain) student weights of a run's newest whole checkpoint, to be read by
+    StoredTensors.
 
     Errors: ValueError where the folder is neither a whole checkpoint nor a run with one.
     """
@@ -270,5 +287,5 @@ def student_file(source: str | Path) -> Path:
         raise ValueError(
             f"init_student_from: expected a run or checkpoint folder, got {folder} with {fault}."
         )
-    averaged = whole / "role_ema.safetensors"
-    return averaged if averaged.is_file() else whole / "role_student.safetensors"
+    averaged = _stored_as(whole, "role_ema")
+    return averaged[0] if averaged else whole / "role_student"

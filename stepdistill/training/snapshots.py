@@ -43,7 +43,8 @@ def save_run(run: Trainer) -> Path:
             "facts": run.facts,
             "log": log_state,
         }
-        save_checkpoint(folder, run.bank, run.optimizer, run.method.state_dict(), state, main)
+        buffers = run.method.state_dict()
+        save_checkpoint(folder, run.bank, run.optimizer, buffers, state, run.sharded)
     if main:
         prune(folder, args.checkpoints_total_limit, run.log.watchdog.protected())
     accelerator.wait_for_everyone()

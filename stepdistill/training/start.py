@@ -17,8 +17,8 @@ from stepdistill.models.decoder import decoder_config
 from stepdistill.models.family import Family
 from stepdistill.models.registry import family_for, load_setting, pipeline_class_of
 from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.safe_files import read_tensors
-from stepdistill.training.checkpoint import student_file
+from stepdistill.models.stored_tensors import StoredTensors
+from stepdistill.training.checkpoint import saved_student
 from stepdistill.training.config import TrainConfig
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -46,7 +46,7 @@ def check_start(
     if source is None:
         return
     if not is_pipeline(source):
-        student_file(source)
+        saved_student(source)
         return
     hub = {"revision": revision} if revision else {}
     config = args.single_file_config
@@ -109,7 +109,7 @@ def start_student(bank: RoleBank, source: str) -> None:
     if is_pipeline(source):
         bank.load_role_state("student", pipeline_student(bank, source))
     else:
-        bank.load_role_state("student", read_tensors(student_file(source)))
+        bank.load_role_state("student", StoredTensors(saved_student(source)))
     for role, spec in bank.roles.items():
         if spec.ema_of == "student":
             bank.ema_update(role, 0.0)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from stepdistill.models.safe_files import PICKLED, read_json
 
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"([\w-]+/)?[\w-][\w.-]*")  # of a file in the folder, or in one within it
 
 
 def _digest(path: Path) -> str:
@@ -49,6 +51,11 @@ def write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def aside_of(target: Path) -> Path:
+    """Where a folder is until it is whole."""
+    return target.with_name(target.name + ".tmp")
+
+
 def write_folder(
     target: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
 ) -> None:
@@ -57,42 +64,64 @@ def write_folder(
     Args: tensors: file stem -> tensors. documents: file stem -> JSON-able value.
     Errors: OSError where the disk is full or does not let us; what was there before is untouched.
     """
-    aside, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+    aside = aside_of(target)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _fill(aside, tensors, documents)
-        if target.exists() and old.exists() and fault_of(target) is not None:
-            shutil.rmtree(target)  # the earlier one may be the good one
-        elif target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-        os.replace(aside, target)
-        _fsync(target.parent)
+        begin(target)
+        fill(aside, tensors, documents)
+        seal(target, vouched(aside, aside.iterdir()))
     except (OSError, SafetensorError) as err:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
-        raise OSError(
-            f"{target}: expected to write it, got {' '.join(str(err).split())}. "
-            "Free some space or make the folder writable."
-        ) from err
-    shutil.rmtree(old, ignore_errors=True)
+        raise not_written(target, str(err)) from err
 
 
-def _fill(
+def not_written(target: Path, why: str) -> OSError:
+    """The error of a folder that could not be written."""
+    return OSError(
+        f"{target}: expected to write it, got {' '.join(why.split())}. "
+        "Free some space or make the folder writable."
+    )
+
+
+def begin(target: Path) -> None:
+    """An empty folder in place of whatever a killed save left."""
+    shutil.rmtree(aside_of(target), ignore_errors=True)
+    aside_of(target).mkdir(parents=True)
+
+
+def fill(
     folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
 ) -> None:
-    """All files, each on the disk before the manifest that vouches for it."""
+    """Write the files of `write_folder`."""
     for stem, state in tensors.items():
         save_file(dict(state), folder / f"{stem}.safetensors")
     for stem, value in documents.items():
         (folder / f"{stem}.json").write_text(json.dumps(value, indent=2), encoding="utf-8")
-    files = sorted(folder.iterdir())
-    for path in files:
+
+
+def vouched(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """The manifest's entries of these files of the folder, which are on the disk then."""
+    found = {}
+    for path in sorted(files):
         _fsync(path)
-    manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    _fsync(folder / MANIFEST)
-    _fsync(folder)
+        name = path.relative_to(folder).as_posix()
+        found[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    return found
+
+
+def seal(target: Path, manifest: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the manifest, which vouches for all files beside it, and put the folder in place."""
+    aside, old = aside_of(target), target.with_name(target.name + ".old")
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    for path in [aside / MANIFEST, *(p for p in aside.iterdir() if p.is_dir()), aside]:
+        _fsync(path)
+    if target.exists() and old.exists() and fault_of(target) is not None:
+        shutil.rmtree(target)  # the earlier one may be the good one
+    elif target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(aside, target)
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def fault_of(folder: Path, hashes: bool = True) -> str | None:
@@ -108,15 +137,20 @@ def fault_of(folder: Path, hashes: bool = True) -> str | None:
         return "its manifest names no file"
     for name, facts in manifest.items():
         if (
-            Path(name).name != name
+            not _NAME.fullmatch(name)
             or not isinstance(facts, dict)
             or {*facts} != {"bytes", "sha256"}
         ):
             return f"its manifest has a malformed entry {name!r}"
     try:
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLED)
+        pickled = sorted(p.name for p in folder.rglob("*") if p.suffix.lower() in PICKLED)
         if pickled:
             return f"{pickled[0]} is pickled, which is not read"
+        # Shards are read by the folder: one that was not written with the others is no part.
+        shards = (p.relative_to(folder).as_posix() for p in folder.glob("*/*.safetensors"))
+        foreign = sorted(name for name in shards if name not in manifest)
+        if foreign:
+            return f"{foreign[0]} is not in its manifest"
         for name, facts in manifest.items():
             path = folder / name
             if not path.is_file():

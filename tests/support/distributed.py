@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from stepdistill.models.role_weights import whole
+from stepdistill.models.role_weights import to_cpu, whole
 from stepdistill.trainers import DistillationTrainer
 from stepdistill.training.checkpoint import optimizer_state
 from support.runs import build_trainer
@@ -103,7 +103,7 @@ def train(job: Job, teacher: Path, out: Path, world: int) -> Seen:
         {
             name: value
             for role in bank.trained_roles
-            for name, value in optimizer_state(bank, trainer.optimizer, role).items()
+            for name, value in to_cpu(optimizer_state(bank, trainer.optimizer, role)).items()
         },
         {
             "world_size": trainer.accelerator.num_processes,

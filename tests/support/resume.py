@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.models.role_weights import to_cpu
 from stepdistill.trainers import DistillationTrainer
 from stepdistill.training.checkpoint import optimizer_state, plain_state
 from support.runs import build_trainer
@@ -58,7 +59,7 @@ def everything(trainer: DistillationTrainer) -> dict[str, Any]:
         for name, value in bank.role_state(role).items()
     }
     for role in bank.trained_roles:
-        state = optimizer_state(bank, trainer.optimizer, role)
+        state = to_cpu(optimizer_state(bank, trainer.optimizer, role))
         found |= {f"optimizer/{name}": value for name, value in state.items()}
     found |= {f"optimizer/{k}": v for k, v in plain_state(bank, trainer.optimizer).items()}
     found |= {f"method/{k}": v.clone() for k, v in trainer.method.state_dict().items()}

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.runs import TinyData, fingerprint, teacher_dir
 
 from stepdistill import DistributionMatchingTrainer, TrainConfig, Tuning
+from stepdistill.models.stored_tensors import StoredTensors
 from stepdistill.planning.forecast import forecast
 from stepdistill.training.checkpoint import load_optimizer_state
 from stepdistill.training.config import RunConfig
@@ -98,8 +100,11 @@ def test_steps_are_those_of_full_precision_but_for_rounding(
     assert float(gap.norm() / moved.norm()) < 0.05
 
 
-def test_scales_of_another_size_are_refused(whole: DistributionMatchingTrainer) -> None:
+def test_scales_of_another_size_are_refused(
+    whole: DistributionMatchingTrainer, tmp_path: Path
+) -> None:
     name = next(n for n, p in whole.bank.members("student").items() if p.numel() >= 4096)
-    wrong = {f"student/{name}/absmax1": torch.zeros(3)}
+    save_file({f"student/{name}/absmax1": torch.zeros(3)}, tmp_path / "wrong.safetensors")
+    wrong = StoredTensors(tmp_path / "wrong")
     with pytest.raises(ValueError, match=r"absmax1 of \(\d+,\), got \(3,\)"):
         load_optimizer_state(whole.bank, whole.optimizer, wrong, {})

@@ -16,7 +16,7 @@ from stepdistill.training.checkpoint import (
     prune,
     read_state,
     save_checkpoint,
-    student_file,
+    saved_student,
 )
 from stepdistill.training.whole import fault_of, write_folder, write_text
 
@@ -200,4 +200,4 @@ def test_a_start_from_an_earlier_student_says_so(run) -> None:
     write_folder(run / "checkpoint-9", {"role_student": {"x": torch.ones(1)}}, {})
     spoil(run / "checkpoint-10")
     with pytest.warns(UserWarning, match="skipped checkpoint-10: a.safetensors has 5 bytes"):
-        assert student_file(run) == run / "checkpoint-9" / "role_student.safetensors"
+        assert saved_student(run) == run / "checkpoint-9" / "role_student"

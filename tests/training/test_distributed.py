@@ -16,6 +16,8 @@ import torch
 from support.distributed import Group, Job, alone, equal, gradient_error, largest
 from support.runs import build_trainer, teacher_dir
 
+from stepdistill.training.checkpoint import optimizer_state
+
 GRADIENTS, WEIGHTS, DRIFTED = 5e-5, 2e-4, 2e-3
 
 
@@ -59,6 +61,9 @@ def test_a_checkpoint_of_two_loads_on_one(two, tmp_path) -> None:
     for role in ("student", "fake", "disc", "ema"):
         for name, value in trainer.bank.role_state(role).items():
             assert torch.equal(value, first.weights[f"{role}/{name}"])
+    for role in ("student", "fake", "disc"):
+        for name, value in optimizer_state(trainer.bank, trainer.optimizer, role).items():
+            assert torch.equal(value, first.optimizer[name])
 
 
 TABLE = [
