@@ -26,8 +26,8 @@ from stepdistill.training.step import TrainStep, frozen_dtype, place
 def make_accelerator(args: TrainConfig) -> Accelerator:
     """The Accelerator of a run: one wrapped module, phases that train different parts of it.
 
-    Errors: ValueError under a launcher's DeepSpeed, Megatron-LM or first version of FSDP, and for
-    settings that FSDP2 does not serve.
+    Errors: ValueError under a launcher's DeepSpeed, Megatron-LM or first version of FSDP, for
+    settings that FSDP2 does not serve, and for fp16 on a device that Accelerate ignores it on.
     """
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
@@ -39,7 +39,7 @@ def make_accelerator(args: TrainConfig) -> Accelerator:
     if sharding_asked():
         check_sharding(args)
     with without_plugin():
-        return Accelerator(
+        found = Accelerator(
             mixed_precision=args.mixed_precision,
             log_with=args.report_to or None,
             project_dir=args.output_dir,
@@ -49,6 +49,12 @@ def make_accelerator(args: TrainConfig) -> Accelerator:
                 AutocastKwargs(cache_enabled=False),
             ],
         )
+    if args.mixed_precision == "fp16" and found.scaler is None:
+        raise ValueError(
+            f"mixed_precision: expected no or bf16 on {found.device.type}, got fp16 (Accelerate "
+            "ignores it there, its gradient scaler too). Set --mixed_precision bf16."
+        )
+    return found
 
 
 def prepared(

@@ -13,6 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,8 @@ class Watchdog:
         if bad:
             step, proven, rule = min(bad, key=lambda one: one[0])
             told = f"{rule}, got a non-finite one at step {step}"
+            before = takewhile(lambda other: other != rule, seen)  # phases that were finite there
+            proven |= any(at == step for other in before for at, _ in seen[other])
             self._stop(told, newest=step if proven else step - 1)
         self._losses.clear()
 
@@ -236,10 +239,7 @@ class Watchdog:
         raise WatchdogStop(f"{why}. Last good checkpoint: {good or 'none yet'}. {hint}.")
 
     def last_good(self, newest: int | None = None) -> Path | None:
-        """The newest whole checkpoint, of step `newest` at most.
-
-        While samples are bad or updates skipped, the newest from before that.
-        """
+        """The newest whole checkpoint up to `newest`, and from before any trouble that lasts."""
         limits = [n for n in (newest, self._trusted) if n is not None]
         if any(self.samples.strikes.values()):
             limits.append(-1 if self.healthy_step is None else self.healthy_step)
@@ -251,8 +251,7 @@ class Watchdog:
         return None
 
     def protected(self) -> tuple[str, ...]:
-        """Names of checkpoints that pruning must leave: the last good one, where it is not the
-        newest."""
+        """Names of checkpoints that pruning must leave: the last good one, in such trouble."""
         in_doubt = self._trusted is not None or any(self.samples.strikes.values())
         good = self.last_good() if in_doubt else None
         return () if good is None else (good.name,)

@@ -172,3 +172,10 @@ def test_a_batch_that_overflows_stops_a_scaled_run_by_its_loss(teacher, tmp_path
     bad_batch(trainer, 2)
     with pytest.raises(WatchdogStop, match=r"student: expected a finite loss.* at step 2"):
         trainer.train()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_float16_is_refused_where_accelerate_ignores_it(teacher, tmp_path) -> None:
+    AcceleratorState._reset_state()
+    with pytest.raises(ValueError, match="expected no or bf16 on cpu, got fp16"):
+        build_trainer("lcm", teacher, "lora", tmp_path, mixed_precision="fp16")
