@@ -68,7 +68,10 @@ def still_works(teacher, folder, good, precision: str, case: str = "dmd2") -> bo
     return trainer.step == options["max_train_steps"]
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16", "bfloat16"), pytest.param("fp16", "float16", marks=pytest.mark.slow)],
+)
 def test_an_overflow_stops_the_run_and_names_a_checkpoint_that_works(
     teacher, tmp_path, precision, dtype
 ) -> None:
@@ -88,6 +91,7 @@ def test_an_overflow_stops_the_run_and_names_a_checkpoint_that_works(
     assert still_works(teacher, tmp_path, tmp_path / "checkpoint-3", precision)
 
 
+@pytest.mark.slow
 def test_float16_overflows_where_bfloat16_does_not(teacher, tmp_path) -> None:
     """The same jump by a thousand: float16 ends at 65504."""
     narrow, wide = (
@@ -115,6 +119,7 @@ def test_a_checkpoint_of_ruined_weights_is_not_named(teacher, tmp_path) -> None:
     assert still_works(teacher, tmp_path, tmp_path / "checkpoint-3", "bf16", "lcm")
 
 
+@pytest.mark.slow
 def test_backing_off_from_ruined_weights_ends_and_keeps_the_good_checkpoint(
     teacher, tmp_path
 ) -> None:
@@ -146,7 +151,7 @@ def bad_batch(trainer, at: int) -> None:
     trainer.batches._x0 = spoiled
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_backing_off_skips_a_batch_that_overflows(teacher, tmp_path, precision) -> None:
     trainer = trainer_of(
         teacher, tmp_path, precision, "lcm",
