@@ -92,7 +92,7 @@ def blueprint(model: str, dtype: torch.dtype) -> Family:
 
 
 def _build(name: str, part: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
-    if part is None or name in ("safety_checker", "feature_extractor", "image_encoder"):
+    if part is None or name in ("safety_checker", "feature_extractor"):
         return None
     library, _, class_name = part["class"].partition(".")
     if "Tokenizer" in class_name or "Processor" in class_name:

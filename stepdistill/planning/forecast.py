@@ -267,17 +267,27 @@ def _size(tensors: Any) -> int:
 
 
 def _to_fake(module: nn.Module, fake: FakeTensorMode) -> None:
-    """Replace meta tensors by fake ones that claim to be on the CPU; shared ones stay shared."""
+    """Replace meta tensors by fake ones that claim to be on the CPU; shared ones stay shared.
+
+    Tables that a module holds as plain attributes count as well (rotary frequencies).
+    """
     made: dict[int, Any] = {}
+
+    def faked(old: Any) -> Any:
+        if isinstance(old, list):
+            return [faked(entry) for entry in old]
+        if not isinstance(old, Tensor) or old.device.type != "meta":
+            return old
+        if id(old) not in made:
+            with fake:
+                new = torch.empty(old.shape, dtype=old.dtype)
+            is_param = isinstance(old, nn.Parameter)
+            made[id(old)] = nn.Parameter(new, old.requires_grad) if is_param else new
+        return made[id(old)]
+
     for part in module.modules():
+        tables = {k: v for k, v in vars(part).items() if isinstance(v, Tensor | list)}
+        vars(part).update({name: faked(table) for name, table in tables.items()})
         stores: tuple[Any, Any] = (part._parameters, part._buffers)
         for own in stores:
-            for name, old in own.items():
-                if old is None or old.device.type != "meta":
-                    continue
-                if id(old) not in made:
-                    with fake:
-                        new = torch.empty(old.shape, dtype=old.dtype)
-                        param = isinstance(old, nn.Parameter)
-                        made[id(old)] = nn.Parameter(new, old.requires_grad) if param else new
-                own[name] = made[id(old)]
+            own.update({name: faked(old) for name, old in own.items()})

@@ -11,10 +11,19 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+
+def _numbers(index: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Row numbers of a real mask: by a mask a fake tensor gives an unknown count of rows."""
+    if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+        return (index,)
+    return index.nonzero(as_tuple=True)
 
 
 class CostTracker(TorchDispatchMode):
@@ -55,6 +64,8 @@ class CostTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [plain for index in args[1] for plain in _numbers(index)])
         out = func(*args, **(kwargs or {}))
         count: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if count is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.runs import teacher_dir
 
+from stepdistill.models.tiny import TINY
 from stepdistill.planning.blueprint import blueprint, bundled, describe
 from stepdistill.planning.forecast import Forecast, forecast
 from stepdistill.planning.report import hours_per_1k, print_plan, suggestions
@@ -42,6 +43,24 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bundled_models_have_the_released_size(name: str) -> None:
     count = sum(p.numel() for p in blueprint(name, torch.bfloat16).net.parameters())
     assert round(count / 1e6) == RELEASED[name]
+
+
+CUT_BY_MASK = ("qwen_image", "z_image")  # encoders whose rows depend on the words
+FAMILIES = [
+    pytest.param(name, marks=[] if name in (*CUT_BY_MASK, "wan_i2v") else [pytest.mark.slow])
+    for name in sorted(TINY)
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_forecast(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The frozen bytes are the denoiser's own, in float32."""
+    folder = teacher_dir(name, tmp_path_factory)
+    guidance = 1.0 if name.startswith(("edm", "unet2d")) else 3.0
+    plan = forecast(run_config(folder, method_config={"num_steps": 1, "guidance": guidance}))
+    assert plan.frozen >= 4 * plan.num_parameters
+    assert [cost.phase for cost in plan.phases] == ["student", "fake"]
+    assert all(cost.activations > 0 and cost.flops > 0 for cost in plan.phases)
 
 
 def test_every_bundled_model_is_described() -> None:
