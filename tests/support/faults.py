@@ -1,8 +1,8 @@
 """What goes wrong outside the program, done to it: kills and signals at chosen and random instants.
 
 Usage: faults.py TEACHER OUTPUT_DIR PART...; prints a JSON line {PART: findings}.
-Parts: operations | kills:TRIES | signal:NAME | ranks. A child is forked from a process that has
-imported everything and trained nothing, so that a try costs no start.
+Parts: operations | kills:TRIES | signal:NAME | ranks | stopped:ddp | stopped:fsdp2. A child is
+forked from a process that has imported everything and trained nothing, so a try costs no start.
 """
 
 from __future__ import annotations
@@ -253,8 +253,8 @@ def signalled(teacher: Path, out: Path, name: str) -> dict[str, Any]:
     }
 
 
-def ranks(teacher: Path, out: Path) -> dict[str, Any]:
-    """Two gloo processes, of which the second alone is signalled."""
+def _on_two(work: Callable[[int], None], sharded: bool = False) -> list[int]:
+    """Ids of two children that are the ranks of one gloo group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -262,16 +262,54 @@ def ranks(teacher: Path, out: Path) -> dict[str, Any]:
     def rank(number: int) -> None:
         place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        place |= {"ACCELERATE_USE_FSDP": str(sharded).lower(), "FSDP_VERSION": "2"}
         os.environ.update(place)
-        _launched(teacher, out / "run", "--max_train_steps", "1000000")
+        work(number)
 
-    children = [fork(partial(rank, number)) for number in (0, 1)]
+    return [fork(partial(rank, number)) for number in (0, 1)]
+
+
+def ranks(teacher: Path, out: Path) -> dict[str, Any]:
+    """Two gloo processes, of which the second alone is signalled."""
+    children = _on_two(
+        lambda _: _launched(teacher, out / "run", "--max_train_steps", "1000000"),
+    )
     _wait_for_a_step(out / "run", children[0])
     os.kill(children[1], signal.SIGTERM)
     statuses = [status_of(child) for child in children]
     found, _ = newest_valid(out / "run")
     state = json.loads((found / "trainer_state.json").read_text()) if found else {}
     return {"statuses": statuses, "world_size": state.get("world_size"), "step": state.get("step")}
+
+
+VALIDATED = ("--validation_steps", "1", "--validation_prompts", '["a thing"]')
+# Samples beyond every bound from the second validation on, which the first process alone makes.
+COLLAPSE = ("--learning_rate", "1", "--max_grad_norm", "1e9", "--watchdog.drift", "stop")
+
+
+def stopped(teacher: Path, out: Path, wrapping: str) -> dict[str, Any]:
+    """Two gloo processes validate a healthy run, and one that collapses."""
+    found: dict[str, Any] = {}
+    runs = {
+        "healthy": ("--max_train_steps", "2"),
+        "collapsed": ("--max_train_steps", "30", *COLLAPSE),
+    }
+    for name, flags in runs.items():
+
+        def work(number: int, name: str = name, flags: tuple[str, ...] = flags) -> None:
+            sys.stderr = (out / f"{name}-{number}.txt").open("w", buffering=1)
+            _launched(teacher, out / name, *VALIDATED, *flags)
+
+        children = _on_two(work, sharded=wrapping == "fsdp2")
+        statuses = [status_of(child) for child in children]
+        told = [(out / f"{name}-{number}.txt").read_text() for number in (0, 1)]
+        found[name] = {
+            "statuses": statuses,
+            "told": ["stopped: " + text.partition("stopped: ")[2].strip() for text in told],
+            "checkpoints": [p.name for p in list_checkpoints(out / name)],
+            "exported": (out / name / "pipeline").is_dir(),
+        }
+    return found
 
 
 def main(teacher: str, output_dir: str, *parts: str) -> None:
@@ -285,6 +323,8 @@ def main(teacher: str, output_dir: str, *parts: str) -> None:
             told[name] = kills(Path(teacher), out, int(option))
         elif name == "signal":
             told[part] = signalled(Path(teacher), out, option)
+        elif name == "stopped":
+            told[part] = stopped(Path(teacher), out, option)
         else:
             told[name] = {"operations": operations, "ranks": ranks}[name](Path(teacher), out)
     print(json.dumps(told))

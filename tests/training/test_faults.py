@@ -112,3 +112,18 @@ def test_sigusr1_does_the_same(thorough) -> None:
 def test_a_signal_on_one_rank_stops_both(thorough) -> None:
     assert thorough["ranks"]["statuses"] == [75, 75]
     assert thorough["ranks"]["world_size"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
+def test_the_watchdogs_verdict_is_that_of_both_ranks(wrapping, tmp_path_factory) -> None:
+    """The first process alone makes the samples that are judged."""
+    part = f"stopped:{wrapping}"
+    found = told(tmp_path_factory, part)[part]
+    healthy, collapsed = found["healthy"], found["collapsed"]
+    assert (healthy["statuses"], healthy["checkpoints"]) == ([0, 0], ["checkpoint-2"])
+    assert healthy["exported"]
+    assert collapsed["statuses"] == [76, 76]
+    assert collapsed["told"][0] == collapsed["told"][1]
+    assert collapsed["told"][0].startswith("stopped: student: x0 drifts from the teacher")
+    assert (collapsed["checkpoints"], collapsed["exported"]) == ([], False)
