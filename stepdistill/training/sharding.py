@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from diffusers import DiTTransformer2DModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -99,6 +100,8 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
         and (id(module) in entries or type(module).__name__ in named)
         and any(True for _ in module.parameters())
     ]
+    if isinstance(net, DiTTransformer2DModel):  # calls a part of its first block from outside it
+        found.append(net.transformer_blocks[0].norm1.emb)
     return found[::-1]  # modules() goes from the outside in
 
 

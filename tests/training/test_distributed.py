@@ -25,9 +25,9 @@ GRADIENTS, WEIGHTS, DRIFTED = 5e-5, 2e-4, 2e-3
 def two(tmp_path_factory):
     """(out folder, the job, one process, by wrapping what two processes saw), run once."""
     out = tmp_path_factory.mktemp("two")
-    teacher = teacher_dir("sd_v", tmp_path_factory)
-    jobs = [Job("dmd2_gan", "lora", wrapping) for wrapping in ("ddp", "fsdp2")]
-    group = Group(2, jobs, {"sd_v": teacher}, out)
+    teacher = teacher_dir("dit", tmp_path_factory)
+    jobs = [Job("dmd2_gan", "lora", wrapping, "dit") for wrapping in ("ddp", "fsdp2")]
+    group = Group(2, jobs, {"dit": teacher}, out)
     one = alone(jobs[0], teacher, out)
     return out, teacher, one, dict(zip(("ddp", "fsdp2"), group.seen(), strict=True))
 
