@@ -57,7 +57,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 RANK, STEPS, WARM_UP = 64, 8, 2
-LATENT_SIZE, WIDTHS = 16, (64, 128)
+LATENT_SIZE = int(os.environ.get("PEERS_LATENT_SIZE", "16"))  # set by --latent_size
+WIDTHS = (64, 128)
 STAND_INS = ("wandb", "lmdb", "imageio")
 # name -> (model, updates of an iteration, layout, method and its options)
 OURS: dict[str, tuple[str, int, str, str, dict[str, Any]]] = {
@@ -386,12 +387,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peer", type=Path, help="a script or checkout; see above")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--only", nargs="+", choices=list(OURS), default=list(OURS))
+    parser.add_argument("--latent_size", type=int, default=16)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child is not None:
         child({**json.loads(args.child), "base": peak_bytes()})
         return
     case = None if args.peer is None else peer_case(args.peer)
+    if args.latent_size != LATENT_SIZE:
+        os.environ["PEERS_LATENT_SIZE"] = str(args.latent_size)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     root = args.output_dir.resolve()
     build(root)
     names = args.only if case is None else [n for n in PEERS[case] if n in args.only]
