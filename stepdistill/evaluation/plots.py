@@ -125,15 +125,15 @@ def draw_curves(
         axes.axhline(floor[1], color=COLOUR["real"], linestyle=(0, (4, 3)), linewidth=1.2)
         axes.annotate(f"{floor[0]} {floor[1]:.2f}", (1, floor[1]),
                       xycoords=("axes fraction", "data"), textcoords="offset points",
-                      xytext=(-6, 5), ha="right", fontsize=9.5, color=MUTED)  # fmt: skip
+                      xytext=(-6, -5), ha="right", va="top", fontsize=9.5, color=MUTED)  # fmt: skip
     axes.set_xscale("log" if log_x else "linear")
     axes.set_yscale("log")
     if ticks:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
-    axes.set_ylim(low * 0.85, high * 1.25)
-    decades = round_ticks(low * 0.85, high * 1.25)
+    axes.set_ylim(low * 0.8, high * 1.25)  # the floor is named below its line
+    decades = round_ticks(low * 0.8, high * 1.25)
     axes.set_yticks(decades, [f"{value:g}" for value in decades])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(title, loc="left", fontsize=12, color=INK)
