@@ -34,8 +34,8 @@ def told(tmp_path_factory: Any, *parts: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return told(tmp_path_factory, "operations", "kills:3")
+def each_operation(tmp_path_factory):
+    return told(tmp_path_factory, "operations")["operations"]
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +44,19 @@ def thorough(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_no_operation_of_a_save_can_be_killed_to_lose_a_checkpoint(quick) -> None:
-    found = quick["operations"]
-    assert found["tries"] > 20
-    assert found["lost"] == []
+def test_no_operation_of_a_save_can_be_killed_to_lose_a_checkpoint(each_operation) -> None:
+    assert each_operation["tries"] > 20
+    assert each_operation["lost"] == []
 
 
 @pytest.mark.slow
-def test_the_next_save_clears_what_a_kill_left(quick) -> None:
-    assert quick["operations"]["unrepaired"] == []
+def test_the_next_save_clears_what_a_kill_left(each_operation) -> None:
+    assert each_operation["unrepaired"] == []
 
 
-def test_a_run_killed_thrice_loses_nothing_and_ends_the_same(quick) -> None:
-    assert (quick["kills"]["tries"], quick["kills"]["lost"]) == (3, 0)
-    assert quick["kills"]["differ"] == []
+def test_a_run_killed_thrice_loses_nothing_and_ends_the_same(tmp_path_factory) -> None:
+    found = told(tmp_path_factory, "kills:3")["kills"]
+    assert (found["tries"], found["lost"], found["differ"]) == (3, 0, [])
 
 
 @pytest.mark.slow
