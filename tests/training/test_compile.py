@@ -1,7 +1,7 @@
 """Compiled blocks: the numbers of eager ones, and a bounded number of graphs.
 
-aot_eager traces and splits graphs as inductor does and compiles no kernels; inductor, run once, wants
-a C++ compiler on CPUs.
+aot_eager traces and splits graphs as inductor does and compiles no kernels; inductor, run once,
+wants a C++ compiler on CPUs.
 """
 
 from __future__ import annotations
