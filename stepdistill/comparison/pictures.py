@@ -26,7 +26,7 @@ from stepdistill.evaluation.plots import (
 )
 
 from .found import Comparison
-from .table import Judged, short
+from .table import Judged, short, steps_told
 
 
 def shown(found: Comparison) -> list[Judged]:
@@ -37,7 +37,7 @@ def shown(found: Comparison) -> list[Judged]:
 
 def name(row: Judged) -> str:
     """With its steps."""
-    return f"{row.label}, {_steps(row.steps or 0)}"
+    return f"{row.label}, {steps_told(row.steps or 0)}"
 
 
 def caption(row: Judged) -> str:
@@ -124,7 +124,7 @@ def training_panels(found: Comparison) -> list[tuple[str, Panel]]:
     made: list[tuple[str, Panel]] = []
     for steps in sorted({key[1] for key in found.curves}):
         for over, spent in (("seconds", "seconds of training"), ("updates", "student updates")):
-            title = f"Fréchet distance over {over} of training, {_steps(steps)}"
+            title = f"Fréchet distance over {over} of training, {steps_told(steps)}"
             made.append((title, partial(_draw_training, found, steps, over == "seconds", spent)))
     return made
 
@@ -143,15 +143,11 @@ def _draw_training(found: Comparison, steps: int, by_time: bool, spent: str, axe
                 colour = looks[method]["colour"]
                 axes.scatter(places, values, s=14, color=colour, alpha=0.5, linewidths=0, zorder=2)
     most = max(found.teacher, default=None)
-    floor = None if most is None else (f"teacher, {_steps(most)}", found.teacher[most])
+    floor = None if most is None else (f"teacher, {steps_told(most)}", found.teacher[most])
     ends = [value for line in lines for value in (line.at[0], line.at[-1])]
     over = "seconds" if by_time else "updates"
-    title = f"Fréchet distance over {over}, {_steps(steps)}"
+    title = f"Fréchet distance over {over}, {steps_told(steps)}"
     draw_curves(axes, lines, title, spent, floor, round_ticks(0.7 * min(ends), 1.4 * max(ends)))
-
-
-def _steps(count: int) -> str:
-    return f"{count} step{'s' * (count != 1)}"
 
 
 def figure(row: Judged) -> page.Strip:

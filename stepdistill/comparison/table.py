@@ -133,21 +133,21 @@ def recommend(
     if most is None:
         n = min(best, key=lambda n: table[best[n], n].frechet)
         told = short(table[best[n], n].frechet)
-        return [f"Take {best[n]} at {_steps(n)}: the nearest to the teacher ({told}).", *lines]
+        return [f"Take {best[n]} at {steps_told(n)}: the nearest to the teacher ({told}).", *lines]
     base = teacher[most]
     near = [n for n in best if table[best[n], n].frechet <= NEAR * base]
     if near:
         n = min(near)
         value = table[best[n], n].frechet
         first = (
-            f"Take {best[n]} at {_steps(n)}: the fewest steps within {NEAR - 1:.0%} of the "
+            f"Take {best[n]} at {steps_told(n)}: the fewest steps within {NEAR - 1:.0%} of the "
             f"teacher's {most} ({short(value)} against {short(base)})."
         )
     else:
         n = min(best, key=lambda n: table[best[n], n].frechet)
         value = table[best[n], n].frechet
         first = (
-            f"Take {best[n]} at {_steps(n)}: the nearest to the teacher's {most} steps "
+            f"Take {best[n]} at {steps_told(n)}: the nearest to the teacher's {most} steps "
             f"({short(value)} against {short(base)}, {value / base:.2f} times it); none comes "
             f"within {NEAR - 1:.0%} at this budget."
         )
@@ -164,7 +164,7 @@ def _sentence(
     note: str,
 ) -> str:
     best = table[names[0], steps]
-    told = f"{_steps(steps)}: {names[0]} ({short(best.frechet)}, recall {best.recall:.2f}"
+    told = f"{steps_told(steps)}: {names[0]} ({short(best.frechet)}, recall {best.recall:.2f}"
     told += f"; the teacher {short(teacher[steps])} there" if steps in teacher else ""
     told += f", {best.frechet / teacher[most]:.2f} times its {most} steps)" if most else ")"
     others = names[1:]
@@ -186,5 +186,6 @@ def short(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
-def _steps(count: int) -> str:
-    return f"{count} step{'s' * (count > 1)}"
+def steps_told(count: int) -> str:
+    """Such as "4 steps"."""
+    return f"{count} step{'s' * (count != 1)}"

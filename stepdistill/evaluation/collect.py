@@ -67,14 +67,15 @@ def _on(scorer: Scorer, images: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Drawing:
     """How many images of what. prompts: one each; `None` for unconditional models; num_previews:
-    images (or videos) shown; frames: which of a video are seen (see videos.frame_indices)."""
+    images (or videos) shown; frames: which of a video are seen (see videos.frame_indices), None of
+    images."""
 
     prompts: Sequence[Any]
     per_prompt: int
     seed: int
     batch_size: int
     num_previews: int
-    frames: str = "first"
+    frames: str | None = None
 
     def __len__(self) -> int:
         return len(self.prompts) * self.per_prompt
@@ -134,7 +135,7 @@ def draw_into(
 def _looked(
     made: Tensor,
     prompts: Sequence[Any],
-    frames: str,
+    frames: str | None,
     lens: Lens,
     shown: Sequence[int | None],
     folder: Path,
@@ -143,7 +144,7 @@ def _looked(
 
     Args: shown: for each the number that its preview is saved under, or None.
     """
-    if made.ndim == 4:
+    if frames is None:
         images = eight_bit((made.permute(0, 2, 3, 1) + 1) / 2)
         for index, image in zip(shown, images, strict=True):
             if index is not None:

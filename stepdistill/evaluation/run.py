@@ -93,7 +93,7 @@ def evaluate(
         own by name, beside those of the options.
     Errors: ValueError for wrong options, before any image is drawn.
     """
-    family = _family_of(options)
+    family = family_for(pipeline_class_of(options.teacher, options.single_file_config))
     state = PartialState(cpu=not torch.cuda.is_available())
     frame = Frame(options.size_px, options.crop_px, options.resize_filter)
     check_video(options, family.output, family.reads_image)
@@ -106,20 +106,20 @@ def evaluate(
     judges = Judges.of(options, scorers or {}, state.device)
     lens = Lens(nets, judges.scorers, frame)
     out = Path(options.output_dir)
-    sources = _sources(options, state.device, out)
+    sources = _sources(options, family, state.device, out)
 
     facts = {
         "networks": {net.name: net.told for net in nets},
         "frame": frame.told(),
         "scorers": judges.told,
     }
-    drawings = [_drawing(options, prompts, seed) for seed in options.seeds]
+    drawings = [_drawing(options, family, prompts, seed) for seed in options.seeds]
     filled = _fill(options, facts, lens, sources, drawings, files, state)
     systems, peak_of = measure(filled)
     report = Report(
         title=f"{Path(options.teacher).name} and its students",
         systems=systems,
-        protocol=_protocol(options, facts, prompts, files, peak_of),
+        protocol=_protocol(options, facts, prompts, files, peak_of, drawings[0].frames),
         reference="real" if files else "teacher",
         networks=[net.name for net in nets],
         folder=out,
@@ -154,11 +154,9 @@ def _first(lines: Sequence[Any], source: str, options: Options) -> list[Any]:
     return list(lines[:wanted])
 
 
-def _family_of(options: Options) -> type[Family]:
-    return family_for(pipeline_class_of(options.teacher, options.single_file_config))
-
-
-def _sources(options: Options, device: torch.device, out: Path) -> list[Source]:
+def _sources(
+    options: Options, family: type[Family], device: torch.device, out: Path
+) -> list[Source]:
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {sorted(DTYPES)}, got {options.dtype!r}.")
     loading = Loading(
@@ -170,8 +168,8 @@ def _sources(options: Options, device: torch.device, out: Path) -> list[Source]:
         tuple(options.teacher_lora),
         options.single_file_config,
         options.num_frames,
-        _family_of(options).output,
-        _family_of(options).reads_image,
+        family.output,
+        family.reads_image,
     )
     counts = sorted(options.teacher_steps)
     found = teacher_sources(options.teacher, counts, loading)
@@ -180,9 +178,9 @@ def _sources(options: Options, device: torch.device, out: Path) -> list[Source]:
     return found
 
 
-def _drawing(options: Options, prompts: Sequence[Any], seed: int) -> Drawing:
-    per, shown, frames = options.num_images_per_prompt, options.num_previews, "first"
-    if _family_of(options).output == "frames":
+def _drawing(options: Options, family: type[Family], prompts: Sequence[Any], seed: int) -> Drawing:
+    per, shown, frames = options.num_images_per_prompt, options.num_previews, None
+    if family.output == "frames":
         frames = options.frames or DEFAULT_FRAMES
         shown = max(1, shown // shown_of(frames))
     return Drawing(prompts, per, seed, options.batch_size, shown, frames)
@@ -225,7 +223,7 @@ def _fill(
                 "seed": drawing.seed,
                 "versions": versions(),
             }
-            if _family_of(options).output == "frames":
+            if drawing.frames is not None:
                 settings["frames"] = drawing.frames
             name = f"{source.group}_{source.steps}"
             store = Store.of(root, name, settings, len(drawing), options.shard_images)
@@ -249,8 +247,9 @@ def _protocol(
     prompts: Sequence[Any],
     files: Sequence[Path],
     peak_of: str,
+    frames: str | None,
 ) -> dict[str, Any]:
-    """What stands beside every number."""
+    """What stands beside every number. Args: frames: see Drawing."""
     return {
         **facts,
         "num_prompts": len(prompts),
@@ -265,7 +264,7 @@ def _protocol(
         "guidance": options.guidance,
         "peak_memory_of": peak_of,
         "preset": options.preset,
-        "frames": None if _family_of(options).output == "images" else frames_told(options.frames),
+        "frames": None if frames is None else frames_told(frames),
         "versions": versions(),
         "options": asdict(options),
     }

@@ -93,9 +93,8 @@ def check_video(options: Any, output: str, reads_image: bool) -> None:
         raise ValueError(f"frames: expected first, all or a number of frames, got {choice!r}.")
 
 
-def frames_told(choice: str | None) -> str:
+def frames_told(choice: str) -> str:
     """For the protocol."""
-    choice = choice or DEFAULT_FRAMES
     seen = f"{choice} at equal distances" if choice.isdigit() else choice
     return f"{seen}, each seen as an image; motion of all"
 

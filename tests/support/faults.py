@@ -66,7 +66,7 @@ def step_of(output_dir: Path) -> int:
 
 
 # ------------------------------------------------------- every operation of a save
-def _killed_at(count: int) -> None:
+def killed_at(count: int) -> None:
     """From now on, kill this process just before its count-th change of the file system."""
     changes = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
     left = [count]
@@ -94,7 +94,7 @@ def operations(_teacher: Path, out: Path) -> dict[str, Any]:
         newest = folder / "checkpoint-3"
 
         def rewrite(count: int, newest: Path = newest) -> None:
-            _killed_at(count)
+            killed_at(count)
             _save(newest, 30.0)
             prune(newest, 2)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
-import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from support.faults import killed_at
 from support.processes import forked
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -147,24 +145,10 @@ def test_a_part_that_no_shard_holds_is_no_zero(of_two, gone, told) -> None:
 
 
 # ------------------------------------------------------------------------- faults
-def _killed_at(count: int) -> None:
-    """From now on, kill this process just before its count-th change of the file system."""
-    changes = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
-    left = [count]
-
-    def hook(event: str, _args: Any) -> None:
-        if event in changes:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
 def _rewritten(folder: Path, victim: int, count: int, rank: int) -> None:
     state = state_of(2)
     if rank == victim:
-        _killed_at(count)
+        killed_at(count)
     write_shards(folder / "checkpoint-2", state, {"state": {"step": 2}})
 
 
