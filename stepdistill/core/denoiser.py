@@ -102,6 +102,15 @@ class Denoiser(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The bare network call: (B, C, *S) output and the captured features."""
 
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Cond, names: Sequence[str]
+    ) -> Mapping[str, Tensor]:
+        """Hidden states of these blocks alone; cheaper than a prediction where they lie early.
+
+        Args: x_t: (B, C, *S). t: (B,). names: at least one block.
+        """
+        return self.raw(x_t, t, cond, None, None, names)[1]
+
     def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
         """The guided output (B, C, *S) of the two raw ones, float32 or better."""
         return linear_guidance(cond, null, guidance)

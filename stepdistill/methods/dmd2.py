@@ -4,7 +4,7 @@ The frozen teacher ("real") and a "fake" denoiser fitted to the student's sample
 noised sample; the difference of their denoised means is the student's gradient (reverse KL).
 Source: Yin et al. 2024, arXiv:2405.14867, and its released code.
 Differs from the paper: training times follow the shifted law cut to the given range (ports clamp
-to it, piling mass on its ends); GAN features come from a whole forward pass, not the encoder's.
+to it, piling mass on its ends).
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W), K heads. t: (B,).

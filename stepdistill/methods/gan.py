@@ -68,7 +68,7 @@ class GANConfig(MethodConfig):
 
 def head_logits(nets: Nets, gan: GANConfig, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """(B, K) logits at noised samples; gradients reach x_t through the features."""
-    return nets.head("disc", nets[gan.source](x_t, t, cond, features=gan.blocks).features)
+    return nets.head("disc", nets[gan.source].features(x_t, t, cond, gan.blocks))
 
 
 def disc_loss(

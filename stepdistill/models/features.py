@@ -44,11 +44,20 @@ def unet_blocks(widths: Sequence[int]) -> dict[str, FeatureBlock]:
     return blocks
 
 
+class _AllFound(BaseException):
+    """Ends a network's forward pass behind the last feature; no handler in it keeps this."""
+
+
 @contextmanager
-def capture(net: nn.Module, blocks: Mapping[str, FeatureBlock]) -> Iterator[dict[str, Tensor]]:
+def capture(
+    net: nn.Module, blocks: Mapping[str, FeatureBlock], only: bool = False
+) -> Iterator[dict[str, Tensor]]:
     """Within: a dict that fills with name -> hidden states, graph attached.
 
-    Args: blocks: feature name -> where in `net` to read. Maps are (B, C, H, W), tokens (B, N, D).
+    Args:
+        blocks: feature name -> where in `net` to read. Maps are (B, C, H, W), tokens (B, N, D).
+        only: nothing but the features is wanted: the call within ends, and this block with it, as
+            soon as all are found, so what lies behind them is neither run nor kept for backward.
     """
     found: dict[str, Tensor] = {}
     handles = []
@@ -58,10 +67,15 @@ def capture(net: nn.Module, blocks: Mapping[str, FeatureBlock]) -> Iterator[dict
             _m: nn.Module, _args: Any, out: Any, name: str = name, item: int = block.item
         ) -> None:
             found[name] = out[item] if isinstance(out, tuple) else out
+            if only and len(found) == len(blocks):
+                raise _AllFound
 
         handles.append(net.get_submodule(block.module).register_forward_hook(hook))
     try:
         yield found
+    except _AllFound as stop:
+        # Frames that a checkpointed block left open close with the traceback that holds them.
+        stop.__traceback__ = None
     finally:
         for handle in handles:
             handle.remove()

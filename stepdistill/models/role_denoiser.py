@@ -78,14 +78,32 @@ class RoleDenoiser(Denoiser):
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
-        bank = self._bank
+        family = self._bank.family
+        with self._capturing(features) as feats:
+            out = family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)
+        forget_graphless_casts()
+        return out, family.image_features(feats, x_t, cond)
+
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Cond, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """See Denoiser.features. The network stops behind the last of these blocks."""
+        family = self._bank.family
+        with self._capturing(names, only=True) as feats:
+            family.forward(self._net, x_t, self.path.model_time(t), cond, s=None, w=None)
+        forget_graphless_casts()
+        return family.image_features(feats, x_t, cond)
+
+    @contextmanager
+    def _capturing(
+        self, features: Sequence[str], only: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Within: the role's adapter is active, and a dict fills with these blocks' features."""
         if features and not self._blocks:
             raise ValueError(
                 "student: expected features of roles with the teacher's architecture, got "
                 f"{list(features)} of one with tuning.student_config. Leave that option out."
             )
         blocks = {name: self._blocks[name] for name in features}
-        with bank.use(self._adapter), capture(self._net, blocks) as feats:
-            out = bank.family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)
-        forget_graphless_casts()
-        return out, bank.family.image_features(feats, x_t, cond)
+        with self._bank.use(self._adapter), capture(self._net, blocks, only) as feats:
+            yield feats

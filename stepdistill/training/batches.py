@@ -81,6 +81,8 @@ class BatchMaker:
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
         """The Cond of the prompts on the run's device, encoding only the new ones."""
+        if self.disk is None and not self._max_prompts:  # all are new wherever a run was resumed
+            return self.family.encode(prompts).to(self.device)
         fresh: dict[Any, Cond] = {}
         stored: dict[Any, Cond] = {}
         for prompt in dict.fromkeys(prompts):

@@ -34,7 +34,7 @@ from stepdistill.training.batches import batch_maker
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.configfile import method_class, method_config
 from stepdistill.training.logs import RunLog
-from stepdistill.training.memory import quantized_base
+from stepdistill.training.memory import keep_freed_memory, quantized_base
 from stepdistill.training.optim import (
     clip_by_role,
     reset_roles,
@@ -92,6 +92,7 @@ class Trainer:
 
         self.accelerator = make_accelerator(args)
         self.device = self.accelerator.device
+        keep_freed_memory(self.device)
         torch.manual_seed(args.seed)  # adapters and heads start alike on every rank
         self.family = (
             model

@@ -247,6 +247,47 @@ def test_a_call_without_gradients_leaves_later_gradients_whole(make_family, layo
 
 
 # --------------------------------------------------------------------------- features, as_flow, w
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_alone_are_those_of_a_whole_call(family, checkpointing) -> None:
+    """Same values and gradients, by a network that stops behind the last block it reads."""
+    bank = build(family)
+    if checkpointing:
+        bank.enable_gradient_checkpointing()
+    x_t, t, cond = inputs(family)
+    x_t.requires_grad_()
+    names = tuple(family.feature_blocks())[:2]  # "mid" and the first block
+    called: list[int] = []
+    for module in bank["student"]._net.modules():
+        module.register_forward_hook(lambda *_: called.append(1))
+
+    def read(alone: bool) -> tuple[list[Tensor], Tensor, dict[str, Tensor | None], int]:
+        called.clear()
+        role = bank["student"]
+        found = (
+            role.features(x_t, t, cond, names)
+            if alone
+            else role(x_t, t, cond, features=names).features
+        )
+        calls = len(called)
+        assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        features = [found[name] for name in names]
+        sum(f.square().mean() for f in features).backward()
+        to_x, to_weights = x_t.grad, grads(bank, "student")
+        x_t.grad = None
+        bank.zero_grad(set_to_none=True)
+        return features, to_x, to_weights, calls
+
+    whole, x_whole, weights_whole, all_calls = read(alone=False)
+    alone, x_alone, weights_alone, calls = read(alone=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, alone, strict=True))
+    assert torch.equal(x_whole, x_alone)
+    for name, grad in weights_whole.items():
+        assert (grad is None) == (weights_alone[name] is None), name
+        assert grad is None or torch.equal(grad, weights_alone[name]), name
+    assert 0 < calls < all_calls
+    assert bank._active is None
+
+
 def test_features_are_of_the_conditional_half(family) -> None:
     bank = build(family)
     x_t, t, cond = inputs(family)

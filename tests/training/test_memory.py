@@ -1,13 +1,19 @@
-"""When activations are recomputed, and how the switch for it is spelt."""
+"""When activations are recomputed and how the switch is spelt; freed memory that is kept."""
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
+import torch
 from torch import nn
 
 from stepdistill import TrainConfig
 from stepdistill.training.configfile import parse_run_config
-from stepdistill.training.memory import AUTO_PARAMETERS, checkpoints_activations
+from stepdistill.training.memory import AUTO_PARAMETERS, checkpoints_activations, keep_freed_memory
 
 
 def net(count: int) -> nn.Module:
@@ -53,3 +59,40 @@ def test_what_is_told_counts(told: bool) -> None:
 def test_the_switch_is_a_flag_or_takes_a_value(flags: list[str], expected: bool | str) -> None:
     run = parse_run_config(["--pretrained_model_name_or_path", "m", "--method", "dmd2", *flags])
     assert run.gradient_checkpointing == expected
+
+
+# ------------------------------------------------------------------------------ memory of the CPU
+FAULTS = """
+import ctypes, resource, torch
+from stepdistill.training.memory import MMAP_THRESHOLD, keep_freed_memory
+ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**17)  # else what is at its heap's end decides
+def faults():
+    for _ in range(3):
+        [torch.ones(2**20) for _ in range(8)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        [torch.ones(2**20) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), keep_freed_memory(torch.device("cpu")), faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tunes glibc's malloc")
+def test_a_run_on_the_cpu_maps_its_pages_once() -> None:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=plain, capture_output=True, text=True, check=True
+    )
+    before, kept, after = done.stdout.split()
+    assert kept == "True"
+    assert int(before) > 10_000
+    assert int(after) < 0.05 * int(before)
+
+
+def test_a_malloc_that_the_environment_tunes_is_left_alone(monkeypatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert not keep_freed_memory(torch.device("cpu"))
+
+
+def test_memory_beside_a_gpu_is_left_alone() -> None:
+    assert not keep_freed_memory(torch.device("cuda"))
