@@ -4,22 +4,26 @@
     python tests/benchmarks/peers.py --output_dir runs/peers --peer DIFFUSERS/examples/\
 consistency_distillation/train_lcm_distill_lora_sdxl.py
     python tests/benchmarks/peers.py --output_dir runs/peers --peer DMD2
+    python tests/benchmarks/peers.py --output_dir runs/peers --peer FASTGEN
 
-DIFFUSERS and DMD2 are checkouts of huggingface/diffusers and tianweiy/DMD2; the installed packages
-serve both. Every run is a process of its own on one thread, stopped from outside after a few
+DIFFUSERS, DMD2 and FASTGEN are checkouts of huggingface/diffusers, tianweiy/DMD2 and
+NVlabs/FastGen; the installed packages serve them, and FastGen needs attrs, einops, hydra-core and
+loguru. Every run is a process of its own on one thread, stopped from outside after a few
 iterations, so that ours and theirs are measured by the same hooks:
 
 iteration / bare   time of an iteration over that of its network calls alone, which are recorded
                    (inputs, gradients, active adapters) and replayed right after it, so that drift
                    of the machine cancels. Text and images are encoded in the iteration. Times are
                    of the processor, not the clock: other programs do not count.
-rows               samples that pass the denoiser in an iteration, forwards only
+rows               samples that enter the denoiser in an iteration, forwards only; those of which a
+                   head reads features alone leave it behind the middle block
 resident           bytes of denoiser weights, their gradients at an optimiser's step, and its state
 peak               of the process above what its imports took, in a run without replay
 
 LCM-LoRA: rank 64 on a small SDXL. dmd2, f_distill: on a small Stable Diffusion, one critic update,
-full roles as DMD2 trains them, and our shared layout (LoRA r=64). Peers that lack a package of no
-use here (wandb, lmdb, imageio) get a stand-in; DMD2's images, never read without its GAN, random
+full roles as DMD2 and FastGen train them, and our shared layout (LoRA r=64). FastGen always
+recomputes activations: f_distill_full does not, f_distill_recompute does. Peers that lack a package
+of no use here (wandb, lmdb, ...) get a stand-in; DMD2's images, never read without its GAN, random
 ones. Prints a table of ratios and writes OUTPUT_DIR/peers.json.
 """
 
@@ -37,8 +41,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -50,31 +57,62 @@ import peft  # noqa: F401
 import torch
 import torchvision  # noqa: F401
 import transformers  # noqa: F401
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from stepdistill.models.features import FeatureBlock, capture
+
 RANK, STEPS, WARM_UP = 64, 8, 2
 LATENT_SIZE = int(os.environ.get("PEERS_LATENT_SIZE", "16"))  # set by --latent_size
 WIDTHS = (64, 128)
-STAND_INS = ("wandb", "lmdb", "imageio")
-# name -> (model, updates of an iteration, layout, method and its options)
-OURS: dict[str, tuple[str, int, str, str, dict[str, Any]]] = {
-    "lcm_lora": (
+MIDDLE = FeatureBlock("mid_block", WIDTHS[-1], "map")
+STAND_INS = (
+    *("wandb", "lmdb", "imageio", "webdataset", "boto3", "botocore", "timm", "ftfy", "av", "cv2"),
+    *("decord", "pynvml", "pkg_resources"),
+)
+STAND_IN_PARTS = (
+    "wandb.util",
+    "imageio.v2",
+    "imageio.v3",
+    "botocore.config",
+    "botocore.exceptions",
+)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One of our runs. updates: optimiser steps of an iteration. recompute: of activations."""
+
+    model: str
+    updates: int
+    layout: str
+    method: str
+    options: Mapping[str, Any]
+    recompute: bool = False
+
+
+_DMD = {"num_steps": 1, "critic_steps": 1, "guidance": 3.0}
+_F = {**_DMD, "gan": {"weight_g": 1e-3, "source": "teacher"}}
+OURS = {
+    "lcm_lora": Ours(
         "sdxl", 1, "lora", "consistency",
         {"target": "self", "loss": "huber", "guidance_range": (4.0, 16.0)},
     ),
-    "dmd2_full": ("sd", 2, "full", "dmd2", {"num_steps": 1, "critic_steps": 1, "guidance": 3.0}),
-    "dmd2_shared": ("sd", 2, "lora", "dmd2", {"num_steps": 1, "critic_steps": 1, "guidance": 3.0}),
-    "f_distill_shared": (
-        "sd", 2, "lora", "f_distill",
-        {"num_steps": 1, "critic_steps": 1, "guidance": 3.0, "gan": {"weight_g": 1e-2}},
-    ),
+    "dmd2_full": Ours("sd", 2, "full", "dmd2", _DMD),
+    "dmd2_shared": Ours("sd", 2, "lora", "dmd2", _DMD),
+    "f_distill_full": Ours("sd", 2, "full", "f_distill", _F),
+    "f_distill_recompute": Ours("sd", 2, "full", "f_distill", _F, recompute=True),
+    "f_distill_shared": Ours("sd", 2, "lora", "f_distill", _F),
 }  # fmt: skip
-# A peer's case, and which of ours does the same work.
-PEERS = {"lcm_lora": ("lcm_lora",), "dmd2": ("dmd2_full", "dmd2_shared")}
+# A peer's case: updates of its iteration, and which of ours do the same work.
+PEERS = {
+    "lcm_lora": (1, ("lcm_lora",)),
+    "dmd2": (2, ("dmd2_full", "dmd2_shared")),
+    "fastgen": (3, ("f_distill_full", "f_distill_recompute", "f_distill_shared")),
+}
 
 
 # ------------------------------------------------------------------ model and data
@@ -113,17 +151,29 @@ class Call:
         self.args, self.kwargs = _detached(args), _detached(kwargs)
         self.state = _state(net)
         self.rows = len(args[0] if args else kwargs["sample"])
+        self.features_alone = False
 
     def run(self) -> None:
         """Forward, and backward to weights and inputs where the recorded call had a graph."""
         kept = _state(self.net)
         _restore(self.state)
         with torch.set_grad_enabled(self.grad):
-            out = self.net(*self.args, **self.kwargs)
-            made: Tensor = out[0] if isinstance(out, tuple) else out.sample
-            if made.requires_grad:
-                made.square().mean().backward()
+            made = sum(x.square().mean() for x in self._outputs())
+            if isinstance(made, Tensor) and made.requires_grad:
+                made.backward()
         _restore(kept)
+
+    def _outputs(self) -> list[Tensor]:
+        """What the loss went through: the features where there are any, else the output."""
+        if self.features_alone:
+            with capture(self.net, {"mid": MIDDLE}, only=True) as found:
+                self.net(*self.args, **self.kwargs)
+            return list(found.values())
+        out = self.net(*self.args, **self.kwargs)
+        if isinstance(out, list):  # FastGen's: features, or the output and then its features
+            return out[1] if isinstance(out[-1], list) else out
+        first: Tensor = out if isinstance(out, Tensor) else out[0]
+        return [first]
 
 
 def _state(net: Any) -> tuple[list[Any], list[Any]]:
@@ -174,7 +224,11 @@ class Meter:
             begun = time.process_time()
             self.calls.append(Call(net, args, kwargs))
             self.own += time.process_time() - begun
-            return outer(net, *args, **kwargs)
+            try:
+                return outer(net, *args, **kwargs)
+            except BaseException:
+                self.calls[-1].features_alone = True
+                raise
 
         self._plain, self._recording = outer, call
         handle = register_optimizer_step_post_hook(self._stepped)
@@ -249,7 +303,7 @@ def run_ours(root: Path, name: str, batch: int, where: Path) -> Callable[[], obj
     from stepdistill.data.images import ImageFolderDataset
     from stepdistill.trainers import TRAINER_OF
 
-    model, _, layout, method, options = OURS[name]
+    ours = OURS[name]
     args = TrainConfig(
         output_dir=str(where),
         train_batch_size=batch,
@@ -257,13 +311,25 @@ def run_ours(root: Path, name: str, batch: int, where: Path) -> Callable[[], obj
         cache_latents=False,  # as the peers do it
         max_cached_prompts=0,
         disable_progress_bar=True,
-        tuning=Tuning(student=layout, fake=layout, rank=RANK),  # type: ignore[arg-type]
+        gradient_checkpointing=ours.recompute,
+        tuning=Tuning(student=ours.layout, fake=ours.layout, rank=RANK),  # type: ignore[arg-type]
     )
     data: Any = ImageFolderDataset(root / "images", 2 * LATENT_SIZE)
-    if method == "dmd2":
+    if ours.method == "dmd2":
         data = (root / "prompts.txt").read_text().splitlines()
-    made = TRAINER_OF[method](root / model, args, data, method=method, method_config=options)
+    made = TRAINER_OF[ours.method](
+        root / ours.model, args, data, method=ours.method, method_config=dict(ours.options)
+    )
     return made.train
+
+
+def stand_in() -> None:
+    """Something to import in place of each package that is missing and of no use here."""
+    for name in STAND_INS:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            parts = [part for part in STAND_IN_PARTS if part.startswith(f"{name}.")]
+            for full in (name, *parts):
+                sys.modules[full] = MagicMock(__spec__=ModuleSpec(full, None), __path__=[])
 
 
 def run_lcm(root: Path, peer: Path, batch: int, where: Path) -> Callable[[], object]:
@@ -279,9 +345,7 @@ def run_lcm(root: Path, peer: Path, batch: int, where: Path) -> Callable[[], obj
 
 
 def run_dmd2(root: Path, peer: Path, batch: int, where: Path) -> Callable[[], object]:
-    for name in STAND_INS:
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            sys.modules |= {name: MagicMock(), f"{name}.v2": MagicMock()}
+    stand_in()
     known = inspect.signature(accelerate.Accelerator.__init__).parameters
     own = accelerate.Accelerator
 
@@ -326,17 +390,71 @@ def run_dmd2(root: Path, peer: Path, batch: int, where: Path) -> Callable[[], ob
     return run
 
 
+def run_fastgen(root: Path, peer: Path, batch: int, where: Path) -> Callable[[], object]:
+    """Its f-distill trainer: a critic update, then one of the student, each on a batch anew."""
+    stand_in()
+    os.environ.setdefault("HF_HOME", str(where))
+    sys.path.insert(0, str(peer))
+    from fastgen.configs.callbacks import GradClip_CALLBACK  # type: ignore[import-not-found]
+    from fastgen.configs.methods import config_f_distill  # type: ignore[import-not-found]
+    from fastgen.networks.discriminators import (  # type: ignore[import-not-found]
+        Discriminator_SD15,
+    )
+    from fastgen.networks.SD15.network import (  # type: ignore[import-not-found]
+        StableDiffusion15,
+    )
+    from fastgen.trainer import Trainer  # type: ignore[import-not-found]
+    from fastgen.utils import LazyCall, instantiate  # type: ignore[import-not-found]
+
+    def batches(batch_size: int) -> Iterator[dict[str, Any]]:
+        from stepdistill.data.images import ImageFolderDataset
+
+        images, index = ImageFolderDataset(root / "images", 2 * LATENT_SIZE), 0
+        while True:
+            items = [images[(index + i) % len(images)] for i in range(batch_size)]
+            index += batch_size
+            prompts = [item["prompt"] for item in items]
+            yield {
+                "real": torch.stack([item["image"] for item in items]),
+                "condition": prompts,
+                "neg_condition": [""] * batch_size,
+            }
+
+    local = partial(DDIMScheduler.from_pretrained, root / "sd", subfolder="scheduler")
+    DDIMScheduler.from_pretrained = lambda *_args, **_kwargs: local()  # SD 1.5's, from the Hub
+    config = config_f_distill.create_config()
+    config.trainer.callbacks = GradClip_CALLBACK
+    config.trainer.resume = False
+    config.dataloader_train = LazyCall(batches)(batch_size=batch)
+    model = config.model
+    model.net = LazyCall(StableDiffusion15)(model_id=str(root / "sd"))
+    model.device, model.input_shape = "cpu", [4, LATENT_SIZE, LATENT_SIZE]
+    model.discriminator = LazyCall(Discriminator_SD15)(
+        feature_indices={len(WIDTHS)},  # the middle block
+        all_res=[LATENT_SIZE // 2] * (len(WIDTHS) + 1),
+        in_channels=WIDTHS[-1],
+    )
+    model.guidance_scale, model.student_update_freq = 3.0, 2
+    model.sample_t_cfg.time_dist_type = "uniform"
+    model.sample_t_cfg.min_t, model.sample_t_cfg.max_t = 0.001, 0.999
+    config.model_class.config = model
+    made = instantiate(config.model_class)
+    return lambda: Trainer(config).run(made)
+
+
+RUN_PEER = {"lcm_lora": run_lcm, "dmd2": run_dmd2, "fastgen": run_fastgen}
+
+
 def child(told: dict[str, Any]) -> None:
     """One measured run; prints its JSON as the last line."""
     torch.set_num_threads(1)
     root, where, batch = Path(told["root"]), Path(told["where"]), told["batch"]
     where.mkdir(parents=True, exist_ok=True)
+    case = told["case"]
     if told["peer"] is None:
-        updates, train = OURS[told["case"]][1], run_ours(root, told["case"], batch, where)
-    elif told["case"] == "lcm_lora":
-        updates, train = 1, run_lcm(root, Path(told["peer"]), batch, where)
+        updates, train = OURS[case].updates, run_ours(root, case, batch, where)
     else:
-        updates, train = 2, run_dmd2(root, Path(told["peer"]), batch, where)
+        updates, train = PEERS[case][0], RUN_PEER[case](root, Path(told["peer"]), batch, where)
     meter, base = Meter(updates, told["replay"]), told["base"]
     try:
         with meter.watching():
@@ -376,8 +494,11 @@ def peer_case(peer: Path) -> str:
         return "lcm_lora"
     if (peer / "main" / "train_sd.py").is_file():
         return "dmd2"
+    if (peer / "fastgen" / "trainer.py").is_file():
+        return "fastgen"
     raise ValueError(
-        f"peer: expected Diffusers' train_lcm_distill_lora_sdxl.py or a DMD2 checkout, got {peer}."
+        f"peer: expected Diffusers' train_lcm_distill_lora_sdxl.py, or a checkout of DMD2 or "
+        f"FastGen, got {peer}."
     )
 
 
@@ -388,6 +509,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--only", nargs="+", choices=list(OURS), default=list(OURS))
     parser.add_argument("--latent_size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=1, help="medians of so many runs in turn")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child is not None:
@@ -399,25 +521,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     root = args.output_dir.resolve()
     build(root)
-    names = args.only if case is None else [n for n in PEERS[case] if n in args.only]
+    names = args.only if case is None else [n for n in PEERS[case][1] if n in args.only]
     rows: list[dict[str, Any]] = []
     print("| run | batch | iteration / bare | rows | resident, MiB | peak, MiB | ours / peer: "
           "time | resident | peak |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for batch in args.batch_sizes:
-        told = {"root": str(root), "batch": batch}
-        theirs = None
+        told = {"root": str(root), "batch": batch, "peer": None}
+        runs = {name: {**told, "case": name} for name in names}
         if case is not None:
-            peer = str(args.peer.resolve())
-            where = str(root / f"peer-{case}-{batch}")
-            theirs = measure({**told, "case": case, "peer": peer, "where": where})
-            rows.append({"run": f"peer {case}", "batch": batch, **theirs})
-            print(line(rows[-1], None), flush=True)
-        for name in names:
-            where = str(root / f"{name}-{batch}")
-            ours = measure({**told, "case": name, "peer": None, "where": where})
-            rows.append({"run": name, "batch": batch, **ours})
-            print(line(rows[-1], theirs), flush=True)
+            runs = {f"peer {case}": {**told, "case": case, "peer": str(args.peer.resolve())}} | runs
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+        for repeat in range(args.repeats):  # in turn, so that drift of the machine meets all alike
+            for name, one in runs.items():
+                where = str(root / f"{name.replace(' ', '-')}-{batch}-{repeat}")
+                found[name].append(measure({**one, "where": where}))
+        made = {name: medians(several) for name, several in found.items()}
+        theirs = None if case is None else made[f"peer {case}"]
+        for name, row in made.items():
+            rows.append({"run": name, "batch": batch, **row})
+            print(line(rows[-1], None if row is theirs else theirs), flush=True)
     (root / "peers.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def medians(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One measurement of several of the same run, and the seconds of each."""
+    middle = {key: statistics.median(one[key] for one in several) for key in several[0]}
+    return {**middle, "all_seconds": [one["seconds"] for one in several]}
 
 
 def line(row: dict[str, Any], theirs: dict[str, Any] | None) -> str:
