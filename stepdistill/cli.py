@@ -14,9 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; a user's mistake ends with one line and status 1."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
-        from stepdistill.trainers import launch
-
-        return launch(argv[1:])
+        return _train(argv[1:])
     if argv[:1] == ["plan"]:
         return _plan(argv[1:])
     if argv[:1] == ["evaluate"]:
@@ -118,14 +116,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _train(argv: Sequence[str]) -> None:
+    """Train and export; --help and mistyped options are answered before networks are imported."""
+    from stepdistill.training.configfile import parse_run_config
+
+    try:
+        parse_run_config(argv, prog="stepdistill train")
+    except (ValueError, TypeError, OSError) as err:
+        sys.exit("error: " + " ".join(str(err).split()))
+    from stepdistill.trainers import launch
+
+    launch(argv)
+
+
 def _cache(argv: Sequence[str]) -> None:
     """Fill --cache_dir with the files and flags of a run; the method does not matter."""
     from stepdistill.training.configfile import parse_run_config
-    from stepdistill.training.precompute import cache_run
-    from stepdistill.training.sources import open_dataset
 
     try:
         run = parse_run_config(argv, prog="stepdistill cache", method="dmd2")
+        from stepdistill.training.precompute import cache_run
+        from stepdistill.training.sources import open_dataset
+
         cache_run(run, open_dataset(run))
     except (ValueError, TypeError, OSError) as err:
         sys.exit("error: " + " ".join(str(err).split()))
@@ -133,7 +145,6 @@ def _cache(argv: Sequence[str]) -> None:
 
 def _plan(argv: Sequence[str]) -> None:
     """Forecast memory and hours of a run from configurations alone; exit 1 where it won't fit."""
-    from stepdistill.planning.report import print_plan
     from stepdistill.training.configfile import parse_run_config
 
     parser = argparse.ArgumentParser(prog="stepdistill plan", add_help=False, allow_abbrev=False)
@@ -143,6 +154,8 @@ def _plan(argv: Sequence[str]) -> None:
     own, rest = parser.parse_known_args(argv)
     try:
         run = parse_run_config(rest, prog="stepdistill plan")
+        from stepdistill.planning.report import print_plan
+
         fits = print_plan(run, own.num_gpus, own.gpu, own.memory_gb)
     except (ValueError, TypeError) as err:
         sys.exit(f"error: {err}")

@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import BitsAndBytesConfig, TorchAoConfig
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-Quantization = Literal["none", "int8", "nf4"]
 PACKAGE = {"int8": "torchao", "nf4": "bitsandbytes"}
 BLOCK = 64  # weights of one nf4 scale
 WHERE = "tuning.base_quantization"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from stepdistill.models.quantization import Quantization
+Quantization = Literal["none", "int8", "nf4"]  # here, so that reading options imports no network
 
 Layout = Literal["lora", "full"]
 
