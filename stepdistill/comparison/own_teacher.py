@@ -26,7 +26,7 @@ from stepdistill.demo.recipes import Training
 from stepdistill.evaluation.metrics import System
 from stepdistill.evaluation.run import Options, evaluate
 from stepdistill.methods import METHODS
-from stepdistill.models.registry import conditioning_of
+from stepdistill.models.registry import conditioning_of, reads_image
 from stepdistill.training.configfile import merge, method_class, read_yaml
 
 from .ground import PAIRS_SECONDS, TEACHER_ROWS, Ground, Plain
@@ -71,10 +71,10 @@ class OwnTeacher(Ground):
     def __init__(self, out: Path, own: Own) -> None:
         super().__init__(out)
         self.own = own
-        if conditioning_of(own.teacher) != "prompt":
+        if conditioning_of(own.teacher) != "prompt" or reads_image(own.teacher):
             raise ValueError(
-                f"compare: expected a teacher told by prompts, got {own.teacher!r}. Train each "
-                "method by itself and use stepdistill evaluate."
+                f"compare: expected a teacher told by prompts alone, got {own.teacher!r}. Train "
+                "each method by itself and use stepdistill evaluate."
             )
 
     def teacher(self) -> str:

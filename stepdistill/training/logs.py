@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from stepdistill.training.watchdog import Watchdog, WatchdogStop
 from stepdistill.training.whole import fault_of, write_text
 
 _REPORT_SECONDS = 20.0  # between live reports at log lines; validations always write one
+_SECONDS_IN_A_FILE = 10.0  # between bars where standard error is no terminal
 
 
 class RunLog:
@@ -74,7 +76,11 @@ class RunLog:
         self._window_start = (step, seconds)
         if self._accelerator.is_main_process and not self._args.disable_progress_bar:
             self._bar = tqdm(
-                total=self._args.max_train_steps, initial=step, desc="distil", unit="step"
+                total=self._args.max_train_steps,
+                initial=step,
+                desc="distil",
+                unit="step",
+                mininterval=0.1 if sys.stderr.isatty() else _SECONDS_IN_A_FILE,
             )
 
     @staticmethod
@@ -154,7 +160,7 @@ class RunLog:
             losses = {
                 k.removeprefix("loss/"): f"{v:.4g}" for k, v in values.items() if "loss/" in k
             }
-            self._bar.set_postfix(losses)
+            self._bar.set_postfix(losses, refresh=False)
             self._bar.update(step - self._bar.n)
         if time.monotonic() - self._reported > _REPORT_SECONDS:
             self.report()

@@ -62,6 +62,15 @@ def own(tmp_path: Path, tmp_path_factory, **more) -> OwnTeacher:
     return OwnTeacher(tmp_path, Own(**given, features=["digits"], **more))
 
 
+@pytest.mark.parametrize("family", ["dit", "unet2d", "wan_i2v"])
+def test_a_teacher_told_by_more_or_less_than_prompts_is_refused(
+    tmp_path, tmp_path_factory, family
+) -> None:
+    told = Own(str(teacher_dir(family, tmp_path_factory)), "p.txt", features=["digits"])
+    with pytest.raises(ValueError, match="told by prompts alone"):
+        OwnTeacher(tmp_path, told)
+
+
 def test_what_is_the_same_for_all_lies_over_a_method_s_file(tmp_path, tmp_path_factory) -> None:
     over = tmp_path / "over.yaml"
     over.write_text("learning_rate: 0.5\n")
