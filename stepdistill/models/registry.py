@@ -6,7 +6,6 @@ Everything that can be wrong with a model id is said before a weight is read.
 from __future__ import annotations
 
 import difflib
-import inspect
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +13,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
@@ -181,15 +179,13 @@ def load_encoders(
     """A family to encode prompts and images with: no weight of its denoiser is read or held.
 
     Its denoiser has its configuration and shapes, and one zero on `device` for all weights. It is
-    loaded after all with teacher_lora, as merging reads both, and where the stock class calls its
-    denoiser optional (Wan), as Diffusers then loads it whatever it is handed.
+    loaded after all with teacher_lora, as merging reads both.
     """
     parts: dict[str, Any] = {}
     hub = {"revision": revision} if revision else {}
     index = model_index(model, single_file_config, **hub)
     name = family_for(index["_class_name"]).net_name
-    taken = inspect.signature(getattr(diffusers, index["_class_name"])).parameters
-    if not teacher_lora and taken[name].default is inspect.Parameter.empty:
+    if not teacher_lora:
         where = config_source(model, single_file_config)
         parts[name] = weightless(where, index, name, device, **hub)
     return load_family(

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, pipelines
 from safetensors import SafetensorError, safe_open
@@ -106,11 +107,13 @@ def check_weights(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> Any:
-    """DiffusionPipeline.from_pretrained of a checked folder or a Hub id.
+    """from_pretrained of a checked folder or a Hub id, by the pipeline class that its index names.
 
+    DiffusionPipeline's own would read an optional part (Wan's denoiser) that `options` hand over.
     Errors: ValueError for whatever a broken folder makes the stock loader raise.
     """
-    return _load_checked(DiffusionPipeline, model, index, options)
+    cls = getattr(diffusers, index["_class_name"], DiffusionPipeline)
+    return _load_checked(cls, model, index, options)
 
 
 def load_part(model: str | Path, index: Mapping[str, Any], name: str, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from stepdistill.training.encoded import encoder_facts
 CPU = torch.device("cpu")
 # Their pipelines ask the denoiser for different things; Lumina2's device is that of its denoiser.
 FAMILIES = ["sd_v", "sdxl", "sd3", "flux", "pixart", "lumina2", "sana", "qwen_image", "dit"]
+FAMILIES += ["wan"]  # whose pipeline calls its denoiser optional
 
 
 def stripped(source: Path, folder: Path, net: str) -> Path:
@@ -51,12 +52,6 @@ def test_all_weights_are_one_zero(tmp_path_factory) -> None:
     assert {n: p.shape for n, p in net.named_parameters()} == {
         n: p.shape for n, p in plain.named_parameters()
     }
-
-
-def test_a_denoiser_that_its_pipeline_calls_optional_is_loaded(tmp_path_factory) -> None:
-    """Diffusers loads Wan's whatever it is handed."""
-    net = load_encoders(teacher_dir("wan", tmp_path_factory), CPU).net
-    assert any(float(p.abs().sum()) > 0 for p in net.parameters())
 
 
 def test_a_broken_configuration_is_said(tmp_path, tmp_path_factory) -> None:
