@@ -93,12 +93,16 @@ Loss = Callable[[Nets, Batch, Ctx], Losses]
 
 @dataclass(frozen=True)
 class Phase:
-    """A loss and the roles it trains; one optimiser update for each of `repeat` repeats."""
+    """A loss and the roles it trains; one optimiser update for each of `repeat` repeats.
+
+    reads_x0: whether the loss reads batch.x0; where not, no image is encoded for it.
+    """
 
     name: str
     loss: Loss
     trains: tuple[str, ...]
     repeat: int = 1
+    reads_x0: bool = True
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,16 @@ class DMD2(Method[DMD2Config]):
         trained = {"student": Role(train=True), "fake": Role(train=True)}
         return {"teacher": Role(), **trained, **self.config.gan.roles()}
 
+    @property
+    def _student_reads_x0(self) -> bool:
+        """The student's loss, not the head's, which sees real images beside its samples."""
+        return self.config.rollout == "data"
+
     def phases(self, step: int) -> Sequence[Phase]:
         """One student update, then critic_steps updates of the fake (and head)."""
         critics = ("fake", *self.config.gan.roles())
         return (
-            Phase("student", self._student_loss, ("student",)),
+            Phase("student", self._student_loss, ("student",), reads_x0=self._student_reads_x0),
             Phase("fake", self._fake_loss, critics, self.config.critic_steps),
         )
 

@@ -47,8 +47,8 @@ class BatchMaker:
         self._null: Cond | None = None
 
     @torch.no_grad()
-    def __call__(self, raw: dict[str, Any]) -> Batch:
-        """The Batch of a collated dict (see data.stream.collate)."""
+    def __call__(self, raw: dict[str, Any], with_x0: bool = True) -> Batch:
+        """The Batch of a collated dict (see data.stream.collate); x0 None where not with_x0."""
         prompts: list[Any]
         if self.family.conditioning == "none":
             prompts = [0] * len(raw["index"])
@@ -68,7 +68,7 @@ class BatchMaker:
             cond=cond,
             null=null,
             shape=self.shape,
-            x0=self._x0(raw),
+            x0=self._x0(raw) if with_x0 else None,
             noise=raw["noise"].to(self.device).float() if "noise" in raw else None,
             prompts=tuple(prompts) if "prompt" in raw else None,
             extra={

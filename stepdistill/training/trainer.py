@@ -205,7 +205,7 @@ class Trainer:
         self.bank.train_only(phase.trains)
         self.optimizer.zero_grad(set_to_none=True)
         for micro, kept in enumerate(carry):
-            batch = self.batches(next(data))
+            batch = self.batches(next(data), phase.reads_x0)
             self.batches_seen += 1
             ctx = Ctx(
                 seed=args.seed,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,13 +18,15 @@ import torch
 from support.runs import METHOD_CASES, build_trainer, teacher_dir
 from torch import Tensor
 
+from stepdistill import DistributionMatchingTrainer, TrainConfig
 from stepdistill.methods import METHODS
 from stepdistill.models.role_denoiser import RoleDenoiser
 
 BSZ = 2
 # (adapter or "base", rows, with gradients) of each call of one iteration at batch 2, in order.
 TEACHER = ("base", 2 * BSZ, False)  # guided: both conditions in one batch
-SEES = ("base", BSZ, True)  # the frozen teacher's features, under a head that trains
+SEES = ("base features", BSZ, True)  # the frozen teacher's alone, under a head that trains
+FEATURES = ("fake features", BSZ, True)
 CALLS: dict[str, list[tuple[str, int, bool]]] = {
     "dmd2": [
         ("student", BSZ, True), ("fake", BSZ, False), TEACHER, ("fake", BSZ, True),
@@ -34,12 +37,12 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
         ("fake", BSZ, True),
     ],
     "dmd2_gan": [
-        ("student", BSZ, True), ("fake", BSZ, False), TEACHER, ("fake", BSZ, True),
-        ("fake", BSZ, True), ("fake", BSZ, True), ("fake", BSZ, True),
+        ("student", BSZ, True), ("fake", BSZ, False), TEACHER, FEATURES,
+        ("fake", BSZ, True), FEATURES, FEATURES,
     ],
     "f_distill": [
         ("student", BSZ, True), ("fake", BSZ, True), TEACHER,
-        ("fake", BSZ, True), ("fake", BSZ, True), ("fake", BSZ, True),
+        ("fake", BSZ, True), FEATURES, FEATURES,
     ],
     "vsd": [("student", BSZ, True), ("fake", 2 * BSZ, False), TEACHER, ("fake", BSZ, True)],
     "tscd": [("student", BSZ, True), TEACHER, ("target", BSZ, False)],
@@ -91,17 +94,24 @@ def digest(*tensors: Tensor | None) -> str:
 @contextmanager
 def observed(monkeypatch: pytest.MonkeyPatch, seen: Iteration) -> Iterator[None]:
     """Within: `seen` fills."""
-    raw = RoleDenoiser.raw
+    raw, features = RoleDenoiser.raw, RoleDenoiser.features
 
-    def call(self: Any, x_t: Tensor, t: Tensor, cond: Any, s: Any, w: Any, features: Any) -> Any:
+    def note(self: Any, kind: str, x_t: Tensor, *told: Tensor | None) -> None:
         with monkeypatch.context() as unread:
             for name, own in originals.items():
                 unread.setattr(Tensor, name, own)
-            told = digest(x_t, t, s, w, *cond.tensors.values())
+            read = digest(x_t, *told)
         role = self._adapter or "base"
-        seen.calls.append((role, len(x_t), torch.is_grad_enabled()))
-        seen.inputs.append((id(self._net), role, told))
-        return raw(self, x_t, t, cond, s, w, features)
+        seen.calls.append((role + kind, len(x_t), torch.is_grad_enabled()))
+        seen.inputs.append((id(self._net), role, read))
+
+    def call(self: Any, x_t: Tensor, t: Tensor, cond: Any, s: Any, w: Any, names: Any) -> Any:
+        note(self, "", x_t, t, s, w, *cond.tensors.values())
+        return raw(self, x_t, t, cond, s, w, names)
+
+    def call_features(self: Any, x_t: Tensor, t: Tensor, cond: Any, names: Any) -> Any:
+        note(self, " features", x_t, t, *cond.tensors.values())
+        return features(self, x_t, t, cond, names)
 
     def reading(own: Callable[..., Any]) -> Callable[..., Any]:
         def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -114,6 +124,7 @@ def observed(monkeypatch: pytest.MonkeyPatch, seen: Iteration) -> Iterator[None]
     originals = {name: getattr(Tensor, name) for name in READS}
     with monkeypatch.context() as patch:
         patch.setattr(RoleDenoiser, "raw", call)
+        patch.setattr(RoleDenoiser, "features", call_features)
         for name, own in originals.items():
             patch.setattr(Tensor, name, reading(own))
         yield
@@ -145,6 +156,47 @@ def test_an_iteration_calls_its_networks_so(case, monkeypatch, tmp_path, tmp_pat
     assert seen.calls == CALLS[case]
     assert len(set(seen.inputs)) == len(seen.inputs), "a network was asked the same twice"
     assert seen.reads <= HOST, "reading a tensor would wait for the device"
+
+
+class Pictures:
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": torch.zeros(3, 16, 16), "prompt": f"picture {index}"}
+
+
+@pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
+@pytest.mark.parametrize(
+    ("rollout", "encoded"),
+    [("pure_noise", {"fake": 2 * BSZ}), ("data", {"student": BSZ, "fake": 2 * BSZ})],
+)
+def test_images_are_encoded_for_losses_that_read_them(
+    rollout, encoded, tmp_path, tmp_path_factory
+) -> None:
+    args = TrainConfig(
+        output_dir=str(tmp_path / "run"), train_batch_size=BSZ, max_train_steps=1,
+        checkpointing_steps=0, cache_latents=False, disable_progress_bar=True,
+    )  # fmt: skip
+    options = {"num_steps": 1, "critic_steps": 2, "gan": {"weight_g": 1e-2}, "rollout": rollout}
+    trainer: Any = DistributionMatchingTrainer(
+        teacher_dir("sd", tmp_path_factory), args, Pictures(), method="dmd2", method_config=options
+    )
+    counts: Counter[str] = Counter()
+    update, latents = trainer._update, trainer.family.latents
+
+    def watched(phase: Any, *more: Any) -> None:
+        def encode(images: Tensor) -> Tensor:
+            counts[phase.name] += len(images)
+            made: Tensor = latents(images)
+            return made
+
+        trainer.family.latents = encode
+        update(phase, *more)
+
+    trainer._update = watched
+    trainer.train()
+    assert counts == encoded
 
 
 def test_every_method_is_counted() -> None:
