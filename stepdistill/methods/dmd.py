@@ -60,10 +60,6 @@ class DMD(DMD2):
     def needs(self) -> frozenset[str]:
         return frozenset({"cond", "x0", "noise"})
 
-    @property
-    def _student_reads_x0(self) -> bool:
-        return True
-
     def scorers(self) -> dict[str, ScorerSpec]:
         return {"lpips": self.config.lpips.spec} if judged(self.config.regression) else {}
 

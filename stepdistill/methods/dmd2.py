@@ -3,8 +3,7 @@
 The frozen teacher ("real") and a "fake" denoiser fitted to the student's samples see the same
 noised sample; the difference of their denoised means is the student's gradient (reverse KL).
 Source: Yin et al. 2024, arXiv:2405.14867, and its released code.
-Differs from the paper: training times follow the shifted law cut to the given range (ports clamp
-to it, piling mass on its ends).
+Differs from the paper: times follow the shifted law cut to the range (ports pile mass on its ends).
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W), K heads. t: (B,).
@@ -51,16 +50,12 @@ class DMD2(Method[DMD2Config]):
         trained = {"student": Role(train=True), "fake": Role(train=True)}
         return {"teacher": Role(), **trained, **self.config.gan.roles()}
 
-    @property
-    def _student_reads_x0(self) -> bool:
-        """The student's loss, not the head's, which sees real images beside its samples."""
-        return self.config.rollout == "data"
-
     def phases(self, step: int) -> Sequence[Phase]:
         """One student update, then critic_steps updates of the fake (and head)."""
         critics = ("fake", *self.config.gan.roles())
+        for_head = self.config.gan.enabled and self.config.rollout != "data"  # images, if any
         return (
-            Phase("student", self._student_loss, ("student",), reads_x0=self._student_reads_x0),
+            Phase("student", self._student_loss, ("student",), reads_x0=not for_head),
             Phase("fake", self._fake_loss, critics, self.config.critic_steps),
         )
 
