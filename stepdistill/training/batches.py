@@ -20,6 +20,8 @@ from stepdistill.models.family import Family
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.encoded import EncodedCache, image_key
 
+_PIXELS_AT_ONCE = 2**20  # of images encoded in one call: what one of 1024 x 1024 px takes
+
 
 class BatchMaker:
     """Turns raw batches into Batches with a family's own encoding code.
@@ -110,6 +112,11 @@ class BatchMaker:
         if not {"image", "content"} & raw.keys() or self.family.reads_image:
             return None  # of the latter the image is the first frame alone
         images: Any = raw["image"] if "image" in raw else [None] * len(raw["index"])
+        uncached = not self._max_latents and (self.disk is None or self.disk.latents is None)
+        if uncached and isinstance(images, Tensor):
+            at_once = max(1, _PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
+            made = [self.family.latents(some).float() for some in images.split(at_once)]
+            return torch.cat(made).to(self.device)
         parts = []
         for row, image in enumerate(images):
             content = raw["content"][row] if "content" in raw else None

@@ -410,3 +410,19 @@ def test_command_shares_the_work_among_processes(teacher, tmp_path) -> None:
         assert a is not None
         assert b is not None
         assert fingerprint(a.tensors) == fingerprint(b.tensors)
+
+
+def test_uncached_images_are_encoded_a_megapixel_at_once(make_family) -> None:
+    family = make_family("sd")
+    images = torch.rand(5, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    calls: list[int] = []
+
+    def latents(some: Tensor) -> Tensor:
+        calls.append(len(some))
+        return some.mean((2, 3), keepdim=True)
+
+    family.latents = latents  # type: ignore[method-assign]
+    raw = {"index": list(range(5)), "prompt": ["a"] * 5, "image": images}
+    batch = BatchMaker(family, CPU, cache_latents=False)(raw)
+    assert calls == [4, 1]
+    assert torch.equal(batch.x0, latents(images))
