@@ -112,8 +112,9 @@ def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> A
     DiffusionPipeline's own would read an optional part (Wan's denoiser) that `options` hand over.
     Errors: ValueError for whatever a broken folder makes the stock loader raise.
     """
-    cls = getattr(diffusers, index["_class_name"], DiffusionPipeline)
-    return _load_checked(cls, model, index, options)
+    named = getattr(diffusers, index["_class_name"], None)
+    known = isinstance(named, type) and issubclass(named, DiffusionPipeline)
+    return _load_checked(named if known else DiffusionPipeline, model, index, options)
 
 
 def load_part(model: str | Path, index: Mapping[str, Any], name: str, **options: Any) -> Any:
