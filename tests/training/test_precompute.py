@@ -417,7 +417,7 @@ def test_uncached_images_are_encoded_a_megapixel_at_once(make_family) -> None:
     images = torch.rand(5, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
     calls: list[int] = []
 
-    def latents(some: Tensor) -> Tensor:
+    def latents(some: torch.Tensor) -> torch.Tensor:
         calls.append(len(some))
         return some.mean((2, 3), keepdim=True)
 
