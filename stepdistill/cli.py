@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,8 +30,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return _cache(argv[1:])
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = args.run
-    try:
+    with _mistakes_in_one_line():
         return run(args)
+
+
+@contextmanager
+def _mistakes_in_one_line() -> Iterator[None]:
+    """Within: a user's mistake ends the command with one line and status 1."""
+    try:
+        yield
     except (ValueError, TypeError, FloatingPointError, OSError) as err:
         sys.exit("error: " + " ".join(str(err).split()))
 
@@ -120,10 +128,8 @@ def _train(argv: Sequence[str]) -> None:
     """Train and export; --help and mistyped options are answered before networks are imported."""
     from stepdistill.training.configfile import parse_run_config
 
-    try:
+    with _mistakes_in_one_line():
         parse_run_config(argv, prog="stepdistill train")
-    except (ValueError, TypeError, OSError) as err:
-        sys.exit("error: " + " ".join(str(err).split()))
     from stepdistill.trainers import launch
 
     launch(argv)
@@ -133,14 +139,12 @@ def _cache(argv: Sequence[str]) -> None:
     """Fill --cache_dir with the files and flags of a run; the method does not matter."""
     from stepdistill.training.configfile import parse_run_config
 
-    try:
+    with _mistakes_in_one_line():
         run = parse_run_config(argv, prog="stepdistill cache", method="dmd2")
         from stepdistill.training.precompute import cache_run
         from stepdistill.training.sources import open_dataset
 
         cache_run(run, open_dataset(run))
-    except (ValueError, TypeError, OSError) as err:
-        sys.exit("error: " + " ".join(str(err).split()))
 
 
 def _plan(argv: Sequence[str]) -> None:

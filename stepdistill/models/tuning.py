@@ -10,7 +10,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Quantization = Literal["none", "int8", "nf4"]  # here, so that reading options imports no network
-
 Layout = Literal["lora", "full"]
 
 
