@@ -1,4 +1,4 @@
-"""Shared set-up: no network, one thread, quiet libraries, and tiny families by name."""
+"""Shared set-up: no network, one thread, seeds, quiet libraries, and tiny families by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
+from accelerate.utils import set_seed
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +24,18 @@ from stepdistill.models.tiny import TINY
 torch.set_num_threads(1)
 diffusers_logging.set_verbosity_error()
 transformers_logging.set_verbosity_error()
+
+
+# Every fixture and every test draws from a seed of its own, so that what a run draws depends
+# neither on the tests before it nor on the worker that took it.
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: Any) -> None:
+    set_seed(crc32(f"{fixturedef.argname} {getattr(request, 'param', '')}".encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    set_seed(crc32(item.nodeid.encode()))
 
 
 def build_family(name: str) -> Family:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from support.runs import TinyData, fingerprint, teacher_dir
 from torch import Tensor
 
@@ -69,16 +71,13 @@ def test_the_adapter_around_a_quantised_net_is_the_stock_pipeline(int8: Family) 
 
 def test_a_merged_teacher_lora_is_quantised_after_merging(flux: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao", reason="int8 bases need torchao")
-    from peft import LoraConfig
-
     pipeline = load_family(flux).pipeline
-    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="gaussian")
+    # On the values, for an adapter on the queries moves the output by little more than rounding.
+    config = LoraConfig(r=2, target_modules=["to_v"], init_lora_weights="gaussian")
     pipeline.transformer.add_adapter(config)
     for name, param in pipeline.transformer.named_parameters():
         if "lora_B" in name:
             param.data.fill_(1.0)
-    from peft.utils import get_peft_model_state_dict
-
     state = get_peft_model_state_dict(pipeline.transformer)
     type(pipeline).save_lora_weights(tmp_path, transformer_lora_layers=state)
     with_lora = load_family(flux, teacher_lora=[str(tmp_path)])
