@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .students import Budget
+from .students import Budget, left_out
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,6 +31,8 @@ def parser() -> argparse.ArgumentParser:
     add("--processes", type=int, default=1, help="runs side by side; default 1")
     add("--curve_points", type=int, help="times that a student is judged while it trains, at the "
         "end, half, a quarter ... of its budget; default 4; 1: at the end alone")  # fmt: skip
+    add("--discard_students", action="store_true", help="keep none of them; else the best seed's "
+        "pipeline of each method and step count stays in OUTPUT_DIR/students")  # fmt: skip
     demo = made.add_argument_group("the demo's teacher")
     demo.add_argument("--demo_teacher_steps", type=int, help="a shorter training of it")
     demo.add_argument("--demo_pairs", type=int, help="default 4096")
@@ -77,6 +79,9 @@ def main(argv: Sequence[str]) -> None:
         compare(args)
     except (ValueError, TypeError, OSError) as err:
         sys.exit("error: " + " ".join(str(err).split()))
+    except KeyboardInterrupt:
+        print("stopped: the same call goes on.", file=sys.stderr)
+        sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -84,26 +89,29 @@ def main(argv: Sequence[str]) -> None:
 def compare(args: argparse.Namespace) -> Any:
     """The report.Comparison that the command ends with. Errors: ValueError for wrong flags."""
     from . import report, runs
-    from .student_run import CURVE_POINTS
 
     out = Path(args.output_dir)
     if args.budget is None:
         if args.methods:
             raise ValueError("budget: expected such as 240s beside --methods, got none.")
         return _show(report.write(out), out)
-    budget = Budget.parse(args.budget)
+    budget, points = Budget.parse(args.budget), _numbers(args)
     kind, options, settled = _described(args)
-    if kind == "own":
-        _check_methods(args)
-    points = CURVE_POINTS if args.curve_points is None else args.curve_points
-    if points < 1:
-        raise ValueError(f"curve_points: expected 1 or more, got {points}.")
-    runs.write_plan(out, kind, options, budget, settled, curve_points=points)
-    ground = runs.ground_of(out)
-    chosen = ground.students(_method_names(args.methods), args.steps)
+    ground = runs.make_ground(out, kind, options)
+    methods = _method_names(args.methods)
+    chosen = ground.students(methods, args.steps)
     if not chosen:
         raise ValueError(f"steps: expected step counts that the methods claim, got {args.steps}.")
-    ground.prepare()
+    for student in chosen:
+        ground.check_settings(student)
+    runs.check_finished(out, ground, chosen, args.seeds)
+    ground.check()
+    absent = left_out(ground.reaches(methods), chosen)
+    more = {"curve_points": points, "left_out": absent, "keeps": not args.discard_students}
+    runs.write_plan(out, kind, options, budget, settled, **more)
+    for name, why in absent.items():
+        print(f"{name}: left out, {why}", flush=True)
+    ground.prepare(ground.needs_pairs(chosen))
 
     def told(line: str) -> None:
         print(line, flush=True)
@@ -112,6 +120,20 @@ def compare(args: argparse.Namespace) -> Any:
     threads = 1 if kind == "digits" else max(1, (os.cpu_count() or 1) // args.processes)
     runs.run_all(out, chosen, args.seeds, args.processes, threads, told)
     return _show(report.write(out), out)
+
+
+def _numbers(args: argparse.Namespace) -> int:
+    """Of points of a curve. Errors: ValueError for numbers that are too small or said twice."""
+    from .student_run import CURVE_POINTS
+
+    points = CURVE_POINTS if args.curve_points is None else args.curve_points
+    least = {"curve_points": points, "processes": args.processes, "steps": min(args.steps or [1])}
+    for name, value in least.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}.")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise ValueError(f"seeds: expected different ones from 0 on, got {args.seeds}.")
+    return points
 
 
 def _described(args: argparse.Namespace) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -132,6 +154,14 @@ def _described(args: argparse.Namespace) -> tuple[str, dict[str, Any], dict[str,
     for name in ("prompts_file", "features", "methods"):
         if not getattr(args, name):
             raise ValueError(f"{name}: expected it beside --teacher, got none.")
+    if not Path(args.prompts_file).is_file():
+        raise ValueError(f"prompts_file: expected a text file, got {args.prompts_file!r}.")
+    if args.guidance is None:
+        print(
+            "guidance: none given, so each method follows that of its own file (the report says "
+            "which), not one teacher. Give --guidance for all.",
+            file=sys.stderr,
+        )
     told = {name: getattr(args, name) for name in OWN if getattr(args, name) is not None}
     judging = {n: getattr(args, n) for n in EVALUATION if getattr(args, n) is not None}
     own = Own(**told, methods=split_methods(args.methods), eval_options=judging)
@@ -140,12 +170,6 @@ def _described(args: argparse.Namespace) -> tuple[str, dict[str, Any], dict[str,
 
 def _method_names(texts: Sequence[str] | None) -> list[str]:
     return [text.partition("=")[0] for text in texts or []]
-
-
-def _check_methods(args: argparse.Namespace) -> None:
-    """Errors: ValueError for a missing prompts file, before anything is written."""
-    if not Path(args.prompts_file).is_file():
-        raise ValueError(f"prompts_file: expected a text file, got {args.prompts_file!r}.")
 
 
 def _show(found: Any, out: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,8 +25,8 @@ from stepdistill.demo.run import quiet_loading
 from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
 from stepdistill.evaluation.samples import PipelineSampler
 
-from .ground import PAIRS_SECONDS, TEACHER_ROWS, Ground, Plain
-from .students import ALIASES, Student, reach_of_recipes, students
+from .ground import TEACHER_ROWS, Ground, Plain
+from .students import ALIASES, Reach, Student, reach_of_recipes
 
 TEACHER_STEPS = (1, 2, 4, 8, 50)
 PAIRS, PAIR_STEPS = 4096, 16
@@ -56,20 +55,23 @@ class Digits(Ground):
     def teacher(self) -> str:
         return str(self.out / "teacher")
 
-    def prepare(self) -> None:
+    def check(self) -> None:
+        """Nothing that was said can be wrong yet: its numbers are checked where they are used."""
+
+    def prepare(self, needs_pairs: bool) -> None:
         torch.set_num_threads(1)
         digits, out = load_digit_splits(), self.out
         teacher = load_or_train_teacher(self.config, digits.train, out / "teacher")
         write_image_folder(digits.train, out / "data")
         prompts = out / "data" / "prompts.txt"
         prompts.write_text("".join(f"{prompt_for(k)}\n" for k in range(len(DIGIT_NAMES))))
-        took = out / PAIRS_SECONDS
-        if not took.is_file():
-            shutil.rmtree(out / "pairs", ignore_errors=True)
-            start = time.process_time()
+
+        def pairs() -> None:
             make_pairs(str(teacher.folder), prompts, out / "pairs", num_pairs=self.pairs,
                        num_steps=PAIR_STEPS, batch_size=256)  # fmt: skip
-            took.write_text(json.dumps(time.process_time() - start))
+
+        if needs_pairs:
+            self.pairs_made(pairs, time.process_time)
         kept = out / TEACHER_ROWS
         if not kept.is_file():
             pipeline, judge = DiffusionPipeline.from_pretrained(str(teacher.folder)), _judge()
@@ -80,13 +82,13 @@ class Digits(Ground):
                 rows.append(judge.run("teacher", "teacher", steps, sampler, self.seeds))
             Row.save_all(rows, kept)
 
-    def students(self, methods: Sequence[str], steps: Sequence[int] | None) -> list[Student]:
+    def reaches(self, methods: Sequence[str]) -> dict[str, Reach]:
         reaches = reach_of_recipes()
         names = dict.fromkeys(ALIASES.get(name, name) for name in methods or reaches)
         unknown = [name for name in names if name not in reaches]
         if unknown:
             raise ValueError(f"methods: expected some of {sorted(reaches)}, got {unknown[0]!r}.")
-        return students({name: reaches[name] for name in names}, steps)
+        return {name: reaches[name] for name in names}
 
     def trainings(self, student: Student) -> list[Training]:
         return RECIPES[student.recipe].trainings(student.trained_for)
@@ -102,7 +104,8 @@ class Digits(Ground):
         call = json.loads((folder / "distillation.json").read_text())["call"]
         told = {"num_inference_steps": steps, "guidance_scale": 1, **call}
         sampler = PipelineSampler(DiffusionPipeline.from_pretrained(str(folder)), told)
-        return _judge().run(label, "student", steps, sampler, self.seeds).plain()
+        row = _judge().run(label, "student", steps, sampler, self.seeds)
+        return {**row.plain(), "noise_seeds": len(self.seeds)}
 
 
 @functools.cache

@@ -7,8 +7,9 @@ they are given. Everything else is the method's own config file.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,18 +24,28 @@ from stepdistill.data.pairs import PairDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.data.teacher_pairs import make_pairs
 from stepdistill.demo.recipes import Training
+from stepdistill.evaluation.features import feature_net
 from stepdistill.evaluation.metrics import System
-from stepdistill.evaluation.run import Options, evaluate
+from stepdistill.evaluation.run import Options, evaluate, read_prompts
 from stepdistill.methods import METHODS
 from stepdistill.models.registry import conditioning_of, reads_image
+from stepdistill.training.config import RunConfig, TrainConfig
 from stepdistill.training.configfile import merge, method_class, read_yaml
 
-from .ground import PAIRS_SECONDS, TEACHER_ROWS, Ground, Plain
-from .students import Reach, Student, reach_of_methods, students
+from .ground import TEACHER_ROWS, Ground, Plain
+from .students import Reach, Student, reach_of_methods
 
 CONFIGS = Path(stepdistill.__file__).parents[1] / "configs" / "methods"  # in a checkout
 FILE_OF = {"reflow": "reflow_distill"}  # its other stage ends in no few-step student
-UNSAVED = {"checkpointing_steps": 0, "resume_from_checkpoint": None, "validation_steps": 0}
+# What a comparison decides itself, whatever a file says.
+OURS: Mapping[str, Any] = {
+    "checkpointing_steps": 0, "resume_from_checkpoint": None, "validation_steps": 0,
+    "validation_prompts": [], "best_metric": None, "max_train_seconds": None, "report_to": [],
+    "push_to_hub": False, "hub_model_id": None,
+}  # fmt: skip
+# A run's model, data and outputs: a file for `stepdistill train` has them, a comparison its own.
+ELSEWHERE = set(RunConfig.model_fields) - set(TrainConfig.model_fields)
+ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
 
 
 @dataclass(frozen=True)
@@ -59,14 +70,17 @@ class Own:
     eval_options: Mapping[str, Any] = field(default_factory=dict)
 
     def settled(self) -> dict[str, Any]:
-        """What must not change between calls in one folder."""
-        return {name: value for name, value in asdict(self).items() if name != "methods"}
+        """What must not change between calls in one folder; of the prompts what they say."""
+        told = {name: value for name, value in asdict(self).items() if name != "methods"}
+        prompts = hashlib.sha256(Path(self.prompts_file).read_bytes()).hexdigest()
+        return {**told, "prompts": prompts}
 
 
 class OwnTeacher(Ground):
     """See the module."""
 
     threads = None
+    only_claims = False
 
     def __init__(self, out: Path, own: Own) -> None:
         super().__init__(out)
@@ -80,24 +94,34 @@ class OwnTeacher(Ground):
     def teacher(self) -> str:
         return self.own.teacher
 
-    def prepare(self) -> None:
-        own, took = self.own, self.out / PAIRS_SECONDS
-        if not took.is_file():
-            shutil.rmtree(self.out / "pairs", ignore_errors=True)
-            start = time.perf_counter()
+    def pairs_guidance(self) -> float:
+        return 1.0 if self.own.guidance is None else self.own.guidance
+
+    def check(self) -> None:
+        if not (self.out / TEACHER_ROWS).is_file():
+            read_prompts(self._options([]))
+            for text in self.own.features:
+                feature_net(text, torch.device("cpu"))
+
+    def prepare(self, needs_pairs: bool) -> None:
+        own = self.own
+
+        def pairs() -> None:
             make_pairs(
                 own.teacher,
                 own.prompts_file,
                 self.out / "pairs",
                 num_pairs=own.num_pairs,
                 num_steps=own.pair_steps,
-                guidance=1.0 if own.guidance is None else own.guidance,
+                guidance=self.pairs_guidance(),
                 resolution=own.resolution,
             )
-            took.write_text(json.dumps(time.perf_counter() - start))
+
+        if needs_pairs:
+            self.pairs_made(pairs, time.perf_counter)
         if not (self.out / TEACHER_ROWS).is_file():
             report = evaluate(self._options([]))
-            rows = [plain(one, one.label, report.reference) for one in report.systems]
+            rows = [plain(one, one.label, report.reference, self.out) for one in report.systems]
             (self.out / TEACHER_ROWS).write_text(json.dumps(rows))
 
     def _options(self, student: Sequence[str]) -> Options:
@@ -115,14 +139,17 @@ class OwnTeacher(Ground):
             **own.eval_options,
         )
 
-    def students(self, methods: Sequence[str], steps: Sequence[int] | None) -> list[Student]:
+    def reaches(self, methods: Sequence[str]) -> dict[str, Reach]:
         reaches = {}
         known = reach_of_methods()
         for name in methods:
             reaches[name] = known.get(
                 self.settings(name)["method"], Reach((1, 2, 4), False, "images")
             )
-        return students(reaches, steps or (1, 2, 4), only_claims=False)
+        return reaches
+
+    def students(self, methods: Sequence[str], steps: Sequence[int] | None) -> list[Student]:
+        return super().students(methods, steps or (1, 2, 4))
 
     def settings(self, name: str) -> dict[str, Any]:
         """A method's config file under what is the same for all."""
@@ -132,9 +159,10 @@ class OwnTeacher(Ground):
         settings = read_yaml(file) if given or file.is_file() else {"method": name}
         for path in own.config:
             settings = merge(settings, read_yaml(path))
+        settings = {key: value for key, value in settings.items() if key not in ELSEWHERE}
         settings.setdefault("method", name)
         fields = method_class(settings["method"]).Config.model_fields
-        same: dict[str, Any] = {**UNSAVED}
+        same: dict[str, Any] = {**OURS}
         same["mixed_precision"] = own.mixed_precision or (
             "bf16" if torch.cuda.is_available() else "no"
         )
@@ -175,7 +203,7 @@ class OwnTeacher(Ground):
 
     def judge(self, label: str, steps: int, folder: Path) -> Plain:
         report = evaluate(self._options([str(folder)]))
-        return plain(report.systems[-1], label, report.reference)
+        return plain(report.systems[-1], label, report.reference, self.out)
 
 
 class Scaled(Training):
@@ -188,13 +216,14 @@ class Scaled(Training):
         return merge(made, {"lr_warmup_steps": warm})
 
 
-def plain(system: System, label: str, reference: str) -> Plain:
-    """A row of `evaluate` as a row of the comparison, in its first feature network."""
+def plain(system: System, label: str, reference: str, out: Path) -> Plain:
+    """A row of `evaluate` as a row of the comparison in `out`, in its first feature network."""
     found: Plain = {
         "label": label,
         "group": system.group,
         "steps": system.steps,
-        "previews": list(system.previews),
+        "previews": [os.path.relpath(path, out) for path in system.previews],
+        "noise_seeds": 1,
     }
     for name in ("frechet", "recall"):
         value = system.get(name, reference=reference)

@@ -28,13 +28,16 @@ WAY = (
 def markdown(found: Comparison) -> str:
     """The table, a row for each method, Frechet distance with recall in brackets."""
     counts = found.counts
-    lines = ["| | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in counts) + " |"]
-    lines += ["|---" * (len(counts) + 1) + "|"]
+    columns = [f"{n} step{'s' * (n > 1)}" for n in counts] or ["why"]  # no run has finished
+    lines = ["| | " + " | ".join(columns) + " |"]
+    lines += ["|---" * (len(columns) + 1) + "|"]
     for label, texts in _rows(found):
         lines.append(f"| {label} | " + " | ".join(texts) + " |")
     for one in found.failed:
         error = one["error"].replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {_failed(one)} | {error} |" + " |" * (len(counts) - 1))
+        lines.append(f"| {_failed(one)} | {error} |" + " |" * (len(columns) - 1))
+    for name, why in found.left_out.items():
+        lines.append(f"| {name}: left out | {why} |" + " |" * (len(columns) - 1))
     others = [
         f"{'real images' if r.group == 'real' else f'teacher at {r.steps} steps'} "
         f"{_told(r.frechet.mean, 0, r.recall)}"
@@ -45,10 +48,18 @@ def markdown(found: Comparison) -> str:
         others.append("to the teacher's own images at its most steps")
     head = (
         "Fréchet distance (recall in brackets), mean ± deviation over training seeds; "
-        f"{'; '.join(others)}. {found.facts}"
+        f"{'; '.join(others)}. {_terms(found)} {found.facts}".rstrip()
     )
     advice = [f"- {line}" for line in found.advice()]
     return "\n".join([head, "", *lines, "", *advice, ""])
+
+
+def _terms(found: Comparison) -> str:
+    """What is the same for every method, and what is its own."""
+    same, differ = found.terms()
+    told = "Same teacher, data and budget for every method"
+    told += "".join(f", {name} {value}" for name, value in same.items())
+    return told + (f"; {', '.join(differ)} by method, see its runs." if differ else ".")
 
 
 def _failed(one: dict[str, Any]) -> str:
@@ -73,10 +84,17 @@ def _rows(found: Comparison) -> list[tuple[str, list[str]]]:
             [_told(r.frechet.mean, 0, r.recall) if r and r.frechet else "" for r in teacher],
         )
     )
+    seeds = max((cell.num_seeds for cell in found.table.values()), default=0)
     for method in found.methods:
         own = [found.table.get((method, n)) for n in found.counts]
-        rows.append((method, [_told(c.frechet, c.std, c.recall) if c else "" for c in own]))
+        rows.append((method, [_cell_told(c, seeds) if c else "" for c in own]))
     return rows
+
+
+def _cell_told(cell: Cell, seeds: int) -> str:
+    """Its figures, and from how many seeds where other cells have more."""
+    told = _told(cell.frechet, cell.std, cell.recall)
+    return told if cell.num_seeds == seeds else f"{told}, {cell.num_seeds} of {seeds} seeds"
 
 
 def _plain(recipe: str, steps: int, cell: Cell) -> dict[str, Any]:
@@ -129,8 +147,8 @@ def render(found: Comparison) -> str:
     advice = [("good", "advice", first, "")]
     advice += [("", steps, sentence, "") for steps, _, sentence in told]
     small_print = (
-        "Mean ± deviation over training seeds, where there are several. Same teacher, data and "
-        f"budget for every method. {found.facts}"
+        "Mean ± deviation over training seeds, where there are several. "
+        f"{_terms(found)} {found.facts}"
     )
     sections = [
         ("Which one?", page.verdicts(advice)),
@@ -148,6 +166,10 @@ def render(found: Comparison) -> str:
     if found.failed:
         failed = [page.Line("failed", [_failed(one), one["error"]]) for one in found.failed]
         sections.append(("Failed runs", page.table(["run", "error"], failed)))
+    if found.left_out:
+        absent = [page.Line("", [name, why]) for name, why in found.left_out.items()]
+        sections.append(("Left out", page.table(["method", "why"], absent)))
+    names = [*found.terms()[0], *found.terms()[1]]
     runs = [
         page.Line(
             "",
@@ -156,9 +178,10 @@ def render(found: Comparison) -> str:
                 str(run["seed"]),
                 " + ".join(map(str, run["updates"])),
                 f"{run['cpu_seconds']:.0f}",
+                *(run.get("terms", {}).get(name, "") for name in names),
             ],
         )
         for run in found.runs
     ]
-    sections.append(("Runs", page.table(["run", "seed", "updates", "seconds"], runs)))
+    sections.append(("Runs", page.table(["run", "seed", "updates", "seconds", *names], runs)))
     return page.render("Methods compared", sections)

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,18 @@ RUN = "stepdistill.comparison.student_run"
 ENDING_SECONDS = 30.0  # a run that is told to stop has that long to save
 
 
-def ground_of(out: Path) -> Ground:
-    """The ground that PLAN describes."""
+def make_ground(out: Path, kind: str, options: Mapping[str, Any]) -> Ground:
+    """Errors: ValueError for options that no ground can have."""
     from .digits import Digits
     from .own_teacher import Own, OwnTeacher
 
+    return Digits(out, **options) if kind == "digits" else OwnTeacher(out, Own(**options))
+
+
+def ground_of(out: Path) -> Ground:
+    """The ground that PLAN describes."""
     plan = read_json(out / PLAN, ("ground", "budget"))["ground"]
-    if plan["kind"] == "digits":
-        return Digits(out, **plan["options"])
-    return OwnTeacher(out, Own(**plan["options"]))
+    return make_ground(out, plan["kind"], plan["options"])
 
 
 def write_plan(
@@ -48,12 +51,13 @@ def write_plan(
     file = out / PLAN
     if file.is_file():
         known = read_json(file, ("settled", "budget"))
-        differ = [name for name in facts if known.get(name) != facts[name]]
-        if differ:
+        for name, there, now in _differing(known, facts):
             raise ValueError(
-                f"output_dir: expected {out} to hold a comparison with the same {differ[0]}, got "
-                f"{known.get(differ[0])} there and {facts[differ[0]]} now. Choose another folder."
+                f"output_dir: expected {out} to hold a comparison with the same {name}, got "
+                f"{there} there and {now} now. Choose another folder."
             )
+        earlier = known.get("left_out", {})
+        more["left_out"] = {**earlier, **more.get("left_out", {})}
     else:
         odd = {r["seconds"] for r in results(out)} - {budget.seconds}
         if odd:
@@ -64,6 +68,44 @@ def write_plan(
     out.mkdir(parents=True, exist_ok=True)
     ground = {"kind": kind, "options": options}
     file.write_text(json.dumps({**facts, "ground": ground, **more}, indent=1) + "\n")
+
+
+def _differing(
+    known: Mapping[str, Any], facts: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value there, value now) of what must be the same; names that an earlier version did
+    not write down are passed over."""
+    for name in ("kind", "budget"):
+        if known.get(name) != facts[name]:
+            yield name, known.get(name), facts[name]
+    for name, now in facts["settled"].items():
+        there = known["settled"].get(name, now)
+        if there != now:
+            yield name, there, now
+
+
+def check_finished(
+    out: Path, ground: Ground, chosen: Sequence[Student], seeds: Sequence[int]
+) -> None:
+    """Errors: ValueError where a finished run of the folder was another than the one asked for."""
+    for student, seed in ((student, seed) for seed in seeds for student in chosen):
+        file = result_file(out, student, seed)
+        if file.is_file():
+            digest = read_json(file, ("rows",)).get("settings")
+            if digest not in (None, ground.digest(student)):
+                raise ValueError(
+                    f"methods: expected {student.recipe} with the settings of its finished run, "
+                    f"got others. Give it another name, or delete {file} to train it anew."
+                )
+        for other in sorted((out / "results").glob(f"{student.recipe}_*_seed{seed}.json")):
+            rows = read_json(other, ("rows",))["rows"]
+            counts = {row["steps"] for row in rows if row["label"] == student.recipe}
+            if other != file and counts & set(student.steps):
+                raise ValueError(
+                    f"steps: expected {sorted(counts)} for {student.recipe} as in its finished "
+                    f"run, got {list(student.steps)}: one seed would count twice. Give the same "
+                    f"steps, choose another folder, or delete {other}."
+                )
 
 
 def results(out: Path) -> list[dict[str, Any]]:

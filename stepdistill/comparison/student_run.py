@@ -1,9 +1,10 @@
 """One run of a comparison: measures an update, trains, and judges on the way and at the end.
 
 Time is seconds of one processor core (on CUDA: of the wall clock) in training alone: each run first
-measures its own cost of an update, then trains as many updates as fill the budget, so that
-schedules end where they should and a busy machine changes nothing. A recipe's first training is
-inside the budget; the teacher's pairs, made once and shared, are not, and their time is stated.
+measures its own cost of an update (see cost), then trains as many updates as fill the budget, so
+that schedules end where they should and a busy machine changes nothing. A recipe's first training
+is inside the budget; checkpoints, judging and the teacher's pairs, made once and shared, are not,
+and the pairs' time is stated.
 On the way the student is judged as it is then, its average where it keeps one, at the step counts
 that the grid reached so far allows. A killed run goes on from its newest checkpoint, bit for bit.
 """
@@ -14,7 +15,7 @@ import argparse
 import json
 import shutil
 import sys
-import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,46 +29,29 @@ from stepdistill.demo.recipes import Training
 from stepdistill.models.safe_files import read_json
 from stepdistill.trainers import DistillationTrainer
 
+from .cost import measure, train
 from .ground import Ground, Plain
+from .kept import keep
 from .progress import SAVES, Leg, Progress, shares, stops
-from .runs import PLAN, ground_of, result_file
+from .runs import PLAN, ground_of, result_file, results
 from .students import Budget, Student
 
-PROBE = (6, 26)  # updates of the two short runs whose difference is an update's cost
 CURVE_POINTS = 4
 ON_THE_WAY = ("steps", "frechet", "recall")  # what is kept of a row that is not the last
 
 
-def clock() -> float:
-    """Seconds so far: of this process's cores, or of the wall clock where a GPU works."""
-    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
-
-
-def train(trainer: DistillationTrainer, until: int | None = None) -> float:
-    """The seconds of it. A signal that stopped it, saved, ends this process with its status."""
-    start = clock()
-    trainer.train(until)
-    if trainer.stop.preempted:
-        sys.exit(trainer.stop.status)
-    return clock() - start
-
-
-def seconds_per_update(ground: Ground, training: Training, scratch: Path) -> float:
-    """Of one update: a longer run's over a shorter one's, starts cancelled."""
-    spent = []
-    for updates in PROBE:
-        shutil.rmtree(scratch, ignore_errors=True)
-        spent.append(train(ground.trainer(training, updates, scratch, seed=0)))
-    shutil.rmtree(scratch)
-    return max((spent[1] - spent[0]) / (PROBE[1] - PROBE[0]), 1e-6)
-
-
 def run_student(
-    ground: Ground, student: Student, seed: int, budget: Budget, points: int = CURVE_POINTS
+    ground: Ground,
+    student: Student,
+    seed: int,
+    budget: Budget,
+    points: int = CURVE_POINTS,
+    keeps: bool = True,
 ) -> None:
     """Train, judge and export one student; its result file is written last, whole.
 
-    Args: points: of its curve, the end included (see progress.shares).
+    Args: points: of its curve, the end included (see progress.shares); keeps: whether its exports
+        stay where no other seed's are better (see kept).
     """
     if ground.threads is not None:
         torch.set_num_threads(ground.threads)
@@ -88,12 +72,21 @@ def run_student(
             "seed": seed,
             "budget": str(budget),
             "data": trainings[-1].data,
+            "settings": ground.digest(student),
+            "terms": ground.terms(trainings[-1]),
             "curve": progress.curve,
             "rows": rows,
         }
+        if keeps:
+            keep(ground.out, results(ground.out), rows, lambda steps: exported(work, steps))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, lambda aside: aside.write_text(json.dumps(content) + "\n"))
         shutil.rmtree(work)
+
+
+def exported(work: Path, steps: int) -> Path:
+    """Where the student's pipeline for that many steps is written."""
+    return work / f"pipeline_{steps}"
 
 
 class _Run:
@@ -129,8 +122,8 @@ class _Run:
     def _updates(self, training: Training, budget: Budget) -> int:
         if budget.updates is not None:
             return max(1, round(training.share * budget.updates))
-        cost = seconds_per_update(self.ground, training, self.work / "probe")
-        return max(1, round(training.share * (budget.seconds or 0.0) / cost))
+        cost = measure(self.ground, training, self.work / "probe")
+        return cost.updates_in(training.share * (budget.seconds or 0.0))
 
     def _one(
         self, training: Training, leg: Leg, run: Path, at: dict[int, float]
@@ -147,6 +140,10 @@ class _Run:
             leg.seconds += train(trainer, stop)
             leg.step, leg.wall = trainer.step, trainer.seconds
             progress.save()
+            if leg.step < stop:
+                raise RuntimeError(
+                    f"train: expected {stop} updates, got {leg.step}: the run ended early."
+                )
             if due:
                 self._point(share or 0.0, trainer)
         return trainer
@@ -163,7 +160,7 @@ class _Run:
     def _judge(self, trainer: DistillationTrainer, counts: Sequence[int]) -> list[Plain]:
         rows = []
         for steps in counts:
-            folder = self.work / f"pipeline_{steps}"
+            folder = exported(self.work, steps)
             shutil.rmtree(folder, ignore_errors=True)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="export: training stopped at update")
@@ -182,7 +179,7 @@ def _reaches(trainer: DistillationTrainer, steps: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """One run, in this process: OUT STUDENT SEED."""
+    """One run, in this process: OUT STUDENT SEED. What it failed of is the last line it writes."""
     parser = argparse.ArgumentParser(description="One run of a comparison.")
     parser.add_argument("out", type=Path)
     parser.add_argument("student")
@@ -190,9 +187,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     raw = json.loads(args.student)
     student = Student(raw["recipe"], tuple(raw["steps"]))
-    plan: dict[str, Any] = read_json(args.out / PLAN, ("budget",))
-    budget, points = Budget.parse(plan["budget"]), plan.get("curve_points", CURVE_POINTS)
-    run_student(ground_of(args.out), student, args.seed, budget, points)
+    try:
+        plan: dict[str, Any] = read_json(args.out / PLAN, ("budget",))
+        budget, points = Budget.parse(plan["budget"]), plan.get("curve_points", CURVE_POINTS)
+        keeps = plan.get("keeps", True)
+        run_student(ground_of(args.out), student, args.seed, budget, points, keeps)
+    except Exception as err:
+        traceback.print_exc()
+        sys.exit(f"{type(err).__name__}: {' '.join(str(err).split())}")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,18 @@ def reach_of_methods() -> dict[str, Reach]:
     }
 
 
+def left_out(reaches: Mapping[str, Reach], chosen: Sequence[Student]) -> dict[str, str]:
+    """Method -> why no student of it was chosen."""
+    names = {student.recipe for student in chosen}
+    return {
+        name: f"is asked for {' or '.join(map(str, reach.claims))} steps alone"
+        if reach.claims != (1,)
+        else "is asked for 1 step alone"
+        for name, reach in reaches.items()
+        if name not in names
+    }
+
+
 def students(
     reaches: Mapping[str, Reach], steps: Sequence[int] | None = None, only_claims: bool = True
 ) -> list[Student]:

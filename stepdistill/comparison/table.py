@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepdistill.demo.metrics import NOISE_SEEDS
 from stepdistill.evaluation.samples import Spread
 
 DATA_ORDER = ("prompts", "images", "pairs")  # the less to bring, the earlier
+_NOISE_SEEDS = 5  # of rows that do not say: an earlier version's
 NEAR = 1.1  # a student within that factor of the teacher's best is as good as it, for advice
 
 
@@ -43,7 +43,7 @@ class Judged:
 @dataclass(frozen=True)
 class Cell:
     """One method at one step count. frechet, std, recall: over training seeds; noise: standard
-    error of one run's value, by its noise seeds; seconds: of training."""
+    error of one run's value, by its noise seeds (0 where there is one); seconds: of training."""
 
     frechet: float
     std: float
@@ -54,7 +54,10 @@ class Cell:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean, of training seeds or (where there is one) of noise."""
+        """Standard error of the mean, of training seeds or (where there is one) of noise; NaN
+        where there is one of each, from which nothing can be told."""
+        if self.num_seeds == 1 and max(self.std, self.noise) == 0.0:
+            return math.nan
         return max(self.std, self.noise) / math.sqrt(self.num_seeds)
 
 
@@ -78,11 +81,15 @@ def cells(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Cell]:
             statistics.stdev(frechet) if len(frechet) > 1 else 0.0,
             statistics.fmean(recall) if recall else math.nan,
             len(rows),
-            statistics.fmean(row["frechet"].get("std", 0.0) for row, _ in rows)
-            / math.sqrt(len(NOISE_SEEDS)),
+            statistics.fmean(_noise(row) for row, _ in rows),
             statistics.fmean(spent for _, spent in rows),
         )
     return made
+
+
+def _noise(row: Mapping[str, Any]) -> float:
+    """Standard error of one run's mean over its noise seeds."""
+    return float(row["frechet"].get("std", 0.0) / math.sqrt(row.get("noise_seeds", _NOISE_SEEDS)))
 
 
 def data_needs(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -101,11 +108,37 @@ def peers(table: Table, steps: int) -> list[str]:
     own = {key[0]: cell for key, cell in table.items() if key[1] == steps}
     order = sorted(own, key=lambda name: own[name].frechet)
     best = own[order[0]]
-    return [
-        name
-        for name in order
-        if own[name].frechet - best.frechet <= math.hypot(own[name].error, best.error)
-    ]
+    return (
+        order[:1]
+        + [  # a NaN error is in no comparison
+            name
+            for name in order[1:]
+            if own[name].frechet - best.frechet <= math.hypot(own[name].error, best.error)
+        ]
+    )
+
+
+def caveats(table: Table, failed: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """What the advice does not know, as sentences that begin with their subject.
+
+    Args: failed: see runs.failures.
+    """
+    made = []
+    if any(math.isnan(cell.error) for cell in table.values()):
+        made.append(
+            "Scatter: not known, from one training seed and one noise seed. Differences may be "
+            "chance; --seeds 0 1 2 shows how much."
+        )
+    tried: dict[str, int] = {}
+    for one in failed:
+        name = f"{one['recipe']} for {'/'.join(map(str, one['steps']))}"
+        tried[name] = tried.get(name, 0) + 1
+    if tried:
+        runs = ", ".join(
+            f"{name} ({times} seed{'s' * (times > 1)})" for name, times in tried.items()
+        )
+        made.append(f"Failed: {runs}, and not in these figures.")
+    return made
 
 
 def recommend(

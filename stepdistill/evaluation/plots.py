@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -123,7 +124,8 @@ def draw_curves(
                           ha="center", fontsize=10)  # fmt: skip
     if floor is not None and floor[1] > 0:
         axes.axhline(floor[1], color=COLOUR["real"], linestyle=(0, (4, 3)), linewidth=1.2)
-        axes.annotate(f"{floor[0]} {floor[1]:.2f}", (1, floor[1]),
+        short = f"{floor[1]:.2f}" if floor[1] >= 1 else f"{floor[1]:.3g}"
+        axes.annotate(f"{floor[0]} {short}", (1, floor[1]),
                       xycoords=("axes fraction", "data"), textcoords="offset points",
                       xytext=(-6, -5), ha="right", va="top", fontsize=9.5, color=MUTED)  # fmt: skip
     axes.set_xscale("log" if log_x else "linear")
@@ -151,9 +153,15 @@ def draw_curves(
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between two positive values, for a logarithmic axis."""
-    rounded = [m * 10.0**e for e in range(-4, 7) for m in (1, 2, 5)]
-    return [value for value in rounded if low <= value <= high]
+    """1, 2 and 5 times powers of ten between two positive values, for a logarithmic axis; where
+    these are fewer than two, round values evenly apart."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    rounded = [float(f"{m}e{e}") for e in exponents for m in (1, 2, 5)]
+    found = [value for value in rounded if low <= value <= high]
+    if len(found) < 2:
+        even = MaxNLocator(4).tick_values(low, high)
+        found = [float(f"{value:.6g}") for value in even if low <= value <= high]
+    return found
 
 
 def save_panels(path: Path, panels: Sequence[Panel], columns: int = 2) -> None:

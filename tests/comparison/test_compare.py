@@ -36,11 +36,13 @@ def test_digits_from_teacher_to_report(tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_teacher_of_one_s_own_and_a_method_that_fails(tmp_path, tmp_path_factory, capsys) -> None:
+def test_a_teacher_of_one_s_own_and_a_method_that_fails(
+    tmp_path, tmp_path_factory, capsys, monkeypatch
+) -> None:
     teacher, clip = teacher_dir("sd_v", tmp_path_factory), save_tiny(tmp_path / "clip")
     prompts, bad = tmp_path / "prompts.txt", tmp_path / "bad.yaml"
     prompts.write_text("a red cube\na blue ball\na cat\na dog\n")
-    bad.write_text("method: dmd2\nmethod_config: {nonsense: 1}\n")
+    bad.write_text("method: dmd2\ninit_student_from: /no/such/run\n")
     out = tmp_path / "out"
     command = ["compare", "--teacher", str(teacher), "--prompts_file", str(prompts)]
     command += ["--features", f"clip:local-dir:{clip}", "--guidance", "1", "--student", "lora"]
@@ -53,8 +55,22 @@ def test_a_teacher_of_one_s_own_and_a_method_that_fails(tmp_path, tmp_path_facto
     assert [row["steps"] for row in result(out, "lcm_1_2")["rows"]] == [1, 2]
     assert result(out, "lcm_1_2")["data"] == "pairs"  # no images were given
     assert "| broken for 1, seed 0: failed |" in told
-    assert "nonsense" in json.loads((out / "failures" / "broken_1_seed0.json").read_text())["error"]
+    error = json.loads((out / "failures" / "broken_1_seed0.json").read_text())["error"]
+    assert error.startswith("ValueError: ")
+    assert "/no/such/run" in error
     assert "| lcm |" in told
+    assert "- Failed: broken for 1 (1 seed), broken for 2 (1 seed)" in told
+    assert "Scatter: not known" in told
+    assert "guidance 1" in told  # for every method
+    assert (out / "students" / "lcm_2" / "distillation.json").is_file()
+    # From another folder, and with another file under a name that has finished.
+    monkeypatch.chdir(tmp_path.parent)
+    main(["compare", "--output_dir", str(out)])
+    other = tmp_path / "other.yaml"
+    other.write_text("method: dmd2\nlearning_rate: 0.5\n")
+    changed = " ".join(command).replace("dmd2,lcm", f"dmd2={other},lcm").split(" ")
+    with pytest.raises(SystemExit, match="error: methods: expected dmd2 with the settings"):
+        main([*changed, "--output_dir", str(out)])
 
 
 def own(tmp_path: Path, tmp_path_factory, **more) -> OwnTeacher:
@@ -102,3 +118,90 @@ def test_warm_up_shrinks_with_a_short_budget(tmp_path, tmp_path_factory) -> None
     assert training.settings["lr_warmup_steps"] == 500
     assert training.lasting(50)["lr_warmup_steps"] == 5
     assert training.lasting(50)["max_train_steps"] == 50
+
+
+def test_a_file_for_train_serves_a_comparison(tmp_path, tmp_path_factory) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "method: dmd2\npretrained_model_name_or_path: other\noutput_dir: o\nexport_dir: e\n"
+        "data: {prompts_file: x}\nvalidation_steps: 5\nvalidation_prompts: [a]\nseed: 7\n"
+        "best_metric: teacher_rmse\nmax_train_seconds: 1\nlearning_rate: 0.5\n"
+    )
+    ground = own(tmp_path, tmp_path_factory, methods={"mine": str(file)})
+    ground.check_settings(Student("mine", (1,)))
+    (training,) = ground.trainings(Student("mine", (1,)))
+    _, args, _ = ground.configs(training, 50)
+    assert (args.learning_rate, args.max_train_seconds, args.best_metric) == (0.5, None, None)
+    assert (args.output_dir, args.validation_steps) == (str(tmp_path), 0)
+    assert "seed" not in training.settings
+
+
+def test_guidance_that_methods_do_not_share_is_told(tmp_path, tmp_path_factory) -> None:
+    ground = own(tmp_path, tmp_path_factory)
+
+    def guidance(method: str) -> str:
+        return ground.terms(ground.trainings(Student(method, (1,)))[0])["guidance"]
+
+    assert [guidance(name) for name in ("lcm", "dmd2", "reflow")] == ["6 to 16", "8", "1"]
+    same = own(tmp_path, tmp_path_factory, guidance=3.0)
+    told = {same.terms(same.trainings(Student(n, (1,)))[0])["guidance"] for n in ("lcm", "reflow")}
+    assert told == {"3"}
+
+
+COMMAND = ("compare", "--budget", "2steps", "--guidance", "1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--methods", "dmd2={bad}"], r"methods: dmd2: method_config of dmd2: .*nonsense"),
+        (["--methods", "dmd2", "--features", "digits1"], "digits1"),
+        (["--methods", "dmd2", "--teacher", "{no}"], "no"),
+        (["--methods", "dmd2", "--processes", "0"], "processes: expected 1 or more, got 0"),
+        (["--methods", "dmd2", "--steps", "0"], "steps: expected 1 or more, got 0"),
+        (["--methods", "dmd2", "--seeds", "0", "0"], "seeds: expected different ones"),
+        (["--methods", "dmd2", "--prompts_file", "{no}"], "prompts_file: expected a text file"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_made(tmp_path, tmp_path_factory, flags, told) -> None:
+    bad, prompts, out = tmp_path / "bad.yaml", tmp_path / "prompts.txt", tmp_path / "out"
+    bad.write_text("method: dmd2\nmethod_config: {nonsense: 1}\n")
+    prompts.write_text("a red cube\n")
+    command = [*COMMAND, "--teacher", str(teacher_dir("sd_v", tmp_path_factory))]
+    command += ["--prompts_file", str(prompts), "--features", "digits", "--output_dir", str(out)]
+    command += [flag.format(bad=bad, no=tmp_path / "no") for flag in flags]
+    with pytest.raises(SystemExit, match=f"error: .*{told}"):
+        main(command)
+    assert not out.exists()
+
+
+def test_pairs_go_on_where_they_were_stopped(tmp_path, tmp_path_factory) -> None:
+    ground = own(tmp_path, tmp_path_factory)
+    now = iter([0.0, 5.0, 100.0, 102.0])
+
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ground.pairs_made(stopped, lambda: next(now))
+    ground.pairs_made(lambda: None, lambda: next(now))
+    ground.pairs_made(stopped, lambda: 0.0)  # they are there
+    assert json.loads((tmp_path / "pairs_seconds.json").read_text()) == 7.0
+
+
+def test_pairs_are_made_for_those_that_learn_from_them(tmp_path, tmp_path_factory) -> None:
+    ground = own(tmp_path, tmp_path_factory)
+    assert not ground.needs_pairs([Student("dmd2", (1,))])
+    assert ground.needs_pairs([Student("dmd2", (1,)), Student("reflow", (1,))])
+    assert ground.needs_pairs([Student("lcm", (1,))])  # no images were given
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys) -> None:
+    def stopped(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stepdistill.comparison.command.compare", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "--output_dir", "x", "--budget", "1s"])
+    assert ended.value.code == 130
+    assert "the same call goes on" in capsys.readouterr().err

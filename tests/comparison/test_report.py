@@ -112,3 +112,40 @@ def test_a_mistake_is_one_line(flags, told, tmp_path) -> None:
     with pytest.raises(SystemExit, match=told):
         main(["compare", "--output_dir", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_found_from_anywhere_and_gone_ones_left_out(
+    folder, tmp_path_factory, monkeypatch
+) -> None:
+    file = folder / "results" / "dmd2_1_seed0.json"
+    content = json.loads(file.read_text())
+    Image.new("RGB", (16, 16), "red").save(folder / "a.png")
+    content["rows"][0]["previews"] = ["a.png", "gone.png"]
+    file.write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    found = write(folder)
+    assert found.students[0].previews == [str(folder / "a.png")]
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_a_cell_of_fewer_seeds_says_so_and_absent_methods_are_rows(folder) -> None:
+    more = json.loads((folder / "results" / "dmd2_1_seed0.json").read_text())
+    more["rows"][0]["label"] = "pcm"
+    (folder / "results" / "pcm_1_seed0.json").write_text(json.dumps(more))
+    plan = {"left_out": {"vsd": "is asked for 1 step alone", "pcm": "by an earlier call"}}
+    (folder / "comparison.json").write_text(json.dumps(plan))
+    write(folder)
+    told = (folder / "table.md").read_text()
+    assert "| pcm | 2.00 (0.85), 1 of 2 seeds |" in told
+    assert "| vsd: left out | is asked for 1 step alone |" in told
+    assert "pcm: left out" not in told
+    assert "Left out" in (folder / "report.html").read_text()
+
+
+def test_a_table_of_failures_alone_is_a_table(folder) -> None:
+    for file in (folder / "results").iterdir():
+        file.unlink()
+    write(folder)
+    lines = (folder / "table.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from support.faults import fork, status_of
 from support.runs import teacher_dir
 
 from stepdistill.comparison import student_run
+from stepdistill.comparison.cost import Cost
 from stepdistill.comparison.ground import Ground
+from stepdistill.comparison.kept import kept_at
 from stepdistill.comparison.progress import Leg, Progress, shares, stops
 from stepdistill.comparison.runs import result_file
 from stepdistill.comparison.student_run import run_student
-from stepdistill.comparison.students import Budget, Student
+from stepdistill.comparison.students import Budget, Reach, Student
 from stepdistill.data.stream import PromptDataset
 from stepdistill.demo.recipes import Training
 from stepdistill.trainers import DistillationTrainer
@@ -34,10 +37,12 @@ class Tiny(Ground):
         super().__init__(out)
         self._teacher = teacher
 
-    def prepare(self) -> None: ...
+    def check(self) -> None: ...
 
-    def students(self, methods: Any, steps: Any) -> list[Student]:
-        return [STUDENT]
+    def prepare(self, needs_pairs: bool) -> None: ...
+
+    def reaches(self, methods: Any) -> dict[str, Reach]:
+        return {STUDENT.recipe: Reach(STUDENT.steps, True, "prompts")}
 
     def teacher(self) -> str:
         return str(self._teacher)
@@ -162,13 +167,13 @@ def test_a_signal_saves_and_the_next_call_goes_on(whole, teacher, tmp_path) -> N
 
 @pytest.mark.slow
 def test_an_update_s_cost_is_measured_once(teacher, tmp_path, monkeypatch) -> None:
-    costs = iter([0.5, 0.25])
-    monkeypatch.setattr(student_run, "seconds_per_update", lambda *_: next(costs))
+    costs = iter([Cost(0.5, 0.5, 1.0), Cost(0.25, 0.25, 1.0)])
+    monkeypatch.setattr(student_run, "measure", lambda *_: next(costs))
     monkeypatch.setattr(Tiny, "judge", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         run(tmp_path, teacher, Budget(seconds=1.0), points=2)
     monkeypatch.undo()
-    monkeypatch.setattr(student_run, "seconds_per_update", lambda *_: 1 / 0)
+    monkeypatch.setattr(student_run, "measure", lambda *_: 1 / 0)
     made = run(tmp_path, teacher, Budget(seconds=1.0), points=2)
     assert made["updates"] == [1, 3]  # 0.25 s and 0.75 s at those costs
 
@@ -182,3 +187,35 @@ def test_progress_of_other_trainings_is_dropped(tmp_path) -> None:
     (tmp_path / "work" / "last").mkdir()
     assert Progress.of(tmp_path / "work", [other]).legs == []
     assert not (tmp_path / "work" / "last").exists()
+
+
+def test_a_run_that_ends_early_is_no_result(teacher, tmp_path, monkeypatch) -> None:
+    going = Tiny.trainings
+
+    def short(self: Any, student: Student) -> list[Training]:
+        made = going(self, student)
+        settings = {**made[0].settings, "max_train_seconds": 1e-6}
+        return [replace(made[0], settings=settings), *made[1:]]
+
+    monkeypatch.setattr(Tiny, "trainings", short)
+    with pytest.raises(RuntimeError, match="train: expected 2 updates, got 1"):
+        run(tmp_path, teacher)
+
+
+def test_the_best_seed_s_pipelines_stay(whole, teacher, tmp_path) -> None:
+    made = run(tmp_path, teacher, points=1)
+    assert made["terms"] == {"guidance": "1", "batch size": "2", "student": "full"}
+    for steps in STUDENT.steps:
+        assert (kept_at(tmp_path, "tiny", steps) / "model_index.json").is_file()
+
+
+def test_what_a_run_failed_of_is_its_last_line(tmp_path, capsys) -> None:
+    plan = {"budget": "5steps", "ground": {"kind": "digits", "options": {"nonsense": 1}}}
+    (tmp_path / "comparison.json").write_text(json.dumps(plan))
+    student = json.dumps({"recipe": "dmd2", "steps": [1]})
+    with pytest.raises(SystemExit) as ended:
+        student_run.main([str(tmp_path), student, "0"])
+    assert str(ended.value).startswith("TypeError: ")
+    assert "nonsense" in str(ended.value)
+    assert "\n" not in str(ended.value)
+    assert "Traceback" in capsys.readouterr().err

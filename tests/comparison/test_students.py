@@ -8,6 +8,7 @@ from stepdistill.comparison.students import (
     Budget,
     Reach,
     Student,
+    left_out,
     reach_of_methods,
     reach_of_recipes,
     students,
@@ -69,3 +70,10 @@ def test_a_budget_is_of_time_or_of_updates(text, budget) -> None:
 def test_another_budget_is_refused(text) -> None:
     with pytest.raises(ValueError, match="budget: expected such as 240s or 500steps"):
         Budget.parse(text)
+
+
+def test_a_method_that_none_of_the_step_counts_suits_is_named(tmp_path) -> None:
+    ground = Digits(tmp_path)
+    names = ["vsd", "dmd2", "pcm"]
+    chosen = ground.students(names, [4])
+    assert left_out(ground.reaches(names), chosen) == {"vsd": "is asked for 1 step alone"}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from stepdistill.comparison.table import Cell, cells, peers, recommend
+from stepdistill.comparison.table import Cell, caveats, cells, peers, recommend
 
 
 def result(label: str, steps: int, frechet: float, std: float = 0.0, **more: Any) -> dict[str, Any]:
@@ -69,3 +69,22 @@ def test_where_the_teacher_is_the_reference_the_nearest_is_advised() -> None:
 
 def test_nothing_finished_is_said() -> None:
     assert recommend({}, {50: 2.0}) == ["No run has finished: there is nothing to recommend."]
+
+
+def test_from_one_run_of_one_noise_nothing_is_known_of_scatter() -> None:
+    alone = result("a", 1, 2.0)
+    alone["rows"][0]["noise_seeds"] = 1
+    other = result("b", 1, 2.1)
+    made = cells([alone, other])
+    assert made["a", 1].error != made["a", 1].error
+    assert peers(made, 1) == ["a"]
+    assert caveats(made)[0].startswith("Scatter: not known, from one training seed")
+    assert caveats(cells([alone, {**alone, "seed": 1}])) == []
+    noisy = result("a", 1, 2.0, std=1.0)
+    noisy["rows"][0]["noise_seeds"] = 4
+    assert cells([noisy])["a", 1].error == 0.5
+
+
+def test_failed_runs_are_told_beside_the_advice() -> None:
+    failed = [{"recipe": "vsd", "steps": [1], "seed": seed, "error": "x"} for seed in (1, 2)]
+    assert caveats({}, failed) == ["Failed: vsd for 1 (2 seeds), and not in these figures."]

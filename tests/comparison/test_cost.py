@@ -1,0 +1,81 @@
+"""An update's cost: samples read for the first time apart, saving left out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparison.test_student_run import STUDENT, Tiny
+from support.runs import teacher_dir
+
+from stepdistill.comparison import cost
+from stepdistill.comparison.cost import Cost, measure, train
+from stepdistill.data.stream import PromptDataset
+from stepdistill.models.registry import family_for
+from stepdistill.trainers import DistillationTrainer
+
+
+class Many(Tiny):
+    """With more prompts than a measurement reads."""
+
+    size = 400
+
+    def dataset(self, training: Any) -> Any:
+        return PromptDataset([f"prompt {n}" for n in range(self.size)])
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which an optimiser update takes 1, encoding a prompt 10, a save 1000."""
+    now = [0.0]
+
+    def taking(seconds: Any, going: Any) -> Any:
+        def told(*args: Any, **options: Any) -> Any:
+            now[0] += seconds(*args)
+            return going(*args, **options)
+
+        return told
+
+    saves = taking(lambda *_: 1000.0, DistillationTrainer.save)
+    monkeypatch.setattr(DistillationTrainer, "save", saves)
+    updates = taking(lambda *_: 1.0, DistillationTrainer._update)
+    monkeypatch.setattr(DistillationTrainer, "_update", updates)
+    family = family_for("StableDiffusionPipeline")
+    encodes = taking(lambda _, rows, *__: 10.0 * len(rows), family.encode)
+    monkeypatch.setattr(family, "encode", encodes)
+    monkeypatch.setattr(cost, "clock", lambda: now[0])
+
+
+def test_updates_that_fill_a_time_count_the_first_epoch_by_its_own_cost() -> None:
+    dear = Cost(first=3.0, later=1.0, epoch=10.0)
+    assert dear.updates_in(15.0) == 5
+    assert dear.updates_in(30.0) == 10
+    assert dear.updates_in(50.0) == 30
+    assert dear.updates_in(0.1) == 1
+    assert Cost(3.0, 1.0, math.inf).updates_in(300.0) == 100
+
+
+def test_first_reading_is_measured_apart_and_saving_not_at_all(
+    counted: None, tmp_path: Path, tmp_path_factory: Any
+) -> None:
+    ground = Many(tmp_path, teacher_dir("sd_v", tmp_path_factory))
+    training = ground.trainings(STUDENT)[0]
+    found = measure(ground, training, tmp_path / "probe")
+    # A step is an update of the student and one of the fake score, each of two prompts.
+    assert found.later == 2.0
+    assert found.first == 2.0 + 10.0 * 4
+    assert found.epoch == Many.size / 4
+    assert not (tmp_path / "probe").exists()
+    trainer = ground.trainer(training, 150, tmp_path / "run", seed=0, saves=8)
+    assert train(trainer) == pytest.approx(100 * found.first + 50 * found.later, rel=0.01)
+    assert found.updates_in(100 * found.first + 50 * found.later) == 150
+
+
+def test_a_set_that_no_memory_keeps_is_read_anew_for_ever(
+    counted: None, tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Many, "size", 5000)
+    ground = Many(tmp_path, teacher_dir("sd_v", tmp_path_factory))
+    assert measure(ground, ground.trainings(STUDENT)[0], tmp_path / "probe").epoch == math.inf
