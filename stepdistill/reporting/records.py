@@ -49,8 +49,8 @@ class RunRecords:
     @property
     def step(self) -> int:
         """Student updates done, as far as told."""
-        return int(max((r.get("step", 0) for r in (*self.log[-1:], *self.validations[-1:])),
-                       default=0))  # fmt: skip
+        last = (*self.log[-1:], *self.validations[-1:], self.end or {})
+        return int(max(record.get("step", 0) for record in last))
 
 
 def read_run(folder: Path) -> RunRecords:

@@ -18,7 +18,8 @@ p { margin: 0; }
 .sub, .chart p, figcaption span { color: var(--muted); font-size: .85rem; }
 .badge { display: inline-block; padding: 1px 9px; border-radius: 99px; color: #fff;
   background: var(--c0); font-size: .8rem; font-weight: 600; vertical-align: middle; }
-.badge.finished { background: #15803d; } .badge.stopped { background: #b91c1c; }
+.badge.finished { background: #15803d; } .badge.interrupted { background: #92400e; }
+.badge.stopped, .badge.failed { background: #b91c1c; }
 .bar { height: 6px; background: var(--line); border-radius: 3px; margin: 12px 0; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--c0); }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(125px, 1fr)); gap: 8px;

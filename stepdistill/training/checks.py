@@ -50,9 +50,11 @@ def method_fits(
     dataset: Any,
     scorers: Mapping[str, Scorer],
     single_file_config: str | None = None,
+    best_metric: str | None = None,
 ) -> None:
-    """Errors: ValueError where the dataset lacks a field the method's losses read, or where a
-    scorer they call can't be had (see `rewards.check_scorers`)."""
+    """Errors: ValueError where the dataset lacks a field the method's losses read, where a scorer
+    they call can't be had (see `rewards.check_scorers`), or where no run of the method measures
+    best_metric."""
     hub = {"revision": revision} if revision else {}
     setting = (
         model.setting
@@ -63,6 +65,11 @@ def method_fits(
         warnings.simplefilter("ignore")  # the trainer builds it again and warns then
         method = cls(config, setting)
     spec, as_flow = method.sampler(), method.roles()["student"].as_flow
+    if as_flow and best_metric == "trajectory_rmse":
+        raise ValueError(
+            f"best_metric: expected a metric that {cls.name} measures with this config, got "
+            "trajectory_rmse: its student leaves the teacher's trajectory. Name teacher_rmse."
+        )
     if spec.trained_times is not None:  # else any step count can be exported
         refuse_one_step(model, as_flow, spec.num_steps, single_file_config, **hub)
     if not has_null(model, single_file_config, **hub):

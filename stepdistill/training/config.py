@@ -6,12 +6,19 @@ config files merged left to right, then flags. Its saved form alone repeats the 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    model_validator,
+)
 
 from stepdistill.models.tuning import Tuning
-from stepdistill.training.sample_metrics import METRICS
+from stepdistill.training.sample_metrics import BEST_METRICS, METRICS
 from stepdistill.training.watchdog_config import WatchdogConfig
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -133,9 +140,8 @@ class TrainConfig(BaseModel):
     """Guidance of those samples; none means the method's own (of pairs it is not known: set it)."""
     best_metric: str | None = None
     """Validation metric by which the best checkpoint is saved and kept whatever the limit, and
-    named in best.json: frechet_diagonal, teacher_rmse, trajectory_rmse, ..."""
-    best_mode: Literal["min", "max"] = "min"
-    """Whether a lower or a higher best_metric is better."""
+    named in best.json: the lowest frechet_diagonal, teacher_rmse, trajectory_rmse or x0_mean_drift,
+    or the highest diversity or diversity_ratio."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """What to do when the run goes wrong, check by check: warn, back_off or stop."""
     push_to_hub: bool = False
@@ -150,15 +156,51 @@ class TrainConfig(BaseModel):
                 "validation_steps: expected validation_prompts beside it, got none. "
                 "Give --validation_prompts, or set validation_steps to 0"
             )
-        if self.best_metric is not None and self.best_metric not in METRICS:
-            raise ValueError(
-                f"best_metric: expected one of {', '.join(METRICS)}, got {self.best_metric!r}"
-            )
-        if self.best_metric is not None and not self.validation_steps:
-            raise ValueError("best_metric: expected validation_steps beside it, got none")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub: expected hub_model_id (user/name) beside it, got none")
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked_best(cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> Any:
+        """Take the records of earlier versions, for export, with their best_mode and whatever
+        best_metric they had; who trains by one checks it (`check_best_metric`)."""
+        earlier = isinstance(data, dict) and "best_mode" in data
+        if earlier:
+            data = {name: value for name, value in data.items() if name != "best_mode"}
+        made = handler(data)
+        if not earlier:
+            made.check_best_metric()
+        elif made.best_metric is not None:
+            warnings.warn(
+                "best_mode has no effect: a best_metric has a direction of its own. Leave it out.",
+                stacklevel=3,
+            )
+        return made
+
+    def check_best_metric(self) -> None:
+        """Errors: ValueError where best_metric is none to go by, or these options measure none."""
+        name = self.best_metric
+        if name is None:
+            return
+        expected = f"best_metric: expected one of {', '.join(BEST_METRICS)}, got {name!r}"
+        if name not in METRICS:
+            raise ValueError(expected)
+        metric = METRICS[name]
+        if metric.mode is None:
+            raise ValueError(f"{expected}, which has no best value: {metric.why}. Name another")
+        if not self.validation_steps:
+            raise ValueError("best_metric: expected validation_steps beside it, got none")
+        if metric.teacher and not self.validation_teacher_steps:
+            raise ValueError(
+                f"best_metric: expected validation_teacher_steps beside {name}, which compares "
+                "with the teacher's samples, got 0. Set it to 20, or name diversity"
+            )
+        if metric.several and self.num_validation_images < 2:
+            raise ValueError(
+                f"best_metric: expected num_validation_images 2 or more beside {name}, which "
+                "compares the images of a prompt, got 1. Raise it, or name another metric"
+            )
 
 
 class DataConfig(BaseModel):

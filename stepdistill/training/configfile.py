@@ -70,6 +70,8 @@ def explain(err: ValidationError, model: type[BaseModel], where: str) -> ValueEr
             lines.append(f"expected a known option, got {key!r}. Nearest: {near or 'none'}.")
         elif item["type"] == "missing":
             lines.append(f"expected {key}, got nothing. Set it in a config file or as --{key}.")
+        elif item["type"] == "value_error":  # a rule of ours, which says it all
+            lines.append(f"{item['ctx']['error']}".rstrip(".") + ".")
         else:
             lines.append(f"{key}: {item['msg']}, got {item['input']!r}.")
     return ValueError(f"{where}: " + " ".join(lines))
@@ -149,7 +151,10 @@ def parse_run_config(argv: Sequence[str], prog: str = "stepdistill", method: str
         raise explain(err, flags, "config") from err
     except SettingsError as err:
         raise _unknown_flags(err, rest, flags) from err
-    return RunConfig(**parsed.model_dump())
+    try:
+        return RunConfig(**parsed.model_dump())
+    except ValidationError as err:
+        raise explain(err, RunConfig, "config") from err
 
 
 def _spelt_out(argv: Sequence[str], switch: str = "gradient_checkpointing") -> list[str]:

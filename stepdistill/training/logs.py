@@ -10,10 +10,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from stepdistill.reporting.page import write_run_report
-from stepdistill.training.best import Best, read_best, write_best
+from stepdistill.training.best import Best, check_measured, new_best, read_best, write_best
 from stepdistill.training.checkpoint import RUN_FILE, discard
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.validation import Validation
@@ -53,7 +54,7 @@ class RunLog:
         self._bar: Any = None
         self._window_start = (0, 0.0)
         self.last: dict[str, float] = {}
-        self._seen = 0  # the last step heard of
+        self._open = False  # between start and the end's event
         self._best: Best | None = None
         self._reported = -math.inf
         self._facts = facts
@@ -65,6 +66,7 @@ class RunLog:
 
         Nothing is written before: a trainer made to export leaves the run's record alone.
         """
+        self._open = True
         if self._accelerator.is_main_process:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_text(self._folder / RUN_FILE, json.dumps(self._facts, indent=2))
@@ -91,7 +93,10 @@ class RunLog:
         kept = []
         for line in path.read_text().splitlines(keepends=True):
             if line.endswith("\n"):
-                told = json.loads(line)
+                try:
+                    told = json.loads(line)
+                except json.JSONDecodeError:  # cut short by a full disk, then written on
+                    continue
                 if told["step"] <= step and not told.get("early") and told.get("kind") != "end":
                     kept.append(line)
         write_text(path, "".join(kept))
@@ -116,8 +121,7 @@ class RunLog:
         """One update's gradient norms by role; whether the watchdog lets it be made."""
         for role, norm in norms.items():
             self._collect(f"grad_norm/{role}", norm.detach())
-        with self._ending():
-            return self.watchdog.allows(norms, step)
+        return self.watchdog.allows(norms, step)
 
     # -------------------------------------------------------------- log lines
     def due(self, step: int) -> bool:
@@ -125,8 +129,7 @@ class RunLog:
 
     def check_finite(self) -> None:
         """Errors: WatchdogStop naming phase, step and last good checkpoint."""
-        with self._ending():
-            self.watchdog.check_finite()
+        self.watchdog.check_finite()
 
     def write(self, step: int, seconds: float, rates: Mapping[str, float]) -> None:
         """One log line of means since the last.
@@ -135,12 +138,11 @@ class RunLog:
         as if it had not.
         Errors: WatchdogStop where a check of the watchdog stops the run; no line is written then.
         """
-        planned, self._seen = self.due(step), step
-        with self._ending():
-            if planned:
-                self.watchdog.check_updates(step)
-            else:
-                self.watchdog.check_finite()
+        planned = self.due(step)
+        if planned:
+            self.watchdog.check_updates(step)
+        else:
+            self.watchdog.check_finite()
         values = self._means()
         values |= {f"lr/{role}": rate for role, rate in rates.items()}
         from_step, from_seconds = self._window_start
@@ -178,7 +180,8 @@ class RunLog:
         """Write a validation (made on the main process) down; call on all ranks.
 
         Returns: whether it is the best so far, so that the step's checkpoint should be kept.
-        Errors: WatchdogStop where a check of samples stops the run.
+        Errors: WatchdogStop where a check of samples stops the run; ValueError, on all ranks,
+            where best_metric is none of what is measured.
         """
         # The last step's, where it is none of the planned ones, decides nothing: a run that is
         # stopped early and resumed must go the way of one that was not.
@@ -193,27 +196,16 @@ class RunLog:
                 self._accelerator.log({f"validation/{k}": v for k, v in finite.items()}, step=step)
         shared: list[Any] = [None if found is None else found.metrics]
         metrics = broadcast_object_list(shared)[0]
-        ends = step >= self._args.max_train_steps
-        better = (planned or ends) and self._better(step, metrics)
         if planned:
-            with self._ending():
-                self.watchdog.check_samples(step, metrics)
+            check_measured(self._args, metrics)
+            self.watchdog.check_samples(step, metrics)
             self._tell_alarms()
+        decides = planned or step >= self._args.max_train_steps
+        better = new_best(self._best, self._args, step, metrics) if decides else None
+        self._best = better or self._best
         if self._accelerator.is_main_process:
             self.report()
-        return better
-
-    def _better(self, step: int, metrics: Mapping[str, float]) -> bool:
-        name = self._args.best_metric
-        value = metrics.get(name, math.nan) if name is not None else math.nan
-        if name is None or step == 0 or not math.isfinite(value):
-            return False
-        if self._best is not None and self._best.metric == name and not self._best.beaten_by(value):
-            return False
-        every = self._args.checkpointing_steps
-        due = (every and step % every == 0) or step >= self._args.max_train_steps
-        self._best = Best(step, name, self._args.best_mode, value, extra=not due)
-        return True
+        return better is not None
 
     def keep_best(self) -> None:
         """Point best.json at the best's checkpoint, which is whole; the one before may go then."""
@@ -276,22 +268,32 @@ class RunLog:
         write_run_report(self._folder, write_text)
         self._reported = time.monotonic()
 
-    @contextmanager
-    def _ending(self) -> Iterator[None]:
-        """Where the watchdog ends the run within, say so in the records and close them."""
-        try:
-            yield
-        except WatchdogStop as stop:
-            self._tell_alarms()
-            self.close(self._seen, "stopped by the watchdog", str(stop))
-            raise
-
     def close(self, step: int, state: str = "finished", why: str = "") -> None:
-        """End the logs; state ("finished", "preempted", ...) and why stand in the report."""
-        self._append("events.jsonl", {"step": step, "kind": "end", "state": state, "why": why})
-        if self._accelerator.is_main_process:
-            self.report()
-        if self._bar is not None:
-            self._bar.close()
+        """End the logs, on all ranks; state ("finished", "preempted", ...) and why are reported."""
+        self._end(step, state, why)
         if self._args.report_to:
             self._accelerator.end_training()
+
+    def broken_off(self, step: int, err: BaseException) -> None:
+        """End the logs of a run that `err` ends, if it has begun and not ended; hides no `err`.
+
+        The other ranks may be anywhere: nothing is asked of them, but by a watchdog's stop.
+        """
+        state, why = "failed", shorten(f"{type(err).__name__}: {err}", 600).removesuffix(":")
+        end = self._end
+        if isinstance(err, WatchdogStop):  # all ranks have it
+            state, why, end = "stopped by the watchdog", str(err), self.close
+        elif isinstance(err, KeyboardInterrupt):
+            state, why = "interrupted", "Go on with --resume_from_checkpoint latest."
+        with suppress(Exception):
+            if self._open:
+                self._tell_alarms()
+                end(step, state, why)
+
+    def _end(self, step: int, state: str, why: str) -> None:
+        self._append("events.jsonl", {"step": step, "kind": "end", "state": state, "why": why})
+        self._open = False
+        if self._bar is not None:
+            self._bar.close()
+        if self._accelerator.is_main_process:
+            self.report()

@@ -74,8 +74,11 @@ def prepared(
 
 
 def roles_of(method: Method[Any], args: TrainConfig) -> dict[str, Role]:
-    """The method's roles, and the run's averaged student where it keeps one."""
+    """The method's roles, the run's averaged student where it keeps one, and the teacher where
+    validation draws its samples (a method that learns from pairs has none)."""
     roles = dict(method.roles())
+    if args.validation_steps and args.validation_teacher_steps:
+        roles.setdefault("teacher", Role())
     if args.ema_decay:
         roles["ema"] = Role(ema_of="student", extra_inputs=roles["student"].extra_inputs)
     return roles

@@ -77,9 +77,17 @@ class Trainer:
         config = method_config(method, method_options or {})
         self.dataset = None if train_dataset is None else as_dataset(train_dataset)
         if self.dataset is not None:
+            args.check_best_metric()
             cls, judges = method_class(method), scorers or {}
             checks.method_fits(
-                cls, config, model, revision, self.dataset, judges, args.single_file_config
+                cls,
+                config,
+                model,
+                revision,
+                self.dataset,
+                judges,
+                args.single_file_config,
+                args.best_metric,
             )
         checks.student_fits(
             method_class(method), args.tuning, model, revision, args.single_file_config
@@ -133,9 +141,14 @@ class Trainer:
             planned over max_train_steps (learning rates, stages) does not notice.
         Errors: WatchdogStop (a FloatingPointError) for a non-finite loss or gradient, or where
             another check of args.watchdog stops the run; it names the last good checkpoint.
+            Whatever ends the run, Ctrl-C too, is told in events.jsonl and the report.
         """
         with self.stop:
-            return self._train(until)
+            try:
+                return self._train(until)
+            except BaseException as err:
+                self.log.broken_off(self.step, err)
+                raise
 
     def _train(self, until: int | None) -> dict[str, float]:
         args = self.args

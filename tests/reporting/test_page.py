@@ -70,9 +70,9 @@ def test_it_is_escaped_and_fetches_nothing(run) -> None:
     assert '<meta name="viewport"' in text
 
 
-def end(run, state: str, why: str = "") -> None:
+def end(run, state: str, why: str = "", step: int = 30) -> None:
     with (run / "events.jsonl").open("a") as handle:
-        handle.write(json.dumps({"kind": "end", "step": 30, "state": state, "why": why}) + "\n")
+        handle.write(json.dumps({"kind": "end", "step": step, "state": state, "why": why}) + "\n")
 
 
 def test_it_reloads_only_while_the_run_goes_on(run) -> None:
@@ -82,6 +82,17 @@ def test_it_reloads_only_while_the_run_goes_on(run) -> None:
     assert "location.reload()" not in text
     assert "x0 &lt;drifts&gt;" in text
     assert '<span class="badge stopped">stopped by the watchdog</span>' in text
+
+
+@pytest.mark.parametrize(("state", "colour"), [("failed", "b91c1c"), ("interrupted", "92400e")])
+def test_a_run_broken_off_has_its_own_badge_and_its_last_update(run, state, colour) -> None:
+    end(run, state, "OSError: <full>", step=33)
+    text = render(read_run(run))
+    assert f'<span class="badge {state}">{state}</span>' in text
+    assert re.search(rf"\.badge\.{state} {{ background: #{colour}; }}", text)
+    assert "OSError: &lt;full&gt;" in text
+    assert "33 of 40" in text
+    assert "location.reload()" not in text
 
 
 def test_the_best_is_marked(run) -> None:
