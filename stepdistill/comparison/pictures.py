@@ -111,6 +111,7 @@ def panels(found: Comparison) -> list[Panel]:
 
     def against_time(axes: Axes) -> None:  # the colours are those of the first panel
         draw_curves(axes, times, title.format("training time"), spent, log_x=False, legend=False)
+        axes.set_xlim(left=0)  # of one budget they lie below each other, whatever the noise
 
     return [
         lambda axes: draw_curves(axes, steps, title.format("steps"), "steps", told, ticks),
