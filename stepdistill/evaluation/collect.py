@@ -117,19 +117,29 @@ def draw_into(
     for shard in shards:
         rows: list[dict[str, Tensor]] = []
         batches: list[tuple[int, float]] = []
-        calls = 0.0
+        calls, size = 0.0, ""
         for first in range(shard.start, shard.stop, drawing.batch_size):
             numbers = range(first, min(first + drawing.batch_size, shard.stop))
             prompts = [drawing.prompt(i) for i in numbers]
             made = sampler.draw(prompts, [drawing.generator(i) for i in numbers])
             batches.append((len(numbers), made.seconds if warm else -made.seconds))
             warm, calls = True, made.network_calls
+            size = "{1} x {0} px".format(*made.images.shape[-2:])
             seen = [index if index in shown else None for index in numbers]
             rows.append(_looked(made.images, prompts, drawing.frames, lens, seen, store.folder))
             tell(len(numbers))
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        facts = {"batches": batches, "network_calls": calls}
+        facts = {"batches": batches, "network_calls": calls, "size": size}
+        facts |= {"batch_size": max(count for count, _ in batches), "device": device_told(device)}
         store.write(shard, tensors, {**facts, "peak_gib": peak.gib, "peak_of": peak.kind})
+
+
+def device_told(device: torch.device) -> str:
+    """Its model, beside which a time means something."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _looked(
@@ -144,6 +154,11 @@ def _looked(
 
     Args: shown: for each the number that its preview is saved under, or None.
     """
+    if not bool(torch.isfinite(made).all()):
+        raise FloatingPointError(
+            "expected finite images, got NaN or infinity. In fp16 try --dtype bf16 or float32; "
+            "else the student is broken: leave it out"
+        )
     if frames is None:
         images = eight_bit((made.permute(0, 2, 3, 1) + 1) / 2)
         for index, image in zip(shown, images, strict=True):

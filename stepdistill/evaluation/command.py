@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--num_reference", type=int, help="the first images by name; default all")
     add("--seeds", type=int, nargs="+", help="noise seeds, a whole set of images each; default 0")
     add("--batch_size", type=int, help="default 8; changes times alone")
-    add("--shard_images", type=int, help="images between files; default 256")
+    add("--shard_images", type=int, help="images between files, which processes share; default 64")
     add("--guidance", type=float, help="of the teacher, null + g (cond - null)")
     add("--student_guidance", type=float, help="of students without distillation.json; default 1")
     add("--teacher_lora", action="append", help="path[:scale], merged")
@@ -52,9 +52,11 @@ def parser() -> argparse.ArgumentParser:
     add("--resize_filter", choices=sorted(FILTERS))
     add("--nearest_k", type=int, help="neighbours of precision and recall; default 3")
     add("--dtype", choices=("float32", "bf16", "fp16"))
-    add("--clip", metavar="MODEL[,WEIGHTS]", help="CLIP score, an open_clip model")
+    add("--clip", metavar="MODEL[,WEIGHTS]", help="CLIP score, an open_clip model; "
+        "with a file of OpenAI's weights the one named -quickgelu")  # fmt: skip
     add("--hps", metavar="FILE", help="HPSv2 weights")
-    add("--aesthetic", metavar="HEAD[,WEIGHTS]", help="linear head on CLIP ViT-L/14")
+    add("--aesthetic", metavar="HEAD[,WEIGHTS]", help="linear head on OpenAI's CLIP "
+        "ViT-L/14 (ViT-L-14-quickgelu); WEIGHTS: a local file of it")  # fmt: skip
     add("--num_previews", type=int, help="images shown of each; default 12")
     return made
 

@@ -76,15 +76,15 @@ def eight_bit(images: Any) -> list[Image.Image]:
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """(B, C, H, W) float32 in [0, 1] of equally large images; C is 1 for grey ones."""
-    rows = []
+    """(B, C, H, W) float32 in [0, 1] of equally large images; C is 1 where all are grey."""
+    rows, mode = [], "L" if all(image.mode == "L" for image in images) else "RGB"
     for image in images:
-        pixels = torch.from_numpy(np.array(image if image.mode == "L" else image.convert("RGB")))
+        pixels = torch.from_numpy(np.array(image.convert(mode)))
         rows.append(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))
     shapes = {tuple(row.shape) for row in rows}
     if len(shapes) > 1:
         raise ValueError(
-            f"images: expected one size and mode, got {sorted(shapes)[:3]}. Set size_px."
+            f"images: expected one size (C, H, W), got {sorted(shapes)[:3]}. Set size_px."
         )
     return torch.stack(rows).float() / 255
 

@@ -14,6 +14,8 @@ from .store import Store
 from .systems import Source
 from .videos import SHOWN_FRAMES, frame_distance, per_frame, per_video
 
+DRAWN = ("peak_of", "batch_size", "device", "size")  # a shard's facts that the protocol tells
+
 
 @dataclass(frozen=True)
 class Filled:
@@ -33,11 +35,14 @@ class Filled:
         return max(teachers, key=lambda i: self.sources[i].steps)
 
 
-def measure(filled: Filled) -> tuple[list[System], str]:
-    """(a System for the real images and for each source; what peak memory is of)."""
+def measure(filled: Filled) -> tuple[list[System], dict[str, str]]:
+    """(a System for the real images and for each source; how they were drawn).
+
+    The latter as the shards say it, which an earlier call with other options may have made.
+    """
     systems: list[System] = []
     real: dict[str, torch.Tensor] = {}
-    peak_of = ""
+    drawn: dict[str, dict[str, None]] = {name: {} for name in DRAWN}
     first = filled.drawings[0]
     if filled.real is not None:
         real = filled.real.read()[0]
@@ -50,7 +55,8 @@ def measure(filled: Filled) -> tuple[list[System], str]:
         by: dict[tuple[str, str], list[dict[str, float | None]]] = {}
         for index, drawing in enumerate(filled.drawings):
             own, facts = filled.stores[place, index].read()
-            peak_of = facts[0]["peak_of"]
+            for name, told in drawn.items():
+                told.update(dict.fromkeys(str(one[name]) for one in facts if name in one))
             found = _values(filled, drawing, own, bases[index], real)
             found["", ""] |= _costs(facts, "video" if "motion" in own else "image")
             for key, values in found.items():
@@ -66,7 +72,7 @@ def measure(filled: Filled) -> tuple[list[System], str]:
         pictures = previews(filled.stores[place, 0], preview_indices(first), frames)
         row = (source.label, source.group, source.steps, numbers, len(first), pictures, frames)
         systems.append(System(*row))
-    return systems, peak_of
+    return systems, {name: ", ".join(values) for name, values in drawn.items()}
 
 
 def _values(
@@ -116,5 +122,9 @@ def _costs(facts: Sequence[Mapping[str, Any]], what: str) -> dict[str, float | N
 
 
 def previews(store: Store, indices: Sequence[int], frames: int = 1) -> list[str]:
-    """Paths of the store's preview pictures, `frames` of each video after one another."""
-    return [str(store.folder / preview_name(i, frame)) for i in indices for frame in range(frames)]
+    """Paths of the store's preview pictures, `frames` of each video after one another.
+
+    A finished set has those that were asked for when it was made: more can't be had of it later.
+    """
+    names = [preview_name(i, frame) for i in indices for frame in range(frames)]
+    return [str(store.folder / name) for name in names if (store.folder / name).is_file()]

@@ -65,7 +65,9 @@ def save_page(
 
     Args: share: of its place that a panel fills; a legend beside it needs room.
     """
-    cell = (WIDTH_IN - LABEL_IN - 2 * MARGIN_IN) / max(strip.columns for strip in strips)
+    cell = (WIDTH_IN - LABEL_IN - 2 * MARGIN_IN) / max(
+        (strip.columns for strip in strips), default=1
+    )
     cell = min(cell, 1.4)
     gallery = len(strips) * (cell + GAP_IN)
     height = 1.0 + gallery + (0.45 + tall if panels else 0) + MARGIN_IN

@@ -30,11 +30,11 @@ from .presets import preset
 from .report import Report, write_report
 from .scores import Judges
 from .store import Store, settings_hash
-from .systems import Loading, Source, student_sources, teacher_sources
+from .systems import Loading, Source, student_sources, teacher_sources, told_apart
 from .videos import DEFAULT_FRAMES, check_video, first_frames, frames_told, shown_of
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHARD_IMAGES = 256
+SHARD_IMAGES = 64  # few enough for processes to share a small evaluation
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def evaluate(
     check_video(options, family.output, family.reads_image)
     prompts = read_prompts(options)
     files = image_files(options.reference)[: options.num_reference] if options.reference else []
+    check_counts(options, prompts, files)
     if nets is None:
-        if not options.features:
-            raise ValueError("features: expected a feature network, got none. See evaluate --help.")
+        check_features(options.features)
         nets = [feature_net(text, state.device) for text in options.features]
     judges = Judges.of(options, scorers or {}, state.device)
     lens = Lens(nets, judges.scorers, frame)
@@ -115,11 +115,11 @@ def evaluate(
     }
     drawings = [_drawing(options, family, prompts, seed) for seed in options.seeds]
     filled = _fill(options, facts, lens, sources, drawings, files, state)
-    systems, peak_of = measure(filled)
+    systems, drawn = measure(filled)
     report = Report(
         title=f"{Path(options.teacher).name} and its students",
         systems=systems,
-        protocol=_protocol(options, facts, prompts, files, peak_of, drawings[0].frames),
+        protocol=_protocol(options, facts, prompts, files, drawn, drawings[0].frames),
         reference="real" if files else "teacher",
         networks=[net.name for net in nets],
         folder=out,
@@ -128,6 +128,49 @@ def evaluate(
         write_report(report, out)
     state.wait_for_everyone()
     return report
+
+
+def check_counts(options: Options, prompts: Sequence[Any], files: Sequence[Path]) -> None:
+    """Errors: ValueError for numbers that are too small to draw or to measure anything."""
+    least = {
+        "num_images_per_prompt": options.num_images_per_prompt,
+        "num_prompts": options.num_prompts,
+        "num_reference": options.num_reference,
+        "num_previews": options.num_previews + 1,
+        "batch_size": options.batch_size,
+        "shard_images": options.shard_images,
+        "nearest_k": options.nearest_k,
+        "teacher_steps": min(options.teacher_steps, default=0),
+        "steps": min(options.steps, default=1),
+        "seeds": min(options.seeds, default=0) + 1,
+    }
+    for name, value in least.items():
+        if value is not None and value < 1:
+            expected = "0 or more" if name in ("num_previews", "seeds") else "1 or more"
+            raise ValueError(f"{name}: expected {expected}, got {getattr(options, name)!r}.")
+    drawn = len(prompts) * options.num_images_per_prompt
+    if drawn < 2:
+        raise ValueError(
+            "num_images_per_prompt: expected two images or more to measure a spread, got one. "
+            "Raise it, or give more prompts."
+        )
+    if options.reference is not None and len(files) < 2:
+        raise ValueError(
+            f"reference: expected two images or more in {options.reference!r}, got {len(files)}."
+        )
+
+
+def check_features(texts: Sequence[str]) -> None:
+    """Errors: ValueError for no network, or two of one kind, whose rows would share a name."""
+    if not texts:
+        raise ValueError("features: expected a feature network, got none. See evaluate --help.")
+    kinds = [text.partition(":")[0] for text in texts]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise ValueError(
+                f"features: expected networks of different kinds, got {kind} twice. Evaluate with "
+                "each in a call of its own; images are drawn anew."
+            )
 
 
 def read_prompts(options: Options) -> list[Any]:
@@ -141,7 +184,14 @@ def read_prompts(options: Options) -> list[Any]:
         raise ValueError(
             f"prompts_file: expected a file of {told}s for {options.teacher}, got none."
         )
-    return _first(LineFile(options.prompts_file), options.prompts_file, options)
+    lines = _first(LineFile(options.prompts_file), options.prompts_file, options)
+    for number, line in enumerate(lines if told == "label" else (), start=1):
+        if not line.strip().isdigit():
+            raise ValueError(
+                f"prompts_file: expected a class number in every line of {options.prompts_file}, "
+                f"got {line!r} in line {number}."
+            )
+    return lines
 
 
 def _first(lines: Sequence[Any], source: str, options: Options) -> list[Any]:
@@ -171,11 +221,12 @@ def _sources(
         family.output,
         family.reads_image,
     )
-    counts = sorted(options.teacher_steps)
+    counts = sorted(set(options.teacher_steps))
     found = teacher_sources(options.teacher, counts, loading)
     for path in options.student:
-        found += student_sources(path, options.steps, loading, out / "exports")
-    return found
+        steps = list(dict.fromkeys(options.steps))
+        found += student_sources(path, steps, loading, out / "exports")
+    return told_apart(found)
 
 
 def _drawing(options: Options, family: type[Family], prompts: Sequence[Any], seed: int) -> Drawing:
@@ -205,8 +256,8 @@ def _fill(
 
     real = None
     if files:
-        sizes = [(file.name, file.stat().st_size) for file in files]
-        settings = {**facts, "files": settings_hash({"files": sizes})}
+        told_by = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        settings = {**facts, "files": settings_hash({"files": told_by}), "versions": versions()}
         real = Store.of(root, "real", settings, len(files), options.shard_images)
         with bar("real images", len(files)) as told:
             seen = (options.batch_size, options.num_previews)
@@ -228,8 +279,13 @@ def _fill(
             name = f"{source.group}_{source.steps}"
             store = Store.of(root, name, settings, len(drawing), options.shard_images)
             with bar(f"{source.label}, {source.steps} steps", len(drawing)) as told:
-                draw_into(store, source.load, drawing, lens, *where, told.update)
+                try:
+                    draw_into(store, source.load, drawing, lens, *where, told.update)
+                except FloatingPointError as err:
+                    name = f"{source.label} at {source.steps} steps"
+                    raise ValueError(f"{name}: {err}.") from err
             stores[place, index] = store
+        source.release()
     state.wait_for_everyone()
     nets = [net.name for net in lens.nets]
     return Filled(sources, stores, real, drawings, nets, options.nearest_k)
@@ -246,10 +302,10 @@ def _protocol(
     facts: Mapping[str, Any],
     prompts: Sequence[Any],
     files: Sequence[Path],
-    peak_of: str,
+    drawn: Mapping[str, str],
     frames: str | None,
 ) -> dict[str, Any]:
-    """What stands beside every number. Args: frames: see Drawing."""
+    """What stands beside every number. Args: drawn: see `measure`; frames: see Drawing."""
     return {
         **facts,
         "num_prompts": len(prompts),
@@ -259,10 +315,12 @@ def _protocol(
         "seeds": list(options.seeds),
         "nearest_k": options.nearest_k,
         "manifold_images": MANIFOLD_IMAGES,
-        "batch_size": options.batch_size,
+        "batch_size": drawn["batch_size"],
+        "device": drawn["device"],
+        "drawn_at": drawn["size"],
         "dtype": options.dtype,
         "guidance": options.guidance,
-        "peak_memory_of": peak_of,
+        "peak_memory_of": f"{drawn['peak_of']}, the metrics' networks among it",
         "preset": options.preset,
         "frames": None if frames is None else frames_told(frames),
         "versions": versions(),

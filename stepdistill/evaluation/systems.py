@@ -7,8 +7,10 @@ run (exported here for each asked step count), or any other few-step pipeline.
 from __future__ import annotations
 
 import functools
+import gc
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from stepdistill.export.pipeline import RECORD
 from stepdistill.models.family import Family
 from stepdistill.models.registry import load_family
 from stepdistill.models.safe_files import read_json
+from stepdistill.models.teacher_lora import lora_facts
 from stepdistill.training.checkpoint import RUN_FILE
 
 from .samples import PipelineSampler
@@ -29,13 +32,16 @@ from .samples import PipelineSampler
 
 @dataclass(frozen=True)
 class Source:
-    """Something to draw images from. settings: all that its images depend on; load: builds it."""
+    """Something to draw images from. settings: all that its images depend on; load: builds it;
+    release: lets go of what it shares with the sources before it; path: where it lies."""
 
     label: str
     group: str
     steps: int
     settings: dict[str, Any]
     load: Callable[[], PipelineSampler]
+    release: Callable[[], None] = lambda: None
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,9 @@ def teacher_sources(model: str, counts: Sequence[int], loading: Loading) -> list
             single_file_config=loading.single_file_config,
         )
     )
-    about = _weights(model) | {"teacher_lora": list(loading.teacher_lora)}
-    return [_plain("teacher", "teacher", n, load, about, loading, loading.guidance) for n in counts]
+    about = _weights(model) | {"teacher_lora": lora_facts(loading.teacher_lora)}
+    made = [_plain("teacher", "teacher", n, load, about, loading, loading.guidance) for n in counts]
+    return _released(made, load)
 
 
 def student_sources(
@@ -91,10 +98,11 @@ def student_sources(
             )
         load = functools.cache(lambda: _family(path, loading))
         name, about = folder.name or path, _weights(path)
-        return [
-            _plain(name, "student", n, load, about, loading, loading.student_guidance)
+        made = [
+            _plain(name, "student", n, load, about, loading, loading.student_guidance, path)
             for n in counts
         ]
+        return _released(made, load)
     source = _export_source(folder, loading)
     if counts and source.steps not in counts:
         raise ValueError(
@@ -104,7 +112,39 @@ def student_sources(
     return [source]
 
 
-def _export_source(folder: Path, loading: Loading, label: str = "") -> Source:
+def _released(sources: Sequence[Source], load: Any) -> list[Source]:
+    """The sources of one loaded pipeline, which the last lets go: another's memory is its own."""
+
+    def release() -> None:
+        load.cache_clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    return [*sources[:-1], *(replace(one, release=release) for one in sources[-1:])]
+
+
+def told_apart(sources: Sequence[Source]) -> list[Source]:
+    """With labels that differ where step counts do not: longer parts of their paths.
+
+    Errors: ValueError for a student that was given twice.
+    """
+    made = list(sources)
+    for parts in range(2, 32):
+        names = [(one.label, one.steps) for one in made]
+        same = [names.count(name) > 1 for name in names]
+        if not any(same):
+            break
+        for place, one in enumerate(made):
+            if same[place] and one.path:
+                made[place] = replace(one, label="/".join(Path(one.path).resolve().parts[-parts:]))
+    else:
+        name = next(one.path for one, twice in zip(made, same, strict=True) if twice)
+        raise ValueError(f"student: expected each once, got {name!r} twice. Leave one out.")
+    return made
+
+
+def _export_source(folder: Path, loading: Loading, label: str = "", path: str = "") -> Source:
     record = read_json(folder / RECORD, ("num_inference_steps", "call", "conditioning", "run"))
     call = {**call_options(record), **_size(loading)}
     lora = record.get("lora")
@@ -128,18 +168,19 @@ def _export_source(folder: Path, loading: Loading, label: str = "") -> Source:
     if lora is not None:
         about["base"] = _weights(str(record["base_model"]))
     name, steps = label or _short(folder), int(record["num_inference_steps"])
-    return Source(name, "student", steps, about, load)
+    return Source(name, "student", steps, about, load, path=path or str(folder))
 
 
 def _run_sources(run: Path, counts: Sequence[int], loading: Loading, exports: Path) -> list[Source]:
     from stepdistill.trainers import trainer_of_run
 
     trainer = trainer_of_run(run)
+    # Runs of one name in different folders have exports of their own.
+    name = f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
     folders = [
-        trainer.export(exports / f"{run.name}_{count or 'own'}", count)
-        for count in counts or (None,)
+        trainer.export(exports / f"{name}_{count or 'own'}", count) for count in counts or (None,)
     ]
-    return [_export_source(folder, loading, run.name) for folder in folders]
+    return [_export_source(folder, loading, run.name, str(run)) for folder in folders]
 
 
 def _plain(
@@ -150,6 +191,7 @@ def _plain(
     about: dict[str, Any],
     loading: Loading,
     guidance: float | None,
+    path: str = "",
 ) -> Source:
     """A pipeline called with a number of steps and, where it has any, a guidance."""
 
@@ -163,7 +205,7 @@ def _plain(
         return PipelineSampler(family.pipeline, call, family.conditioning)
 
     settings = {**about, "steps": steps, "guidance": guidance, **_size(loading)}
-    return Source(label, group, steps, settings, sampler)
+    return Source(label, group, steps, settings, sampler, path=path)
 
 
 def _family(model: str, loading: Loading, **options: Any) -> Family:
@@ -191,9 +233,16 @@ def _put_lora(family: Family, folder: Path, file: str) -> None:
 
 
 def _weights(model: str) -> dict[str, Any]:
-    """What tells a pipeline's weights apart: their hash, or the Hub's commit."""
+    """What tells a pipeline apart: hashes of weights and configurations, or the Hub's commit."""
     found = base_model(model)
-    return {"model": found.hub_id or Path(model).name, "weights": found.sha256 or found.commit}
+    told = {"model": found.hub_id or Path(model).name, "weights": found.sha256 or found.commit}
+    if Path(model).is_dir():
+        sha, root = hashlib.sha256(), Path(model)
+        for file in sorted(root.rglob("*.json")):
+            if file.name != RECORD:  # whose call is told, and whose rest changes no image
+                sha.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+        told["configs"] = sha.hexdigest()
+    return told
 
 
 def _kind(output: str, reads_image: bool) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from support.runs import teacher_dir
 from torch import Tensor
@@ -286,3 +287,72 @@ def test_two_processes_make_the_numbers_of_one(report, teacher, prompts, tmp_pat
     }
     expected = report.systems[1].get("frechet", "corners", "teacher").mean
     assert found["frechet"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_more_previews_than_were_made_are_no_mistake(report, teacher, prompts, tmp_path) -> None:
+    first = evaluate(options(teacher, prompts, tmp_path, num_previews=2), [Corners()])
+    again = evaluate(options(teacher, prompts, tmp_path, num_previews=4), [Corners()])
+    assert [len(one.previews) for one in again.systems] == [2, 2]
+    assert again.systems[1].get("frechet").mean == first.systems[1].get("frechet").mean
+    none = evaluate(options(teacher, prompts, tmp_path / "none", num_previews=0), [Corners()])
+    assert all(not one.previews for one in none.systems)
+
+
+def test_the_protocol_tells_how_the_images_were_drawn(teacher, prompts, tmp_path) -> None:
+    first = evaluate(options(teacher, prompts, tmp_path, batch_size=2), [Corners()]).protocol
+    assert (first["batch_size"], first["device"], first["drawn_at"]) == (
+        "2", "cpu, 1 thread", "16 x 16 px",
+    )  # fmt: skip
+    more = options(teacher, prompts, tmp_path, batch_size=1, teacher_steps=[2, 3])
+    assert evaluate(more, [Corners()]).protocol["batch_size"] == "2, 1"
+
+
+def test_a_student_of_no_numbers_is_named(teacher, prompts, tmp_path, tmp_path_factory) -> None:
+    broken = tmp_path_factory.mktemp("broken") / "student"
+    pipeline = DiffusionPipeline.from_pretrained(teacher)
+    for param in pipeline.unet.parameters():
+        param.data.fill_(float("nan"))
+    pipeline.save_pretrained(broken)
+    with pytest.raises(ValueError, match="student at 1 steps: expected finite images, got NaN"):
+        evaluate(options(teacher, prompts, tmp_path, student=[str(broken)]), [Corners()])
+
+
+def test_other_photos_of_the_same_names_and_sizes_are_read(teacher, prompts, tmp_path) -> None:
+    found = []
+    for colour in ("red", "blue"):
+        folder = tmp_path / colour
+        folder.mkdir()
+        for index in range(4):
+            Image.new("RGB", (16, 16), colour).save(folder / f"{index}.bmp")
+        given = options(teacher, prompts, tmp_path / "out", reference=str(folder))
+        found.append(evaluate(given, [Corners()]).systems[1].get("frechet", reference="real").mean)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"batch_size": -1}, "batch_size: expected 1 or more, got -1"),
+        ({"shard_images": 0}, "shard_images: expected 1 or more, got 0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt: expected 1 or more, got 0"),
+        ({"nearest_k": 0}, "nearest_k: expected 1 or more, got 0"),
+        ({"teacher_steps": [0, 2]}, r"teacher_steps: expected 1 or more, got \[0, 2\]"),
+        ({"num_reference": -1}, "num_reference: expected 1 or more, got -1"),
+        ({"num_previews": -1}, "num_previews: expected 0 or more, got -1"),
+        ({"num_images_per_prompt": 1, "num_prompts": 1}, "two images or more to measure a spread"),
+        ({"features": ["dino:a", "dino:b"]}, "networks of different kinds, got dino twice"),
+    ],
+)
+def test_numbers_that_measure_nothing_are_refused(more, told, teacher, prompts, tmp_path) -> None:
+    nets = None if "features" in more else [Corners()]
+    with pytest.raises(ValueError, match=told):
+        evaluate(options(teacher, prompts, tmp_path / "out", **more), nets)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_line_that_is_no_class_number_is_named(tmp_path, tmp_path_factory) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("1\ncat\n")
+    dit = teacher_dir("dit", tmp_path_factory)
+    with pytest.raises(ValueError, match=r"prompts_file: .* got 'cat' in line 2"):
+        evaluate(options(dit, labels, tmp_path / "out", student=[]), [Corners()])

@@ -73,5 +73,14 @@ def test_what_is_no_image_is_named(tmp_path) -> None:
     (tmp_path / "a.png").write_text("text")
     with pytest.raises(ValueError, match=r"expected an image, got .*a\.png"):
         open_image(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="expected one size and mode"):
+    with pytest.raises(ValueError, match=r"expected one size \(C, H, W\)"):
         to_tensor([ramp(), ramp(4, 4)])
+
+
+def test_grey_photos_among_coloured_ones_are_coloured_too() -> None:
+    grey, red = Image.new("L", (4, 4), 255), Image.new("RGB", (4, 4), "red")
+    both = to_tensor([grey, red])
+    assert both.shape == (2, 3, 4, 4)
+    assert both[0].unique().tolist() == [1.0]
+    assert both[1].amax((1, 2)).tolist() == [1.0, 0.0, 0.0]
+    assert to_tensor([grey, grey]).shape == (2, 1, 4, 4)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.runs import teacher_dir
 from torch import Tensor
 
 from stepdistill import DistributionMatchingTrainer, TrainConfig, Tuning
-from stepdistill.evaluation.systems import Loading, Source, student_sources, teacher_sources
+from stepdistill.evaluation.systems import (
+    Loading,
+    Source,
+    student_sources,
+    teacher_sources,
+    told_apart,
+)
 
 LOADING = Loading(torch.device("cpu"))
 PROMPTS = ["a red cube", "a blue ball"]
@@ -83,3 +93,54 @@ def test_videos_beside_images_are_refused(tmp_path, tmp_path_factory) -> None:
     (source,) = sources(teacher_dir("wan", tmp_path_factory), tmp_path, [1])
     with pytest.raises(ValueError, match="expected a pipeline that makes images"):
         source.load()
+
+
+def test_runs_of_one_name_are_two_students(run, tmp_path) -> None:
+    other = tmp_path / "elsewhere" / run.name
+    shutil.copytree(run, other)
+    weights = other / "checkpoint-1"
+    assert weights.is_dir()
+    first, second = sources(run, tmp_path, [2]) + sources(other, tmp_path, [2])
+    exports = [path for path in (tmp_path / "exports").iterdir() if path.is_dir()]
+    assert len(exports) == 2
+    one, two = told_apart([first, second])
+    assert one.label != two.label
+    assert one.label.endswith(f"/{run.name}")
+    assert two.label == f"elsewhere/{run.name}"
+
+
+def test_a_student_given_twice_is_refused(run, tmp_path) -> None:
+    with pytest.raises(ValueError, match="student: expected each once"):
+        told_apart(sources(run / "lora", tmp_path) * 2)
+
+
+def test_what_an_image_depends_on_is_told(run, tmp_path, tmp_path_factory) -> None:
+    """A scheduler's option, and the content of a LoRA under a path that stays."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_dir("sd_v", tmp_path_factory), teacher)
+    style = tmp_path / "style"
+    shutil.copytree(run / "lora", style)
+    loading = replace(LOADING, teacher_lora=(str(style),))
+
+    def settings() -> Any:
+        return teacher_sources(str(teacher), [2], loading)[0].settings
+
+    before = settings()
+    assert settings() == before
+    config = teacher / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"clip_sample": false', '"clip_sample": true'))
+    assert settings() != before
+    before = settings()
+    (file,) = style.glob("*.safetensors")
+    save_file({k: v + 1 for k, v in load_file(file).items()}, file)
+    assert settings() != before
+
+
+def test_the_last_of_the_teacher_s_rows_lets_it_go(tmp_path_factory) -> None:
+    teacher = teacher_dir("sd_v", tmp_path_factory)
+    one, two = teacher_sources(str(teacher), [1, 2], LOADING)
+    net = weakref.ref(one.load().net)
+    one.release()
+    assert two.load().net is net()
+    two.release()
+    assert net() is None
