@@ -116,7 +116,7 @@ class InceptionFeatures:
         self.device = torch.device(device)
         self.told = {
             "weights": network_sha256(self.net),
-            "preprocess": "299 px, Pillow bicubic on float channels (clean-fid)",
+            "preprocess": "299 px, Pillow bicubic (clean-fid's filter, rounded to 8 bits)",
         }
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -160,6 +160,7 @@ class CLIPFeatures:
         self.told = {
             "weights": network_sha256(self.scorer.model),
             "preprocess": f"{self.scorer.size[0]} px, open_clip's ({self.scorer.interpolation})",
+            "activation": self.scorer.activation,
         }
 
     def preprocess(self, images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .manifold import manifold_scores
 from .samples import Spread
 
 MANIFOLD_IMAGES = 10_000  # at most that many, the first ones: time grows with their square
+DIVERSITY_IMAGES = 64  # of one prompt, the first ones: time and memory grow with their square
 HIGHER_IS_BETTER = {
     "frechet": False,
     "kid": False,
@@ -87,15 +88,19 @@ def set_distances(real: Tensor, generated: Tensor, k: int) -> dict[str, float]:
 def diversity(features: Tensor, prompts: Sequence[Hashable]) -> float | None:
     """Mean Euclidean distance of two images of one prompt, then mean over prompts.
 
-    Args: features (N, D); prompts: N, equal for images of one prompt. None where no prompt has two.
+    Args: features (N, D); prompts: N, equal for images of one prompt.
+    Notes: None where fewer than half of the prompts have two images: one image was drawn of each,
+           and the few lines that a prompts file repeats say nothing about the rest. Of a prompt
+           (or an unconditional model) the first DIVERSITY_IMAGES count.
     """
     rows: dict[Hashable, list[int]] = {}
     for index, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(index)
-    means = [
-        torch.pdist(features[index].double()).mean() for index in rows.values() if len(index) > 1
-    ]
-    return float(torch.stack(means).mean()) if means else None
+    several = [index[:DIVERSITY_IMAGES] for index in rows.values() if len(index) > 1]
+    if not several or 2 * len(several) < len(rows):
+        return None
+    means = [torch.pdist(features[index].double()).mean() for index in several]
+    return float(torch.stack(means).mean())
 
 
 def drift(value: float, teacher: float) -> float | None:

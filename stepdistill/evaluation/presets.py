@@ -14,11 +14,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """about: what it is and where from. options: defaults of `Options`. files: what you bring."""
+    """about: what it is and where from. options: defaults of `Options`. files: what you bring;
+    features: its network; real: whether it measures against real images alone."""
 
     about: str
     options: Mapping[str, Any]
     files: str
+    features: str = "inception"
+    real: bool = True
 
 
 PRESETS: dict[str, Preset] = {
@@ -43,6 +46,7 @@ PRESETS: dict[str, Preset] = {
         {"num_prompts": 10_000, "crop_px": 299, "size_px": None, "num_reference": None},
         "--prompts_file: 10k captions, one a line; --reference: images of 299 px or more, or none "
         "(then the teacher's own); --features inception:FILE",
+        real=False,
     ),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from . import page
 from .metrics import HIGHER_IS_BETTER, System
+from .protocol import images_told, protocol_line
 from .samples import Spread
 
 # metric -> (column heading, format, factor)
@@ -101,24 +102,6 @@ def write_report(report: Report, folder: Path) -> None:
     (folder / "report.html").write_text(render_html(report), encoding="utf-8")
 
 
-def protocol_line(report: Report, network: str) -> dict[str, str]:
-    """The protocol of one number, flat, as the CSV's columns hold it."""
-    facts = report.protocol
-    net = facts["networks"].get(network, {})
-    return {
-        "weights": net.get("weights", facts["scorers"].get(network, "")),
-        "preprocess": net.get("preprocess", ""),
-        "images": facts["frame"] + (f"; frames: {facts['frames']}" if facts["frames"] else ""),
-        "num_prompts": str(facts["num_prompts"]),
-        "num_images_per_prompt": str(facts["num_images_per_prompt"]),
-        "num_reference": str(facts["num_reference"]),
-        "seeds": " ".join(map(str, facts["seeds"])),
-        "nearest_k": str(facts["nearest_k"]),
-        "preset": str(facts["preset"] or ""),
-        "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
-    }
-
-
 def _write_csv(report: Report, path: Path) -> None:
     rows = []
     for system in report.systems:
@@ -133,7 +116,7 @@ def _write_csv(report: Report, path: Path) -> None:
                     "std": number.spread.std,
                     "network": number.network,
                     "reference": number.reference,
-                    **protocol_line(report, number.network),
+                    **protocol_line(report.protocol, report.reference, system, number),
                 }
             )
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -151,19 +134,21 @@ def protocol_facts(report: Report) -> list[tuple[str, str]]:
     ]
     made += [(f"score: {name}", text) for name, text in facts["scorers"].items()]
     made += [
-        ("images", f"8 bits, {facts['frame']}"),
+        ("images", f"8 bits, {facts['frame']}; drawn ones as made for scores and looks"),
         (
             "counts",
             f"{facts['num_prompts']} prompts × {facts['num_images_per_prompt']} "
             f"{'videos' if facts['frames'] else 'images'}; "
             f"{facts['num_reference']} reference images",
         ),
+        ("guidance", f"teacher {facts['guidance']}; students {facts['student_guidance']}"),
         ("reference", str(facts["reference"])),
         ("noise seeds", ", ".join(map(str, facts["seeds"]))),
         ("neighbours", f"k = {facts['nearest_k']}, first {facts['manifold_images']} images"),
         (
             "time",
-            f"median over batches of {facts['batch_size']}, without the first; text to pixels",
+            f"median over batches of {facts['batch_size']}, without the first; text to pixels; "
+            f"{facts['device']}",
         ),
         ("memory", facts["peak_memory_of"]),
         ("precision of networks", facts["dtype"]),
@@ -230,11 +215,16 @@ def _tables(report: Report) -> list[tuple[str, str]]:
     made = []
     for name, keys in kinds.items():
         several = len({key[1] for key in keys if key[0] in (*DISTANCES, *OVER_TIME[2:])}) > 1
-        heads = ["", *(heading(m, n if several or m == "score" else "") for m, n, _ in keys)]
+        look = ["images"] if name == "Look" else []
+        heads = ["", *look, *(heading(m, n if several or m == "score" else "") for m, n, _ in keys)]
         lines = [
             page.Line(
                 system.group,
-                [report.name(system), *(told(system.get(*key), key[0]) for key in keys)],
+                [
+                    report.name(system),
+                    *(images_told(report.protocol, system.group, "saturation") for _ in look),
+                    *(told(system.get(*key), key[0]) for key in keys),
+                ],
             )
             for system in report.systems
             if any(system.get(*key) is not None for key in keys)

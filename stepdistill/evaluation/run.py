@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from .collect import Drawing, Lens, draw_into, read_into
 from .features import FeatureNet, feature_net
 from .images import Frame, image_files
 from .measure import Filled, measure
-from .metrics import MANIFOLD_IMAGES
 from .presets import preset
+from .protocol import protocol_of
 from .report import Report, write_report
 from .scores import Judges
 from .store import Store, settings_hash
 from .systems import Loading, Source, student_sources, teacher_sources, told_apart
-from .videos import DEFAULT_FRAMES, check_video, first_frames, frames_told, shown_of
+from .videos import DEFAULT_FRAMES, check_video, first_frames, shown_of
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_IMAGES = 64  # few enough for processes to share a small evaluation
@@ -116,10 +116,11 @@ def evaluate(
     drawings = [_drawing(options, family, prompts, seed) for seed in options.seeds]
     filled = _fill(options, facts, lens, sources, drawings, files, state)
     systems, drawn = measure(filled)
+    told = protocol_of(options, facts, prompts, len(files), drawn, drawings[0].frames)
     report = Report(
         title=f"{Path(options.teacher).name} and its students",
         systems=systems,
-        protocol=_protocol(options, facts, prompts, files, drawn, drawings[0].frames),
+        protocol={**told, "versions": versions()},
         reference="real" if files else "teacher",
         networks=[net.name for net in nets],
         folder=out,
@@ -295,34 +296,3 @@ def versions() -> dict[str, str]:
     """Of the libraries that images and features depend on."""
     names = ("torch", "diffusers", "transformers", "pillow", "stepdistill")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-def _protocol(
-    options: Options,
-    facts: Mapping[str, Any],
-    prompts: Sequence[Any],
-    files: Sequence[Path],
-    drawn: Mapping[str, str],
-    frames: str | None,
-) -> dict[str, Any]:
-    """What stands beside every number. Args: drawn: see `measure`; frames: see Drawing."""
-    return {
-        **facts,
-        "num_prompts": len(prompts),
-        "num_images_per_prompt": options.num_images_per_prompt,
-        "num_reference": len(files) or len(prompts) * options.num_images_per_prompt,
-        "reference": options.reference or f"the teacher at {max(options.teacher_steps)} steps",
-        "seeds": list(options.seeds),
-        "nearest_k": options.nearest_k,
-        "manifold_images": MANIFOLD_IMAGES,
-        "batch_size": drawn["batch_size"],
-        "device": drawn["device"],
-        "drawn_at": drawn["size"],
-        "dtype": options.dtype,
-        "guidance": options.guidance,
-        "peak_memory_of": f"{drawn['peak_of']}, the metrics' networks among it",
-        "preset": options.preset,
-        "frames": None if frames is None else frames_told(frames),
-        "versions": versions(),
-        "options": asdict(options),
-    }

@@ -47,6 +47,7 @@ class Judges:
         for name, scorer in scorers.items():
             if isinstance(scorer, torch.nn.Module):
                 told[name] += f", sha256 {network_sha256(scorer)[:16]}"
+                told[name] += f", {scorer.activation}" if hasattr(scorer, "activation") else ""
         return cls(scorers, told)
 
 

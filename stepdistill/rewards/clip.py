@@ -2,6 +2,8 @@
 
 Model, weights, tokenizer and preprocessing figures are open_clip's; only the preprocessing runs on
 tensors, so that gradients reach the image (open_clip's own goes through PIL).
+OpenAI's weights and some others were trained with QuickGELU: a tag of open_clip's table says so; a
+local file doesn't, so its model has to be named with "-quickgelu" (ViT-L-14-quickgelu).
 Source: Radford et al. 2021, arXiv:2103.00020.
 """
 
@@ -15,6 +17,7 @@ from typing import Any, ClassVar
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
 from torch import Tensor
 
 from stepdistill.losses.rewards import CLIPOptions
@@ -53,18 +56,24 @@ class CLIPScorer(FrozenScorer):
         if weights is None or not (weights in tags or Path(weights).is_file()):
             raise ValueError(
                 f"scorer clip: expected pretrained to be one of {tags} or a file, got {weights!r}."
+                + _file_of_openai(name)
             )
 
     def __init__(self, options: CLIPOptions) -> None:
         super().__init__()
         try:
             self.model = open_clip.create_model(
-                options.model, options.pretrained, require_pretrained=True, weights_only=True
+                options.model,
+                options.pretrained,
+                force_quick_gelu=quick_gelu(options.model, options.pretrained),
+                require_pretrained=True,
+                weights_only=True,
             )
         except (RuntimeError, OSError) as err:
             raise ValueError(
                 f"scorer clip: expected weights for {options.model!r}, got {err} Give a local file "
                 "as pretrained: PATH, or a folder as model: local-dir:PATH."
+                + _file_of_openai(options.model)
             ) from err
         self.tokenizer = open_clip.get_tokenizer(options.model)
         config = open_clip.get_model_preprocess_cfg(self.model)
@@ -80,6 +89,12 @@ class CLIPScorer(FrozenScorer):
         for name in ("mean", "std"):
             values = torch.tensor(config[name]).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
+
+    @property
+    def activation(self) -> str:
+        """QuickGELU or GELU, whichever the network runs: its weights do not tell."""
+        quick = any(isinstance(module, QuickGELU) for module in self.model.modules())
+        return "QuickGELU" if quick else "GELU"
 
     def preprocess(self, images: Tensor) -> Tensor:
         """(B, 3, *size) as open_clip's eval transform makes it, from images in [-1, 1].
@@ -109,3 +124,20 @@ class CLIPScorer(FrozenScorer):
             text = self.model.encode_text(tokens, normalize=True)  # (B, D)
         pixels = self.model.encode_image(self.preprocess(images), normalize=True)
         return (pixels * text).sum(1)
+
+
+def quick_gelu(model: str, pretrained: str | None) -> bool:
+    """Whether the weights of that tag were trained with QuickGELU; False for a file or a folder.
+
+    open_clip's create_model warns alone where the named model has the other activation.
+    """
+    known = open_clip.get_pretrained_cfg(model, pretrained) if pretrained is not None else {}
+    return bool(known.get("quick_gelu", False))
+
+
+def _file_of_openai(model: str) -> str:
+    """A hint for messages that ask for a file; empty where no other model is to be named."""
+    twin = f"{model}-quickgelu"
+    if twin not in open_clip.list_models():
+        return ""
+    return f" For a file of OpenAI's weights, set model to {twin}."

@@ -52,10 +52,11 @@ class HPSScorer(CLIPScorer):
 class AestheticOptions(CLIPOptions):
     """Aesthetic score of an image alone."""
 
-    model: str = "ViT-L-14"
-    """open_clip model whose embeddings the head reads."""
+    model: str = "ViT-L-14-quickgelu"
+    """open_clip model whose embeddings the head reads; LAION's heads read OpenAI's ViT-L/14, which
+    has QuickGELU."""
     pretrained: str | None = "openai"
-    """Its weights: a tag or a local file."""
+    """Its weights: a tag or a local file. A file of OpenAI's needs a model named -quickgelu."""
     head: str
     """Safetensors file of the head: one linear layer, or several without anything in between
     (the "improved" predictor), as weights (out, in) and biases in the order of their names."""

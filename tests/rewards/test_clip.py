@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import open_clip
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.losses.rewards import CLIPOptions
-from stepdistill.rewards.clip import CLIPScorer
+from stepdistill.rewards.clip import CLIPScorer, quick_gelu
 
 PROMPTS = ["a cat", "two dogs on a red sofa"]
 MODEL = {
@@ -126,6 +127,54 @@ def test_a_squashing_model_sees_the_whole_image(tmp_path) -> None:
 def test_wrong_names_are_said_by_the_check(options, told) -> None:
     with pytest.raises(ValueError, match=told):
         CLIPScorer.check(CLIPOptions(**options))
+
+
+def test_weights_of_a_tag_run_with_the_activation_they_were_trained_with(
+    folder, tmp_path, monkeypatch
+) -> None:
+    """The tag says QuickGELU, the named model doesn't, as for ViT-L-14 and openai."""
+    (tmp_path / "tiny-plain.json").write_text(json.dumps(MODEL))
+    open_clip.add_model_config(tmp_path / "tiny-plain.json")
+    table = {"quick": {"quick_gelu": True}, "plain": {"quick_gelu": False}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-plain", table)
+    file = str(folder / "open_clip_model.safetensors")
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: file)
+    images, scores = smooth(32, 32), {}
+    for tag, quick in (("quick", True), ("plain", False)):
+        by_hand = open_clip.create_model("tiny-plain", file, force_quick_gelu=quick)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # open_clip warns where the two differ
+            scorer = CLIPScorer(CLIPOptions(model="tiny-plain", pretrained=tag))
+        with torch.no_grad():
+            scores[tag] = scorer.model.encode_image(scorer.preprocess(images))
+            torch.testing.assert_close(scores[tag], by_hand.encode_image(scorer.preprocess(images)))
+    assert float((scores["quick"] - scores["plain"]).abs().max()) > 1e-3
+
+
+def test_every_tag_s_activation_is_read_from_the_table() -> None:
+    for model, tag in open_clip.list_pretrained():
+        told = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False)
+        assert quick_gelu(model, tag) == told, (model, tag)
+    assert quick_gelu("ViT-L-14", "openai")
+    assert not quick_gelu("ViT-B-32", "laion2b_s34b_b79k")
+    assert not quick_gelu("ViT-L-14", "openai.pt")
+    assert not quick_gelu("local-dir:folder", None)
+
+
+def test_wrong_weights_say_which_model_a_file_of_openai_s_needs() -> None:
+    with pytest.raises(ValueError, match="file of OpenAI's weights, set model to ViT-L-14-quickg"):
+        CLIPScorer.check(CLIPOptions(model="ViT-L-14", pretrained="nowhere.pt"))
+    with pytest.raises(ValueError, match=r"got 'nowhere\.pt'\.$"):
+        CLIPScorer.check(CLIPOptions(model="ViT-L-14-quickgelu", pretrained="nowhere.pt"))
+
+
+def test_weights_that_cannot_be_had_say_so_too(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no network.")
+
+    monkeypatch.setattr("open_clip.create_model", refuse)
+    with pytest.raises(ValueError, match="file of OpenAI's weights, set model to ViT-L-14-quickg"):
+        CLIPScorer(CLIPOptions(model="ViT-L-14", pretrained="openai"))
 
 
 def test_the_defaults_pass_the_check() -> None:

@@ -61,6 +61,14 @@ def test_aesthetic_is_the_head_on_the_normalised_embedding(folder, head) -> None
         torch.testing.assert_close(scorer(images, PROMPTS), layer(embedded)[:, 0])
 
 
+def test_the_activations_are_those_that_the_weights_were_trained_with(head) -> None:
+    """From a local file too, where no table says it: OpenAI's QuickGELU, LAION-2B's plain GELU."""
+    options = AestheticOptions(head=str(head[0]))
+    AestheticScorer.check(options)
+    assert open_clip.get_model_config(options.model)["quick_gelu"] is True
+    assert "quick_gelu" not in open_clip.get_model_config(HPSOptions().model)
+
+
 def test_a_pickled_head_or_one_of_another_width_is_refused(folder, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"expected head to be a \.safetensors file"):
         AestheticScorer.check(AestheticOptions(head=str(tmp_path / "head.pth")))
