@@ -64,6 +64,11 @@ class DistillationTrainer(Trainer):
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
         """The trainer a RunConfig describes, its data source opened."""
+        if run.method not in TRAINER_OF:
+            raise ValueError(
+                f"method: expected one that a trainer serves, got {run.method!r}. Add it to the "
+                "methods of a trainer in trainers.py."
+            )
         return TRAINER_OF[run.method](
             model=run.pretrained_model_name_or_path,
             args=run.train_config(),

@@ -111,7 +111,8 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
         f"| times | {record['times']} |\n"
         f"| size | {size_text(record)} |\n"
         + "".join(
-            f"| merged into the teacher | `{lora['source']}` at scale {lora['scale']:g} |\n"
+            f"| merged into the teacher | `{lora.get('weight_name') or lora['source']}` at scale "
+            f"{lora['scale']:g} |\n"
             for lora in run.get("teacher_lora", ())
         )
     )

@@ -59,6 +59,7 @@ def export_pipeline(
     aside = out_dir.with_name(out_dir.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     pipeline.save_pretrained(aside, safe_serialization=True)
+    load_alike(aside)
     (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     write_card(aside, record, type(pipeline).__name__, out_dir.name)
     if verify:
@@ -67,6 +68,29 @@ def export_pipeline(
         shutil.rmtree(out_dir)
     aside.replace(out_dir)
     return out_dir
+
+
+def load_alike(folder: Path) -> None:
+    """Let a plain from_pretrained load all parts of a saved pipeline in one type, float32.
+
+    Diffusers loads its parts so unless told otherwise, Transformers its encoders in the type that
+    their config names: of a pipeline in bf16 the two do not fit together. torch_dtype goes on to
+    load all parts in another.
+    """
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if "transformers_version" in config:
+            file.write_text(json.dumps(_in_float32(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _in_float32(config: Any) -> Any:
+    if isinstance(config, dict):
+        named = {"dtype", "torch_dtype"}
+        return {
+            key: "float32" if key in named and isinstance(value, str) else _in_float32(value)
+            for key, value in config.items()
+        }
+    return config
 
 
 def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampler:

@@ -89,6 +89,11 @@ def model_index(model: str | Path, config: str | None = None, **hub: Any) -> dic
     model = config_source(model, config)
     folder = Path(model)
     if not folder.exists():
+        if str(model).startswith(("/", ".", "~")):  # no Hub id does
+            raise ValueError(
+                f"pretrained_model_name_or_path: expected a pipeline folder or a Hub id, got "
+                f"{str(model)!r}, which is not there."
+            )
         found: dict[str, Any] = DiffusionPipeline.load_config(model, **hub)
         check_index(found, model)
         return found
