@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,23 @@ def call_code(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
         for key, value in typed_options(record).items()
     )
     return (subject(record, prompt) + "".join(told)).removeprefix(", ")
+
+
+def teacher_loras(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What was merged into the teacher: source, weight_name and scale of each.
+
+    A folder here is named in full: the card's code runs from any other.
+    """
+    found: Sequence[Mapping[str, Any]] = record["run"].get("teacher_lora", ())
+    return [
+        {**lora, "source": str(Path(lora["source"]).resolve())} if "sha256" in lora else lora
+        for lora in found
+    ]
+
+
+def lora_file(lora: Mapping[str, Any]) -> str:
+    """Where one of those lies, its file with it."""
+    return "/".join(filter(None, (lora["source"], lora.get("weight_name"))))
 
 
 def load_arguments(record: Mapping[str, Any]) -> str:
@@ -111,8 +128,7 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
         f"| times | {record['times']} |\n"
         f"| size | {size_text(record)} |\n"
         + "".join(
-            f"| merged into the teacher | `{lora.get('weight_name') or lora['source']}` at scale "
-            f"{lora['scale']:g} |\n"
-            for lora in run.get("teacher_lora", ())
+            f"| merged into the teacher | `{lora_file(lora)}` at scale {lora['scale']:g} |\n"
+            for lora in teacher_loras(record)
         )
     )

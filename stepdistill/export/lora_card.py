@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepdistill.export.card import load_arguments, saving_code
-
-
-def teacher_loras(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """What was merged into the teacher: source, weight_name and scale of each.
-
-    A folder here is named in full: the card's code runs from any other.
-    """
-    found: Sequence[Mapping[str, Any]] = record["run"].get("teacher_lora", ())
-    return [
-        {**lora, "source": str(Path(lora["source"]).resolve())} if "sha256" in lora else lora
-        for lora in found
-    ]
+from stepdistill.export.card import load_arguments, lora_file, saving_code, teacher_loras
 
 
 def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[str, str]:
@@ -88,8 +76,7 @@ def tool_notes(record: Mapping[str, Any]) -> str:
 def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None) -> None:
     """README.md. Args: code: Python that uses the file, or None where only other tools read it."""
     beside = "".join(
-        f"- `{lora['weight_name'] or lora['source']}` at scale {lora['scale']:g}\n"
-        for lora in teacher_loras(record)
+        f"- `{lora_file(lora)}` at scale {lora['scale']:g}\n" for lora in teacher_loras(record)
     )
     text = (
         "---\nlibrary_name: diffusers\ntags: [diffusers, lora, stepdistill, few-step]\n---\n\n"
