@@ -50,6 +50,16 @@ def make_family() -> Callable[[str], Family]:
     return build_family
 
 
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that comes to load its model fails: what is refused is refused before."""
+
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("a weight was about to be loaded")
+
+    monkeypatch.setattr("stepdistill.training.trainer.load_family", refuse)
+
+
 # Further configurations of a family: parity is checked by default, the rest by -m slow.
 VARIANTS = {"edm_plain", "flux_schnell", "pixart_sigma", "sd35", "wan_i2v_kept", "wan_tokens"}
 

@@ -28,6 +28,7 @@ from stepdistill.models.teacher_lora import lora_facts
 from stepdistill.training.checkpoint import RUN_FILE
 
 from .samples import PipelineSampler
+from .store import settings_hash
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _run_sources(run: Path, counts: Sequence[int], loading: Loading, exports: Pa
 
     trainer = trainer_of_run(run)
     # Runs of one name in different folders have exports of their own.
-    name = f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
+    name = f"{run.name}-{settings_hash({'run': str(run.resolve())})}"
     folders = [
         trainer.export(exports / f"{name}_{count or 'own'}", count) for count in counts or (None,)
     ]

@@ -20,14 +20,6 @@ def teacher(tmp_path_factory):
     return teacher_dir("sd_v", tmp_path_factory)
 
 
-@pytest.fixture
-def no_loading(monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise AssertionError("a weight was about to be loaded")
-
-    monkeypatch.setattr("stepdistill.training.trainer.load_family", refuse)
-
-
 @pytest.mark.usefixtures("no_loading")
 class TestBeforeLoading:
     def test_unknown_method(self, teacher, tmp_path) -> None:

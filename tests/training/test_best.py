@@ -190,14 +190,6 @@ def test_the_direction_is_no_option() -> None:
         parse_run_config([*argv, "--best_mode", "max"])
 
 
-@pytest.fixture
-def no_loading(monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise AssertionError("a weight was about to be loaded")
-
-    monkeypatch.setattr("stepdistill.training.trainer.load_family", refuse)
-
-
 @pytest.mark.usefixtures("no_loading")
 def test_a_metric_that_the_method_never_measures_is_refused_before_loading(
     tmp_path, tmp_path_factory
