@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepdistill.data.pair_files import write_atomic
 from stepdistill.demo.recipes import Training
-from stepdistill.models.safe_files import read_json
+from stepdistill.loading.safe_files import read_json
+from stepdistill.pairs.files import write_atomic
 from stepdistill.training.checkpoint import newest_valid, read_state
 
 from .ground import Plain

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from stepdistill.data.pair_files import write_atomic
 from stepdistill.demo.recipes import Training
-from stepdistill.models.safe_files import read_json
+from stepdistill.loading.safe_files import read_json
+from stepdistill.pairs.files import write_atomic
 from stepdistill.trainers import DistillationTrainer
 
 from .cost import measure, train

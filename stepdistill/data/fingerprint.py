@@ -10,9 +10,9 @@ from typing import Any
 from stepdistill.data.hub import HubDataset
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.lines import LineFile
-from stepdistill.data.pairs import PairDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.data.tars import TarDataset
+from stepdistill.pairs.dataset import PairDataset
 
 
 def data_facts(dataset: Any) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from stepdistill.data.corrupt import TOLD, CorruptItemError
 from stepdistill.data.order import EpochOrder
-from stepdistill.data.pair_files import write_atomic
 from stepdistill.data.source import IMAGE_SUFFIXES, Source
+from stepdistill.pairs.files import write_atomic
 
 _CAPTIONS = (".txt", ".json", ".cls")
 # Columns of an index: offset and bytes of the image, of the caption, and which caption it is.

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.data.pair_files import write_atomic
+from stepdistill.pairs.files import write_atomic
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:

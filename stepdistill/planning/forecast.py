@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from stepdistill.config.files import method_class, method_config
+from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method
 from stepdistill.core.types import Batch
-from stepdistill.models.family import Family
-from stepdistill.models.rolebank import RoleBank
+from stepdistill.families.family import Family
 from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.quantized import pack
 from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
-from stepdistill.training.config import RunConfig
-from stepdistill.training.configfile import method_class, method_config
+from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.memory import checkpoints_activations
 from stepdistill.training.optim import moment_bytes
 from stepdistill.training.setup import roles_of

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stepdistill.models.role_weights import to_cpu
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.safe_files import read_json
-from stepdistill.models.stored_tensors import StoredTensors
-from stepdistill.training.best import read_best
+from stepdistill.loading.safe_files import read_json
+from stepdistill.loading.stored_tensors import StoredTensors
+from stepdistill.monitoring.best import read_best
+from stepdistill.roles.role_weights import to_cpu
+from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.folders import MANIFEST, fault_of, write_folder
+from stepdistill.storage.shards import write_shards
 from stepdistill.training.optim import state_shape
-from stepdistill.training.shards import write_shards
-from stepdistill.training.whole import MANIFEST, fault_of, write_folder
 
 RUN_FILE = "run.json"  # beside the checkpoints: what the run is
 _NAME = re.compile(r"checkpoint-(\d+)(\.old)?")

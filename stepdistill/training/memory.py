@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.training.config import TrainConfig
+from stepdistill.config.run import TrainConfig
+from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.step import frozen_dtype
 
 # Graphs of one block: roles, with and without gradients, batches with and without their null half.

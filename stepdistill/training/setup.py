@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 
+from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import Method, Role, Scorer
-from stepdistill.models.decoder import load_decoder
-from stepdistill.models.family import Family
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.training.config import TrainConfig
+from stepdistill.families.decoder import load_decoder
+from stepdistill.families.family import Family
+from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.memory import checkpoints_activations, compile_blocks
 from stepdistill.training.optim import build_optimizer
 from stepdistill.training.sharding import check_sharding, shard, sharding_asked, without_plugin

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Loss
 from stepdistill.core.types import Batch
-from stepdistill.models.family import Family
-from stepdistill.models.quantization import is_packed
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.training.config import TrainConfig
+from stepdistill.families.family import Family
+from stepdistill.loading.quantization import is_packed
+from stepdistill.roles.rolebank import RoleBank
 
 _DTYPES = {
     "no": torch.float32,

@@ -11,7 +11,7 @@ from support.runs import build_trainer, teacher_dir
 from stepdistill import DistributionMatchingTrainer, ReflowTrainer, TrainConfig
 from stepdistill.core.types import Losses
 from stepdistill.data.stream import PromptDataset
-from stepdistill.models import registry
+from stepdistill.families import registry
 from stepdistill.training.checkpoint import newest_valid
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepdistill.storage.folders import fault_of, write_folder, write_text
 from stepdistill.training.checkpoint import (
     list_checkpoints,
     newest_valid,
@@ -18,7 +19,6 @@ from stepdistill.training.checkpoint import (
     save_checkpoint,
     saved_student,
 )
-from stepdistill.training.whole import fault_of, write_folder, write_text
 
 
 @pytest.fixture
