@@ -243,7 +243,7 @@ def _report(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from stepdistill.reporting.page import write_run_report
-    from stepdistill.storage.folders import write_text
+    from stepdistill.storage.files import write_text
 
     print(write_run_report(Path(args.run_dir), write_text))
 

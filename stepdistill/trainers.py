@@ -23,10 +23,11 @@ from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.families.family import Family
-from stepdistill.loading.safe_files import read_json
 from stepdistill.monitoring.validation import validate
 from stepdistill.monitoring.watchdog import WatchdogStop
-from stepdistill.training.checkpoint import RUN_FILE, named_checkpoint, newest_valid
+from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
+from stepdistill.storage.files import read_json
+from stepdistill.training.checkpoint import named_checkpoint
 from stepdistill.training.sources import open_dataset
 from stepdistill.training.trainer import Trainer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
+import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -17,11 +18,21 @@ from pydantic import (
     model_validator,
 )
 
+from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.config.tuning import Tuning
 from stepdistill.config.watchdog import WatchdogConfig
-from stepdistill.monitoring.sample_metrics import BEST_METRICS, METRICS
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+_DTYPES = {
+    "no": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 class TrainConfig(BaseModel):
@@ -148,6 +159,12 @@ class TrainConfig(BaseModel):
     """Upload the export when training ends."""
     hub_model_id: str | None = None
     """Repository to push to; private unless it exists already."""
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of the frozen denoiser's weights: tuning.base_dtype, or what autocast uses."""
+        name = self.tuning.base_dtype
+        return _DTYPES[self.mixed_precision if name == "auto" else name]
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -23,9 +23,9 @@ from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family
-from stepdistill.loading.safe_files import read_json
 from stepdistill.loading.teacher_lora import lora_facts
-from stepdistill.training.checkpoint import RUN_FILE
+from stepdistill.storage.checkpoints import RUN_FILE
+from stepdistill.storage.files import read_json
 
 from .samples import PipelineSampler
 from .store import settings_hash

@@ -21,10 +21,11 @@ from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import read_schedule
 from stepdistill.loading.quantization import check_quantization, loader_config, requantized
-from stepdistill.loading.safe_files import check_index, load_part, load_stock, read_json
+from stepdistill.loading.safe_files import check_index, load_part, load_stock
 from stepdistill.loading.single_file import config_source, is_single_file, load_single_file
 from stepdistill.loading.teacher_lora import merge_loras, parse_lora
 from stepdistill.loading.weightless import weightless
+from stepdistill.storage.files import read_json
 
 # family name -> "module:Class"; modules load on demand, so one broken family breaks no other.
 FAMILIES: dict[str, str] = {

@@ -6,9 +6,8 @@ or Transformers, its weights are safetensors whose headers are true. No code of 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+from stepdistill.storage.files import PICKLED, one_line, read_json
+
 _PART = re.compile(r"[A-Za-z]\w*")
 _NETS = ("unet", "transformer", "vae")
 
 
 COUNTER = ".num_batches_tracked"  # of a BatchNorm (Flux.2's VAE): the one integer beside weights
-
-
-def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
-    """The object in a JSON file. Errors: ValueError for another content or a missing key."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
-        raise ValueError(f"{path}: expected valid JSON, got {_line(err)}.") from err
-    missing = required if not isinstance(found, dict) else [k for k in required if k not in found]
-    if not isinstance(found, dict) or missing:
-        got = f"no {missing[0]!r}" if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: expected an object with {list(required)}, got {got}.")
-    return found
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -59,7 +46,7 @@ def check_safetensors(path: Path, floating: bool = False) -> None:
     except (SafetensorError, OSError, ValueError) as err:
         raise ValueError(
             f"{path}: expected a whole safetensors file, got a truncated or malformed one "
-            f"({_line(err)}). Fetch it again."
+            f"({one_line(err)}). Fetch it again."
         ) from err
     odd = sorted(kind for kind in kinds if not kind.startswith(("F", "BF")))
     if floating and odd:
@@ -137,9 +124,5 @@ def _load_checked(
     except (OSError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as err:
         raise ValueError(
             f"pretrained_model_name_or_path: expected a whole {index.get('_class_name')}, got "
-            f"{str(model)!r}, which does not load ({type(err).__name__}: {_line(err)})."
+            f"{str(model)!r}, which does not load ({type(err).__name__}: {one_line(err)})."
         ) from err
-
-
-def _line(err: BaseException) -> str:
-    return " ".join(str(err).split())[:300]

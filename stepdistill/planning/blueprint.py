@@ -19,7 +19,7 @@ from torch import nn
 
 from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for, model_index
-from stepdistill.loading.safe_files import read_json
+from stepdistill.storage.files import read_json
 from stepdistill.testing import tiny_parts
 
 # Tokenizer classes by the start of their names, and what stands in for one without its files.

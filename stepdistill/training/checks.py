@@ -21,12 +21,12 @@ from stepdistill.families.registry import (
     reads_image,
     refuse_one_step,
 )
-from stepdistill.loading.safe_files import read_json
 from stepdistill.loading.single_file import config_source
 from stepdistill.loading.teacher_lora import lora_facts
 from stepdistill.rewards import check_scorers
 from stepdistill.roles.student_net import check_student_config
-from stepdistill.training.checkpoint import RUN_FILE, list_checkpoints
+from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints
+from stepdistill.storage.files import read_json
 from stepdistill.training.start import student_base_of
 
 # What must stay the same for a resumed run to be the same run.

@@ -45,11 +45,11 @@ from stepdistill.training.optim import (
 from stepdistill.training.preemption import StopRequest
 from stepdistill.training.setup import make_accelerator, make_bank, prepared
 from stepdistill.training.sharding import gathered, is_sharded
-from stepdistill.training.snapshots import restore_run, resume_run, save_run
+from stepdistill.training.snapshots import Resumable
 from stepdistill.training.start import check_start
 
 
-class Trainer:
+class Trainer(Resumable):
     """Distils a teacher pipeline with one method.
 
     Args:
@@ -273,15 +273,3 @@ class Trainer:
         better = self.log.validation(found, self.step, self.seconds)
         self.accelerator.wait_for_everyone()
         return better
-
-    def save(self) -> Path:
-        """Write checkpoint-STEP whole, then drop the oldest beyond the limit; returns its path."""
-        return save_run(self)
-
-    def resume(self, where: str) -> None:
-        """Continue from a checkpoint folder or the newest whole one ("latest")."""
-        resume_run(self, where)
-
-    def restore(self, folder: Path) -> None:
-        """Load a whole checkpoint, whatever number of processes saved it."""
-        restore_run(self, folder)

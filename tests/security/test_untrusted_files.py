@@ -26,7 +26,8 @@ from stepdistill.families.registry import load_family
 from stepdistill.loading.teacher_lora import parse_lora
 from stepdistill.pairs.dataset import PairDataset, PairWriter
 from stepdistill.pairs.files import PairSettings
-from stepdistill.training.checkpoint import newest_valid, read_state
+from stepdistill.storage.checkpoints import newest_valid
+from stepdistill.training.checkpoint import read_state
 
 PACKAGE = Path(cli.__file__).parent
 

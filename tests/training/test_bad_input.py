@@ -12,7 +12,7 @@ from stepdistill import DistributionMatchingTrainer, ReflowTrainer, TrainConfig
 from stepdistill.core.types import Losses
 from stepdistill.data.stream import PromptDataset
 from stepdistill.families import registry
-from stepdistill.training.checkpoint import newest_valid
+from stepdistill.storage.checkpoints import newest_valid
 
 
 @pytest.fixture
