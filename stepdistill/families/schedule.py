@@ -73,8 +73,15 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
             f"prediction_type in {sorted(kinds)}, got prediction_type {name!r}. "
             "Save the pipeline with a scheduler that states them."
         )
+    if not (alphas.ndim == 1 and bool(((alphas >= 0) & (alphas <= 1)).all())):  # NaN is neither
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__}: expected a table of alphas_cumprod in [0, 1], "
+            "got other values. Look at beta_start, beta_end and trained_betas."
+        )
     path = VPPath(alphas)
-    if kinds[name] == "eps" and float(path.coeffs(torch.ones(1))[0]) < 1e-6:
+    # Euler, EulerA and UniPC end such a table at 2^-24 in place of 0.
+    ends_at_zero = config.get("rescale_betas_zero_snr", False)
+    if kinds[name] == "eps" and (ends_at_zero or float(path.coeffs(torch.ones(1))[0]) < 1e-6):
         raise ValueError(
             "scheduler: expected v_prediction with zero terminal SNR, got epsilon: one step from "
             "pure noise would divide by alpha = 0. Turn rescale_betas_zero_snr off."

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepdistill.loading.paper import check_on_paper
 from stepdistill.storage.files import PICKLED, one_line, read_json
 
 _PART = re.compile(r"[A-Za-z]\w*")
@@ -165,6 +166,8 @@ def _load_checked(
     if Path(model).exists():
         check_index(index, Path(model) / "model_index.json")
         check_weights(Path(model), {k: v for k, v in index.items() if k not in options})
+    hub = {"revision": options["revision"]} if options.get("revision") else {}
+    check_on_paper(model, index, options, **hub)
     try:
         with no_pickles("pretrained_model_name_or_path"):
             return cls.from_pretrained(str(model), use_safetensors=True, **options)
