@@ -40,8 +40,8 @@ class RFPPConfig(MethodConfig):
     sharpness: float = Field(default=4.0, gt=0)
     """a of the time law: how much of it lies near the ends."""
     t_range: tuple[float, float] = (1e-5, 1 - 1e-5)
-    """Rectified-flow times the law is mapped onto; what the teacher does not reach is clamped to its
-    ends: 0.028 and 0.936 of a VP table, sigma_min and sigma_max of EDM (0.002 and 80 / 81)."""
+    """Rectified-flow times the law is mapped onto; what the teacher does not reach is clamped to
+    its ends: 0.028 and 0.936 of a VP table, sigma_min and sigma_max of EDM (0.002 and 80 / 81)."""
     huber_ratio: float = Field(default=0.00054, gt=0)
     """h / d of the pseudo-Huber distance, d the numbers of a sample."""
     perceptual: Literal["none", "constant", "inverse_t"] = "constant"

@@ -38,7 +38,7 @@ class SlimFlowConfig(ReflowConfig):
     """Law of b over student updates, as released: 1 - k / K, (1 + cos(pi k / K)) / 2, exp(-k / K),
     or anneal_fixed throughout."""
     anneal_steps: int = Field(default=300000, ge=1)
-    """K, the student updates after which b is 0; of exp, after which it is 1 / e (it never ends)."""
+    """K, the student updates after which b is 0; of exp, after which it is 1 / e."""
     anneal_fixed: float = Field(default=0.0, ge=0, le=1)
     """b of anneal fixed."""
     flip: Literal["none", "batch", "sample"] = "none"

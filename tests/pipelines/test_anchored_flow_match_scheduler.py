@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from stepdistill.core.path import FlowPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
@@ -27,11 +27,11 @@ _spec.loader.exec_module(module)
 SHAPE = (2, 1, 2, 2)
 
 
-def swapped(num_steps: int, shift: float = 1.0) -> Any:
-    """The anchored scheduler in place of the Euler one that export writes for these steps."""
+def swapped(num_steps: int, shift: float = 1.0, name: str = "AnchoredFlowMatchScheduler") -> Any:
+    """That scheduler in place of the Euler one that export writes for these steps."""
     spec = SamplerSpec(uniform_grid(num_steps, shift), "ode")
     euler = stock_sampler(FlowMatchEulerDiscreteScheduler(), FlowPath(), spec).scheduler
-    made = module.AnchoredFlowMatchScheduler.from_config(euler.config)
+    made = getattr(module, name).from_config(euler.config)
     made.set_timesteps(num_steps)
     return made
 
@@ -57,6 +57,37 @@ def test_it_takes_the_anchored_samplers_steps(num_steps, shift):
     torch.testing.assert_close(found, ours.float(), rtol=1e-5, atol=1e-5)
     # Euler's first step too leads to (1 - s) x0 + s z: on a curved field the third one parts.
     assert torch.allclose(found, euler.float(), atol=1e-3) == (num_steps <= 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("HeunFlowMatchScheduler", "ode"), ("AnchoredHeunFlowMatchScheduler", "anchored")],
+)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_heuns_rule_is_our_samplers(num_steps, shift, name, kind):
+    teacher, cond = GaussianTeacher(FlowPath(), 0.5, "flow"), Cond({"mean": torch.ones(SHAPE)})
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    scheduler = swapped(num_steps, shift, name)
+    spec = SamplerSpec(uniform_grid(num_steps, shift), kind, heun=True)
+    assert len(scheduler.timesteps) == scheduler.num_inference_steps == spec.num_calls
+    found = loop(scheduler, teacher, noise, cond)
+    ours = sample_x0(teacher, spec, noise, cond)
+    torch.testing.assert_close(found, ours.float(), rtol=1e-5, atol=1e-5)
+    scheduler.set_timesteps(num_steps)  # a second call begins anew
+    torch.testing.assert_close(loop(scheduler, teacher, noise, cond), found, rtol=0, atol=0)
+
+
+def test_heun_on_equal_sigmas_is_the_stock_one():
+    teacher, cond = GaussianTeacher(FlowPath(), 0.5, "flow"), Cond({"mean": torch.ones(SHAPE)})
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    stock = FlowMatchHeunDiscreteScheduler()
+    stock.set_timesteps(4)
+    made = module.HeunFlowMatchScheduler()
+    made.set_timesteps(4)
+    torch.testing.assert_close(made.sigmas, stock.sigmas)
+    found, theirs = (loop(s, teacher, noise, cond) for s in (made, stock))
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-4)  # theirs divides by 1e-3
 
 
 def test_a_second_call_has_a_noise_of_its_own():
