@@ -4,7 +4,7 @@
     Heun       each step but the last is taken anew, from the same x_t, with the mean of the
                velocities at its two ends: 2 N - 1 network calls for N steps
 Up to two steps the anchored rule is Euler's, which leaves z on the same line; from the third on
-they part where the field is curved, and errors of x_t are not carried along. Use one of the classes:
+they part where the field is curved, and errors of x_t are not carried along. Use one of:
     pipe.scheduler = AnchoredFlowMatchScheduler.from_config(pipe.scheduler.config)
 Source: Lee et al. 2024, arXiv:2405.20320, Sec. 4, and its released code. Needs diffusers and torch
 alone.
