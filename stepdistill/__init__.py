@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 # Public name -> module; loaded on first use, so `import stepdistill` costs nothing.
 _PUBLIC = {
-    "TrainConfig": "stepdistill.training.config",
-    "RunConfig": "stepdistill.training.config",
-    "Tuning": "stepdistill.models.tuning",
+    "TrainConfig": "stepdistill.config.run",
+    "RunConfig": "stepdistill.config.run",
+    "Tuning": "stepdistill.config.tuning",
     "ConsistencyTrainer": "stepdistill.trainers",
     "DistributionMatchingTrainer": "stepdistill.trainers",
     "LoRADistillationTrainer": "stepdistill.trainers",
@@ -19,24 +19,24 @@ _PUBLIC = {
     "TrajectorySegmentedTrainer": "stepdistill.trainers",
     "VariationalScoreTrainer": "stepdistill.trainers",
     "METHODS": "stepdistill.methods",
-    "load_family": "stepdistill.models.registry",
+    "load_family": "stepdistill.families.registry",
     "load_pipeline": "stepdistill.export.load",
 }
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from stepdistill.config.run import RunConfig as RunConfig
+    from stepdistill.config.run import TrainConfig as TrainConfig
+    from stepdistill.config.tuning import Tuning as Tuning
     from stepdistill.export.load import load_pipeline as load_pipeline
+    from stepdistill.families.registry import load_family as load_family
     from stepdistill.methods import METHODS as METHODS
-    from stepdistill.models.registry import load_family as load_family
-    from stepdistill.models.tuning import Tuning as Tuning
     from stepdistill.trainers import ConsistencyTrainer as ConsistencyTrainer
     from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer
     from stepdistill.trainers import LoRADistillationTrainer as LoRADistillationTrainer
     from stepdistill.trainers import ReflowTrainer as ReflowTrainer
     from stepdistill.trainers import TrajectorySegmentedTrainer as TrajectorySegmentedTrainer
     from stepdistill.trainers import VariationalScoreTrainer as VariationalScoreTrainer
-    from stepdistill.training.config import RunConfig as RunConfig
-    from stepdistill.training.config import TrainConfig as TrainConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(argv: Sequence[str]) -> None:
     """Train and export; --help and mistyped options are answered before networks are imported."""
-    from stepdistill.training.configfile import parse_run_config
+    from stepdistill.config.files import parse_run_config
 
     with _mistakes_in_one_line():
         parse_run_config(argv, prog="stepdistill train")
@@ -137,11 +137,11 @@ def _train(argv: Sequence[str]) -> None:
 
 def _cache(argv: Sequence[str]) -> None:
     """Fill --cache_dir with the files and flags of a run; the method does not matter."""
-    from stepdistill.training.configfile import parse_run_config
+    from stepdistill.config.files import parse_run_config
 
     with _mistakes_in_one_line():
         run = parse_run_config(argv, prog="stepdistill cache", method="dmd2")
-        from stepdistill.training.precompute import cache_run
+        from stepdistill.cache.precompute import cache_run
         from stepdistill.training.sources import open_dataset
 
         cache_run(run, open_dataset(run))
@@ -149,7 +149,7 @@ def _cache(argv: Sequence[str]) -> None:
 
 def _plan(argv: Sequence[str]) -> None:
     """Forecast memory and hours of a run from configurations alone; exit 1 where it won't fit."""
-    from stepdistill.training.configfile import parse_run_config
+    from stepdistill.config.files import parse_run_config
 
     parser = argparse.ArgumentParser(prog="stepdistill plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--num_gpus", type=int, default=1)
@@ -181,7 +181,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> None:
     """Make noise-image pairs with the teacher's solver, or of real images, for reflow."""
-    from stepdistill.data.teacher_pairs import make_pairs
+    from stepdistill.pairs.teacher import make_pairs
 
     folder = make_pairs(
         args.pretrained_model_name_or_path,
@@ -243,7 +243,7 @@ def _report(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from stepdistill.reporting.page import write_run_report
-    from stepdistill.training.whole import write_text
+    from stepdistill.storage.files import write_text
 
     print(write_run_report(Path(args.run_dir), write_text))
 
@@ -253,8 +253,8 @@ def _list(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from stepdistill.families.registry import FAMILIES, family_class
     from stepdistill.methods import METHODS
-    from stepdistill.models.registry import FAMILIES, family_class
 
     methods = Table("method", "paper", "status", title="methods")
     for name, info in METHODS.items():
@@ -270,7 +270,7 @@ def _list(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Compare our adapter with the stock pipeline; exit 1 where they differ."""
-    from stepdistill.models.check import print_check
+    from stepdistill.testing.parity import print_check
 
     sys.exit(print_check(args.model_dir, args.base_quantization))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from stepdistill.core.context import stable_seed
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import SamplerSpec, sample_x0
-from stepdistill.models.family import Family
+from stepdistill.families.family import Family
 
 
 def keyed_noise(

@@ -17,18 +17,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from stepdistill.config.files import method_class, parse_run_config
+from stepdistill.config.files import method_config as parse_method_config
+from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.models.family import Family
-from stepdistill.models.safe_files import read_json
-from stepdistill.training.checkpoint import RUN_FILE, named_checkpoint, newest_valid
-from stepdistill.training.config import RunConfig, TrainConfig
-from stepdistill.training.configfile import method_class, parse_run_config
-from stepdistill.training.configfile import method_config as parse_method_config
+from stepdistill.families.family import Family
+from stepdistill.monitoring.validation import validate
+from stepdistill.monitoring.watchdog import WatchdogStop
+from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
+from stepdistill.storage.files import read_json
+from stepdistill.training.checkpoint import named_checkpoint
 from stepdistill.training.sources import open_dataset
 from stepdistill.training.trainer import Trainer
-from stepdistill.training.validation import validate
-from stepdistill.training.watchdog import WatchdogStop
 
 
 class DistillationTrainer(Trainer):

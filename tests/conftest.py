@@ -17,9 +17,9 @@ from accelerate.utils import set_seed
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from stepdistill.models.family import Family
-from stepdistill.models.registry import family_for
-from stepdistill.models.tiny import TINY
+from stepdistill.families.family import Family
+from stepdistill.families.registry import family_for
+from stepdistill.testing.tiny import TINY
 
 torch.set_num_threads(1)
 diffusers_logging.set_verbosity_error()

@@ -15,7 +15,7 @@ import torch
 from support.runs import METHOD_CASES, build_trainer, fingerprint, teacher_dir
 
 from stepdistill.methods import METHODS
-from stepdistill.models.tiny import TINY
+from stepdistill.testing.tiny import TINY
 
 FULL_FAMILIES = {"sd", "sd_v", "sd3", "dit"}
 BRIEF_CASES = {("dmd2", "lora"), ("lcm", "lora")}

@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
+from stepdistill.families.registry import FAMILIES, family_class
 from stepdistill.methods import METHODS
-from stepdistill.models.registry import FAMILIES, family_class
 from stepdistill.trainers import TRAINER_OF
 
 ROOT = Path(__file__).parents[1]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.tuning import Tuning
+from stepdistill.roles.rolebank import RoleBank
 from stepdistill.sampling import keyed_noise, sample_images, sample_latents, to_pil
 
 PROMPTS = ["a cat", "a dog", "a cat"]

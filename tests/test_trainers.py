@@ -8,8 +8,8 @@ import shutil
 import pytest
 from support.runs import build_trainer, fingerprint, teacher_dir
 
+from stepdistill.storage.folders import write_folder
 from stepdistill.trainers import trainer_of_run
-from stepdistill.training.whole import write_folder
 
 
 @pytest.fixture

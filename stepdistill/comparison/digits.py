@@ -14,9 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepdistill.data.images import ImageFolderDataset
-from stepdistill.data.pairs import PairDataset
 from stepdistill.data.stream import PromptDataset
-from stepdistill.data.teacher_pairs import make_pairs
 from stepdistill.demo.classifier import train_classifier
 from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
 from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
@@ -24,6 +22,8 @@ from stepdistill.demo.recipes import RECIPES, Training
 from stepdistill.demo.run import quiet_loading
 from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
 from stepdistill.evaluation.samples import PipelineSampler
+from stepdistill.pairs.dataset import PairDataset
+from stepdistill.pairs.teacher import make_pairs
 
 from .ground import TEACHER_ROWS, Ground, Plain
 from .students import ALIASES, Reach, Student, reach_of_recipes

@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from stepdistill.config.files import explain, method_config
+from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import MethodConfig
 from stepdistill.demo.recipes import Training
 from stepdistill.trainers import TRAINER_OF, DistillationTrainer
-from stepdistill.training.config import TrainConfig
-from stepdistill.training.configfile import explain, method_config
 
 from .students import Reach, Student, students
 

@@ -19,18 +19,18 @@ from typing import Any
 import torch
 
 import stepdistill
+from stepdistill.config.files import merge, method_class, read_yaml
+from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.data.images import ImageFolderDataset
-from stepdistill.data.pairs import PairDataset
 from stepdistill.data.stream import PromptDataset
-from stepdistill.data.teacher_pairs import make_pairs
 from stepdistill.demo.recipes import Training
 from stepdistill.evaluation.features import feature_net
 from stepdistill.evaluation.metrics import System
 from stepdistill.evaluation.run import Options, evaluate, read_prompts
+from stepdistill.families.registry import conditioning_of, reads_image
 from stepdistill.methods import METHODS
-from stepdistill.models.registry import conditioning_of, reads_image
-from stepdistill.training.config import RunConfig, TrainConfig
-from stepdistill.training.configfile import merge, method_class, read_yaml
+from stepdistill.pairs.dataset import PairDataset
+from stepdistill.pairs.teacher import make_pairs
 
 from .ground import TEACHER_ROWS, Ground, Plain
 from .students import Reach, Student, reach_of_methods

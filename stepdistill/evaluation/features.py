@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepdistill.models.safe_files import read_tensors
+from stepdistill.loading.safe_files import read_tensors
 
 INCEPTION_SHA256 = "6726825d"  # beginning of the published file's hash, part of its name
 

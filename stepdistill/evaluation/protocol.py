@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from stepdistill.models.registry import has_null
+from stepdistill.families.registry import has_null
 
 from .metrics import MANIFOLD_IMAGES, Number, System
 from .presets import preset

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from stepdistill.core.method import Scorer
 from stepdistill.data.lines import LineFile
-from stepdistill.models.family import Family
-from stepdistill.models.registry import conditioning_of, family_for, pipeline_class_of
+from stepdistill.families.family import Family
+from stepdistill.families.registry import conditioning_of, family_for, pipeline_class_of
 
 from .collect import Drawing, Lens, draw_into, read_into
 from .features import FeatureNet, feature_net

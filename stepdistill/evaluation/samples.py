@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stepdistill.models.registry import family_for
+from stepdistill.families.registry import family_for
 
 from .videos import FirstFrame
 

@@ -21,11 +21,11 @@ from peft import PeftModel
 from stepdistill.export.base_model import base_model
 from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
-from stepdistill.models.family import Family
-from stepdistill.models.registry import load_family
-from stepdistill.models.safe_files import read_json
-from stepdistill.models.teacher_lora import lora_facts
-from stepdistill.training.checkpoint import RUN_FILE
+from stepdistill.families.family import Family
+from stepdistill.families.registry import load_family
+from stepdistill.loading.teacher_lora import lora_facts
+from stepdistill.storage.checkpoints import RUN_FILE
+from stepdistill.storage.files import read_json
 
 from .samples import PipelineSampler
 from .store import settings_hash

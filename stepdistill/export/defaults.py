@@ -15,7 +15,7 @@ from typing import Any
 import diffusers
 
 from stepdistill.export.card import call_options
-from stepdistill.models.family import Family
+from stepdistill.families.family import Family
 
 
 def settle(family: Family, pipeline: Any, record: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 
 from stepdistill.export.card import typed_options
 from stepdistill.export.pipeline import RECORD
-from stepdistill.models.family import Family
+from stepdistill.families.family import Family
 
 
 def load_pipeline(model: str | Path, **kwargs: Any) -> Any:

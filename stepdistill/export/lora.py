@@ -30,8 +30,8 @@ from stepdistill.export.lora_formats import (
     write_format,
 )
 from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
-from stepdistill.models.family import Family
-from stepdistill.models.rolebank import RoleBank
+from stepdistill.families.family import Family
+from stepdistill.roles.rolebank import RoleBank
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_FORMATS = ("lora", *PREFIX)

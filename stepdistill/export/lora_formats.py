@@ -5,7 +5,7 @@
     comfyui   diffusion_model.NAME.lora_down.weight, .lora_up.weight. The scale is inside up: a
               loader takes a missing alpha for 1, and some readers know no alpha here.
 
-NAME is the authors' (models/original_layout.py); kohya trains Stable Diffusion 1 and 2, not XL, on
+NAME is the authors' (loading/original_layout.py); kohya trains Stable Diffusion 1 and 2, not XL, on
 Diffusers' names. ComfyUI maps `diffusion_model.NAME` onto its own `diffusion_model.NAME.weight`.
 Where the authors hold q, k and v in one matrix, three adapters of rank r become one of rank 3 r:
 down stacks theirs, up is block diagonal, and alpha grows threefold with it, so nothing is lost.
@@ -27,15 +27,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepdistill.models.family import Family
-from stepdistill.models.original_layout import (
+from stepdistill.families.family import Family
+from stepdistill.loading.original_layout import (
     Place,
     has_layout,
     original_layout,
     split,
     swap_halves,
 )
-from stepdistill.models.rolebank import RoleBank
+from stepdistill.roles.rolebank import RoleBank
 
 Format = Literal["kohya", "comfyui"]
 PREFIX: dict[str, str] = {"kohya": "lora_unet_", "comfyui": "diffusion_model."}

@@ -23,9 +23,9 @@ from stepdistill.export.defaults import settle
 from stepdistill.export.schedulers import StockSampler, stock_sampler
 from stepdistill.export.verify import check_export
 from stepdistill.export.weights import stock_net
-from stepdistill.models.family import Family
-from stepdistill.models.quantization import is_quantized
-from stepdistill.models.rolebank import RoleBank
+from stepdistill.families.family import Family
+from stepdistill.loading.quantization import is_quantized
+from stepdistill.roles.rolebank import RoleBank
 
 RECORD = "distillation.json"
 

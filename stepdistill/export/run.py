@@ -11,8 +11,9 @@ import torch
 
 from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
-from stepdistill.models.registry import model_index
-from stepdistill.models.safe_files import load_stock, read_json
+from stepdistill.families.registry import model_index
+from stepdistill.loading.safe_files import load_stock
+from stepdistill.storage.files import read_json
 
 
 def sample_export(

@@ -14,9 +14,9 @@ from torch import Tensor
 from stepdistill.core.denoiser import Denoiser, is_guided
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.export.card import call_options, typed_options
-from stepdistill.models.family import Family
-from stepdistill.models.registry import load_family
-from stepdistill.models.role_denoiser import RoleDenoiser
+from stepdistill.families.family import Family
+from stepdistill.families.registry import load_family
+from stepdistill.roles.role_denoiser import RoleDenoiser
 
 # Images in [0, 1]: float32 leaves 1e-5; a wrong time, guidance or scheduler is orders above it.
 TOLERANCE = {torch.float32: 1e-3}

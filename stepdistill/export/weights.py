@@ -8,8 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from stepdistill.models.quantization import is_quantized
-from stepdistill.models.rolebank import RoleBank
+from stepdistill.loading.quantization import is_quantized
+from stepdistill.roles.rolebank import RoleBank
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepdistill.models import tiny_parts
-from stepdistill.models.family import Family
-from stepdistill.models.registry import family_for, model_index
-from stepdistill.models.safe_files import read_json
+from stepdistill.families.family import Family
+from stepdistill.families.registry import family_for, model_index
+from stepdistill.storage.files import read_json
+from stepdistill.testing import tiny_parts
 
 # Tokenizer classes by the start of their names, and what stands in for one without its files.
 _STAND_INS: dict[str, Callable[[], Any]] = {

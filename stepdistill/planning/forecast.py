@@ -15,21 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from stepdistill.config.files import method_class, method_config
+from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method
 from stepdistill.core.types import Batch
-from stepdistill.models.family import Family
-from stepdistill.models.rolebank import RoleBank
+from stepdistill.families.family import Family
 from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.quantized import pack
 from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
-from stepdistill.training.config import RunConfig
-from stepdistill.training.configfile import method_class, method_config
+from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.memory import checkpoints_activations
 from stepdistill.training.optim import moment_bytes
 from stepdistill.training.setup import roles_of
-from stepdistill.training.step import frozen_dtype
 
 _HELD = {"offload_encoders": False, "optimizer": "adamw"}  # no phase depends on them
 PROMPT = "a photograph of an astronaut riding a horse, studio light, highly detailed"
@@ -131,7 +130,7 @@ def forecast(run: RunConfig) -> Forecast:
 @lru_cache(maxsize=8)
 def _traced(run_json: str) -> Forecast:
     run = RunConfig.model_validate_json(run_json)
-    dtype = frozen_dtype(run)
+    dtype = run.frozen_dtype
     config = method_config(run.method, run.method_config)
     family = blueprint(run.pretrained_model_name_or_path, dtype)
     with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.models.quantization import BLOCK
+from stepdistill.loading.quantization import BLOCK
 
 SECOND_BLOCK = 256  # scales of nf4 that share a second, float32 scale
 

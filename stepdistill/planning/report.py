@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from stepdistill.config.run import RunConfig
 from stepdistill.planning.forecast import Forecast, forecast
-from stepdistill.training.config import RunConfig
 
 GIB = 2**30
 # Peak dense bf16 rates, TFLOP/s, and memory, GB: NVIDIA's data sheets of these cards.

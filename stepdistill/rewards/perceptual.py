@@ -21,8 +21,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from stepdistill.loading.safe_files import read_tensors
 from stepdistill.losses.rewards import LPIPSOptions
-from stepdistill.models.safe_files import read_tensors
 from stepdistill.rewards.base import FrozenScorer
 
 _TORCHVISION = {

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stepdistill.loading.safe_files import read_tensors
 from stepdistill.losses.rewards import CLIPOptions
-from stepdistill.models.safe_files import read_tensors
 from stepdistill.rewards.clip import CLIPScorer
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.cache.encoded import EncodedCache, image_key
+from stepdistill.config.run import TrainConfig
 from stepdistill.core.types import Batch, Cond
-from stepdistill.models.family import Family
-from stepdistill.training.config import TrainConfig
-from stepdistill.training.encoded import EncodedCache, image_key
+from stepdistill.families.family import Family
 
 _PIXELS_AT_ONCE = 2**20  # of images encoded in one call: what one of 1024 x 1024 px takes
 

@@ -9,24 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stepdistill.config.run import TrainConfig
+from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields, sample_item
-from stepdistill.models.family import Family
-from stepdistill.models.registry import (
+from stepdistill.families.family import Family
+from stepdistill.families.registry import (
     conditioning_of,
     has_null,
     load_setting,
     reads_image,
     refuse_one_step,
 )
-from stepdistill.models.safe_files import read_json
-from stepdistill.models.single_file import config_source
-from stepdistill.models.student_net import check_student_config
-from stepdistill.models.teacher_lora import lora_facts
-from stepdistill.models.tuning import Tuning
+from stepdistill.loading.single_file import config_source
+from stepdistill.loading.teacher_lora import lora_facts
 from stepdistill.rewards import check_scorers
-from stepdistill.training.checkpoint import RUN_FILE, list_checkpoints
-from stepdistill.training.config import TrainConfig
+from stepdistill.roles.student_net import check_student_config
+from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints
+from stepdistill.storage.files import read_json
 from stepdistill.training.start import student_base_of
 
 # What must stay the same for a resumed run to be the same run.

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.training.config import TrainConfig
-from stepdistill.training.step import frozen_dtype
+from stepdistill.config.run import TrainConfig
+from stepdistill.roles.rolebank import RoleBank
 
 # Graphs of one block: roles, with and without gradients, batches with and without their null half.
 GRAPH_LIMIT = 64
@@ -24,7 +23,7 @@ AUTO_PARAMETERS = 500_000_000  # "auto" recomputes activations from this size of
 def quantized_base(args: TrainConfig) -> dict[str, Any]:
     """The options of load_family that quantise the denoiser; none where the run does not."""
     kind = args.tuning.base_quantization
-    return {} if kind == "none" else {"base_quantization": kind, "base_dtype": frozen_dtype(args)}
+    return {} if kind == "none" else {"base_quantization": kind, "base_dtype": args.frozen_dtype}
 
 
 def checkpoints_activations(args: TrainConfig, net: nn.Module) -> bool:

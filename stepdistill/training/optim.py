@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from stepdistill.models.role_weights import whole
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.training.config import TrainConfig
+from stepdistill.config.run import TrainConfig
+from stepdistill.roles.role_weights import whole
+from stepdistill.roles.rolebank import RoleBank
 
 BLOCK, SMALLEST_8BIT = 256, 4096  # of bitsandbytes' 8-bit states
 

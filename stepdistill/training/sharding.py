@@ -27,10 +27,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Nets
 from stepdistill.core.types import Batch, Losses
-from stepdistill.training.config import TrainConfig
 from stepdistill.training.step import TrainStep
 
 _ASKED = "ACCELERATE_USE_FSDP"

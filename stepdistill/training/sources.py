@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from stepdistill.config.run import DataConfig, RunConfig
 from stepdistill.data.hub import HubDataset, HubStream, load_rows
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import EmptyRows, PromptDataset
 from stepdistill.data.tars import TarDataset
-from stepdistill.models.registry import conditioning_of, family_for, pipeline_class_of
-from stepdistill.training.config import DataConfig, RunConfig
+from stepdistill.families.registry import conditioning_of, family_for, pipeline_class_of
 
 
 def open_dataset(run: RunConfig) -> Any:
@@ -31,7 +31,7 @@ def open_dataset(run: RunConfig) -> Any:
     if data.train_data_dir is not None:
         return ImageFolderDataset(data.train_data_dir, run.resolution, by_label, told == "none")
     if data.pairs_dir is not None:
-        from stepdistill.data.pairs import PairDataset
+        from stepdistill.pairs.dataset import PairDataset
 
         return PairDataset(data.pairs_dir)
     if data.tar_shards is not None or data.dataset_name is not None:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.models.decoder import decoder_config
-from stepdistill.models.family import Family
-from stepdistill.models.registry import family_for, load_setting, pipeline_class_of
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.stored_tensors import StoredTensors
+from stepdistill.config.run import TrainConfig
+from stepdistill.families.decoder import decoder_config
+from stepdistill.families.family import Family
+from stepdistill.families.registry import family_for, load_setting, pipeline_class_of
+from stepdistill.loading.stored_tensors import StoredTensors
+from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.checkpoint import saved_student
-from stepdistill.training.config import TrainConfig
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

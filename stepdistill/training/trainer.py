@@ -20,36 +20,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.cache.precompute import prepare_cache
+from stepdistill.config.files import method_class, method_config
+from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Method, Phase, Scorer
 from stepdistill.data.corrupt import CorruptLog
 from stepdistill.data.fingerprint import data_facts
 from stepdistill.data.stream import as_dataset, stream
-from stepdistill.models.family import Family
-from stepdistill.models.registry import load_family
+from stepdistill.families.family import Family
+from stepdistill.families.registry import load_family
+from stepdistill.monitoring.logs import RunLog
+from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards import build_scorers
 from stepdistill.training import checks
 from stepdistill.training.batches import batch_maker
-from stepdistill.training.config import TrainConfig
-from stepdistill.training.configfile import method_class, method_config
-from stepdistill.training.logs import RunLog
 from stepdistill.training.memory import keep_freed_memory, quantized_base
 from stepdistill.training.optim import (
     clip_by_role,
     reset_roles,
     set_learning_rate,
 )
-from stepdistill.training.precompute import prepare_cache
 from stepdistill.training.preemption import StopRequest
 from stepdistill.training.setup import make_accelerator, make_bank, prepared
 from stepdistill.training.sharding import gathered, is_sharded
-from stepdistill.training.snapshots import restore_run, resume_run, save_run
+from stepdistill.training.snapshots import Resumable
 from stepdistill.training.start import check_start
-from stepdistill.training.validation import Validator
 
 
-class Trainer:
+class Trainer(Resumable):
     """Distils a teacher pipeline with one method.
 
     Args:
@@ -273,15 +273,3 @@ class Trainer:
         better = self.log.validation(found, self.step, self.seconds)
         self.accelerator.wait_for_everyone()
         return better
-
-    def save(self) -> Path:
-        """Write checkpoint-STEP whole, then drop the oldest beyond the limit; returns its path."""
-        return save_run(self)
-
-    def resume(self, where: str) -> None:
-        """Continue from a checkpoint folder or the newest whole one ("latest")."""
-        resume_run(self, where)
-
-    def restore(self, folder: Path) -> None:
-        """Load a whole checkpoint, whatever number of processes saved it."""
-        restore_run(self, folder)

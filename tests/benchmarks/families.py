@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from export.test_fresh_process import RUNNER, expected_image, nudge
 from support.runs import METHOD_CASES, MethodCase, build_trainer
 
-from stepdistill.models.check import check_family
-from stepdistill.models.registry import FAMILIES, family_class, load_family
-from stepdistill.models.tiny import TINY
+from stepdistill.families.registry import FAMILIES, family_class, load_family
+from stepdistill.testing.parity import check_family
+from stepdistill.testing.tiny import TINY
 
 FORMATS = ("lora", "kohya", "comfyui")
 

@@ -63,7 +63,7 @@ from PIL import Image
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from stepdistill.models.features import FeatureBlock, capture
+from stepdistill.families.features import FeatureBlock, capture
 
 RANK, STEPS, WARM_UP = 64, 8, 2
 LATENT_SIZE = int(os.environ.get("PEERS_LATENT_SIZE", "16"))  # set by --latent_size
@@ -118,7 +118,7 @@ PEERS = {
 # ------------------------------------------------------------------ model and data
 def build(root: Path) -> None:
     """Two pipelines with UNets of 4 M parameters, prompts, and images with captions."""
-    from stepdistill.models.tiny import TINY
+    from stepdistill.testing.tiny import TINY
 
     for name in ("sd", "sdxl"):
         pipeline = TINY[name]()

@@ -31,7 +31,7 @@ from support.resume import resumed_differs
 from support.runs import METHOD_CASES
 from support.samples import dataset_of
 
-from stepdistill.models.tiny import TINY
+from stepdistill.testing.tiny import TINY
 
 # All methods on a UNet and on a transformer, all families under a score and a regression method.
 METHOD_FAMILIES = (("sd", "lora"), ("sd3", "full"))

@@ -24,15 +24,15 @@ from rich.table import Table
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill import DistributionMatchingTrainer, TrainConfig
+from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.path import VPPath
 from stepdistill.core.types import Cond
 from stepdistill.data.stream import stream
 from stepdistill.demo.teacher import TeacherConfig, build_teacher
+from stepdistill.families.sdxl import StableDiffusionXLFamily
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.sdxl import StableDiffusionXLFamily
-from stepdistill.models.tuning import Tuning
+from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.batches import BatchMaker
 
 pytestmark = pytest.mark.benchmark

@@ -25,7 +25,7 @@ import sys, warnings
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
-from stepdistill.data.cache import TensorCache, content_key
+from stepdistill.cache.tensors import TensorCache, content_key
 from stepdistill.data.stream import PromptDataset, stream
 
 def resident():
@@ -105,7 +105,7 @@ def test_paths_of_a_million_images_are_packed(tmp_path) -> None:
 def test_a_cache_is_read_in_the_memory_of_its_keys(tmp_path) -> None:
     import torch
 
-    from stepdistill.data.cache import CacheWriter, TensorCache, content_key
+    from stepdistill.cache.tensors import CacheWriter, TensorCache, content_key
 
     sizes = {}
     for count in (2_000, 40_000):

@@ -21,10 +21,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
 
-from stepdistill.models import tiny_parts
-from stepdistill.models.tiny import TINY
+from stepdistill.config.run import RunConfig
 from stepdistill.planning.forecast import forecast
-from stepdistill.training.config import RunConfig
+from stepdistill.testing import tiny_parts
+from stepdistill.testing.tiny import TINY
 
 pytestmark = pytest.mark.benchmark
 
@@ -32,7 +32,7 @@ CHILD = """
 import ctypes, gc, json, sys, torch
 torch.set_num_threads(1)
 from stepdistill.trainers import DistillationTrainer
-from stepdistill.training.config import RunConfig
+from stepdistill.config.run import RunConfig
 def status(key):
     line = next(x for x in open("/proc/self/status") if x.startswith(key))
     return int(line.split()[1]) * 1024

@@ -13,7 +13,7 @@ from support.runs import teacher_dir
 from stepdistill.comparison import cost
 from stepdistill.comparison.cost import Cost, measure, train
 from stepdistill.data.stream import PromptDataset
-from stepdistill.models.registry import family_for
+from stepdistill.families.registry import family_for
 from stepdistill.trainers import DistillationTrainer
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from stepdistill.core.denoiser import Denoiser, is_guided
 from stepdistill.core.path import PREDICTION_TYPES, FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.types import Cond
-from stepdistill.models.analytic import GaussianTeacher
+from stepdistill.testing.analytic import GaussianTeacher
 
 PATHS = [
     VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2),

@@ -213,7 +213,7 @@ def test_stochastic_rules_ask_for_noise(kind: str) -> None:
 
 
 def test_the_specs_guidance_is_used_unless_overridden() -> None:
-    from stepdistill.models.analytic import GaussianTeacher
+    from stepdistill.testing.analytic import GaussianTeacher
 
     teacher = GaussianTeacher(FlowPath(), 0.5)
     noise = torch.zeros(2, 1, 1, 1)

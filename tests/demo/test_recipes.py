@@ -2,10 +2,10 @@
 
 import pytest
 
+from stepdistill.config.files import method_config
+from stepdistill.config.run import TrainConfig
 from stepdistill.demo.recipes import RECIPES, Training, recipe_for
 from stepdistill.methods import METHODS
-from stepdistill.training.config import TrainConfig
-from stepdistill.training.configfile import method_config
 
 CASES = [
     (name, layout, steps)

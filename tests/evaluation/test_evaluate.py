@@ -25,7 +25,7 @@ from stepdistill.evaluation.report import Report
 from stepdistill.evaluation.run import Options, evaluate, options_of
 from stepdistill.evaluation.samples import PipelineSampler
 from stepdistill.evaluation.store import Store
-from stepdistill.models.registry import load_family
+from stepdistill.families.registry import load_family
 
 
 class Corners:

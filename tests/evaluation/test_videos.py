@@ -27,7 +27,7 @@ from stepdistill.evaluation.videos import (
     per_video,
     shown_of,
 )
-from stepdistill.models.registry import load_family
+from stepdistill.families.registry import load_family
 
 
 @pytest.fixture(scope="module")

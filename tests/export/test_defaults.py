@@ -16,10 +16,10 @@ import stepdistill
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import uniform_grid
 from stepdistill.export.pipeline import RECORD, export_pipeline
-from stepdistill.models.check import listen
-from stepdistill.models.flux_guidance import fold_guidance
-from stepdistill.models.registry import family_for, load_family
-from stepdistill.models.tiny_transformers import tiny_flux
+from stepdistill.families.flux_guidance import fold_guidance
+from stepdistill.families.registry import family_for, load_family
+from stepdistill.testing.parity import listen
+from stepdistill.testing.tiny_transformers import tiny_flux
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 # What must still be typed for a 4-step student whose guidance is folded in, by tiny pipeline.

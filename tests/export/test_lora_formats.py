@@ -40,8 +40,8 @@ from stepdistill.export.lora_formats import (
     to_original,
 )
 from stepdistill.export.pipeline import RECORD
-from stepdistill.models.original_layout import join, original_layout, split
-from stepdistill.models.registry import load_family
+from stepdistill.families.registry import load_family
+from stepdistill.loading.original_layout import join, original_layout, split
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 BY_DIFFUSERS = [("sd_v", "kohya"), ("sdxl", "kohya"), ("z_image", "kohya"), ("z_image", "comfyui")]

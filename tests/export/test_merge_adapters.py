@@ -17,7 +17,7 @@ from stepdistill.export.lora import export_lora
 from stepdistill.export.lora_formats import adapters_of, read_format, read_with_diffusers
 from stepdistill.export.merge_adapters import merge_adapters
 from stepdistill.export.pipeline import RECORD
-from stepdistill.models.registry import load_family
+from stepdistill.families.registry import load_family
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -20,10 +20,10 @@ from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import EmptyRows
 from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.export.schedulers import stock_sampler
-from stepdistill.models.edm import EDMFamily
-from stepdistill.models.registry import conditioning_of, load_family
-from stepdistill.models.tiny_pixels import pixel_unet, tiny_edm, tiny_unet2d
-from stepdistill.models.unet2d import UNet2DFamily
+from stepdistill.families.edm import EDMFamily
+from stepdistill.families.registry import conditioning_of, load_family
+from stepdistill.families.unet2d import UNet2DFamily
+from stepdistill.testing.tiny_pixels import pixel_unet, tiny_edm, tiny_unet2d
 from stepdistill.trainers import DistributionMatchingTrainer
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}

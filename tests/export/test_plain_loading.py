@@ -15,7 +15,7 @@ from support.runs import build_trainer, teacher_dir
 
 from stepdistill.export.load import load_pipeline
 from stepdistill.export.pipeline import load_alike
-from stepdistill.models.registry import pipeline_class_of
+from stepdistill.families.registry import pipeline_class_of
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from stepdistill.core.times import uniform_grid
 from stepdistill.export.lora import LORA_FILE, export_lora
 from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.export.weights import stock_net
-from stepdistill.models.registry import load_family
+from stepdistill.families.registry import load_family
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 

@@ -16,7 +16,7 @@ from support.runs import TinyData, teacher_dir
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.export.pipeline import RECORD
-from stepdistill.models.registry import load_family
+from stepdistill.families.registry import load_family
 from stepdistill.trainers import TrajectorySegmentedTrainer, trainer_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"

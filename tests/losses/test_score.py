@@ -8,7 +8,7 @@ import torch
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.types import Cond
 from stepdistill.losses.score import denoising_loss, dmd_gradient, surrogate
-from stepdistill.models.analytic import GaussianTeacher
+from stepdistill.testing.analytic import GaussianTeacher
 
 VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2)
 PATHS: dict[str, NoisePath] = {"vp": VP, "flow": FlowPath(), "ve": VEPath(sigma_max=10.0)}

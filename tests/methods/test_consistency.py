@@ -11,6 +11,7 @@ import yaml
 from diffusers import LCMScheduler
 from torch import Tensor
 
+from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Setting
@@ -21,8 +22,7 @@ from stepdistill.methods import METHODS
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth
 from stepdistill.methods.grid import SolverGrid, cd_boundary_coeffs, heun_step
-from stepdistill.models.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
-from stepdistill.training.config import RunConfig
+from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2

@@ -10,6 +10,7 @@ import torch
 import yaml
 from support.score import PATHS, VP, Affine, Gaussian, Recorder, batch_of
 
+from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Setting
 from stepdistill.core.path import NoisePath
@@ -17,8 +18,7 @@ from stepdistill.core.types import Batch
 from stepdistill.methods.dmd import DMD, DMDConfig
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.dmd2_config import DMD2Config
-from stepdistill.models.analytic import AnalyticNets
-from stepdistill.training.config import RunConfig
+from stepdistill.testing.analytic import AnalyticNets
 
 CONFIG = Path(__file__).parents[2] / "configs" / "methods" / "dmd.yaml"
 MEAN, FACTOR = torch.tensor([1.0, -0.5]), torch.tensor([[0.8, 0.0], [0.5, 0.4]])

@@ -23,7 +23,7 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, expand
 from stepdistill.core.types import Cond
-from stepdistill.models.analytic import AnalyticNets, GaussianTeacher
+from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 
 @pytest.fixture(params=list(PATHS))

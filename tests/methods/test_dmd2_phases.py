@@ -22,17 +22,17 @@ from support.score import (
 )
 from torch import Tensor, nn
 
+from stepdistill.config.tuning import Tuning
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, expand
 from stepdistill.core.types import Batch, Cond, Losses
+from stepdistill.families.family import Family
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.dmd2_config import DMD2Config
 from stepdistill.methods.gan import GANConfig
-from stepdistill.models.analytic import AnalyticNets
-from stepdistill.models.family import Family
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.tuning import Tuning
+from stepdistill.roles.rolebank import RoleBank
+from stepdistill.testing.analytic import AnalyticNets
 
 
 @pytest.fixture(params=list(PATHS))

@@ -26,7 +26,7 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.dmd2_config import DMD2Config
 from stepdistill.methods.f_distill import FDistill, FDistillConfig
 from stepdistill.methods.gan import GANConfig
-from stepdistill.models.analytic import AnalyticNets
+from stepdistill.testing.analytic import AnalyticNets
 
 ALL = get_args(Divergence)
 MEAN, FACTOR = torch.tensor([1.0, -0.5]), torch.tensor([[0.8, 0.0], [0.5, 0.4]])

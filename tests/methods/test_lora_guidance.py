@@ -10,6 +10,7 @@ import yaml
 from support.jumps import FLOW, SETTINGS, SHAPE, VP, Ctx64, batch
 from torch import Tensor
 
+from stepdistill.config.run import RunConfig
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Setting
 from stepdistill.core.path import expand
@@ -18,8 +19,7 @@ from stepdistill.core.types import Cond
 from stepdistill.losses.progressive import progressive_target
 from stepdistill.methods.halving import trailing_grid
 from stepdistill.methods.lora_guidance import LoRAGuidance, LoRAGuidanceConfig
-from stepdistill.models.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
-from stepdistill.training.config import RunConfig
+from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 G = 3.0  # the null mean is 0, so guidance multiplies the mean

@@ -9,6 +9,7 @@ import torch
 import yaml
 from support.jumps import FLOW, SETTINGS, SHAPE, VP, Ctx64, ExactJumper, batch, loss_of, solver_loss
 
+from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.solvers import sample_x0
 from stepdistill.methods import METHODS
@@ -16,8 +17,7 @@ from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.consistency_config import ConsistencyConfig
 from stepdistill.methods.pcm import PCM, PCMConfig
 from stepdistill.methods.segments import jump
-from stepdistill.models.analytic import AnalyticNets, GaussianTeacher
-from stepdistill.training.config import RunConfig
+from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 

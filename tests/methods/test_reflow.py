@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand
@@ -19,8 +20,7 @@ from stepdistill.methods import METHODS
 from stepdistill.methods.grid import flow_time, path_time
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.reflow_config import ReflowConfig
-from stepdistill.models.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
-from stepdistill.training.config import RunConfig
+from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2

@@ -12,6 +12,8 @@ import torch
 import yaml
 from methods.test_reflow import FLOW, MU, PATHS, VP, Ctx64, Straight, pairs, pure_noise_rows
 
+from stepdistill.config.files import merge
+from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, VEPath, expand
 from stepdistill.core.solvers import SamplerSpec, sample_x0
@@ -21,9 +23,7 @@ from stepdistill.export.schedulers import stock_sampler
 from stepdistill.losses.regression import sample_huber
 from stepdistill.methods.grid import flow_time
 from stepdistill.methods.rfpp import RFPP, RFPPConfig
-from stepdistill.models.analytic import AnalyticNets, GaussianTeacher
-from stepdistill.training.config import RunConfig
-from stepdistill.training.configfile import merge
+from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 CONFIG = Path(__file__).parents[2] / "configs" / "methods" / "rfpp.yaml"
 

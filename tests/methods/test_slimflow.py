@@ -12,10 +12,10 @@ import yaml
 from methods.test_reflow import FLOW, MU, PATHS, VP, Ctx64, Straight, pairs, pure_noise_rows
 from methods.test_reflow import make as reflow
 
+from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.methods.slimflow import SlimFlow, SlimFlowConfig
-from stepdistill.models.analytic import AnalyticNets, GaussianTeacher
-from stepdistill.training.config import RunConfig
+from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 

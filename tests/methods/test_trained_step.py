@@ -11,7 +11,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.path import FlowPath
 from stepdistill.core.types import Batch, Cond
 from stepdistill.methods.rollout import Rollout, RolloutConfig
-from stepdistill.models.analytic import AnalyticNets
+from stepdistill.testing.analytic import AnalyticNets
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
 

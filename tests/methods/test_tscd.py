@@ -20,6 +20,8 @@ from support.jumps import (
 )
 from torch import nn
 
+from stepdistill.config.files import merge
+from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import expand
 from stepdistill.core.solvers import sample_x0, teacher_step
@@ -29,9 +31,7 @@ from stepdistill.methods import METHODS
 from stepdistill.methods.segments import jump
 from stepdistill.methods.trajectory import Jumps
 from stepdistill.methods.tscd import TSCD, TSCDConfig
-from stepdistill.models.analytic import AnalyticNets, GaussianTeacher
-from stepdistill.training.config import RunConfig
-from stepdistill.training.configfile import merge
+from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -15,7 +15,7 @@ from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, expand
 from stepdistill.core.types import Cond
 from stepdistill.methods.vsd import VSD, VSDConfig
-from stepdistill.models.analytic import AnalyticNets, GaussianTeacher
+from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 
 @pytest.fixture(params=list(PATHS))

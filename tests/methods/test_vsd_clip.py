@@ -22,7 +22,7 @@ from stepdistill.core.path import FlowPath
 from stepdistill.core.types import Batch
 from stepdistill.losses.rewards import ClampedCLIPConfig, clamped_reward_loss
 from stepdistill.methods.vsd import VSD, VSDConfig
-from stepdistill.models.analytic import AnalyticNets, GaussianTeacher
+from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 TINY_CLIP = {
     "embed_dim": 8,

@@ -18,7 +18,7 @@ from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.export.schedulers import stock_sampler
-from stepdistill.models.analytic import GaussianTeacher
+from stepdistill.testing.analytic import GaussianTeacher
 
 FILE = Path(__file__).parents[2] / "pipelines" / "anchored_flow_match_scheduler.py"
 _spec: Any = importlib.util.spec_from_file_location("anchored_flow_match_scheduler", FILE)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from support.runs import teacher_dir
 
-from stepdistill.models.tiny import TINY
+from stepdistill.config.run import RunConfig
 from stepdistill.planning.blueprint import blueprint, bundled, describe
 from stepdistill.planning.forecast import Forecast, forecast
 from stepdistill.planning.report import hours_per_1k, print_plan, suggestions
 from stepdistill.planning.tracker import CostTracker
-from stepdistill.training.config import RunConfig
+from stepdistill.testing.tiny import TINY
 
 # Millions of denoiser parameters of the released models.
 RELEASED = {
@@ -114,7 +114,7 @@ def test_the_tracker_counts_a_multiply_add_as_two() -> None:
 
 
 def test_held_bytes_are_those_of_the_real_parts(teacher: Path) -> None:
-    from stepdistill.models.registry import load_family
+    from stepdistill.families.registry import load_family
 
     pipeline = load_family(teacher).pipeline
     size = {

@@ -21,12 +21,13 @@ from support.runs import build_trainer, teacher_dir
 
 from stepdistill import cli
 from stepdistill.data.images import ImageFolderDataset
-from stepdistill.data.pair_files import PairSettings
-from stepdistill.data.pairs import PairDataset, PairWriter
 from stepdistill.export.run import sample_export
-from stepdistill.models.registry import load_family
-from stepdistill.models.teacher_lora import parse_lora
-from stepdistill.training.checkpoint import newest_valid, read_state
+from stepdistill.families.registry import load_family
+from stepdistill.loading.teacher_lora import parse_lora
+from stepdistill.pairs.dataset import PairDataset, PairWriter
+from stepdistill.pairs.files import PairSettings
+from stepdistill.storage.checkpoints import newest_valid
+from stepdistill.training.checkpoint import read_state
 
 PACKAGE = Path(cli.__file__).parent
 

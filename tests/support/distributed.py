@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from stepdistill.models.role_weights import to_cpu, whole
+from stepdistill.roles.role_weights import to_cpu, whole
 from stepdistill.trainers import DistillationTrainer
 from stepdistill.training.checkpoint import optimizer_state
 from support.runs import build_trainer

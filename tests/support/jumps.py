@@ -12,7 +12,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.path import FlowPath, VPPath, expand
 from stepdistill.core.types import Batch, Cond
 from stepdistill.methods.trajectory import TrajectoryMethod
-from stepdistill.models.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
+from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 VP, FLOW = VPPath.from_betas(BETAS), FlowPath()

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from stepdistill.models.registry import load_family
+from stepdistill.families.registry import load_family
 
 
 def style_lora(folder: Path, out: Path, seed: int, rank: int = 2, alpha: int = 7) -> dict:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stepdistill.models.original_layout import join, original_layout
+from stepdistill.loading.original_layout import join, original_layout
 
 _CLIP = "cond_stage_model.transformer.text_model."
 _VAE_ATTENTION = {

@@ -16,8 +16,8 @@ from diffusers import UNet2DConditionModel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from stepdistill import TrainConfig, Tuning
-from stepdistill.models.sd import StableDiffusionFamily
-from stepdistill.models.tiny import TINY
+from stepdistill.families.sd import StableDiffusionFamily
+from stepdistill.testing.tiny import TINY
 from stepdistill.trainers import LoRADistillationTrainer
 from support.runs import TinyData
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.models.role_weights import to_cpu
+from stepdistill.roles.role_weights import to_cpu
 from stepdistill.trainers import DistillationTrainer
 from stepdistill.training.checkpoint import optimizer_state, plain_state
 from support.runs import build_trainer

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import Scorer
+from stepdistill.families.registry import conditioning_of, has_null, reads_image
 from stepdistill.methods import METHODS
-from stepdistill.models.registry import conditioning_of, has_null, reads_image
-from stepdistill.models.tiny import TINY
+from stepdistill.testing.tiny import TINY
 from stepdistill.trainers import TRAINER_OF, DistillationTrainer
 
 _TEACHERS: dict[str, Path] = {}
@@ -280,7 +280,7 @@ def build_trainer(
 
 
 def _latent_shape(teacher: Path) -> tuple[int, ...]:
-    from stepdistill.models.registry import load_family
+    from stepdistill.families.registry import load_family
 
     key = str(teacher)
     if key not in _SHAPES:

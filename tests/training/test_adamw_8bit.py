@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from support.runs import TinyData, fingerprint, teacher_dir
 
 from stepdistill import DistributionMatchingTrainer, TrainConfig, Tuning
-from stepdistill.models.stored_tensors import StoredTensors
+from stepdistill.config.run import RunConfig
+from stepdistill.loading.stored_tensors import StoredTensors
 from stepdistill.planning.forecast import forecast
 from stepdistill.training.checkpoint import load_optimizer_state
-from stepdistill.training.config import RunConfig
 
 pytest.importorskip("bitsandbytes", reason="8-bit optimisers need bitsandbytes")
 pytestmark = pytest.mark.quantization

@@ -11,8 +11,8 @@ from support.runs import build_trainer, teacher_dir
 from stepdistill import DistributionMatchingTrainer, ReflowTrainer, TrainConfig
 from stepdistill.core.types import Losses
 from stepdistill.data.stream import PromptDataset
-from stepdistill.models import registry
-from stepdistill.training.checkpoint import newest_valid
+from stepdistill.families import registry
+from stepdistill.storage.checkpoints import newest_valid
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepdistill import DistributionMatchingTrainer, TrainConfig
 from stepdistill.methods import METHODS
-from stepdistill.models.role_denoiser import RoleDenoiser
+from stepdistill.roles.role_denoiser import RoleDenoiser
 
 BSZ = 2
 # (adapter or "base", rows, with gradients) of each call of one iteration at batch 2, in order.

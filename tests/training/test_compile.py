@@ -16,12 +16,12 @@ from support.runs import teacher_dir
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from stepdistill.config.files import method_class, method_config
+from stepdistill.config.tuning import Tuning
 from stepdistill.core.context import Ctx
 from stepdistill.core.types import Batch
-from stepdistill.models.registry import load_family
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.tuning import Tuning
-from stepdistill.training.configfile import method_class, method_config
+from stepdistill.families.registry import load_family
+from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.memory import compile_blocks, repeated_blocks
 
 

@@ -16,7 +16,7 @@ import torch
 from support.distributed import Group, Job, alone, equal, gradient_error, largest
 from support.runs import build_trainer, teacher_dir
 
-from stepdistill.models.tiny import TINY
+from stepdistill.testing.tiny import TINY
 from stepdistill.training.checkpoint import optimizer_state
 
 GRADIENTS, WEIGHTS, DRIFTED = 5e-5, 2e-4, 2e-3

@@ -7,8 +7,8 @@ import json
 import pytest
 from support.runs import build_trainer, fingerprint, teacher_dir
 
-from stepdistill.training import logs
-from stepdistill.training.watchdog import WatchdogStop
+from stepdistill.monitoring import logs
+from stepdistill.monitoring.watchdog import WatchdogStop
 
 
 @pytest.fixture

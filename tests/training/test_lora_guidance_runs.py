@@ -14,8 +14,8 @@ from stepdistill import TrainConfig, Tuning
 from stepdistill.core.context import Ctx
 from stepdistill.export.load import load_pipeline
 from stepdistill.export.pipeline import RECORD
-from stepdistill.models.registry import conditioning_of, load_family
-from stepdistill.models.rolebank import BASE
+from stepdistill.families.registry import conditioning_of, load_family
+from stepdistill.roles.rolebank import BASE
 from stepdistill.trainers import LoRADistillationTrainer
 
 G = 4.0

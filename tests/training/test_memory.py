@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stepdistill import TrainConfig
-from stepdistill.training.configfile import parse_run_config
+from stepdistill.config.files import parse_run_config
 from stepdistill.training.memory import AUTO_PARAMETERS, checkpoints_activations, keep_freed_memory
 
 

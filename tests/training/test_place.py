@@ -6,9 +6,9 @@ import torch
 
 from stepdistill import TrainConfig
 from stepdistill.core.method import Role
-from stepdistill.models.registry import family_class
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.tiny import TINY
+from stepdistill.families.registry import family_class
+from stepdistill.roles.rolebank import RoleBank
+from stepdistill.testing.tiny import TINY
 from stepdistill.training.batches import BatchMaker
 from stepdistill.training.step import place
 

@@ -14,9 +14,9 @@ from support.runs import _pixel_distance, teacher_dir
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.solvers import ode_solve, sample_x0
 from stepdistill.core.times import uniform_grid
-from stepdistill.data.pairs import PairDataset
-from stepdistill.data.teacher_pairs import make_pairs
-from stepdistill.models.check import check_family
+from stepdistill.pairs.dataset import PairDataset
+from stepdistill.pairs.teacher import make_pairs
+from stepdistill.testing.parity import check_family
 from stepdistill.trainers import ReflowTrainer
 
 

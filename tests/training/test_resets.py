@@ -6,7 +6,7 @@ import pytest
 from support.runs import TinyData, build_trainer, fingerprint, teacher_dir
 
 from stepdistill import TrainConfig, Tuning
-from stepdistill.models.registry import load_family
+from stepdistill.families.registry import load_family
 from stepdistill.trainers import TrajectorySegmentedTrainer
 from stepdistill.training.optim import reset_roles
 

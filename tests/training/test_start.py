@@ -11,10 +11,10 @@ from support.runs import build_trainer, fingerprint, teacher_dir
 
 from stepdistill import Tuning
 from stepdistill.core.method import Role
-from stepdistill.models.registry import load_family
-from stepdistill.models.rolebank import RoleBank
-from stepdistill.models.tiny import TINY, tiny_sd, unet
-from stepdistill.models.tiny_parts import TEXT_WIDTH
+from stepdistill.families.registry import load_family
+from stepdistill.roles.rolebank import RoleBank
+from stepdistill.testing.tiny import TINY, tiny_sd, unet
+from stepdistill.testing.tiny_parts import TEXT_WIDTH
 from stepdistill.trainers import trainer_of_run
 
 

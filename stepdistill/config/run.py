@@ -1,0 +1,286 @@
+"""TrainConfig and RunConfig: every option of a run, typed, with its help text beside it.
+
+Names follow Diffusers and Transformers where one exists. `RunConfig` is what a launcher reads:
+config files merged left to right, then flags. Its saved form alone repeats the run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    model_validator,
+)
+
+from stepdistill.config.metrics import BEST_METRICS, METRICS
+from stepdistill.config.tuning import Tuning
+from stepdistill.config.watchdog import WatchdogConfig
+
+Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+
+
+_DTYPES = {
+    "no": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class TrainConfig(BaseModel):
+    """How to train, whatever the method and the model."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    # ------------------------------------------------------------------ run
+    output_dir: str = "runs/default"
+    """Folder for checkpoints, logs and validation grids; one run each."""
+    seed: int = 0
+    """Seed of every random number in the run."""
+    max_train_steps: int = Field(default=1000, ge=1)
+    """Student updates; every method counts these."""
+    max_train_seconds: float | None = Field(default=None, gt=0)
+    """Wall-clock budget in seconds: stop at the first step boundary after it, whatever is left."""
+    train_batch_size: int = Field(default=1, ge=1)
+    """Samples per process and micro-batch."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches per optimiser update, each phase on its own."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Autocast dtype of network calls; trained weights and losses stay float32."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. auto does
+    so for quantised denoisers, and those of 500 M parameters and more."""
+    compile: bool = False
+    """Compile the denoisers' repeated blocks with torch.compile: minutes at the start, faster
+    steps after. Once for each role, with and without gradients."""
+    compile_backend: str = "inductor"
+    """Backend of torch.compile; inductor needs Triton on CUDA, a C++ compiler on CPU."""
+    offload_encoders: bool = False
+    """Keep text encoders and autoencoder on the CPU: prompts and images are encoded there, once."""
+    tuning: Tuning = Tuning()
+    """How trained roles store their weights (lora or full, rank, alpha)."""
+
+    teacher_lora: list[str] = []
+    """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
+    single_file_config: str | None = None
+    """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
+    init_student_from: str | None = None
+    """Where the student starts: a run (or one of its checkpoints) of the same tuning, or a pipeline
+    of the teacher's architecture (folder or Hub id, such as SD-Turbo); a LoRA student then sits on
+    that pipeline's frozen network, a second one in memory."""
+    decoder: str | None = None
+    """Folder or Hub id of a small decoder (AutoencoderTiny, such as TAESD) for losses that judge
+    images; none means the pipeline's VAE, whose gradient takes far more memory."""
+
+    # ------------------------------------------------------------ optimiser
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Learning rate of the student and of every role without one of its own."""
+    role_learning_rates: dict[str, float] = {}
+    """Learning rate by role, e.g. {"fake": 5e-6}."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps its moments in 8 bits and needs bitsandbytes; on CPU and CUDA."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """First Adam beta."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Second Adam beta."""
+    adam_weight_decay: float = Field(default=1e-2, ge=0)
+    """Decoupled weight decay."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Adam epsilon."""
+    lr_scheduler: Scheduler = "constant_with_warmup"
+    """Learning-rate law over student updates, the same for every role."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Student updates of linear warm-up."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient norm each role is clipped to."""
+    role_max_grad_norm: dict[str, float] = {}
+    """Clipping norm by role."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an averaged student for validation and export; 0 keeps none."""
+
+    # ----------------------------------------------------------------- data
+    resolution: int | None = Field(default=None, ge=1)
+    """Height and width in px; none means the model's own size."""
+    dataloader_num_workers: int = Field(default=0, ge=0)
+    """Worker processes that load data."""
+    cache_latents: bool = True
+    """Keep VAE latents of dataset images in memory after the first use."""
+    max_cached_latents: int = Field(default=4096, ge=0)
+    """Latents kept in memory, the last used; 0 encodes every time."""
+    max_cached_prompts: int = Field(default=4096, ge=0)
+    """Prompt embeddings kept in memory; 0 encodes every time."""
+    cache_dir: str | None = None
+    """Folder of encoded prompts and latents, filled before training where something is missing (or
+    by `stepdistill cache`), and of the indexes of tar shards."""
+    cache_shard_mb: int = Field(default=256, ge=1)
+    """MiB of a file in cache_dir; a kill while it is filled costs the one in work."""
+    max_corrupt_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Largest fraction of samples that may be unreadable (and are replaced by others), from a
+    thousand draws on; above it the run stops. Counted from the start of the process."""
+
+    # ---------------------------------------------------- logs, checkpoints
+    logging_steps: int = Field(default=10, ge=1)
+    """Student updates between log lines (means over the window)."""
+    report_to: list[str] = []
+    """Accelerate trackers besides the JSONL log: tensorboard, wandb, ..."""
+    disable_progress_bar: bool = False
+    """Print no tqdm bar."""
+    checkpointing_steps: int = Field(default=500, ge=0)
+    """Student updates between checkpoints; 0 saves only the last."""
+    checkpoints_total_limit: int | None = Field(default=None, ge=1)
+    """Checkpoints to keep; older ones go after a newer one is whole."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder, or "latest" (starts afresh where there is none yet)."""
+    validation_prompts: list[str] = []
+    """Prompts (or class labels) of the validation grid."""
+    validation_steps: int = Field(default=0, ge=0)
+    """Student updates between validation grids; 0 makes none."""
+    num_validation_images: int = Field(default=4, ge=1)
+    """Images per validation prompt, always from the same seeds."""
+    validation_teacher_steps: int = Field(default=20, ge=0)
+    """Steps of the teacher's samples that validation compares with, made once; 0 makes none."""
+    validation_guidance: float | None = Field(default=None, ge=0)
+    """Guidance of those samples; none means the method's own (of pairs it is not known: set it)."""
+    best_metric: str | None = None
+    """Validation metric by which the best checkpoint is saved and kept whatever the limit, and
+    named in best.json: the lowest frechet_diagonal, teacher_rmse, trajectory_rmse or x0_mean_drift,
+    or the highest diversity or diversity_ratio."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """What to do when the run goes wrong, check by check: warn, back_off or stop."""
+    push_to_hub: bool = False
+    """Upload the export when training ends."""
+    hub_model_id: str | None = None
+    """Repository to push to; private unless it exists already."""
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of the frozen denoiser's weights: tuning.base_dtype, or what autocast uses."""
+        name = self.tuning.base_dtype
+        return _DTYPES[self.mixed_precision if name == "auto" else name]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.validation_steps and not self.validation_prompts:
+            raise ValueError(
+                "validation_steps: expected validation_prompts beside it, got none. "
+                "Give --validation_prompts, or set validation_steps to 0"
+            )
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub: expected hub_model_id (user/name) beside it, got none")
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked_best(cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]) -> Any:
+        """Take the records of earlier versions, for export, with their best_mode and whatever
+        best_metric they had; who trains by one checks it (`check_best_metric`)."""
+        earlier = isinstance(data, dict) and "best_mode" in data
+        if earlier:
+            data = {name: value for name, value in data.items() if name != "best_mode"}
+        made = handler(data)
+        if not earlier:
+            made.check_best_metric()
+        elif made.best_metric is not None:
+            warnings.warn(
+                "best_mode has no effect: a best_metric has a direction of its own. Leave it out.",
+                stacklevel=3,
+            )
+        return made
+
+    def check_best_metric(self) -> None:
+        """Errors: ValueError where best_metric is none to go by, or these options measure none."""
+        name = self.best_metric
+        if name is None:
+            return
+        expected = f"best_metric: expected one of {', '.join(BEST_METRICS)}, got {name!r}"
+        if name not in METRICS:
+            raise ValueError(expected)
+        metric = METRICS[name]
+        if metric.mode is None:
+            raise ValueError(f"{expected}, which has no best value: {metric.why}. Name another")
+        if not self.validation_steps:
+            raise ValueError("best_metric: expected validation_steps beside it, got none")
+        if metric.teacher and not self.validation_teacher_steps:
+            raise ValueError(
+                f"best_metric: expected validation_teacher_steps beside {name}, which compares "
+                "with the teacher's samples, got 0. Set it to 20, or name diversity"
+            )
+        if metric.several and self.num_validation_images < 2:
+            raise ValueError(
+                f"best_metric: expected num_validation_images 2 or more beside {name}, which "
+                "compares the images of a prompt, got 1. Raise it, or name another metric"
+            )
+
+
+class DataConfig(BaseModel):
+    """Where training data comes from; a launcher takes exactly one source."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    prompts_file: str | None = None
+    """Text file, one prompt a line (for class-conditional models: one label a line)."""
+    train_data_dir: str | None = None
+    """Image folder with metadata.jsonl (file_name, text) or one sub-folder per class label."""
+    pairs_dir: str | None = None
+    """Noise-image pairs made by `stepdistill pairs`."""
+    tar_shards: str | None = None
+    """webdataset tar files: a folder, a glob, or a range such as "shards/{0000..0099}.tar"."""
+    dataset_name: str | None = None
+    """Dataset of the `datasets` library: Hub id, folder of files, or folder of save_to_disk."""
+
+    dataset_config_name: str | None = None
+    """Configuration of the dataset, where it has several."""
+    dataset_revision: str | None = None
+    """Hub revision of the dataset."""
+    dataset_split: str = "train"
+    """Split of the dataset."""
+    image_column: str = "image"
+    """Column of images in the dataset; where it is not there, prompts alone are read."""
+    caption_column: str = "text"
+    """Column of captions (or class labels), and key of captions in a tar's .json."""
+    streaming: bool = False
+    """Read the dataset as a stream and download nothing first. Every worker of every process reads
+    all of it; resuming reads up to its place."""
+    shuffle_buffer: int = Field(default=4096, ge=1)
+    """Samples that tar shards (by number) and streams (held in memory) are shuffled within."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        sources = ("prompts_file", "train_data_dir", "pairs_dir", "tar_shards", "dataset_name")
+        given = [name for name in sources if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"data: expected one source, got {given}. Keep one of them.")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError("data: expected dataset_name beside streaming, got none.")
+        return self
+
+
+class RunConfig(TrainConfig):
+    """A whole run: what to distil, with which method, on which data."""
+
+    pretrained_model_name_or_path: str
+    """Teacher pipeline: local folder or Hub id."""
+    revision: str | None = None
+    """Hub revision of the teacher."""
+    variant: str | None = None
+    """Weight-file variant of the teacher, such as fp16."""
+    method: str
+    """Distillation method; `stepdistill list` shows them."""
+    method_config: dict[str, Any] = {}
+    """Options of the method; its flags are --method_config.NAME."""
+    data: DataConfig = DataConfig()
+    """Training data."""
+    export_dir: str | None = None
+    """Where to write the distilled pipeline; none means OUTPUT_DIR/pipeline."""
+
+    def train_config(self) -> TrainConfig:
+        """The part that says how to train."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})

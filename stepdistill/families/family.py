@@ -1,0 +1,308 @@
+"""Family: the adapter between one kind of stock Diffusers pipeline and every method.
+
+A family turns prompts into a Cond and images into latents with the pipeline's own code, and calls
+the pipeline's own denoiser. It knows nothing of methods, adapters or precision.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W), N tokens, D width.
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stepdistill.core.denoiser import linear_guidance
+from stepdistill.core.method import Setting
+from stepdistill.core.types import Cond
+from stepdistill.families.features import FeatureBlock
+from stepdistill.families.schedule import dynamic_shift, read_schedule
+from stepdistill.families.vae import decode_latents, encode_images
+
+# Attention and feed-forward projections, the usual reach of a distillation LoRA on transformers.
+TRANSFORMER_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+# LCM-LoRA's list for UNets (arXiv:2311.05556, released training script's defaults).
+UNET_LORA_TARGETS = (
+    *TRANSFORMER_LORA_TARGETS,
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+
+
+def net_dtype(net: nn.Module) -> torch.dtype:
+    """The dtype a denoiser computes in: that of its first weight (adapters come after theirs)."""
+    return next(p.dtype for p in net.parameters() if p.is_floating_point())
+
+
+def check_prompts(prompts: Sequence[Any]) -> list[str]:
+    """The prompts as a list. Errors: TypeError where one is no string."""
+    wrong = [p for p in prompts if not isinstance(p, str)]
+    if isinstance(prompts, str) or wrong:
+        got = prompts if isinstance(prompts, str) else wrong[0]
+        raise TypeError(
+            f"encode: expected a list of strings, got {got!r} ({type(got).__name__}). "
+            "Pass [prompt, ...]."
+        )
+    return list(prompts)
+
+
+class Family(ABC):
+    """One kind of pipeline. Subclasses are at most 140 lines and list the classes they serve.
+
+    pipelines: names of the Diffusers pipeline classes. net_name: the denoiser's component name.
+    """
+
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    net_name: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
+    conditioning: Literal["prompt", "label", "none"] = "prompt"
+    reads_conditioning: ClassVar[bool] = False  # whether the denoiser's config decides on it
+    has_null: bool = True  # whether there is an empty condition to guide away from
+    supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
+    scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
+    sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
+    reads_image: ClassVar[bool] = False  # whether the condition holds a first frame
+    output: ClassVar[Literal["images", "frames"]] = "images"  # what the stock call's result holds
+    one_step_x0: ClassVar[tuple[str, ...]] = ()  # classes that read a single step's result as x0
+    short_pipelines: ClassVar[tuple[str, ...]] = ()  # stock classes of few-step defaults
+    unquantized: Callable[[], nn.Module] | None = None  # loads what a quantised base was made from
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.path, self.kind, self._fixed_shift = read_schedule(pipeline.scheduler)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                part.eval()  # train mode would drop class labels (DiT) and activations at random
+                if name != self.net_name:
+                    part.requires_grad_(False)
+
+    # ------------------------------------------------------------ the network
+    @property
+    def net(self) -> nn.Module:
+        """The stock denoiser module."""
+        net: nn.Module = getattr(self.pipeline, self.net_name)
+        return net
+
+    @property
+    def config(self) -> Any:
+        """The stock denoiser's configuration."""
+        return self.config_of(self.net)
+
+    @staticmethod
+    def config_of(net: nn.Module) -> Any:
+        """The Diffusers configuration of a denoiser; a role may have one of its own."""
+        return net.config
+
+    @classmethod
+    def conditioning_in(cls, config: Any) -> Literal["prompt", "label", "none"]:
+        """The conditioning of a model whose denoiser has that configuration."""
+        return cls.conditioning
+
+    @classmethod
+    def null_in(cls, index: Any) -> bool:
+        """Whether a pipeline with that model_index.json has an empty condition."""
+        return cls.has_null
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the teacher itself is told the guidance (w) in place of a null pass."""
+        return False
+
+    def shift_at(self, height: int | None = None, width: int | None = None) -> float:
+        """Resolution shift of the stock call's times at that size (the model's own where None)."""
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return self._fixed_shift
+        return dynamic_shift(config, self.image_tokens(height, width))
+
+    def image_tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """What the stock call counts for a dynamic shift at that size."""
+        sides = self.sample_shape(height, width)[1:]
+        return math.prod(sides) // int(self.config.get("patch_size", 1)) ** len(sides)
+
+    @property
+    def shift(self) -> float:
+        """`shift_at` the model's own size."""
+        return self.shift_at()
+
+    @classmethod
+    def refuse_one_step(cls, pipeline: str, as_flow: bool, num_steps: int) -> None:
+        """Errors: ValueError for a velocity student that the stock call can't sample in one step.
+
+        PixArtAlphaPipeline takes x0 from a single step's result; no flow scheduler puts it there.
+        """
+        if pipeline in cls.one_step_x0 and as_flow and num_steps == 1:
+            raise ValueError(
+                f"{cls.name}: expected two steps or more of a velocity student in {pipeline} (of a "
+                "single one its call reads what no flow scheduler gives), got 1. Set "
+                "method_config.setup: wrapped, or train and export at more steps (--num_steps)."
+            )
+
+    @property
+    def setting(self) -> Setting:
+        """The facts a method may know, at the model's own size."""
+        return self.setting_at(None)
+
+    def setting_at(self, resolution: int | None) -> Setting:
+        """The same at that many px a side."""
+        return Setting(self.path, self.kind, self.shift_at(resolution, resolution))
+
+    def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
+        """An independent copy of the denoiser with the extra inputs a role asks for.
+
+        Args: net: what to copy; none means the teacher's own.
+        Errors: ValueError where the stock class has no such input.
+        """
+        if extra_inputs:
+            raise ValueError(
+                f"{self.name}: expected extra inputs the stock network has, got {extra_inputs}. "
+                "Set embed_guidance: false."
+            )
+        return copy.deepcopy(self.net if net is None else net)
+
+    @abstractmethod
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,)."""
+
+    def from_raw(self, out: Tensor, x_t: Tensor, model_t: Tensor) -> Tensor:
+        """What `forward` makes of the stock denoiser's output (B, C, *S) at x_t: here itself."""
+        return out
+
+    def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
+        """The stock call's guided output (B, C, *S) of the two; guidance: a number or (B,)."""
+        return linear_guidance(cond, null, guidance)
+
+    def refuse_w(self, w: Tensor | None) -> None:
+        """Errors: ValueError where w is given; for `forward` of networks without that input."""
+        if w is not None:
+            raise ValueError(f"{self.name}: expected no w (no guidance embedding), got one.")
+
+    @abstractmethod
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """Blocks a head may read by name; "mid" is always one of them."""
+
+    def image_features(
+        self, features: dict[str, Tensor], x_t: Tensor, cond: Cond
+    ) -> dict[str, Tensor]:
+        """Captured features without what else a block puts out beside the image (text, padding)."""
+        return features
+
+    # -------------------------------------------------------------- the data
+    @abstractmethod
+    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """(C, *S) of one latent for height x width px (the model's own size where None)."""
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """(C, *S) of one latent at the model's own size."""
+        return self.sample_shape()
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """The Cond of B prompts (or labels), through the pipeline's own encoding code."""
+
+    def null(self, bsz: int) -> Cond:
+        """The Cond of B empty prompts, as the stock pipeline makes it for guidance."""
+        return self.encode([""]).repeat(bsz)
+
+    def with_image(self, cond: Cond, images: Tensor, shape: Sequence[int]) -> Cond:
+        """The Cond with these first frames (B, 3, H, W) in [-1, 1], for latents of shape (C, *S).
+
+        Only where `reads_image`.
+        """
+        raise TypeError(f"{self.name}: expected no first frames, its condition holds none.")
+
+    def null_for(self, cond: Cond) -> Cond:
+        """The null counterpart of that very Cond, on its device."""
+        return self.null(cond.bsz).to(next(iter(cond.tensors.values())).device)
+
+    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents (B, C, *S) of images (B, 3, H, W) in [-1, 1]."""
+        return encode_images(self.pipeline.vae, images, generator)
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), or videos (B, 3, F, H, W), in [-1, 1], unclamped."""
+        return decode_latents(self.pipeline.vae, latents)
+
+    def place_encoders(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Text encoders in that dtype, and all parts but the denoiser on the device."""
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, PreTrainedModel):
+                part.to(dtype)
+            if isinstance(part, nn.Module) and name != self.net_name:
+                part.to(device)
+
+    # -------------------------------------------------------------- checking
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        """Arguments that keep the stock call at the model's own size, where its defaults do not."""
+        return {}
+
+    def stock_guidance(self, guidance: float) -> float:
+        """guidance_scale of the stock call for g of null + g (cond - null), or for g told."""
+        return guidance
+
+    def guided_call(self, guidance: float) -> dict[str, Any]:
+        """What else the stock call must be told for a student that is still guided by g."""
+        return {}
+
+    def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
+        """Make a pipeline with the student in it heed no guidance_scale, as if told `guidance`.
+
+        By what its stock call reads from a config or weight; False where it reads nothing.
+        """
+        return False
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Latents after the stock loop as the stock call decodes them: here themselves."""
+        return latents
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, *S) in the layout that the stock call keeps them in."""
+        return latents
+
+    def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
+        """(B, C, *S) of what `pack` made, or the network put out; shape: (C, *S)."""
+        return packed
+
+    @classmethod
+    def images_in(cls, result: Any) -> Tensor:
+        """(B, C, H, W) or (B, C, F, H, W) in [0, 1] of what a stock call returned as "pt"."""
+        found: Tensor = getattr(result, cls.output)
+        return found.transpose(1, 2) if cls.output == "frames" else found
+
+    def stock_call(
+        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
+    ) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of the stock pipeline's own `__call__`, to compare with."""
+        return self.images_in(
+            self.pipeline(
+                prompt=list(prompts),
+                guidance_scale=self.stock_guidance(guidance),
+                num_inference_steps=num_steps,
+                generator=generator,
+                output_type="pt",
+                **self.call_extras,
+            )
+        )

@@ -1,0 +1,109 @@
+"""Flux.1: a joint transformer on packed flow latents; dev is told the guidance.
+
+Packed: 2 x 2 patches of the latent become one token, (B, C, H, W) -> (B, H W / 4, 4 C). Methods see
+(B, C, H, W). A network told the guidance gets it in place of a null pass; without any it is told 1.
+"""
+
+# Shapes: B batch, C channels, H, W spatial, N tokens, D width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.core.types import Cond
+from stepdistill.families.family import TRANSFORMER_LORA_TARGETS, check_prompts, net_dtype
+from stepdistill.families.features import FeatureBlock, token_blocks
+from stepdistill.families.flux_guidance import GuidanceToldFamily, fold_guidance
+from stepdistill.families.vae_sized import PATCH, VaeSizedFamily
+
+
+class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
+    """FluxPipeline: dev (guidance embedding) and schnell (none)."""
+
+    name: ClassVar[str] = "flux"
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    net_name: ClassVar[str] = "transformer"
+    lora_targets: ClassVar[tuple[str, ...]] = (*TRANSFORMER_LORA_TARGETS, "proj_mlp")
+    sends_sigmas: ClassVar[bool] = True
+
+    @property
+    def latent_channels(self) -> int:
+        channels: int = self.config.in_channels // PATCH**2
+        return channels
+
+    def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
+        """See Family.settle_guidance: the embedding of one guidance is a constant."""
+        if self.embeds_guidance:
+            pipeline.register_modules(transformer=fold_guidance(pipeline.transformer, guidance))
+        return True
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
+        return self.pipeline._unpack_latents(packed, *shape[-2:], vae_scale_factor=1)
+
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """See Family.forward; s has no input here and is ignored. w = g - 1 as everywhere."""
+        dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
+        embeds = cond["prompt_embeds"].to(dtype)
+        ids = self.pipeline._prepare_latent_image_ids(
+            len(x_t), height // PATCH, width // PATCH, x_t.device, dtype
+        )
+        out: Tensor = net(
+            hidden_states=self.pack(x_t.to(dtype)),
+            timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
+            guidance=self.told_guidance(model_t, w),
+            pooled_projections=cond["pooled"].to(dtype),
+            encoder_hidden_states=embeds,
+            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        return self.unpack(out, (height, width))
+
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """ "mid" and "block.i", joint then single: image tokens (a block returns text, image)."""
+        config = self.config
+        counts = {
+            "transformer_blocks": config.num_layers,
+            "single_transformer_blocks": config.num_single_layers,
+        }
+        width = config.num_attention_heads * config.attention_head_dim
+        return token_blocks(width, item=1, **counts)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """prompt_embeds (B, N, D): T5 tokens; pooled (B, D'): CLIP."""
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            check_prompts(prompts), None, device=self.pipeline.text_encoder.device
+        )
+        return Cond({"prompt_embeds": embeds, "pooled": pooled})
+
+    def stock_call(
+        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
+    ) -> Tensor:
+        """See Family.stock_call. Without an embedding, guidance is the stock true_cfg_scale."""
+        if self.embeds_guidance:
+            return super().stock_call(prompts, guidance, num_steps, generator)
+        return self.pipeline(
+            prompt=list(prompts),
+            negative_prompt=[""] * len(prompts),
+            true_cfg_scale=guidance,
+            num_inference_steps=num_steps,
+            generator=generator,
+            output_type="pt",
+            **self.call_extras,
+        ).images

@@ -1,0 +1,138 @@
+"""Flux.2 klein: a joint transformer over Qwen 3 tokens and batch-normed patches, on a flow path.
+
+The 2 x 2 patches are the VAE's own channels here: methods see (B, 4 C, H / 2, W / 2), packed as one
+token each. Positions have four axes (time, row, column, text). The stock call shifts its sigmas by
+the number of tokens and of steps; trained grids take the shift of its default step count, and an
+export keeps the one of its own grid in the scheduler's config.
+"""
+
+# Shapes: B batch, C channels, H, W spatial, N tokens, D width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.core.types import Cond
+from stepdistill.families.family import check_prompts, net_dtype
+from stepdistill.families.features import FeatureBlock, token_blocks
+from stepdistill.families.schedule import empirical_shift
+from stepdistill.families.vae import latent_size
+from stepdistill.families.vae_sized import PATCH, VaeSizedFamily
+
+DEFAULT_STEPS = 50  # the stock call's num_inference_steps
+MAX_TOKENS = 512  # the stock call's max_sequence_length
+
+
+class Flux2Family(VaeSizedFamily):
+    """Flux2KleinPipeline. A step-distilled one (is_distilled) ignores guidance: it has no null."""
+
+    name: ClassVar[str] = "flux2"
+    pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
+    net_name: ClassVar[str] = "transformer"
+    sends_sigmas: ClassVar[bool] = True
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("to_q", "to_k", "to_v", "to_out.0", "ff.linear_in", "ff.linear_out", "to_qkv_mlp_proj"),
+    )
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        # In full: in the joint blocks a list of modules, which takes no adapter, ends so.
+        single = range(self.config.num_single_layers)
+        outs = (f"single_transformer_blocks.{i}.attn.to_out" for i in single)
+        self.lora_targets = (*type(self).lora_targets, *outs)  # type: ignore[misc]
+        self.has_null = self.null_in(pipeline.config)
+
+    def shift_at(self, height: int | None = None, width: int | None = None) -> float:
+        """See Family.shift_at."""
+        config, (_, rows, columns) = (
+            self.pipeline.scheduler.config,
+            self.sample_shape(height, width),
+        )
+        if not config.get("use_dynamic_shifting"):
+            return super().shift_at(height, width)
+        return empirical_shift(config, rows * columns, DEFAULT_STEPS)
+
+    @classmethod
+    def null_in(cls, index: Any) -> bool:
+        """See Family.null_in: the call of a step-distilled pipeline makes no null pass."""
+        return not index.get("is_distilled", False)
+
+    @property
+    def latent_channels(self) -> int:
+        channels: int = self.config.in_channels
+        return channels
+
+    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        factor = self.pipeline.vae_scale_factor * PATCH
+        size = self.size_px // factor
+        return (self.latent_channels, *(latent_size(px, size, factor) for px in (height, width)))
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return self.pipeline._pack_latents(latents)
+
+    def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
+        return packed.transpose(1, 2).unflatten(2, tuple(shape[-2:]))
+
+    def told_guidance(self, model_t: Tensor, w: Tensor | None) -> Tensor | None:
+        """(B,) the network's guidance input: klein has none."""
+        self.refuse_w(w)
+        return None
+
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """See Family.forward; s has no input here and is ignored."""
+        dtype = net_dtype(net)
+        embeds = cond["prompt_embeds"].to(dtype)
+        out: Tensor = net(
+            hidden_states=self.pack(x_t.to(dtype)),
+            timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
+            guidance=self.told_guidance(model_t, w),
+            encoder_hidden_states=embeds,
+            txt_ids=self.pipeline._prepare_text_ids(embeds).to(x_t.device),
+            img_ids=self.pipeline._prepare_latent_ids(x_t).to(x_t.device),
+            return_dict=False,
+        )[0]
+        return self.unpack(out, x_t.shape)
+
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """ "mid" and "block.i", joint then single: image tokens (a block returns text, image)."""
+        config = self.config
+        counts = {
+            "transformer_blocks": config.num_layers,
+            "single_transformer_blocks": config.num_single_layers,
+        }
+        width = config.num_attention_heads * config.attention_head_dim
+        return token_blocks(width, item=1, **counts)
+
+    def image_features(
+        self, features: dict[str, Tensor], x_t: Tensor, cond: Cond
+    ) -> dict[str, Tensor]:
+        """See Family.image_features: single blocks put the text tokens before the image's."""
+        tokens = x_t.shape[-2] * x_t.shape[-1]
+        return {name: value[:, -tokens:] for name, value in features.items()}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """prompt_embeds (B, N, 3 D): hidden states of three layers, padding included."""
+        embeds, _ = self.pipeline.encode_prompt(
+            check_prompts(prompts),
+            device=self.pipeline.text_encoder.device,
+            max_sequence_length=MAX_TOKENS,
+        )
+        return Cond({"prompt_embeds": embeds})
+
+    def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
+        """See Family.settle_guidance: it goes on as a step-distilled one."""
+        pipeline.register_to_config(is_distilled=True)
+        return True

@@ -1,0 +1,140 @@
+"""A family for text-to-image pipelines that have none, learnt by listening to the stock call.
+
+At loading, the pipeline runs two unguided steps and a guided one (probe.py): which arguments of its
+denoiser belong to a prompt, the time it is told, the use of its output, the null rows. What does
+not fit is refused; `stepdistill check` judges the rest. No features, so no discriminator.
+"""
+
+# Shapes: B batch, C channels, H, W spatial.
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from stepdistill.core.types import Cond
+from stepdistill.families.family import Family, check_prompts, net_dtype
+from stepdistill.families.features import FeatureBlock
+from stepdistill.families.probe import IMAGE_INPUTS, hear, joined, learn, learn_null, pick, placed
+from stepdistill.families.schedule import shift_of_mu
+
+BINNING = "use_resolution_binning"  # of sizes that were released; ours are exact
+
+
+class GenericFamily(Family):
+    """Any pipeline whose latents (B, C, H, W) reach its denoiser as they are."""
+
+    name: ClassVar[str] = "generic"
+    pipelines: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        self._call = inspect.signature(type(pipeline).__call__).parameters
+        self._inputs = inspect.signature(self.net.forward).parameters
+        wanted = {"timestep", "encoder_hidden_states"}
+        if not wanted <= set(self._inputs) or not any(n in self._inputs for n in IMAGE_INPUTS):
+            raise ValueError(
+                f"generic: expected a denoiser of (hidden_states or sample, timestep, "
+                f"encoder_hidden_states, ...), got {type(self.net).__name__} of "
+                f"{sorted(self._inputs)}. It needs a family of its own."
+            )
+        side = self.config.get("sample_size")
+        sized = isinstance(side, int) and {"height", "width"} <= set(self._call)
+        self._own_shape: tuple[int, ...] = ()
+        self._listen(*[side * self.pipeline.vae_scale_factor if sized else None] * 2)
+        self._own_shape = self.facts.shape
+        modules = {n for n, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+        ends = [t for t in type(self).lora_targets if any(n.endswith("." + t) for n in modules)]
+        self.lora_targets = tuple(ends)  # type: ignore[misc]
+
+    def _listen(self, height: int | None, width: int | None) -> None:
+        """Learn the call at that size in px (the call's own default where None)."""
+        self._size = {"height": height, "width": width} if height and width else {}
+        self.facts = learn(self)
+        self._null = Cond(learn_null(self, self.facts.rows))
+
+    def forward(
+        self,
+        net: Any,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """See Family.forward; s has no input here and is ignored."""
+        self.refuse_w(w)
+        facts, dtype = self.facts, net_dtype(net)
+        image = next(name for name in IMAGE_INPUTS if name in self._inputs)
+        told = {image: x_t.to(dtype), "timestep": (facts.slope * model_t + facts.offset).float()}
+        fixed = {name: placed(value, x_t.device) for name, value in facts.fixed.items()}
+        out: Any = net(**told, **joined(cond.to(dtype=dtype).tensors, fixed))
+        made: Tensor = out[0] if isinstance(out, tuple) else out.sample
+        return made[:, : x_t.shape[1]]  # learned variances are dropped
+
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """None: where image tokens stand in a block can't be heard."""
+        return {}
+
+    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """(C, H, W). Another size than the last is listened to anew: rows may tell it."""
+        if height and width and {"height": height, "width": width} != self._size:
+            self._listen(height, width)
+        return self.facts.shape
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        return self._own_shape
+
+    def shift_at(self, height: int | None = None, width: int | None = None) -> float:
+        """See Family.shift_at: what the stock call was heard to tell its scheduler."""
+        if self._own_shape:  # else asked for while the first call is listened to
+            self.sample_shape(height, width)
+        mu = self.facts.mu if self._own_shape else None
+        return self._fixed_shift if mu is None else shift_of_mu(self.pipeline.scheduler.config, mu)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """What the stock call tells its denoiser of B prompts, stopped before the denoiser runs."""
+        heard = hear(self, check_prompts(prompts), 1.0, 1, encode=True)
+        return Cond(pick(heard.rest[0], self.facts.rows))
+
+    def null(self, bsz: int) -> Cond:
+        return self._null.repeat(bsz)
+
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        no_bins = {BINNING: False} if BINNING in self._call else {}
+        return {**self._size, **no_bins}
+
+
+def generic_family(pipeline_class: str) -> type[GenericFamily]:
+    """The generic family of a Diffusers text-to-image pipeline class, from its signatures.
+
+    Errors: ValueError where the class is none of Diffusers or not of that kind.
+    """
+    found: Any = getattr(diffusers, pipeline_class, None)
+    is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+    parts = set(inspect.signature(found.__init__).parameters) if is_pipeline else set()
+    nets = [name for name in ("transformer", "unet") if name in parts]
+    call = set(inspect.signature(found.__call__).parameters) if parts else set()
+    wanted = {"prompt", "guidance_scale", "num_inference_steps", "generator", "output_type"}
+    if len(nets) != 1 or not {"vae", "scheduler"} <= parts or not wanted <= call or "image" in call:
+        raise ValueError(
+            f"generic: expected a Diffusers pipeline from text with one transformer or unet, a vae "
+            f"and guidance_scale, got {pipeline_class!r}."
+        )
+    source = inspect.getsource(found.__call__)
+    uncommented = "\n".join(line.split("#")[0] for line in source.splitlines())
+    options = {
+        "net_name": nets[0],
+        "pipelines": (pipeline_class,),
+        "scales_input": "scale_model_input" in uncommented,
+        "sends_sigmas": "np.linspace(1.0, 1 / num_inference_steps" in uncommented,
+    }
+    return type(GenericFamily.__name__, (GenericFamily,), options)

@@ -1,0 +1,98 @@
+"""PixArt-alpha and PixArt-Sigma: a cross-attention transformer on VP latents with masked T5 tokens.
+
+Learned-sigma checkpoints return 2C channels; the first C are the prediction, as in the stock
+pipelines. PixArt-alpha at 1024 px is also told resolution and aspect ratio.
+"""
+
+# Shapes: B batch, C channels, H, W spatial, N tokens, D width.
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.core.types import Cond
+from stepdistill.families.family import Family, check_prompts, net_dtype
+from stepdistill.families.features import FeatureBlock, token_blocks
+from stepdistill.families.vae import latent_size
+
+ENCODE_ARGUMENTS = ("clean_caption", "max_sequence_length", "complex_human_instruction")
+
+
+class PixArtFamily(Family):
+    """PixArtAlphaPipeline and PixArtSigmaPipeline."""
+
+    name: ClassVar[str] = "pixart"
+    pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    net_name: ClassVar[str] = "transformer"
+    scales_input: ClassVar[bool] = True
+    one_step_x0: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline",)
+
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """See Family.forward; s has no input here and is ignored."""
+        self.refuse_w(w)
+        dtype = net_dtype(net)
+        out: Tensor = net(
+            x_t.to(dtype),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            encoder_attention_mask=cond["mask"],
+            timestep=model_t.float(),  # exact for indices; the sinusoid is float32 anyway
+            added_cond_kwargs=self._size_conditions(x_t, dtype),
+            return_dict=False,
+        )[0]
+        return out[:, : self.config.in_channels]
+
+    def _size_conditions(self, x_t: Tensor, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """resolution (B, 2) in px and aspect_ratio (B, 1); None where the model takes none."""
+        if not self.pipeline.transformer.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:])
+        told = {"resolution": [height, width], "aspect_ratio": [height / width]}
+        return {
+            name: torch.tensor([value], dtype=dtype, device=x_t.device).expand(len(x_t), -1)
+            for name, value in told.items()
+        }
+
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """ "mid" and "block.i", image tokens."""
+        width = self.config.num_attention_heads * self.config.attention_head_dim
+        return token_blocks(width, transformer_blocks=self.config.num_layers)
+
+    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        size, patch = self.config.sample_size, self.config.patch_size
+        factor = self.pipeline.vae_scale_factor
+        sides = (latent_size(pixels, size, factor, patch) for pixels in (height, width))
+        return (self.config.in_channels, *sides)
+
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        return {"use_resolution_binning": False}  # its bins hold the released sizes only
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """prompt_embeds (B, N, D) of T5; mask (B, N), 1 on tokens and 0 on padding."""
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            check_prompts(prompts),
+            do_classifier_free_guidance=False,
+            device=self.pipeline.text_encoder.device,
+            **self.encode_extras,
+        )
+        return Cond({"prompt_embeds": embeds, "mask": mask})
+
+    @property
+    def encode_extras(self) -> dict[str, Any]:
+        """The stock call's own defaults for encode_prompt, which has others."""
+        call = inspect.signature(type(self.pipeline).__call__).parameters
+        return {name: call[name].default for name in ENCODE_ARGUMENTS if name in call}

@@ -1,0 +1,110 @@
+"""Wan 2.1 (and 2.2's 5B): a transformer over UMT5 tokens and video patches, on a flow path.
+
+Latents are (C, F', H, W), four frames to one after the first, scaled by channel. No config of a
+checkpoint states its size: an entry sample_size = [frames, height, width] in the VAE's, px, does
+where there is one, else the stock call's defaults.
+"""
+
+# Shapes: B batch, C channels, F frames, H, W spatial, N tokens, D width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.core.types import Cond
+from stepdistill.families.family import Family, check_prompts
+from stepdistill.families.features import FeatureBlock, token_blocks
+from stepdistill.families.vae import latent_size
+
+MAX_TOKENS = 512  # the stock call's max_sequence_length
+STOCK_SIZE = (81, 480, 832)  # frames, height, width of the stock call
+
+
+class WanFamily(Family):
+    """WanPipeline with one transformer."""
+
+    name: ClassVar[str] = "wan"
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+    net_name: ClassVar[str] = "transformer"
+    output: ClassVar[Literal["images", "frames"]] = "frames"
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("ffn.net.0.proj", "ffn.net.2"),
+    )
+
+    def __init__(self, pipeline: Any) -> None:
+        if pipeline.config.boundary_ratio is not None or pipeline.transformer_2 is not None:
+            raise ValueError(
+                f"{self.name}: expected a pipeline of one transformer, got two (Wan 2.2 A14B), of "
+                "which each denoises a range of its own. Use Wan 2.1, or 2.2's 5B model."
+            )
+        super().__init__(pipeline)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the model's own videos, px."""
+        frames, height, width = self.pipeline.vae.config.get("sample_size") or STOCK_SIZE
+        return frames, height, width
+
+    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        frames, *own = self.size
+        factor, patch = self.pipeline.vae_scale_factor_spatial, self.config.patch_size[1]
+        sides = (
+            latent_size(asked or px, 0, factor, patch)
+            for asked, px in zip((height, width), own, strict=True)
+        )
+        num_latents = (frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
+        return (self.pipeline.vae.config.z_dim, num_latents, *sides)
+
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        return dict(zip(("num_frames", "height", "width"), self.size, strict=True))
+
+    def token_times(self, x_t: Tensor, model_t: Tensor) -> Tensor:
+        """What the network is told: (B,), or (B, N), a time for each token, with 2.2's 5B."""
+        if not self.pipeline.config.expand_timesteps:
+            return model_t.float()
+        _, height, width = self.config.patch_size
+        count = x_t.shape[2] * (x_t.shape[3] // height) * (x_t.shape[4] // width)
+        return model_t.float().unsqueeze(1).expand(-1, count)
+
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """See Family.forward; s has no input here and is ignored."""
+        self.refuse_w(w)
+        model: Any = net
+        dtype = model.dtype  # of most weights: a few always stay in float32
+        out: Tensor = model(
+            hidden_states=x_t.to(dtype),
+            timestep=self.token_times(x_t, model_t),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
+        return out
+
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """ "mid" and "block.i": tokens of all frames."""
+        width = self.config.num_attention_heads * self.config.attention_head_dim
+        return token_blocks(width, blocks=self.config.num_layers)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """prompt_embeds (B, N, D) of UMT5, zeros after each prompt's end."""
+        embeds, _ = self.pipeline.encode_prompt(
+            check_prompts(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=MAX_TOKENS,
+            device=self.pipeline.text_encoder.device,
+        )
+        return Cond({"prompt_embeds": embeds})

@@ -1,0 +1,138 @@
+"""Wan image to video: the text family with a first frame in its condition.
+
+Wan 2.1 reads the frame as further channels (a mask and its latent) and as CLIP tokens, and makes
+every frame itself. Wan 2.2's 5B keeps the first latent frame clean and tells it t = 0. There the
+output at that frame is set to what leads to the clean latent: teacher, fake and student then agree
+on it, so no loss sees it and no sampler moves it (the setting of Magic 1-For-1, arXiv:2502.07701).
+"""
+
+# Shapes: B batch, C channels, F frames, H, W spatial, N tokens, D width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from stepdistill.core.path import expand
+from stepdistill.core.types import Cond
+from stepdistill.families.wan import WanFamily
+
+
+class WanImageToVideoFamily(WanFamily):
+    """WanImageToVideoPipeline with one transformer; `first_frame` stands in for data."""
+
+    name: ClassVar[str] = "wan_i2v"
+    pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
+    reads_image: ClassVar[bool] = True
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        _, height, width = self.size
+        # No flat colour, on which a wrong scale or order of rows would not show.
+        self.first_frame: Image.Image = Image.linear_gradient("L").resize((width, height))
+        self.first_frame = self.first_frame.convert("RGB")
+
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the first latent frame is the clean one (2.2's 5B)."""
+        return bool(self.pipeline.config.expand_timesteps)
+
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        return {**super().call_extras, "image": self.first_frame}
+
+    def token_times(self, x_t: Tensor, model_t: Tensor) -> Tensor:
+        """See WanFamily.token_times: 0 for the tokens of a first frame that is kept."""
+        times = super().token_times(x_t, model_t)
+        if not self.keeps_first:
+            return times
+        later = torch.ones_like(times)
+        later[:, : times.shape[1] // x_t.shape[2]] = 0.0
+        return times * later
+
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """See Family.forward; s has no input here and is ignored."""
+        self.refuse_w(w)
+        model: Any = net
+        dtype, frame, tokens = model.dtype, cond["frame"].to(x_t), cond.get("frame_tokens")
+        if self.keeps_first:
+            joined = torch.cat([frame, x_t[:, :, 1:]], dim=2)
+        else:
+            joined = torch.cat([x_t, frame], dim=1)
+        out: Tensor = model(
+            hidden_states=joined.to(dtype),
+            timestep=self.token_times(x_t, model_t),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            encoder_hidden_states_image=None if tokens is None else tokens.to(dtype),
+            return_dict=False,
+        )[0]
+        return self._toward(out, x_t, model_t, frame) if self.keeps_first else out
+
+    def _toward(self, out: Tensor, x_t: Tensor, model_t: Tensor, frame: Tensor) -> Tensor:
+        """The flow `out` (B, C, F, H, W) with that from `frame` (B, C, 1, H, W) at frame 0."""
+        t = expand(model_t / self.path.model_time(torch.ones(())).to(model_t), x_t)
+        flow = (x_t[:, :, :1].float() - frame) / t.clamp_min(1e-6).float()
+        return torch.cat([flow.to(out.dtype), out[:, :, 1:]], dim=2)
+
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """prompt_embeds (B, N, D), and of `first_frame` what `with_image` gives."""
+        cond = super().encode(prompts)
+        return self._with(cond, [self.first_frame] * cond.bsz, self.sample_shape())
+
+    def with_image(self, cond: Cond, images: Tensor, shape: Sequence[int]) -> Cond:
+        """See Family.with_image: frame (B, 4 + C, F, H, W), or (B, C, 1, H, W) where it is kept;
+        frame_tokens (B, N, D) of CLIP where the transformer reads them."""
+        pixels = self.pipeline.video_processor.postprocess(images.cpu(), output_type="pil")
+        return self._with(cond, pixels, shape)
+
+    def null_for(self, cond: Cond) -> Cond:
+        """See Family.null_for: as in the stock call, the same frame without the prompt."""
+        empty = super().encode([""]).repeat(cond.bsz)["prompt_embeds"]
+        return Cond({**cond.tensors, "prompt_embeds": empty.to(cond["prompt_embeds"])})
+
+    @torch.no_grad()
+    def _with(self, cond: Cond, pictures: Sequence[Image.Image], shape: Sequence[int]) -> Cond:
+        pipe, device = self.pipeline, cond["prompt_embeds"].device
+        rows: dict[str, list[Tensor]] = {"frame": []}
+        if self.config.image_dim is not None:
+            rows["frame_tokens"] = []
+        height, width = (side * pipe.vae_scale_factor_spatial for side in shape[-2:])
+        frames = (shape[1] - 1) * pipe.vae_scale_factor_temporal + 1
+        for picture in pictures:  # one by one: the last bits depend on the batch
+            pixels = pipe.video_processor.preprocess(picture, height=height, width=width)
+            sizes = (height, width, frames, torch.float32, device)
+            # Latents of its own, which nobody reads here, it would draw from a global generator.
+            unread = {"latents": torch.empty(0)}
+            pixels = pixels.to(device, torch.float32)
+            made = pipe.prepare_latents(pixels, 1, shape[0], *sizes, **unread)
+            rows["frame"].append(made[1])
+            if "frame_tokens" in rows:
+                rows["frame_tokens"].append(pipe.encode_image(picture, device))
+        found = {name: torch.cat(values).to(device) for name, values in rows.items()}
+        return Cond({"prompt_embeds": cond["prompt_embeds"], **found})
+
+    # -------------------------------------------------------------- checking
+    def from_raw(self, out: Tensor, x_t: Tensor, model_t: Tensor) -> Tensor:
+        return self._toward(out, x_t, model_t, self._clean(out)) if self.keeps_first else out
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """See Family.decoded: the stock call puts the clean frame back."""
+        if not self.keeps_first:
+            return latents
+        return torch.cat([self._clean(latents), latents[:, :, 1:]], dim=2)
+
+    def _clean(self, like: Tensor) -> Tensor:
+        """(B, C, 1, H, W) latent of `first_frame`."""
+        return self.encode([""]).repeat(len(like))["frame"].to(like)

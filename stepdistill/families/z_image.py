@@ -1,0 +1,89 @@
+"""Z-Image: one transformer over Qwen tokens and image patches, on a flow path.
+
+The network counts time from noise, 1 - t, puts out x0 - eps and takes lists, one tensor a sample.
+The stock guidance_scale is g - 1 of null + g (cond - null): 0 means none.
+"""
+
+# Shapes: B batch, C channels, H, W spatial, N tokens, D width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from stepdistill.core.types import Cond
+from stepdistill.families.family import check_prompts, net_dtype
+from stepdistill.families.features import FeatureBlock, token_blocks
+from stepdistill.families.vae_sized import PATCH, VaeSizedFamily
+
+MAX_TOKENS = 512  # the stock call's max_sequence_length
+
+
+class ZImageFamily(VaeSizedFamily):
+    """ZImagePipeline."""
+
+    name: ClassVar[str] = "z_image"
+    pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
+    net_name: ClassVar[str] = "transformer"
+    sends_sigmas: ClassVar[bool] = True
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *(f"feed_forward.w{i}" for i in (1, 2, 3)),
+    )
+
+    @property
+    def latent_channels(self) -> int:
+        channels: int = self.config.in_channels
+        return channels
+
+    def forward(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        model_t: Tensor,
+        cond: Cond,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> Tensor:
+        """See Family.forward; s has no input here and is ignored."""
+        self.refuse_w(w)
+        dtype = net_dtype(net)
+        embeds = cond["prompt_embeds"].to(dtype)
+        out: list[Tensor] = net(
+            list(x_t.to(dtype).unsqueeze(2)),  # one frame each
+            (1000 - model_t.float()) / 1000,
+            [row[:n] for row, n in zip(embeds, cond["length"].tolist(), strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(out).squeeze(2)
+
+    def feature_blocks(self) -> dict[str, FeatureBlock]:
+        """ "mid" and "block.i": image, text and padding tokens; image_features keeps the image."""
+        return token_blocks(self.config.dim, layers=self.config.n_layers)
+
+    def image_features(
+        self, features: dict[str, Tensor], x_t: Tensor, cond: Cond
+    ) -> dict[str, Tensor]:
+        """(B, N, D) with the N image tokens, which come first."""
+        count = x_t.shape[-2] * x_t.shape[-1] // PATCH**2
+        return {name: value[:, :count] for name, value in features.items()}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """prompt_embeds (B, N, D), zero after each row's length (B,), which the network gets."""
+        rows, _ = self.pipeline.encode_prompt(
+            check_prompts(prompts),
+            device=self.pipeline.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=MAX_TOKENS,
+        )
+        embeds = torch.stack([pad(row, (0, 0, 0, MAX_TOKENS - len(row))) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return Cond({"prompt_embeds": embeds, "length": lengths})
+
+    def stock_guidance(self, guidance: float) -> float:
+        return guidance - 1.0

@@ -1,0 +1,300 @@
+"""RunLog: JSONL always, Accelerate trackers when asked, a tqdm bar with loss, rate and ETA.
+
+Values stay on the device between log lines, so logging costs no synchronisation per step. The
+watchdog looks at a run where its log does, and the live report is written there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stepdistill.config.run import TrainConfig
+from stepdistill.monitoring.best import Best, check_measured, new_best, read_best, write_best
+from stepdistill.monitoring.validation import Validation
+from stepdistill.monitoring.watchdog import Watchdog, WatchdogStop
+from stepdistill.reporting.page import write_run_report
+from stepdistill.storage.checkpoints import RUN_FILE, discard
+from stepdistill.storage.files import write_text
+from stepdistill.storage.folders import fault_of
+
+_REPORT_SECONDS = 20.0  # between live reports at log lines; validations always write one
+_SECONDS_IN_A_FILE = 10.0  # between bars where standard error is no terminal
+
+
+class RunLog:
+    """Collects a window of values and writes their means.
+
+    Writes run.json (the run's facts), log.jsonl, validation.jsonl, events.jsonl (alarms, and the
+    run's end) and report.html into OUTPUT_DIR, on the main process.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, args: TrainConfig, facts: Mapping[str, Any]
+    ) -> None:
+        self._accelerator, self._args = accelerator, args
+        self.watchdog = Watchdog(args, accelerator)
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Any] = {}
+        self._bar: Any = None
+        self._window_start = (0, 0.0)
+        self.last: dict[str, float] = {}
+        self._open = False  # between start and the end's event
+        self._best: Best | None = None
+        self._reported = -math.inf
+        self._facts = facts
+        self._folder = Path(args.output_dir)
+        self._file = self._folder / "log.jsonl"
+
+    def start(self, step: int, seconds: float) -> None:
+        """Open the logs at `step`; lines past it belong to a run that was cut off.
+
+        Nothing is written before: a trainer made to export leaves the run's record alone.
+        """
+        self._open = True
+        if self._accelerator.is_main_process:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_text(self._folder / RUN_FILE, json.dumps(self._facts, indent=2))
+            for name in ("log.jsonl", "validation.jsonl", "events.jsonl"):
+                self._cut(self._folder / name, step)
+            self.keep_best()  # a kill may have come between the checkpoint and its pointer
+        if self._args.report_to:
+            self._accelerator.init_trackers("stepdistill", config={"method": self._facts["method"]})
+        self._window_start = (step, seconds)
+        if self._accelerator.is_main_process and not self._args.disable_progress_bar:
+            self._bar = tqdm(
+                total=self._args.max_train_steps,
+                initial=step,
+                desc="distil",
+                unit="step",
+                mininterval=0.1 if sys.stderr.isatty() else _SECONDS_IN_A_FILE,
+            )
+
+    @staticmethod
+    def _cut(path: Path, step: int) -> None:
+        """Keep a JSONL file's whole lines up to `step`, but for those an early end added."""
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                try:
+                    told = json.loads(line)
+                except json.JSONDecodeError:  # cut short by a full disk, then written on
+                    continue
+                if told["step"] <= step and not told.get("early") and told.get("kind") != "end":
+                    kept.append(line)
+        write_text(path, "".join(kept))
+
+    # ------------------------------------------------------------ every update
+    def _collect(self, key: str, value: Tensor) -> None:
+        count: Any = 1
+        if self._args.watchdog.nonfinite == "back_off":  # skipped updates have no part in a mean
+            count = torch.isfinite(value).float()
+            value = torch.where(count > 0, value, torch.zeros_like(value))
+        self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
+        self._counts[key] = self._counts.get(key, 0) + count
+
+    def add(self, phase: str, step: int, total: Tensor, logs: Mapping[str, Tensor]) -> None:
+        """One loss evaluation; values stay on the device."""
+        self._collect(f"loss/{phase}", total)
+        for name, value in logs.items():
+            self._collect(f"{phase}/{name}", value.float())
+        self.watchdog.see_loss(phase, step, total)
+
+    def allows(self, norms: Mapping[str, Tensor], step: int) -> bool:
+        """One update's gradient norms by role; whether the watchdog lets it be made."""
+        for role, norm in norms.items():
+            self._collect(f"grad_norm/{role}", norm.detach())
+        return self.watchdog.allows(norms, step)
+
+    # -------------------------------------------------------------- log lines
+    def due(self, step: int) -> bool:
+        return step % self._args.logging_steps == 0
+
+    def check_finite(self) -> None:
+        """Errors: WatchdogStop naming phase, step and last good checkpoint."""
+        self.watchdog.check_finite()
+
+    def write(self, step: int, seconds: float, rates: Mapping[str, float]) -> None:
+        """One log line of means since the last.
+
+        Where the run ends between two lines, the window stays open, so that a resumed run goes on
+        as if it had not.
+        Errors: WatchdogStop where a check of the watchdog stops the run; no line is written then.
+        """
+        planned = self.due(step)
+        if planned:
+            self.watchdog.check_updates(step)
+        else:
+            self.watchdog.check_finite()
+        values = self._means()
+        values |= {f"lr/{role}": rate for role, rate in rates.items()}
+        from_step, from_seconds = self._window_start
+        values["steps_per_second"] = (step - from_step) / max(seconds - from_seconds, 1e-9)
+        self.last = values
+        if planned:
+            self._window_start = (step, seconds)
+            self._sums, self._counts = {}, {}
+        early = {} if planned else {"early": True}
+        self._append("log.jsonl", {"step": step, "seconds": round(seconds, 3), **values, **early})
+        self._tell_alarms()
+        if not self._accelerator.is_main_process:
+            return
+        if self._args.report_to:
+            self._accelerator.log(values, step=step)
+        if self._bar is not None:
+            losses = {
+                k.removeprefix("loss/"): f"{v:.4g}" for k, v in values.items() if "loss/" in k
+            }
+            self._bar.set_postfix(losses, refresh=False)
+            self._bar.update(step - self._bar.n)
+        if time.monotonic() - self._reported > _REPORT_SECONDS:
+            self.report()
+
+    def _means(self) -> dict[str, float]:
+        keys = list(self._sums)
+        means = torch.stack([self._sums[k].float() / self._counts[k] for k in keys])
+        if self._accelerator.num_processes > 1:
+            means = self._accelerator.reduce(means, reduction="mean")
+        told = zip(keys, means.tolist(), strict=True)
+        return {key: value for key, value in told if math.isfinite(value)}
+
+    # -------------------------------------------------------------- validation
+    def validation(self, found: Validation | None, step: int, seconds: float) -> bool:
+        """Write a validation (made on the main process) down; call on all ranks.
+
+        Returns: whether it is the best so far, so that the step's checkpoint should be kept.
+        Errors: WatchdogStop where a check of samples stops the run; ValueError, on all ranks,
+            where best_metric is none of what is measured.
+        """
+        # The last step's, where it is none of the planned ones, decides nothing: a run that is
+        # stopped early and resumed must go the way of one that was not.
+        planned = step % max(1, self._args.validation_steps) == 0
+        line = {"step": step, "seconds": round(seconds, 3)}
+        if found is not None:
+            finite = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
+            told = {**line, **finite, "trajectory": found.trajectory}
+            self._append("validation.jsonl", told if planned else {**told, "early": True})
+            self.image("validation", found.grid, step)
+            if self._args.report_to:
+                self._accelerator.log({f"validation/{k}": v for k, v in finite.items()}, step=step)
+        shared: list[Any] = [None if found is None else found.metrics]
+        metrics = broadcast_object_list(shared)[0]
+        if planned:
+            check_measured(self._args, metrics)
+            self.watchdog.check_samples(step, metrics)
+            self._tell_alarms()
+        decides = planned or step >= self._args.max_train_steps
+        better = new_best(self._best, self._args, step, metrics) if decides else None
+        self._best = better or self._best
+        if self._accelerator.is_main_process:
+            self.report()
+        return better is not None
+
+    def keep_best(self) -> None:
+        """Point best.json at the best's checkpoint, which is whole; the one before may go then."""
+        best, before = self._best, read_best(self._folder)
+        if best is None or best == before or not self._accelerator.is_main_process:
+            return
+        if fault_of(self._folder / best.checkpoint, hashes=False) is not None:
+            return
+        write_best(self._folder, best)
+        if before is not None and before.extra and before.step < best.step:
+            old = self._folder / before.checkpoint
+            if old.is_dir():
+                discard(old)
+
+    # ------------------------------------------------------------------- state
+    def state_dict(self) -> dict[str, Any]:
+        """The open window, the watchdog's memory and the best so far; call on all ranks."""
+        sums = {k: v.float() for k, v in self._sums.items()}
+        if self._accelerator.num_processes > 1:
+            sums = {k: self._accelerator.reduce(v, reduction="mean") for k, v in sums.items()}
+        return {
+            "sums": {key: float(value) for key, value in sums.items()},
+            "counts": {key: float(value) for key, value in self._counts.items()},
+            "watchdog": self.watchdog.state_dict(),
+            "best": None if self._best is None else asdict(self._best),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave; an empty one starts a new window."""
+        if not state:
+            return
+        device = self._accelerator.device
+        self._sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
+        self._counts = dict(state["counts"])
+        self.watchdog.load_state_dict(state["watchdog"])
+        self._best = None if state["best"] is None else Best(**state["best"])
+
+    # ----------------------------------------------------------------- outputs
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if self._accelerator.is_main_process:
+            with (self._folder / name).open("a") as handle:
+                handle.write(json.dumps(record) + "\n")
+
+    def _tell_alarms(self) -> None:
+        """Alarms since the last time: a line each on the terminal and in events.jsonl."""
+        for alarm in self.watchdog.take_alarms():
+            self._append("events.jsonl", {"kind": "alarm", **alarm})
+            if self._accelerator.is_main_process:
+                tqdm.write(alarm["line"])
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Send a picture to the trackers that take one."""
+        for tracker in self._accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
+
+    def report(self) -> None:
+        """Write report.html as the run stands."""
+        write_run_report(self._folder, write_text)
+        self._reported = time.monotonic()
+
+    def close(self, step: int, state: str = "finished", why: str = "") -> None:
+        """End the logs, on all ranks; state ("finished", "preempted", ...) and why are reported."""
+        self._end(step, state, why)
+        if self._args.report_to:
+            self._accelerator.end_training()
+
+    def broken_off(self, step: int, err: BaseException) -> None:
+        """End the logs of a run that `err` ends, if it has begun and not ended; hides no `err`.
+
+        The other ranks may be anywhere: nothing is asked of them, but by a watchdog's stop.
+        """
+        state, why = "failed", shorten(f"{type(err).__name__}: {err}", 600).removesuffix(":")
+        end = self._end
+        if isinstance(err, WatchdogStop):  # all ranks have it
+            state, why, end = "stopped by the watchdog", str(err), self.close
+        elif isinstance(err, KeyboardInterrupt):
+            state, why = "interrupted", "Go on with --resume_from_checkpoint latest."
+        with suppress(Exception):
+            if self._open:
+                self._tell_alarms()
+                end(step, state, why)
+
+    def _end(self, step: int, state: str, why: str) -> None:
+        self._append("events.jsonl", {"step": step, "kind": "end", "state": state, "why": why})
+        self._open = False
+        if self._bar is not None:
+            self._bar.close()
+        if self._accelerator.is_main_process:
+            self.report()

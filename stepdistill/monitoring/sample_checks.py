@@ -1,0 +1,105 @@
+"""What the watchdog makes of a validation's metrics: which checks are bad, and since when.
+
+A student may begin far from the teacher (one step from pure noise is a blur), so a value is bad
+where it is beyond its threshold AND half as bad again as the best of the earlier validations:
+drifting away, not on its way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stepdistill.config.watchdog import WatchdogConfig
+
+_WORSE = 1.5
+
+
+class SampleChecks:
+    """Remembers the best values so far; strikes: check -> bad validations in a row."""
+
+    def __init__(self, config: WatchdogConfig) -> None:
+        self._config = config
+        self._best: dict[str, float] = {}  # measure -> lowest value so far
+        self._first: dict[str, float] = {}
+        self.strikes: dict[str, int] = {}
+
+    def bad(self, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
+        """check -> what is wrong, for the checks that are bad now. Call once a validation."""
+        config, found = self._config, {}
+        if config.drift != "off":
+            told = [*self._drift(metrics)]
+            if told:
+                found["drift"] = "x0 drifts from the teacher's: " + ", ".join(told)
+        if config.diversity != "off":
+            ratio = self._diversity_ratio(metrics)
+            if ratio is not None and self._beyond(
+                "diversity", 1.0 / max(ratio, 1e-9), 1.0 / config.min_diversity
+            ):
+                found["diversity"] = f"diversity is {ratio:.3g} of what it should be"
+        if config.fake_lag != "off" and step > 0:  # before any update the fake is the teacher
+            lag = metrics.get("fake_lag", 0.0)
+            sure = abs(lag) - 2.0 * metrics.get("fake_lag_error", 0.0)
+            if sure > config.max_fake_lag:
+                found["fake_lag"] = f"the fake lags the student by {lag:.3g} of its gradient"
+        for check in ("drift", "diversity", "fake_lag"):
+            self.strikes[check] = self.strikes.get(check, 0) + 1 if check in found else 0
+        return found
+
+    def guidance(self, metrics: Mapping[str, float]) -> str | None:
+        """What is wrong with the teacher's own guided samples, against its unguided ones.
+
+        A student that matches them is where it was sent; no later value can be better.
+        """
+        measures = self._measures(metrics, "guided_", "guided_")
+        told = [f"{name} {value:.3g}" for name, value, most in measures if value > most]
+        if self._config.drift == "off" or not told:
+            return None
+        return f"its guidance drives its samples off: {', '.join(told)}"
+
+    def _drift(self, metrics: Mapping[str, float]) -> list[str]:
+        return [
+            f"{name} {value:.3g}"
+            for name, value, most in self._measures(metrics, "x0_", "")
+            if self._beyond(name, value, most)
+        ]
+
+    def _measures(
+        self, metrics: Mapping[str, float], x0: str, images: str
+    ) -> Iterator[tuple[str, float, float]]:
+        """(name, value, threshold) of the drifts there are; x0, images: prefixes of their keys."""
+        config = self._config
+        if (shift := metrics.get(f"{x0}mean_drift")) is not None:
+            yield "mean shift", shift, config.max_mean_drift
+        if (ratio := metrics.get(f"{x0}std_ratio")) is not None:
+            yield "std ratio", ratio, config.max_std_ratio
+            yield "inverse std ratio", 1.0 / max(ratio, 1e-9), config.max_std_ratio
+        if (excess := metrics.get(f"{images}saturation_excess")) is not None:
+            yield "excess saturation", excess, config.max_saturation
+
+    def _diversity_ratio(self, metrics: Mapping[str, float]) -> float | None:
+        if "diversity_ratio" in metrics:
+            return metrics["diversity_ratio"]
+        if "diversity" not in metrics:
+            return None
+        first = self._first.setdefault("diversity", metrics["diversity"])
+        return metrics["diversity"] / first if first > 0.0 else None
+
+    def _beyond(self, name: str, value: float, threshold: float) -> bool:
+        if not math.isfinite(value):
+            return True
+        before = self._best.get(name)
+        self._best[name] = value if before is None else min(before, value)
+        return before is not None and value > threshold and value > _WORSE * before
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best": dict(self._best),
+            "first": dict(self._first),
+            "strikes": dict(self.strikes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._best, self._first = dict(state["best"]), dict(state["first"])
+        self.strikes = dict(state["strikes"])

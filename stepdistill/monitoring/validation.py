@@ -1,0 +1,231 @@
+"""Validation: the same prompts from the same noise at every step, so change is training.
+
+A grid to look at, and cheap metrics: the samples against the teacher's of the same noise, the
+student's error along the teacher's trajectory, and how far a fake score lags.
+"""
+
+# Shapes: N samples (prompt by prompt), B batch, C channels, *S spatial or (F, H, W).
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.pil_utils import make_image_grid
+from PIL import Image
+from torch import Tensor
+
+from stepdistill.config.run import TrainConfig
+from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.method import Method
+from stepdistill.core.path import expand
+from stepdistill.core.solvers import SamplerSpec, boundary_coeffs
+from stepdistill.core.times import shift_times
+from stepdistill.families.family import Family
+from stepdistill.monitoring.fake_lag import LAG_TIMES, lag_of, lag_terms
+from stepdistill.monitoring.reference import (
+    BATCH,
+    Reference,
+    conditions,
+    kept_reference,
+    probe_times,
+    rms,
+    teacher_guidance,
+)
+from stepdistill.monitoring.sample_metrics import (
+    Features,
+    guidance_metrics,
+    pooled_features,
+    sample_metrics,
+)
+from stepdistill.roles.rolebank import RoleBank
+from stepdistill.sampling import keyed_noise, sample_images, sample_latents, to_pil
+
+
+def validate(
+    student: Denoiser, family: Family, spec: SamplerSpec, args: TrainConfig, path: Path
+) -> Image.Image:
+    """The grid (a row per prompt), also saved to `path`."""
+    size = (args.resolution, args.resolution)
+    images = sample_images(student, family, spec, grid_prompts(args, family), args.seed, *size)
+    return save_grid(images, args.num_validation_images, path)
+
+
+def grid_prompts(args: TrainConfig, family: Family) -> list[Any]:
+    """Each validation prompt as often as it has images; numbers are class ids where labels tell."""
+    by_label = family.conditioning == "label"
+    told = [int(p) if by_label and p.isdigit() else p for p in args.validation_prompts]
+    return [p for p in told for _ in range(args.num_validation_images)]
+
+
+def save_grid(images: Sequence[Image.Image], columns: int, path: Path) -> Image.Image:
+    """The images in rows of `columns`, also saved to `path`."""
+    grid = make_image_grid([im.convert("RGB") for im in images], len(images) // columns, columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+    return grid
+
+
+@dataclass(frozen=True)
+class Validation:
+    """metrics: see sample_metrics.METRICS. trajectory: RMS errors by probed time t, descending."""
+
+    grid: Image.Image
+    metrics: dict[str, float]
+    trajectory: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Validator:
+    """Validates one run; the teacher's samples are made once, when first needed.
+
+    features: what the Frechet distance is taken in; replace it by a network of yours.
+    """
+
+    def __init__(self, bank: RoleBank, method: Method[Any], args: TrainConfig) -> None:
+        self.features: Features = pooled_features
+        self._bank, self._method, self._args = bank, method, args
+        self._folder = Path(args.output_dir) / "validation"
+        self._guidance = teacher_guidance(method, args)
+        self._guided: dict[str, float] = {}  # what guidance does to the teacher's samples
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._bank.family.net.parameters()).device
+
+    @cached_property
+    def _reference(self) -> tuple[Reference, Tensor] | None:
+        """The teacher's samples and their images (N, 3, H, W), or videos."""
+        if not self._args.validation_teacher_steps:
+            return None
+        found = kept_reference(
+            self._folder,
+            self._bank["teacher"],
+            self._bank.family,
+            grid_prompts(self._args, self._bank.family),
+            self._args,
+            self._guidance,
+            probe_times(self._method.sampler()) if self._same_path else (),
+        )
+        images = self._images(found.x0)
+        save_grid(to_pil(images), self._args.num_validation_images, self._folder / "teacher.png")
+        if found.unguided is not None:
+            plain = (found.unguided, self._images(found.unguided))
+            self._guided = guidance_metrics((found.x0, images), plain)
+        return found, images
+
+    @property
+    def _same_path(self) -> bool:
+        """Whether the student moves on the teacher's path (a raw reflow student does not)."""
+        return self._bank["student"].path is self._bank["teacher"].path
+
+    def _images(self, latents: Tensor) -> Tensor:
+        parts = latents.split(BATCH)
+        with torch.no_grad():
+            made = [self._bank.family.images(p.to(self._device)).float().cpu() for p in parts]
+        return torch.cat(made)
+
+    def _latents(self, student: Denoiser, spec: SamplerSpec) -> Tensor:
+        """x0 (N, C, *S) of the grid's noise, on the CPU."""
+        args, prompts = self._args, grid_prompts(self._args, self._bank.family)
+        size = (args.resolution, args.resolution)
+        parts = [
+            sample_latents(
+                student, self._bank.family, spec, prompts[i : i + BATCH], args.seed, *size, i
+            )
+            for i in range(0, len(prompts), BATCH)
+        ]
+        return torch.cat([p.float().cpu() for p in parts])
+
+    def run(self, student: Denoiser, spec: SamplerSpec, step: int) -> Validation:
+        """Sample, measure and save the grid of `step`."""
+        args, reference = self._args, self._reference
+        latents = self._latents(student, spec)
+        images = self._images(latents)
+        columns = args.num_validation_images
+        grid = save_grid(to_pil(images), columns, self._folder / f"step-{step}.png")
+        against = None if reference is None else (reference[0].x0, reference[1])
+        metrics = sample_metrics(latents, images, against, columns, self.features)
+        metrics |= self._guided
+        trajectory: dict[str, list[float]] = {}
+        if reference is not None and reference[0].states:
+            trajectory = self._trajectory(student, spec, reference[0])
+            spread = max(float(reference[0].x0.std()), 1e-6)
+            errors = trajectory["student"]
+            metrics["trajectory_rmse"] = sum(errors) / len(errors) / spread
+        if "fake" in self._bank:
+            metrics["fake_lag"], metrics["fake_lag_error"] = self._fake_lag(spec)
+        return Validation(grid, metrics, trajectory)
+
+    @torch.no_grad()
+    def _trajectory(
+        self, student: Denoiser, spec: SamplerSpec, teacher: Reference
+    ) -> dict[str, list[float]]:
+        """RMS distance of x0 predictions on the teacher's trajectory from its end, by time."""
+        prompts, found = grid_prompts(self._args, self._bank.family), []
+        for t, states in teacher.states.items():
+            parts = []
+            for i in range(0, len(prompts), BATCH):
+                x = states[i : i + BATCH].to(self._device)
+                cond, null = conditions(
+                    self._bank.family, student, prompts[i : i + BATCH], spec.guidance, self._device
+                )
+                parts.append(_jump(student, spec, x, t, cond, null).float().cpu())
+            found.append(rms(torch.cat(parts) - teacher.x0))
+        times = list(teacher.states)
+        return {"t": times, "student": found, "teacher": [teacher.errors[t] for t in times]}
+
+    def _fake_lag(self, spec: SamplerSpec) -> tuple[float, float]:
+        """(lag, standard error) on samples that stop at each of the sampler's steps in turn.
+
+        The fake is fitted to what the student makes at every step of a rollout, unless the method
+        trains the last one alone.
+        """
+        bank, args, prompts = self._bank, self._args, grid_prompts(self._args, self._bank.family)
+        size = (args.resolution, args.resolution)
+        shape = bank.family.sample_shape(*size)
+        shift = bank.family.shift_at(*size)
+        times = shift_times(torch.tensor(LAG_TIMES), shift).tolist()
+        stops = range(1, spec.num_steps + 1)
+        if "trained_step" in type(self._method.config).model_fields:
+            stops = stops if self._method.config.trained_step == "random" else stops[-1:]
+        terms = []
+        for stop, rows in zip(
+            stops, torch.arange(len(prompts)).tensor_split(len(stops)), strict=True
+        ):
+            ending = replace(spec, times=spec.times[:stop])
+            for part in rows.split(BATCH) if len(rows) else ():
+                index = part.tolist()
+                own = [prompts[i] for i in index]
+                x0 = sample_latents(
+                    bank["student"], bank.family, ending, own, args.seed, *size, index[0]
+                )
+                cond, null = conditions(
+                    bank.family, bank["teacher"], own, self._guidance, self._device
+                )
+
+                def noise(k: int, index: list[int] = index, like: Tensor = x0) -> Tensor:
+                    return keyed_noise(shape, args.seed, index, 1000 + k).to(like)
+
+                terms.append(
+                    lag_terms(
+                        bank["teacher"], bank["fake"], x0, cond, null, self._guidance, times, noise
+                    )
+                )
+        return lag_of(torch.cat(terms))
+
+
+def _jump(
+    student: Denoiser, spec: SamplerSpec, x_t: Tensor, t: float, cond: Any, null: Any
+) -> Tensor:
+    """The student's x0 (B, C, *S) in one call from x_t at t, as its sampler ends."""
+    at = torch.full((x_t.shape[0],), t, dtype=torch.float64, device=x_t.device)
+    w = None if spec.w is None else torch.full_like(at, spec.w).float()
+    pred = student(x_t, at, cond, null, spec.guidance, w=w, s=torch.zeros_like(at))
+    if spec.boundary_scale is None:
+        return pred.x0
+    c_skip, c_out = boundary_coeffs(student.path.model_time(at), spec.boundary_scale)
+    return expand(c_skip, x_t) * pred.x_t + expand(c_out, x_t) * pred.x0

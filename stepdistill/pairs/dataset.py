@@ -1,0 +1,267 @@
+"""(noise, x0, prompt) sets: a teacher's own trajectories, the data of reflow.
+
+`generate_pairs` runs the teacher's guided ODE from numbered noises and writes shards; `PairDataset`
+reads them. Pair i is keyed by seed + i, batches never cross a shard, and a shard is written under
+a temporary name, then renamed: a resumed set equals an uninterrupted one bit for bit, and ranks may
+share the work. The files are described in pair_files.py.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W), n pairs of a shard.
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.solvers import ode_solve
+from stepdistill.core.times import uniform_grid
+from stepdistill.core.types import Cond
+from stepdistill.data.fingerprint import list_digest
+from stepdistill.pairs.files import (
+    DTYPES,
+    HEADER,
+    MANIFEST,
+    ForeignShardError,
+    PairSettings,
+    digest,
+    open_shard,
+    read_manifest,
+    shard_name,
+)
+from stepdistill.storage.files import write_atomic, write_text
+
+Prompt = str | int  # an int is a class label
+Pairs = tuple[Tensor, Tensor, list[Prompt]]  # noise and x0 (n, C, *S), n prompts
+
+
+class PairWriter:
+    """Writes a pair set shard by shard; opening an unfinished one goes on where it stopped.
+
+    Args: num_pairs: size of the whole set; an existing set may grow, never shrink.
+    Errors: ValueError where the folder holds pairs of other settings.
+    """
+
+    def __init__(self, folder: str | Path, settings: PairSettings, num_pairs: int) -> None:
+        if num_pairs < 1:
+            raise ValueError(f"pairs: expected num_pairs >= 1, got {num_pairs}.")
+        self.folder, self.settings, self.num_pairs = Path(folder), settings, num_pairs
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / MANIFEST).exists():
+            old, size = read_manifest(self.folder)
+            new_values, old_values = asdict(settings), asdict(old)
+            changed = [key for key, value in old_values.items() if new_values[key] != value]
+            if changed:
+                told = ", ".join(f"{k} {old_values[k]!r}, now {new_values[k]!r}" for k in changed)
+                raise ValueError(
+                    f"pairs: expected the settings that {str(folder)!r} was made with, got another "
+                    f"{told}. Use a new folder, or the old settings to go on."
+                )
+            if size > num_pairs:
+                raise ValueError(f"pairs: expected num_pairs >= {size} on disk, got {num_pairs}.")
+        elif any(self.folder.glob("shard-*.safetensors")):
+            raise ValueError(f"pairs: {str(folder)!r} holds shards but no {MANIFEST}. Empty it.")
+        manifest = {"settings": asdict(settings), "num_pairs": num_pairs}
+        text = json.dumps(manifest, indent=1) + "\n"
+        # Ranks write the same text at once, so each under its own temporary name.
+        suffix = f".{os.getpid()}.tmp"
+        write_text(self.folder / MANIFEST, text, suffix)
+
+    @property
+    def num_shards(self) -> int:
+        return self.settings.num_shards(self.num_pairs)
+
+    def rows(self, shard: int) -> range:
+        """Pair numbers of that shard."""
+        return self.settings.rows(shard, self.num_pairs)
+
+    def done(self, shard: int) -> bool:
+        """Whether the shard is on disk and whole; if not, it is to be made (again).
+
+        Errors: ForeignShardError where another set's shard would be overwritten.
+        """
+        try:
+            open_shard(self.folder, self.settings, shard, self.rows(shard))
+        except ForeignShardError:
+            raise
+        except (ValueError, FileNotFoundError):
+            return False
+        return True
+
+    def write(self, shard: int, noise: Tensor, x0: Tensor, prompts: Sequence[Prompt]) -> None:
+        """Write one whole shard: noise and x0 (n, C, *S), n prompts.
+
+        Errors: ValueError for wrong sizes, or an x0 that is not finite (it names the first pair).
+        """
+        rows, shape = self.rows(shard), (len(self.rows(shard)), *self.settings.shape)
+        sizes = (tuple(noise.shape), tuple(x0.shape), len(prompts))
+        if sizes != (shape, shape, len(rows)):
+            raise ValueError(f"pairs: expected {len(rows)} pairs of {shape[1:]}, got {sizes}.")
+        finite = x0.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"pairs: expected finite x0, got NaN or inf in pair {rows[bad]} "
+                f"({prompts[bad]!r}). The teacher overflowed: use float32 or bfloat16."
+            )
+        tensors = {
+            "noise": noise.float().cpu().contiguous(),
+            "x0": x0.to("cpu", DTYPES[self.settings.x0_dtype]).contiguous(),
+        }
+        header = {
+            "fingerprint": self.settings.fingerprint,
+            "start": rows[0],
+            "prompts": list(prompts),
+        }
+        metadata = {HEADER: json.dumps(header)}
+        path = self.folder / shard_name(shard)
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+class PairDataset(Dataset[dict[str, Any]]):
+    """A finished pair set: items {"prompt", "x0": (C, *S) float32, "noise": (C, *S) float32}.
+
+    Every shard is checked when the set is opened; tensors are read on demand.
+    Errors: ValueError for a missing manifest, missing shards, or a truncated, malformed or foreign
+    shard; it names the file and what to do.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.settings, self.num_pairs = read_manifest(self.folder)
+        shards = range(self.settings.num_shards(self.num_pairs))
+        names = [shard_name(shard) for shard in shards]
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"pairs: expected {len(names)} shards in {str(folder)!r}, got {len(missing)} "
+                f"missing ({missing[0]} first). Run stepdistill pairs again with the same settings."
+            )
+        self._handles: dict[int, tuple[Any, list[Prompt]]] = {}
+        for shard in shards:
+            self._open(shard)
+        self._handles.clear()  # a loader's workers open their own
+
+    def _open(self, shard: int) -> tuple[Any, list[Prompt]]:
+        if shard not in self._handles:
+            rows = self.settings.rows(shard, self.num_pairs)
+            self._handles[shard] = open_shard(self.folder, self.settings, shard, rows)
+        return self._handles[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}  # open files do not pickle
+
+    def fingerprint(self) -> str:
+        """sha256 of the settings that made the pairs, and of their number."""
+        return list_digest((self.settings.fingerprint, self.num_pairs))
+
+    def __len__(self) -> int:
+        return self.num_pairs
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pairs: expected an index below {len(self)}, got {index}.")
+        shard, row = divmod(index % len(self), self.settings.shard_size)
+        handle, prompts = self._open(shard)
+        x0, noise = (handle.get_slice(key)[row].float() for key in ("x0", "noise"))
+        return {"prompt": prompts[row], "x0": x0, "noise": noise}
+
+
+def pair_noise(seed: int, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """(B, C, *S) float32 unit noise of the numbered pairs: row i from a CPU generator seed + i."""
+    return torch.stack(
+        [torch.randn(*shape, generator=torch.Generator().manual_seed(seed + i)) for i in rows]
+    )
+
+
+def generate_pairs(
+    denoiser: Denoiser,
+    encode: Callable[[Sequence[Any]], Cond],
+    null: Callable[[int], Cond],
+    prompts: Sequence[Prompt],
+    folder: str | Path,
+    num_pairs: int,
+    *,
+    shape: Sequence[int],
+    model: str,
+    model_hash: str = "",
+    guidance: float = 1.0,
+    times: tuple[float, ...] = uniform_grid(25),
+    seed: int = 0,
+    batch_size: int = 16,
+    shard_size: int = 256,
+    x0_dtype: Literal["float32", "bfloat16"] = "float32",
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> PairDataset | None:
+    """Solve the teacher's guided ODE for num_pairs noises and write them; whole shards are kept.
+
+    Source: Liu et al. 2023 (InstaFlow), arXiv:2309.06380, stage 1 (25 deterministic steps).
+    Args:
+        encode, null: Family.encode and Family.null, or the like. Pair i has prompt i modulo theirs.
+        shape: (C, *S) of one latent. times: descending, from t = 1 where x is the prior.
+        rank, world_size: this process makes every world_size-th shard, from shard `rank`.
+    Returns: the finished set; None where other ranks' shards are still missing.
+    """
+    if not len(prompts):
+        raise ValueError("pairs: expected at least one prompt, got none.")
+    settings = PairSettings(
+        model=model,
+        model_hash=model_hash,
+        times=tuple(times),
+        guidance=guidance,
+        seed=seed,
+        shape=tuple(shape),
+        prompts_hash=digest(list(prompts)),
+        batch_size=batch_size,
+        shard_size=shard_size,
+        x0_dtype=x0_dtype,
+    )
+
+    def solved(rows: Sequence[int]) -> Pairs:
+        noise, texts = pair_noise(seed, rows, shape), [prompts[i % len(prompts)] for i in rows]
+        end = null(len(rows))
+        x0 = ode_solve(denoiser, noise.to(device), encode(texts), end, guidance, settings.times)
+        return noise, x0.cpu(), texts
+
+    return write_shards(PairWriter(folder, settings, num_pairs), solved, rank, world_size, progress)
+
+
+def write_shards(
+    writer: PairWriter,
+    make: Callable[[Sequence[int]], Pairs],
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> PairDataset | None:
+    """Make and write the missing shards of this rank, `settings.batch_size` pairs at a time.
+
+    Args: make: numbers of pairs -> their noise, x0 (n, C, *S) and prompts, on the CPU.
+    Returns: the finished set; None where other ranks' shards are still missing.
+    """
+    batch_size = writer.settings.batch_size
+    mine = range(rank, writer.num_shards, world_size)
+    total = sum(len(writer.rows(shard)) for shard in mine)
+    with tqdm(total=total, desc="pairs", unit="pair", disable=not progress) as bar:
+        for shard in mine:
+            rows = writer.rows(shard)
+            if not writer.done(shard):
+                starts = range(0, len(rows), batch_size)
+                parts = [make(rows[start : start + batch_size]) for start in starts]
+                noise, x0 = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+                writer.write(shard, noise, x0, [text for part in parts for text in part[2]])
+            bar.update(len(rows))
+    names = [shard_name(shard) for shard in range(writer.num_shards)]
+    return PairDataset(writer.folder) if all((writer.folder / n).is_file() for n in names) else None

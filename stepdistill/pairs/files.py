@@ -1,0 +1,150 @@
+"""Files of a pair set: manifest.json (what made it) and shard-00000.safetensors, ...
+
+A shard holds noise (n, C, *S) float32, the unit noise the solver began from, and x0 (n, C, *S),
+its scaled latents; in its header its prompts, its first pair and the manifest's fingerprint. All of
+it travels in one file, so nothing can slip against anything else.
+"""
+
+# Shapes: C channels, *S spatial or (F, H, W), n pairs of a shard.
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+MANIFEST = "manifest.json"
+HEADER = "pairs"  # the one metadata key: the order of several is not kept, bytes would differ
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ForeignShardError(ValueError):
+    """A shard of another set lies in the folder: never overwritten, never read."""
+
+
+def digest(value: object) -> str:
+    """16 hex digits that name a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """What made a pair set: everything its tensors depend on.
+
+    model, model_hash: id of the teacher and a hash of its weights ("" where unknown).
+    solver, times:     deterministic solver and its descending times in (0, 1]; after the last, x0.
+    guidance:          g of null + g (cond - null), baked into x0.
+    seed:              pair i starts from noise of seed + i.
+    shape:             (C, *S) of one sample. space: scaling convention of x0.
+    prompts_hash:      digest of the prompt list; pair i has prompt i modulo its length.
+    batch_size:        network batch, kept because last bits of a network depend on it.
+    """
+
+    model: str
+    model_hash: str
+    times: tuple[float, ...]
+    guidance: float
+    seed: int
+    shape: tuple[int, ...]
+    prompts_hash: str
+    batch_size: int
+    shard_size: int
+    x0_dtype: Literal["float32", "bfloat16"] = "float32"
+    solver: str = "ddim"
+    space: str = "scaled latents, as the denoiser sees them"
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.shard_size < 1:
+            raise ValueError(
+                f"pairs: expected batch_size and shard_size >= 1, got {self.batch_size} and "
+                f"{self.shard_size}."
+            )
+        if self.format != FORMAT:
+            raise ValueError(f"pairs manifest.json: expected format {FORMAT}, got {self.format}.")
+        if self.x0_dtype not in DTYPES:
+            raise ValueError(
+                f"pairs: expected x0_dtype in {sorted(DTYPES)}, got {self.x0_dtype!r}."
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(asdict(self))
+
+    def num_shards(self, num_pairs: int) -> int:
+        return -(-num_pairs // self.shard_size)
+
+    def rows(self, shard: int, num_pairs: int) -> range:
+        """Pair numbers of a shard in a set of num_pairs."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, num_pairs))
+
+    @staticmethod
+    def parse(raw: dict[str, Any], where: Path) -> PairSettings:
+        """Settings of a manifest. Errors: ValueError for missing or unknown keys."""
+        try:
+            lists = {key: tuple(raw[key]) for key in ("times", "shape")}
+            return PairSettings(**{**raw, **lists})
+        except (KeyError, TypeError) as err:
+            raise ValueError(f"{where}: expected the settings of a pair set, got {err}.") from err
+
+
+def read_manifest(folder: Path) -> tuple[PairSettings, int]:
+    """(settings, num_pairs) of a folder. Errors: ValueError for a missing or broken manifest."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"pairs: expected {MANIFEST} in {str(folder)!r}, found none. "
+            "Make pairs first: stepdistill pairs."
+        )
+    try:
+        raw = json.loads(path.read_text())
+        return PairSettings.parse(raw["settings"], path), int(raw["num_pairs"])
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as err:
+        raise ValueError(f"{path}: expected a pair manifest, got {err!r}. Make it anew.") from err
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"
+
+
+def open_shard(
+    folder: Path, settings: PairSettings, shard: int, rows: range
+) -> tuple[Any, list[str | int]]:
+    """(open safetensors handle, prompts) of one shard, checked against the manifest.
+
+    Errors: FileNotFoundError; ValueError for a truncated or malformed shard; ForeignShardError.
+    """
+    path = folder / shard_name(shard)
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    try:
+        handle = safe_open(path, framework="pt")
+        header = json.loads((handle.metadata() or {}).get(HEADER, "{}"))
+        shapes = [tuple(handle.get_slice(key).get_shape()) for key in ("noise", "x0")]
+        kinds = {handle.get_slice(key).get_dtype() for key in ("noise", "x0")}
+        if not isinstance(header, dict) or not kinds <= {"F32", "BF16"}:
+            raise ValueError(f"tensors of {sorted(kinds)}, expected F32 or BF16")
+    except (SafetensorError, OSError, ValueError) as err:
+        raise ValueError(
+            f"{path}: expected a whole safetensors shard, got a truncated file ({err}). "
+            "Run stepdistill pairs again with the same settings: it makes this shard anew."
+        ) from err
+    if header.get("fingerprint") != settings.fingerprint:
+        raise ForeignShardError(
+            f"{path}: expected a shard of the set in {MANIFEST}, got one of other settings. "
+            "Two sets were mixed in one folder; make them apart."
+        )
+    shape = (len(rows), *settings.shape)
+    prompts = header.get("prompts", [])
+    if shapes != [shape, shape] or header.get("start") != rows[0] or len(prompts) != len(rows):
+        raise ValueError(
+            f"{path}: expected pairs {rows[0]}..{rows[-1]} of shape {shape}, got {shapes} from "
+            f"{header.get('start')}. Run stepdistill pairs again with the same settings."
+        )
+    return handle, prompts

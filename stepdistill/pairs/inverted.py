@@ -1,0 +1,107 @@
+"""Pairs of real images: their latents, and the noise the teacher's ODE run backwards ends at.
+
+2-rectified flow++'s last step (config G) trains on them after the teacher's own pairs: real data,
+still coupled to noise by the teacher. The files are those of `stepdistill pairs`.
+Source: Lee et al. 2024, arXiv:2405.20320, Sec. 4; 128 network calls there.
+"""
+
+# Shapes: B batch, C channels, *S spatial, H, W in px.
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.solvers import ode_invert
+from stepdistill.core.times import uniform_grid
+from stepdistill.core.types import Cond
+from stepdistill.data.corrupt import CorruptItemError
+from stepdistill.pairs.dataset import PairDataset, Pairs, PairWriter, Prompt, write_shards
+from stepdistill.pairs.files import PairSettings, digest
+
+
+def image_digest(image: Tensor) -> str:
+    """16 hex digits that name the pixels (3, H, W)."""
+    return hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def invert_pairs(
+    denoiser: Denoiser,
+    encode: Callable[[Sequence[Any]], Cond],
+    null: Callable[[int], Cond],
+    latents: Callable[[Tensor], Tensor],
+    images: Dataset[dict[str, Any]],
+    folder: str | Path,
+    num_pairs: int,
+    *,
+    shape: Sequence[int],
+    model: str,
+    guidance: float = 1.0,
+    times: tuple[float, ...] = uniform_grid(64),
+    batch_size: int = 16,
+    shard_size: int = 256,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> PairDataset | None:
+    """Invert the first num_pairs images and write them as pairs; whole shards are kept.
+
+    Args:
+        encode, null, latents: Family's, or the like. images: items of "image" (3, H, W) in [-1, 1]
+            and "prompt" or "label" (neither for models that are told nothing).
+        times: descending, see `ode_invert`.
+    Returns: the finished set; None where other ranks' shards are still missing.
+    Errors: ValueError for more pairs than images, an unreadable image, or latents of another shape.
+    """
+    size = len(images)  # type: ignore[arg-type]
+    if not 1 <= num_pairs <= size:
+        raise ValueError(
+            f"pairs: expected num_pairs from 1 to {size}, the number of images, got {num_pairs}."
+        )
+
+    def item(row: int) -> tuple[Tensor, Prompt]:
+        try:
+            found = images[row]
+        except CorruptItemError as err:
+            raise ValueError(
+                f"pairs: expected images that can be read, got {err}. Repair it or take it out."
+            ) from err
+        told: Prompt = found.get("prompt", found.get("label", 0))
+        return found["image"], told
+
+    def inverted(rows: Sequence[int]) -> Pairs:
+        found = [item(row) for row in rows]
+        texts = [told for _, told in found]
+        x0 = latents(torch.stack([image for image, _ in found]).to(device)).to(device)
+        if tuple(x0.shape[1:]) != tuple(shape):
+            raise ValueError(
+                f"pairs: expected latents of {tuple(shape)}, got {tuple(x0.shape[1:])} of images "
+                f"{tuple(found[0][0].shape[1:])}. Give --resolution."
+            )
+        noise = ode_invert(denoiser, x0, encode(texts), null(len(rows)), guidance, tuple(times))
+        return noise.cpu(), x0.cpu(), texts
+
+    # What the pairs depend on: every image and its prompt, read once before the first network call.
+    content = [[image_digest(image), told] for image, told in map(item, range(num_pairs))]
+    settings = PairSettings(
+        model=model,
+        model_hash="",
+        times=tuple(times),
+        guidance=guidance,
+        seed=0,
+        shape=tuple(shape),
+        prompts_hash=digest(content),
+        batch_size=batch_size,
+        shard_size=shard_size,
+        solver="heun, real images inverted",
+    )
+    writer = PairWriter(folder, settings, num_pairs)
+    return write_shards(writer, inverted, rank, world_size, progress)

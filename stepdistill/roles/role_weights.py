@@ -1,0 +1,55 @@
+"""Weights of one role out of the networks and back: the one place that copies and checks them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from stepdistill.loading.stored_tensors import StoredTensors
+
+
+def whole(value: Tensor) -> Tensor:
+    """The tensor itself, or all of one in shards (then call on every process, in one order)."""
+    full: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    return full
+
+
+def to_cpu(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU copies of the tensors, contiguous and apart from the live ones."""
+    return {k: whole(v.detach()).cpu().contiguous().clone() for k, v in own.items()}
+
+
+@torch.no_grad()
+def copy_into(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor] | StoredTensors, whose: str
+) -> None:
+    """Copy saved tensors over live ones; stored ones over live ones in shards, too.
+
+    Errors: ValueError naming what is missing, unexpected, or of another shape or kind.
+    """
+    if isinstance(state, StoredTensors):
+        found = state.facts
+    else:
+        found = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+    if set(own) != set(found):
+        missing, extra = sorted(set(own) - set(found))[:3], sorted(set(found) - set(own))[:3]
+        raise ValueError(
+            f"{whose}: expected the saved tensors of this layout, got missing {missing} "
+            f"and unexpected {extra}. Was it saved with another tuning or target_modules?"
+        )
+    for name, (shape, dtype) in found.items():
+        mine = own[name]
+        # copy_ would spread a smaller tensor and round integers without a word.
+        if (shape, dtype.is_floating_point) != (tuple(mine.shape), mine.is_floating_point()):
+            raise ValueError(
+                f"{whose}: expected {name} of {tuple(mine.shape)} {mine.dtype}, got "
+                f"{shape} {dtype}."
+            )
+    if isinstance(state, StoredTensors):
+        state.read_into(own)
+        return
+    for name, value in state.items():
+        own[name].copy_(value)

@@ -1,0 +1,94 @@
+"""Files merge left to right, flags come last, and every mistake names its neighbours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepdistill.config.files import merge, method_config, parse_run_config, read_yaml
+from stepdistill.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(path: Path, **values) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_merge_is_deep() -> None:
+    assert merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}}) == {"a": {"x": 1, "y": 3}}
+
+
+def test_files_left_to_right_then_flags(tmp_path) -> None:
+    first = write(tmp_path / "a.yaml", method="dmd2", tuning={"rank": 8, "student": "full"})
+    second = write(tmp_path / "b.yaml", tuning={"rank": 16}, method_config={"critic_steps": 3})
+    flags = (
+        "--pretrained_model_name_or_path x --tuning.alpha 4 --method_config.guidance 2.5 --seed 7"
+    )
+    run = parse_run_config(
+        ["--config", first, second, *flags.split(), "--validation_prompts", "a cat"]
+    )
+    assert (run.tuning.student, run.tuning.rank, run.tuning.alpha) == ("full", 16, 4.0)
+    assert run.method_config["critic_steps"] == 3
+    assert run.method_config["guidance"] == 2.5
+    assert run.validation_prompts == ["a cat"]
+    assert run.seed == 7
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "methods").glob("*.yaml")), ids=str)
+def test_every_method_config_file_is_valid(path) -> None:
+    values = read_yaml(path)
+    run = parse_run_config(["--config", str(path), "--pretrained_model_name_or_path", "x"])
+    assert run.method == values["method"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "models").glob("*.yaml")), ids=str)
+def test_every_model_config_file_is_valid(path) -> None:
+    parse_run_config(
+        ["--config", str(path), "--method", "dmd2", "--pretrained_model_name_or_path", "x"]
+    )
+
+
+def test_every_method_has_a_config_file() -> None:
+    files = (ROOT / "configs" / "methods").glob("*.yaml")
+    assert {read_yaml(path)["method"] for path in files} == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--method", "dmd3"], "dmd2"),
+        (["--method", "dmd2", "--max_train_step", "3"], "max_train_steps"),
+        (["--method", "dmd2", "--method_config.critic_step", "3"], "method_config.critic_steps"),
+        (["--method", "dmd2", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--method", "dmd2", "--train_batch_size", "many"], "train_batch_size"),
+        (["--method", "dmd2", "--validation_steps", "5"], "validation_prompts"),
+    ],
+)
+def test_mistakes_are_named(argv, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse_run_config([*argv, "--pretrained_model_name_or_path", "x"])
+
+
+def test_unknown_file_key_names_the_nearest(tmp_path) -> None:
+    path = write(tmp_path / "a.yaml", method="dmd2", learning_rat=1e-4)
+    with pytest.raises(ValueError, match="learning_rate"):
+        parse_run_config(["--config", path, "--pretrained_model_name_or_path", "x"])
+
+
+def test_missing_model_is_said() -> None:
+    with pytest.raises(ValueError, match="pretrained_model_name_or_path"):
+        parse_run_config(["--method", "dmd2"])
+
+
+def test_method_options_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="guidance"):
+        method_config("dmd2", {"guidence": 3})
+
+
+def test_environment_is_not_read(monkeypatch) -> None:
+    monkeypatch.setenv("SEED", "99")
+    assert parse_run_config(["--method", "dmd2", "--pretrained_model_name_or_path", "x"]).seed == 0
