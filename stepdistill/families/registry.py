@@ -20,6 +20,7 @@ from stepdistill.core.method import Setting
 from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import read_schedule
+from stepdistill.loading.project_code import part_class
 from stepdistill.loading.quantization import check_quantization, loader_config, requantized
 from stepdistill.loading.safe_files import check_index, load_part, load_stock
 from stepdistill.loading.single_file import config_source, is_single_file, load_single_file
@@ -219,7 +220,7 @@ def load_setting(model: str | Path, config: str | None = None, **hub: Any) -> Se
     index = model_index(model, config, **hub)
     family_for(index["_class_name"])  # refuses unserved classes first
     library, name = index["scheduler"]
-    scheduler_cls = getattr(import_module(library), name)
+    scheduler_cls = part_class(library, name)
     where = config_source(model, config)
     try:
         scheduler = scheduler_cls.from_pretrained(where, subfolder="scheduler", **hub)
