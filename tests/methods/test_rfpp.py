@@ -276,11 +276,11 @@ def test_heun_is_of_second_order():
     assert 3.5 < errors[0] / errors[1] < 4.5
 
 
-def test_more_steps_are_refused_at_export_with_what_to_do():
+def test_more_steps_of_edm_are_refused_at_export_with_what_to_do():
     assert make(num_steps=4).sampler().kind == "ode"
-    method = make(VP, sampler="anchored", heun=True, num_steps=4)
-    with pytest.raises(ValueError, match=r"the anchored and Heun's one in 4 steps.*sampler: euler"):
-        stock_sampler(None, VP, method.sampler())
+    method = make(VEPath(), sampler="anchored", heun=True, num_steps=4)
+    with pytest.raises(ValueError, match=r"anchored, heun True in 4 steps.*sampler: euler"):
+        stock_sampler(None, VEPath(), method.sampler())
 
 
 def test_shipped_config_is_valid():

@@ -152,9 +152,11 @@ def test_anchored_students_of_flow_models_export_in_two_steps(tmp_path, tmp_path
     [
         ("sd3", {"sampler": "anchored"}, "AnchoredFlowMatchScheduler"),
         ("sd3", {"heun": True}, "HeunFlowMatchScheduler"),
-        ("sd", {"setup": "raw", "sampler": "anchored", "heun": True}, "AnchoredHeun"),
+        ("sd", {"setup": "raw", "sampler": "anchored", "heun": True}, "AnchoredHeunFlow"),
+        ("sd", {"sampler": "anchored"}, "AnchoredDDIMScheduler"),
         pytest.param("flux", {"heun": True}, "HeunFlowMatchScheduler", marks=pytest.mark.slow),
-        pytest.param("dit", {"setup": "raw", "heun": True}, "Heun", marks=pytest.mark.slow),
+        pytest.param("dit", {"setup": "raw", "heun": True}, "HeunFlow", marks=pytest.mark.slow),
+        pytest.param("dit", {"heun": True}, "HeunDDIMScheduler", marks=pytest.mark.slow),
     ],
 )
 def test_rectified_flow_pp_samplers_export_with_their_own_scheduler(
@@ -196,6 +198,6 @@ def test_rectified_flow_pp_samplers_export_with_their_own_scheduler(
     code.write_text("raise SystemExit('the folder was run')\n")
     assert type(load_family(folder).pipeline.scheduler).__name__.startswith(name)
     assert type(load_pipeline(folder).scheduler).__name__.startswith(name)
-    assert load_setting(folder).kind == "flow"
+    assert load_setting(folder).kind == ("eps" if "DDIM" in name else "flow")
     with pytest.raises(ValueError, match="safetensors and text only"):
         files_to_push(folder)

@@ -11,17 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 
-from stepdistill.core.path import FlowPath
+from stepdistill.core.path import FlowPath, VPPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.export.schedulers import stock_sampler
 from stepdistill.testing.analytic import GaussianTeacher
 
-FILE = Path(__file__).parents[2] / "pipelines" / "anchored_flow_match_scheduler.py"
-_spec: Any = importlib.util.spec_from_file_location("anchored_flow_match_scheduler", FILE)
+FILE = Path(__file__).parents[2] / "pipelines" / "rectified_flow_scheduler.py"
+_spec: Any = importlib.util.spec_from_file_location("rectified_flow_scheduler", FILE)
 module: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(module)
 SHAPE = (2, 1, 2, 2)
@@ -90,6 +94,37 @@ def test_heun_on_equal_sigmas_is_the_stock_one():
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-4)  # theirs divides by 1e-3
 
 
+@pytest.mark.parametrize("view", ["eps", "v", "x0"])
+@pytest.mark.parametrize(("kind", "heun"), [("anchored", False), ("anchored", True), ("ode", True)])
+@pytest.mark.parametrize("num_steps", [2, 3, 4])
+def test_tables_take_the_same_rules(num_steps, kind, heun, view):
+    """The saved scheduler of an eps, v or x0 student on Stable Diffusion's table."""
+    names = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+    base = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=names[view],
+    )
+    path = VPPath(base.alphas_cumprod)
+    teacher, cond = GaussianTeacher(path, 0.5, view), Cond({"mean": torch.ones(SHAPE)})
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    times = tuple(path.snap(torch.tensor(uniform_grid(num_steps))).tolist())
+    spec = SamplerSpec(times, kind, heun=heun)
+    scheduler = stock_sampler(base, path, spec).scheduler
+    for _ in range(2):  # a second call begins anew
+        scheduler.set_timesteps(num_steps)
+        assert len(scheduler.timesteps) == spec.num_calls
+        x = noise
+        for t in scheduler.timesteps:
+            out = teacher(x, path.time_of(t).expand(len(x)), cond).as_type(view)
+            x = scheduler.step(out.float(), t, x, return_dict=False)[0]
+        torch.testing.assert_close(x, sample_x0(teacher, spec, noise, cond), rtol=0, atol=2e-5)
+    scheduler.set_timesteps(num_steps)
+    with pytest.raises(ValueError, match="pure noise, got a start at step"):
+        scheduler.step(x, scheduler.timesteps[-1], x)
+
+
 def test_a_second_call_has_a_noise_of_its_own():
     teacher, cond = GaussianTeacher(FlowPath(), 0.5, "flow"), Cond({"mean": torch.ones(SHAPE)})
     first, second = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -103,7 +138,7 @@ def test_a_second_call_has_a_noise_of_its_own():
 def test_a_start_below_pure_noise_is_refused():
     scheduler = swapped(2)
     x = torch.zeros(SHAPE)
-    with pytest.raises(ValueError, match=r"pure noise \(sigma 1\), got sigma 0.5"):
+    with pytest.raises(ValueError, match="pure noise, got a start at step 1"):
         scheduler.step(x, scheduler.timesteps[1], x)
 
 
