@@ -33,7 +33,7 @@ CASES = {
     "sd3_given_sigmas": ("sd3", "dmd2", "full", SamplerSpec((0.9, 0.5, 0.1), "ode")),
     "sdxl_two": ("sdxl", "dmd2", "lora", SamplerSpec(uniform_grid(2), "renoise")),
     "sd3_anchored": ("sd3", "dmd2", "lora", SamplerSpec(uniform_grid(3), "anchored", heun=True)),
-    "dit_heun": ("dit", "dmd2", "lora", SamplerSpec(uniform_grid(2), "ode", heun=True)),
+    "sd_v_heun": ("sd_v", "dmd2", "lora", SamplerSpec(uniform_grid(2), "ode", heun=True)),
     "dit_two": ("dit", "dmd2", "lora", SamplerSpec(uniform_grid(2), "renoise")),
 }
 LORA_CASES = ("sd_v_tcd", "sd_velocity", "sd3_shifted", "sd3_anchored")
