@@ -24,6 +24,7 @@ from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import read_schedule
 from stepdistill.loading.paper import check_numbers
+from stepdistill.loading.project_code import part_class
 from stepdistill.loading.quantization import loader_config, requantized
 from stepdistill.loading.safe_files import load_part, load_stock
 from stepdistill.loading.single_file import load_single_file
@@ -225,7 +226,7 @@ def _setting(source: ModelSource) -> Setting:
     """From the scheduler's config alone."""
     where = f"{source.described_at}/scheduler"
     library, name = source.index["scheduler"]
-    scheduler_cls = getattr(import_module(library), name)
+    scheduler_cls = part_class(library, name)
     try:
         config = scheduler_cls.load_config(source.described_at, subfolder="scheduler", **source.hub)
         check_numbers(config, where)

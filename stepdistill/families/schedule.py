@@ -57,7 +57,8 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
         "flow_prediction": "flow",
     }
     flow = ("FlowMatch", "FlowMap")
-    if type(scheduler).__name__.startswith(flow) or config.get("use_flow_sigmas"):
+    matches = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # pipelines/ has such
+    if matches or type(scheduler).__name__.startswith(flow) or config.get("use_flow_sigmas"):
         shift = config.get("shift", config.get("flow_shift", 1.0))
         if config.get("use_dynamic_shifting"):
             shift = dynamic_shift(config, config.max_image_seq_len)
@@ -95,7 +96,7 @@ def parity_scheduler(family: Any) -> Any:
     config = own.config
     if isinstance(own, FlowMatchEulerDiscreteScheduler):
         # One step under shift_terminal (Qwen-Image) divides by zero: no call here needs it.
-        return type(own).from_config(config, shift_terminal=None)
+        return FlowMatchEulerDiscreteScheduler.from_config(config, shift_terminal=None)
     if isinstance(family.path, VEPath):
         if not isinstance(own, CMStochasticIterativeScheduler):
             return EDMEulerScheduler.from_config(config)
