@@ -19,6 +19,7 @@ from stepdistill.export.card import typed_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
 from stepdistill.loading.project_code import project_parts
+from stepdistill.loading.source import ModelSource
 
 
 def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
@@ -40,9 +41,11 @@ def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
 def refuse_double_guidance(model: Any, guidance: float) -> None:
     """Errors: ValueError where `model` is an export with guidance folded in and guidance is not 1.
 
-    Args: model: a pipeline folder, a Hub id (not looked up) or a loaded Family.
+    Args: model: a pipeline folder, a Hub id (not looked up), a ModelSource or a loaded Family.
     """
-    source = model.pipeline.name_or_path if isinstance(model, Family) else model
+    source = (
+        model.pipeline.name_or_path if isinstance(model, Family) else ModelSource.of(model).model
+    )
     file = Path(source or "") / RECORD
     if guidance == 1.0 or not file.is_file():
         return
