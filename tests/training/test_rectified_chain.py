@@ -17,7 +17,7 @@ from stepdistill.core.times import uniform_grid
 from stepdistill.export.card import call_options
 from stepdistill.export.hub import files_to_push
 from stepdistill.export.load import load_pipeline
-from stepdistill.families.registry import load_family, load_setting
+from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.testing.parity import check_family
@@ -198,6 +198,6 @@ def test_rectified_flow_pp_samplers_export_with_their_own_scheduler(
     code.write_text("raise SystemExit('the folder was run')\n")
     assert type(load_family(folder).pipeline.scheduler).__name__.startswith(name)
     assert type(load_pipeline(folder).scheduler).__name__.startswith(name)
-    assert load_setting(folder).kind == ("eps" if "DDIM" in name else "flow")
+    assert teacher_facts(folder).setting.kind == ("eps" if "DDIM" in name else "flow")
     with pytest.raises(ValueError, match="safetensors and text only"):
         files_to_push(folder)
