@@ -120,7 +120,7 @@ def mutants_of(path: Path) -> list[Mutant]:
     return made
 
 
-def swap(mutant: Mutant) -> None:
+def swap(mutant: Mutant, functions: list[FunctionType]) -> None:
     """Give the functions of the file, which is imported, their changed code."""
 
     def within(code: CodeType) -> Iterator[CodeType]:
@@ -130,8 +130,8 @@ def swap(mutant: Mutant) -> None:
                 yield from within(constant)
 
     changed = {(code.co_name, code.co_firstlineno): code for code in within(mutant.code())}
-    for each in gc.get_objects():
-        if isinstance(each, FunctionType) and each.__code__.co_filename == str(mutant.path):
+    for each in functions:
+        if each.__code__.co_filename == str(mutant.path):
             each.__code__ = changed[each.__code__.co_name, each.__code__.co_firstlineno]
 
 
@@ -246,7 +246,7 @@ def run_tests(session: pytest.Session, tests: list[str]) -> str:
 def collected(where: list[str], *plugins: Any) -> None:
     """Collect the default tests of these files, with these plugins."""
     options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    options += ["-p", "no:benchmark", "-q", "--tb=no", "-m", "not slow and not gpu"]
+    options += ["-p", "no:benchmark", "-q", "--tb=no", "-m", "not full and not gpu"]
     pytest.main([*options, "--rootdir", str(ROOT), *where], plugins=list(plugins))
 
 
@@ -286,10 +286,16 @@ def limit(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, 24 * 2**30))
 
 
-def late(mutant: Mutant, tests: list[str], limit_s: float, session: pytest.Session) -> str:
+def late(
+    mutant: Mutant,
+    tests: list[str],
+    limit_s: float,
+    session: pytest.Session,
+    functions: list[FunctionType],
+) -> str:
     """The test that notices the mutant where the room is imported."""
     limit(limit_s)
-    swap(mutant)
+    swap(mutant, functions)
     return run_tests(session, tests)
 
 
@@ -380,7 +386,9 @@ def work_on(room: str, mutants: list[Mutant], results: Results, budget: Budget) 
         seen = seen_of(found)
         left = [mutant.id for mutant in mutants if "" in seen.runs(mutant)]
         others = [mutant for mutant in mutants if mutant.id not in left]
-        budget.run(others, seen, results, late, session)
+        functions = [each for each in gc.get_objects() if isinstance(each, FunctionType)]
+        gc.freeze()  # a collection in a child would copy all of the memory
+        budget.run(others, seen, results, late, session, functions)
         names = [name for name in sys.modules if name.partition(".")[0] not in OURS]
         return {**found, "left": left, "libraries": names}
 
@@ -445,7 +453,9 @@ def main() -> None:
     parser.add_argument("where", nargs="*", default=list(ROOMS), help="rooms or files")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir(), "mutants.jsonl"))
+    parser.add_argument(
+        "--results", type=Path, default=Path(tempfile.gettempdir(), "mutants.jsonl")
+    )
     args = parser.parse_args()
     start, results = time.time(), Results(args.results.resolve())
     mutants = [mutant for path in files_of(args.where) for mutant in mutants_of(path)]
@@ -468,6 +478,7 @@ def main() -> None:
         for name in libraries:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+        gc.freeze()
         with tempfile.TemporaryDirectory() as cache:
             sys.pycache_prefix, sys.dont_write_bytecode = cache, False
             for seen, those in later:
