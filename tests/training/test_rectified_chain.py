@@ -53,7 +53,7 @@ def pairs_of(model: Any, folder: Path, guidance: float) -> PairDataset:
     return PairDataset(folder)
 
 
-@pytest.mark.parametrize("family", ["sd", pytest.param("sd3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["sd", pytest.param("sd3", marks=pytest.mark.full)])
 def test_instaflow_from_teacher_to_one_stock_step(family, tmp_path, tmp_path_factory):
     teacher = teacher_dir(family, tmp_path_factory)
     first = pairs_of(teacher, tmp_path / "pairs1", 5.0)
@@ -100,7 +100,7 @@ def test_instaflow_from_teacher_to_one_stock_step(family, tmp_path, tmp_path_fac
     assert max(value for _, value in check_family(straight)) < 1e-5, "a teacher that check passes"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_slimflow_distils_a_smaller_straight_student(tmp_path, tmp_path_factory):
     teacher = teacher_dir("sd", tmp_path_factory)
     data = pairs_of(teacher, tmp_path / "pairs", 2.0)
