@@ -108,7 +108,7 @@ def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
     seconds = run.get("seconds")
     name = base.hub_id or Path(str(record.get("base_model") or "?")).name  # no machine's paths
     rows = {
-        "base": f"`{name}`",
+        "base": f"`{name}`" + ("" if base.hub_id else ", a folder that is not on the Hub"),
         "base revision": f"commit `{base.commit}`" if base.commit else None,
         "base weights": f"sha256 `{base.sha256}`, when published" if base.sha256 else None,
         "licence of the base": base.licence.get("license", "not stated in its files"),

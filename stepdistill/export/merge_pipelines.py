@@ -23,6 +23,8 @@ from stepdistill.export.pipeline import RECORD, check_out_dir
 # What two students must share to be sampled as one.
 _SAME = ("base_model", "family", "kind", "heun", "times", "guidance_scale", "guidance_embedded")
 
+_EARLIER = {"heun": False}  # what records without the key mean
+
 
 def merge_pipelines(a: str | Path, b: str | Path, out_dir: str | Path, weight: float = 0.5) -> Path:
     """Write the weighted mean of two pipeline exports of one teacher; returns the folder.
@@ -85,7 +87,7 @@ def _records(a: Path, b: Path) -> list[dict[str, Any]]:
 
 def check_same(records: Sequence[Mapping[str, Any]]) -> None:
     """Errors: ValueError where students cannot be sampled as one."""
-    differ = {k: tuple(r.get(k) for r in records) for k in _SAME}
+    differ = {k: tuple(r.get(k, _EARLIER.get(k)) for r in records) for k in _SAME}
     differ = {k: pair for k, pair in differ.items() if pair[0] != pair[1]}
     if differ:
         raise ValueError(
