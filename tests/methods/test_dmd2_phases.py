@@ -29,7 +29,7 @@ from stepdistill.core.path import FlowPath, NoisePath, expand
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.families.family import Family
 from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.dmd2_config import DMD2Config
+from stepdistill.methods.dmd2 import DMD2Config
 from stepdistill.methods.gan import GANConfig
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.analytic import AnalyticNets

@@ -23,7 +23,7 @@ from stepdistill.core.types import Cond
 from stepdistill.losses.divergence import Divergence, divergence_weight
 from stepdistill.losses.score import dmd_gradient
 from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.dmd2_config import DMD2Config
+from stepdistill.methods.dmd2 import DMD2Config
 from stepdistill.methods.f_distill import FDistill, FDistillConfig
 from stepdistill.methods.gan import GANConfig
 from stepdistill.testing.analytic import AnalyticNets
