@@ -174,7 +174,7 @@ class Method(ABC, Generic[C]):
     def options_at(cls, guidance: float) -> dict[str, Any]:
         """Options that hold the teacher's guidance at one number: what is off by default is off."""
         defaults = {name: cls.Config.model_fields[name].default for name in cls.guidance_options}
-        ranges = {n: (guidance, guidance) for n, v in defaults.items() if isinstance(v, tuple)}
+        ranges = {n: [guidance] * 2 for n, v in defaults.items() if isinstance(v, tuple)}
         off = {name: value for name, value in defaults.items() if not value}
         return {**dict.fromkeys(defaults, guidance), **ranges, **off}
 

@@ -81,7 +81,7 @@ class CriticMethod(Method[S], Generic[S]):
         return losses.plus(config.gan.weight_d, disc, **logs)
 
     def critic_sample(self, nets: Nets, batch: Batch, ctx: Ctx) -> Sample:
-        """A sample without graph: the student update's own where `order` says so and it made one."""
+        """A sample without graph: the student update's own if `order` says so and it made one."""
         if self.config.order == "critic_always" and ctx.repeat == 0 and "sample" in ctx.carry:
             return cast(Sample, ctx.carry["sample"])
         with torch.no_grad():

@@ -37,7 +37,7 @@ from stepdistill.methods.scores_config import ScoreConfig
 
 
 class FDistillConfig(ScoreConfig):
-    """Options of f_distill, besides those of every score distillation. Needs real images and a trained head."""
+    """Options of f_distill. Needs real images and a trained head."""
 
     gan: GANConfig = GANConfig(weight_g=1e-3)
     """Adversarial term, always on (weight_g > 0, weight_d > 0, softplus): its head is the ratio."""

@@ -1,7 +1,7 @@
 """Score distillation: the base of methods that move a student by the difference of two denoisers.
 
-The frozen teacher ("real") and a "fake" denoiser fitted to the student's samples see the same noised
-sample; the difference of their denoised means is the student's gradient (see losses/score.py).
+The frozen teacher ("real") and a "fake" denoiser fitted to the student's samples see the same
+noised sample; the difference of their denoised means is the student's gradient (losses/score.py).
 A method is a page: a Config on ScoreConfig and, of these hooks, the ones it needs otherwise.
 
     phases         the student's update, then critic_steps updates of the fake and the head
@@ -111,7 +111,9 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
         return Scores(self.teacher_score(nets, batch, x_t, t, g_real), fake)
 
     @torch.no_grad()
-    def teacher_score(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float) -> Prediction:
+    def teacher_score(
+        self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float
+    ) -> Prediction:
         return nets["teacher"](x_t, t, batch.cond, batch.null, g)
 
     @torch.no_grad()

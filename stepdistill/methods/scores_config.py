@@ -47,8 +47,8 @@ class ScoreConfig(RolloutConfig):
     fake_space: DenoisingSpace = "native"
     """Space of the fake's denoising error; native is the network's own prediction type."""
     fake_weight: DenoisingWeight = "none"
-    """Weight of the fake's denoising error over noise levels: none, alpha2 (alpha^2, SwiftBrush), or
-    edm (1 / sigma^2 + 1 / sigma_data^2 with fake_space x0, DMD2's for EDM teachers)."""
+    """Weight of the fake's denoising error over noise levels: none, alpha2 (alpha^2, SwiftBrush),
+    or edm (1 / sigma^2 + 1 / sigma_data^2 with fake_space x0, DMD2's for EDM teachers)."""
     warm_start: WarmStartConfig = WarmStartConfig()
     """Regression on the teacher's own trajectories in the first updates; off by default."""
     gan: GANConfig = GANConfig()

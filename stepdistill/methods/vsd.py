@@ -43,7 +43,7 @@ class VSDConfig(ScoreConfig):
     fake_space: DenoisingSpace = "eps"
     """Space of the fake's denoising error; native is the network's own prediction type."""
     fake_weight: DenoisingWeight = "alpha2"
-    """Weight of the fake's denoising error over noise levels: alpha^2 (SwiftBrush), none, or edm."""
+    """Weight of the fake's denoising error over noise levels: alpha^2 (SwiftBrush), none or edm."""
     null_probability: float = Field(default=0.1, ge=0, le=1)
     """How often the fake learns a whole batch under the null prompt; guiding it needs that."""
 

@@ -55,7 +55,7 @@ def warm_start_loss(
     k, bsz, path = ctx.shared_randint(0, len(times)), batch.bsz, setting.path
     even = torch.tensor(uniform_grid(config.teacher_steps, setting.shift), dtype=torch.float64)
     states = path.snap(even).tolist()
-    grid = sorted({*states, *(times[k:k + 1] if k else ())}, reverse=True)
+    grid = sorted({*states, *(times[k : k + 1] if k else ())}, reverse=True)
     x = start = path.prior(ctx.randn((bsz, *batch.shape)))
     with torch.no_grad():
         for t, s in pairwise((*grid, 0.0)):
