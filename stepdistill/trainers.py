@@ -23,10 +23,12 @@ from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.families.family import Family
-from stepdistill.loading.safe_files import read_json
+from stepdistill.loading.source import ModelSource
 from stepdistill.monitoring.validation import validate
 from stepdistill.monitoring.watchdog import WatchdogStop
-from stepdistill.training.checkpoint import RUN_FILE, named_checkpoint, newest_valid
+from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
+from stepdistill.storage.files import read_json
+from stepdistill.training.checkpoint import named_checkpoint
 from stepdistill.training.sources import open_dataset
 from stepdistill.training.trainer import Trainer
 
@@ -41,13 +43,11 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | Path | Family,
+        model: str | Path | ModelSource | Family,
         args: TrainConfig,
         train_dataset: Any,
         method: str | None = None,
         method_config: Mapping[str, Any] | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
         scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
         method = method or self.methods[0]
@@ -57,9 +57,7 @@ class DistillationTrainer(Trainer):
                 f"{type(self).__name__}: expected one of {self.methods}, got {method!r}. "
                 f"Use {TRAINER_OF[method].__name__}."
             )
-        super().__init__(
-            model, method, args, train_dataset, method_config, revision, variant, scorers
-        )
+        super().__init__(model, method, args, train_dataset, method_config, scorers)
 
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
@@ -70,13 +68,11 @@ class DistillationTrainer(Trainer):
                 "methods of a trainer in trainers.py."
             )
         return TRAINER_OF[run.method](
-            model=run.pretrained_model_name_or_path,
+            model=run.source,
             args=run.train_config(),
             train_dataset=open_dataset(run),
             method=run.method,
             method_config=run.method_config,
-            revision=run.revision,
-            variant=run.variant,
         )
 
     def export(
@@ -170,7 +166,7 @@ class LoRADistillationTrainer(DistillationTrainer):
 
     def __init__(
         self,
-        model: str | Path | Family,
+        model: str | Path | ModelSource | Family,
         args: TrainConfig,
         train_dataset: Any,
         method: str | None = None,
@@ -264,15 +260,15 @@ def trainer_of_run(run_dir: str | Path, name: str | None = None) -> Distillation
         raise ValueError(
             f"run_dir: expected a run with a whole checkpoint, got {folder}. " + " ".join(skipped)
         )
-    keys = ("method", "model", "train_config", "method_config", "revision", "variant")
+    keys = ("method", "model", "train_config", "method_config")
     facts = read_json(saved, keys)
     if facts["method"] not in TRAINER_OF:
         raise ValueError(f"{saved}: expected a method of {sorted(TRAINER_OF)}, got another.")
     trainer = TRAINER_OF[facts["method"]](
-        model=facts["model"],
+        model=ModelSource.of_run(facts),
         args=TrainConfig(
             **{
-                **facts["train_config"],
+                **TrainConfig.recorded(facts["train_config"]),
                 "output_dir": str(folder),
                 "resume_from_checkpoint": "latest",
                 # The checkpoint holds the student, or its adapter on a base of its own.
@@ -282,8 +278,6 @@ def trainer_of_run(run_dir: str | Path, name: str | None = None) -> Distillation
         train_dataset=None,
         method=facts["method"],
         method_config=facts["method_config"],
-        revision=facts["revision"],
-        variant=facts["variant"],
     )
     for line in skipped:
         trainer.accelerator.print(f"{folder}: {line}")

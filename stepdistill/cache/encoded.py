@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from stepdistill.cache.tensors import TensorCache, content_key
 from stepdistill.core.types import Cond
 from stepdistill.families.family import Family
-from stepdistill.loading.safe_files import read_json
-from stepdistill.storage.folders import write_text
+from stepdistill.storage.files import read_json, write_text
 
 _FORMAT = 1  # raise it where a family's encoding changes
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from stepdistill.pairs.files import write_atomic
+from stepdistill.storage.files import write_atomic
 
 KEY_BYTES = 16
 _KEYS, _VALUE = "keys", "value."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.demo.recipes import RECIPES
-from stepdistill.loading.safe_files import read_json
+from stepdistill.storage.files import read_json
 
 from .curves import Curves, curves, falling
 from .ground import PAIRS_SECONDS, TEACHER_ROWS

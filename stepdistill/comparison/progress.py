@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.demo.recipes import Training
-from stepdistill.loading.safe_files import read_json
-from stepdistill.pairs.files import write_atomic
-from stepdistill.training.checkpoint import newest_valid, read_state
+from stepdistill.storage.checkpoints import newest_valid
+from stepdistill.storage.files import read_json, write_text
+from stepdistill.training.checkpoint import read_state
 
 from .ground import Plain
 
@@ -68,7 +68,7 @@ class Progress:
 
     def _write(self, plan: Any) -> None:
         told = {"plan": plan, "legs": [asdict(leg) for leg in self.legs], "curve": self.curve}
-        write_atomic(self.file, lambda aside: aside.write_text(json.dumps(told) + "\n"))
+        write_text(self.file, json.dumps(told) + "\n")
 
     def catch_up(self, leg: Leg, run: Path) -> None:
         """Add the time that the newest checkpoint of `run` holds and nobody noted: a kill came

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stepdistill.loading.safe_files import read_json
+from stepdistill.storage.files import read_json
 
 from .ground import Ground
 from .students import Budget, Student

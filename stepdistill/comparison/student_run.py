@@ -25,8 +25,7 @@ import torch
 from filelock import FileLock
 
 from stepdistill.demo.recipes import Training
-from stepdistill.loading.safe_files import read_json
-from stepdistill.pairs.files import write_atomic
+from stepdistill.storage.files import read_json, write_text
 from stepdistill.trainers import DistillationTrainer
 
 from .cost import measure, train
@@ -80,7 +79,7 @@ def run_student(
         if keeps:
             keep(ground.out, results(ground.out), rows, lambda steps: exported(work, steps))
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, lambda aside: aside.write_text(json.dumps(content) + "\n"))
+        write_text(file, json.dumps(content) + "\n")
         shutil.rmtree(work)
 
 

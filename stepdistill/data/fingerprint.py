@@ -5,43 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from stepdistill.data.hub import HubDataset
-from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
-from stepdistill.data.lines import LineFile
-from stepdistill.data.stream import PromptDataset
-from stepdistill.data.tars import TarDataset
-from stepdistill.pairs.dataset import PairDataset
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A dataset that can name what it holds."""
+
+    def fingerprint(self) -> str | None:
+        """A sha256 of what the dataset holds; None where that can't be told."""
+        ...
 
 
 def data_facts(dataset: Any) -> dict[str, Any]:
     """{"source", "items", "sha256"}: class, length and a hash of what the dataset holds.
 
-    Hashed: prompts or labels as they are; of images the paths, captions and sizes in bytes; of
-    pairs the settings that made them; of tar shards names and sizes in bytes; of the `datasets`
-    library what it says of itself. None for a stream and for a dataset of the user's own class.
+    The hash is None for a stream, and for a dataset of the user's own class without `fingerprint`.
     """
-    told: Iterable[Any] | None = None
-    if isinstance(dataset, PromptDataset):
-        lines = dataset.prompts
-        told = () if isinstance(lines, LineFile) else lines
-    elif isinstance(dataset, LabelFileDataset):
-        told = dataset.labels
-    elif isinstance(dataset, ImageFolderDataset):
-        told = (
-            (path.parent.name, path.name, text, path.stat().st_size if path.is_file() else -1)
-            for path, text in dataset.items
-        )
-    elif isinstance(dataset, PairDataset):
-        told = (dataset.settings.fingerprint, dataset.num_pairs)
-    elif isinstance(dataset, TarDataset):
-        told = ((p.name, p.stat().st_size) for p in dataset.shards)
-    elif isinstance(dataset, HubDataset):
-        told = dataset.told_by
-    sha256 = None if told is None else list_digest(told)
-    if isinstance(dataset, PromptDataset) and isinstance(dataset.prompts, LineFile):
-        sha256 = dataset.prompts.sha256
+    sha256 = dataset.fingerprint() if isinstance(dataset, Fingerprinted) else None
     return {"source": type(dataset).__name__, "items": len(dataset), "sha256": sha256}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.data.corrupt import CorruptItemError
+from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.rows import RowStream
 from stepdistill.data.source import Source, decoded
 
@@ -169,9 +170,12 @@ class HubDataset(Source):
         super().__init__(size_px)
         self.columns = Columns(found.column_names, image, caption, key)
         self.rows = undecoded(found, self.columns)
-        # The library's own hash of what the rows are and where they came from.
-        self.told_by = (found.info.dataset_name, found.info.config_name, found._fingerprint)
+        self._origin = (found.info.dataset_name, found.info.config_name, found._fingerprint)
         self._texts = found.select_columns([caption]) if key != "none" else None
+
+    def fingerprint(self) -> str:
+        """sha256 of the library's own hash of what the rows are and where they came from."""
+        return list_digest(self._origin)
 
     def __len__(self) -> int:
         return len(self.rows)

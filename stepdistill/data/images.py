@@ -13,6 +13,7 @@ from typing import Any, overload
 from torch.utils.data import Dataset
 
 from stepdistill.data.corrupt import CorruptItemError
+from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.lines import LineFile
 from stepdistill.data.paths import labelled_paths, plain_paths
 from stepdistill.data.source import Source
@@ -90,6 +91,13 @@ class ImageFolderDataset(Source):
         if not self.items:
             raise ValueError(f"train_data_dir: expected images, got none in {root}.")
 
+    def fingerprint(self) -> str:
+        """sha256 of the images' paths, captions and sizes in bytes."""
+        return list_digest(
+            (path.parent.name, path.name, text, path.stat().st_size if path.is_file() else -1)
+            for path, text in self.items
+        )
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -123,6 +131,10 @@ class LabelFileDataset(Dataset[dict[str, Any]]):
                 f"prompts_file: expected one integer class label a line, got {odd[:3] or 'none'}."
             )
         return cls([int(line) for line in lines])
+
+    def fingerprint(self) -> str:
+        """sha256 of the labels."""
+        return list_digest(self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stepdistill.data.corrupt import CorruptLog, first_item, good_item
+from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.lines import LineFile
 from stepdistill.data.order import EpochOrder
 from stepdistill.data.rows import RowStream
@@ -43,6 +44,11 @@ class PromptDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def fingerprint(self) -> str:
+        """sha256 of the prompts."""
+        lines = self.prompts
+        return lines.sha256 if isinstance(lines, LineFile) else list_digest(lines)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"prompt": self.prompts[index]}

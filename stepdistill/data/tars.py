@@ -25,9 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepdistill.data.corrupt import TOLD, CorruptItemError
+from stepdistill.data.decode import IMAGE_SUFFIXES
+from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.order import EpochOrder
-from stepdistill.data.source import IMAGE_SUFFIXES, Source
-from stepdistill.pairs.files import write_atomic
+from stepdistill.data.source import Source
+from stepdistill.storage.files import write_atomic, write_text
 
 _CAPTIONS = (".txt", ".json", ".cls")
 # Columns of an index: offset and bytes of the image, of the caption, and which caption it is.
@@ -154,10 +156,14 @@ class TarDataset(Source):
             index, left_out = index_shard(path)
             self._folder.mkdir(parents=True, exist_ok=True)
             suffix = f".{os.getpid()}.tmp"
-            write_atomic(names, lambda p: p.write_text(json.dumps(left_out)), suffix)
+            write_text(names, json.dumps(left_out), suffix)
             write_atomic(kept, lambda p: _save(p, index), suffix)
         mapped: Literal["r"] | None = "r" if kept.stat().st_size > _EMPTY else None
         return np.load(kept, mmap_mode=mapped), json.loads(names.read_text())
+
+    def fingerprint(self) -> str:
+        """sha256 of the shards' names and sizes in bytes."""
+        return list_digest((p.name, p.stat().st_size) for p in self.shards)
 
     def __len__(self) -> int:
         return self._ends[-1]

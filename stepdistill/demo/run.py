@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from rich.console import Console
 
 from stepdistill.evaluation.samples import PipelineSampler
-from stepdistill.training.checkpoint import list_checkpoints
+from stepdistill.storage.checkpoints import list_checkpoints
 
 from .classifier import train_classifier
 from .data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.pairs.files import write_atomic
+from stepdistill.storage.files import write_atomic, write_text
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
@@ -44,7 +44,7 @@ class Store:
         folder = root / f"{name}-{settings_hash(facts)}"
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n"
-        write_atomic(folder / "settings.json", lambda path: path.write_text(text), _aside())
+        write_text(folder / "settings.json", text, _aside())
         return cls(folder, count, size)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[range]:

@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 from stepdistill.export.card import typed_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
+from stepdistill.loading.source import ModelSource
 
 
 def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
@@ -37,9 +38,11 @@ def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
 def refuse_double_guidance(model: Any, guidance: float) -> None:
     """Errors: ValueError where `model` is an export with guidance folded in and guidance is not 1.
 
-    Args: model: a pipeline folder, a Hub id (not looked up) or a loaded Family.
+    Args: model: a pipeline folder, a Hub id (not looked up), a ModelSource or a loaded Family.
     """
-    source = model.pipeline.name_or_path if isinstance(model, Family) else model
+    source = (
+        model.pipeline.name_or_path if isinstance(model, Family) else ModelSource.of(model).model
+    )
     file = Path(source or "") / RECORD
     if guidance == 1.0 or not file.is_file():
         return

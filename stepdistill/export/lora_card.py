@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.export.card import load_arguments, lora_file, saving_code, teacher_loras
+from stepdistill.loading.source import ModelSource
 
 
 def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[str, str]:
     """(class to import, expression that loads the base)."""
-    config = record["run"].get("train_config", {}).get("single_file_config")
+    config = ModelSource.of_run(record["run"]).single_file_config
     base, parts = record["base_model"], load_arguments(record)
     if config is not None:
         return pipeline, f"{pipeline}.from_single_file({base!r}, config={config!r}{parts})"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stepdistill.export.adapter_files import METADATA, AdapterFile, module_of, read_adapters
 from stepdistill.export.lora_formats import Lora
-from stepdistill.export.merge import check_same
+from stepdistill.export.merge_pipelines import check_same
 from stepdistill.export.pipeline import RECORD, check_out_dir
 
 METHODS = ("cat", "linear")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stepdistill.core.denoiser import linear_guidance
 from stepdistill.core.method import Setting
@@ -243,6 +244,14 @@ class Family(ABC):
     def images(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), or videos (B, 3, F, H, W), in [-1, 1], unclamped."""
         return decode_latents(self.pipeline.vae, latents)
+
+    def place_encoders(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Text encoders in that dtype, and all parts but the denoiser on the device."""
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, PreTrainedModel):
+                part.to(dtype)
+            if isinstance(part, nn.Module) and name != self.net_name:
+                part.to(device)
 
     # -------------------------------------------------------------- checking
     @property

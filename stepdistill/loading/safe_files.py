@@ -6,9 +6,9 @@ or Transformers, its weights are safetensors whose headers are true. No code of 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+from stepdistill.storage.files import PICKLED, one_line, read_json
+
 _PART = re.compile(r"[A-Za-z]\w*")
 _NETS = ("unet", "transformer", "vae")
 
 
 COUNTER = ".num_batches_tracked"  # of a BatchNorm (Flux.2's VAE): the one integer beside weights
-
-
-def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
-    """The object in a JSON file. Errors: ValueError for another content or a missing key."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
-        raise ValueError(f"{path}: expected valid JSON, got {_line(err)}.") from err
-    missing = required if not isinstance(found, dict) else [k for k in required if k not in found]
-    if not isinstance(found, dict) or missing:
-        got = f"no {missing[0]!r}" if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: expected an object with {list(required)}, got {got}.")
-    return found
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -59,7 +47,7 @@ def check_safetensors(path: Path, floating: bool = False) -> None:
     except (SafetensorError, OSError, ValueError) as err:
         raise ValueError(
             f"{path}: expected a whole safetensors file, got a truncated or malformed one "
-            f"({_line(err)}). Fetch it again."
+            f"({one_line(err)}). Fetch it again."
         ) from err
     odd = sorted(kind for kind in kinds if not kind.startswith(("F", "BF")))
     if floating and odd:
@@ -100,10 +88,57 @@ def check_weights(folder: Path, index: Mapping[str, Any]) -> None:
                 f"{part}: expected safetensors, got the pickled {pickled[0]}, which is not read "
                 "(it can run code). Save the pipeline anew with safe_serialization=True."
             )
+        for shards in files:
+            if shards.name.endswith(".index.json"):
+                check_shard_index(shards)
         config = part / "config.json"
         quantised = config.is_file() and "quantization_config" in read_json(config)
         for path in whole:
             check_safetensors(path, floating=name in _NETS and not quantised)
+
+
+def check_shard_index(file: Path) -> None:
+    """Errors: ValueError where *.index.json of a part sends its loader to anything but the
+    safetensors files beside it."""
+    shards = read_json(file, ("weight_map",))["weight_map"]
+    names = sorted(set(shards.values())) if isinstance(shards, dict) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: expected a weight_map of file names, got {type(shards)}.")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{file}: expected the names of .safetensors files beside it, got {name!r}. "
+                "Pickled weights and files elsewhere are not read; save the part anew."
+            )
+        if not (file.parent / name).is_file():
+            raise ValueError(f"{file}: expected {name} beside it, got none. Fetch it again.")
+
+
+@contextmanager
+def no_pickles(where: str) -> Iterator[None]:
+    """Within: a loader of another library that would unpickle a file is stopped before it does.
+
+    Hub ids are resolved inside these loaders, so what an index names is not known before.
+    Args: where: the option to blame. Errors: ValueError, naming the file.
+    """
+    unpickle, refused = torch.load, list[str]()
+
+    def refuse(file: Any, *args: Any, **options: Any) -> Any:
+        refused.append(str(getattr(file, "name", file)))
+        raise ValueError("pickled")
+
+    torch.load = refuse
+    try:
+        yield
+    except Exception as err:
+        if refused:
+            raise ValueError(
+                f"{where}: expected safetensors, got the pickled {refused[0]}, which is not read "
+                "(it can run code). Save it anew with safe_serialization=True."
+            ) from err
+        raise
+    finally:
+        torch.load = unpickle
 
 
 def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> Any:
@@ -131,15 +166,12 @@ def _load_checked(
         check_index(index, Path(model) / "model_index.json")
         check_weights(Path(model), {k: v for k, v in index.items() if k not in options})
     try:
-        return cls.from_pretrained(str(model), use_safetensors=True, **options)
+        with no_pickles("pretrained_model_name_or_path"):
+            return cls.from_pretrained(str(model), use_safetensors=True, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as err:
         raise ValueError(
             f"pretrained_model_name_or_path: expected a whole {index.get('_class_name')}, got "
-            f"{str(model)!r}, which does not load ({type(err).__name__}: {_line(err)})."
+            f"{str(model)!r}, which does not load ({type(err).__name__}: {one_line(err)})."
         ) from err
-
-
-def _line(err: BaseException) -> str:
-    return " ".join(str(err).split())[:300]

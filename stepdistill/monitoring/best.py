@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.config.run import TrainConfig
-from stepdistill.loading.safe_files import read_json
-from stepdistill.monitoring.sample_metrics import BEST_METRICS, METRICS
-from stepdistill.storage.folders import write_text
+from stepdistill.storage.files import read_json, write_text
 
 BEST_FILE = "best.json"
 

@@ -26,8 +26,8 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.families.family import Family
-from stepdistill.pairs.files import write_atomic
 from stepdistill.sampling import keyed_noise
+from stepdistill.storage.files import write_atomic
 
 MAX_PROBES = 8
 BATCH = 8

@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 
 from stepdistill.config.run import TrainConfig
 from stepdistill.monitoring.sample_checks import SampleChecks
+from stepdistill.storage.checkpoints import list_checkpoints, newest_valid, step_of
 from stepdistill.storage.folders import fault_of
-from stepdistill.training.checkpoint import list_checkpoints, newest_valid, step_of
 
 _MIN_HISTORY = 20  # updates before a median means something
 _MOST_BACK_OFFS = 5

@@ -27,6 +27,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import ode_solve
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
+from stepdistill.data.fingerprint import list_digest
 from stepdistill.pairs.files import (
     DTYPES,
     HEADER,
@@ -37,8 +38,8 @@ from stepdistill.pairs.files import (
     open_shard,
     read_manifest,
     shard_name,
-    write_atomic,
 )
+from stepdistill.storage.files import write_atomic, write_text
 
 Prompt = str | int  # an int is a class label
 Pairs = tuple[Tensor, Tensor, list[Prompt]]  # noise and x0 (n, C, *S), n prompts
@@ -74,7 +75,7 @@ class PairWriter:
         text = json.dumps(manifest, indent=1) + "\n"
         # Ranks write the same text at once, so each under its own temporary name.
         suffix = f".{os.getpid()}.tmp"
-        write_atomic(self.folder / MANIFEST, lambda path: path.write_text(text), suffix)
+        write_text(self.folder / MANIFEST, text, suffix)
 
     @property
     def num_shards(self) -> int:
@@ -159,6 +160,10 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}  # open files do not pickle
+
+    def fingerprint(self) -> str:
+        """sha256 of the settings that made the pairs, and of their number."""
+        return list_digest((self.settings.fingerprint, self.num_pairs))
 
     def __len__(self) -> int:
         return self.num_pairs

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,15 +92,6 @@ class PairSettings:
             return PairSettings(**{**raw, **lists})
         except (KeyError, TypeError) as err:
             raise ValueError(f"{where}: expected the settings of a pair set, got {err}.") from err
-
-
-def write_atomic(path: Path, write: Callable[[Path], object], suffix: str = ".tmp") -> None:
-    """Write next to `path` under a temporary name, flush to disk, rename."""
-    temporary = path.with_name(path.name + suffix)
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_manifest(folder: Path) -> tuple[PairSettings, int]:

@@ -18,8 +18,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepdistill.families.family import Family
-from stepdistill.families.registry import family_for, model_index
-from stepdistill.loading.safe_files import read_json
+from stepdistill.families.registry import family_for
+from stepdistill.loading.source import ModelSource
+from stepdistill.storage.files import read_json
 from stepdistill.testing import tiny_parts
 
 # Tokenizer classes by the start of their names, and what stands in for one without its files.
@@ -54,7 +55,7 @@ def describe(model: str) -> dict[str, Any]:
             f"plan: expected a pipeline folder (with model_index.json) or one of {bundled()}, "
             f"got {model!r}."
         )
-    index = model_index(folder)
+    index = ModelSource(model).index
     parts: dict[str, Any] = {}
     options = {}
     for name, entry in index.items():

@@ -29,7 +29,6 @@ from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.memory import checkpoints_activations
 from stepdistill.training.optim import moment_bytes
 from stepdistill.training.setup import roles_of
-from stepdistill.training.step import frozen_dtype
 
 _HELD = {"offload_encoders": False, "optimizer": "adamw"}  # no phase depends on them
 PROMPT = "a photograph of an astronaut riding a horse, studio light, highly detailed"
@@ -131,7 +130,7 @@ def forecast(run: RunConfig) -> Forecast:
 @lru_cache(maxsize=8)
 def _traced(run_json: str) -> Forecast:
     run = RunConfig.model_validate_json(run_json)
-    dtype = frozen_dtype(run)
+    dtype = run.frozen_dtype
     config = method_config(run.method, run.method_config)
     family = blueprint(run.pretrained_model_name_or_path, dtype)
     with warnings.catch_warnings():

@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType
 from stepdistill.core.types import Cond
+from stepdistill.families.family import Family
 from stepdistill.families.features import capture
-
-if TYPE_CHECKING:
-    from stepdistill.roles.rolebank import RoleBank
 
 
 def forget_graphless_casts() -> None:
@@ -35,23 +33,31 @@ def forget_graphless_casts() -> None:
 class RoleDenoiser(Denoiser):
     """`nets[role]`: one role of a RoleBank as a Denoiser."""
 
-    def __init__(self, bank: RoleBank, role: str) -> None:
-        self._bank = bank
-        self._net: nn.Module = bank.nets[bank._net_of[role]]
-        self._adapter = bank._adapter_of[role]
-        family = bank.family
-        as_flow = bank._origin(role).as_flow
+    def __init__(
+        self,
+        family: Family,
+        net: nn.Module,
+        adapter: str | None,
+        activate: Callable[[str | None], AbstractContextManager[None]],
+        as_flow: bool,
+        features: bool,
+    ) -> None:
+        """Args:
+        net, adapter: what computes the role, and the adapter on it (None: none).
+        activate: within its context that adapter is active, and no other.
+        as_flow: see Role. features: whether its blocks are the teacher's, which heads read.
+        """
+        self._family, self._net, self._adapter, self._activate = family, net, adapter, activate
         self.path: NoisePath = FlowPath() if as_flow else family.path
         self.kind: PredictionType = "flow" if as_flow else family.kind
         self.embeds_guidance = family.embeds_guidance
         self.has_null = family.has_null
         # Blocks are named by the teacher's architecture; heads read roles that share it.
-        other = bank.tuning.student_changes is not None and bank.is_student(role)
-        self._blocks = {} if other else family.feature_blocks()
+        self._blocks = family.feature_blocks() if features else {}
 
     def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
         """See Denoiser.guide: as the family's stock pipeline does it."""
-        return self._bank.family.guide(cond, null, guidance)
+        return self._family.guide(cond, null, guidance)
 
     def on(self, net: nn.Module) -> RoleDenoiser:
         """The same role computed by another network, which holds the role's weights itself."""
@@ -62,10 +68,10 @@ class RoleDenoiser(Denoiser):
     @contextmanager
     def in_pipeline(self) -> Iterator[Any]:
         """Within: the family's stock pipeline around this role's network, adapter unmerged."""
-        family = self._bank.family
+        family = self._family
         pipeline = copy.copy(family.pipeline)
         pipeline.register_modules(**{family.net_name: self._net})
-        with self._bank.use(self._adapter):
+        with self._activate(self._adapter):
             yield pipeline
 
     def raw(
@@ -78,7 +84,7 @@ class RoleDenoiser(Denoiser):
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
-        family = self._bank.family
+        family = self._family
         with self._capturing(features) as feats:
             out = family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)
         forget_graphless_casts()
@@ -88,7 +94,7 @@ class RoleDenoiser(Denoiser):
         self, x_t: Tensor, t: Tensor, cond: Cond, names: Sequence[str]
     ) -> dict[str, Tensor]:
         """See Denoiser.features. The network stops behind the last of these blocks."""
-        family = self._bank.family
+        family = self._family
         with self._capturing(names, only=True) as feats:
             family.forward(self._net, x_t, self.path.model_time(t), cond, s=None, w=None)
         forget_graphless_casts()
@@ -105,5 +111,5 @@ class RoleDenoiser(Denoiser):
                 f"{list(features)} of one with tuning.student_config. Leave that option out."
             )
         blocks = {name: self._blocks[name] for name in features}
-        with self._bank.use(self._adapter), capture(self._net, blocks, only) as feats:
+        with self._activate(self._adapter), capture(self._net, blocks, only) as feats:
             yield feats

@@ -96,7 +96,14 @@ class RoleBank(nn.Module):
             if spec.ema_of is not None:
                 self.ema_update(role, decay=0.0)
         self._denoisers = {
-            role: RoleDenoiser(self, role)
+            role: RoleDenoiser(
+                family,
+                self.base_of(role),
+                self._adapter_of[role],
+                self.use,
+                self._origin(role).as_flow,
+                features=changes is None or not self.is_student(role),
+            )
             for role, spec in self.roles.items()
             if spec.source != "head"
         }

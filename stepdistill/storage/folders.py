@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.loading.safe_files import PICKLED, read_json
+from stepdistill.storage.files import PICKLED, flush, read_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"([\w-]+/)?[\w-][\w.-]*")  # of a file in the folder, or in one within it
@@ -32,23 +32,6 @@ def _digest(path: Path) -> str:
         while block := handle.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all: a reader sees the old text or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    _fsync(aside)
-    os.replace(aside, path)
-    _fsync(path.parent)
 
 
 def aside_of(target: Path) -> Path:
@@ -102,7 +85,7 @@ def vouched(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """The manifest's entries of these files of the folder, which are on the disk then."""
     found = {}
     for path in sorted(files):
-        _fsync(path)
+        flush(path)
         name = path.relative_to(folder).as_posix()
         found[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     return found
@@ -113,14 +96,14 @@ def seal(target: Path, manifest: Mapping[str, Mapping[str, Any]]) -> None:
     aside, old = aside_of(target), target.with_name(target.name + ".old")
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in [aside / MANIFEST, *(p for p in aside.iterdir() if p.is_dir()), aside]:
-        _fsync(path)
+        flush(path)
     if target.exists() and old.exists() and fault_of(target) is not None:
         shutil.rmtree(target)  # the earlier one may be the good one
     elif target.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
     os.replace(aside, target)
-    _fsync(target.parent)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -7,8 +7,6 @@ networks in shards each process writes its own (see shards.py); both kinds are r
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,17 +18,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stepdistill.loading.safe_files import read_json
 from stepdistill.loading.stored_tensors import StoredTensors
 from stepdistill.monitoring.best import read_best
 from stepdistill.roles.role_weights import to_cpu
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.checkpoints import (
+    discard,
+    is_checkpoint,
+    list_checkpoints,
+    newest_valid,
+    order_of,
+)
+from stepdistill.storage.files import read_json
 from stepdistill.storage.folders import MANIFEST, fault_of, write_folder
 from stepdistill.storage.shards import write_shards
 from stepdistill.training.optim import state_shape
 
-RUN_FILE = "run.json"  # beside the checkpoints: what the run is
-_NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
 STATE_KEYS = (
     "step",
     "batches_seen",
@@ -43,34 +46,6 @@ STATE_KEYS = (
 )
 
 
-def _order(folder: Path) -> tuple[int, bool]:
-    found = _NAME.fullmatch(folder.name)
-    assert found is not None
-    return int(found[1]), found[2] is None
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """checkpoint-N folders, oldest first, whole or not; checkpoint-N.old comes before its heir."""
-    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=_order)
-
-
-def newest_valid(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line about each newer one that was skipped."""
-    skipped: list[str] = []
-    for folder in reversed(list_checkpoints(output_dir)):
-        fault = fault_of(folder)
-        if fault is None:
-            return folder, skipped
-        skipped.append(f"skipped {folder.name}: {fault}")
-    return None, skipped
-
-
-def step_of(folder: Path) -> int:
-    """The student step of a checkpoint-N."""
-    return _order(folder)[0]
-
-
 def named_checkpoint(output_dir: Path, name: str) -> Path:
     """A run's whole checkpoint by name: "best" or checkpoint-N.
 
@@ -78,7 +53,7 @@ def named_checkpoint(output_dir: Path, name: str) -> Path:
     """
     best = read_best(output_dir)
     chosen = best.checkpoint if name == "best" and best is not None else name
-    fault = fault_of(output_dir / chosen) if _NAME.fullmatch(chosen) else "no such name"
+    fault = fault_of(output_dir / chosen) if is_checkpoint(chosen) else "no such name"
     if fault is not None:
         raise ValueError(
             f'checkpoint: expected "best" (kept by best_metric) or a whole checkpoint-N of '
@@ -109,21 +84,13 @@ def prune(newest: Path, limit: int | None, protect: Collection[str] = ()) -> Non
     older = [
         p
         for p in list_checkpoints(newest.parent)
-        if _order(p) < _order(newest) and p.name.removesuffix(".old") not in stays
+        if order_of(p) < order_of(newest) and p.name.removesuffix(".old") not in stays
     ]
     whole = [p for p in older if fault_of(p, hashes=False) is None]
     kept = [*whole, newest][-limit:]
     for folder in older:
-        if _order(folder) < _order(kept[0]):
+        if order_of(folder) < order_of(kept[0]):
             discard(folder)
-
-
-def discard(folder: Path) -> None:
-    """Delete a checkpoint; a kill meanwhile leaves no half of one."""
-    gone = folder.with_name(folder.name + ".tmp")  # half a folder is no checkpoint
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 # ------------------------------------------------------------------ optimiser

@@ -20,7 +20,7 @@ from stepdistill.training.memory import checkpoints_activations, compile_blocks
 from stepdistill.training.optim import build_optimizer
 from stepdistill.training.sharding import check_sharding, shard, sharding_asked, without_plugin
 from stepdistill.training.start import load_student_base, start_student, student_base_of
-from stepdistill.training.step import TrainStep, frozen_dtype, place
+from stepdistill.training.step import TrainStep, place
 
 
 def make_accelerator(args: TrainConfig) -> Accelerator:
@@ -108,7 +108,7 @@ def make_bank(
                 f"init_student_from: expected no shards with a LoRA student on {source!r}, got "
                 "them. Train with DDP, or a full student."
             )
-        own_base = load_student_base(family, source, frozen_dtype(args)).to(device)
+        own_base = load_student_base(family, source, args.frozen_dtype).to(device)
     bank = RoleBank(family, roles, args.tuning, scorers, decoder, own_base)
     if args.init_student_from is not None and source is None:
         start_student(bank, args.init_student_from)

@@ -7,73 +7,86 @@ random numbers are keyed by position and need no state.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from accelerate import Accelerator
+
+from stepdistill.config.run import TrainConfig
+from stepdistill.core.method import Method
+from stepdistill.monitoring.logs import RunLog
+from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.training import checks
-from stepdistill.training.checkpoint import (
-    load_checkpoint,
-    newest_valid,
-    prune,
-    read_state,
-    save_checkpoint,
-)
-
-if TYPE_CHECKING:
-    from stepdistill.training.trainer import Trainer
+from stepdistill.training.checkpoint import load_checkpoint, prune, read_state, save_checkpoint
 
 
-def save_run(run: Trainer) -> Path:
-    """Write checkpoint-STEP whole, then drop the oldest beyond the limit; returns its path."""
-    folder = run.output_dir / f"checkpoint-{run.step}"
-    run.log.check_finite()
-    accelerator, args = run.accelerator, run.args
-    log_state = run.log.state_dict()
-    accelerator.wait_for_everyone()
-    main = accelerator.is_main_process
-    if main or run.sharded:
-        scaler = accelerator.scaler
-        state = {
-            "step": run.step,
-            "batches_seen": run.batches_seen,
-            "seconds": run.seconds,
-            "world_size": accelerator.num_processes,
-            "global_batch": accelerator.num_processes * args.train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "grad_scaler": scaler.state_dict() if scaler is not None else {},
-            "facts": run.facts,
-            "log": log_state,
-        }
-        buffers = run.method.state_dict()
-        save_checkpoint(folder, run.bank, run.optimizer, buffers, state, run.sharded)
-    if main:
-        prune(folder, args.checkpoints_total_limit, run.log.watchdog.protected())
-    accelerator.wait_for_everyone()
-    return folder
+class Resumable:
+    """The part of a trainer that is saved and gone on from."""
 
+    args: TrainConfig
+    accelerator: Accelerator
+    facts: dict[str, Any]
+    method: Method[Any]
+    bank: RoleBank
+    optimizer: Any
+    log: RunLog
+    sharded: bool
+    step: int
+    batches_seen: int
+    seconds: float
 
-def resume_run(run: Trainer, where: str) -> None:
-    """Continue from a checkpoint folder or the newest whole one ("latest")."""
-    folder: Path | None = Path(where)
-    if where == "latest":
-        folder, skipped = newest_valid(run.output_dir)
-        for line in skipped:
-            run.accelerator.print(f"resume: {line}")
-        if folder is None:
-            run.accelerator.print("resume: no whole checkpoint yet, starting at step 0")
-            return
-    assert folder is not None
-    checks.resume_fits(read_state(folder), run.args, run.accelerator.num_processes, run.facts)
-    restore_run(run, folder)
-    run.accelerator.print(f"resume: continuing {folder.name} at step {run.step}")
+    def save(self) -> Path:
+        """Write checkpoint-STEP whole, then drop the oldest beyond the limit; returns its path."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
+        self.log.check_finite()
+        accelerator, args = self.accelerator, self.args
+        log_state = self.log.state_dict()
+        accelerator.wait_for_everyone()
+        main = accelerator.is_main_process
+        if main or self.sharded:
+            scaler = accelerator.scaler
+            state = {
+                "step": self.step,
+                "batches_seen": self.batches_seen,
+                "seconds": self.seconds,
+                "world_size": accelerator.num_processes,
+                "global_batch": accelerator.num_processes * args.train_batch_size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+                "grad_scaler": scaler.state_dict() if scaler is not None else {},
+                "facts": self.facts,
+                "log": log_state,
+            }
+            buffers = self.method.state_dict()
+            save_checkpoint(folder, self.bank, self.optimizer, buffers, state, self.sharded)
+        if main:
+            prune(folder, args.checkpoints_total_limit, self.log.watchdog.protected())
+        accelerator.wait_for_everyone()
+        return folder
 
+    def resume(self, where: str) -> None:
+        """Continue from a checkpoint folder or the newest whole one ("latest")."""
+        folder: Path | None = Path(where)
+        if where == "latest":
+            folder, skipped = newest_valid(Path(self.args.output_dir))
+            for line in skipped:
+                self.accelerator.print(f"resume: {line}")
+            if folder is None:
+                self.accelerator.print("resume: no whole checkpoint yet, starting at step 0")
+                return
+        assert folder is not None
+        checks.resume_fits(
+            read_state(folder), self.args, self.accelerator.num_processes, self.facts
+        )
+        self.restore(folder)
+        self.accelerator.print(f"resume: continuing {folder.name} at step {self.step}")
 
-def restore_run(run: Trainer, folder: Path) -> None:
-    """Load a whole checkpoint, whatever number of processes saved it."""
-    state = read_state(folder)
-    run.method.load_state_dict(load_checkpoint(folder, run.bank, run.optimizer))
-    if run.accelerator.scaler is not None and state["grad_scaler"]:
-        run.accelerator.scaler.load_state_dict(state["grad_scaler"])
-    run.step, run.batches_seen = state["step"], state["batches_seen"]
-    run.seconds = state["seconds"]
-    run.facts.setdefault("data", state["facts"].get("data"))
-    run.log.load_state_dict(state.get("log", {}))
+    def restore(self, folder: Path) -> None:
+        """Load a whole checkpoint, whatever number of processes saved it."""
+        state = read_state(folder)
+        self.method.load_state_dict(load_checkpoint(folder, self.bank, self.optimizer))
+        if self.accelerator.scaler is not None and state["grad_scaler"]:
+            self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+        self.step, self.batches_seen = state["step"], state["batches_seen"]
+        self.seconds = state["seconds"]
+        self.facts.setdefault("data", state["facts"].get("data"))
+        self.log.load_state_dict(state.get("log", {}))

@@ -8,24 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Loss
 from stepdistill.core.types import Batch
-from stepdistill.families.family import Family
 from stepdistill.loading.quantization import is_packed
 from stepdistill.roles.rolebank import RoleBank
-
-_DTYPES = {
-    "no": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 class TrainStep(nn.Module):
@@ -41,21 +30,6 @@ class TrainStep(nn.Module):
         return losses.total.float(), {name: v.detach() for name, v in losses.logs.items()}
 
 
-def frozen_dtype(args: TrainConfig) -> torch.dtype:
-    """The dtype of the frozen denoiser's weights: tuning.base_dtype, or what autocast uses."""
-    name = args.tuning.base_dtype
-    return _DTYPES[args.mixed_precision if name == "auto" else name]
-
-
-def place_encoders(family: Family, args: TrainConfig, device: torch.device) -> None:
-    """Text encoders in the frozen dtype, and all but the denoiser on the device."""
-    for name, part in family.pipeline.components.items():
-        if isinstance(part, PreTrainedModel):
-            part.to(frozen_dtype(args))
-        if isinstance(part, nn.Module) and name != family.net_name:
-            part.to(device)
-
-
 def place(
     bank: RoleBank, args: TrainConfig, device: torch.device, net_device: torch.device | None = None
 ) -> None:
@@ -66,10 +40,10 @@ def place(
 
     Args: net_device: where the denoiser goes instead.
     """
-    dtype = frozen_dtype(args)
+    dtype = args.frozen_dtype
     own = {id(p) for role in bank.roles for p in bank.members(role).values()}
     for param in bank.family.net.parameters():
         if id(param) not in own and not is_packed(param):
             param.data = param.data.to(dtype)
-    place_encoders(bank.family, args, torch.device("cpu") if args.offload_encoders else device)
+    bank.family.place_encoders(dtype, torch.device("cpu") if args.offload_encoders else device)
     bank.family.net.to(device if net_device is None else net_device)

@@ -13,7 +13,7 @@ from support.runs import build_trainer, teacher_dir
 from torch import Tensor
 
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.export.merge import merge_pipelines
+from stepdistill.export.merge_pipelines import merge_pipelines
 from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.families.registry import load_family
 

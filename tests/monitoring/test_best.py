@@ -11,12 +11,13 @@ from support.runs import build_trainer, teacher_dir
 
 from stepdistill import TrainConfig
 from stepdistill.config.files import parse_run_config
+from stepdistill.config.metrics import BEST_METRICS
 from stepdistill.monitoring.best import Best, read_best, write_best
-from stepdistill.monitoring.sample_metrics import BEST_METRICS
 from stepdistill.monitoring.validation import Validation, Validator
+from stepdistill.storage.checkpoints import list_checkpoints
 from stepdistill.storage.folders import fault_of, write_folder
 from stepdistill.trainers import trainer_of_run
-from stepdistill.training.checkpoint import list_checkpoints, named_checkpoint, prune
+from stepdistill.training.checkpoint import named_checkpoint, prune
 
 
 def make(folder, *steps: int) -> None:

@@ -9,12 +9,11 @@ import pytest
 import torch
 from support.runs import METHOD_CASES, build_trainer, teacher_dir
 
+from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
 from stepdistill.monitoring.reference import probe_times
 from stepdistill.monitoring.sample_metrics import (
-    BEST_METRICS,
-    METRICS,
     diversity,
     frechet_diagonal,
     pooled_features,

@@ -19,8 +19,8 @@ from stepdistill.core.types import Losses
 from stepdistill.loading.safe_files import read_tensors
 from stepdistill.monitoring.sample_checks import SampleChecks
 from stepdistill.monitoring.watchdog import Watchdog, WatchdogStop
+from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.storage.folders import write_folder
-from stepdistill.training.checkpoint import newest_valid
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from support.runs import build_trainer, teacher_dir
 
 from stepdistill.loading.safe_files import read_tensors
 from stepdistill.monitoring.watchdog import WatchdogStop
-from stepdistill.training.checkpoint import newest_valid
+from stepdistill.storage.checkpoints import newest_valid
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stepdistill.loading.stored_tensors import StoredTensors
 from stepdistill.roles.role_weights import copy_into, to_cpu, whole
+from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.storage.folders import fault_of, write_folder
 from stepdistill.storage.shards import write_shards
-from stepdistill.training.checkpoint import newest_valid
 
 # Rows that 2 and 3 processes share unevenly; 2 rows leave the third of three with none.
 SIZES = ((7, 5), (2, 7), (3, 2))

@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from stepdistill.loading.safe_files import read_tensors
+from stepdistill.storage.checkpoints import list_checkpoints, newest_valid
 from stepdistill.storage.folders import write_folder
 from stepdistill.trainers import launch
-from stepdistill.training.checkpoint import fault_of, list_checkpoints, newest_valid, prune
+from stepdistill.training.checkpoint import fault_of, prune
 from support.runs import build_trainer
 
 STEPS_A_TRY = 4  # a kill comes within this many steps of the first

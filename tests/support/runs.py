@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import Scorer
-from stepdistill.families.registry import conditioning_of, has_null, reads_image
+from stepdistill.families.registry import teacher_facts
 from stepdistill.methods import METHODS
 from stepdistill.testing.tiny import TINY
 from stepdistill.trainers import TRAINER_OF, DistillationTrainer
@@ -264,13 +264,14 @@ def build_trainer(
     data = dataset
     if data is None:
         shape = _latent_shape(teacher)
-        data = TinyData(shape, conditioning_of(teacher), spec.fields, reads_image(teacher))
+        facts = teacher_facts(teacher)
+        data = TinyData(shape, facts.conditioning, spec.fields, facts.reads_image)
     return TRAINER_OF[spec.method](
         str(teacher),
         args,
         data,
         method=spec.method,
-        method_config=spec.options if has_null(teacher) else unguided(spec),
+        method_config=spec.options if teacher_facts(teacher).has_null else unguided(spec),
         scorers=spec.scorers if scorers is None else scorers,
     )
 

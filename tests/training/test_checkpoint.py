@@ -10,15 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepdistill.storage.folders import fault_of, write_folder, write_text
-from stepdistill.training.checkpoint import (
-    list_checkpoints,
-    newest_valid,
-    prune,
-    read_state,
-    save_checkpoint,
-    saved_student,
-)
+from stepdistill.storage.checkpoints import list_checkpoints, newest_valid
+from stepdistill.storage.files import write_text
+from stepdistill.storage.folders import fault_of, write_folder
+from stepdistill.training.checkpoint import prune, read_state, save_checkpoint, saved_student
 
 
 @pytest.fixture

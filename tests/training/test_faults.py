@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.runs import build_trainer, teacher_dir
 
-from stepdistill.training.checkpoint import list_checkpoints
+from stepdistill.storage.checkpoints import list_checkpoints
 
 SCRIPT = Path(__file__).parents[1] / "support" / "faults.py"
 

@@ -1,0 +1,57 @@
+"""Single files, written in one piece or not at all, and JSON that is read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def one_line(err: object) -> str:
+    """An error's text on one line, at most 300 characters."""
+    return " ".join(str(err).split())[:300]
+
+
+def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
+    """The object in a JSON file. Errors: ValueError for another content or a missing key."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        raise ValueError(f"{path}: expected valid JSON, got {one_line(err)}.") from err
+    missing = required if not isinstance(found, dict) else [k for k in required if k not in found]
+    if not isinstance(found, dict) or missing:
+        got = f"no {missing[0]!r}" if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path}: expected an object with {list(required)}, got {got}.")
+    return found
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, write: Callable[[Path], object], suffix: str = ".tmp") -> None:
+    """Write beside `path` under a temporary name, flush to the disk, rename.
+
+    A reader, or a kill at any instant, sees the old file or the new one.
+
+    Args: suffix: of the temporary name; one of its own for each process that writes the same file.
+    """
+    temporary = path.with_name(path.name + suffix)
+    write(temporary)
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def write_text(path: Path, text: str, suffix: str = ".tmp") -> None:
+    """`write_atomic` of a text."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), suffix)
