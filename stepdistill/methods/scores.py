@@ -66,6 +66,10 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
         teacher, fake = self.guidances(0.5 * sum(self.guidance_of(self.config)))
         return FakeFit(teacher, fake, self.fitted_guidance, self.config.trained_step == "last")
 
+    @property
+    def skip_layers(self) -> tuple[str, ...]:
+        return self.config.skip_layers
+
     def phases(self, step: int) -> Sequence[Phase]:
         config = self.config
         for_head = config.gan.enabled and config.rollout != "data"  # images, if any
@@ -76,7 +80,8 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
     def warm_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         config, times = self.config.warm_start, self.rollout.times
         g = self.teacher_guidance
-        loss = warm_start_loss(nets, batch, ctx, self.setting, config, times, g)
+        teacher = nets["teacher"].skipping(self.skip_layers)
+        loss = warm_start_loss(nets, teacher, batch, ctx, self.setting, config, times, g)
         return Losses(loss, {"warm_start": loss.detach()})
 
     def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
@@ -114,11 +119,11 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
     def teacher_score(
         self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float
     ) -> Prediction:
-        return nets["teacher"](x_t, t, batch.cond, batch.null, g)
+        return nets["teacher"].skipping(self.skip_layers)(x_t, t, batch.cond, batch.null, g)
 
     @torch.no_grad()
     def fake_score(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float) -> Prediction:
-        return nets["fake"](x_t, t, batch.cond, batch.null, g)
+        return nets["fake"].skipping(self.skip_layers)(x_t, t, batch.cond, batch.null, g)
 
     @torch.no_grad()
     def gradient(self, sample: Sample, scores: Scores) -> Tensor:
