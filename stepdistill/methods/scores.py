@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Scores:
 class ScoreDistillation(CriticMethod[S], Generic[S]):
     """Base of score distillation: the module's docstring is the contract of its hooks."""
 
-    guidance_options = ("guidance",)
+    guidance_options: ClassVar[tuple[str, ...]] = ("guidance",)
 
     @property
     def fake_fit(self) -> FakeFit | None:
