@@ -1,7 +1,8 @@
 """Read files that came from elsewhere: safetensors and JSON only, whole, and inside their folder.
 
-A pipeline folder is looked through before Diffusers sees it: what it names is a class of Diffusers
-or Transformers, its weights are safetensors whose headers are true. No code of a folder ever runs.
+A pipeline folder is looked through before Diffusers sees it: what it names is a class of Diffusers,
+Transformers or this project, its weights are safetensors whose headers are true. No code of a
+folder ever runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepdistill.loading.paper import check_on_paper
+from stepdistill.loading.project_code import project_file, project_parts
 from stepdistill.storage.files import PICKLED, one_line, read_json
 
 _PART = re.compile(r"[A-Za-z]\w*")
@@ -67,6 +70,7 @@ def check_index(index: Mapping[str, Any], where: str | Path) -> None:
         known = library in ("diffusers", "transformers") or (
             isinstance(library, str) and _PART.fullmatch(library) and hasattr(pipelines, library)
         )
+        known = known or (name == "scheduler" and project_file(library) is not None)
         if not known or not isinstance(cls, str) or not _PART.fullmatch(cls):
             raise ValueError(
                 f"{where}: expected classes of diffusers and transformers, got {list(entry)!r} for "
@@ -127,7 +131,7 @@ def no_pickles(where: str) -> Iterator[None]:
         refused.append(str(getattr(file, "name", file)))
         raise ValueError("pickled")
 
-    torch.load = refuse
+    torch.load = refuse  # type: ignore[assignment]
     try:
         yield
     except Exception as err:
@@ -149,6 +153,9 @@ def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> A
     """
     named = getattr(diffusers, index["_class_name"], None)
     known = isinstance(named, type) and issubclass(named, DiffusionPipeline)
+    if "scheduler" not in options:
+        hub = {"revision": options["revision"]} if "revision" in options else {}
+        options = {**project_parts(model, index, **hub), **options}
     return _load_checked(named if known else DiffusionPipeline, model, index, options)
 
 
@@ -165,6 +172,8 @@ def _load_checked(
     if Path(model).exists():
         check_index(index, Path(model) / "model_index.json")
         check_weights(Path(model), {k: v for k, v in index.items() if k not in options})
+    hub = {"revision": options["revision"]} if options.get("revision") else {}
+    check_on_paper(model, index, options, **hub)
     try:
         with no_pickles("pretrained_model_name_or_path"):
             return cls.from_pretrained(str(model), use_safetensors=True, **options)

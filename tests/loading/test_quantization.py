@@ -271,7 +271,7 @@ def test_other_tools_formats_know_the_sizes_of_packed_layers(
     assert '"format": "kohya"' in record.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_loss_of_a_student_on_an_int8_base_falls(flux: Path, tmp_path: Path) -> None:
     from stepdistill import ReflowTrainer
 
