@@ -58,7 +58,7 @@ def method_fits(
     if spec.trained_times is not None:  # else any step count can be exported
         teacher.family.refuse_one_step(teacher.pipeline, as_flow, spec.num_steps)
     if not teacher.has_null:
-        _without_guidance(cls.name, config)
+        _without_guidance(cls, config)
     has = provided_fields(dataset) | {"null"}
     if teacher.reads_image:
         has = _without_first_frames(has, sample_item(dataset))
@@ -108,14 +108,14 @@ def student_fits(
     check_student_config(changes, teacher)
 
 
-def _without_guidance(name: str, config: MethodConfig) -> None:
+def _without_guidance(cls: type[Method[Any]], config: MethodConfig) -> None:
     """Errors: ValueError where the method guides its teacher, for a model without a null."""
-    for key in ("guidance", "guidance_range"):
-        value = getattr(config, key, None)
+    for key in cls.guidance_options:
+        value = getattr(config, key)
         ends = value if isinstance(value, tuple) else (value,)
-        if any(end not in (None, 1.0) for end in ends):
+        if not isinstance(value, bool) and any(end not in (None, 1.0) for end in ends):
             raise ValueError(
-                f"{name}: expected no guidance (the model has no null condition), got {key} "
+                f"{cls.name}: expected no guidance (the model has no null condition), got {key} "
                 f"{value}. Set it to {[1, 1] if isinstance(value, tuple) else 1}."
             )
 
