@@ -172,7 +172,7 @@ def test_data_times_of_a_flow_path_are_the_shifted_draws() -> None:
     method = make("flow_shifted", states="data")
     loss_of(method, student, seed=4)
     drawn = 1.0 - Ctx64(seed=4, max_steps=1000).rand(64)
-    ((x_t, t, _),) = student.seen
+    ((_, t, _),) = student.seen
     assert torch.equal(t, shift_times(drawn, method.setting.shift))
     assert 0 < float(t.min()) < 0.1 < 0.9 < float(t.max()) <= 1
 
