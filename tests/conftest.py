@@ -5,6 +5,7 @@ Libraries are imported late: with `-n 2` the process that hands out the tests ne
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import pytest
+from support.covering import covering, pairs_of
 
 if TYPE_CHECKING:
     from stepdistill.families.family import Family
@@ -37,6 +39,28 @@ def pytest_collection(session: pytest.Session) -> None:
     torch.set_num_threads(1)
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`."""
+    sweeps: dict[str, dict[str, Any]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            sweeps.setdefault(item.nodeid.partition("[")[0], {})[item.nodeid] = item
+    for sweep in sweeps.values():
+        default = [name for name, item in sweep.items() if not item.get_closest_marker("full")]
+        met = {name: pairs_of(sweep[name].callspec.params) for name in default}
+        kept = covering(default, met.__getitem__)
+        for name in set(default) - set(kept):
+            sweep[name].add_marker("full")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage need look through it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 def seed_by(name: str) -> None:

@@ -61,7 +61,8 @@ def state(run: Path, step: int) -> dict:
     return json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+# README's command is the one process's, and tests/test_readme.py runs it.
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> None:
     done = launch(teacher_dir("sd_v", tmp_path_factory), tmp_path, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,20 +5,20 @@ names change, all of their tensors do, the teacher's bytes never do, and a run r
 repeats step 2 bit for bit.
 
 `-m full` runs every cell. By default a fixed sample trains, which meets every pair of a method, a
-family and a layout (families' further configurations meet both layouts), and of it enough cells
-resume for every method and every family to do so in both layouts.
+family and a layout (families' further configurations meet both layouts); of it enough cells resume
+for every family to do so, and every method in both layouts.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.covering import covering
 from support.runs import METHOD_CASES, build_trainer, fingerprint, teacher_dir
 
 from stepdistill.families.registry import FAMILIES
@@ -36,37 +36,21 @@ CELLS: list[Cell] = [
 ]
 
 
-def layouts_met(cell: Cell) -> set[Any]:
-    """What resuming that cell shows: a case, and both pairs with the layout."""
-    case, family, layout = cell
-    return {case, (METHOD_CASES[case].method, layout), (family, layout)}
-
-
 def pairs_met(cell: Cell) -> set[Any]:
-    """What training that cell shows: these and its pair of a method and a family."""
-    case, family, _ = cell
-    pair = {(METHOD_CASES[case].method, family)} if family in FAMILIES else set()
-    return layouts_met(cell) | pair
+    """What training that cell shows: a case, its method's pairs, and a family in that layout."""
+    (case, family, layout), method = cell, METHOD_CASES[cell[0]].method
+    pair = {(method, family)} if family in FAMILIES else set()
+    return {case, (method, layout), (family, layout)} | pair
 
 
-def covering(cells: Iterable[Cell], met: Callable[[Cell], set[Any]]) -> list[Cell]:
-    """Cells that meet all that `cells` meet: again and again the one that adds most.
-
-    Of equals, the first of the case that is met least so far.
-    """
-    left = {cell: met(cell) for cell in cells}
-    wanted, chosen = set().union(*left.values()), []
-    used: Counter[str] = Counter()
-    while wanted:
-        best = max(left, key=lambda cell: (len(left[cell] & wanted), -used[cell[0]]))
-        chosen.append(best)
-        used[best[0]] += 1
-        wanted -= left.pop(best)
-    return chosen
+def resume_met(cell: Cell) -> set[Any]:
+    """What resuming that cell shows: a case, a family, and its method in that layout."""
+    case, family, layout = cell
+    return {case, family, (METHOD_CASES[case].method, layout)}
 
 
 TRAINED = covering(CELLS, pairs_met)
-RESUMED = covering(TRAINED, layouts_met)
+RESUMED = covering(TRAINED, resume_met)
 
 
 def params(cells: Collection[Cell], default: Collection[Cell]) -> list[Any]:
@@ -90,9 +74,14 @@ def test_the_sample_meets_every_pair() -> None:
         every = set(product(axes[one], axes[other]))
         assert every - sample == every - possible
         assert every - possible <= UNFIT
-    assert {case for case, _, _ in TRAINED} == {case for case, _, _ in RESUMED} == set(METHOD_CASES)
+    assert {cell[1:] for cell in TRAINED} == set(product(TINY, LAYOUTS))
+
+
+def test_every_case_and_family_resumes() -> None:
+    assert {case for case, _, _ in RESUMED} == set(METHOD_CASES)
     assert {family for _, family, _ in RESUMED} == set(TINY)
-    assert set(product(TINY, LAYOUTS)) == {cell[1:] for cell in RESUMED}
+    met = {(METHOD_CASES[case].method, layout) for case, _, layout in RESUMED}
+    assert met == set(product(METHODS, LAYOUTS))
 
 
 # A guided teacher is what it distils, and these have no null condition to guide away from.

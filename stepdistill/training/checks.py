@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,12 @@ def _without_guidance(cls: type[Method[Any]], config: MethodConfig) -> None:
             )
 
 
+@cache
+def _version(package: str) -> str:
+    """Of an installed package; looked up once, as that reads its files."""
+    return importlib.metadata.version(package)
+
+
 def run_facts(
     teacher: ModelSource | Family,
     method: str,
@@ -138,7 +145,7 @@ def run_facts(
         "tuning": args.tuning.model_dump(mode="json"),
         "seed": args.seed,
         "train_config": args.model_dump(mode="json"),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
 
 

@@ -57,6 +57,7 @@ def test_updates_that_fill_a_time_count_the_first_epoch_by_its_own_cost() -> Non
     assert Cost(3.0, 1.0, math.inf).updates_in(300.0) == 100
 
 
+@pytest.mark.full
 def test_first_reading_is_measured_apart_and_saving_not_at_all(
     counted: None, tmp_path: Path, tmp_path_factory: Any
 ) -> None:

@@ -106,6 +106,25 @@ def test_a_table_follows_the_times_to_their_device() -> None:
     assert (alpha.device.type, sigma.device.type) == ("meta", "meta")
 
 
+def test_a_table_may_stand_still_but_never_rise() -> None:
+    assert VPPath(torch.tensor([0.9, 0.5, 0.5, 0.0])).num_steps == 4
+    with pytest.raises(ValueError, match="expected a decreasing alphas_cumprod"):
+        VPPath(torch.tensor([0.9, 0.5, 0.6]))
+
+
+def test_times_on_a_table_are_told_as_whole_numbers() -> None:
+    """49 (n / 49) is not n in float64 for each n."""
+    path, n = VPPath(torch.linspace(0.99, 0.01, 49)), torch.arange(49)
+    assert not torch.equal(path.time_of(n) * 49 - 1, n.double())
+    assert path.model_time(path.time_of(n)).tolist() == n.tolist()
+
+
+@pytest.mark.parametrize("make", [FlowPath, VEPath, sd_path])
+def test_time_of_is_the_inverse_of_model_time(make) -> None:
+    t = torch.tensor([0.5, 0.8, 1.0], dtype=torch.float64)
+    assert (make().time_of(make().model_time(t)) - t).abs().max() < 1e-12
+
+
 def test_convert_refuses_unknown_type() -> None:
     x, t = torch.zeros(1, 1, 2, 2), torch.tensor([0.5])
     with pytest.raises(ValueError, match="expected one of"):
@@ -268,6 +287,7 @@ def test_model_time_of_flow_and_ve() -> None:
     assert float(ve.time_of_sigma(ve.coeffs(torch.tensor([0.3]).double())[1])) == pytest.approx(0.3)
     noise = torch.ones(1, 1, 1, 1)
     assert float(ve.prior(noise)) == 80.0
+    assert float(ve.prior(2 * noise)) == 160.0
     assert FlowPath().prior(noise) is noise
 
 

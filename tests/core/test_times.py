@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -11,6 +13,7 @@ from stepdistill.core.times import (
     grid_times,
     logit_normal_times,
     shift_times,
+    u_shaped_times,
     uniform_grid,
     uniform_times,
     unshift_times,
@@ -59,6 +62,20 @@ def test_logit_normal_law_is_sigmoid_of_a_normal() -> None:
     assert logit_normal_times(u, mean=0.3, std=1.5).tolist() == pytest.approx(
         expected.tolist(), abs=1e-5
     )
+
+
+def test_logit_normal_times_stay_inside() -> None:
+    t = logit_normal_times(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert 0 < float(t[0]) < 0.01 < 0.99 < float(t[1]) < 1
+
+
+def test_u_shaped_law_is_the_closed_form_inverse_and_its_mirror() -> None:
+    """y with (e^(a y) - 1) / (e^a - 1) = 2 u below 1/2, and 1 - y of 2 u - 1 above."""
+    u = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    y = math.log(1.0 + 0.5 * (math.exp(4.0) - 1.0)) / 4.0
+    assert u_shaped_times(u, 4.0).tolist() == pytest.approx([0.0, y, 1.0, 1.0 - y], abs=1e-14)
+    found = u_shaped_times(u, 4.0, 0.2, 0.6).tolist()
+    assert found == pytest.approx([0.2, 0.2 + 0.4 * y, 0.6, 0.6 - 0.4 * y], abs=1e-14)
 
 
 def test_uniform_and_grid_laws() -> None:

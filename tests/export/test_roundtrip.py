@@ -45,6 +45,7 @@ CASES = [(f, layout, *s) for f in FAMILIES for layout in ("lora", "full") for s 
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("family", "layout", "steps", "kind"), CASES)
 def test_stock_image_equals_in_memory(
     family, layout, steps, kind, tmp_path, tmp_path_factory

@@ -90,6 +90,7 @@ def test_rank_and_alpha_set_the_scale(make_family) -> None:
         assert layer.scaling == {"student": 1.5, "fake": 3.0}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_teacher_is_the_untouched_base_bit_for_bit(family, student, fake) -> None:
     untouched = copy.deepcopy(family.net)
@@ -202,6 +203,7 @@ def mixed_loss(bank: RoleBank, family: Family) -> Tensor:
     return out.raw.square().mean() + out.features["mid"].square().mean()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_checkpointing_changes_no_gradient(family, student, fake) -> None:
     bank = build(family, student, fake)
@@ -247,6 +249,7 @@ def test_a_call_without_gradients_leaves_later_gradients_whole(make_family, layo
 
 
 # --------------------------------------------------------------------------- features, as_flow, w
+@pytest.mark.sampled
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_features_alone_are_those_of_a_whole_call(family, checkpointing) -> None:
     """Same values and gradients, by a network that stops behind the last block it reads."""

@@ -1,0 +1,37 @@
+"""Fixed samples of a sweep: the few cells that meet all pairs that the whole of it meets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from itertools import combinations
+from typing import Any, TypeVar
+
+Cell = TypeVar("Cell")
+# Parameters whose pairs a sample meets; of the others it meets every value.
+PAIRED = ("method", "case", "family", "layout", "student", "fake")
+
+
+def covering(cells: Iterable[Cell], met: Callable[[Cell], set[Any]]) -> list[Cell]:
+    """Cells that meet all that `cells` meet: again and again the one that adds most.
+
+    Of equals, the first of those whose parts are in least cells so far.
+    """
+    left = {cell: met(cell) for cell in cells}
+    wanted, chosen = set().union(*left.values()), []
+    used: Counter[Any] = Counter()
+    while wanted:
+        best = max(
+            left, key=lambda c: (len(left[c] & wanted), -sum(used[part] for part in left[c]))
+        )
+        chosen.append(best)
+        used.update(left[best])
+        wanted -= left.pop(best)
+    return chosen
+
+
+def pairs_of(params: Mapping[str, Any]) -> set[Any]:
+    """What one set of a test's parameters meets: values by name, and pairs of those of PAIRED."""
+    values = {(name, str(value)) for name, value in params.items()}
+    paired = sorted(value for value in values if value[0] in PAIRED)
+    return values | set(combinations(paired, 2))
