@@ -56,8 +56,8 @@ class ConsistencyConfig(MethodConfig):
     """Decay of the EMA target after every student step."""
     loss: DistanceName | Literal["lpips"] = "l2"
     """Distance: l2, l1 or pseudo-Huber of latents, or lpips of decoded images."""
-    lpips: LPIPSOptions = LPIPSOptions(resize=224)
-    """Options of loss lpips; CD resizes images below 224 px to that."""
+    lpips: LPIPSOptions = LPIPSOptions(resize=224, resize_below=256, pooling="avg")
+    """Options of loss lpips, as consistency_models has them."""
     huber_c: float = Field(default=1e-3, gt=0)
     """c of the pseudo-Huber distance."""
     growth: GridGrowth | None = None

@@ -382,7 +382,8 @@ def test_lpips_judges_decoded_estimate_and_target_and_trains_the_estimate_alone(
     plain = loss_of(make(FLOW, loss="l1"), student, data, 0.5)
     assert total.item() == pytest.approx(2.0 * plain.item(), rel=1e-6)
     assert not calls[0][1].requires_grad
-    assert method.scorers()["lpips"].options["resize"] == 224
+    options = method.scorers()["lpips"].options
+    assert (options["resize"], options["resize_below"], options["pooling"]) == (224, 256, "avg")
     assert make(FLOW).scorers() == {}
 
 
