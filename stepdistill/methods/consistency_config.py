@@ -89,11 +89,12 @@ class ConsistencyConfig(MethodConfig):
         return self
 
     def target_decay(self, step: int) -> float:
-        """Decay of the EMA target after student update `step`: mu(k) = exp(s0 log mu0 / N(k)), CT.
+        """Decay of the EMA target after student update `step`: exp(s0 log mu0 / intervals), CT.
 
-        The coarser the grid, the faster the target follows: mu(0) = mu0.
+        The coarser the grid, the faster the target follows. consistency_models divides by the
+        intervals, so that mu(0) = mu0^s0; the paper by the points N(k), one more: mu(0) = mu0.
         """
         if self.growth is None or self.ema_decay == 0.0:
             return self.ema_decay
-        points = self.growth.intervals(step, self.num_grid) + 1
-        return math.exp(self.growth.start * math.log(self.ema_decay) / points)
+        intervals = self.growth.intervals(step, self.num_grid)
+        return math.exp(self.growth.start * math.log(self.ema_decay) / intervals)

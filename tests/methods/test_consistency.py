@@ -400,9 +400,10 @@ def test_grid_points_follow_the_paper_s_square_root_law():
 
 
 def test_target_decay_follows_the_grid():
+    """consistency_models' exp(-c / scales), c = -s0 ln mu0, scales before its + 1: intervals."""
     config = ConsistencyConfig(num_grid=150, growth=GridGrowth(start=2, steps=100), ema_decay=0.9)
-    assert config.target_decay(0) == pytest.approx(0.9)
-    assert config.target_decay(100) == pytest.approx(0.9 ** (2 / 151))
+    assert config.target_decay(0) == pytest.approx(0.9**2), "one interval, s0 = 2"
+    assert config.target_decay(100) == pytest.approx(0.9 ** (2 / 150))
     assert ConsistencyConfig(ema_decay=0.9).target_decay(50) == 0.9
 
 
