@@ -247,6 +247,8 @@ def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
     EDM's grid takes sigma_max^(1/rho) to sigma_min^(1/rho) in N - 1 steps: with t_N = 1/N the
     uniform ones. That of consistency models takes every (n/N)-th of n times: with 1/n likewise.
     """
+    if spec.boundary_sigma is not None:
+        return _consistency_model(teacher, path, spec, spec.boundary_sigma)
     num, config = spec.num_steps, teacher.config
     told = isinstance(teacher, CMStochasticIterativeScheduler)
     gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind] if num > 1 else float(told)
@@ -283,3 +285,34 @@ def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
             f"export: expected the uniform grid of {num} times on a VE path, got {spec.times}."
         )
     return StockSampler(made, tuple(float(t) for t in made.timesteps))
+
+
+def _consistency_model(
+    teacher: Any, path: VEPath, spec: SamplerSpec, sigma_min: float
+) -> StockSampler:
+    """CD's own scheduler on the K + 1 Karras points of its grid, the last of them sigma_min."""
+    config, times = teacher.config, torch.tensor(spec.times, dtype=torch.float64)
+    if not isinstance(teacher, CMStochasticIterativeScheduler) or config.sigma_data != 0.5:
+        raise ValueError(
+            "export: expected a teacher beside CMStochasticIterativeScheduler with sigma_data 0.5, "
+            f"got {config.sigma_data:g} beside {type(teacher).__name__}: no stock scheduler has "
+            "the blend that was trained. Set boundary: none, or give the teacher that scheduler."
+        )
+    intervals = len(spec.trained_times or spec.times)
+    low = float(path.time_of_sigma(torch.tensor(sigma_min, dtype=torch.float64)))
+    # Index 0 is the noisiest, as the call's `timesteps` have it.
+    indices = (intervals * (1.0 - times) / (1.0 - low)).round().long().flip(0).tolist()
+    made = CMStochasticIterativeScheduler(
+        **{name: config[name] for name in ("sigma_max", "sigma_data", "rho")},
+        num_train_timesteps=intervals + 1,
+        sigma_min=sigma_min,
+        clip_denoised=False,
+    )
+    call: dict[str, Any] = {}
+    made.set_timesteps(spec.num_steps)
+    sigmas = path.coeffs(times)[1]
+    if not np.allclose(made.sigmas[:-1], sigmas, rtol=1e-4):
+        call = {"timesteps": indices}
+        made.set_timesteps(**call)
+    assert np.allclose(made.sigmas[:-1], sigmas, rtol=1e-4), "the grid is Karras's"
+    return StockSampler(made, tuple(float(t) for t in made.timesteps), call)

@@ -132,4 +132,5 @@ class Consistency(Method[ConsistencyConfig]):
             trained_times=tuple(grid.starts.flip(0).tolist()),
             w=self.config.inference_guidance - 1.0 if embedded else None,
             boundary_scale=grid.scale,
+            boundary_sigma=grid.sigma_min,
         )

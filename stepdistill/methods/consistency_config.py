@@ -40,8 +40,7 @@ class ConsistencyConfig(MethodConfig):
     """Teacher step: ddim (Euler on flow), heun (2nd order), data (no teacher: CT, Euler on x0)."""
     boundary: Boundary = "auto"
     """How f(x, end) = x: lcm skip/out (VP), cd skip/out (VE), none (end 0, where x0 is x); auto is
-    lcm on VP, cd on VE, none on flow. The sampler applies lcm's; cd's differ from x0 by less than
-    sigma_min / sigma there and are left out."""
+    lcm on VP, cd on VE, none on flow. The sampler applies the same."""
     timestep_scaling: float = Field(default=10.0, gt=0)
     """Scale of the table index in LCM's skip/out coefficients."""
     guidance_range: tuple[float, float] = (4.0, 16.0)

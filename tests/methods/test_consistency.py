@@ -15,12 +15,17 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand
-from stepdistill.core.solvers import boundary_coeffs, sample_x0, teacher_step
+from stepdistill.core.solvers import (
+    boundary_coeffs,
+    cd_boundary_coeffs,
+    sample_x0,
+    teacher_step,
+)
 from stepdistill.core.types import Batch, Cond
 from stepdistill.methods import METHODS
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth
-from stepdistill.methods.grid import SolverGrid, cd_boundary_coeffs, heun_step
+from stepdistill.methods.grid import SolverGrid, heun_step
 from stepdistill.models.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 from stepdistill.training.config import RunConfig
 
@@ -350,6 +355,22 @@ def test_exact_student_samples_the_data_in_any_number_of_steps(path):
             fresh_noise=lambda i: torch.randn_like(data.x0),
         )
         torch.testing.assert_close(x0, data.x0, rtol=0, atol=1e-9)
+
+
+def test_cd_is_sampled_by_its_own_map_from_sigma_min():
+    """f(x, t), then noise of variance sigma^2 - sigma_min^2 (consistency_models, Karras steps)."""
+    method, data = make(VE, num_grid=40), batch(4, std=0.5)
+    spec = method.sampler(40)
+    assert (spec.boundary_sigma, spec.boundary_scale) == (VE.sigma_min, None)
+    student = GaussianTeacher(VE, 0.5)
+    noise, fresh = torch.randn(2, *data.x0.shape, dtype=torch.float64).unbind(0)
+    x0 = sample_x0(student, spec, noise, data.cond, fresh_noise=lambda i: fresh)
+    x = VE.prior(noise)
+    for t, s in zip(spec.times, (*spec.times[1:], method.grid.end), strict=True):
+        f = method.grid.blend(student(x, torch.full((4,), t, dtype=torch.float64), data.cond))
+        sigma = VE.coeffs(torch.tensor(s, dtype=torch.float64))[1]
+        x = f + (sigma**2 - VE.sigma_min**2).clamp_min(0).sqrt() * fresh
+    torch.testing.assert_close(x0, f, rtol=0, atol=1e-12)
 
 
 def test_sampler_spec_facts():
