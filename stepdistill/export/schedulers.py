@@ -31,6 +31,7 @@ from diffusers import (
 
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.core.times import uniform_grid
 from stepdistill.export.flow_grid import flow_match_config, shift_of_grid
 
 # What a VP scheduler must keep of the teacher's: its noise table.
@@ -219,10 +220,12 @@ def _flow(
                 "its loop calls what FlowMatchLCMScheduler lacks. Use setup: wrapped."
             )
         cls, grid = FlowMapEulerDiscreteScheduler, {"shift": shift_of_grid(spec.times)}
-    elif sends_sigmas:  # a uniform grid already: the shift alone maps it
+    elif sends_sigmas and np.allclose(
+        spec.times, uniform_grid(num, shift_of_grid(spec.times)), atol=1e-9
+    ):  # a uniform grid already: the shift alone maps it
         grid = {"shift": shift_of_grid(spec.times)}
     else:
-        grid = flow_match_config(spec.times)
+        grid = flow_match_config(spec.times, sends_sigmas)
     made = cls.from_config({**config, **grid})
     if sends_sigmas:
         made.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num, num))

@@ -99,8 +99,10 @@ class SolverGrid:
     def visit(self, num_steps: int) -> tuple[float, ...]:
         """The descending grid times that a sampler of num_steps calls the network at.
 
-        Source: LCMScheduler.set_timesteps: floor(linspace(0, K, num_steps, endpoint=False)) of
-        the descending grid; K = 50 gives indices 999 / 999, 499 / 999, 759, 499, 259.
+        Source: on a table LCMScheduler.set_timesteps: floor(linspace(0, K, num_steps,
+        endpoint=False)) of the descending grid; K = 50 gives indices 999 / 999, 499 / 999, 759,
+        499, 259. Elsewhere every (K // num_steps)-th, as LCM's first pipeline and consistency
+        models have it: a shift of them is a shifted uniform grid, which saved configs reach.
         Errors: ValueError with more steps than grid points.
         """
         descending: list[float] = self.starts.flip(0).tolist()
@@ -109,6 +111,8 @@ class SolverGrid:
                 f"num_steps: expected 1 to {len(descending)} (the trained grid), got {num_steps}."
             )
         stride = len(descending) / num_steps
+        if not isinstance(self.path, VPPath):
+            stride = len(descending) // num_steps
         return tuple(descending[math.floor(i * stride)] for i in range(num_steps))
 
     def blend(self, pred: Prediction) -> Tensor:

@@ -15,6 +15,7 @@ from support.runs import TinyData, build_trainer, teacher_dir
 
 import stepdistill
 from stepdistill import TrainConfig
+from stepdistill.core.method import Setting
 from stepdistill.core.path import VEPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import uniform_grid
@@ -22,6 +23,8 @@ from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import EmptyRows
 from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.export.schedulers import stock_sampler
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.consistency_config import ConsistencyConfig
 from stepdistill.models.edm import EDMFamily
 from stepdistill.models.registry import conditioning_of, load_family
 from stepdistill.models.tiny_pixels import pixel_unet, tiny_edm, tiny_unet2d
@@ -160,10 +163,12 @@ def test_cd_of_an_edm_teacher_exports_as_a_consistency_model(tmp_path, tmp_path_
         assert torch.equal(by_number, by_index)
 
 
-def test_cd_steps_off_the_stock_stride_are_typed(tmp_path, tmp_path_factory) -> None:
-    out = cd_run(tmp_path / "run", tmp_path_factory).export(tmp_path / "out", num_steps=7)
-    assert json.loads((out / RECORD).read_text())["call"] == {
-        "timesteps": [34, 28, 22, 17, 11, 5, 0]
+def test_cd_steps_off_the_stock_stride_are_typed() -> None:
+    """40 points: the scheduler would stride by 20 = 40 // 2, the 39 trained intervals by 19."""
+    family = EDMFamily(tiny_edm())
+    spec = Consistency(ConsistencyConfig(num_grid=39), Setting(family.path, "x0")).sampler(2)
+    assert stock_sampler(family.pipeline.scheduler, family.path, spec).call == {
+        "timesteps": [19, 0]
     }
 
 

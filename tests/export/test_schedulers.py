@@ -15,11 +15,14 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from support.fixed import EMPTY, SHAPE, STOCK_KIND, Fixed, network
 
+from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import uniform_grid
 from stepdistill.export.flow_grid import flow_match_config
 from stepdistill.export.schedulers import StockSampler, path_betas, stock_sampler
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.consistency_config import ConsistencyConfig
 
 NO_ARGUMENTS: frozenset[str] = frozenset()  # DiTPipeline's call takes no times and no eta
 PLAIN_CALL = frozenset({"num_inference_steps"})
@@ -175,6 +178,25 @@ def test_no_call_is_wasted_and_no_shift_counts_twice(
         fits = loaded.sigmas.tolist() == pytest.approx([*grid, 0.0], abs=1e-6)
         # The teacher's own is right for one step, and for its own shift where it is sent sigmas.
         assert fits == (right or steps == 1 or (sends_sigmas and shift == 3.0))
+
+
+@pytest.mark.parametrize("sends_sigmas", [False, True])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8])
+def test_lcm_on_flow_needs_no_typed_sigmas(
+    steps: int, shift: float, sends_sigmas: bool, tmp_path: Path
+) -> None:
+    """Steps that do not divide the 50 trained times, on pipelines that type sigmas or don't."""
+    method = Consistency(ConsistencyConfig(num_grid=50), Setting(FlowPath(), "flow", shift))
+    spec = method.sampler(steps)
+    base = FlowMatchEulerDiscreteScheduler(shift=shift)
+    made = stock_sampler(base, FlowPath(), spec, False, PLAIN_CALL, sends_sigmas)
+    assert (type(made.scheduler).__name__, made.call) == ("FlowMatchLCMScheduler", {})
+    if sends_sigmas:
+        made.scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)])
+        assert made.scheduler.sigmas.tolist() == pytest.approx([*spec.times, 0.0], abs=1e-6)
+    else:
+        assert difference(made, FlowPath(), "flow", spec, tmp_path) < 1e-5
 
 
 def test_unshifted_config_is_shift_terminal_alone() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, TCDScheduler
-from support.runs import TinyData, teacher_dir
+from support.runs import TinyData, build_trainer, teacher_dir
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.export.pipeline import RECORD
@@ -104,6 +104,17 @@ def test_a_run_that_the_clock_stops_is_exported_on_the_edges_it_trained(
     again = trainer_of_run(tmp_path / "run")
     with pytest.warns(UserWarning, match="stopped"):
         assert saved(again.export(tmp_path / "again"))[0]["times"] == record["times"]
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_lcm_on_flow_exports_without_typed_sigmas(family, tmp_path, tmp_path_factory) -> None:
+    trainer = build_trainer(
+        "lcm", teacher_dir(family, tmp_path_factory), "lora", tmp_path / "run", max_train_steps=1
+    )
+    trainer.train()
+    record, scheduler = saved(trainer.export(tmp_path / "out"))
+    assert (record["num_inference_steps"], record["call"]) == (4, {})
+    assert scheduler["_class_name"] == "FlowMatchLCMScheduler"
 
 
 # ---------------------------------------------------------------- one adapter, all step counts

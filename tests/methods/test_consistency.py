@@ -317,6 +317,14 @@ def test_sampler_visits_the_known_lcm_timesteps(num_steps, expected):
     assert VP.model_time(times).tolist() == expected
 
 
+def test_sampler_strides_evenly_where_no_table_fixes_the_scheduler():
+    """The stride of LCM's first pipeline, K // N: the one that flow schedulers' configs reach."""
+    grid = make(FLOW, shift=3.0).grid
+    for num_steps in (1, 2, 3, 4, 7, 50):
+        starts = grid.starts[[49 - i * (50 // num_steps) for i in range(num_steps)]]
+        assert grid.visit(num_steps) == tuple(starts.tolist())
+
+
 @pytest.mark.parametrize("num_grid", [10, 40, 50, 100])
 def test_sampler_visits_what_the_stock_scheduler_visits(num_grid):
     scheduler = LCMScheduler()
