@@ -3,7 +3,8 @@
 With x_s one guided teacher step from x_t along a grid and e an end inside t's segment:
     loss = d( J_student(x_t, t -> e), stopgrad J_target(x_s, s -> e) ) + weight_g * adversarial,
 J the deterministic (DDIM, on flow Euler) step by the network's own x0. The critic compares the two
-jumps, both carried to a noisier time by the forward kernel; real is the target's, not data.
+jumps, both carried to a noisier time by the forward kernel; real is the target's, not data. At
+t = 1 the student sees pure noise, as in sampling; the released codes leave a table's trace of x0.
 Sources: Ren et al. 2024 (Hyper-SD), arXiv:2404.13686; Wang et al. 2024 (PCM), arXiv:2405.18407.
 """
 
@@ -101,7 +102,7 @@ class TrajectoryMethod(Method[T]):
             noise = noise + config.noise_offset * ctx.randn(flat)
         point = self.draw_end(ctx, index, k)
         (t, s), end = self.grid.pair(index), self.segments.time(point)
-        x_t = self.setting.path.add_noise(x0, noise, t)
+        x_t = self.setting.path.noised(x0, noise, t)
         estimate = jump(nets["student"](x_t, t, batch.cond), end)
         x_s = teacher_step(nets["teacher"], x_t, t, s, batch.cond, batch.null, g)
         with torch.no_grad():

@@ -130,6 +130,7 @@ def test_one_segment_is_trajectory_consistency(setting, loss):
     m = (ctx.rand(512) * n).long()
     t, s, e = points[n], points[n - 1], points[m]
     x_t = path.add_noise(data.x0, noise, t)
+    x_t = torch.where(expand(t, x_t) == 1.0, noise, x_t)  # sampling starts from noise alone
     x_s = teacher_step(GaussianTeacher(path, 0.5), x_t, t, s, data.cond, data.null, g)
     estimate = student(x_t, t, data.cond).step(e)
     target = student(x_s, s, data.cond).step(e)
