@@ -74,11 +74,6 @@ class Consistency(Method[ConsistencyConfig]):
         if self.config.target == "ema":
             nets.ema_update("target", self.config.target_decay(step))
 
-    def draw_guidance(self, ctx: Ctx, bsz: int) -> float | Tensor:
-        """g for the teacher: (B,) float64 uniform on guidance_range, or the fixed number."""
-        low, high = self.config.guidance_range
-        return low if low == high else low + (high - low) * ctx.rand(bsz)
-
     def solve(
         self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, s: Tensor, g: float | Tensor
     ) -> Tensor:
@@ -92,7 +87,7 @@ class Consistency(Method[ConsistencyConfig]):
         assert x0 is not None, "the trainer checks `needs`"
         grid = self.grid_at(ctx.step)
         t, s = grid.pair(ctx.randint(0, len(grid.starts), batch.bsz))
-        g = self.draw_guidance(ctx, batch.bsz)
+        g = ctx.between(config.guidance_range, batch.bsz)
         w = None
         if config.embed_guidance:
             w = torch.as_tensor(g, dtype=torch.float32, device=t.device).expand(batch.bsz) - 1.0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType
 from stepdistill.core.types import Cond
-from stepdistill.models.features import capture
+from stepdistill.models.features import capture, chosen_blocks
 
 if TYPE_CHECKING:
     from stepdistill.models.rolebank import RoleBank
@@ -104,6 +104,6 @@ class RoleDenoiser(Denoiser):
                 "student: expected features of roles with the teacher's architecture, got "
                 f"{list(features)} of one with tuning.student_config. Leave that option out."
             )
-        blocks = {name: self._blocks[name] for name in features}
+        blocks = chosen_blocks(features, self._blocks) if features else {}
         with self._bank.use(self._adapter), capture(self._net, blocks, only) as feats:
             yield feats

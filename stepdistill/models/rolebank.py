@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Role, Scorer
 from stepdistill.models.family import Family
+from stepdistill.models.features import chosen_blocks
 from stepdistill.models.quantization import check_base
 from stepdistill.models.role_denoiser import RoleDenoiser, forget_graphless_casts
 from stepdistill.models.role_weights import copy_into, to_cpu
@@ -87,7 +88,7 @@ class RoleBank(nn.Module):
             self._add_adapter(role)
         for role, spec in self.roles.items():
             if spec.source == "head":
-                self.heads[role] = make_head([blocks[name] for name in spec.features])
+                self.heads[role] = make_head([*chosen_blocks(spec.features, blocks).values()])
             elif role not in self._net_of:
                 self._net_of[role], self._adapter_of[role] = BASE, None
         self._tuner_layers = [m for m in self.nets.modules() if isinstance(m, BaseTunerLayer)]
@@ -118,7 +119,8 @@ class RoleBank(nn.Module):
                 raise ValueError(
                     f"role {role!r}: expected ema_of a role of this method, got {spec.ema_of!r}."
                 )
-            unknown = sorted(set(spec.features) - set(blocks))
+            named = () if spec.features == ("all",) else spec.features
+            unknown = sorted(set(named) - set(blocks))
             if unknown:
                 raise ValueError(
                     f"role {role!r}: expected feature blocks of {self.family.name} "
@@ -201,7 +203,8 @@ class RoleBank(nn.Module):
 
     def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
         """(B, K) logits, one column per block the head reads."""
-        logits: Tensor = self.heads[role]([features[name] for name in self.roles[role].features])
+        names = chosen_blocks(self.roles[role].features, self.family.feature_blocks())
+        logits: Tensor = self.heads[role]([features[name] for name in names])
         forget_graphless_casts()
         return logits
 

@@ -117,6 +117,20 @@ def test_lcm_on_flow_exports_without_typed_sigmas(family, tmp_path, tmp_path_fac
     assert scheduler["_class_name"] == "FlowMatchLCMScheduler"
 
 
+@pytest.mark.parametrize(
+    ("family", "scheduler"), [("sd3", "FlowMatchLCMScheduler"), ("sd", "LCMScheduler")]
+)
+def test_stochastic_pcm_exports_in_any_number_of_steps(
+    family, scheduler, tmp_path, tmp_path_factory
+) -> None:
+    options = {"num_phases": 1, "sampler": "renoise"}
+    trainer = trained(family, tmp_path_factory, tmp_path / "run", "pcm", options, steps=1)
+    for num_steps in (4, 3):
+        record, config = saved(trainer.export(tmp_path / str(num_steps), num_steps=num_steps))
+        assert (record["num_inference_steps"], record["call"]) == (num_steps, {})
+        assert config["_class_name"] == scheduler
+
+
 # ---------------------------------------------------------------- one adapter, all step counts
 def recipe() -> dict:
     return yaml.safe_load((CONFIGS / "recipes" / "tscd_one_lora.yaml").read_text())["method_config"]
