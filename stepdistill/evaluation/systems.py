@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import schedulers
 from peft import PeftModel
 
 from stepdistill.export.base_model import base_model
 from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.models.family import Family
+from stepdistill.models.own_schedulers import scheduler_class
 from stepdistill.models.registry import load_family
 from stepdistill.models.safe_files import read_json
 from stepdistill.models.teacher_lora import lora_facts
@@ -229,7 +229,7 @@ def _put_lora(family: Family, folder: Path, file: str) -> None:
     else:
         pipeline.load_lora_weights(str(folder), weight_name=file, adapter_name="student")
     config = read_json(folder / "scheduler" / "scheduler_config.json", ("_class_name",))
-    cls = getattr(schedulers, str(config["_class_name"]))
+    cls = scheduler_class(str(config["_class_name"]))
     pipeline.scheduler = cls.from_pretrained(str(folder), subfolder="scheduler")
 
 

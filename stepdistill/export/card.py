@@ -54,6 +54,11 @@ def load_arguments(record: Mapping[str, Any]) -> str:
     return "".join(f", {name}=None" for name in record["load_without"])
 
 
+def code_argument(record: Mapping[str, Any]) -> str:
+    """The same of a scheduler of ours: its file lies in the folder, to be read before it is run."""
+    return ", trust_remote_code=True" if record.get("own_code") else ""
+
+
 def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     """The first argument of the call, as code."""
     if record["conditioning"] == "none":
@@ -69,7 +74,8 @@ def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> 
     """Three lines that load the pipeline from `where` and make an image."""
     return (
         "from diffusers import DiffusionPipeline\n"
-        f"pipe = DiffusionPipeline.from_pretrained({where!r}{load_arguments(record)})\n"
+        f"pipe = DiffusionPipeline.from_pretrained({where!r}{load_arguments(record)}"
+        f"{code_argument(record)})\n"
         f"{saving_code(record, prompt)}"
     )
 

@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 from stepdistill.export.card import typed_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.models.family import Family
+from stepdistill.models.own_schedulers import own_parts
 
 
 def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
@@ -30,7 +31,8 @@ def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
     index = diffusers.DiffusionPipeline.load_config(str(model), revision=kwargs.get("revision"))
     stock = getattr(diffusers, index["_class_name"])
     cls = few_step_class(stock, typed_options(record), bool(record.get("prompt_by_name")))
-    options = {"use_safetensors": True, **dict.fromkeys(record["load_without"]), **kwargs}
+    own = own_parts(model, index, kwargs.get("revision"))
+    options = {"use_safetensors": True, **dict.fromkeys(record["load_without"]), **own, **kwargs}
     return cls.from_pretrained(str(model), **options)
 
 

@@ -29,7 +29,7 @@ from stepdistill.export.lora_formats import (
     diffusers_reads,
     write_format,
 )
-from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
+from stepdistill.export.pipeline import RECORD, check_out_dir, copy_code, describe, sampler_of
 from stepdistill.models.family import Family
 from stepdistill.models.rolebank import RoleBank
 
@@ -64,6 +64,7 @@ def export_lora(
     out_dir.mkdir(parents=True, exist_ok=True)
     file, adapters = _write(family, bank, role, out_dir, format)
     sampler.scheduler.save_pretrained(out_dir / "scheduler")
+    copy_code(sampler.scheduler, out_dir / "scheduler")
     # A student on a base of its own belongs to that one, not to the teacher.
     own = facts.get("student_base") or facts.get("model")
     record = describe(family, spec, sampler, {**facts, "model": own})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.export.card import load_arguments, lora_file, saving_code, teacher_loras
+from stepdistill.models.own_schedulers import OWN
 
 
 def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[str, str]:
@@ -21,7 +22,7 @@ def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[str, str]:
 def lora_code(record: Mapping[str, Any], pipeline: str, scheduler: str, where: str) -> str:
     """Code that makes an image with an adapter that load_lora_weights reads."""
     loader, base = base_code(record, pipeline)
-    lines = [f"from diffusers import {loader}, {scheduler}", "", f"pipe = {base}"]
+    lines = [*_imports(record, loader, scheduler, where), "", f"pipe = {base}"]
     beside = teacher_loras(record)
     file = record["lora"]["file"]
     for i, lora in enumerate(beside):
@@ -42,7 +43,7 @@ def peft_code(
     """The same for pipelines without that loader, through PEFT."""
     loader, base = base_code(record, pipeline)
     lines = [
-        f"from diffusers import {loader}, {scheduler}",
+        *_imports(record, loader, scheduler, where),
         "from peft import PeftModel",
         "",
         f"pipe = {base}",
@@ -51,6 +52,19 @@ def peft_code(
         lines.append(f"adapted = PeftModel.from_pretrained(pipe.{net_name}, {source!r})")
         lines.append(f"pipe.{net_name} = adapted.merge_and_unload()")
     return "\n".join([*lines, *_last(record, scheduler, where)])
+
+
+def _imports(record: Mapping[str, Any], loader: str, scheduler: str, where: str) -> list[str]:
+    """Import lines; a scheduler of ours comes from the file beside its config."""
+    if not record.get("own_code"):
+        return [f"from diffusers import {loader}, {scheduler}"]
+    module = next(name for name, own in OWN.items() if own == scheduler)
+    return [
+        "import sys",
+        f"from diffusers import {loader}",
+        f"sys.path.append({where + '/scheduler'!r})",
+        f"from {module} import {scheduler}",
+    ]
 
 
 def _last(record: Mapping[str, Any], scheduler: str, where: str) -> list[str]:

@@ -24,6 +24,7 @@ from stepdistill.export.schedulers import StockSampler, stock_sampler
 from stepdistill.export.verify import check_export
 from stepdistill.export.weights import stock_net
 from stepdistill.models.family import Family
+from stepdistill.models.own_schedulers import OWN, own_file
 from stepdistill.models.quantization import is_quantized
 from stepdistill.models.rolebank import RoleBank
 
@@ -59,6 +60,7 @@ def export_pipeline(
     aside = out_dir.with_name(out_dir.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     pipeline.save_pretrained(aside, safe_serialization=True)
+    copy_code(sampler.scheduler, aside / "scheduler")
     load_alike(aside)
     (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     write_card(aside, record, type(pipeline).__name__, out_dir.name)
@@ -68,6 +70,13 @@ def export_pipeline(
         shutil.rmtree(out_dir)
     aside.replace(out_dir)
     return out_dir
+
+
+def copy_code(scheduler: Any, folder: Path) -> None:
+    """Put the file of a scheduler of ours beside its config, for loading by Diffusers alone."""
+    module = type(scheduler).__module__
+    if module in OWN:
+        shutil.copyfile(own_file(module), folder / f"{module}.py")
 
 
 def load_alike(folder: Path) -> None:
@@ -170,6 +179,7 @@ def describe(
         "guided": spec.guidance != 1.0,
         "call": {**size, **family.guided_call(spec.guidance), **sampler.call},
         "load_without": missing_parts(family.pipeline),
+        "own_code": OWN.get(type(sampler.scheduler).__module__),
         "kind": spec.kind,
         "times": None if spec.keeps_scheduler else list(spec.times),
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),

@@ -2,6 +2,7 @@
 
     VP    renoise  LCMScheduler            ode  DDIMScheduler (trailing)      tcd  TCDScheduler
     flow  renoise  FlowMatchLCMScheduler   ode  FlowMatchEulerDiscreteScheduler
+                                           tcd  pipelines/tcd_flow_match_scheduler.py, our own
     VE    renoise  CMStochasticIterativeScheduler (told 250 ln sigma)
                                            ode  EDMEulerScheduler (told ln(sigma) / 4)
 
@@ -33,6 +34,7 @@ from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
 from stepdistill.export.flow_grid import flow_match_config, shift_of_grid
+from stepdistill.models.own_schedulers import scheduler_class
 
 # What a VP scheduler must keep of the teacher's: its noise table.
 _TABLE = (
@@ -199,15 +201,17 @@ def _flow(
     scales_input: bool,
 ) -> StockSampler:
     gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind]
-    if gamma not in (0.0, 1.0) or spec.boundary_scale is not None:
+    if spec.boundary_scale is not None:
         raise ValueError(
-            f"export: expected kind ode or renoise and plain x0 on a flow path, got {spec}: no "
-            "stock flow scheduler takes its step. Sample with stepdistill.sampling."
+            f"export: expected plain x0 on a flow path, got {spec}: no flow scheduler blends. "
+            "Sample with stepdistill.sampling."
         )
     total, num = path.num_train_timesteps, spec.num_steps
     visited = tuple(total * t for t in spec.times)
     cls: Any = FlowMatchLCMScheduler if gamma else FlowMatchEulerDiscreteScheduler
     config: dict[str, Any] = {"num_train_timesteps": total}
+    if 0.0 < gamma < 1.0:
+        cls, config = scheduler_class("FlowMatchTCDScheduler"), {**config, "gamma": gamma}
     if flow_in_vp:
         # Such a pipeline multiplies its first noise by scheduler.init_noise_sigma, which flow
         # schedulers lack; an entry of that name in the saved config answers for it.
@@ -216,8 +220,8 @@ def _flow(
         # The loop calls scale_model_input: one flow scheduler has that.
         if gamma:
             raise ValueError(
-                "export: expected kind ode for a velocity student in this pipeline, got renoise: "
-                "its loop calls what FlowMatchLCMScheduler lacks. Use setup: wrapped."
+                "export: expected kind ode for a velocity student in this pipeline, got "
+                f"{spec.kind}: its loop calls what {cls.__name__} lacks. Use setup: wrapped."
             )
         cls, grid = FlowMapEulerDiscreteScheduler, {"shift": shift_of_grid(spec.times)}
     elif sends_sigmas and np.allclose(

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from stepdistill.core.method import Setting
 from stepdistill.models.family import Family
 from stepdistill.models.generic import generic_family
+from stepdistill.models.own_schedulers import library_class
 from stepdistill.models.quantization import check_quantization, loader_config, requantized
 from stepdistill.models.safe_files import check_index, load_part, load_stock, read_json
 from stepdistill.models.schedule import read_schedule
@@ -218,7 +219,7 @@ def load_setting(model: str | Path, config: str | None = None, **hub: Any) -> Se
     index = model_index(model, config, **hub)
     family_for(index["_class_name"])  # refuses unserved classes first
     library, name = index["scheduler"]
-    scheduler_cls = getattr(import_module(library), name)
+    scheduler_cls = library_class(library, name)
     where = config_source(model, config)
     try:
         scheduler = scheduler_cls.from_pretrained(where, subfolder="scheduler", **hub)

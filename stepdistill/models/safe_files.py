@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepdistill.models.own_schedulers import is_own, own_parts
+
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PART = re.compile(r"[A-Za-z]\w*")
 _NETS = ("unet", "transformer", "vae")
@@ -76,8 +78,14 @@ def check_index(index: Mapping[str, Any], where: str | Path) -> None:
         library, cls = entry
         if library is None and cls is None:
             continue
-        known = library in ("diffusers", "transformers") or (
-            isinstance(library, str) and _PART.fullmatch(library) and hasattr(pipelines, library)
+        known = (
+            is_own(entry)
+            or library in ("diffusers", "transformers")
+            or (
+                isinstance(library, str)
+                and _PART.fullmatch(library)
+                and hasattr(pipelines, library)
+            )
         )
         if not known or not isinstance(cls, str) or not _PART.fullmatch(cls):
             raise ValueError(
@@ -114,6 +122,7 @@ def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> A
     """
     named = getattr(diffusers, index["_class_name"], None)
     known = isinstance(named, type) and issubclass(named, DiffusionPipeline)
+    options = {**own_parts(model, index, options.get("revision")), **options}
     return _load_checked(named if known else DiffusionPipeline, model, index, options)
 
 

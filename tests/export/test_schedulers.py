@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
@@ -23,6 +22,7 @@ from stepdistill.export.flow_grid import flow_match_config
 from stepdistill.export.schedulers import StockSampler, path_betas, stock_sampler
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.consistency_config import ConsistencyConfig
+from stepdistill.models.own_schedulers import scheduler_class
 
 NO_ARGUMENTS: frozenset[str] = frozenset()  # DiTPipeline's call takes no times and no eta
 PLAIN_CALL = frozenset({"num_inference_steps"})
@@ -43,7 +43,7 @@ def difference(
 ) -> float:
     """max |stock loop - sample_x0| with one stream of fresh noise."""
     sampler.scheduler.save_pretrained(folder)
-    stock: Any = getattr(diffusers, type(sampler.scheduler).__name__).from_pretrained(folder)
+    stock: Any = scheduler_class(type(sampler.scheduler).__name__).from_pretrained(folder)
     call = dict(sampler.call)
     step = {"eta": call.pop("eta")} if "eta" in call else {}
     stock.set_timesteps(**(call or {"num_inference_steps": spec.num_steps}))
@@ -216,7 +216,18 @@ def test_other_flow_grids_go_into_the_call(times: tuple[float, ...], tmp_path: P
         stock_sampler(base, path, spec, accepts=PLAIN_CALL)
 
 
-@pytest.mark.parametrize(("kind", "gamma"), [("ode", 0.0), ("renoise", 0.0), ("tcd", 1.0)])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_tcd_on_flow_is_a_scheduler_of_ours(shift: float, tmp_path: Path) -> None:
+    spec = SamplerSpec(uniform_grid(4, shift), "tcd", gamma=0.3)
+    base = FlowMatchEulerDiscreteScheduler(shift=shift)
+    sampler = stock_sampler(base, FlowPath(), spec, accepts=PLAIN_CALL)
+    assert (type(sampler.scheduler).__name__, sampler.call) == ("FlowMatchTCDScheduler", {})
+    assert difference(sampler, FlowPath(), "flow", spec, tmp_path) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "gamma"), [("ode", 0.0), ("renoise", 0.0), ("tcd", 1.0), ("tcd", 0.3)]
+)
 def test_velocity_student_in_a_vp_pipeline(kind: str, gamma: float, tmp_path: Path) -> None:
     spec = SamplerSpec(uniform_grid(4), kind, gamma=gamma)  # type: ignore[arg-type]
     sampler = stock_sampler(teacher(), FlowPath(), spec, flow_in_vp=True)
@@ -237,7 +248,6 @@ def test_velocity_student_in_a_plain_loop(tmp_path: Path) -> None:
     ("path", "spec", "accepts", "message"),
     [
         (VEPath(), SamplerSpec((1.0, 0.5)), PLAIN_CALL, "kind ode .Euler. .* DDIMScheduler"),
-        (FlowPath(), SamplerSpec((1.0, 0.5), "tcd", gamma=0.3), PLAIN_CALL, "kind ode or renoise"),
         (FlowPath(), SamplerSpec((1.0,), boundary_scale=10.0), PLAIN_CALL, "plain x0"),
         (None, SamplerSpec((0.4,)), PLAIN_CALL, r"call takes none, got \[399\]"),
         (None, SamplerSpec((1.0, 0.6), "ode"), PLAIN_CALL, "without `eta`"),
