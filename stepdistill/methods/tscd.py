@@ -42,7 +42,8 @@ class TSCDConfig(TrajectoryConfig):
     """Factor on gan.weight_g at each stage; none means 1 throughout. The head trains at every
     stage, so that it is ready where its weight rises."""
     sampler: Literal["ode", "tcd"] = "ode"
-    """Deterministic steps (trailing DDIM, on flow Euler), or TCD's with noise travel (VP)."""
+    """Deterministic steps (trailing DDIM, on flow Euler), or TCD's with noise travel (on flow by a
+    scheduler that the export carries)."""
     gamma: float = Field(default=0.3, ge=0, le=1)
     """Stochasticity of the tcd sampler: 0 none, 1 fresh noise on x0. Read with tcd alone."""
     num_steps: int | None = Field(default=None, ge=1)

@@ -22,7 +22,8 @@ _FOLDERS = (
 
 def is_own(entry: Any) -> bool:
     """Whether a model_index.json entry (library, class) names one of them."""
-    return isinstance(entry, list | tuple) and len(entry) == 2 and OWN.get(entry[0]) == entry[1]
+    told = isinstance(entry, list | tuple) and all(isinstance(part, str) for part in entry)
+    return told and tuple(entry) in OWN.items()
 
 
 def is_own_copy(path: Path) -> bool:
