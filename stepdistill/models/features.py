@@ -47,11 +47,11 @@ def unet_blocks(widths: Sequence[int]) -> dict[str, FeatureBlock]:
 def chosen_blocks(
     names: Sequence[str], blocks: Mapping[str, FeatureBlock]
 ) -> dict[str, FeatureBlock]:
-    """The blocks of these names, in order; ("all",) stands for each place once.
+    """The blocks of these names, in order; "all" among them stands for each place once.
 
     Errors: KeyError for an unknown name.
     """
-    if tuple(names) != ("all",):
+    if "all" not in names:
         return {name: blocks[name] for name in names}
     places = {block.module: name for name, block in blocks.items()}  # "mid" may be one of a list
     return {name: blocks[name] for name in places.values()}

@@ -119,8 +119,7 @@ class RoleBank(nn.Module):
                 raise ValueError(
                     f"role {role!r}: expected ema_of a role of this method, got {spec.ema_of!r}."
                 )
-            named = () if spec.features == ("all",) else spec.features
-            unknown = sorted(set(named) - set(blocks))
+            unknown = sorted(set(spec.features) - set(blocks) - {"all"})
             if unknown:
                 raise ValueError(
                     f"role {role!r}: expected feature blocks of {self.family.name} "
