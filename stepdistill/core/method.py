@@ -34,7 +34,7 @@ class Role:
     extra_inputs: inputs the stock network lacks: "w" (guidance embedding).
     as_flow: read the output as velocity at (x, num_train_timesteps * t), whatever the teacher
         predicted (InstaFlow's raw set-up).
-    features: blocks a head reads, by the family's names ("mid" exists everywhere).
+    features: blocks a head reads, by the family's names ("mid" exists everywhere, ("all",) is all).
     """
 
     source: Literal["teacher", "head"] = "teacher"

@@ -86,6 +86,16 @@ class NoisePath(ABC):
         alpha, sigma = self.coeffs(t)
         return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
 
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t (B, C, *S) to train at: add_noise, but pure noise at t = 1, as sampling starts there.
+
+        The last entry of a table has an alpha above 0 and sigma_max is finite: add_noise would
+        leave a trace of x0 that no sampler's first input has.
+        """
+        x_t = self.add_noise(x0, eps, t)
+        first = (t >= 1.0 - 1e-9).view(-1, *([1] * (x_t.ndim - 1)))
+        return torch.where(first, self.prior(full(eps)).to(x_t.dtype), x_t)
+
     def renoise(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """x_s at the noisier time s >= t, by the forward kernel q(x_s | x_t).
 

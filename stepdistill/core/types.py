@@ -8,7 +8,7 @@ A method never looks inside a Cond; only the family that made it knows the keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,15 @@ class Batch:
     @property
     def bsz(self) -> int:
         return self.cond.bsz
+
+    def nulled(self, rows: Tensor) -> Batch:
+        """The batch with the null condition in `rows`, a mask (B,) on the CPU: prompt dropout."""
+
+        def mixed(name: str, own: Tensor) -> Tensor:
+            mask = rows.to(own.device).view(-1, *([1] * (own.ndim - 1)))
+            return torch.where(mask, self.null[name], own)
+
+        return replace(self, cond=Cond({k: mixed(k, v) for k, v in self.cond.tensors.items()}))
 
     def has(self) -> frozenset[str]:
         """Names of the fields this batch carries, the vocabulary of `Method.needs`."""

@@ -3,6 +3,7 @@
     VP    renoise  LCMScheduler            ode  DDIMScheduler (trailing)      tcd  TCDScheduler
     flow  renoise  FlowMatchLCMScheduler   ode  FlowMatchEulerDiscreteScheduler
     both  anchored, and Heun's rule: pipelines/rectified_flow_scheduler.py
+                                           tcd  pipelines/tcd_flow_match_scheduler.py
     VE    renoise  CMStochasticIterativeScheduler (told 250 ln sigma)
                                            ode  EDMEulerScheduler (told ln(sigma) / 4)
 
@@ -32,6 +33,7 @@ from diffusers import (
 
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.core.times import uniform_grid
 from stepdistill.export.flow_grid import flow_match_config, shift_of_grid
 from stepdistill.loading.project_code import part_class
 
@@ -224,10 +226,10 @@ def _flow(
     scales_input: bool,
 ) -> StockSampler:
     gamma = {"renoise": 1.0, "tcd": spec.gamma}.get(spec.kind, 0.0)
-    if gamma not in (0.0, 1.0) or spec.boundary_scale is not None:
+    if spec.boundary_scale is not None:
         raise ValueError(
-            f"export: expected kind ode or renoise and plain x0 on a flow path, got {spec}: no "
-            "stock flow scheduler takes its step. Sample with stepdistill.sampling."
+            f"export: expected plain x0 on a flow path, got {spec}: no flow scheduler blends. "
+            "Sample with stepdistill.sampling."
         )
     total, num = path.num_train_timesteps, spec.num_steps
     listed = _listed(spec.times, spec)
@@ -236,6 +238,11 @@ def _flow(
     ours = _ours(spec, "FlowMatch")
     cls = ours or cls
     config: dict[str, Any] = {"num_train_timesteps": total}
+    if 0.0 < gamma < 1.0:
+        cls, config = (
+            part_class("tcd_flow_match_scheduler", "FlowMatchTCDScheduler"),
+            {**config, "gamma": gamma},
+        )
     if flow_in_vp:
         # Such a pipeline multiplies its first noise by scheduler.init_noise_sigma, which flow
         # schedulers lack; an entry of that name in the saved config answers for it.
@@ -244,14 +251,16 @@ def _flow(
         # The loop calls scale_model_input: one stock flow scheduler has that.
         if gamma:
             raise ValueError(
-                "export: expected kind ode for a velocity student in this pipeline, got renoise: "
-                "its loop calls what FlowMatchLCMScheduler lacks. Use setup: wrapped."
+                "export: expected kind ode for a velocity student in this pipeline, got "
+                f"{spec.kind}: its loop calls what {cls.__name__} lacks. Use setup: wrapped."
             )
         cls, grid = FlowMapEulerDiscreteScheduler, {"shift": shift_of_grid(spec.times)}
-    elif sends_sigmas:  # a uniform grid already: the shift alone maps it
+    elif sends_sigmas and np.allclose(
+        spec.times, uniform_grid(num, shift_of_grid(spec.times)), atol=1e-9
+    ):  # a uniform grid already: the shift alone maps it
         grid = {"shift": shift_of_grid(spec.times)}
     else:
-        grid = flow_match_config(spec.times)
+        grid = flow_match_config(spec.times, sends_sigmas)
     made = cls.from_config({**config, **grid})
     if sends_sigmas:
         made.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num, num))
@@ -276,6 +285,8 @@ def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
     EDM's grid takes sigma_max^(1/rho) to sigma_min^(1/rho) in N - 1 steps: with t_N = 1/N the
     uniform ones. That of consistency models takes every (n/N)-th of n times: with 1/n likewise.
     """
+    if spec.boundary_sigma is not None:
+        return _consistency_model(teacher, path, spec, spec.boundary_sigma)
     num, config = spec.num_steps, teacher.config
     told = isinstance(teacher, CMStochasticIterativeScheduler)
     gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind] if num > 1 else float(told)
@@ -312,3 +323,34 @@ def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
             f"export: expected the uniform grid of {num} times on a VE path, got {spec.times}."
         )
     return StockSampler(made, tuple(float(t) for t in made.timesteps))
+
+
+def _consistency_model(
+    teacher: Any, path: VEPath, spec: SamplerSpec, sigma_min: float
+) -> StockSampler:
+    """CD's own scheduler on the K + 1 Karras points of its grid, the last of them sigma_min."""
+    config, times = teacher.config, torch.tensor(spec.times, dtype=torch.float64)
+    if not isinstance(teacher, CMStochasticIterativeScheduler) or config.sigma_data != 0.5:
+        raise ValueError(
+            "export: expected a teacher beside CMStochasticIterativeScheduler with sigma_data 0.5, "
+            f"got {config.sigma_data:g} beside {type(teacher).__name__}: no stock scheduler has "
+            "the blend that was trained. Set boundary: none, or give the teacher that scheduler."
+        )
+    intervals = len(spec.trained_times or spec.times)
+    low = float(path.time_of_sigma(torch.tensor(sigma_min, dtype=torch.float64)))
+    # Index 0 is the noisiest, as the call's `timesteps` have it.
+    indices = (intervals * (1.0 - times) / (1.0 - low)).round().long().flip(0).tolist()
+    made = CMStochasticIterativeScheduler(
+        **{name: config[name] for name in ("sigma_max", "sigma_data", "rho")},
+        num_train_timesteps=intervals + 1,
+        sigma_min=sigma_min,
+        clip_denoised=False,
+    )
+    call: dict[str, Any] = {}
+    made.set_timesteps(spec.num_steps)
+    sigmas = path.coeffs(times)[1]
+    if not np.allclose(made.sigmas[:-1], sigmas, rtol=1e-4):
+        call = {"timesteps": indices}
+        made.set_timesteps(**call)
+    assert np.allclose(made.sigmas[:-1], sigmas, rtol=1e-4), "the grid is Karras's"
+    return StockSampler(made, tuple(float(t) for t in made.timesteps), call)

@@ -71,6 +71,19 @@ def leave_out(net: nn.Module, blocks: Mapping[str, FeatureBlock]) -> Iterator[No
             handle.remove()
 
 
+def chosen_blocks(
+    names: Sequence[str], blocks: Mapping[str, FeatureBlock]
+) -> dict[str, FeatureBlock]:
+    """The blocks of these names, in order; "all" among them stands for each place once.
+
+    Errors: KeyError for an unknown name.
+    """
+    if "all" not in names:
+        return {name: blocks[name] for name in names}
+    places = {block.module: name for name, block in blocks.items()}  # "mid" may be one of a list
+    return {name: blocks[name] for name in places.values()}
+
+
 class _AllFound(BaseException):
     """Ends a network's forward pass behind the last feature; no handler in it keeps this."""
 

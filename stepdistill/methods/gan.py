@@ -42,7 +42,7 @@ class GANConfig(MethodConfig):
     source: Literal["fake", "teacher"] = "fake"
     """Whose features the head reads: the fake's (trained by it too) or the frozen teacher's."""
     blocks: tuple[str, ...] = Field(default=("mid",), min_length=1)
-    """Feature blocks, by the model family's names; one logit each."""
+    """Feature blocks, by the model family's names, or "all" of them; one logit each."""
     loss: AdversarialLoss = "softplus"
     """softplus (non-saturating), hinge, or clipped_hinge (the generator's stops at the margin)."""
     r1_weight: float = Field(default=0.0, ge=0)

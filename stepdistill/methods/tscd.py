@@ -36,11 +36,14 @@ class TSCDConfig(TrajectoryConfig):
     stage_starts: tuple[float, ...] | None = None
     """Where the stages after the first begin: fractions of max_train_steps below 1, or student
     steps from 1 on; none means stages of equal length."""
+    loss_scale: tuple[float, ...] | None = None
+    """Factor on the distance at each stage; none means 1 throughout. With a GAN it may fall."""
     gan_scale: tuple[float, ...] | None = None
     """Factor on gan.weight_g at each stage; none means 1 throughout. The head trains at every
     stage, so that it is ready where its weight rises."""
     sampler: Literal["ode", "tcd"] = "ode"
-    """Deterministic steps (trailing DDIM, on flow Euler), or TCD's with noise travel (VP)."""
+    """Deterministic steps (trailing DDIM, on flow Euler), or TCD's with noise travel (on flow by a
+    scheduler that the export carries)."""
     gamma: float = Field(default=0.3, ge=0, le=1)
     """Stochasticity of the tcd sampler: 0 none, 1 fresh noise on x0. Read with tcd alone."""
     num_steps: int | None = Field(default=None, ge=1)
@@ -57,20 +60,32 @@ class TSCDConfig(TrajectoryConfig):
             )
         check_segments(self.num_grid, self.segments)
         check_stage_starts(self.stage_starts, len(self.segments))
-        if self.gan_scale is not None:
-            if len(self.gan_scale) != len(self.segments) or min(self.gan_scale) < 0:
+        for name in ("loss_scale", "gan_scale"):
+            scale = getattr(self, name)
+            if scale is not None and (len(scale) != len(self.segments) or min(scale) < 0):
                 raise ValueError(
-                    f"gan_scale: expected {len(self.segments)} factors >= 0, one for each of "
-                    f"segments {self.segments}, got {self.gan_scale}."
+                    f"{name}: expected {len(self.segments)} factors >= 0, one for each of "
+                    f"segments {self.segments}, got {scale}."
                 )
-            if not self.gan.enabled:
-                warnings.warn("gan_scale has no effect: gan.weight_g is 0.", stacklevel=2)
+        if self.gan_scale is not None and not self.gan.enabled:
+            warnings.warn("gan_scale has no effect: gan.weight_g is 0.", stacklevel=2)
+        for stage in range(len(self.segments)):
+            if self.weights(stage) == (0.0, 0.0):
+                raise ValueError(
+                    f"loss_scale: expected a factor above 0 or an adversarial term, got neither: "
+                    f"stage {stage + 1} would train on nothing."
+                )
         if self.num_steps is not None and self.num_steps % self.segments[-1]:
             raise ValueError(
                 f"num_steps: expected a multiple of the last segment count {self.segments[-1]}, "
                 f"got {self.num_steps}."
             )
         return self
+
+    def weights(self, stage: int) -> tuple[float, float]:
+        """Weights of the distance and of the adversarial term at that stage."""
+        factors = [1.0 if s is None else s[stage] for s in (self.loss_scale, self.gan_scale)]
+        return factors[0], self.gan.weight_g * factors[1]
 
     def stage_of(self, step: int, max_steps: int) -> int:
         """The stage that student step `step` belongs to: from the position alone, never from state.
@@ -93,10 +108,8 @@ class TSCD(TrajectoryMethod[TSCDConfig]):
     def draw_end(self, ctx: Ctx, index: Tensor, k: int) -> Tensor:
         return self.segments.draw_end(ctx.rand(len(index)), index, k)
 
-    def gan_weight(self, ctx: Ctx) -> float:
-        scale, config = self.config.gan_scale, self.config
-        stage = config.stage_of(ctx.step, ctx.max_steps)
-        return config.gan.weight_g * (1.0 if scale is None else scale[stage])
+    def weights(self, ctx: Ctx) -> tuple[float, float]:
+        return self.config.weights(self.config.stage_of(ctx.step, ctx.max_steps))
 
     def resets(self, step: int, max_steps: int) -> tuple[str, ...]:
         """All trained roles where a new stage begins."""
@@ -126,5 +139,6 @@ class TSCD(TrajectoryMethod[TSCDConfig]):
             self.segments.visit(own if num_steps is None else num_steps, k),
             config.sampler,
             trained_times=tuple(self.grid.starts.flip(0).tolist()),
+            guidance=config.inference_guidance,
             gamma=config.gamma if config.sampler == "tcd" else 0.0,
         )

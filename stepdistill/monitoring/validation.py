@@ -22,8 +22,7 @@ from torch import Tensor
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.denoiser import Denoiser, is_guided
 from stepdistill.core.method import FakeFit, Method
-from stepdistill.core.path import expand
-from stepdistill.core.solvers import SamplerSpec, boundary_coeffs
+from stepdistill.core.solvers import SamplerSpec, boundary_x0
 from stepdistill.core.times import shift_times
 from stepdistill.families.family import Family
 from stepdistill.monitoring.fake_lag import LAG_TIMES, lag_of, lag_terms
@@ -224,7 +223,4 @@ def _jump(
     at = torch.full((x_t.shape[0],), t, dtype=torch.float64, device=x_t.device)
     w = None if spec.w is None else torch.full_like(at, spec.w).float()
     pred = student(x_t, at, cond, null, spec.guidance, w=w, s=torch.zeros_like(at))
-    if spec.boundary_scale is None:
-        return pred.x0
-    c_skip, c_out = boundary_coeffs(student.path.model_time(at), spec.boundary_scale)
-    return expand(c_skip, x_t) * pred.x_t + expand(c_out, x_t) * pred.x0
+    return boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)

@@ -16,7 +16,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType
 from stepdistill.core.types import Cond
 from stepdistill.families.family import Family
-from stepdistill.families.features import capture, leave_out
+from stepdistill.families.features import capture, chosen_blocks, leave_out
 
 
 def forget_graphless_casts() -> None:
@@ -129,6 +129,6 @@ class RoleDenoiser(Denoiser):
                 "student: expected features of roles with the teacher's architecture, got "
                 f"{list(features)} of one with tuning.student_config. Leave that option out."
             )
-        blocks = {name: self._blocks[name] for name in features}
+        blocks = chosen_blocks(features, self._blocks) if features else {}
         with self._activate(self._adapter), capture(self._net, blocks, only) as feats:
             yield feats

@@ -394,3 +394,6 @@ def test_shipped_configs_are_valid(name, stage):
     run = RunConfig(pretrained_model_name_or_path="model", **raw)
     method = Reflow(ReflowConfig(**run.method_config), Setting(VP))
     assert (run.method, method.config.stage) == (method.name, stage)
+    if name == "dmd2_warm_start":  # piq's LPIPS(replace_pooling=True) on taesdxl's images, 4 each
+        assert (method.config.lpips.pooling, method.config.lpips.resize) == ("avg", None)
+        assert (run.decoder, run.train_batch_size) == ("madebyollin/taesdxl", 4)
