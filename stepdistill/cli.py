@@ -269,10 +269,11 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Compare our adapter with the stock pipeline; exit 1 where they differ."""
+    """Compare our adapter with the stock pipeline, and LoRA files; exit 1 where they differ."""
+    from stepdistill.export.lora import lora_rows
     from stepdistill.testing.parity import print_check
 
-    sys.exit(print_check(args.model_dir, args.base_quantization))
+    sys.exit(print_check(args.model_dir, args.base_quantization, (lora_rows,)))
 
 
 if __name__ == "__main__":
