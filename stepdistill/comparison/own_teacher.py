@@ -161,7 +161,6 @@ class OwnTeacher(Ground):
             settings = merge(settings, read_yaml(path))
         settings = {key: value for key, value in settings.items() if key not in ELSEWHERE}
         settings.setdefault("method", name)
-        fields = method_class(settings["method"]).Config.model_fields
         same: dict[str, Any] = {**OURS}
         same["mixed_precision"] = own.mixed_precision or (
             "bf16" if torch.cuda.is_available() else "no"
@@ -173,11 +172,7 @@ class OwnTeacher(Ground):
         if own.student:
             same["tuning"] = {"student": own.student, "fake": own.student}
         if own.guidance is not None:
-            told = {"guidance": own.guidance, "guidance_range": [own.guidance] * 2}
-            told["embed_guidance"] = False  # one guidance needs no telling
-            if "guidance" in fields:
-                told.pop("guidance_range")
-            same["method_config"] = {key: v for key, v in told.items() if key in fields}
+            same["method_config"] = method_class(settings["method"]).options_at(own.guidance)
         return merge(settings, same)
 
     def trainings(self, student: Student) -> list[Training]:

@@ -117,6 +117,21 @@ class Setting:
     shift: float = 1.0
 
 
+@dataclass(frozen=True)
+class FakeFit:
+    """How a method calls the fake score that it fits to the student's samples.
+
+    teacher, fake: guidance of each in the student's gradient; means where it is drawn anew.
+    fitted: guidance of the prediction that is fitted (1 in all but SiD-LSG).
+    last_step: whether it is fitted to what the sampler's last step alone makes.
+    """
+
+    teacher: float
+    fake: float = 1.0
+    fitted: float = 1.0
+    last_step: bool = False
+
+
 class MethodConfig(BaseModel):
     """Base of every method's Config: unknown keys are errors, values are checked once."""
 
@@ -130,16 +145,53 @@ class Method(ABC, Generic[C]):
     """One distillation algorithm.
 
     name: the key in METHODS. paper: its source. Config: its options.
+    guidance_options: the options that say how its losses guide the teacher, each a number g, a
+        range of g or a switch. The first that is set to a number or a range counts. All of these
+        have to be 1 where the model has no null condition.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
+    guidance_options: ClassVar[tuple[str, ...]] = ()
     any_student: ClassVar[bool] = True  # whether a student of another architecture makes sense
 
     def __init__(self, config: C, setting: Setting) -> None:
         self.config = config
         self.setting = setting
+
+    @classmethod
+    def guidance_of(cls, config: MethodConfig) -> tuple[float, float]:
+        """(lowest, highest) guidance g of the teacher, null + g (cond - null); (1, 1) is none."""
+        for value in (getattr(config, name) for name in cls.guidance_options):
+            if isinstance(value, tuple):
+                return value
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value), float(value)
+        return 1.0, 1.0
+
+    @classmethod
+    def options_at(cls, guidance: float) -> dict[str, Any]:
+        """Options that hold the teacher's guidance at one number: what is off by default is off."""
+        defaults = {name: cls.Config.model_fields[name].default for name in cls.guidance_options}
+        ranges = {n: [guidance] * 2 for n, v in defaults.items() if isinstance(v, tuple)}
+        off = {name: value for name, value in defaults.items() if not value}
+        return {**dict.fromkeys(defaults, guidance), **ranges, **off}
+
+    @property
+    def teacher_guidance(self) -> float:
+        """Guidance of the teacher whose distribution (or trajectory) the student ends at.
+
+        What it is validated against. That told to the sampler, or the middle of what the losses
+        guide the teacher by; a method whose fixed point is another teacher says so here.
+        """
+        w = self.sampler().w
+        return 0.5 * sum(self.guidance_of(self.config)) if w is None else w + 1.0
+
+    @property
+    def fake_fit(self) -> FakeFit | None:
+        """How the fake score is called and fitted; None where no such network is."""
+        return None
 
     @property
     def needs(self) -> frozenset[str]:

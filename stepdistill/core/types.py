@@ -119,3 +119,8 @@ class Losses:
 
     total: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def plus(self, weight: float, term: Tensor, **logs: Tensor) -> Losses:
+        """These losses and `weight` times a further term, with further values to log."""
+        told = {name: value.detach() for name, value in logs.items()}
+        return Losses(self.total + weight * term, {**self.logs, **told})

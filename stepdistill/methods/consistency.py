@@ -32,6 +32,7 @@ class Consistency(Method[ConsistencyConfig]):
     name = "consistency"
     paper = "Song et al. 2023, arXiv:2303.01469; Luo et al. 2023, arXiv:2310.04378"
     Config = ConsistencyConfig
+    guidance_options = ("guidance_range", "embed_guidance")
 
     def __init__(self, config: ConsistencyConfig, setting: Setting) -> None:
         super().__init__(config, setting)

@@ -27,8 +27,8 @@ from stepdistill.losses.adversarial import (
     discriminator_loss,
     exact_r1,
 )
+from stepdistill.methods.rollout import Sample
 
-Sample = tuple[Tensor, Cond]  # x0 (B, C, *S) and its own condition
 Noised = tuple[Tensor, Tensor, Cond]  # x_t (B, C, *S), t (B,) and the condition
 
 
@@ -84,12 +84,11 @@ def disc_loss(
 
     Args: draw_times: () -> (B,) noise levels, called once for each side (or once for both).
     """
-    (x_real, cond_real), (x_fake, cond_fake) = real, fake
-    t, noise = draw_times(), ctx.randn(tuple(x_fake.shape))
-    noised_fake = (path.add_noise(x_fake, noise, t), t, cond_fake)
+    t, noise = draw_times(), ctx.randn(tuple(fake.x0.shape))
+    noised_fake = (path.add_noise(fake.x0, noise, t), t, fake.cond)
     if not gan.same_noise:
-        t, noise = draw_times(), ctx.randn(tuple(x_real.shape))
-    noised_real = (path.add_noise(x_real, noise, t), t, cond_real)
+        t, noise = draw_times(), ctx.randn(tuple(real.x0.shape))
+    noised_real = (path.add_noise(real.x0, noise, t), t, real.cond)
     return noised_disc_loss(nets, gan, ctx, noised_real, noised_fake)
 
 

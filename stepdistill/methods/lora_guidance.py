@@ -38,6 +38,7 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
     name = "lora_guidance"
     paper = "Golnari 2023, arXiv:2312.06899; Meng et al. 2022, arXiv:2210.03142"
     Config = LoRAGuidanceConfig
+    guidance_options = ("guidance_range", "guidance", "embed_guidance")
 
     def __init__(self, config: LoRAGuidanceConfig, setting: Setting) -> None:
         super().__init__(config, setting)

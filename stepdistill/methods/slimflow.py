@@ -78,6 +78,7 @@ class SlimFlow(Reflow):
     name = "slimflow"
     paper = "Zhu et al. 2024, arXiv:2407.12718"
     Config = SlimFlowConfig
+    guidance_options = ("guidance",)
     config: SlimFlowConfig
 
     @property

@@ -47,6 +47,8 @@ T = TypeVar("T", bound=TrajectoryConfig)
 class TrajectoryMethod(Method[T]):
     """Base of tscd and pcm: they say how many segments there are, and where a jump ends."""
 
+    guidance_options = ("guidance_range",)
+
     def __init__(self, config: T, setting: Setting) -> None:
         super().__init__(config, setting)
         self.grid = SolverGrid(setting, config.num_grid, "none")

@@ -73,7 +73,7 @@ def method_fits(
     if spec.trained_times is not None:  # else any step count can be exported
         refuse_one_step(model, as_flow, spec.num_steps, single_file_config, **hub)
     if not has_null(model, single_file_config, **hub):
-        _without_guidance(cls.name, config)
+        _without_guidance(cls, config)
     has = provided_fields(dataset) | {"null"}
     if reads_image(model, single_file_config, **hub):
         has = _without_first_frames(has, sample_item(dataset))
@@ -126,14 +126,14 @@ def student_fits(
     check_student_config(changes, where, revision)
 
 
-def _without_guidance(name: str, config: MethodConfig) -> None:
+def _without_guidance(cls: type[Method[Any]], config: MethodConfig) -> None:
     """Errors: ValueError where the method guides its teacher, for a model without a null."""
-    for key in ("guidance", "guidance_range"):
-        value = getattr(config, key, None)
+    for key in cls.guidance_options:
+        value = getattr(config, key)
         ends = value if isinstance(value, tuple) else (value,)
-        if any(end not in (None, 1.0) for end in ends):
+        if not isinstance(value, bool) and any(end not in (None, 1.0) for end in ends):
             raise ValueError(
-                f"{name}: expected no guidance (the model has no null condition), got {key} "
+                f"{cls.name}: expected no guidance (the model has no null condition), got {key} "
                 f"{value}. Set it to {[1, 1] if isinstance(value, tuple) else 1}."
             )
 

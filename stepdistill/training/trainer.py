@@ -132,6 +132,7 @@ class Trainer(Resumable):
         self.stop = StopRequest()
         self.log = RunLog(self.accelerator, args, self.facts)
         self.validator = Validator(self.bank, self.method, args)
+        self.facts["teacher_guidance"] = self.validator.guidance
 
     # ------------------------------------------------------------------ loop
     def train(self, until: int | None = None) -> dict[str, float]:
