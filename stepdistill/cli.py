@@ -142,9 +142,10 @@ def _cache(argv: Sequence[str]) -> None:
     with _mistakes_in_one_line():
         run = parse_run_config(argv, prog="stepdistill cache", method="dmd2")
         from stepdistill.cache.precompute import cache_run
-        from stepdistill.training.sources import open_dataset
+        from stepdistill.training.sources import open_dataset, open_gan_dataset
 
-        cache_run(run, open_dataset(run))
+        gan = open_gan_dataset(run)
+        cache_run(run, open_dataset(run), *([] if gan is None else [gan]))
 
 
 def _plan(argv: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from stepdistill.monitoring.watchdog import WatchdogStop
 from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
 from stepdistill.storage.files import read_json
 from stepdistill.training.checkpoint import named_checkpoint
-from stepdistill.training.sources import open_dataset
+from stepdistill.training.sources import open_dataset, open_gan_dataset
 from stepdistill.training.trainer import Trainer
 
 
@@ -50,6 +50,7 @@ class DistillationTrainer(Trainer):
         revision: str | None = None,
         variant: str | None = None,
         scorers: Mapping[str, Scorer] | None = None,
+        gan_dataset: Any = None,
     ) -> None:
         method = method or self.methods[0]
         method_class(method)
@@ -58,9 +59,8 @@ class DistillationTrainer(Trainer):
                 f"{type(self).__name__}: expected one of {self.methods}, got {method!r}. "
                 f"Use {TRAINER_OF[method].__name__}."
             )
-        super().__init__(
-            model, method, args, train_dataset, method_config, revision, variant, scorers
-        )
+        told = (method_config, revision, variant, scorers, gan_dataset)
+        super().__init__(model, method, args, train_dataset, *told)
 
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
@@ -74,6 +74,7 @@ class DistillationTrainer(Trainer):
             model=run.pretrained_model_name_or_path,
             args=run.train_config(),
             train_dataset=open_dataset(run),
+            gan_dataset=open_gan_dataset(run),
             method=run.method,
             method_config=run.method_config,
             revision=run.revision,

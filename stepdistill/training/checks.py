@@ -51,10 +51,11 @@ def method_fits(
     scorers: Mapping[str, Scorer],
     single_file_config: str | None = None,
     best_metric: str | None = None,
+    gan_dataset: Any = None,
 ) -> None:
-    """Errors: ValueError where the dataset lacks a field the method's losses read, where a scorer
+    """Errors: ValueError where the datasets lack a field the method's losses read, where a scorer
     they call can't be had (see `rewards.check_scorers`), or where no run of the method measures
-    best_metric."""
+    best_metric. Warns of a gan_dataset that no loss reads."""
     hub = {"revision": revision} if revision else {}
     setting = (
         model.setting
@@ -74,15 +75,35 @@ def method_fits(
         refuse_one_step(model, as_flow, spec.num_steps, single_file_config, **hub)
     if not has_null(model, single_file_config, **hub):
         _without_guidance(cls, config)
-    has = provided_fields(dataset) | {"null"}
-    if reads_image(model, single_file_config, **hub):
-        has = _without_first_frames(has, sample_item(dataset))
-    if conditioning_of(model, single_file_config, **hub) == "none":
-        has |= {"cond"}
+    first_frames = reads_image(model, single_file_config, **hub)
+    always = {"cond"} if conditioning_of(model, single_file_config, **hub) == "none" else set()
+
+    def fields(data: Any) -> frozenset[str]:
+        has = provided_fields(data)
+        return (_without_first_frames(has, sample_item(data)) if first_frames else has) | always
+
+    has = fields(dataset) | {"null"}
+    if gan_dataset is None or "real" not in method.needs:
+        has |= {"real"} if "x0" in has else set()
+        if gan_dataset is not None:
+            warnings.warn(
+                f"data.gan has no effect: no loss of {cls.name} reads real samples with this "
+                "config. Set --method_config.gan.weight_g, or leave it out.",
+                stacklevel=4,
+            )
+    elif {"cond", "x0"} <= (found := fields(gan_dataset)):
+        has |= {"real"}
+    else:
+        raise ValueError(
+            f"data.gan: expected real samples (image or x0) with their prompts or labels, got "
+            f"{sorted(found)} from {type(gan_dataset).__name__}. Name a source of images: "
+            "--data.gan.train_data_dir DIR."
+        )
     if not method.needs <= has:
         hint = {
             "noise": "Make pairs first: stepdistill pairs --config ...",
             "x0": "Train on images: --data.train_data_dir DIR.",
+            "real": "Give the GAN images: --data.gan.train_data_dir DIR, or --data.train_data_dir.",
             "prompts": "A loss that reads text needs items with a prompt.",
         }
         missing = sorted(method.needs - has)

@@ -44,9 +44,14 @@ class TinyData(Dataset[dict[str, Any]]):
     """Six items with every field a method may need."""
 
     def __init__(
-        self, shape: tuple[int, ...], told: str, fields: tuple[str, ...], frames: bool = False
+        self,
+        shape: tuple[int, ...],
+        told: str,
+        fields: tuple[str, ...],
+        frames: bool = False,
+        seed: int = 0,
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         self.items = []
         for i in range(6):
             kinds: dict[str, dict[str, Any]] = {
@@ -111,13 +116,17 @@ def _w_embedding(family: str, layout: str) -> bool:
 
 @dataclass(frozen=True)
 class MethodCase:
-    """One method with options, the data it needs, and where it applies."""
+    """One method with options, the data it needs, and where it applies.
+
+    gan_fields: what a data source of the discriminator's own has; none means that it has none.
+    """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     fields: tuple[str, ...] = ()
     fits: Callable[[str, str], bool] = _anywhere
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    gan_fields: tuple[str, ...] = ()
 
     def unexpectedly_still(self, role: str, still: set[str]) -> set[str]:
         """Tensors that did not move though they should have.
@@ -140,6 +149,12 @@ METHOD_CASES: dict[str, MethodCase] = {
     "dmd": MethodCase("dmd", {"regression": "l2"}, ("x0", "noise"), _two_with_prompts),
     "dmd2_gan": MethodCase(
         "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
+    ),
+    "dmd2_two_sources": MethodCase(
+        "dmd2",
+        {"num_steps": 2, "critic_steps": 2, "gan": {"weight_g": 1e-2}},
+        fits=_two_with_prompts,
+        gan_fields=("x0",),
     ),
     "dmd2_r1": MethodCase(
         "dmd2",
@@ -249,9 +264,10 @@ def build_trainer(
     alpha: float | None = None,
     scorers: Mapping[str, Scorer] | None = None,
     dataset: Any = None,
+    gan_dataset: Any = None,
     **options: Any,
 ) -> DistillationTrainer:
-    """A two-step trainer of that case on a saved tiny teacher; dataset: in place of TinyData."""
+    """A two-step trainer of that case on a saved tiny teacher; datasets: in place of TinyData."""
     spec = METHOD_CASES[case]
     args = TrainConfig(
         output_dir=str(output_dir),
@@ -269,6 +285,9 @@ def build_trainer(
     if data is None:
         shape = _latent_shape(teacher)
         data = TinyData(shape, conditioning_of(teacher), spec.fields, reads_image(teacher))
+    if gan_dataset is None and spec.gan_fields:
+        told, first_frames = conditioning_of(teacher), reads_image(teacher)
+        gan_dataset = TinyData(_latent_shape(teacher), told, spec.gan_fields, first_frames, seed=1)
     return TRAINER_OF[spec.method](
         str(teacher),
         args,
@@ -276,6 +295,7 @@ def build_trainer(
         method=spec.method,
         method_config=spec.options if has_null(teacher) else unguided(spec),
         scorers=spec.scorers if scorers is None else scorers,
+        gan_dataset=gan_dataset,
     )
 
 
