@@ -30,6 +30,7 @@ from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for, load_family
 from stepdistill.families.schedule import parity_scheduler
 from stepdistill.families.vae import is_video_vae
+from stepdistill.loading.source import ModelSource
 from stepdistill.roles.checkpointing import uncheckpoint_blocks
 from stepdistill.roles.rolebank import RoleBank
 
@@ -314,7 +315,7 @@ def print_check(
     """Prints the rows of `check_family` and of further checks; 0 where all are below the limit,
     else 1."""
     if base_quantization != "none":
-        model = load_family(model, base_quantization=base_quantization)
+        model = load_family(ModelSource(str(model), base_quantization=base_quantization))
     family = as_family(model)
     rows = [*check_family(family), *(row for check in further for row in check(family))]
     table = Table("adapter against stock pipeline", "max abs difference", "")

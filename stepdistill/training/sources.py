@@ -9,12 +9,12 @@ from stepdistill.data.hub import HubDataset, HubStream, load_rows
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import EmptyRows, PromptDataset
 from stepdistill.data.tars import TarDataset
-from stepdistill.families.registry import conditioning_of, family_for, pipeline_class_of
+from stepdistill.families.registry import teacher_facts
 
 
 def open_dataset(run: RunConfig) -> Any:
     """The dataset of a RunConfig's one data source. Errors: ValueError where there is none."""
-    told = _conditioning(run)
+    told = teacher_facts(run.source).conditioning  # refuses unserved classes first
     if told == "none" and run.data.prompts_file is not None:
         raise ValueError(
             "data: expected images or no data for an unconditional model, got a prompts_file. "
@@ -32,14 +32,9 @@ def open_dataset(run: RunConfig) -> Any:
 
 def open_gan_dataset(run: RunConfig) -> Any:
     """The dataset of --data.gan, or None where the run has none."""
-    return None if run.data.gan.source is None else _open(run.data.gan, _conditioning(run), run)
-
-
-def _conditioning(run: RunConfig) -> str:
-    hub = {"revision": run.revision} if run.revision else {}
-    found = pipeline_class_of(run.pretrained_model_name_or_path, run.single_file_config, **hub)
-    family_for(found)  # refuses unserved classes first
-    return conditioning_of(run.pretrained_model_name_or_path, run.single_file_config, **hub)
+    if run.data.gan.source is None:
+        return None
+    return _open(run.data.gan, teacher_facts(run.source).conditioning, run)
 
 
 def _open(data: SourceConfig, told: str, run: RunConfig) -> Any:

@@ -14,20 +14,22 @@ from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import Scorer
-from stepdistill.families.registry import conditioning_of, has_null, reads_image
+from stepdistill.families.registry import family_for, load_family, teacher_facts
 from stepdistill.methods import METHODS
 from stepdistill.testing.tiny import TINY
 from stepdistill.trainers import TRAINER_OF, DistillationTrainer
 
 _TEACHERS: dict[str, Path] = {}
+_SHAPES: dict[str, tuple[int, ...]] = {}  # of a teacher's latents by its folder
 
 
 def teacher_dir(family: str, tmp_path_factory: Any) -> Path:
     """The saved tiny teacher of that name, built once a test process."""
     if family not in _TEACHERS:
-        folder = tmp_path_factory.mktemp("teachers") / family
-        TINY[family]().save_pretrained(folder)
+        folder, pipeline = tmp_path_factory.mktemp("teachers") / family, TINY[family]()
+        pipeline.save_pretrained(folder)
         _TEACHERS[family] = folder
+        _SHAPES[str(folder)] = family_for(type(pipeline).__name__)(pipeline).sample_shape()
     return _TEACHERS[family]
 
 
@@ -146,7 +148,7 @@ def _never_moves(name: str) -> bool:
 
 METHOD_CASES: dict[str, MethodCase] = {
     "dmd2": MethodCase("dmd2", {"num_steps": 2, "critic_steps": 2}),
-    "dmd": MethodCase("dmd", {"regression": "l2"}, ("x0", "noise"), _two_with_prompts),
+    "dmd": MethodCase("dmd", {"regression": "l2"}, ("x0", "noise")),
     "dmd2_gan": MethodCase(
         "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
     ),
@@ -171,6 +173,12 @@ METHOD_CASES: dict[str, MethodCase] = {
     ),
     "vsd": MethodCase(
         "vsd", {"guidance_range": (0.5, 4.0), "null_probability": 0.5}, (), _null_has_words
+    ),
+    "vsd_words": MethodCase(
+        "vsd",
+        {"guidance_range": (0.5, 4.0), "null_probability": 0.0},
+        (),
+        lambda family, layout: not _null_has_words(family, layout),
     ),
     "vsd_clip": MethodCase(
         "vsd",
@@ -240,7 +248,8 @@ METHOD_CASES: dict[str, MethodCase] = {
         _two_with_prompts,
         {"lpips": _pixel_distance},
     ),
-    "slimflow": MethodCase("slimflow", {"flip": "sample"}, ("x0", "noise"), _two_with_prompts),
+    "rfpp_huber": MethodCase("rfpp", {"perceptual": "none"}, ("x0", "noise")),
+    "slimflow": MethodCase("slimflow", {"flip": "sample"}, ("x0", "noise")),
     "slimflow_distill": MethodCase(
         "slimflow", {"stage": "distill"}, ("x0", "noise"), _two_with_prompts
     ),
@@ -281,31 +290,26 @@ def build_trainer(
             **options,
         },
     )
-    data = dataset
+    data, facts = dataset, teacher_facts(teacher)
     if data is None:
         shape = _latent_shape(teacher)
-        data = TinyData(shape, conditioning_of(teacher), spec.fields, reads_image(teacher))
+        data = TinyData(shape, facts.conditioning, spec.fields, facts.reads_image)
     if gan_dataset is None and spec.gan_fields:
-        told, first_frames = conditioning_of(teacher), reads_image(teacher)
-        gan_dataset = TinyData(_latent_shape(teacher), told, spec.gan_fields, first_frames, seed=1)
+        told = (facts.conditioning, spec.gan_fields, facts.reads_image)
+        gan_dataset = TinyData(_latent_shape(teacher), *told, seed=1)
     return TRAINER_OF[spec.method](
         str(teacher),
         args,
         data,
         method=spec.method,
-        method_config=spec.options if has_null(teacher) else unguided(spec),
+        method_config=spec.options if facts.has_null else unguided(spec),
         scorers=spec.scorers if scorers is None else scorers,
         gan_dataset=gan_dataset,
     )
 
 
 def _latent_shape(teacher: Path) -> tuple[int, ...]:
-    from stepdistill.families.registry import load_family
-
     key = str(teacher)
     if key not in _SHAPES:
         _SHAPES[key] = load_family(teacher).sample_shape()
     return _SHAPES[key]
-
-
-_SHAPES: dict[str, tuple[int, ...]] = {}
