@@ -190,6 +190,11 @@ class Method(ABC, Generic[C]):
         return 0.5 * sum(self.guidance_of(self.config)) if w is None else w + 1.0
 
     @property
+    def skip_layers(self) -> tuple[str, ...]:
+        """Blocks that the teacher's null passes leave out (`Denoiser.skipping`)."""
+        return ()
+
+    @property
     def fake_fit(self) -> FakeFit | None:
         """How the fake score is called and fitted; None where no such network is."""
         return None

@@ -44,6 +44,33 @@ def unet_blocks(widths: Sequence[int]) -> dict[str, FeatureBlock]:
     return blocks
 
 
+@contextmanager
+def leave_out(net: nn.Module, blocks: Mapping[str, FeatureBlock]) -> Iterator[None]:
+    """Within: these transformer blocks of `net` give back the tokens that they were given."""
+
+    def returns_input(item: int) -> Any:
+        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            image = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            if not isinstance(out, tuple):
+                return image
+            text = kwargs["encoder_hidden_states"] if "hidden_states" in kwargs else args[1]
+            return tuple(image if i == item else text for i in range(len(out)))
+
+        return hook
+
+    handles = [
+        net.get_submodule(block.module).register_forward_hook(
+            returns_input(block.item), with_kwargs=True
+        )
+        for block in blocks.values()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _AllFound(BaseException):
     """Ends a network's forward pass behind the last feature; no handler in it keeps this."""
 

@@ -59,7 +59,7 @@ def part_class(library: str, name: str) -> Any:
 
 def project_parts(model: str | Path, index: Mapping[str, Any], **hub: Any) -> dict[str, Any]:
     """The scheduler of a pipeline folder or Hub id where it is one of pipelines/, by name."""
-    library, name = index.get("scheduler") or (None, None)
+    library, name = index.get("scheduler") or ("", "")
     if project_file(library) is None:
         return {}
     cls = part_class(library, name)

@@ -8,6 +8,7 @@ method that wants the student's score for another loss.
 
 from __future__ import annotations
 
+import warnings
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -31,6 +32,11 @@ class CriticMethod(Method[S], Generic[S]):
     def __init__(self, config: S, setting: Setting) -> None:
         super().__init__(config, setting)
         config.check_fake_weight(setting)
+        if config.skip_layers and self.guidance_of(config) == (1.0, 1.0):
+            warnings.warn(
+                f"skip_layers {config.skip_layers} has no effect: guidance 1 has no null pass.",
+                stacklevel=2,
+            )
         self.rollout = Rollout(config, setting.path, config.trained_times(setting))
         warn_x0_gain(self.name, setting, self.rollout.times[0])
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,12 +59,16 @@ class Scores:
 class ScoreDistillation(CriticMethod[S], Generic[S]):
     """Base of score distillation: the module's docstring is the contract of its hooks."""
 
-    guidance_options = ("guidance",)
+    guidance_options: ClassVar[tuple[str, ...]] = ("guidance",)
 
     @property
     def fake_fit(self) -> FakeFit | None:
         teacher, fake = self.guidances(0.5 * sum(self.guidance_of(self.config)))
         return FakeFit(teacher, fake, self.fitted_guidance, self.config.trained_step == "last")
+
+    @property
+    def skip_layers(self) -> tuple[str, ...]:
+        return self.config.skip_layers
 
     def phases(self, step: int) -> Sequence[Phase]:
         loss = self.warm_loss if step < self.config.warm_start.updates else self.student_loss
@@ -75,7 +79,8 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
     def warm_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         config, times = self.config.warm_start, self.rollout.times
         g = self.teacher_guidance
-        loss = warm_start_loss(nets, batch, ctx, self.setting, config, times, g)
+        teacher = nets["teacher"].skipping(self.skip_layers)
+        loss = warm_start_loss(nets, teacher, batch, ctx, self.setting, config, times, g)
         return Losses(loss, {"warm_start": loss.detach()})
 
     def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
@@ -113,11 +118,11 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
     def teacher_score(
         self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float
     ) -> Prediction:
-        return nets["teacher"](x_t, t, batch.cond, batch.null, g)
+        return nets["teacher"].skipping(self.skip_layers)(x_t, t, batch.cond, batch.null, g)
 
     @torch.no_grad()
     def fake_score(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float) -> Prediction:
-        return nets["fake"](x_t, t, batch.cond, batch.null, g)
+        return nets["fake"].skipping(self.skip_layers)(x_t, t, batch.cond, batch.null, g)
 
     @torch.no_grad()
     def gradient(self, sample: Sample, scores: Scores) -> Tensor:

@@ -33,6 +33,9 @@ class ScoreConfig(RolloutConfig):
 
     guidance: float = Field(default=1.75, ge=0)
     """Guidance g of the teacher, null + g (cond - null); 1 means none. The fake has none."""
+    skip_layers: tuple[str, ...] = ()
+    """Transformer blocks, by the family's names, that null passes leave out (skip-layer guidance,
+    FastGen's skip_layers); they then run apart from the others. Read where guidance is not 1."""
     order: Literal["critic_always", "exclusive"] = "critic_always"
     """Whether the first fake update of a step takes the student update's own sample
     (critic_always, DMD2) or a new one like the others (exclusive, as alternating trainers do)."""

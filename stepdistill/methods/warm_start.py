@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
+from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import MethodConfig, Nets, Setting
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Batch
@@ -41,6 +42,7 @@ class WarmStartConfig(MethodConfig):
 
 def warm_start_loss(
     nets: Nets,
+    teacher: Denoiser,
     batch: Batch,
     ctx: Ctx,
     setting: Setting,
@@ -62,7 +64,7 @@ def warm_start_loss(
             if k and t == times[k]:
                 start = x
             at, end = ctx.times(t, bsz), ctx.times(s, bsz)
-            pred = nets["teacher"](x, at, batch.cond, batch.null, guidance)
+            pred = teacher(x, at, batch.cond, batch.null, guidance)
             x = pred.x0 if s == 0.0 else pred.step(end)
     x0 = nets["student"](start, ctx.times(times[k], bsz), batch.cond).x0
     return per_sample(distance(config.loss, x0, x, config.huber_c)).mean()

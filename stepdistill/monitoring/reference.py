@@ -126,6 +126,7 @@ def kept_reference(
     path = folder / "teacher.safetensors"
     facts = [list(map(str, prompts)), args.seed, args.resolution, args.validation_teacher_steps]
     facts += [guidance, list(probes), family.sample_shape(args.resolution, args.resolution)]
+    facts += [list(teacher.null_skips)] if teacher.null_skips else []
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if path.is_file():
         with safe_open(path, framework="pt") as saved:

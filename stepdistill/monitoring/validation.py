@@ -94,6 +94,10 @@ class Validator:
         self._guided: dict[str, float] = {}  # what guidance does to the teacher's samples
 
     @property
+    def _teacher(self) -> Denoiser:
+        return self._bank["teacher"].skipping(self._method.skip_layers)
+
+    @property
     def _device(self) -> torch.device:
         return next(self._bank.family.net.parameters()).device
 
@@ -104,7 +108,7 @@ class Validator:
             return None
         found = kept_reference(
             self._folder,
-            self._bank["teacher"],
+            self._teacher,
             self._bank.family,
             grid_prompts(self._args, self._bank.family),
             self._args,
@@ -192,6 +196,7 @@ class Validator:
         times = shift_times(torch.tensor(LAG_TIMES), shift).tolist()
         stops = range(spec.num_steps if fit.last_step else 1, spec.num_steps + 1)
         guided = max(fit.teacher, fit.fake, fit.fitted, key=is_guided)
+        teacher, fake = self._teacher, bank["fake"].skipping(self._method.skip_layers)
         terms = []
         for stop, rows in zip(
             stops, torch.arange(len(prompts)).tensor_split(len(stops)), strict=True
@@ -203,14 +208,12 @@ class Validator:
                 x0 = sample_latents(
                     bank["student"], bank.family, ending, own, args.seed, *size, index[0]
                 )
-                cond, null = conditions(bank.family, bank["teacher"], own, guided, self._device)
+                cond, null = conditions(bank.family, teacher, own, guided, self._device)
 
                 def noise(k: int, index: list[int] = index, like: Tensor = x0) -> Tensor:
                     return keyed_noise(shape, args.seed, index, 1000 + k).to(like)
 
-                terms.append(
-                    lag_terms(bank["teacher"], bank["fake"], x0, cond, null, fit, times, noise)
-                )
+                terms.append(lag_terms(teacher, fake, x0, cond, null, fit, times, noise))
         return lag_of(torch.cat(terms))
 
 

@@ -115,7 +115,7 @@ def test_step_counts_go_into_the_option_that_means_them(tmp_path, tmp_path_facto
 
 def test_warm_up_shrinks_with_a_short_budget(tmp_path, tmp_path_factory) -> None:
     (training,) = own(tmp_path, tmp_path_factory).trainings(Student("dmd2", (1,)))
-    assert training.settings["lr_warmup_steps"] == 500
+    assert training.settings["lr_warmup_steps"] == 8
     assert training.lasting(50)["lr_warmup_steps"] == 5
     assert training.lasting(50)["max_train_steps"] == 50
 

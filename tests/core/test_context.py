@@ -56,6 +56,12 @@ def test_randint_covers_its_range_uniformly() -> None:
     assert (counts[2:] - 2000).abs().max() < 200  # 5 standard deviations
 
 
+def test_randint_of_a_draw_that_rounds_to_one_is_the_last() -> None:
+    ctx = Ctx()
+    ctx.rand = lambda bsz: torch.ones(bsz, dtype=torch.float64)  # type: ignore[method-assign]
+    assert ctx.randint(2, 5, 2).tolist() == [4, 4]
+
+
 def test_times_and_default_mean() -> None:
     t = Ctx().times(0.25, 3)
     assert t.tolist() == [0.25] * 3

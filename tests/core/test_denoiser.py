@@ -26,6 +26,7 @@ class Counting(GaussianTeacher):
     def __init__(self, path: NoisePath, kind: str = "x0") -> None:
         super().__init__(path, 0.5, kind)  # type: ignore[arg-type]
         self.calls: list[int] = []
+        self.told: Tensor | None = None
 
     def raw(
         self,
@@ -37,6 +38,7 @@ class Counting(GaussianTeacher):
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls.append(x_t.shape[0])
+        self.told = w
         return super().raw(x_t, t, cond, s, w, features)
 
 
@@ -89,6 +91,27 @@ def test_null_pass_only_where_it_counts(guidance: float | None, calls: list[int]
     teacher = Counting(PATHS[1])
     teacher(x_t, t, cond, null, guidance)
     assert teacher.calls == calls
+
+
+@pytest.mark.parametrize("guidance", [3.5, torch.tensor([3.5, 3.5, 3.5])])
+def test_a_network_that_embeds_guidance_is_told_it_less_one(guidance) -> None:
+    x_t, t, cond, null = inputs()
+    teacher = Counting(PATHS[1])
+    teacher.embeds_guidance = True
+    teacher(x_t, t, cond, null, guidance)
+    assert teacher.calls == [3], "no null pass"
+    assert teacher.told.tolist() == [2.5] * 3
+    teacher(x_t, t, cond, null, 1.0)
+    assert teacher.told is None
+
+
+def test_w_given_is_passed_on_and_guidance_beside_it_takes_a_null_pass() -> None:
+    x_t, t, cond, null = inputs()
+    teacher = Counting(PATHS[1])
+    teacher.embeds_guidance = True
+    teacher(x_t, t, cond, null, 2.0, w=torch.tensor([4.0, 5.0, 6.0]))
+    assert teacher.calls == [6]
+    assert teacher.told.tolist() == [4.0, 5.0, 6.0] * 2
 
 
 def test_is_guided() -> None:

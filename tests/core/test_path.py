@@ -86,6 +86,26 @@ def test_conversions_give_the_definitions(path: NoisePath) -> None:
         assert error.max() < 1e-10, kind
 
 
+def test_log_snr_is_of_alpha_squared_over_sigma_squared() -> None:
+    t = torch.tensor([0.2, 0.5], dtype=torch.float64)
+    expected = torch.tensor([math.log(16.0), 0.0], dtype=torch.float64)
+    assert (FlowPath().log_snr(t) - expected).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("make", [zero_snr_path, FlowPath])
+def test_noise_travel_from_pure_noise_stays_there(make) -> None:
+    """alpha is 0 at t = 1, so nothing can be noisier: the kernel is the identity."""
+    x, noise = draws(2)
+    one = torch.ones(2, dtype=torch.float64)
+    assert make().coeffs(one)[0].tolist() == [0.0, 0.0]
+    assert torch.equal(make().renoise(x, one, one, noise), x)
+
+
+def test_a_table_follows_the_times_to_their_device() -> None:
+    alpha, sigma = sd_path().coeffs(torch.empty(3, device="meta"))
+    assert (alpha.device.type, sigma.device.type) == ("meta", "meta")
+
+
 def test_convert_refuses_unknown_type() -> None:
     x, t = torch.zeros(1, 1, 2, 2), torch.tensor([0.5])
     with pytest.raises(ValueError, match="expected one of"):

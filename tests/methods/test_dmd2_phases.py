@@ -28,6 +28,7 @@ from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, expand
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.families.family import Family
+from stepdistill.losses.adversarial import generator_loss
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.gan import GANConfig
 from stepdistill.methods.rollout import Sample
@@ -104,6 +105,21 @@ def test_gan_gradient_reaches_the_student_through_frozen_features() -> None:
     losses = student_loss(method, nets, batch_of(x0=torch.randn(BSZ, 2)))
     assert losses.logs["dm"].item() == 0.0
     assert losses.total.item() == pytest.approx(0.5 * losses.logs["gan_g"].item())
+    assert run_phase(method, modules, 0, losses) == {"student"}
+
+
+def test_gan_alone_is_the_generators_loss_without_a_score() -> None:
+    """No teacher is called, nor the fake but for the head's features."""
+    method = make(FlowPath(), gan={"weight_g": 0.5}, gan_alone=True)
+    modules, nets = networks(FlowPath(), method)
+    del nets._denoisers["teacher"]
+    train_only(modules, ("student",))
+    batch, replay = batch_of(x0=torch.randn(BSZ, 2)), Ctx(phase="student")
+    losses = student_loss(method, nets, batch)
+    sample = method.sample(nets, batch, replay)
+    logits = method.student_logits(nets, batch, replay, sample, None)
+    assert losses.total.item() == 0.5 * generator_loss(logits).item()
+    assert set(losses.logs) == {"gan_g"}
     assert run_phase(method, modules, 0, losses) == {"student"}
 
 

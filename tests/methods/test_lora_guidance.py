@@ -15,6 +15,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Setting
 from stepdistill.core.path import expand
 from stepdistill.core.solvers import sample_x0
+from stepdistill.core.times import shift_times
 from stepdistill.core.types import Cond
 from stepdistill.losses.progressive import progressive_target
 from stepdistill.methods.halving import trailing_grid
@@ -164,6 +165,44 @@ def test_data_times_are_the_table_s_entries_uniformly() -> None:
     assert torch.equal(index, index.round())
     assert abs(float(index.mean()) - 500.5) < 25
     assert float(index.min()) >= 1
+
+
+def test_data_times_of_a_flow_path_are_the_shifted_draws() -> None:
+    student = Student(FLOW, 0.5, G)
+    method = make("flow_shifted", states="data")
+    loss_of(method, student, seed=4)
+    drawn = 1.0 - Ctx64(seed=4, max_steps=1000).rand(64)
+    ((x_t, t, _),) = student.seen
+    assert torch.equal(t, shift_times(drawn, method.setting.shift))
+    assert 0 < float(t.min()) < 0.1 < 0.9 < float(t.max()) <= 1
+
+
+class Counted(GaussianTeacher):
+    """A teacher that notes the time of every call."""
+
+    def __init__(self, path) -> None:
+        super().__init__(path, 0.5)
+        self.times: list[float] = []
+
+    def raw(self, x_t, t, *rest):
+        self.times.append(float(t[0]))
+        return super().raw(x_t, t, *rest)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trajectory_is_as_many_equal_steps_as_keep_each_below_the_limit(steps, seed) -> None:
+    teacher = Counted(FLOW)
+    nets = AnalyticNets({"teacher": teacher, "student": Student(FLOW, 0.5, G)})
+    method = make("flow", states="trajectory", trajectory_steps=steps)
+    (phase,) = method.phases(0)
+    phase.loss(nets, batch(std=0.5), Ctx64(seed=seed, max_steps=1000))
+    end = 1.0 - Ctx64(seed=seed, max_steps=1000).shared_rand()
+    *visited, last = teacher.times  # the last call is the target's
+    count = next(n for n in range(1, steps + 1) if (1.0 - end) / n <= 1.0 / steps)
+    grid = [1.0 - (1.0 - end) * i / count for i in range(count + 1)]
+    assert visited == pytest.approx(grid[:-1], abs=1e-12)
+    assert last == pytest.approx(end, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------ halving rounds

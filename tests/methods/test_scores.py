@@ -306,7 +306,7 @@ def exact_nets(path: NoisePath) -> AnalyticNets:
 def test_the_warm_start_learns_the_trajectorys_end_from_its_states(
     path: NoisePath, num_steps: int
 ) -> None:
-    """x at t_k is x_0 + (noise's share) along the Gaussian's flow map: checked where it is known."""
+    """The student answers as the teacher does; the flow map of a Gaussian is known."""
     options = {"updates": 12, "teacher_steps": 128}
     method = make(Plain, path, num_steps=num_steps, warm_start=options)
     nets, seen = exact_nets(path), set()

@@ -258,11 +258,7 @@ METHOD_CASES: dict[str, MethodCase] = {
 
 def unguided(spec: MethodCase) -> dict[str, Any]:
     """The case's options for a model without a null condition: nothing to guide away from."""
-    fields = METHODS[spec.method].cls.Config.model_fields
-    off: dict[str, Any] = {"guidance": 1.0} if "guidance" in fields else {}
-    if "guidance_range" in fields:
-        off["guidance_range"] = None if "guidance" in fields else (1.0, 1.0)
-    return {**spec.options, **off}
+    return {**spec.options, **METHODS[spec.method].cls.options_at(1.0)}
 
 
 def build_trainer(
