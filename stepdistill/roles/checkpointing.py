@@ -62,7 +62,8 @@ def checkpoint_blocks(net: nn.Module, contexts: Callable[[], Callable[[], Contex
 def uncheckpoint_blocks(net: nn.Module) -> None:
     """Undo `checkpoint_blocks`."""
     for block in checkpointed_blocks(net):
-        block.forward = block.forward.args[0]  # type: ignore[method-assign]
+        wrapped: Any = block.forward
+        block.forward = wrapped.args[0]  # type: ignore[method-assign]
 
 
 def _recomputed(

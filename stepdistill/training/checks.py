@@ -60,7 +60,7 @@ def method_fits(
         teacher.family.refuse_one_step(teacher.pipeline, as_flow, spec.num_steps)
     if not teacher.has_null:
         _without_guidance(cls, config)
-    always = {"cond"} if teacher.conditioning == "none" else set()
+    always = frozenset({"cond"} if teacher.conditioning == "none" else ())
 
     def fields(data: Any) -> frozenset[str]:
         has = provided_fields(data)

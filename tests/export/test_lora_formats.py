@@ -367,7 +367,7 @@ _ROWS_BY_DEFAULT = ("dit", "flux", "z_image")
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=() if f in _ROWS_BY_DEFAULT else pytest.mark.slow) for f in TINY],
+    [pytest.param(f, marks=() if f in _ROWS_BY_DEFAULT else pytest.mark.full) for f in TINY],
 )
 def test_the_check_reads_every_format_back(family) -> None:
     rows = lora_rows(as_family(TINY[family]()))

@@ -161,7 +161,7 @@ def test_its_stream_is_split_and_resumed_as_the_main_one(kind, tmp_path) -> None
     assert sorted(n for batch in whole[: COUNT // 4] for n in batch) == list(range(COUNT))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_a_run_cut_off_anywhere_goes_on_exactly(teacher, tmp_path, workers) -> None:
     """Of 24 tar samples 2 an update of the head: the second epoch begins within the run."""
     gan = dataset_of("tars", tmp_path)
