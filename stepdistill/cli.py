@@ -142,9 +142,10 @@ def _cache(argv: Sequence[str]) -> None:
     with _mistakes_in_one_line():
         run = parse_run_config(argv, prog="stepdistill cache", method="dmd2")
         from stepdistill.cache.precompute import cache_run
-        from stepdistill.training.sources import open_dataset
+        from stepdistill.training.sources import open_dataset, open_gan_dataset
 
-        cache_run(run, open_dataset(run))
+        gan = open_gan_dataset(run)
+        cache_run(run, open_dataset(run), *([] if gan is None else [gan]))
 
 
 def _plan(argv: Sequence[str]) -> None:
@@ -272,10 +273,11 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Compare our adapter with the stock pipeline; exit 1 where they differ."""
+    """Compare our adapter with the stock pipeline, and LoRA files; exit 1 where they differ."""
+    from stepdistill.export.lora import lora_rows
     from stepdistill.testing.parity import print_check
 
-    sys.exit(print_check(args.model_dir, args.base_quantization))
+    sys.exit(print_check(args.model_dir, args.base_quantization, (lora_rows,)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from stepdistill.monitoring.watchdog import WatchdogStop
 from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
 from stepdistill.storage.files import read_json
 from stepdistill.training.checkpoint import named_checkpoint
-from stepdistill.training.sources import open_dataset
+from stepdistill.training.sources import open_dataset, open_gan_dataset
 from stepdistill.training.trainer import Trainer
 
 
@@ -49,6 +49,7 @@ class DistillationTrainer(Trainer):
         method: str | None = None,
         method_config: Mapping[str, Any] | None = None,
         scorers: Mapping[str, Scorer] | None = None,
+        gan_dataset: Any = None,
     ) -> None:
         method = method or self.methods[0]
         method_class(method)
@@ -57,7 +58,8 @@ class DistillationTrainer(Trainer):
                 f"{type(self).__name__}: expected one of {self.methods}, got {method!r}. "
                 f"Use {TRAINER_OF[method].__name__}."
             )
-        super().__init__(model, method, args, train_dataset, method_config, scorers)
+        told = (method_config, scorers, gan_dataset)
+        super().__init__(model, method, args, train_dataset, *told)
 
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
@@ -71,6 +73,7 @@ class DistillationTrainer(Trainer):
             model=run.source,
             args=run.train_config(),
             train_dataset=open_dataset(run),
+            gan_dataset=open_gan_dataset(run),
             method=run.method,
             method_config=run.method_config,
         )

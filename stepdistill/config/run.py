@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import (
@@ -18,6 +18,8 @@ from pydantic import (
     ModelWrapValidatorHandler,
     model_validator,
 )
+from pydantic_settings import CliSuppress
+from typing_extensions import Self
 
 from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.config.tuning import Tuning
@@ -226,10 +228,14 @@ class TrainConfig(BaseModel):
             )
 
 
-class DataConfig(BaseModel):
-    """Where training data comes from; a launcher takes exactly one source."""
+_SOURCES = ("prompts_file", "train_data_dir", "pairs_dir", "tar_shards", "dataset_name")
+
+
+class SourceConfig(BaseModel):
+    """One source of data, and how it is read."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    where: ClassVar[str] = "data"
 
     prompts_file: str | None = None
     """Text file, one prompt a line (for class-conditional models: one label a line)."""
@@ -258,15 +264,51 @@ class DataConfig(BaseModel):
     shuffle_buffer: int = Field(default=4096, ge=1)
     """Samples that tar shards (by number) and streams (held in memory) are shuffled within."""
 
+    @property
+    def source(self) -> str | None:
+        """The option that names the source, or None."""
+        return next((name for name in _SOURCES if getattr(self, name) is not None), None)
+
     @model_validator(mode="after")
-    def _one_source(self) -> DataConfig:
-        sources = ("prompts_file", "train_data_dir", "pairs_dir", "tar_shards", "dataset_name")
-        given = [name for name in sources if getattr(self, name) is not None]
+    def _one_source(self) -> Self:
+        given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"data: expected one source, got {given}. Keep one of them.")
+            raise ValueError(f"{self.where}: expected one source, got {given}. Keep one of them.")
         if self.streaming and self.dataset_name is None:
-            raise ValueError("data: expected dataset_name beside streaming, got none.")
+            raise ValueError(f"{self.where}: expected dataset_name beside streaming, got none.")
         return self
+
+
+class GANDataConfig(SourceConfig):
+    """Real samples for a discriminator, where they are not the run's own data."""
+
+    where: ClassVar[str] = "data.gan"
+
+    prompts_file: CliSuppress[str | None] = None
+    """No source of images."""
+
+    @model_validator(mode="after")
+    def _of_images(self) -> Self:
+        expected = (
+            "data.gan: expected a source of images (--data.gan.train_data_dir, .tar_shards, "
+            ".dataset_name or .pairs_dir), got "
+        )
+        if self.prompts_file is not None:
+            raise ValueError(
+                f"{expected}prompts_file {self.prompts_file!r}. Prompts of the generator are "
+                "--data.prompts_file"
+            )
+        told = self.model_dump(exclude_defaults=True)
+        if told and self.source is None:
+            raise ValueError(f"{expected}none beside {sorted(told)}")
+        return self
+
+
+class DataConfig(SourceConfig):
+    """Where training data comes from; a launcher takes exactly one source."""
+
+    gan: GANDataConfig = GANDataConfig()
+    """Real images with their own captions for the GAN; none means the run's own data."""
 
 
 class RunConfig(TrainConfig):

@@ -95,7 +95,7 @@ Loss = Callable[[Nets, Batch, Ctx], Losses]
 class Phase:
     """A loss and the roles it trains; one optimiser update for each of `repeat` repeats.
 
-    reads_x0: whether the loss reads batch.x0; where not, no image is encoded for it.
+    reads_x0, reads_real: whether the loss reads batch.x0, batch.real; others are not encoded.
     """
 
     name: str
@@ -103,6 +103,7 @@ class Phase:
     trains: tuple[str, ...]
     repeat: int = 1
     reads_x0: bool = True
+    reads_real: bool = True
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,10 @@ class Method(ABC, Generic[C]):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Batch fields the losses read, checked against the dataset before step 1."""
+        """Batch fields the losses read, checked against the dataset before step 1.
+
+        "real" is x0 that a discriminator alone reads: the run may have a source of its own for it.
+        """
         return frozenset({"cond"})
 
     @abstractmethod

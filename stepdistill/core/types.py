@@ -92,6 +92,7 @@ class Batch:
     noise:      (B, C, *S) the noise an offline pair began from, or None.
     prompts:    the B prompts as text, for scorers that read it, or None (class labels).
     extra:      further batch-first tensors a dataset and a method agree on.
+    gan:        (x0, cond) of the discriminator's own data source, or None.
     """
 
     cond: Cond
@@ -101,6 +102,7 @@ class Batch:
     noise: Tensor | None = None
     prompts: tuple[str, ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    gan: tuple[Tensor, Cond] | None = None
 
     @property
     def bsz(self) -> int:
@@ -115,10 +117,20 @@ class Batch:
 
         return replace(self, cond=Cond({k: mixed(k, v) for k, v in self.cond.tensors.items()}))
 
+    @property
+    def real(self) -> tuple[Tensor, Cond]:
+        """(x0 (B, C, *S), its own cond) that a discriminator learns as real: of the source it has
+        to itself, else this batch's."""
+        if self.gan is not None:
+            return self.gan
+        assert self.x0 is not None, "the trainer checks `needs`"
+        return self.x0, self.cond
+
     def has(self) -> frozenset[str]:
         """Names of the fields this batch carries, the vocabulary of `Method.needs`."""
         names = {"cond", "null", *self.extra}
         names |= {name for name in ("x0", "noise", "prompts") if getattr(self, name) is not None}
+        names |= {"real"} if self.gan is not None or self.x0 is not None else set()
         return frozenset(names)
 
 

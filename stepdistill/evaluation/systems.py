@@ -23,12 +23,10 @@ from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family
 from stepdistill.loading.project_code import part_class
-from stepdistill.loading.safe_files import read_json
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import lora_facts
 from stepdistill.storage.checkpoints import RUN_FILE
 from stepdistill.storage.files import read_json
-from stepdistill.training.checkpoint import RUN_FILE
 
 from .samples import PipelineSampler
 from .store import settings_hash

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,10 +112,8 @@ def capture(
 
         handles.append(net.get_submodule(block.module).register_forward_hook(hook))
     try:
-        yield found
-    except _AllFound as stop:
-        # Frames that a checkpointed block left open close with the traceback that holds them.
-        stop.__traceback__ = None
+        with suppress(_AllFound):
+            yield found
     finally:
         for handle in handles:
             handle.remove()

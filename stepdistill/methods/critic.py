@@ -42,8 +42,8 @@ class CriticMethod(Method[S], Generic[S]):
 
     @property
     def needs(self) -> frozenset[str]:
-        images = self.config.gan.enabled or self.config.rollout == "data"
-        return frozenset({"cond", "x0"}) if images else frozenset({"cond"})
+        x0 = {"x0"} if self.config.rollout == "data" else set()
+        return frozenset({"cond", *x0, *({"real"} if self.config.gan.enabled else ())})
 
     def roles(self) -> dict[str, Role]:
         trained = {"student": Role(train=True), "fake": Role(train=True)}
@@ -52,7 +52,8 @@ class CriticMethod(Method[S], Generic[S]):
     def critic_phase(self) -> Phase:
         """critic_steps updates of the fake and, where there is one, the head."""
         trained = ("fake", *self.config.gan.roles())
-        return Phase("fake", self.fake_loss, trained, self.config.critic_steps)
+        reads = ("x0" in self.needs, "real" in self.needs)
+        return Phase("fake", self.fake_loss, trained, self.config.critic_steps, *reads)
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         return self.config.spec(self.setting, num_steps)
@@ -77,12 +78,11 @@ class CriticMethod(Method[S], Generic[S]):
         losses = Losses(error, {"fake": error.detach()})
         if not config.gan.enabled:
             return losses
-        assert batch.x0 is not None, "the GAN needs x0"
 
         def draw() -> Tensor:
             return self.draw_times(ctx, batch.bsz, config.fake_t_range)
 
-        real, path = Sample(batch.x0, batch.cond), self.setting.path
+        real, path = Sample(*batch.real), self.setting.path
         disc, logs = disc_loss(nets, config.gan, ctx, path, real, sample, draw)
         return losses.plus(config.gan.weight_d, disc, **logs)
 

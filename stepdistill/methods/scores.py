@@ -71,10 +71,9 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
         return self.config.skip_layers
 
     def phases(self, step: int) -> Sequence[Phase]:
-        config = self.config
-        for_head = config.gan.enabled and config.rollout != "data"  # images, if any
-        loss = self.warm_loss if step < config.warm_start.updates else self.student_loss
-        student = Phase("student", loss, ("student",), reads_x0=not for_head)
+        loss = self.warm_loss if step < self.config.warm_start.updates else self.student_loss
+        reads = "x0" in self.needs
+        student = Phase("student", loss, ("student",), reads_x0=reads, reads_real=False)
         return student, self.critic_phase()
 
     def warm_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:

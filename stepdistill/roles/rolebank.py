@@ -18,7 +18,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.denoiser import Denoiser
@@ -28,6 +27,7 @@ from stepdistill.families.features import chosen_blocks
 from stepdistill.families.vae import decode_latents
 from stepdistill.loading.quantization import check_base
 from stepdistill.loading.stored_tensors import StoredTensors
+from stepdistill.roles.checkpointing import Contexts, checkpoint_blocks
 from stepdistill.roles.heads import make_head
 from stepdistill.roles.role_denoiser import RoleDenoiser, forget_graphless_casts
 from stepdistill.roles.role_weights import copy_into, to_cpu
@@ -269,19 +269,12 @@ class RoleBank(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward, each block under the role it was run with forward."""
 
-        def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def contexts() -> Callable[[], Contexts]:
             role = self._active
-            return checkpoint(
-                block,
-                *args,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), self.use(role)),
-                **kwargs,
-            )
+            return lambda: (nullcontext(), self.use(role))
 
         for net in self.nets.values():
-            stock: Any = net
-            stock.enable_gradient_checkpointing(run)
+            checkpoint_blocks(net, contexts)
 
     def train(self, mode: bool = True) -> RoleBank:
         """Stays in eval mode: train mode would drop class labels and activations at random."""

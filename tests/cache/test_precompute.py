@@ -316,7 +316,7 @@ def test_resume_in_an_epoch_with_workers_and_cache(teacher, tmp_path) -> None:
     resumed.train()
     assert whole.step == resumed.step == 6
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert sum(row["student/unreadable"] * 2 for row in rows) == whole.corrupt.replaced > 0
+    assert sum(row["student/unreadable"] * 2 for row in rows) == whole.feed.corrupt.replaced > 0
     members = [fingerprint(t.bank.members("student")) for t in (whole, resumed)]
     assert members[0] == members[1]
 

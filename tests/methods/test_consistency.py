@@ -26,7 +26,7 @@ from stepdistill.core.types import Batch, Cond
 from stepdistill.methods import METHODS
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth
-from stepdistill.methods.grid import SolverGrid, cd_boundary_coeffs, heun_step
+from stepdistill.methods.grid import SolverGrid, heun_step
 from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"

@@ -180,7 +180,7 @@ def test_a_linear_generator_recovers_the_teachers_mean_and_covariance(
 def test_needs_images_only_for_the_gan_or_data_rollouts() -> None:
     assert make(VP).needs == {"cond"}
     assert make(VP, rollout="data").needs == {"cond", "x0"}
-    assert make(VP, gan={"weight_g": 1e-3}).needs == {"cond", "x0"}
+    assert make(VP, gan={"weight_g": 1e-3}).needs == {"cond", "real"}
 
 
 def test_the_head_is_a_role_only_with_the_gan() -> None:

@@ -203,7 +203,7 @@ def test_ratio_bounds_out_of_order_are_refused(clip: tuple[float, float]) -> Non
 
 
 def test_images_are_needed() -> None:
-    assert make(VP).needs == {"cond", "x0"}
+    assert make(VP).needs == {"cond", "real"}
 
 
 def test_a_lone_sample_without_memory_warns_and_has_weight_one() -> None:

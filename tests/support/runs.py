@@ -46,9 +46,14 @@ class TinyData(Dataset[dict[str, Any]]):
     """Six items with every field a method may need."""
 
     def __init__(
-        self, shape: tuple[int, ...], told: str, fields: tuple[str, ...], frames: bool = False
+        self,
+        shape: tuple[int, ...],
+        told: str,
+        fields: tuple[str, ...],
+        frames: bool = False,
+        seed: int = 0,
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         self.items = []
         for i in range(6):
             kinds: dict[str, dict[str, Any]] = {
@@ -113,13 +118,17 @@ def _w_embedding(family: str, layout: str) -> bool:
 
 @dataclass(frozen=True)
 class MethodCase:
-    """One method with options, the data it needs, and where it applies."""
+    """One method with options, the data it needs, and where it applies.
+
+    gan_fields: what a data source of the discriminator's own has; none means that it has none.
+    """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     fields: tuple[str, ...] = ()
     fits: Callable[[str, str], bool] = _anywhere
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    gan_fields: tuple[str, ...] = ()
 
     def unexpectedly_still(self, role: str, still: set[str]) -> set[str]:
         """Tensors that did not move though they should have.
@@ -142,6 +151,12 @@ METHOD_CASES: dict[str, MethodCase] = {
     "dmd": MethodCase("dmd", {"regression": "l2"}, ("x0", "noise")),
     "dmd2_gan": MethodCase(
         "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
+    ),
+    "dmd2_two_sources": MethodCase(
+        "dmd2",
+        {"num_steps": 2, "critic_steps": 2, "gan": {"weight_g": 1e-2}},
+        fits=_two_with_prompts,
+        gan_fields=("x0",),
     ),
     "dmd2_r1": MethodCase(
         "dmd2",
@@ -254,9 +269,10 @@ def build_trainer(
     alpha: float | None = None,
     scorers: Mapping[str, Scorer] | None = None,
     dataset: Any = None,
+    gan_dataset: Any = None,
     **options: Any,
 ) -> DistillationTrainer:
-    """A two-step trainer of that case on a saved tiny teacher; dataset: in place of TinyData."""
+    """A two-step trainer of that case on a saved tiny teacher; datasets: in place of TinyData."""
     spec = METHOD_CASES[case]
     args = TrainConfig(
         output_dir=str(output_dir),
@@ -270,18 +286,21 @@ def build_trainer(
             **options,
         },
     )
-    data = dataset
+    data, facts = dataset, teacher_facts(teacher)
     if data is None:
         shape = _latent_shape(teacher)
-        facts = teacher_facts(teacher)
         data = TinyData(shape, facts.conditioning, spec.fields, facts.reads_image)
+    if gan_dataset is None and spec.gan_fields:
+        told = (facts.conditioning, spec.gan_fields, facts.reads_image)
+        gan_dataset = TinyData(_latent_shape(teacher), *told, seed=1)
     return TRAINER_OF[spec.method](
         str(teacher),
         args,
         data,
         method=spec.method,
-        method_config=spec.options if teacher_facts(teacher).has_null else unguided(spec),
+        method_config=spec.options if facts.has_null else unguided(spec),
         scorers=spec.scorers if scorers is None else scorers,
+        gan_dataset=gan_dataset,
     )
 
 

@@ -40,6 +40,11 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
         ("student", BSZ, True), ("fake", BSZ, False), TEACHER, FEATURES,
         ("fake", BSZ, True), FEATURES, FEATURES,
     ],
+    "dmd2_two_sources": [
+        ("student", BSZ, True), ("fake", BSZ, False), TEACHER, FEATURES,
+        ("fake", BSZ, True), FEATURES, FEATURES,
+        ("student", BSZ, False), ("fake", BSZ, True), FEATURES, FEATURES,
+    ],
     "f_distill": [
         ("student", BSZ, True), ("fake", BSZ, True), TEACHER,
         ("fake", BSZ, True), FEATURES, FEATURES,

@@ -154,9 +154,9 @@ def test_anchored_students_of_flow_models_export_in_two_steps(tmp_path, tmp_path
         ("sd3", {"heun": True}, "HeunFlowMatchScheduler"),
         ("sd", {"setup": "raw", "sampler": "anchored", "heun": True}, "AnchoredHeunFlow"),
         ("sd", {"sampler": "anchored"}, "AnchoredDDIMScheduler"),
-        pytest.param("flux", {"heun": True}, "HeunFlowMatchScheduler", marks=pytest.mark.slow),
-        pytest.param("dit", {"setup": "raw", "heun": True}, "HeunFlow", marks=pytest.mark.slow),
-        pytest.param("dit", {"heun": True}, "HeunDDIMScheduler", marks=pytest.mark.slow),
+        pytest.param("flux", {"heun": True}, "HeunFlowMatchScheduler", marks=pytest.mark.full),
+        pytest.param("dit", {"setup": "raw", "heun": True}, "HeunFlow", marks=pytest.mark.full),
+        pytest.param("dit", {"heun": True}, "HeunDDIMScheduler", marks=pytest.mark.full),
     ],
 )
 def test_rectified_flow_pp_samplers_export_with_their_own_scheduler(
