@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -87,7 +86,7 @@ def _write(
     pipeline: Any = family.pipeline
     state = get_peft_model_state_dict(base, adapter_name=role)
     config = base.peft_config[role]
-    if isinstance(pipeline, LoraBaseMixin):
+    if family.has_lora_loader():
         type(pipeline).save_lora_weights(
             out_dir,
             **{

@@ -25,6 +25,7 @@ class DiTFamily(Family):
 
     name: ClassVar[str] = "dit"
     pipelines: ClassVar[tuple[str, ...]] = ("DiTPipeline",)
+    tiny = "stepdistill.testing.tiny:tiny_dit"
     net_name: ClassVar[str] = "transformer"
     scales_input: ClassVar[bool] = True
     conditioning: Literal["prompt", "label", "none"] = "label"

@@ -26,6 +26,10 @@ class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
 
     name: ClassVar[str] = "flux"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    tiny = "stepdistill.testing.tiny_transformers:tiny_flux"
+    variants = {"flux_schnell": {"guidance_embeds": False}}
+    typed = ("num_inference_steps",)
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = (*TRANSFORMER_LORA_TARGETS, "proj_mlp")
     sends_sigmas: ClassVar[bool] = True

@@ -32,6 +32,9 @@ class Flux2Family(VaeSizedFamily):
 
     name: ClassVar[str] = "flux2"
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
+    tiny = "stepdistill.testing.tiny_flux2:tiny_flux2"
+    typed = ("num_inference_steps",)
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (

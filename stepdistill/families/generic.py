@@ -23,13 +23,14 @@ from stepdistill.families.features import FeatureBlock
 from stepdistill.families.probe import IMAGE_INPUTS, hear, joined, learn, learn_null, pick, placed
 from stepdistill.families.schedule import shift_of_mu
 
+NAME = "generic"  # of no entry in FAMILIES: it serves what no family does
 BINNING = "use_resolution_binning"  # of sizes that were released; ours are exact
 
 
 class GenericFamily(Family):
     """Any pipeline whose latents (B, C, H, W) reach its denoiser as they are."""
 
-    name: ClassVar[str] = "generic"
+    name: ClassVar[str] = NAME
     pipelines: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: Any) -> None:

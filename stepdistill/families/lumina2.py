@@ -25,6 +25,8 @@ class Lumina2Family(Family):
 
     name: ClassVar[str] = "lumina2"
     pipelines: ClassVar[tuple[str, ...]] = ("Lumina2Pipeline",)
+    tiny = "stepdistill.testing.tiny_transformers:tiny_lumina2"
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (

@@ -28,6 +28,8 @@ class PixArtFamily(Family):
 
     name: ClassVar[str] = "pixart"
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    tiny = "stepdistill.testing.tiny_transformers:tiny_pixart"
+    variants = {"pixart_sigma": {"pipeline": "PixArtSigmaPipeline"}}
     net_name: ClassVar[str] = "transformer"
     scales_input: ClassVar[bool] = True
     one_step_x0: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline",)

@@ -29,6 +29,9 @@ class QwenImageFamily(VaeSizedFamily):
 
     name: ClassVar[str] = "qwen_image"
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
+    tiny = "stepdistill.testing.tiny_video:tiny_qwen_image"
+    typed = ("num_inference_steps",)
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (

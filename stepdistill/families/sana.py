@@ -23,6 +23,7 @@ class SanaFamily(PixArtFamily):
 
     name: ClassVar[str] = "sana"
     pipelines: ClassVar[tuple[str, ...]] = ("SanaPipeline",)
+    tiny = "stepdistill.testing.tiny_transformers:tiny_sana"
     scales_input: ClassVar[bool] = False
     # Its feed-forward is convolutional: the two 1 x 1 layers stand in for the linear ones.
     lora_targets: ClassVar[tuple[str, ...]] = (

@@ -33,6 +33,9 @@ class StableDiffusionFamily(Family):
         "StableDiffusionPipeline",
         "LatentConsistencyModelPipeline",
     )
+    tiny = "stepdistill.testing.tiny:tiny_sd"
+    variants = {"sd_v": {"prediction_type": "v_prediction"}}
+    typed = ()
     net_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
     supports_w: ClassVar[bool] = True

@@ -21,6 +21,9 @@ class StableDiffusion3Family(Family):
 
     name: ClassVar[str] = "sd3"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    tiny = "stepdistill.testing.tiny:tiny_sd3"
+    variants = {"sd35": {"version": "3.5"}}
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
 
     def forward(

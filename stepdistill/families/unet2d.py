@@ -32,6 +32,8 @@ class UNet2DFamily(Family):
 
     name: ClassVar[str] = "unet2d"
     pipelines: ClassVar[tuple[str, ...]] = ("DDPMPipeline", "DDIMPipeline")
+    tiny = "stepdistill.testing.tiny_pixels:tiny_unet2d"
+    typed = ("num_inference_steps",)
     net_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj"),

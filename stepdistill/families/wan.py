@@ -29,6 +29,8 @@ class WanFamily(Family):
 
     name: ClassVar[str] = "wan"
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+    tiny = "stepdistill.testing.tiny_video:tiny_wan"
+    variants = {"wan_tokens": {"expand_timesteps": True}}
     net_name: ClassVar[str] = "transformer"
     output: ClassVar[Literal["images", "frames"]] = "frames"
     lora_targets: ClassVar[tuple[str, ...]] = (

@@ -27,6 +27,8 @@ class WanImageToVideoFamily(WanFamily):
 
     name: ClassVar[str] = "wan_i2v"
     pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
+    tiny = "stepdistill.testing.tiny_video:tiny_wan_i2v"
+    variants = {"wan_i2v_kept": {"expand_timesteps": True}}
     reads_image: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:

@@ -28,6 +28,8 @@ class ZImageFamily(VaeSizedFamily):
 
     name: ClassVar[str] = "z_image"
     pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
+    tiny = "stepdistill.testing.tiny_transformers:tiny_z_image"
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (

@@ -7,13 +7,14 @@ time embedding alone is larger). Random weights test plumbing, never quality.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
-    PixArtSigmaPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -22,7 +23,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from stepdistill.testing.tiny_flux2 import tiny_flux2, tiny_flux2_dev
+from stepdistill.families.registry import FAMILIES
 from stepdistill.testing.tiny_parts import (
     LATENT_SIZE,
     TEXT_WIDTH,
@@ -33,15 +34,6 @@ from stepdistill.testing.tiny_parts import (
     t5,
     vae,
 )
-from stepdistill.testing.tiny_pixels import tiny_edm, tiny_unet2d
-from stepdistill.testing.tiny_transformers import (
-    tiny_flux,
-    tiny_lumina2,
-    tiny_pixart,
-    tiny_sana,
-    tiny_z_image,
-)
-from stepdistill.testing.tiny_video import tiny_qwen_image, tiny_wan, tiny_wan_i2v
 
 
 def unet(text_width: int, **extra: Any) -> UNet2DConditionModel:
@@ -163,29 +155,16 @@ def tiny_dit(seed: int = 0) -> DiTPipeline:
         )
 
 
-TINY: dict[str, Callable[[], Any]] = {
-    "sd": tiny_sd,
-    "sd_v": lambda: tiny_sd("v_prediction"),
-    "sdxl": tiny_sdxl,
-    "sd3": tiny_sd3,
-    "sd35": lambda: tiny_sd3(version="3.5"),
-    "dit": tiny_dit,
-    "flux": tiny_flux,
-    "flux_schnell": lambda: tiny_flux(guidance_embeds=False),
-    "flux2": tiny_flux2,
-    "flux2_dev": tiny_flux2_dev,
-    "pixart": tiny_pixart,
-    "pixart_sigma": lambda: tiny_pixart(PixArtSigmaPipeline),
-    "sana": tiny_sana,
-    "lumina2": tiny_lumina2,
-    "z_image": tiny_z_image,
-    "qwen_image": tiny_qwen_image,
-    "wan": tiny_wan,
-    "wan_i2v": tiny_wan_i2v,
-    "wan_i2v_kept": lambda: tiny_wan_i2v(expand_timesteps=True),
-    "wan_tokens": lambda: tiny_wan(expand_timesteps=True),
-    "unet2d": tiny_unet2d,
-    "edm": tiny_edm,
-    "edm_plain": lambda: tiny_edm(classes=None, restarts=False),
+def build(place: str, **options: Any) -> Any:
+    """The pipeline that "module:function" makes."""
+    module, _, function = place.partition(":")
+    return getattr(import_module(module), function)(**options)
+
+
+TINY: dict[str, Callable[..., Any]] = {
+    name: partial(build, family.tiny, **options)
+    for own, family in FAMILIES.items()
+    if family.tiny
+    for name, options in {own: {}, **family.variants}.items()
 }
-"""Builder of each family's tiny pipeline by family name, variants beside it."""
+"""Builder of each family's tiny pipelines by name: the family's own, and its variants'."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import diffusers
 from diffusers import (
     AutoencoderDC,
     FlowMatchEulerDiscreteScheduler,
@@ -68,7 +67,7 @@ def tiny_flux(guidance_embeds: bool = True, seed: int = 0) -> FluxPipeline:
 
 
 def tiny_pixart(
-    cls: Any = PixArtAlphaPipeline, size_conditions: bool = False, seed: int = 0
+    pipeline: str = "PixArtAlphaPipeline", size_conditions: bool = False, seed: int = 0
 ) -> PixArtAlphaPipeline:
     """A PixArtAlphaPipeline or PixArtSigmaPipeline with learned sigma.
 
@@ -89,7 +88,7 @@ def tiny_pixart(
             use_additional_conditions=size_conditions,
             interpolation_scale=1,
         )
-        return cls(
+        return getattr(diffusers, pipeline)(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             vae=vae(0.13025, attention=not size_conditions),  # it is quadratic in 128 x 128
