@@ -25,7 +25,7 @@ from stepdistill.core.method import Setting
 from stepdistill.core.types import Cond
 from stepdistill.families.features import FeatureBlock
 from stepdistill.families.schedule import dynamic_shift, read_schedule
-from stepdistill.families.vae import decode_latents, encode_images
+from stepdistill.families.vae import decode_latents, encode_images, latent_size
 from stepdistill.loading.original_layout import has_layout
 
 # Attention and feed-forward projections, the usual reach of a distillation LoRA on transformers.
@@ -202,7 +202,6 @@ class Family(ABC):
             )
         return copy.deepcopy(self.net if net is None else net)
 
-    @abstractmethod
     def forward(
         self,
         net: nn.Module,
@@ -212,7 +211,18 @@ class Family(ABC):
         s: Tensor | None = None,
         w: Tensor | None = None,
     ) -> Tensor:
-        """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,)."""
+        """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,).
+
+        s is ignored: no stock denoiser has such an input. Errors: ValueError for w with a network
+        that has no guidance embedding.
+        """
+        if not self.supports_w:
+            self.refuse_w(w)
+        return self.run(net, x_t, model_t, cond, w)
+
+    @abstractmethod
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """`forward` for the adapter to define; w is None where `supports_w` is false."""
 
     def from_raw(self, out: Tensor, x_t: Tensor, model_t: Tensor) -> Tensor:
         """What `forward` makes of the stock denoiser's output (B, C, *S) at x_t: here itself."""
@@ -223,7 +233,7 @@ class Family(ABC):
         return linear_guidance(cond, null, guidance)
 
     def refuse_w(self, w: Tensor | None) -> None:
-        """Errors: ValueError where w is given; for `forward` of networks without that input."""
+        """Errors: ValueError where w is given; for networks without that input."""
         if w is not None:
             raise ValueError(f"{self.name}: expected no w (no guidance embedding), got one.")
 
@@ -238,9 +248,12 @@ class Family(ABC):
         return features
 
     # -------------------------------------------------------------- the data
-    @abstractmethod
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, *S) of one latent for height x width px (the model's own size where None)."""
+        config, factor = self.config, self.pipeline.vae_scale_factor
+        own, patch = config.sample_size, config.patch_size
+        sides = (latent_size(pixels, own, factor, patch) for pixels in (height, width))
+        return (config.in_channels, *sides)
 
     @property
     def own_shape(self) -> tuple[int, ...]:

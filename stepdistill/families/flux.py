@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.family import TRANSFORMER_LORA_TARGETS, check_prompts, net_dtype
@@ -51,16 +51,8 @@ class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
     def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
         return self.pipeline._unpack_latents(packed, *shape[-2:], vae_scale_factor=1)
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored. w = g - 1 as everywhere."""
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
         embeds = cond["prompt_embeds"].to(dtype)
         ids = self.pipeline._prepare_latent_image_ids(

@@ -59,17 +59,8 @@ class GenericFamily(Family):
         self.facts = learn(self)
         self._null = Cond(learn_null(self, self.facts.rows))
 
-    def forward(
-        self,
-        net: Any,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         facts, dtype = self.facts, net_dtype(net)
         image = next(name for name in IMAGE_INPUTS if name in self._inputs)
         told = {image: x_t.to(dtype), "timestep": (facts.slope * model_t + facts.offset).float()}

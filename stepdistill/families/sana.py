@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.family import net_dtype
@@ -25,23 +24,15 @@ class SanaFamily(PixArtFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("SanaPipeline",)
     tiny = "stepdistill.testing.tiny_transformers:tiny_sana"
     scales_input: ClassVar[bool] = False
+    bare_null: ClassVar[bool] = True
     # Its feed-forward is convolutional: the two 1 x 1 layers stand in for the linear ones.
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("conv_inverted", "conv_point"),
     )
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         dtype = net_dtype(net)
         out: Tensor = net(
             x_t.to(dtype),
@@ -56,11 +47,3 @@ class SanaFamily(PixArtFamily):
     def call_extras(self) -> dict[str, Any]:
         side = self.config.sample_size * self.pipeline.vae_scale_factor
         return {**super().call_extras, "height": side, "width": side}
-
-    @torch.no_grad()
-    def null(self, bsz: int) -> Cond:
-        """The stock negative prompt: "" without the instruction."""
-        _, _, embeds, mask = self.pipeline.encode_prompt(
-            [""], do_classifier_free_guidance=True, device=self.pipeline.text_encoder.device
-        )
-        return Cond({"prompt_embeds": embeds, "mask": mask}).repeat(bsz)
