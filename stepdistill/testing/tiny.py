@@ -23,6 +23,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from stepdistill.families.family import Family
 from stepdistill.families.registry import FAMILIES
 from stepdistill.testing.tiny_parts import (
     LATENT_SIZE,
@@ -161,10 +162,15 @@ def build(place: str, **options: Any) -> Any:
     return getattr(import_module(module), function)(**options)
 
 
-TINY: dict[str, Callable[..., Any]] = {
-    name: partial(build, family.tiny, **options)
+TINY_FAMILY: dict[str, type[Family]] = {
+    name: family
     for own, family in FAMILIES.items()
     if family.tiny
-    for name, options in {own: {}, **family.variants}.items()
+    for name in (own, *family.variants)
 }
-"""Builder of each family's tiny pipelines by name: the family's own, and its variants'."""
+"""The family of each tiny pipeline by its name, which is the family's or a variant's."""
+TINY: dict[str, Callable[..., Any]] = {
+    name: partial(build, family.tiny, **family.variants.get(name, {}))
+    for name, family in TINY_FAMILY.items()
+}
+"""Builder of each tiny pipeline."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, TCDScheduler
-from support.runs import TinyData, teacher_dir
+from support.runs import THOROUGH, TinyData, teacher_dir
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.export.pipeline import RECORD
@@ -20,7 +20,6 @@ from stepdistill.families.registry import load_family
 from stepdistill.trainers import TrajectorySegmentedTrainer, trainer_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FAMILIES = ["sd", "sd_v", "sd3", "dit"]
 SHAPES: dict[str, tuple[int, ...]] = {}
 
 
@@ -54,7 +53,7 @@ def saved(folder: Path) -> tuple[dict, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THOROUGH)
 def test_tscd_exports_deterministically_at_every_step_count(
     family, tmp_path, tmp_path_factory
 ) -> None:
@@ -68,7 +67,7 @@ def test_tscd_exports_deterministically_at_every_step_count(
 
 
 @pytest.mark.parametrize("num_phases", [1, 2, 4, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THOROUGH)
 def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory) -> None:
     options = {"num_phases": num_phases}
     trainer = trained(family, tmp_path_factory, tmp_path / "run", "pcm", options, steps=1)

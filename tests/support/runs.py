@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
-from stepdistill.core.method import Scorer
+from stepdistill.core.method import FIELDS, Scorer
 from stepdistill.families.registry import conditioning_of, has_null, reads_image
 from stepdistill.methods import METHODS
-from stepdistill.testing.tiny import TINY
+from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.trainers import DistillationTrainer, trainer_class
 
+# Of each kind of teacher one, for what is tested in every layout: eps, v and flow, prompts, labels.
+THOROUGH = ("sd", "sd_v", "sd3", "dit")
 _TEACHERS: dict[str, Path] = {}
 
 
@@ -102,7 +104,7 @@ def _pixel_distance(images: Tensor, by: Any) -> Tensor:
 
 def _has_null(family: str, layout: str) -> bool:
     """Not models without a null condition, which guidance has nothing to steer away from."""
-    return not family.startswith(("unet2d", "edm"))
+    return TINY_FAMILY[family].has_null
 
 
 def _w_embedding(family: str, layout: str) -> bool:
@@ -229,6 +231,12 @@ METHOD_CASES: dict[str, MethodCase] = {
     "slimflow_distill": MethodCase(
         "slimflow", {"stage": "distill"}, ("x0", "noise"), _two_with_prompts
     ),
+}
+# A method without a case of its own has one by its facts.
+METHOD_CASES |= {
+    name: MethodCase(name, {}, tuple(sorted(FIELDS[cls.data] - {"cond"})))
+    for name, cls in METHODS.items()
+    if name not in {case.method for case in METHOD_CASES.values()}
 }
 
 
