@@ -52,7 +52,8 @@ def test_a_module_counts_where_a_class_has_its_name(tmp_path, monkeypatch) -> No
 
 
 def test_names_cost_no_import(tmp_path, monkeypatch) -> None:
-    found = package(tmp_path, monkeypatch, broken='class A:\n    name = "broken"\nraise OSError('no')\n')
+    source = 'class A:\n    name = "broken"\nraise OSError("no")\n'
+    found = package(tmp_path, monkeypatch, broken=source)
     assert "broken" in [*found]
     assert f"{found.package}.broken" not in sys.modules
     with pytest.raises(OSError, match="no"):
