@@ -19,6 +19,7 @@ _PUBLIC = {
     "TrajectorySegmentedTrainer": "stepdistill.trainers",
     "VariationalScoreTrainer": "stepdistill.trainers",
     "METHODS": "stepdistill.methods",
+    "ModelSource": "stepdistill.loading.source",
     "load_family": "stepdistill.families.registry",
     "load_pipeline": "stepdistill.export.load",
 }
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from stepdistill.config.tuning import Tuning as Tuning
     from stepdistill.export.load import load_pipeline as load_pipeline
     from stepdistill.families.registry import load_family as load_family
+    from stepdistill.loading.source import ModelSource as ModelSource
     from stepdistill.methods import METHODS as METHODS
     from stepdistill.trainers import ConsistencyTrainer as ConsistencyTrainer
     from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer

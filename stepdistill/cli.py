@@ -181,10 +181,17 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> None:
     """Make noise-image pairs with the teacher's solver, or of real images, for reflow."""
+    from stepdistill.loading.source import ModelSource
     from stepdistill.pairs.teacher import make_pairs
 
     folder = make_pairs(
-        args.pretrained_model_name_or_path,
+        ModelSource(
+            args.pretrained_model_name_or_path,
+            args.revision,
+            args.variant,
+            tuple(args.teacher_lora),
+            args.single_file_config,
+        ),
         args.prompts_file,
         args.pairs_dir,
         num_pairs=args.num_pairs,
@@ -194,10 +201,6 @@ def _pairs(args: argparse.Namespace) -> None:
         resolution=args.resolution,
         batch_size=args.batch_size,
         seed=args.seed,
-        revision=args.revision,
-        variant=args.variant,
-        teacher_lora=args.teacher_lora,
-        single_file_config=args.single_file_config,
     )
     print(folder)
 

@@ -23,6 +23,7 @@ from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.families.family import Family
+from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.monitoring.validation import validate
 from stepdistill.monitoring.watchdog import WatchdogStop
@@ -50,13 +51,11 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | Path | Family,
+        model: str | Path | ModelSource | Family,
         args: TrainConfig,
         train_dataset: Any,
         method: str | None = None,
         method_config: Mapping[str, Any] | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
         scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
         method, method_config = resolve_method(method or self.default, method_config)
@@ -65,21 +64,17 @@ class DistillationTrainer(Trainer):
                 f"{type(self).__name__}: expected one of {self.methods()}, got {method!r}. "
                 f"Use {trainer_class(method).__name__}."
             )
-        super().__init__(
-            model, method, args, train_dataset, method_config, revision, variant, scorers
-        )
+        super().__init__(model, method, args, train_dataset, method_config, scorers)
 
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
         """The trainer a RunConfig describes, its data source opened."""
         return trainer_class(run.method)(
-            model=run.pretrained_model_name_or_path,
+            model=run.source,
             args=run.train_config(),
             train_dataset=open_dataset(run),
             method=run.method,
             method_config=run.method_config,
-            revision=run.revision,
-            variant=run.variant,
         )
 
     def export(
@@ -173,7 +168,7 @@ class LoRADistillationTrainer(DistillationTrainer):
 
     def __init__(
         self,
-        model: str | Path | Family,
+        model: str | Path | ModelSource | Family,
         args: TrainConfig,
         train_dataset: Any,
         method: str | None = None,
@@ -274,15 +269,15 @@ def trainer_of_run(run_dir: str | Path, name: str | None = None) -> Distillation
         raise ValueError(
             f"run_dir: expected a run with a whole checkpoint, got {folder}. " + " ".join(skipped)
         )
-    keys = ("method", "model", "train_config", "method_config", "revision", "variant")
+    keys = ("method", "model", "train_config", "method_config")
     facts = read_json(saved, keys)
     if facts["method"] not in METHODS:
         raise ValueError(f"{saved}: expected a method of {sorted(METHODS)}, got another.")
     trainer = trainer_class(facts["method"])(
-        model=facts["model"],
+        model=ModelSource.of_run(facts),
         args=TrainConfig(
             **{
-                **facts["train_config"],
+                **TrainConfig.recorded(facts["train_config"]),
                 "output_dir": str(folder),
                 "resume_from_checkpoint": "latest",
                 # The checkpoint holds the student, or its adapter on a base of its own.
@@ -292,8 +287,6 @@ def trainer_of_run(run_dir: str | Path, name: str | None = None) -> Distillation
         train_dataset=None,
         method=facts["method"],
         method_config=facts["method_config"],
-        revision=facts["revision"],
-        variant=facts["variant"],
     )
     for line in skipped:
         trainer.accelerator.print(f"{folder}: {line}")

@@ -1,4 +1,7 @@
-"""Shared set-up: no network, one thread, seeds, quiet libraries, and tiny families by name."""
+"""Shared set-up: no network, one thread, seeds, quiet libraries, markers, tiny families by name.
+
+Libraries are imported late: with `-n 2` the process that hands out the tests needs none of them.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +11,57 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import pytest
-import torch
-from accelerate.utils import set_seed
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
-from stepdistill.families.family import Family
-from stepdistill.families.registry import family_for
-from stepdistill.testing.tiny import TINY
+if TYPE_CHECKING:
+    from stepdistill.families.family import Family
 
-torch.set_num_threads(1)
-diffusers_logging.set_verbosity_error()
-transformers_logging.set_verbosity_error()
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """`-m full` selects the default tests, too, and all but what needs a GPU or takes times."""
+    if config.option.markexpr == "full":
+        config.option.markexpr = "not gpu and not benchmark"
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    if getattr(session.config.option, "numprocesses", None):
+        return  # this process runs no test
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(1)
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+
+
+def seed_by(name: str) -> None:
+    from accelerate.utils import set_seed
+
+    set_seed(crc32(name.encode()))
 
 
 # Every fixture and every test draws from a seed of its own, so that what a run draws depends
 # neither on the tests before it nor on the worker that took it.
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: Any) -> None:
-    set_seed(crc32(f"{fixturedef.argname} {getattr(request, 'param', '')}".encode()))
+    seed_by(f"{fixturedef.argname} {getattr(request, 'param', '')}")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    set_seed(crc32(item.nodeid.encode()))
+    seed_by(item.nodeid)
 
 
 def build_family(name: str) -> Family:
     """A fresh tiny family of that name in TINY."""
+    from stepdistill.families.registry import family_for
+    from stepdistill.testing.tiny import TINY
+
     pipeline = TINY[name]()
     return family_for(type(pipeline).__name__)(pipeline)
 
@@ -60,16 +82,20 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepdistill.training.trainer.load_family", refuse)
 
 
-# Further configurations of a family: parity is checked by default, the rest by -m slow.
-VARIANTS = {"edm_plain", "flux_schnell", "pixart_sigma", "sd35", "wan_i2v_kept", "wan_tokens"}
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`family`: each tiny family in turn; further configurations of one with `-m full` alone."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    given = {name for mark in marks for name in str(mark.args[0]).replace("'", " ").split()}
+    if "family" in metafunc.fixturenames and "family" not in given:
+        from stepdistill.families.registry import FAMILIES
+        from stepdistill.testing.tiny import TINY
+
+        further = {name: [pytest.mark.full] for name in TINY if name not in (*FAMILIES, "sd_v")}
+        params = [pytest.param(name, marks=further.get(name, [])) for name in sorted(TINY)]
+        metafunc.parametrize("family", params, indirect=True)
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else [])
-        for name in sorted(TINY)
-    ]
-)
+@pytest.fixture
 def family(request: Any) -> Family:
     """Each tiny family in turn."""
     return build_family(request.param)

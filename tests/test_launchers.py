@@ -69,7 +69,7 @@ def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> N
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "launcher",
     [("cpu2",), ("ddp", "--num_processes", "2"), ("fsdp2", "--num_processes", "2")],

@@ -179,7 +179,7 @@ def test_first_launch_runs(tmp_path, tmp_path_factory) -> None:
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_plan_of_sdxl_runs(capsys) -> None:
     (command,) = [c for c in COMMANDS if re.match(r"stepdistill plan .*path sdxl ", c)]
     with pytest.raises(SystemExit) as ended:

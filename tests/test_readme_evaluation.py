@@ -56,7 +56,7 @@ def test_evaluate_runs_as_readme_says(demo, capsys) -> None:
         assert (demo / "evaluation" / f"report.{suffix}").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_compare_runs_as_readme_says(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     short = ["--budget", "2steps", "--demo_teacher_steps", "2", "--demo_pairs", "64"]

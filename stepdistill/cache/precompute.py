@@ -250,14 +250,7 @@ def cache_run(run: RunConfig, dataset: Any) -> EncodedCache:
     if run.cache_dir is None:
         raise ValueError("cache: expected --cache_dir, a folder to fill, got none.")
     state = PartialState(cpu=not torch.cuda.is_available())
-    family = load_encoders(
-        run.pretrained_model_name_or_path,
-        state.device,
-        revision=run.revision,
-        variant=run.variant,
-        teacher_lora=run.teacher_lora,
-        single_file_config=run.single_file_config,
-    )
+    family = load_encoders(run.source, state.device)
     family.place_encoders(run.frozen_dtype, state.device)
     cache = EncodedCache(run.cache_dir, family, run.resolution)
     prepare_cache(cache, dataset, run, state)

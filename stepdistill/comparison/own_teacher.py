@@ -27,7 +27,7 @@ from stepdistill.data.stream import PromptDataset
 from stepdistill.evaluation.features import feature_net
 from stepdistill.evaluation.metrics import System
 from stepdistill.evaluation.run import Options, evaluate, read_prompts
-from stepdistill.families.registry import conditioning_of, reads_image
+from stepdistill.families.registry import teacher_facts
 from stepdistill.methods import METHODS
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
@@ -84,7 +84,8 @@ class OwnTeacher(Ground):
     def __init__(self, out: Path, own: Own) -> None:
         super().__init__(out)
         self.own = own
-        if conditioning_of(own.teacher) != "prompt" or reads_image(own.teacher):
+        facts = teacher_facts(own.teacher)
+        if facts.conditioning != "prompt" or facts.reads_image:
             raise ValueError(
                 f"compare: expected a teacher told by prompts alone, got {own.teacher!r}. Train "
                 "each method by itself and use stepdistill evaluate."

@@ -7,6 +7,7 @@ config files merged left to right, then flags. Its saved form alone repeats the 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from pydantic import (
 from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.config.tuning import Tuning
 from stepdistill.config.watchdog import WatchdogConfig
+from stepdistill.loading.source import ModelSource
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -33,6 +35,9 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+
+_OF_THE_TEACHER = ("teacher_lora", "single_file_config")
 
 
 class TrainConfig(BaseModel):
@@ -68,10 +73,6 @@ class TrainConfig(BaseModel):
     tuning: Tuning = Tuning()
     """How trained roles store their weights (lora or full, rank, alpha)."""
 
-    teacher_lora: list[str] = []
-    """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
-    single_file_config: str | None = None
-    """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
     init_student_from: str | None = None
     """Where the student starts: a run (or one of its checkpoints) of the same tuning, or a pipeline
     of the teacher's architecture (folder or Hub id, such as SD-Turbo); a LoRA student then sits on
@@ -165,6 +166,11 @@ class TrainConfig(BaseModel):
         """Of the frozen denoiser's weights: tuning.base_dtype, or what autocast uses."""
         name = self.tuning.base_dtype
         return _DTYPES[self.mixed_precision if name == "auto" else name]
+
+    @classmethod
+    def recorded(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The options in a run's record, without those that say which teacher in earlier ones."""
+        return {name: value for name, value in saved.items() if name not in _OF_THE_TEACHER}
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -272,6 +278,10 @@ class RunConfig(TrainConfig):
     """Hub revision of the teacher."""
     variant: str | None = None
     """Weight-file variant of the teacher, such as fp16."""
+    teacher_lora: list[str] = []
+    """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
+    single_file_config: str | None = None
+    """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
     method: str
     """Distillation method; `stepdistill list` shows them."""
     method_config: dict[str, Any] = {}
@@ -280,6 +290,17 @@ class RunConfig(TrainConfig):
     """Training data."""
     export_dir: str | None = None
     """Where to write the distilled pipeline; none means OUTPUT_DIR/pipeline."""
+
+    @property
+    def source(self) -> ModelSource:
+        """The teacher."""
+        return ModelSource(
+            self.pretrained_model_name_or_path,
+            self.revision,
+            self.variant,
+            tuple(self.teacher_lora),
+            self.single_file_config,
+        )
 
     def train_config(self) -> TrainConfig:
         """The part that says how to train."""

@@ -25,9 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepdistill.data.corrupt import TOLD, CorruptItemError
+from stepdistill.data.decode import IMAGE_SUFFIXES
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.order import EpochOrder
-from stepdistill.data.source import IMAGE_SUFFIXES, Source
+from stepdistill.data.source import Source
 from stepdistill.storage.files import write_atomic, write_text
 
 _CAPTIONS = (".txt", ".json", ".cls")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from stepdistill.families.registry import has_null
+from stepdistill.families.registry import teacher_facts
 
 from .metrics import MANIFOLD_IMAGES, Number, System
 from .presets import preset
@@ -68,7 +68,7 @@ def protocol_of(
     Notes: a guidance reaches a pipeline only where that has a null condition (see systems.py).
     """
     own = "none" if prompts[0] is None else "the pipeline's own"
-    null = has_null(options.teacher, options.single_file_config)
+    null = teacher_facts(options.source).has_null
     plain = f"{options.student_guidance:g}" if null else own
     told = asdict(options)
     reference = "real" if num_real else "teacher"

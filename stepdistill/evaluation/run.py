@@ -19,7 +19,8 @@ from tqdm import tqdm
 from stepdistill.core.method import Scorer
 from stepdistill.data.lines import LineFile
 from stepdistill.families.family import Family
-from stepdistill.families.registry import conditioning_of, family_for, pipeline_class_of
+from stepdistill.families.registry import teacher_facts
+from stepdistill.loading.source import ModelSource
 
 from .collect import Drawing, Lens, draw_into, read_into
 from .features import FeatureNet, feature_net
@@ -74,6 +75,14 @@ class Options:
     num_previews: int = 12
     preset: str | None = None
 
+    @property
+    def source(self) -> ModelSource:
+        """The teacher."""
+        merged = tuple(self.teacher_lora)
+        return ModelSource(
+            self.teacher, teacher_lora=merged, single_file_config=self.single_file_config
+        )
+
 
 def options_of(preset_name: str | None, **given: Any) -> Options:
     """Options of a preset's defaults under what was given (None: not given)."""
@@ -93,7 +102,7 @@ def evaluate(
         own by name, beside those of the options.
     Errors: ValueError for wrong options, before any image is drawn.
     """
-    family = family_for(pipeline_class_of(options.teacher, options.single_file_config))
+    family = teacher_facts(options.source).family
     state = PartialState(cpu=not torch.cuda.is_available())
     frame = Frame(options.size_px, options.crop_px, options.resize_filter)
     check_video(options, family.output, family.reads_image)
@@ -176,7 +185,7 @@ def check_features(texts: Sequence[str]) -> None:
 
 def read_prompts(options: Options) -> list[Any]:
     """The prompts, labels, or (unconditional) as many None. Errors: ValueError for none or few."""
-    told = conditioning_of(options.teacher, options.single_file_config)
+    told = teacher_facts(options.source).conditioning
     if told == "none":
         return [None] * (options.num_prompts or 64)
     if options.first_frames is not None:
@@ -216,14 +225,12 @@ def _sources(
         options.resolution,
         options.guidance,
         options.student_guidance,
-        tuple(options.teacher_lora),
-        options.single_file_config,
         options.num_frames,
         family.output,
         family.reads_image,
     )
     counts = sorted(set(options.teacher_steps))
-    found = teacher_sources(options.teacher, counts, loading)
+    found = teacher_sources(options.source, counts, loading)
     for path in options.student:
         steps = list(dict.fromkeys(options.steps))
         found += student_sources(path, steps, loading, out / "exports")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import schedulers
 from peft import PeftModel
 
 from stepdistill.export.base_model import base_model
@@ -23,6 +22,8 @@ from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family
+from stepdistill.loading.project_code import part_class
+from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import lora_facts
 from stepdistill.storage.checkpoints import RUN_FILE
 from stepdistill.storage.files import read_json
@@ -59,24 +60,15 @@ class Loading:
     resolution: int | None = None
     guidance: float | None = None
     student_guidance: float = 1.0
-    teacher_lora: tuple[str, ...] = ()
-    single_file_config: str | None = None
     num_frames: int | None = None
     output: str = "images"
     reads_image: bool = False
 
 
-def teacher_sources(model: str, counts: Sequence[int], loading: Loading) -> list[Source]:
+def teacher_sources(teacher: ModelSource, counts: Sequence[int], loading: Loading) -> list[Source]:
     """The teacher at each step count; one loaded pipeline serves them all."""
-    load = functools.cache(
-        lambda: _family(
-            model,
-            loading,
-            teacher_lora=loading.teacher_lora,
-            single_file_config=loading.single_file_config,
-        )
-    )
-    about = _weights(model) | {"teacher_lora": lora_facts(loading.teacher_lora)}
+    load = functools.cache(lambda: _family(teacher, loading))
+    about = _weights(teacher.model) | {"teacher_lora": lora_facts(teacher.teacher_lora)}
     made = [_plain("teacher", "teacher", n, load, about, loading, loading.guidance) for n in counts]
     return _released(made, load)
 
@@ -154,12 +146,8 @@ def _export_source(folder: Path, loading: Loading, label: str = "", path: str = 
         if lora is None:
             family = _family(str(folder), loading)
         else:
-            beside = [
-                f"{one['source']}:{one['scale']:g}" for one in record["run"].get("teacher_lora", ())
-            ]
-            config = record["run"].get("train_config", {}).get("single_file_config")
-            base = record["base_model"]
-            family = _family(base, loading, teacher_lora=beside, single_file_config=config)
+            base = replace(ModelSource.of_run(record["run"]), model=str(record["base_model"]))
+            family = _family(base, loading)
             _put_lora(family, folder, lora["file"])
         return PipelineSampler(
             family.pipeline, {**_own_size(family), **call}, record["conditioning"]
@@ -209,12 +197,12 @@ def _plain(
     return Source(label, group, steps, settings, sampler, path=path)
 
 
-def _family(model: str, loading: Loading, **options: Any) -> Family:
-    family = load_family(model, torch_dtype=loading.dtype, **options)
+def _family(model: str | ModelSource, loading: Loading) -> Family:
+    family = load_family(model, torch_dtype=loading.dtype)
     if (family.output, family.reads_image) != (loading.output, loading.reads_image):
         raise ValueError(
             f"evaluate: expected {_kind(loading.output, loading.reads_image)}, as the teacher is, "
-            f"got {_kind(family.output, family.reads_image)} in {model!r}."
+            f"got {_kind(family.output, family.reads_image)} in {str(model)!r}."
         )
     family.pipeline.to(loading.device)
     return family
@@ -229,7 +217,8 @@ def _put_lora(family: Family, folder: Path, file: str) -> None:
     else:
         pipeline.load_lora_weights(str(folder), weight_name=file, adapter_name="student")
     config = read_json(folder / "scheduler" / "scheduler_config.json", ("_class_name",))
-    cls = getattr(schedulers, str(config["_class_name"]))
+    code = next((folder / "scheduler").glob("*.py"), None)  # one of pipelines/, or none
+    cls = part_class(code.stem if code else "diffusers", str(config["_class_name"]))
     pipeline.scheduler = cls.from_pretrained(str(folder), subfolder="scheduler")
 
 

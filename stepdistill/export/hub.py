@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from stepdistill.export.hub_card import published_card
+from stepdistill.loading.project_code import is_project_code
 
 RECORD = "distillation.json"  # export.pipeline's, without its heavy imports
 SENT = {".safetensors", ".json", ".md", ".txt", ".png", ".jinja", ".model", ".yaml"}
@@ -47,7 +48,8 @@ def files_to_push(folder: str | Path) -> list[str]:
     outside = [p for p in found if root.resolve() not in p.resolve().parents]
     if outside:
         raise ValueError(f"push: expected files inside {root}, got the link {outside[0]}.")
-    odd = [p.relative_to(root).as_posix() for p in found if p.suffix.lower() not in SENT]
+    sent = (p.suffix.lower() in SENT or is_project_code(p) for p in found)
+    odd = [p.relative_to(root).as_posix() for p, ok in zip(found, sent, strict=True) if not ok]
     if odd:
         raise ValueError(
             f"push: expected safetensors and text only, got {odd[:3]}. Export into a new folder."

@@ -18,6 +18,8 @@ from huggingface_hub import hf_hub_download
 from stepdistill.export.card import typed_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
+from stepdistill.loading.project_code import project_parts
+from stepdistill.loading.source import ModelSource
 
 
 def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
@@ -30,16 +32,20 @@ def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
     index = diffusers.DiffusionPipeline.load_config(str(model), revision=kwargs.get("revision"))
     stock = getattr(diffusers, index["_class_name"])
     cls = few_step_class(stock, typed_options(record), bool(record.get("prompt_by_name")))
-    options = {"use_safetensors": True, **dict.fromkeys(record["load_without"]), **kwargs}
+    hub = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
+    parts = project_parts(model, index, **hub)
+    options = {"use_safetensors": True, **dict.fromkeys(record["load_without"]), **parts, **kwargs}
     return cls.from_pretrained(str(model), **options)
 
 
 def refuse_double_guidance(model: Any, guidance: float) -> None:
     """Errors: ValueError where `model` is an export with guidance folded in and guidance is not 1.
 
-    Args: model: a pipeline folder, a Hub id (not looked up) or a loaded Family.
+    Args: model: a pipeline folder, a Hub id (not looked up), a ModelSource or a loaded Family.
     """
-    source = model.pipeline.name_or_path if isinstance(model, Family) else model
+    source = (
+        model.pipeline.name_or_path if isinstance(model, Family) else ModelSource.of(model).model
+    )
     file = Path(source or "") / RECORD
     if guidance == 1.0 or not file.is_file():
         return

@@ -30,6 +30,7 @@ from stepdistill.export.lora_formats import (
 )
 from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
 from stepdistill.families.family import Family
+from stepdistill.loading.project_code import put_code
 from stepdistill.roles.rolebank import RoleBank
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -63,10 +64,12 @@ def export_lora(
     out_dir.mkdir(parents=True, exist_ok=True)
     file, adapters = _write(family, bank, role, out_dir, format)
     sampler.scheduler.save_pretrained(out_dir / "scheduler")
+    code = put_code(sampler.scheduler, out_dir / "scheduler")
     # A student on a base of its own belongs to that one, not to the teacher.
     own = facts.get("student_base") or facts.get("model")
     record = describe(family, spec, sampler, {**facts, "model": own})
     record["lora"] = {"format": format, "file": file}
+    record["custom_code"] = code
     if file != PEFT_FILE:
         record["lora"]["read_back"] = check_lora(family, out_dir / file, format, adapters)
     (out_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")

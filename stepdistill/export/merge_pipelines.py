@@ -21,7 +21,7 @@ from stepdistill.export.lora import LORA_FILE, PEFT_FILE
 from stepdistill.export.pipeline import RECORD, check_out_dir
 
 # What two students must share to be sampled as one.
-_SAME = ("base_model", "family", "kind", "times", "guidance_scale", "guidance_embedded")
+_SAME = ("base_model", "family", "kind", "heun", "times", "guidance_scale", "guidance_embedded")
 
 
 def merge_pipelines(a: str | Path, b: str | Path, out_dir: str | Path, weight: float = 0.5) -> Path:

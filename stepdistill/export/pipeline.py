@@ -24,6 +24,7 @@ from stepdistill.export.schedulers import StockSampler, stock_sampler
 from stepdistill.export.verify import check_export
 from stepdistill.export.weights import stock_net
 from stepdistill.families.family import Family
+from stepdistill.loading.project_code import put_code
 from stepdistill.loading.quantization import is_quantized
 from stepdistill.roles.rolebank import RoleBank
 
@@ -60,6 +61,7 @@ def export_pipeline(
     shutil.rmtree(aside, ignore_errors=True)
     pipeline.save_pretrained(aside, safe_serialization=True)
     load_alike(aside)
+    record["custom_code"] = put_code(sampler.scheduler, aside / "scheduler")
     (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     write_card(aside, record, type(pipeline).__name__, out_dir.name)
     if verify:
@@ -171,6 +173,7 @@ def describe(
         "call": {**size, **family.guided_call(spec.guidance), **sampler.call},
         "load_without": missing_parts(family.pipeline),
         "kind": spec.kind,
+        "heun": spec.heun,
         "times": None if spec.keeps_scheduler else list(spec.times),
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),
         "visited_model_times": list(sampler.visited),

@@ -11,8 +11,8 @@ import torch
 
 from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
-from stepdistill.families.registry import model_index
 from stepdistill.loading.safe_files import load_stock
+from stepdistill.loading.source import ModelSource
 from stepdistill.storage.files import read_json
 
 
@@ -43,7 +43,7 @@ def sample_export(
             "Export again: stepdistill export RUN_DIR OUT --num_steps N."
         )
     without = dict.fromkeys(record["load_without"])
-    pipe = load_stock(folder, model_index(folder), **without)
+    pipe = load_stock(folder, ModelSource.of(folder).index, **without)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)

@@ -6,27 +6,32 @@ Everything that can be wrong with a model id is said before a weight is read.
 from __future__ import annotations
 
 import difflib
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import UNet2DModel
 
 from stepdistill.core.method import Setting
 from stepdistill.core.registry import Registry
 from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import read_schedule
-from stepdistill.loading.quantization import check_quantization, loader_config, requantized
-from stepdistill.loading.safe_files import check_index, load_part, load_stock
-from stepdistill.loading.single_file import config_source, is_single_file, load_single_file
-from stepdistill.loading.teacher_lora import merge_loras, parse_lora
+from stepdistill.loading.paper import check_numbers
+from stepdistill.loading.project_code import part_class
+from stepdistill.loading.quantization import loader_config, requantized
+from stepdistill.loading.safe_files import load_part, load_stock
+from stepdistill.loading.single_file import load_single_file
+from stepdistill.loading.source import ModelSource
+from stepdistill.loading.teacher_lora import merge_loras
 from stepdistill.loading.weightless import weightless
-from stepdistill.storage.files import read_json
+from stepdistill.storage.files import one_line
 
 FAMILIES: Registry[Family] = Registry("stepdistill.families", Family)
 
@@ -57,52 +62,10 @@ def family_for(pipeline_class: str) -> type[Family]:
     return served[pipeline_class]
 
 
-def model_index(model: str | Path, config: str | None = None, **hub: Any) -> dict[str, Any]:
-    """model_index.json of a local folder, a Hub id, or the configuration of a single file.
-
-    Args: config: see `single_file.config_source`.
-    Errors: ValueError where the folder is no Diffusers pipeline or the file is broken.
-    """
-    model = config_source(model, config)
-    folder = Path(model)
-    if not folder.exists():
-        if str(model).startswith(("/", ".", "~")):  # no Hub id does
-            raise ValueError(
-                f"pretrained_model_name_or_path: expected a pipeline folder or a Hub id, got "
-                f"{str(model)!r}, which is not there."
-            )
-        found: dict[str, Any] = DiffusionPipeline.load_config(model, **hub)
-        check_index(found, model)
-        return found
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(
-            f"pretrained_model_name_or_path: expected a Diffusers pipeline folder "
-            f"(with model_index.json), got {str(model)!r}. Save it with save_pretrained."
-        )
-    read = read_json(index, ("_class_name",))
-    if not isinstance(read.get("_class_name"), str):
-        raise ValueError(f"{index}: expected an object with a string _class_name, got none.")
-    check_index(read, index)
-    return read
-
-
-def pipeline_class_of(model: str | Path, config: str | None = None, **hub: Any) -> str:
-    """The `_class_name` in model_index.json. Errors: see `model_index`."""
-    name: str = model_index(model, config, **hub)["_class_name"]
-    return name
-
-
 def load_family(
-    model: str | Path,
+    model: str | Path | ModelSource,
     *,
-    revision: str | None = None,
-    variant: str | None = None,
     torch_dtype: torch.dtype = torch.float32,
-    teacher_lora: Sequence[str] = (),
-    single_file_config: str | None = None,
-    base_quantization: str = "none",
-    base_dtype: torch.dtype | None = None,
     **components: Any,
 ) -> Family:
     """The loaded family of a folder, Hub id or single file; safetensors only, never remote code.
@@ -110,74 +73,75 @@ def load_family(
     Parts saved as None (SD3 without T5) stay None: the stock loader wants to be told so.
 
     Args:
-        teacher_lora: `path[:scale]` of LoRAs merged into the weights, in order.
-        single_file_config: pipeline folder or Hub id that describes a single-file checkpoint.
-        base_quantization: "int8" or "nf4": the denoiser's linear layers, its other weights in
-            base_dtype (None: torch_dtype).
+        model: a ModelSource where more than a path or Hub id is to be said.
         components: parts to pass to from_pretrained instead of loading them (None to leave out).
     """
-    check_quantization(base_quantization)
-    for text in teacher_lora:
-        parse_lora(text)  # refuses a wrong one before the base is read
-    hub = {"revision": revision} if revision else {}
-    index = model_index(model, single_file_config, **hub)
-    cls = family_for(index["_class_name"])
+    source = ModelSource.of(model)
+    source.check()
+    index = source.index
+    cls = family_for(source.pipeline_class)
+    _check_parts(source, cls, components)
+    if "scheduler" not in components:
+        _setting(source)
     missing = {name: None for name, entry in index.items() if entry == [None, None]}
     parts = {**missing, **components}
-    quantized = base_quantization != "none" and cls.net_name not in parts
-    made_here = bool(teacher_lora) or is_single_file(model)  # there is no folder to read it from
-    dtype = base_dtype or torch_dtype
-    net = partial(load_part, model, index, cls.net_name, variant=variant, dtype=dtype, **hub)
+    kind = source.base_quantization
+    quantized = kind != "none" and cls.net_name not in parts
+    # There is no folder to read a quantised one from.
+    made_here = bool(source.teacher_lora) or source.is_single_file
+    dtype = source.base_dtype or torch_dtype
+    hub = {"variant": source.variant, **source.hub}
+    net = partial(load_part, source.model, index, cls.net_name, dtype=dtype, **hub)
     if quantized and not made_here:
-        parts[cls.net_name] = net(quantization_config=loader_config(base_quantization, dtype))
-    if is_single_file(model):
-        config = config_source(model, single_file_config)
-        pipeline = load_single_file(model, index, config, cls.net_name, torch_dtype, **parts)
+        parts[cls.net_name] = net(quantization_config=loader_config(kind, dtype))
+    if source.is_single_file:
+        where = (source.model, index, source.described_at, cls.net_name)
+        pipeline = load_single_file(*where, torch_dtype, **parts)
     else:
-        pipeline = load_stock(model, index, variant=variant, dtype=torch_dtype, **hub, **parts)
+        pipeline = load_stock(source.model, index, dtype=torch_dtype, **hub, **parts)
     if cls.conditioning == "prompt":
         _check_encoders(pipeline)
-    merge_loras(pipeline, cls.net_name, teacher_lora)
+    merge_loras(pipeline, cls.net_name, source.teacher_lora)
     if quantized and made_here:
-        made = requantized(getattr(pipeline, cls.net_name), base_quantization, dtype)
+        made = requantized(getattr(pipeline, cls.net_name), kind, dtype)
         pipeline.register_modules(**{cls.net_name: made})
     family = cls(pipeline)
     if quantized:
-        again = {"revision": revision, "variant": variant, "torch_dtype": dtype, **components}
-        again |= {"teacher_lora": teacher_lora, "single_file_config": single_file_config}
-        family.unquantized = (lambda: load_family(model, **again).net) if made_here else net
+        plain = replace(source, base_quantization="none")
+        again = partial(load_family, plain, torch_dtype=dtype, **components)
+        family.unquantized = (lambda: again().net) if made_here else net
     return family
 
 
-def load_encoders(
-    model: str | Path,
-    device: torch.device,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    teacher_lora: Sequence[str] = (),
-    single_file_config: str | None = None,
-) -> Family:
+def _check_parts(source: ModelSource, cls: type[Family], given: Mapping[str, Any]) -> None:
+    """Errors: ValueError where model_index.json has no denoiser, scheduler or autoencoder for the
+    pipeline class.
+
+    Args: given: parts that are handed over in place of the folder's.
+    """
+    takes = inspect.signature(getattr(diffusers, source.pipeline_class).__init__).parameters
+    for name in (cls.net_name, "scheduler", *(["vae"] if "vae" in takes else [])):
+        entry = source.index.get(name)
+        named = isinstance(entry, list | tuple) and len(entry) == 2 and None not in entry
+        if name not in given and not named:
+            raise ValueError(
+                f"{source.described_at}/model_index.json: expected a class for {name}, got "
+                f"{entry!r}. Save the pipeline with it."
+            )
+
+
+def load_encoders(model: str | Path | ModelSource, device: torch.device) -> Family:
     """A family to encode prompts and images with: no weight of its denoiser is read or held.
 
     Its denoiser has its configuration and shapes, and one zero on `device` for all weights. It is
     loaded after all with teacher_lora, as merging reads both.
     """
+    source = ModelSource.of(model)
     parts: dict[str, Any] = {}
-    hub = {"revision": revision} if revision else {}
-    index = model_index(model, single_file_config, **hub)
-    name = family_for(index["_class_name"]).net_name
-    if not teacher_lora:
-        where = config_source(model, single_file_config)
-        parts[name] = weightless(where, index, name, device, **hub)
-    return load_family(
-        model,
-        revision=revision,
-        variant=variant,
-        teacher_lora=teacher_lora,
-        single_file_config=single_file_config,
-        **parts,
-    )
+    name = family_for(source.pipeline_class).net_name
+    if not source.teacher_lora:
+        parts[name] = weightless(source.described_at, source.index, name, device, **source.hub)
+    return load_family(source, **parts)
 
 
 def _check_encoders(pipeline: Any) -> None:
@@ -190,54 +154,61 @@ def _check_encoders(pipeline: Any) -> None:
         )
 
 
-def load_setting(model: str | Path, config: str | None = None, **hub: Any) -> Setting:
-    """The facts a method may know, from the scheduler's config alone: no weight is read."""
-    index = model_index(model, config, **hub)
-    family_for(index["_class_name"])  # refuses unserved classes first
-    library, name = index["scheduler"]
-    scheduler_cls = getattr(import_module(library), name)
-    where = config_source(model, config)
-    try:
-        scheduler = scheduler_cls.from_pretrained(where, subfolder="scheduler", **hub)
-    except (OSError, TypeError, KeyError, AttributeError) as err:
-        raise ValueError(f"{where}: expected a readable scheduler config, got {err}.") from err
-    return Setting(*read_schedule(scheduler))
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What is known of a teacher before, and without, loading a weight.
+
+    family, pipeline: the Family class, and the Diffusers class name it was found by.
+    conditioning: "prompt", "label" or "none". has_null: whether there is an empty condition to
+    guide away from. reads_image: whether the condition holds a first frame beside the prompt.
+    """
+
+    family: type[Family]
+    pipeline: str
+    conditioning: Literal["prompt", "label", "none"]
+    has_null: bool
+    reads_image: bool
+    setting: Setting
 
 
-def conditioning_of(model: Any, config: str | None = None, **hub: Any) -> str:
-    """ "prompt", "label" or "none": what a Family, folder, Hub id or single file is told."""
-    if isinstance(model, Family):
-        return model.conditioning
-    cls = family_for(pipeline_class_of(model, config, **hub))
-    net = (
-        UNet2DModel.load_config(config_source(model, config), subfolder=cls.net_name, **hub)
-        if cls.reads_conditioning
-        else {}
+def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
+    """The facts of a loaded Family, or of a folder, Hub id or single file from its configurations.
+
+    Errors: ValueError for a class that no family serves, or configurations that can't be read.
+    """
+    if isinstance(teacher, Family):
+        name = type(teacher.pipeline).__name__
+        told = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
+        return TeacherFacts(type(teacher), name, *told)
+    source = ModelSource.of(teacher)
+    cls = family_for(source.pipeline_class)
+    _check_parts(source, cls, {})
+    return TeacherFacts(
+        cls,
+        source.pipeline_class,
+        cls.conditioning_in(_net_config(source, cls) if cls.reads_conditioning else {}),
+        cls.null_in(source.index),
+        cls.reads_image,
+        _setting(source),
     )
-    return cls.conditioning_in(net)
 
 
-def has_null(model: Any, config: str | None = None, **hub: Any) -> bool:
-    """Whether that model has an empty condition to guide away from."""
-    if isinstance(model, Family):
-        return model.has_null
-    index = model_index(model, config, **hub)
-    return family_for(index["_class_name"]).null_in(index)
+def _net_config(source: ModelSource, cls: type[Family]) -> Any:
+    return UNet2DModel.load_config(source.described_at, subfolder=cls.net_name, **source.hub)
 
 
-def reads_image(model: Any, config: str | None = None, **hub: Any) -> bool:
-    """Whether that model's condition holds a first frame beside the prompt."""
-    if isinstance(model, Family):
-        return model.reads_image
-    return family_for(pipeline_class_of(model, config, **hub)).reads_image
-
-
-def refuse_one_step(
-    model: Any, as_flow: bool, num_steps: int, config: str | None = None, **hub: Any
-) -> None:
-    """See Family.refuse_one_step, for a Family, folder, Hub id or single file."""
-    if isinstance(model, Family):
-        model.refuse_one_step(type(model.pipeline).__name__, as_flow, num_steps)
-    else:
-        name = pipeline_class_of(model, config, **hub)
-        family_for(name).refuse_one_step(name, as_flow, num_steps)
+def _setting(source: ModelSource) -> Setting:
+    """From the scheduler's config alone."""
+    where = f"{source.described_at}/scheduler"
+    library, name = source.index["scheduler"]
+    scheduler_cls = part_class(library, name)
+    try:
+        config = scheduler_cls.load_config(source.described_at, subfolder="scheduler", **source.hub)
+        check_numbers(config, where)
+        return Setting(*read_schedule(scheduler_cls.from_config(config)))
+    except ValueError:
+        raise
+    except Exception as err:  # whatever a stock class raises at values it can't use
+        raise ValueError(
+            f"{where}: expected a readable scheduler config, got {one_line(err)}."
+        ) from err

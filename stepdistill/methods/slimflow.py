@@ -36,10 +36,11 @@ from stepdistill.methods.reflow_config import ReflowConfig
 
 
 class SlimFlowConfig(ReflowConfig):
-    anneal: Literal["linear", "cos", "fixed"] = "linear"
-    """Law of b over student updates: 1 - k / K, cos(pi k / 2 K), or anneal_fixed throughout."""
+    anneal: Literal["linear", "cos", "exp", "fixed"] = "linear"
+    """Law of b over student updates, as released: 1 - k / K, (1 + cos(pi k / K)) / 2, exp(-k / K),
+    or anneal_fixed throughout."""
     anneal_steps: int = Field(default=300000, ge=1)
-    """K, the student updates after which b is 0."""
+    """K, the student updates after which b is 0; of exp, after which it is 1 / e."""
     anneal_fixed: float = Field(default=0.0, ge=0, le=1)
     """b of anneal fixed."""
     flip: Literal["none", "batch", "sample"] = "none"
@@ -115,12 +116,12 @@ class SlimFlow(Reflow):
 
     def annealing(self, step: int) -> float:
         """b at a student update: 1 new noise alone, 0 the pair's own."""
-        done = min(1.0, step / self.config.anneal_steps)
-        if self.config.anneal == "fixed":
+        k, law = step / self.config.anneal_steps, self.config.anneal
+        if law == "fixed":
             return self.config.anneal_fixed
-        if self.config.anneal == "cos":
-            return math.cos(0.5 * math.pi * done) if done < 1.0 else 0.0
-        return 1.0 - done
+        if law == "exp":
+            return math.exp(-k)
+        return 1.0 - min(k, 1.0) if law == "linear" else (1.0 + math.cos(math.pi * min(k, 1.0))) / 2
 
     def endpoints(self, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """See Reflow.endpoints: mirrored together, then the noise annealed in stage reflow."""

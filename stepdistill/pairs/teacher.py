@@ -15,14 +15,15 @@ from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import PromptDataset
-from stepdistill.families.registry import family_for, load_family, pipeline_class_of
+from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.loading.source import ModelSource
 from stepdistill.pairs.dataset import generate_pairs
 from stepdistill.pairs.inverted import invert_pairs
 from stepdistill.roles.rolebank import RoleBank
 
 
 def make_pairs(
-    model: str,
+    teacher: str | Path | ModelSource,
     prompts_file: str | Path | None,
     pairs_dir: str | Path,
     *,
@@ -33,10 +34,6 @@ def make_pairs(
     resolution: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    revision: str | None = None,
-    variant: str | None = None,
-    teacher_lora: Sequence[str] = (),
-    single_file_config: str | None = None,
 ) -> Path:
     """Solve the teacher's guided ODE for num_pairs noises, or backwards for the images of a folder.
 
@@ -46,12 +43,12 @@ def make_pairs(
     Returns: the folder of the set.
     Errors: ValueError for a bad model, prompt file or existing set, before a weight is loaded.
     """
-    hub: dict[str, Any] = {"revision": revision} if revision else {}
-    cls = family_for(pipeline_class_of(model, single_file_config, **hub))
-    if cls.reads_image:
+    source = ModelSource.of(teacher)
+    facts = teacher_facts(source)
+    if facts.reads_image:
         raise ValueError(
-            f"pairs: expected a model that a prompt is enough for, got {model!r}, which reads a "
-            "first frame too. Give the trainer a dataset of image, x0 and noise instead."
+            f"pairs: expected a model that a prompt is enough for, got {source.model!r}, which "
+            "reads a first frame too. Give the trainer a dataset of image, x0 and noise instead."
         )
     if (prompts_file is None) == (train_data_dir is None):
         raise ValueError(
@@ -61,22 +58,16 @@ def make_pairs(
     prompts: list[Any] = []
     images: ImageFolderDataset | None = None
     if train_data_dir is not None:
-        told = cls.conditioning
+        told = facts.conditioning
         images = ImageFolderDataset(train_data_dir, resolution, told == "label", told == "none")
     elif num_pairs is None:
         raise ValueError("pairs: expected --num_pairs with --prompts_file, got none.")
-    elif cls.conditioning == "label":
+    elif facts.conditioning == "label":
         prompts = list(LabelFileDataset.from_file(str(prompts_file)).labels)
     else:
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
     state = PartialState(cpu=not torch.cuda.is_available())
-    family = load_family(
-        model,
-        revision=revision,
-        variant=variant,
-        teacher_lora=teacher_lora,
-        single_file_config=single_file_config,
-    )
+    family = load_family(source)
     bank = RoleBank(family, {"teacher": Role()}, Tuning())
     family.pipeline.to(state.device)
 
@@ -88,7 +79,7 @@ def make_pairs(
 
     common: dict[str, Any] = {
         "shape": family.sample_shape(resolution, resolution),
-        "model": " + ".join([model, *teacher_lora]),
+        "model": str(source),
         "guidance": guidance,
         "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
         "batch_size": batch_size,
@@ -97,12 +88,12 @@ def make_pairs(
         "world_size": state.num_processes,
         "progress": state.is_main_process,
     }
-    teacher = bank["teacher"]
+    denoiser = bank["teacher"]
     if images is not None:
         count = len(images) if num_pairs is None else num_pairs
-        invert_pairs(teacher, encode, null, family.latents, images, pairs_dir, count, **common)
+        invert_pairs(denoiser, encode, null, family.latents, images, pairs_dir, count, **common)
     else:
         assert num_pairs is not None
-        generate_pairs(teacher, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common)
+        generate_pairs(denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common)
     state.wait_for_everyone()
     return Path(pairs_dir)

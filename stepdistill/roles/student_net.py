@@ -18,7 +18,8 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from stepdistill.families.family import Family
-from stepdistill.families.registry import family_for, model_index
+from stepdistill.families.registry import family_for
+from stepdistill.loading.source import ModelSource
 
 # What a family hands the network and reads from it: latents, sizes, conditioning, the time's scale.
 _INTERFACE = (
@@ -75,7 +76,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_student_config(
-    given: Mapping[str, Any], model: str | Path | Family, revision: str | None = None
+    given: Mapping[str, Any], model: str | Path | ModelSource | Family
 ) -> None:
     """Whether the model's denoiser class builds such a student; reads configs, never weights.
 
@@ -85,12 +86,11 @@ def check_student_config(
         cls: Any = type(model.net)
         base: Mapping[str, Any] = model.config
     else:
-        hub = {"revision": revision} if revision else {}
-        index = model_index(model, **hub)
-        net_name = family_for(index["_class_name"]).net_name
-        library, name = index[net_name]
+        source = ModelSource.of(model)
+        net_name = family_for(source.pipeline_class).net_name
+        library, name = source.index[net_name]
         cls = getattr(import_module(library), name)
-        base = cls.load_config(str(model), subfolder=net_name, **hub)
+        base = cls.load_config(source.described_at, subfolder=net_name, **source.hub)
     config = merged_config(cls, base, given)
     try:
         with init_empty_weights():

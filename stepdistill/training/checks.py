@@ -14,15 +14,8 @@ from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields, sample_item
 from stepdistill.families.family import Family
-from stepdistill.families.registry import (
-    conditioning_of,
-    has_null,
-    load_setting,
-    reads_image,
-    refuse_one_step,
-)
-from stepdistill.loading.single_file import config_source
-from stepdistill.loading.teacher_lora import lora_facts
+from stepdistill.families.registry import TeacherFacts
+from stepdistill.loading.source import ModelSource
 from stepdistill.rewards import check_scorers
 from stepdistill.roles.student_net import check_student_config
 from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints
@@ -45,25 +38,17 @@ _FIXED = (
 def method_fits(
     cls: type[Method[Any]],
     config: MethodConfig,
-    model: str | Path | Family,
-    revision: str | None,
+    teacher: TeacherFacts,
     dataset: Any,
     scorers: Mapping[str, Scorer],
-    single_file_config: str | None = None,
     best_metric: str | None = None,
 ) -> None:
     """Errors: ValueError where the dataset lacks a field the method's losses read, where a scorer
     they call can't be had (see `rewards.check_scorers`), or where no run of the method measures
     best_metric."""
-    hub = {"revision": revision} if revision else {}
-    setting = (
-        model.setting
-        if isinstance(model, Family)
-        else load_setting(model, single_file_config, **hub)
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainer builds it again and warns then
-        method = cls(config, setting)
+        method = cls(config, teacher.setting)
     spec, as_flow = method.sampler(), method.roles()["student"].as_flow
     if as_flow and best_metric == "trajectory_rmse":
         raise ValueError(
@@ -71,13 +56,13 @@ def method_fits(
             "trajectory_rmse: its student leaves the teacher's trajectory. Name teacher_rmse."
         )
     if spec.trained_times is not None:  # else any step count can be exported
-        refuse_one_step(model, as_flow, spec.num_steps, single_file_config, **hub)
-    if not has_null(model, single_file_config, **hub):
+        teacher.family.refuse_one_step(teacher.pipeline, as_flow, spec.num_steps)
+    if not teacher.has_null:
         _without_guidance(cls.name, config)
     has = provided_fields(dataset) | {"null"}
-    if reads_image(model, single_file_config, **hub):
+    if teacher.reads_image:
         has = _without_first_frames(has, sample_item(dataset))
-    if conditioning_of(model, single_file_config, **hub) == "none":
+    if teacher.conditioning == "none":
         has |= {"cond"}
     if not method.needs <= has:
         hint = {
@@ -109,9 +94,7 @@ def _without_first_frames(has: frozenset[str], item: Mapping[str, Any]) -> froze
 def student_fits(
     cls: type[Method[Any]],
     tuning: Tuning,
-    model: str | Path | Family,
-    revision: str | None,
-    single_file_config: str | None = None,
+    teacher: ModelSource | Family,
 ) -> None:
     """Errors: ValueError for a student architecture that method or model cannot have."""
     changes = tuning.student_changes
@@ -122,8 +105,7 @@ def student_fits(
             f"{cls.name}: expected no tuning.student_config (its student is the teacher with "
             "something added), got one. Leave it out."
         )
-    where = model if isinstance(model, Family) else config_source(model, single_file_config)
-    check_student_config(changes, where, revision)
+    check_student_config(changes, teacher)
 
 
 def _without_guidance(name: str, config: MethodConfig) -> None:
@@ -139,26 +121,17 @@ def _without_guidance(name: str, config: MethodConfig) -> None:
 
 
 def run_facts(
-    model: str | Path | Family,
-    revision: str | None,
-    variant: str | None,
+    teacher: ModelSource | Family,
     method: str,
     config: MethodConfig,
     args: TrainConfig,
 ) -> dict[str, Any]:
     """What identifies a run, saved beside its results."""
-    name = model.pipeline.name_or_path if isinstance(model, Family) else str(model)
-    if isinstance(model, Family) and (args.teacher_lora or args.single_file_config):
-        raise ValueError(
-            "teacher_lora and single_file_config: expected a path or Hub id as model beside them, "
-            "got a loaded Family. Give them to load_family."
-        )
+    if isinstance(teacher, Family):
+        teacher = ModelSource(teacher.pipeline.name_or_path)
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "stepdistill")
     return {
-        "model": name,
-        "revision": revision,
-        "variant": variant,
-        "teacher_lora": lora_facts(args.teacher_lora),
+        **teacher.facts(),
         "student_base": student_base_of(args),
         "method": method,
         "method_config": config.model_dump(mode="json"),

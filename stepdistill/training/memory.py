@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from stepdistill.config.run import TrainConfig
+from stepdistill.loading.source import ModelSource
 from stepdistill.roles.rolebank import RoleBank
 
 # Graphs of one block: roles, with and without gradients, batches with and without their null half.
@@ -20,10 +22,11 @@ MOST_MAPPED = 32 * 2**20  # bytes; glibc takes no larger MMAP_THRESHOLD
 AUTO_PARAMETERS = 500_000_000  # "auto" recomputes activations from this size of the denoiser on
 
 
-def quantized_base(args: TrainConfig) -> dict[str, Any]:
-    """The options of load_family that quantise the denoiser; none where the run does not."""
+def with_quantized_base(source: ModelSource, args: TrainConfig) -> ModelSource:
+    """The teacher with its denoiser quantised, where the run asks for that."""
     kind = args.tuning.base_quantization
-    return {} if kind == "none" else {"base_quantization": kind, "base_dtype": args.frozen_dtype}
+    dtype = None if kind == "none" else args.frozen_dtype
+    return replace(source, base_quantization=kind, base_dtype=dtype)
 
 
 def checkpoints_activations(args: TrainConfig, net: nn.Module) -> bool:

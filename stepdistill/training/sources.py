@@ -9,16 +9,13 @@ from stepdistill.data.hub import HubDataset, HubStream, load_rows
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import EmptyRows, PromptDataset
 from stepdistill.data.tars import TarDataset
-from stepdistill.families.registry import conditioning_of, family_for, pipeline_class_of
+from stepdistill.families.registry import teacher_facts
 
 
 def open_dataset(run: RunConfig) -> Any:
     """The dataset of a RunConfig's one data source. Errors: ValueError where there is none."""
     data = run.data
-    hub = {"revision": run.revision} if run.revision else {}
-    found = pipeline_class_of(run.pretrained_model_name_or_path, run.single_file_config, **hub)
-    family_for(found)  # refuses unserved classes first
-    told = conditioning_of(run.pretrained_model_name_or_path, run.single_file_config, **hub)
+    told = teacher_facts(run.source).conditioning  # refuses unserved classes first
     if told == "none" and data.prompts_file is not None:
         raise ValueError(
             "data: expected images or no data for an unconditional model, got a prompts_file. "

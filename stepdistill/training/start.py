@@ -16,7 +16,8 @@ from torch import Tensor
 from stepdistill.config.run import TrainConfig
 from stepdistill.families.decoder import decoder_config
 from stepdistill.families.family import Family
-from stepdistill.families.registry import family_for, load_setting, pipeline_class_of
+from stepdistill.families.registry import TeacherFacts, teacher_facts
+from stepdistill.loading.safe_files import no_pickles
 from stepdistill.loading.stored_tensors import StoredTensors
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.checkpoint import saved_student
@@ -32,9 +33,7 @@ def is_pipeline(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None
 
 
-def check_start(
-    args: TrainConfig, model: str | Path | Family, revision: str | None, training: bool
-) -> None:
+def check_start(args: TrainConfig, teacher: TeacherFacts, training: bool) -> None:
     """Say what is wrong with init_student_from and, for training, with decoder; reads no weight.
 
     Errors: ValueError for a source without a student, for a pipeline of another family than the
@@ -48,24 +47,18 @@ def check_start(
     if not is_pipeline(source):
         saved_student(source)
         return
-    hub = {"revision": revision} if revision else {}
-    config = args.single_file_config
     try:
-        cls, kind = family_for(pipeline_class_of(source)), load_setting(source).kind
+        start = teacher_facts(source)
     except OSError as err:
         raise ValueError(
             f"init_student_from: expected a run, a checkpoint, or a pipeline's folder or Hub id, "
             f"got {source!r}. {err}"
         ) from err
-    if isinstance(model, Family):
-        own_cls, own_kind = type(model), model.kind
-    else:
-        own_cls = family_for(pipeline_class_of(model, config, **hub))
-        own_kind = load_setting(model, config, **hub).kind
-    if (cls, kind) != (own_cls, own_kind):
+    expected, got = ((facts.family, facts.setting.kind) for facts in (teacher, start))
+    if expected != got:
         raise ValueError(
             f"init_student_from: expected a pipeline of the teacher's family and prediction type "
-            f"({own_cls.name}, {own_kind}), got {source!r} ({cls.name}, {kind})."
+            f"({expected[0].name}, {expected[1]}), got {source!r} ({got[0].name}, {got[1]})."
         )
 
 
@@ -96,9 +89,11 @@ def load_student_base(family: Family, source: str, dtype: torch.dtype) -> Any:
 
 
 def _denoiser_of(family: Family, cls: Any, source: str, dtype: torch.dtype) -> Any:
-    return cls.from_pretrained(
-        source, subfolder=family.net_name, use_safetensors=True, torch_dtype=dtype
-    ).eval()
+    with no_pickles("init_student_from"):
+        net = cls.from_pretrained(
+            source, subfolder=family.net_name, use_safetensors=True, torch_dtype=dtype
+        )
+    return net.eval()
 
 
 def start_student(bank: RoleBank, source: str) -> None:

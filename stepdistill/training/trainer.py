@@ -25,18 +25,19 @@ from stepdistill.config.files import method_class, method_config
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
-from stepdistill.core.method import Method, Phase, Scorer
+from stepdistill.core.method import Method, MethodConfig, Phase, Scorer
 from stepdistill.data.corrupt import CorruptLog
 from stepdistill.data.fingerprint import data_facts
 from stepdistill.data.stream import as_dataset, stream
 from stepdistill.families.family import Family
-from stepdistill.families.registry import load_family
+from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.loading.source import ModelSource
 from stepdistill.monitoring.logs import RunLog
 from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards import build_scorers
 from stepdistill.training import checks
 from stepdistill.training.batches import batch_maker
-from stepdistill.training.memory import keep_freed_memory, quantized_base
+from stepdistill.training.memory import keep_freed_memory, with_quantized_base
 from stepdistill.training.optim import (
     clip_by_role,
     reset_roles,
@@ -53,7 +54,7 @@ class Trainer(Resumable):
     """Distils a teacher pipeline with one method.
 
     Args:
-        model: Diffusers pipeline folder or Hub id, or a loaded Family.
+        model: Diffusers pipeline folder or Hub id, a ModelSource, or a loaded Family.
         method: a name in METHODS; method_options: its Config's fields.
         args: how to train. train_dataset: prompts, or a map-style dataset of dicts with "prompt" or
             "label" and, where the method needs them, "image" (3, H, W) in [-1, 1], "x0", "noise".
@@ -64,67 +65,68 @@ class Trainer(Resumable):
 
     def __init__(
         self,
-        model: str | Path | Family,
+        model: str | Path | ModelSource | Family,
         method: str,
         args: TrainConfig,
         train_dataset: Any,
         method_options: Mapping[str, Any] | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
         scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
-        self.args, self.model, self.method_name = args, model, method
-        config = method_config(method, method_options or {})
+        self.args, self.method_name = args, method
+        self.teacher = model if isinstance(model, Family) else ModelSource.of(model)
         self.dataset = None if train_dataset is None else as_dataset(train_dataset)
+        config = method_config(method, method_options or {})
+
+        self._check(config, scorers or {})
+        self._start_processes()
+        self._load(config)
+        self._build(scorers or {})
+        self._begin()
+
+    def _check(self, config: MethodConfig, scorers: Mapping[str, Scorer]) -> None:
+        """What can be said against the run before a weight is loaded."""
+        args, cls = self.args, method_class(self.method_name)
+        facts = teacher_facts(self.teacher)
         if self.dataset is not None:
             args.check_best_metric()
-            cls, judges = method_class(method), scorers or {}
-            checks.method_fits(
-                cls,
-                config,
-                model,
-                revision,
-                self.dataset,
-                judges,
-                args.single_file_config,
-                args.best_metric,
-            )
-        checks.student_fits(
-            method_class(method), args.tuning, model, revision, args.single_file_config
-        )
-        self.facts = checks.run_facts(model, revision, variant, method, config, args)
+            checks.method_fits(cls, config, facts, self.dataset, scorers, args.best_metric)
+        checks.student_fits(cls, args.tuning, self.teacher)
+        self.facts = checks.run_facts(self.teacher, self.method_name, config, args)
         if self.dataset is not None:
             self.facts["data"] = data_facts(self.dataset)
-        check_start(args, model, revision, training=self.dataset is not None)
+        check_start(args, facts, training=self.dataset is not None)
         self.resume_from = checks.output_dir_is_ours(args, self.facts)
 
-        self.accelerator = make_accelerator(args)
+    def _start_processes(self) -> None:
+        self.accelerator = make_accelerator(self.args)
         self.device = self.accelerator.device
         keep_freed_memory(self.device)
-        torch.manual_seed(args.seed)  # adapters and heads start alike on every rank
+        torch.manual_seed(self.args.seed)  # adapters and heads start alike on every rank
+
+    def _load(self, config: MethodConfig) -> None:
+        """The teacher, and the method made for it."""
+        args, teacher = self.args, self.teacher
         self.family = (
-            model
-            if isinstance(model, Family)
-            else load_family(
-                model,
-                revision=revision,
-                variant=variant,
-                teacher_lora=args.teacher_lora,
-                single_file_config=args.single_file_config,
-                **quantized_base(args),
-            )
+            teacher
+            if isinstance(teacher, Family)
+            else load_family(with_quantized_base(teacher, args))
         )
-        self.method: Method[Any] = method_class(method)(
-            config, self.family.setting_at(args.resolution)
-        )
+        setting = self.family.setting_at(args.resolution)
+        self.method: Method[Any] = method_class(self.method_name)(config, setting)
+
+    def _build(self, scorers: Mapping[str, Scorer]) -> None:
+        """The networks by role, wrapped, with their optimiser."""
+        training = self.dataset is not None
         # Without data nothing is trained, and nothing judged.
-        specs = {} if self.dataset is None else self.method.scorers()
-        judged = build_scorers(specs, scorers or {}, self.device)
-        self.bank = make_bank(self.family, self.method, args, self.device, judged)
-        self.module, self.optimizer = prepared(
-            self.accelerator, self.bank, args, training=self.dataset is not None
-        )
+        specs = self.method.scorers() if training else {}
+        judges = build_scorers(specs, scorers, self.device)
+        self.bank = make_bank(self.family, self.method, self.args, self.device, judges)
+        self.module, self.optimizer = prepared(self.accelerator, self.bank, self.args, training)
         self.sharded = is_sharded(self.module)
+
+    def _begin(self) -> None:
+        """The position of a run that begins, and what watches it."""
+        args = self.args
         self.batches = batch_maker(self.family, self.device, args, self.dataset is not None)
         self.corrupt = CorruptLog(args.max_corrupt_fraction)
         self.step = self.batches_seen = 0

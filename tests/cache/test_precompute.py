@@ -178,7 +178,7 @@ def runs(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-@pytest.mark.parametrize("tries", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [6, pytest.param(50, marks=pytest.mark.full)])
 def test_kills_cost_the_shard_in_work(family, tmp_path, tries) -> None:
     """Killed again and again while it is filled, it becomes the very files of a quiet fill."""
     data = ImageFolderDataset(image_folder(tmp_path / "images", count=60), RESOLUTION)
@@ -384,7 +384,7 @@ def test_command_without_a_folder(teacher, tmp_path) -> None:
               "--data.prompts_file", str(tmp_path / "p.txt")])  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_command_shares_the_work_among_processes(teacher, tmp_path) -> None:
     """Two processes write what one would, each its own keys, and a second call finds it all."""
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))

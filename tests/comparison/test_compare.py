@@ -18,7 +18,7 @@ def result(out: Path, name: str) -> dict:
     return json.loads((out / "results" / f"{name}_seed0.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_digits_from_teacher_to_report(tmp_path, capsys) -> None:
     out = tmp_path / "compared"
     command = ["compare", "--output_dir", str(out), "--budget", "5steps", "--steps", "1"]
@@ -35,7 +35,7 @@ def test_digits_from_teacher_to_report(tmp_path, capsys) -> None:
     assert (out / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_teacher_of_one_s_own_and_a_method_that_fails(
     tmp_path, tmp_path_factory, capsys, monkeypatch
 ) -> None:

@@ -27,7 +27,7 @@ from stepdistill.data.stream import PromptDataset
 from stepdistill.trainers import DistillationTrainer
 
 STUDENT = Student("tiny", (1, 2))
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.full
 
 
 class Tiny(Ground):
@@ -106,7 +106,7 @@ def test_curve_is_judged_at_its_shares_of_both_trainings(whole) -> None:
     assert [row["steps"] for row in whole["rows"]] == [1, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_looking_on_the_way_does_not_change_the_student(whole, teacher, tmp_path) -> None:
     plain = run(tmp_path, teacher, points=1)
     assert plain["curve"] == []
@@ -147,7 +147,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(update, whole, teacher, tmp_path
     assert len(counted) == 16 - update + update % 2  # whole steps are kept, each is saved here
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_signal_saves_and_the_next_call_goes_on(whole, teacher, tmp_path) -> None:
     def signalled() -> None:
         going = DistillationTrainer._update
@@ -165,7 +165,7 @@ def test_a_signal_saves_and_the_next_call_goes_on(whole, teacher, tmp_path) -> N
     assert values(run(tmp_path, teacher)) == values(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_update_s_cost_is_measured_once(teacher, tmp_path, monkeypatch) -> None:
     costs = iter([Cost(0.5, 0.5, 1.0), Cost(0.25, 0.25, 1.0)])
     monkeypatch.setattr(student_run, "measure", lambda *_: next(costs))

@@ -255,7 +255,7 @@ def test_noise_between_steps_is_each_image_s_own(tmp_path_factory) -> None:
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_make_the_numbers_of_one(report, teacher, prompts, tmp_path) -> None:
     script = tmp_path / "both.py"
     script.write_text(

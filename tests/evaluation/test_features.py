@@ -82,7 +82,7 @@ def test_an_unknown_network_is_refused(text) -> None:
         feature_net(text)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_inception_reads_tensors_and_gives_its_pool_features(tmp_path, monkeypatch) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

@@ -152,7 +152,7 @@ def test_first_frames_are_each_video_s_own(tmp_path, tmp_path_factory) -> None:
     assert float((both[0] - both[1]).abs().max()) > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_image_to_video_end_to_end(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("wan_i2v", tmp_path_factory)
     frames = folder_of_first_frames(tmp_path / "frames")

@@ -93,7 +93,7 @@ def test_stock_loader_makes_the_student_of_it(family, form, tmp_path, tmp_path_f
     out = export(trainer, tmp_path / "mine", form)
     read = json.loads((out / RECORD).read_text())["lora"]["read_back"]
     assert set(read) == {"inverse", "diffusers"}
-    plain = load_family(trainer.model)
+    plain = load_family(trainer.teacher)
     plain.pipeline.load_lora_weights(str(out), weight_name="mine.safetensors")
     assert_the_student(trainer, plain.net)
 
@@ -102,7 +102,7 @@ def test_stock_loader_makes_the_student_of_it(family, form, tmp_path, tmp_path_f
 def test_the_inverse_makes_the_student_of_it(family, form, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)
     out = export(trainer, tmp_path / "mine", form)
-    plain = load_family(trainer.model)
+    plain = load_family(trainer.teacher)
     for name, delta in read_format(out / "mine.safetensors", plain.net, form).items():
         plain.net.get_submodule(name).weight.data += delta
     assert_the_student(trainer, plain.net)
@@ -321,7 +321,7 @@ def test_stock_converters_of_lora_keys(case, form, rank) -> None:
 def test_fused_is_unfused(family, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)
     out = export(trainer, tmp_path / "mine", "lora")
-    plain = load_family(trainer.model)
+    plain = load_family(trainer.teacher)
     plain.pipeline.load_lora_weights(str(out))
     plain.pipeline.fuse_lora()
     plain.pipeline.unload_lora_weights()
@@ -336,7 +336,7 @@ def test_a_style_stacks_at_its_weight(family, tmp_path, tmp_path_factory) -> Non
         trainer = student(family, tmp_path / name, tmp_path_factory, alpha=alpha)
         folders.append(export(trainer, tmp_path / f"{name}-lora", "lora"))
         deltas.append(dict(adapters(trainer)))
-    stacked, summed = load_family(trainer.model), load_family(trainer.model)
+    stacked, summed = load_family(trainer.teacher), load_family(trainer.teacher)
     for name, folder in zip(("student", "style"), folders, strict=True):
         stacked.pipeline.load_lora_weights(str(folder), adapter_name=name)
     stacked.pipeline.set_adapters(["student", "style"], [1.0, 0.5])
@@ -356,5 +356,5 @@ def adapters(trainer) -> dict[str, Lora]:
 def test_peft_reads_what_diffusers_has_no_loader_for(tmp_path, tmp_path_factory) -> None:
     trainer = student("pixart", tmp_path, tmp_path_factory)
     out = export(trainer, tmp_path / "mine", "lora")
-    plain = load_family(trainer.model)
+    plain = load_family(trainer.teacher)
     assert_the_student(trainer, PeftModel.from_pretrained(plain.net, str(out)).merge_and_unload())

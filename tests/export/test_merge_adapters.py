@@ -84,7 +84,7 @@ def test_cat_of_peft_folders(tmp_path, tmp_path_factory) -> None:
         student("pixart", "lora", i, tmp_path / str(i), tmp_path_factory) for i in range(2)
     )
     out = merge_adapters([str(a), f"{b}:0.5"], tmp_path / "both")
-    plain = load_family(trainer.model).net
+    plain = load_family(trainer.teacher).net
     base = {name: value.clone() for name, value in plain.state_dict().items()}
     merged = PeftModel.from_pretrained(plain, str(out)).merge_and_unload().state_dict()
     read = {name: merged[f"{name}.weight"] - base[f"{name}.weight"] for name in first}

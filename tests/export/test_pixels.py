@@ -21,7 +21,7 @@ from stepdistill.data.stream import EmptyRows
 from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.export.schedulers import stock_sampler
 from stepdistill.families.edm import EDMFamily
-from stepdistill.families.registry import conditioning_of, load_family
+from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.families.unet2d import UNet2DFamily
 from stepdistill.testing.tiny_pixels import pixel_unet, tiny_edm, tiny_unet2d
 from stepdistill.trainers import DistributionMatchingTrainer
@@ -152,7 +152,7 @@ def test_grey_pixels() -> None:
     ("name", "told"), [("unet2d", "none"), ("edm", "label"), ("edm_plain", "none")]
 )
 def test_conditioning_is_read_before_weights(name, told, tmp_path_factory) -> None:
-    assert conditioning_of(teacher_dir(name, tmp_path_factory)) == told
+    assert teacher_facts(teacher_dir(name, tmp_path_factory)).conditioning == told
 
 
 # ------------------------------------------------------------------ guidance, and data without text

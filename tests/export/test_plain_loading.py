@@ -15,7 +15,7 @@ from support.runs import build_trainer, teacher_dir
 
 from stepdistill.export.load import load_pipeline
 from stepdistill.export.pipeline import load_alike
-from stepdistill.families.registry import pipeline_class_of
+from stepdistill.loading.source import ModelSource
 
 
 @pytest.fixture(autouse=True)
@@ -65,4 +65,4 @@ def test_a_mistyped_folder_is_no_network_fault(path: str) -> None:
     with pytest.raises(
         ValueError, match=r"expected a pipeline folder or a Hub id, got .*not there"
     ):
-        pipeline_class_of(path)
+        assert ModelSource.of(path).pipeline_class

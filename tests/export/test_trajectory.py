@@ -52,7 +52,7 @@ def saved(folder: Path) -> tuple[dict, dict]:
     return json.loads((folder / RECORD).read_text()), scheduler
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("family", THOROUGH)
 def test_tscd_exports_deterministically_at_every_step_count(
     family, tmp_path, tmp_path_factory

@@ -15,7 +15,7 @@ from stepdistill.core.times import uniform_grid
 from stepdistill.families.flux2 import DEFAULT_STEPS, Flux2Family
 from stepdistill.families.flux2_dev import Flux2DevFamily
 from stepdistill.families.flux_guidance import fix_guidance
-from stepdistill.families.registry import has_null
+from stepdistill.families.registry import teacher_facts
 from stepdistill.loading.safe_files import check_safetensors
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.parity import LIMIT, check_family
@@ -96,8 +96,9 @@ def _embedding(family, t):
 def test_only_a_step_distilled_pipeline_has_no_null(is_distilled, tmp_path) -> None:
     pipeline = tiny_flux2(is_distilled=is_distilled)
     pipeline.save_config(tmp_path)
+    pipeline.scheduler.save_pretrained(tmp_path / "scheduler")
     assert Flux2Family(pipeline).has_null is not is_distilled
-    assert has_null(tmp_path) is not is_distilled
+    assert teacher_facts(tmp_path).has_null is not is_distilled
 
 
 def test_the_counter_of_a_batch_norm_alone_may_be_an_integer(tmp_path) -> None:

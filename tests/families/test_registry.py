@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from stepdistill.families.registry import family_for, load_family, load_setting, pipeline_class_of
+from stepdistill.families.registry import family_for, load_family, teacher_facts
+from stepdistill.loading.source import ModelSource
 from stepdistill.testing.tiny import tiny_sd, tiny_sd3
 
 
@@ -68,5 +69,5 @@ def test_setting_needs_no_weights(tmp_path) -> None:
     tiny_sd("v_prediction").save_pretrained(tmp_path)
     for weights in tmp_path.rglob("*.safetensors"):
         weights.unlink()
-    assert load_setting(tmp_path).kind == "v"
-    assert pipeline_class_of(tmp_path) == "StableDiffusionPipeline"
+    assert teacher_facts(tmp_path).setting.kind == "v"
+    assert ModelSource.of(tmp_path).pipeline_class == "StableDiffusionPipeline"

@@ -14,7 +14,8 @@ from support.runs import fingerprint, teacher_dir
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.data.stream import PromptDataset
-from stepdistill.families.registry import load_family, load_setting, pipeline_class_of
+from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import LORA_WEIGHT_NAME_SAFE
 from stepdistill.testing.tiny import tiny_sd3, tiny_sdxl
 from stepdistill.trainers import VariationalScoreTrainer, trainer_of_run
@@ -41,8 +42,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 def test_a_hub_id_serves_as_a_folder_does(cache, tmp_path, tmp_path_factory) -> None:
     folder = teacher_dir("sd_v", tmp_path_factory)
     put_on_hub(cache, "me/teacher", folder)
-    assert pipeline_class_of("me/teacher") == "StableDiffusionPipeline"
-    assert load_setting("me/teacher").kind == "v"
+    assert ModelSource.of("me/teacher").pipeline_class == "StableDiffusionPipeline"
+    assert teacher_facts("me/teacher").setting.kind == "v"
     args = TrainConfig(
         output_dir=str(tmp_path / "run"),
         max_train_steps=1,
@@ -57,9 +58,9 @@ def test_a_hub_id_serves_as_a_folder_does(cache, tmp_path, tmp_path_factory) -> 
 def test_a_revision_is_the_one_that_is_read(cache, tmp_path_factory) -> None:
     put_on_hub(cache, "me/teacher", teacher_dir("sd", tmp_path_factory))
     put_on_hub(cache, "me/teacher", teacher_dir("sd_v", tmp_path_factory), "v2")
-    assert load_setting("me/teacher").kind == "eps"
-    assert load_setting("me/teacher", revision="v2").kind == "v"
-    assert load_family("me/teacher", revision="v2").kind == "v"
+    assert teacher_facts("me/teacher").setting.kind == "eps"
+    assert teacher_facts(ModelSource("me/teacher", revision="v2")).setting.kind == "v"
+    assert load_family(ModelSource.of("me/teacher", revision="v2")).kind == "v"
 
 
 def test_a_lora_on_the_hub(cache, tmp_path, tmp_path_factory) -> None:
@@ -68,7 +69,9 @@ def test_a_lora_on_the_hub(cache, tmp_path, tmp_path_factory) -> None:
     put_on_hub(cache, "me/style", tmp_path / "style")
     name = next(iter(delta))
     for text in ("me/style:2", f"me/style/{LORA_WEIGHT_NAME_SAFE}:2"):
-        ours = load_family(folder, teacher_lora=[text]).net.get_submodule(name).weight
+        ours = (
+            load_family(ModelSource.of(folder, teacher_lora=[text])).net.get_submodule(name).weight
+        )
         base = load_family(folder).net.get_submodule(name).weight
         torch.testing.assert_close(ours, base + 2 * delta[name], rtol=0, atol=1e-5)
 
@@ -76,7 +79,7 @@ def test_a_lora_on_the_hub(cache, tmp_path, tmp_path_factory) -> None:
 def test_a_variant_is_the_one_that_is_read(tmp_path, tmp_path_factory) -> None:
     pipe = load_family(teacher_dir("sd_v", tmp_path_factory)).pipeline
     pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
-    family = load_family(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    family = load_family(ModelSource.of(tmp_path, variant="fp16"), torch_dtype=torch.float16)
     assert family.net.dtype == torch.float16
     with pytest.raises(ValueError, match="no file named"):
         load_family(tmp_path)

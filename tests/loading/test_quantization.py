@@ -21,6 +21,7 @@ from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family
 from stepdistill.loading import quantization
 from stepdistill.loading.quantization import check_quantization, is_packed, is_quantized
+from stepdistill.loading.source import ModelSource
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.parity import LIMIT, check_family
 
@@ -36,7 +37,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def int8(flux: Path) -> Family:
     pytest.importorskip("torchao", reason="int8 bases need torchao")
-    return load_family(flux, base_quantization="int8")
+    return load_family(ModelSource.of(flux, base_quantization="int8"))
 
 
 def called(family: Family, x_t: Tensor, net: Any = None) -> Tensor:
@@ -80,8 +81,10 @@ def test_a_merged_teacher_lora_is_quantised_after_merging(flux: Path, tmp_path: 
             param.data.fill_(1.0)
     state = get_peft_model_state_dict(pipeline.transformer)
     type(pipeline).save_lora_weights(tmp_path, transformer_lora_layers=state)
-    with_lora = load_family(flux, teacher_lora=[str(tmp_path)])
-    quantised = load_family(flux, teacher_lora=[str(tmp_path)], base_quantization="int8")
+    with_lora = load_family(ModelSource.of(flux, teacher_lora=[str(tmp_path)]))
+    quantised = load_family(
+        ModelSource.of(flux, teacher_lora=[str(tmp_path)], base_quantization="int8")
+    )
     x_t = latents(with_lora)
     with torch.no_grad():
         plain, merged, here = (called(f, x_t) for f in (load_family(flux), with_lora, quantised))
@@ -100,7 +103,7 @@ def test_full_roles_are_refused_before_loading() -> None:
 def test_a_missing_package_is_said_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'torchao for .int8.*pip install "stepdistill\[quant'):
-        load_family("no/such/model", base_quantization="int8")
+        load_family(ModelSource.of("no/such/model", base_quantization="int8"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -123,7 +126,7 @@ def test_a_teacher_that_came_quantised_has_no_full_students(int8: Family) -> Non
 # -------------------------------------------------------------------- training
 def bank_of(flux: Path, **tuning: Any) -> RoleBank:
     pytest.importorskip("torchao", reason="int8 bases need torchao")
-    family = load_family(flux, base_quantization="int8")
+    family = load_family(ModelSource.of(flux, base_quantization="int8"))
     torch.manual_seed(0)
     bank = RoleBank(family, ROLES, Tuning(rank=2, base_quantization="int8", **tuning))
     for role in ("student", "fake"):
@@ -203,7 +206,7 @@ def test_training_moves_adapters_and_leaves_packed_weights_alone(
     trained: DistributionMatchingTrainer, flux: Path
 ) -> None:
     assert is_quantized(trained.family.net)
-    fresh = load_family(flux, base_quantization="int8").net
+    fresh = load_family(ModelSource.of(flux, base_quantization="int8")).net
     packed = {n: p.data for n, p in fresh.named_parameters() if is_packed(p)}
     own = dict(trained.family.net.named_parameters())
     for name, there in packed.items():
@@ -268,7 +271,7 @@ def test_other_tools_formats_know_the_sizes_of_packed_layers(
     assert '"format": "kohya"' in record.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_loss_of_a_student_on_an_int8_base_falls(flux: Path, tmp_path: Path) -> None:
     from stepdistill import ReflowTrainer
 
@@ -310,7 +313,7 @@ def test_nf4_bases_train_adapters_too(flux: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Stock, "validate_environment", lambda *args, **kwargs: None)
     monkeypatch.setattr(Stock, "update_device_map", lambda *args: {"": "cpu"})
     monkeypatch.setattr("stepdistill.families.registry.check_quantization", lambda kind: None)
-    family = load_family(flux, base_quantization="nf4", base_dtype=torch.float32)
+    family = load_family(ModelSource.of(flux, base_quantization="nf4", base_dtype=torch.float32))
     for module in family.net.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False  # a kernel for multiples of 32 rows

@@ -12,7 +12,8 @@ from support.runs import fingerprint, teacher_dir
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.data.stream import PromptDataset
-from stepdistill.families.registry import load_family, load_setting, pipeline_class_of
+from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.loading.source import ModelSource
 from stepdistill.trainers import VariationalScoreTrainer, trainer_of_run
 
 
@@ -41,10 +42,11 @@ def assert_same_weights(ours, theirs, parts) -> None:
 def test_a_whole_checkpoint_is_the_pipeline_it_was(whole) -> None:
     path, folder = whole
     config = str(folder)
-    assert pipeline_class_of(path, config) == "StableDiffusionPipeline"
-    assert load_setting(path, config).kind == "v"
+    source = ModelSource.of(path, single_file_config=config)
+    assert source.pipeline_class == "StableDiffusionPipeline"
+    assert teacher_facts(source).setting.kind == "v"
     assert_same_weights(
-        load_family(path, single_file_config=config),
+        load_family(source),
         load_family(folder),
         ("unet", "vae", "text_encoder"),
     )
@@ -61,7 +63,7 @@ def test_a_transformer_alone_takes_the_rest_from_the_folder(
             param += 0.5  # not the weights that lie in the folder
     path = tmp_path / "transformer.safetensors"
     save_file(denoiser_state(theirs.net, prefix), path)
-    ours = load_family(path, single_file_config=str(folder))
+    ours = load_family(ModelSource.of(path, single_file_config=str(folder)))
     assert_same_weights(ours, theirs, ("transformer", "vae", "text_encoder", "text_encoder_2"))
     assert ours.pipeline.text_encoder_3 is None
 
@@ -71,11 +73,11 @@ def test_a_run_on_it_resumes_and_exports(whole, tmp_path) -> None:
     args = TrainConfig(
         output_dir=str(tmp_path / "run"),
         max_train_steps=1,
-        single_file_config=str(folder),
         tuning=Tuning(rank=2),
         disable_progress_bar=True,
     )
-    trainer = VariationalScoreTrainer(str(path), args, PromptDataset(["a", "b"]))
+    source = ModelSource(str(path), single_file_config=str(folder))
+    trainer = VariationalScoreTrainer(source, args, PromptDataset(["a", "b"]))
     trainer.train()
     again = trainer_of_run(tmp_path / "run")
     assert again.step == 1
@@ -92,12 +94,14 @@ def test_without_a_description_the_error_asks_for_one(whole) -> None:
 
 def test_a_description_beside_a_folder_is_refused(whole) -> None:
     with pytest.raises(ValueError, match="single_file_config: expected none"):
-        load_family(whole[1], single_file_config=str(whole[1]))
+        load_family(ModelSource.of(whole[1], single_file_config=str(whole[1])))
 
 
 def test_a_description_of_another_architecture_is_refused(whole, tmp_path_factory) -> None:
     with pytest.raises(ValueError, match="Name another --single_file_config"):
-        load_family(whole[0], single_file_config=str(teacher_dir("sd3", tmp_path_factory)))
+        load_family(
+            ModelSource.of(whole[0], single_file_config=str(teacher_dir("sd3", tmp_path_factory)))
+        )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def test_pickled_and_broken_files_are_refused(name, content, match, whole) -> No
     path = whole[0].parent / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=match):
-        load_family(path, single_file_config=str(whole[1]))
+        load_family(ModelSource.of(path, single_file_config=str(whole[1])))
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path) -> None:

@@ -16,6 +16,7 @@ from support.runs import teacher_dir
 from stepdistill import TrainConfig, Tuning
 from stepdistill.data.stream import PromptDataset
 from stepdistill.families.registry import load_family
+from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import parse_lora
 from stepdistill.trainers import VariationalScoreTrainer, trainer_of_run
 
@@ -26,7 +27,9 @@ def test_the_teacher_is_base_plus_scaled_deltas(family, tmp_path, tmp_path_facto
     first = style_lora(folder, tmp_path / "a", 0)
     second = style_lora(folder, tmp_path / "b", 1, rank=3, alpha=1)
     file = tmp_path / "b" / "pytorch_lora_weights.safetensors"
-    merged = load_family(folder, teacher_lora=[f"{tmp_path / 'a'}:0.5", f"{file}:-2"])
+    merged = load_family(
+        ModelSource.of(folder, teacher_lora=[f"{tmp_path / 'a'}:0.5", f"{file}:-2"])
+    )
     base, ours = load_family(folder).net.state_dict(), merged.net.state_dict()
     assert base.keys() == ours.keys()
     for name, value in base.items():
@@ -45,7 +48,9 @@ def test_a_peft_folder_serves_pipelines_without_a_loader(tmp_path, tmp_path_fact
         if "lora_B" in name:
             param.data.fill_(0.1)
     adapted.save_pretrained(tmp_path / "peft")
-    ours = load_family(folder, teacher_lora=[f"{tmp_path / 'peft'}:0.5"]).net.state_dict()
+    ours = load_family(
+        ModelSource.of(folder, teacher_lora=[f"{tmp_path / 'peft'}:0.5"])
+    ).net.state_dict()
     base = load_family(folder).net.state_dict()
     name = "transformer_blocks.0.attn1.to_q"
     layer = adapted.base_model.model.get_submodule(name)
@@ -107,13 +112,17 @@ def test_a_pickled_lora_is_refused(tmp_path) -> None:
 def test_a_lora_of_another_model_is_refused(tmp_path, tmp_path_factory) -> None:
     style_lora(teacher_dir("sd3", tmp_path_factory), tmp_path, 0)
     with pytest.raises(ValueError, match="expected a LoRA of StableDiffusionPipeline"):
-        load_family(teacher_dir("sd_v", tmp_path_factory), teacher_lora=[str(tmp_path)])
+        load_family(
+            ModelSource.of(teacher_dir("sd_v", tmp_path_factory), teacher_lora=[str(tmp_path)])
+        )
 
 
 def test_a_pipeline_without_a_loader_says_what_serves(tmp_path, tmp_path_factory) -> None:
     style_lora(teacher_dir("sd3", tmp_path_factory), tmp_path, 0)
     with pytest.raises(ValueError, match="adapter saved by PEFT"):
-        load_family(teacher_dir("dit", tmp_path_factory), teacher_lora=[str(tmp_path)])
+        load_family(
+            ModelSource.of(teacher_dir("dit", tmp_path_factory), teacher_lora=[str(tmp_path)])
+        )
 
 
 @pytest.fixture
@@ -125,11 +134,11 @@ def run(tmp_path, tmp_path_factory) -> VariationalScoreTrainer:
         output_dir=str(tmp_path / "run"),
         max_train_steps=1,
         learning_rate=1e-2,
-        teacher_lora=[f"{tmp_path / 'style'}:0.5"],
         tuning=Tuning(rank=2),
         disable_progress_bar=True,
     )
-    trainer = VariationalScoreTrainer(str(folder), args, PromptDataset(["a", "b"]))
+    source = ModelSource.of(folder, teacher_lora=[f"{tmp_path / 'style'}:0.5"])
+    trainer = VariationalScoreTrainer(source, args, PromptDataset(["a", "b"]))
     trainer.train()
     return trainer
 
@@ -140,7 +149,7 @@ def test_the_export_holds_the_merged_weights(run, tmp_path) -> None:
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     saved = load_family(out).net.get_submodule(name).weight
     base = again.family.net.get_submodule(name)
-    plain = load_family(run.model).net.get_submodule(name).weight
+    plain = load_family(run.teacher.model).net.get_submodule(name).weight
     assert float((base.base_layer.weight - plain).detach().abs().max()) > 0.05
     expected = base.base_layer.weight + base.get_delta_weight("student")
     torch.testing.assert_close(saved, expected, rtol=0, atol=1e-6)
@@ -168,17 +177,11 @@ def test_the_lora_is_part_of_what_a_run_is(run, tmp_path) -> None:
     facts = json.loads((tmp_path / "run" / "run.json").read_text())["teacher_lora"]
     assert facts[0]["scale"] == 0.5
     assert len(facts[0]["sha256"]) == 64
-    args = run.args.model_copy(update={"teacher_lora": [], "resume_from_checkpoint": "latest"})
+    args = run.args.model_copy(update={"resume_from_checkpoint": "latest"})
     with pytest.raises(
         ValueError, match="expected the settings of the saved run, got teacher_lora"
     ):
-        VariationalScoreTrainer(run.model, args, PromptDataset(["a", "b"]))
-
-
-def test_a_loaded_family_takes_no_lora(run, tmp_path) -> None:
-    args = run.args.model_copy(update={"output_dir": str(tmp_path / "other")})
-    with pytest.raises(ValueError, match="Give them to load_family"):
-        VariationalScoreTrainer(load_family(run.model), args, PromptDataset(["a"]))
+        VariationalScoreTrainer(run.teacher.model, args, PromptDataset(["a", "b"]))
 
 
 def test_a_missing_lora_is_told_before_the_base_is_read(run, tmp_path) -> None:

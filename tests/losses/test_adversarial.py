@@ -68,6 +68,18 @@ def test_hinge_generator_loss_is_minus_the_mean_logit() -> None:
     assert generator_loss(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), "hinge").item() == -3.0
 
 
+def test_clipped_hinge_pushes_no_sample_beyond_the_margin() -> None:
+    fake = torch.tensor([[-1.0, 0.25, 1.0, 3.0]], requires_grad=True)
+    loss = generator_loss(fake, "clipped_hinge")
+    loss.backward()
+    assert loss.item() == (2.0 + 0.75) / 4
+    assert fake.grad.tolist() == [[-0.25, -0.25, 0.0, 0.0]]
+    real = torch.tensor([[2.0, 0.5]])
+    assert discriminator_loss(real, fake.detach(), "clipped_hinge") == discriminator_loss(
+        real, fake.detach(), "hinge"
+    )
+
+
 def test_losses_compute_in_float32() -> None:
     half = torch.zeros(3, 1, dtype=torch.bfloat16)
     assert discriminator_loss(half, half).dtype == torch.float32

@@ -12,6 +12,7 @@ from stepdistill.losses.regression import (
     distance,
     per_sample,
     pseudo_huber,
+    sample_huber,
     squared_error,
     weighted_mean,
 )
@@ -25,6 +26,20 @@ def test_elementwise_values():
     assert absolute_error(PRED, ZERO).tolist() == [[1.0, 2.0], [0.5, 3.0]]
     expected = [[math.sqrt(e * e + 0.25) - 0.5 for e in row] for row in PRED.tolist()]
     torch.testing.assert_close(pseudo_huber(PRED, ZERO, 0.5), torch.tensor(expected))
+
+
+def test_the_error_is_prediction_minus_target():
+    target = torch.tensor([[3.0, -2.5], [0.5, -1.0]])
+    assert squared_error(PRED, target).tolist() == [[4.0, 0.25], [0.0, 16.0]]
+
+
+def test_sample_huber_of_two_samples():
+    """d = 4 numbers, h = 0.25 * 4 = 1: |e|^2 = 4 and 36."""
+    target = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    pred = target + torch.tensor([[1.0, -1.0, 1.0, -1.0], [0.0, 6.0, 0.0, 0.0]])
+    expected = torch.tensor([(math.sqrt(5.0) - 1.0) / 4, (math.sqrt(37.0) - 1.0) / 4])
+    torch.testing.assert_close(sample_huber(pred, target, 0.25), expected)
+    torch.testing.assert_close(sample_huber(4 * pred, 4 * target, 1.0), 4 * expected)
 
 
 def test_pseudo_huber_limits():

@@ -169,7 +169,7 @@ def test_features_of_ones_own_are_taken(validated) -> None:
 @pytest.mark.parametrize(
     ("case", "layout"),
     [
-        pytest.param(case, layout, marks=() if layout in by_default else (pytest.mark.slow,))
+        pytest.param(case, layout, marks=() if layout in by_default else (pytest.mark.full,))
         for case in METHOD_CASES
         for layout in ("lora", "full")
         if METHOD_CASES[case].fits("sd", layout)

@@ -11,7 +11,7 @@ from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits
 from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
 from stepdistill.monitoring.watchdog import WatchdogStop
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def still_works(teacher, folder, good, precision: str, case: str = "dmd2") -> bo
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("bf16", "bfloat16"), pytest.param("fp16", "float16", marks=pytest.mark.slow)],
+    [("bf16", "bfloat16"), pytest.param("fp16", "float16", marks=pytest.mark.full)],
 )
 def test_an_overflow_stops_the_run_and_names_a_checkpoint_that_works(
     teacher, tmp_path, precision, dtype
@@ -91,7 +91,7 @@ def test_an_overflow_stops_the_run_and_names_a_checkpoint_that_works(
     assert still_works(teacher, tmp_path, tmp_path / "checkpoint-3", precision)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_float16_overflows_where_bfloat16_does_not(teacher, tmp_path) -> None:
     """The same jump by a thousand: float16 ends at 65504."""
     narrow, wide = (
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_ruined_weights_is_not_named(teacher, tmp_path) -> None:
     assert still_works(teacher, tmp_path, tmp_path / "checkpoint-3", "bf16", "lcm")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_backing_off_from_ruined_weights_ends_and_keeps_the_good_checkpoint(
     teacher, tmp_path
 ) -> None:
@@ -151,7 +151,7 @@ def bad_batch(trainer, at: int) -> None:
     trainer.batches._x0 = spoiled
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.full), "fp16"])
 def test_backing_off_skips_a_batch_that_overflows(teacher, tmp_path, precision) -> None:
     trainer = trainer_of(
         teacher, tmp_path, precision, "lcm",

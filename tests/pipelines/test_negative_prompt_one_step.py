@@ -455,7 +455,7 @@ def test_cost_on_the_real_unet_is_about_a_percent() -> None:
     assert 1.005 < ratio < 1.012
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_cost_on_real_transformers() -> None:
     """PixArt like a UNet; joint attention pays for a second text stream and its attention."""
     with torch.device("meta"):

@@ -47,7 +47,7 @@ def test_bundled_models_have_the_released_size(name: str) -> None:
 
 CUT_BY_MASK = ("qwen_image", "z_image")  # encoders whose rows depend on the words
 FAMILIES = [
-    pytest.param(name, marks=[] if name in (*CUT_BY_MASK, "wan_i2v") else [pytest.mark.slow])
+    pytest.param(name, marks=[] if name in (*CUT_BY_MASK, "wan_i2v") else [pytest.mark.full])
     for name in sorted(TINY)
 ]
 
@@ -142,7 +142,7 @@ def test_adapters_cost_less_than_copies(teacher: Path) -> None:
     assert lora.peak < full.peak
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_checkpointing_trades_memory_for_work(teacher: Path) -> None:
     plain = forecast(run_config(teacher, train_batch_size=8))
     spared = forecast(run_config(teacher, train_batch_size=8, gradient_checkpointing=True))
@@ -150,7 +150,7 @@ def test_checkpointing_trades_memory_for_work(teacher: Path) -> None:
     assert spared.flops_per_step > plain.flops_per_step
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_activations_grow_with_the_batch_and_work_is_proportional(teacher: Path) -> None:
     one = forecast(run_config(teacher, train_batch_size=2))
     four = forecast(run_config(teacher, train_batch_size=8))
@@ -175,7 +175,7 @@ def test_an_int8_base_holds_a_byte_a_weight_and_a_scale_a_row(teacher: Path) -> 
     assert plan.num_parameters == inside + others
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_nf4_base_holds_half_a_byte_a_weight_and_a_scale_a_block(teacher: Path) -> None:
     inside, _, others = linear_sizes(teacher)
     plan = forecast(run_config(teacher, tuning={"rank": 2, "base_quantization": "nf4"}))
@@ -183,7 +183,7 @@ def test_an_nf4_base_holds_half_a_byte_a_weight_and_a_scale_a_block(teacher: Pat
     assert inside / 2 + inside / 64 <= packed <= 1.1 * (inside / 2 + inside / 64)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_quantised_base_costs_no_less_work(teacher: Path) -> None:
     plain, packed = (
         forecast(
@@ -199,7 +199,7 @@ def test_a_quantised_base_costs_no_less_work(teacher: Path) -> None:
     assert packed.frozen < plain.frozen
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_recomputing_holds_one_blocks_unpacked_weights_at_a_time(teacher: Path) -> None:
     kept, freed = (
         forecast(
@@ -215,7 +215,7 @@ def test_recomputing_holds_one_blocks_unpacked_weights_at_a_time(teacher: Path) 
     assert kept.phases[0].activations - freed.phases[0].activations > inside
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "options"),
     [("consistency", {}), ("vsd", {}), ("pcm", {}), ("tscd", {}), ("reflow", {})],

@@ -27,7 +27,7 @@ FRAME = """<!doctype html><iframe style="width: {width}px; height: 844px; border
     width: page.documentElement.scrollWidth}}); }});</script>"""
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_all_of_it_without_a_word(tmp_path, width) -> None:

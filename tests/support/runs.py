@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import FIELDS, Scorer
-from stepdistill.families.registry import conditioning_of, has_null, reads_image
+from stepdistill.families.registry import family_for, load_family, teacher_facts
 from stepdistill.methods import METHODS
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.trainers import DistillationTrainer, trainer_class
@@ -22,14 +22,16 @@ from stepdistill.trainers import DistillationTrainer, trainer_class
 # Of each kind of teacher one, for what is tested in every layout: eps, v and flow, prompts, labels.
 THOROUGH = ("sd", "sd_v", "sd3", "dit")
 _TEACHERS: dict[str, Path] = {}
+_SHAPES: dict[str, tuple[int, ...]] = {}  # of a teacher's latents by its folder
 
 
 def teacher_dir(family: str, tmp_path_factory: Any) -> Path:
     """The saved tiny teacher of that name, built once a test process."""
     if family not in _TEACHERS:
-        folder = tmp_path_factory.mktemp("teachers") / family
-        TINY[family]().save_pretrained(folder)
+        folder, pipeline = tmp_path_factory.mktemp("teachers") / family, TINY[family]()
+        pipeline.save_pretrained(folder)
         _TEACHERS[family] = folder
+        _SHAPES[str(folder)] = family_for(type(pipeline).__name__)(pipeline).sample_shape()
     return _TEACHERS[family]
 
 
@@ -139,7 +141,7 @@ def _never_moves(name: str) -> bool:
 
 METHOD_CASES: dict[str, MethodCase] = {
     "dmd2": MethodCase("dmd2", {"num_steps": 2, "critic_steps": 2}),
-    "dmd": MethodCase("dmd", {"regression": "l2"}, ("x0", "noise"), _two_with_prompts),
+    "dmd": MethodCase("dmd", {"regression": "l2"}, ("x0", "noise")),
     "dmd2_gan": MethodCase(
         "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
     ),
@@ -158,6 +160,12 @@ METHOD_CASES: dict[str, MethodCase] = {
     ),
     "vsd": MethodCase(
         "vsd", {"guidance_range": (0.5, 4.0), "null_probability": 0.5}, (), _null_has_words
+    ),
+    "vsd_words": MethodCase(
+        "vsd",
+        {"guidance_range": (0.5, 4.0), "null_probability": 0.0},
+        (),
+        lambda family, layout: not _null_has_words(family, layout),
     ),
     "vsd_clip": MethodCase(
         "vsd",
@@ -227,7 +235,8 @@ METHOD_CASES: dict[str, MethodCase] = {
         _two_with_prompts,
         {"lpips": _pixel_distance},
     ),
-    "slimflow": MethodCase("slimflow", {"flip": "sample"}, ("x0", "noise"), _two_with_prompts),
+    "rfpp_huber": MethodCase("rfpp", {"perceptual": "none"}, ("x0", "noise")),
+    "slimflow": MethodCase("slimflow", {"flip": "sample"}, ("x0", "noise")),
     "slimflow_distill": MethodCase(
         "slimflow", {"stage": "distill"}, ("x0", "noise"), _two_with_prompts
     ),
@@ -276,24 +285,20 @@ def build_trainer(
     data = dataset
     if data is None:
         shape = _latent_shape(teacher)
-        data = TinyData(shape, conditioning_of(teacher), spec.fields, reads_image(teacher))
+        facts = teacher_facts(teacher)
+        data = TinyData(shape, facts.conditioning, spec.fields, facts.reads_image)
     return trainer_class(spec.method)(
         str(teacher),
         args,
         data,
         method=spec.method,
-        method_config=spec.options if has_null(teacher) else unguided(spec),
+        method_config=spec.options if teacher_facts(teacher).has_null else unguided(spec),
         scorers=spec.scorers if scorers is None else scorers,
     )
 
 
 def _latent_shape(teacher: Path) -> tuple[int, ...]:
-    from stepdistill.families.registry import load_family
-
     key = str(teacher)
     if key not in _SHAPES:
         _SHAPES[key] = load_family(teacher).sample_shape()
     return _SHAPES[key]
-
-
-_SHAPES: dict[str, tuple[int, ...]] = {}

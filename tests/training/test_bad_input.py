@@ -11,7 +11,7 @@ from support.runs import build_trainer, teacher_dir
 from stepdistill import DistributionMatchingTrainer, ReflowTrainer, TrainConfig
 from stepdistill.core.types import Losses
 from stepdistill.data.stream import PromptDataset
-from stepdistill.families import registry
+from stepdistill.loading.source import ModelSource
 from stepdistill.storage.checkpoints import newest_valid
 
 
@@ -168,4 +168,4 @@ def test_non_finite_loss_names_step_and_keeps_the_checkpoint(
 def test_registry_refuses_broken_json(tmp_path) -> None:
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="valid JSON"):
-        registry.pipeline_class_of(tmp_path)
+        assert ModelSource.of(tmp_path).pipeline_class

@@ -68,7 +68,7 @@ class Run:
         return found
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_gradients_are_those_of_eager_blocks(backend: str, tmp_path_factory: Any) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_eager_blocks(backend: str, tmp_path_factory: Any
     assert counters["stats"]["unique_graphs"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_switching_roles_and_phases_compiles_nothing_anew(
     checkpointing: bool, tmp_path_factory: Any

@@ -81,7 +81,7 @@ TABLE = [
 ROUGH = {"mixed_precision": (2**-4, 2e-2)}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("world", [2, 3])
 def test_gloo_equality_table(world, tmp_path, tmp_path_factory) -> None:
     """Every row: gradients, and weights after two to twenty steps at learning rate 1e-3."""
@@ -105,7 +105,7 @@ def test_gloo_equality_table(world, tmp_path, tmp_path_factory) -> None:
     assert not worse, worse
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_family_trains_in_shards(tmp_path, tmp_path_factory) -> None:
     """The first gradients of student, fake and heads are one process's: some networks call parts
     of a block from outside it, where its shards must be gathered, too. An eps student at time 1
@@ -122,7 +122,7 @@ def test_every_family_trains_in_shards(tmp_path, tmp_path_factory) -> None:
     assert {name: error for name, error in worst.items() if not error < 4 * GRADIENTS} == {}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("case", "layout"), [("f_distill", "lora"), ("cd", "full")])
 def test_saved_on_two_goes_on_on_one_and_on_three(case, layout, tmp_path, tmp_path_factory) -> None:
     """What was loaded is what was saved, bit for bit; what comes of it is one process's run."""

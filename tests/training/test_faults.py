@@ -43,13 +43,13 @@ def thorough(tmp_path_factory):
     return told(tmp_path_factory, "kills:50", "signal:SIGTERM", "signal:SIGUSR1", "ranks")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_no_operation_of_a_save_can_be_killed_to_lose_a_checkpoint(each_operation) -> None:
     assert each_operation["tries"] > 20
     assert each_operation["lost"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_next_save_clears_what_a_kill_left(each_operation) -> None:
     assert each_operation["unrepaired"] == []
 
@@ -59,7 +59,7 @@ def test_a_run_killed_thrice_loses_nothing_and_ends_the_same(tmp_path_factory) -
     assert (found["tries"], found["lost"], found["differ"]) == (3, 0, [])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_signal_to_a_run_and_its_data_worker_saves_and_leaves_with_75(thorough) -> None:
     found = thorough["signal:SIGTERM"]
     assert found["status"] == 75
@@ -67,7 +67,7 @@ def test_a_signal_to_a_run_and_its_data_worker_saves_and_leaves_with_75(thorough
     assert not found["exported"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_resumed_run_is_the_run_that_was_not_signalled(thorough) -> None:
     found = thorough["signal:SIGTERM"]
     assert found["later"] == [0, 0]
@@ -94,26 +94,26 @@ def test_a_signal_ends_a_run_at_the_step_boundary_and_is_handed_back(
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_fifty_kills_lose_nothing(thorough) -> None:
     found = thorough["kills"]
     assert (found["tries"], found["lost"], found["differ"]) == (50, 0, [])
     assert found["in_save"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sigusr1_does_the_same(thorough) -> None:
     found = thorough["signal:SIGUSR1"]
     assert (found["status"], found["later"], found["differ"]) == (75, [0, 0], [])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_signal_on_one_rank_stops_both(thorough) -> None:
     assert thorough["ranks"]["statuses"] == [75, 75]
     assert thorough["ranks"]["world_size"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
 def test_the_watchdogs_verdict_is_that_of_both_ranks(wrapping, tmp_path_factory) -> None:
     """The first process alone makes the samples that are judged."""

@@ -14,7 +14,7 @@ from stepdistill import TrainConfig, Tuning
 from stepdistill.core.context import Ctx
 from stepdistill.export.load import load_pipeline
 from stepdistill.export.pipeline import RECORD
-from stepdistill.families.registry import conditioning_of, load_family
+from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.roles.rolebank import BASE
 from stepdistill.trainers import LoRADistillationTrainer
 
@@ -36,7 +36,7 @@ def trainer_of(family, tmp_path_factory, output_dir, options=None, layout="lora"
         }
     )
     shape = load_family(teacher).sample_shape()
-    data = TinyData(shape, conditioning_of(teacher), ("x0",))
+    data = TinyData(shape, teacher_facts(teacher).conditioning, ("x0",))
     return LoRADistillationTrainer(
         str(teacher), config, data, method_config={"guidance": G, **(options or {})}
     )

@@ -8,7 +8,7 @@ from support.runs import build_trainer, teacher_dir
 
 
 @pytest.mark.filterwarnings("ignore:export. training stopped at update")
-@pytest.mark.parametrize("case", ["dmd2", pytest.param("tscd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["dmd2", pytest.param("tscd", marks=pytest.mark.full)])
 def test_pauses_and_exports_change_nothing(case, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory)
     options = {"max_train_steps": 4, "lr_scheduler": "cosine", "logging_steps": 3}

@@ -18,7 +18,7 @@ CASES = ["f_distill", "tscd_gan", "progressive", "cd"]
 WORKING = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_cut_off_anywhere(case, workers, tmp_path, tmp_path_factory) -> None:
@@ -29,7 +29,7 @@ def test_a_run_cut_off_anywhere(case, workers, tmp_path, tmp_path_factory) -> No
     assert not differ, f"cut off at update {update} of {total}: {differ[:5]}"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_any_instant(case, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd", tmp_path_factory)
@@ -37,7 +37,7 @@ def test_a_run_killed_at_any_instant(case, tmp_path, tmp_path_factory) -> None:
     assert not differ, f"killed in update {update} of {total}: {differ[:5]}"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:data:UserWarning")
 @pytest.mark.parametrize("kind", ["images", "tars", "rows", "stream"])
 def test_a_run_killed_within_an_epoch_of_shards(kind, tmp_path, tmp_path_factory) -> None:

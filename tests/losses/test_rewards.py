@@ -1,0 +1,27 @@
+"""What a score costs inside a loss, and how its weight moves over a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stepdistill.losses.rewards import ClampedCLIPConfig, clamped_reward_loss
+
+
+def test_a_score_costs_what_it_lacks_of_tau() -> None:
+    score = torch.tensor([0.1, 0.4, -0.2], requires_grad=True)
+    loss = clamped_reward_loss(score, 0.3)
+    loss.backward()
+    assert loss.item() == pytest.approx((0.2 + 0.0 + 0.5) / 3)
+    torch.testing.assert_close(score.grad, torch.tensor([-1 / 3, 0.0, -1 / 3]))
+
+
+def test_the_weight_goes_linearly_to_its_end() -> None:
+    config = ClampedCLIPConfig(weight=1.0, weight_end=0.2)
+    weights = [config.weight_at(step, 4) for step in range(5)]
+    assert weights == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)])
+def test_a_weight_at_either_end_turns_it_on(first, last) -> None:
+    assert ClampedCLIPConfig(weight=first, weight_end=last).enabled == (first + last > 0)

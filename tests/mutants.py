@@ -1,0 +1,492 @@
+"""Would a wrong operator turn a test red? Every arithmetic operator and comparison, one at a time.
+
+    python tests/mutants.py                              # core, losses and methods
+    python tests/mutants.py losses stepdistill/core/path.py --seconds 600 --results FILE
+
+A mutant is one changed operator of a file (CHANGES), made in memory and never written. Of the tests
+of the file's room (tests/core for stepdistill/core) those that run the changed line are run until
+one fails: those named like the file first, then the quick ones. Every mutant has a process of its
+own, forked from one that has collected the room's tests, and the functions of the file get their
+changed code there. What runs while the room is imported can't be changed so late: such a mutant's
+process is forked from one that has imported the libraries alone, and imports the room itself.
+
+Results are lines of JSON in --results. A run that was stopped goes on there; a change of the file
+(or, for survivors, of the room's tests) makes a result old, and it is made again. Survivors that no
+test could notice stand with their reason in equivalent_mutants.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import gc
+import hashlib
+import importlib.abc
+import importlib.util
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("core", "losses", "methods")
+EQUIVALENT = ROOT / "tests" / "equivalent_mutants.yaml"
+OURS = ("stepdistill", "tests", "support", "conftest", "__main__")
+CHANGES: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Div, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.USub: ast.UAdd,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+    ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- the mutants
+@dataclass(frozen=True)
+class Mutant:
+    """One operator of a file: the `index`-th in the order of `operators`."""
+
+    path: Path
+    index: int
+    lines: range
+    id: str
+
+    @property
+    def room(self) -> str:
+        return self.path.parent.name
+
+    def code(self) -> CodeType:
+        """The file's, with the operator changed."""
+        tree = ast.parse(self.path.read_text())
+        change(list(operators(tree))[self.index][0])
+        return compile(tree, str(self.path), "exec", dont_inherit=True)
+
+
+Place = tuple[Any, str, int | None]  # the node, the field that holds the operator, where in it
+
+
+def operators(tree: ast.AST, name: str = "") -> Iterator[tuple[Place, str]]:
+    """(place, qualified name of the function or class around it), annotations left out."""
+    if isinstance(tree, ast.BinOp | ast.AugAssign | ast.UnaryOp) and type(tree.op) in CHANGES:
+        yield (tree, "op", None), name
+    if isinstance(tree, ast.Compare):
+        yield from (((tree, "ops", i), name) for i in range(len(tree.ops)))
+    if isinstance(tree, ast.ClassDef | ast.FunctionDef):
+        name = f"{name}.{tree.name}".lstrip(".")
+    for key, value in ast.iter_fields(tree):
+        if key not in ("annotation", "returns"):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from operators(child, name)
+
+
+def change(place: Place, back: ast.AST | None = None) -> ast.AST:
+    """Put the other operator there (or `back`); the one that stood there."""
+    node, key, at = place
+    held: ast.AST = getattr(node, key) if at is None else getattr(node, key)[at]
+    other = back or CHANGES[type(held)]()
+    if at is None:
+        setattr(node, key, other)
+    else:
+        getattr(node, key)[at] = other
+    return held
+
+
+def mutants_of(path: Path) -> list[Mutant]:
+    """Ids name the place by its code, not by its line, so that they outlive edits elsewhere."""
+    made: list[Mutant] = []
+    seen: Counter[str] = Counter()
+    for index, (place, name) in enumerate(operators(ast.parse(path.read_text()))):
+        node, before = place[0], ast.unparse(place[0])
+        held = change(place)
+        told = f"{path.parent.name}/{path.name} {name}: {before} -> {ast.unparse(node)}"
+        change(place, held)
+        seen[told] += 1
+        again = f" #{seen[told]}" if seen[told] > 1 else ""
+        made.append(Mutant(path, index, range(node.lineno, node.end_lineno + 1), told + again))
+    return made
+
+
+def swap(mutant: Mutant, functions: list[FunctionType]) -> None:
+    """Give the functions of the file, which is imported, their changed code."""
+
+    def within(code: CodeType) -> Iterator[CodeType]:
+        yield code
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from within(constant)
+
+    changed = {(code.co_name, code.co_firstlineno): code for code in within(mutant.code())}
+    for each in functions:
+        if each.__code__.co_filename == str(mutant.path):
+            each.__code__ = changed[each.__code__.co_name, each.__code__.co_firstlineno]
+
+
+class Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the mutant's file with its operator changed, under its own name and path."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.mutant, stem = mutant, mutant.path.stem
+        self.name = f"stepdistill.{mutant.room}" + (f".{stem}" if stem != "__init__" else "")
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        where = self.mutant.path
+        inner = [str(where.parent)] if where.stem == "__init__" else None
+        return importlib.util.spec_from_file_location(
+            name, where, loader=self, submodule_search_locations=inner
+        )
+
+    def exec_module(self, module: Any) -> None:
+        exec(self.mutant.code(), module.__dict__)
+
+
+# ------------------------------------------------------------------------------------ the tests
+@dataclass
+class Seen:
+    """What a run of a room's tests without any mutant showed."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # of each test
+    lines: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # FILE:LINE: tests
+    failed: list[str] = field(default_factory=list)
+
+    def runs(self, mutant: Mutant) -> set[str]:
+        """The tests that run its lines; with "" if an import or a shared fixture does."""
+        return set().union(*(self.lines.get(f"{mutant.path}:{n}", ()) for n in mutant.lines))
+
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """Those to run, in order."""
+        runs, named = self.runs(mutant), f"/test_{mutant.path.stem}"
+        tests = [test for test in self.seconds if test in runs or "" in runs]
+        return sorted(tests, key=lambda test: (named not in test, self.seconds[test]))
+
+
+class Watch:
+    """A pytest plugin that notes which tests run which lines of a room, from now on."""
+
+    def __init__(self, room: str) -> None:
+        self.seen, self.folder, self.now = Seen(), str(ROOT / "stepdistill" / room), ""
+        sys.settrace(self.trace)
+
+    def trace(self, frame: FrameType, _event: str, _arg: Any) -> Any:
+        return self.note if frame.f_code.co_filename.startswith(self.folder) else None
+
+    def note(self, frame: FrameType, event: str, _arg: Any) -> Any:
+        if event == "line":
+            self.seen.lines[f"{frame.f_code.co_filename}:{frame.f_lineno}"].add(self.now)
+        return self.note
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
+        self.now, start = item.nodeid, time.process_time()
+        try:
+            return (yield)
+        finally:
+            self.now, self.seen.seconds[item.nodeid] = "", time.process_time() - start
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Any:
+        before, self.now = self.now, self.now if fixturedef.scope == "function" else ""
+        try:
+            return (yield)
+        finally:
+            self.now = before
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.seen.failed.append(report.nodeid)
+
+
+class Loop:
+    """A pytest plugin that gives `work` what was collected, in place of running it."""
+
+    def __init__(self, work: Callable[[pytest.Session], Any]) -> None:
+        self.work, self.result = work, None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.result = self.work(session)
+        return True
+
+
+def run_tests(session: pytest.Session, tests: list[str]) -> str:
+    """The first of these tests that fails, or "" where all pass."""
+    failed: list[str] = []
+
+    class Failures:
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                failed.append(report.nodeid)
+
+    session.config.pluginmanager.register(Failures())
+    by_id = {item.nodeid: item for item in session.items}
+    for test, following in zip(tests, [*tests[1:], None], strict=True):
+        session.config.hook.pytest_runtest_protocol(
+            item=by_id[test], nextitem=by_id[following] if following else None
+        )
+        if failed:
+            break
+    return failed[0] if failed else ""
+
+
+def collected(where: list[str], *plugins: Any) -> None:
+    """Collect the default tests of these files, with these plugins."""
+    options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options += ["-p", "no:benchmark", "-q", "--tb=no", "-m", "not full and not gpu"]
+    pytest.main([*options, "--rootdir", str(ROOT), *where], plugins=list(plugins))
+
+
+# -------------------------------------------------------------------------------- the processes
+def forked(work: Callable[..., Any], *args: Any) -> tuple[int, Path]:
+    """(pid of a child that runs work(*args), the file that will hold what it returned as JSON)."""
+    handle, name = tempfile.mkstemp(suffix=".json")
+    child = os.fork()
+    if child:
+        os.close(handle)
+        return child, Path(name)
+    try:
+        os.setpgid(0, 0)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        os.write(handle, json.dumps(work(*args)).encode())
+    finally:
+        os._exit(0)
+    raise AssertionError
+
+
+def answer(out: Path) -> Any:
+    """What a child that has ended returned, or None."""
+    text = out.read_text()
+    out.unlink()
+    return json.loads(text) if text else None
+
+
+def result_of(child: int, out: Path) -> Any:
+    os.waitpid(child, 0)
+    return answer(out)
+
+
+def limit(seconds: float) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
+    resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, 24 * 2**30))
+
+
+def late(
+    mutant: Mutant,
+    tests: list[str],
+    limit_s: float,
+    session: pytest.Session,
+    functions: list[FunctionType],
+) -> str:
+    """The test that notices the mutant where the room is imported."""
+    limit(limit_s)
+    swap(mutant, functions)
+    return run_tests(session, tests)
+
+
+def early(mutant: Mutant, tests: list[str], limit_s: float) -> str:
+    """The test that notices the mutant, the room being imported with it."""
+    limit(limit_s)
+    sys.meta_path.insert(0, Importer(mutant))
+    found: list[str] = []
+    loop = Loop(lambda session: found.append(run_tests(session, tests)))
+    collected(list(dict.fromkeys(test.partition("::")[0] for test in tests)), loop)
+    return found[0] if found else "the import"
+
+
+@dataclass
+class Results:
+    """Results by a mutant's id; `add` writes one down."""
+
+    file: Path
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def read(self) -> None:
+        for line in self.file.read_text().splitlines() if self.file.exists() else []:
+            one = json.loads(line)
+            self.found[one["id"]] = one
+
+    def current(self, mutant: Mutant) -> bool:
+        """Is its result still that of this file, and a survivor's that of these tests?"""
+        old = self.found.get(mutant.id)
+        if old is None or old["file"] != digest(mutant.path):
+            return False
+        return bool(old["result"] == "noticed" or old["tests"] == digest(*tests_in(mutant.room)))
+
+    def add(self, mutant: Mutant, result: str, by: str, seconds: float) -> None:
+        one = {"id": mutant.id, "result": result, "by": by, "seconds": round(seconds, 1)}
+        one |= {"file": digest(mutant.path), "tests": digest(*tests_in(mutant.room))}
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(one) + "\n")
+
+
+@dataclass(frozen=True)
+class Budget:
+    jobs: int
+    until: float
+
+    def run(
+        self, mutants: list[Mutant], seen: Seen, results: Results, attempt: Any, *args: Any
+    ) -> None:
+        """`attempt` each mutant in a process of its own; none is begun after `until`."""
+        waiting = list(mutants)
+        going: dict[int, tuple[Mutant, Path, float, float]] = {}
+        while going or (waiting and time.time() < self.until):
+            while waiting and len(going) < self.jobs and time.time() < self.until:
+                mutant = waiting.pop(0)
+                if not (tests := seen.tests_of(mutant)):
+                    results.add(mutant, "survived", "no test runs it", 0)
+                    continue
+                limit_s = 20 + 4 * sum(seen.seconds[test] for test in tests)
+                child, out = forked(attempt, mutant, tests, limit_s, *args)
+                going[child] = (mutant, out, time.time(), limit_s)
+            for child, (mutant, out, start, limit_s) in list(going.items()):
+                seconds = time.time() - start
+                if seconds > 20 * limit_s:  # it waits for something
+                    os.killpg(child, signal.SIGKILL)
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    del going[child]
+                    by = answer(out)
+                    told = "a time limit or a crash" if by is None else by
+                    results.add(mutant, "noticed" if told else "survived", told, seconds)
+            time.sleep(0.005)
+
+
+def work_on(room: str, mutants: list[Mutant], results: Results, budget: Budget) -> dict[str, Any]:
+    """Run the room's mutants; those left to `early`, with what was seen and imported."""
+    watch = Watch(room)
+
+    def work(session: pytest.Session) -> dict[str, Any]:
+        tests = [item.nodeid for item in session.items]
+
+        def survey() -> dict[str, Any]:
+            run_tests(session, tests)
+            lines = {line: sorted(runs) for line, runs in watch.seen.lines.items()}
+            return {"seconds": watch.seen.seconds, "lines": lines, "failed": watch.seen.failed}
+
+        found = result_of(*forked(survey))
+        sys.settrace(None)
+        if found is None or found["failed"]:
+            return {"failed": (found or {}).get("failed") or ["a crash"]}
+        seen = seen_of(found)
+        left = [mutant.id for mutant in mutants if "" in seen.runs(mutant)]
+        others = [mutant for mutant in mutants if mutant.id not in left]
+        functions = [each for each in gc.get_objects() if isinstance(each, FunctionType)]
+        gc.freeze()  # a collection in a child would copy all of the memory
+        budget.run(others, seen, results, late, session, functions)
+        names = [name for name in sys.modules if name.partition(".")[0] not in OURS]
+        return {**found, "left": left, "libraries": names}
+
+    loop = Loop(work)
+    collected([f"tests/{room}"], watch, loop)
+    sys.settrace(None)
+    return loop.result or {"failed": ["the collection"]}
+
+
+def seen_of(found: dict[str, Any]) -> Seen:
+    return Seen(found["seconds"], {line: set(runs) for line, runs in found["lines"].items()})
+
+
+# ---------------------------------------------------------------------------------- the command
+def digest(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+
+
+def tests_in(room: str) -> list[Path]:
+    return sorted((ROOT / "tests" / room).rglob("test_*.py"))
+
+
+def files_of(where: list[str]) -> list[Path]:
+    found: list[Path] = []
+    for each in where:
+        path = ROOT / "stepdistill" / each if each in ROOMS else Path(each).resolve()
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    for path in found:
+        if not path.is_file() or path.parent.parent != ROOT / "stepdistill":
+            raise SystemExit(f"mutants: expected a room of {ROOMS} or a file of one, got {path}.")
+    return found
+
+
+def equivalents() -> dict[str, str]:
+    """A mutant's id -> why no test can notice it."""
+    return yaml.safe_load(EQUIVALENT.read_text()) or {}
+
+
+def summary(mutants: list[Mutant], found: dict[str, dict[str, Any]]) -> str:
+    """The score by room, survivors, and lines of EQUIVALENT that are no longer true."""
+    known, told = equivalents(), []
+    done = [mutant for mutant in mutants if mutant.id in found]
+    for room in [*ROOMS, "all"]:
+        ids = [m.id for m in mutants if room in (m.room, "all")]
+        ran = [each for each in ids if each in found]
+        noticed = [each for each in ran if found[each]["result"] == "noticed"]
+        told += [
+            f"{room}: {len(noticed)} of {len(ran)} noticed ({len(noticed) / max(len(ran), 1):.1%})"
+            f", {sum(each in known for each in ids)} equivalent, {len(ids) - len(ran)} not run"
+        ]
+    for mutant in done:
+        result, by = found[mutant.id]["result"], found[mutant.id]["by"]
+        if result == "survived" and mutant.id not in known:
+            told.append(f"survived: {mutant.id}" + f" ({by})" * bool(by))
+        if result == "noticed" and mutant.id in known:
+            told.append(f"listed as equivalent, but noticed by {by}: {mutant.id}")
+    return "\n".join(told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("where", nargs="*", default=list(ROOMS), help="rooms or files")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--results", type=Path, default=Path(tempfile.gettempdir(), "mutants.jsonl")
+    )
+    args = parser.parse_args()
+    start, results = time.time(), Results(args.results.resolve())
+    mutants = [mutant for path in files_of(args.where) for mutant in mutants_of(path)]
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    budget = Budget(args.jobs, start + args.seconds)
+    results.read()
+    left = [mutant for mutant in mutants if not results.current(mutant)]
+    later: list[tuple[Seen, list[Mutant]]] = []
+    libraries: dict[str, None] = {}
+    for room in ROOMS:
+        if those := [mutant for mutant in left if mutant.room == room]:
+            found = result_of(*forked(work_on, room, those, results, budget))
+            if found is None or found["failed"]:
+                raise SystemExit(f"tests/{room} fails without any mutant: {found}")
+            later.append((seen_of(found), [each for each in those if each.id in found["left"]]))
+            libraries |= dict.fromkeys(found["libraries"])
+    if later:
+        for name in libraries:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        gc.freeze()
+        with tempfile.TemporaryDirectory() as cache:
+            sys.pycache_prefix, sys.dont_write_bytecode = cache, False
+            for seen, those in later:
+                budget.run(those, seen, results, early)
+    results.read()
+    print(summary(mutants, results.found))
+    print(f"{len(left)} mutants in {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
