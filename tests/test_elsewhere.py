@@ -33,51 +33,63 @@ def installed(tmp_path_factory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "COLUMNS": "200"}
 
 
-def run(where: Path, env: dict[str, str], *command: str) -> str:
-    """What a Python command prints. Fails where it does."""
+def run(where: Path, env: dict[str, str], *commands: str) -> str:
+    """What commands of ours print in one new process; one that exits must exit with 0."""
+    code = (
+        "import shlex, sys\nfrom stepdistill.cli import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    try:\n        main(shlex.split(command))\n"
+        "    except SystemExit as end:\n        assert not end.code, end.code\n"
+    )
+    return process(where, env, "-c", code, *commands)
+
+
+def process(where: Path, env: dict[str, str], *arguments: str) -> str:
+    """What a Python process prints. Fails where it does."""
+    command = [sys.executable, *arguments]
     done = subprocess.run(
-        [sys.executable, *command], cwd=where, env=env, capture_output=True, text=True, timeout=600
+        command, cwd=where, env=env, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
 def test_it_is_found_by_list_and_by_the_matrix(installed, tmp_path) -> None:
-    listed = run(tmp_path, installed, "-m", "stepdistill.cli", "list")
+    listed = run(tmp_path, installed, "list")
     assert "pull_twice" in listed
     assert "AuraFlowPipeline" in listed
     options = ["--collect-only", "-q", "-n", "0", "-m", "", "-k", "pull and aura_flow"]
-    cells = run(ROOT, installed, "-m", "pytest", *options, "tests/test_matrix.py")
+    cells = process(ROOT, installed, "-m", "pytest", *options, "tests/test_matrix.py")
     assert "pull-aura_flow-lora" in cells
     assert "pull-aura_flow-full" in cells
 
 
 def test_it_trains_resumes_exports_and_is_planned_and_compared(installed, tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    code = "from stepdistill.testing.tiny import TINY; TINY['aura_flow']().save_pretrained('model')"
-    run(tmp_path, installed, "-c", code)
-    command = ("-m", "stepdistill.cli")
-    run(tmp_path, installed, *command, "check", "model")
-
-    given = ["--method", "pull-twice", "--pretrained_model_name_or_path", "model"]
-    given += ["--data.prompts_file", "prompts.txt", "--tuning.rank", "2", "--output_dir", "out"]
-    given += ["--max_train_steps", "2", "--train_batch_size", "2", "--checkpointing_steps", "1"]
-    assert "GiB" in run(tmp_path, installed, *command, "plan", *given)
-    run(tmp_path, installed, *command, "train", *given)
+    tiny = "from stepdistill.testing.tiny import TINY; TINY['aura_flow']().save_pretrained('model')"
+    process(tmp_path, installed, "-c", tiny)
+    given = (
+        "--method pull-twice --pretrained_model_name_or_path model --data.prompts_file prompts.txt "
+        "--tuning.rank 2 --output_dir out --max_train_steps 2 --train_batch_size 2 "
+        "--checkpointing_steps 1"
+    )
+    assert "GiB" in run(tmp_path, installed, "check model", f"plan {given}", f"train {given}")
     saved = (tmp_path / "out" / "checkpoint-2").rglob("*.safetensors")
     first = {path.relative_to(tmp_path): load_file(path) for path in saved}
     assert first
     shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     shutil.rmtree(tmp_path / "out" / "pipeline")
-    run(tmp_path, installed, *command, "train", *given, "--resume_from_checkpoint", "latest")
-    for path, tensors in first.items():
-        again = load_file(tmp_path / path)
-        assert all(value.equal(again[name]) for name, value in tensors.items()), path
-    assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
-    run(tmp_path, installed, *command, "export", "out", "lora", "--format", "lora")
-    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
-    asked = ["--teacher", "model", "--prompts_file", "prompts.txt", "--features", "digits"]
-    asked += ["--methods", "pull", "--budget", "1steps", "--steps", "1", "--output_dir", "compared"]
-    asked += ["--teacher_steps", "1", "--num_images_per_prompt", "2", "--curve_points", "1"]
-    assert "| pull |" in run(tmp_path, installed, *command, "compare", *asked)
+    compare = (
+        "compare --teacher model --prompts_file prompts.txt --features digits --methods pull "
+        "--budget 1steps --steps 1 --output_dir compared --teacher_steps 1 "
+        "--num_images_per_prompt 2 --curve_points 1"
+    )
+    again = f"train {given} --resume_from_checkpoint latest"
+    told = run(tmp_path, installed, again, "export out lora --format lora", compare)
+    assert "| pull |" in told
+    for path, tensors in first.items():
+        resumed = load_file(tmp_path / path)
+        assert all(value.equal(resumed[name]) for name, value in tensors.items()), path
+    assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
