@@ -66,8 +66,9 @@ class Family(ABC):
 
     name: the key in FAMILIES, of its file or entry point. pipelines: names of the Diffusers
     pipeline classes. net_name: the denoiser's component name.
-    tiny: "module:function" that makes a small pipeline with random weights; variants: name of a
-        further one -> that function's arguments for it.
+    tiny: a small pipeline with random weights: component -> configuration with its _class_name, or
+        a kind of text encoder (see testing/tiny.py); or "module:function" that makes it.
+    variants: name of a further one -> what is laid over that, or the function's arguments.
     typed: what the stock call of a few-step student must be told all the same: no config says it.
     dynamic_shift: whether the stock call tells its scheduler a shift by the size.
     """
@@ -84,7 +85,7 @@ class Family(ABC):
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
     reads_image: ClassVar[bool] = False  # whether the condition holds a first frame
     output: ClassVar[Literal["images", "frames"]] = "images"  # what the stock call's result holds
-    tiny: ClassVar[str] = ""
+    tiny: ClassVar[str | Mapping[str, Any]] = ""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     typed: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale")
     dynamic_shift: ClassVar[bool] = False

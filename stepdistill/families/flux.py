@@ -26,8 +26,37 @@ class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
 
     name: ClassVar[str] = "flux"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-    tiny = "stepdistill.testing.tiny_transformers:tiny_flux"
-    variants = {"flux_schnell": {"guidance_embeds": False}}
+    tiny = {
+        "text_encoder_2": "t5",
+        "transformer": {
+            "_class_name": "FluxTransformer2DModel",
+            "in_channels": 4 * 4,  # 2 x 2 patches of four latent channels
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 16,
+            "guidance_embeds": True,
+            "axes_dims_rope": (2, 2, 4),
+        },
+        # An image of the VAE's size has 16 tokens, the most that the shift is made for.
+        "scheduler": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "shift": 3.0,
+            "use_dynamic_shifting": True,
+            "base_image_seq_len": 4,
+            "max_image_seq_len": 16,
+        },
+        "vae": {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": "clip",
+    }
+    variants = {
+        "flux_schnell": {
+            "transformer": {"guidance_embeds": False},
+            "scheduler": {"shift": 1.0, "use_dynamic_shifting": False},
+        }
+    }
     typed = ("num_inference_steps",)
     dynamic_shift = True
     net_name: ClassVar[str] = "transformer"

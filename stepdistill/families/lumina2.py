@@ -25,7 +25,31 @@ class Lumina2Family(MaskedTokensFamily):
 
     name: ClassVar[str] = "lumina2"
     pipelines: ClassVar[tuple[str, ...]] = ("Lumina2Pipeline",)
-    tiny = "stepdistill.testing.tiny_transformers:tiny_lumina2"
+    tiny = {
+        "text_encoder": "gemma",
+        "transformer": {
+            "_class_name": "Lumina2Transformer2DModel",
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 16,
+            "axes_dim_rope": (4, 2, 2),
+            "axes_lens": (300, 32, 32),
+            "cap_feat_dim": 16,
+        },
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
+        # Factor 8, which the stock class takes for granted.
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "levels": 4,
+        },
+    }
     dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True

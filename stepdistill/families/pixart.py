@@ -24,7 +24,25 @@ class PixArtFamily(MaskedTokensFamily):
 
     name: ClassVar[str] = "pixart"
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
-    tiny = "stepdistill.testing.tiny_transformers:tiny_pixart"
+    tiny = {
+        "text_encoder": "t5",
+        "transformer": {
+            "_class_name": "PixArtTransformer2DModel",
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,  # three size embeddings share the width
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "cross_attention_dim": 24,
+            "sample_size": 8,
+            "patch_size": 2,
+            "caption_channels": 16,
+            "use_additional_conditions": False,
+            "interpolation_scale": 1,
+        },
+        "vae": {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025},
+        "scheduler": {"_class_name": "DDIMScheduler", "beta_schedule": "linear"},
+    }
     variants = {"pixart_sigma": {"pipeline": "PixArtSigmaPipeline"}}
     net_name: ClassVar[str] = "transformer"
     scales_input: ClassVar[bool] = True

@@ -22,7 +22,36 @@ class SanaFamily(PixArtFamily):
 
     name: ClassVar[str] = "sana"
     pipelines: ClassVar[tuple[str, ...]] = ("SanaPipeline",)
-    tiny = "stepdistill.testing.tiny_transformers:tiny_sana"
+    tiny = {
+        "text_encoder": "gemma",
+        "transformer": {
+            "_class_name": "SanaTransformer2DModel",
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": 16,
+            "sample_size": 8,
+        },
+        "vae": {
+            "_class_name": "AutoencoderDC",
+            "latent_channels": 4,
+            "encoder_block_types": "ResBlock",
+            "decoder_block_types": "ResBlock",
+            "encoder_block_out_channels": (8,) * 3,  # the stock call takes multiples of 32 px
+            "decoder_block_out_channels": (8,) * 3,
+            "encoder_layers_per_block": (1,) * 3,
+            "decoder_layers_per_block": (1,) * 3,
+            "encoder_qkv_multiscales": ((),) * 3,
+            "decoder_qkv_multiscales": ((),) * 3,
+            "scaling_factor": 0.41407,
+        },
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    }
     scales_input: ClassVar[bool] = False
     bare_null: ClassVar[bool] = True
     # Its feed-forward is convolutional: the two 1 x 1 layers stand in for the linear ones.

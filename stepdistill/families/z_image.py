@@ -28,7 +28,24 @@ class ZImageFamily(VaeSizedFamily):
 
     name: ClassVar[str] = "z_image"
     pipelines: ClassVar[tuple[str, ...]] = ("ZImagePipeline",)
-    tiny = "stepdistill.testing.tiny_transformers:tiny_z_image"
+    # The stock class fixes the 1024 hidden units of its time embedding.
+    tiny = {
+        "text_encoder": "qwen",
+        "transformer": {
+            "_class_name": "ZImageTransformer2DModel",
+            "in_channels": 4,
+            "dim": 16,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 16,
+            "axes_dims": [4, 2, 2],
+            "axes_lens": [600, 32, 32],
+        },
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        "vae": {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    }
     dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True

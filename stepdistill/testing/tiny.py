@@ -6,11 +6,12 @@ time embedding alone is larger). Random weights test plumbing, never quality.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any
 
+import diffusers
 from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
@@ -23,14 +24,18 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from stepdistill.config.files import merge
 from stepdistill.families.family import Family
 from stepdistill.families.registry import FAMILIES
 from stepdistill.testing.tiny_parts import (
     LATENT_SIZE,
     TEXT_WIDTH,
+    clip,
     clip_config,
     clip_tokenizer,
     ddim,
+    gemma,
+    qwen,
     seeded,
     t5,
     vae,
@@ -156,10 +161,44 @@ def tiny_dit(seed: int = 0) -> DiTPipeline:
         )
 
 
-def build(place: str, **options: Any) -> Any:
-    """The pipeline that "module:function" makes."""
-    module, _, function = place.partition(":")
-    return getattr(import_module(module), function)(**options)
+TEXT: dict[str, Callable[[int], tuple[Any, Any]]] = {
+    "clip": clip,
+    "clip_77": partial(clip, max_tokens=77),
+    "t5": t5,
+    "gemma": gemma,
+    "qwen": qwen,
+}
+PARTS: dict[str, Callable[..., Any]] = {"AutoencoderKL": vae, "DDIMScheduler": ddim}
+
+
+def assemble(pipeline: str, parts: Mapping[str, Any], seed: int = 0) -> Any:
+    """A pipeline of that Diffusers class from parts made in their order, under the seed.
+
+    parts: name -> a kind in TEXT, which makes text encoder and tokenizer; or a configuration with
+    its _class_name, of tiny_parts' own options where PARTS has the class; or the part itself.
+    """
+    made: dict[str, Any] = {}
+    with seeded(seed):
+        for name, told in parts.items():
+            if isinstance(told, str):
+                made[name.replace("text_encoder", "tokenizer")], made[name] = TEXT[told](TEXT_WIDTH)
+            elif isinstance(told, Mapping):
+                options = dict(told)
+                kind = options.pop("_class_name")
+                made[name] = PARTS.get(kind, getattr(diffusers, kind))(**options)
+            else:
+                made[name] = told
+        return getattr(diffusers, pipeline)(**made)
+
+
+def build(family: type[Family], variant: Mapping[str, Any], seed: int = 0, **changes: Any) -> Any:
+    """A family's tiny pipeline, of a variant, with further changes like a variant's."""
+    told = merge(variant, changes)
+    if isinstance(family.tiny, str):
+        module, _, function = family.tiny.partition(":")
+        return getattr(import_module(module), function)(**told, seed=seed)
+    pipeline = told.pop("pipeline", family.pipelines[0])
+    return assemble(pipeline, merge(family.tiny, told), seed)
 
 
 TINY_FAMILY: dict[str, type[Family]] = {
@@ -170,7 +209,7 @@ TINY_FAMILY: dict[str, type[Family]] = {
 }
 """The family of each tiny pipeline by its name, which is the family's or a variant's."""
 TINY: dict[str, Callable[..., Any]] = {
-    name: partial(build, family.tiny, **family.variants.get(name, {}))
+    name: partial(build, family, family.variants.get(name, {}))
     for name, family in TINY_FAMILY.items()
 }
 """Builder of each tiny pipeline."""

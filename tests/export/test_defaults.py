@@ -19,8 +19,7 @@ from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.families.flux_guidance import fold_guidance
 from stepdistill.families.registry import family_for, load_family
 from stepdistill.testing.parity import listen
-from stepdistill.testing.tiny import TINY_FAMILY
-from stepdistill.testing.tiny_transformers import tiny_flux
+from stepdistill.testing.tiny import TINY, TINY_FAMILY
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 
@@ -161,7 +160,7 @@ def test_a_prompt_in_first_place_is_taken_as_one(tmp_path, tmp_path_factory) -> 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_folded_flux_guidance_is_exact(guidance) -> None:
-    family = family_for("FluxPipeline")(tiny_flux())
+    family = family_for("FluxPipeline")(TINY["flux"]())
     x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([1000.0, 500.0]), family.encode(["a", "b"])
     with torch.no_grad():
         told = family.forward(family.net, x, t, cond, w=torch.full((2,), guidance - 1))

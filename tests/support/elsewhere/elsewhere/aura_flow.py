@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,22 @@ class AuraFlowFamily(Family):
     pipelines = ("AuraFlowPipeline",)
     net_name = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    tiny = "stepdistill.testing.tiny_generic:tiny_aura_flow"
+    tiny: ClassVar = {
+        "text_encoder": "t5",
+        "transformer": {
+            "_class_name": "AuraFlowTransformer2DModel",
+            "sample_size": 8,
+            "num_mmdit_layers": 1,
+            "num_single_dit_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "caption_projection_dim": 16,
+            "pos_embed_max_size": 16,
+        },
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.73},
+        "vae": {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025},
+    }
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
