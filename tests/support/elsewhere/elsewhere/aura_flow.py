@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from stepdistill.core.types import Cond
 from stepdistill.families.family import Family, check_prompts, net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
+from stepdistill.testing.tiny_generic import AURA_FLOW
 
 
 class AuraFlowFamily(Family):
@@ -20,22 +21,7 @@ class AuraFlowFamily(Family):
     pipelines = ("AuraFlowPipeline",)
     net_name = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    tiny: ClassVar = {
-        "text_encoder": "t5",
-        "transformer": {
-            "_class_name": "AuraFlowTransformer2DModel",
-            "sample_size": 8,
-            "num_mmdit_layers": 1,
-            "num_single_dit_layers": 1,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 16,
-            "caption_projection_dim": 16,
-            "pos_embed_max_size": 16,
-        },
-        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.73},
-        "vae": {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025},
-    }
+    tiny = AURA_FLOW
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
