@@ -257,16 +257,20 @@ def _list(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from stepdistill.families.registry import FAMILIES, family_class
+    from stepdistill.families.registry import FAMILIES
     from stepdistill.methods import METHODS
 
-    methods = Table("method", "paper", "status", title="methods")
-    for name, info in METHODS.items():
-        methods.add_row(name, info.cls.paper, info.status)
-    families = Table("family", "pipeline classes", "conditioning", title="families")
-    for name in FAMILIES:
-        cls = family_class(name)
-        families.add_row(name, ", ".join(cls.pipelines), cls.conditioning)
+    facts = ("method", "also called", "paper", "steps", "data", "status")
+    methods = Table(*facts, title="methods")
+    for name, cls in METHODS.items():
+        steps = ", ".join(map(str, cls.steps))
+        methods.add_row(name, ", ".join(cls.aliases), cls.paper, steps, cls.data, cls.status)
+    facts = ("family", "pipeline classes", "conditioning", "LoRA loaded by")
+    families = Table(*facts, title="families")
+    for name, family in FAMILIES.items():
+        told = "prompt and image" if family.reads_image else family.conditioning
+        loader = "Diffusers" if family.has_lora_loader() else "PEFT"
+        families.add_row(name, ", ".join(family.pipelines), told, loader)
     console = Console()
     console.print(methods)
     console.print(families)

@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
@@ -107,7 +106,7 @@ def _write(
     pipeline: Any = family.pipeline
     state = get_peft_model_state_dict(base, adapter_name=role)
     config = base.peft_config[role]
-    if isinstance(pipeline, LoraBaseMixin):
+    if family.has_lora_loader():
         type(pipeline).save_lora_weights(
             out_dir,
             **{

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from stepdistill.families.family import Family
 from stepdistill.loading.original_layout import (
     Place,
-    has_layout,
     original_layout,
     split,
     swap_halves,
@@ -110,7 +109,7 @@ def places_of(net: Any, form: str) -> list[Place]:
 
 def check_format(family: Family, form: str) -> None:
     """Errors: ValueError where other tools have no names for this network."""
-    if not has_layout(family.net):
+    if form not in family.lora_formats:
         raise ValueError(
             f"export: expected format pipeline or lora for {family.name}, got {form!r}: no key "
             f"layout of {type(family.net).__name__} in other tools is known here. Load the lora "

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ import torch
 from diffusers import UNet2DModel
 
 from stepdistill.core.method import Setting
+from stepdistill.core.registry import Registry
 from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import read_schedule
@@ -33,32 +33,7 @@ from stepdistill.loading.teacher_lora import merge_loras
 from stepdistill.loading.weightless import weightless
 from stepdistill.storage.files import one_line
 
-# family name -> "module:Class"; modules load on demand, so one broken family breaks no other.
-FAMILIES: dict[str, str] = {
-    "sd": "stepdistill.families.sd:StableDiffusionFamily",
-    "sdxl": "stepdistill.families.sdxl:StableDiffusionXLFamily",
-    "sd3": "stepdistill.families.sd3:StableDiffusion3Family",
-    "dit": "stepdistill.families.dit:DiTFamily",
-    "flux": "stepdistill.families.flux:FluxFamily",
-    "flux2": "stepdistill.families.flux2:Flux2Family",
-    "flux2_dev": "stepdistill.families.flux2_dev:Flux2DevFamily",
-    "pixart": "stepdistill.families.pixart:PixArtFamily",
-    "lumina2": "stepdistill.families.lumina2:Lumina2Family",
-    "z_image": "stepdistill.families.z_image:ZImageFamily",
-    "sana": "stepdistill.families.sana:SanaFamily",
-    "qwen_image": "stepdistill.families.qwen_image:QwenImageFamily",
-    "wan": "stepdistill.families.wan:WanFamily",
-    "wan_i2v": "stepdistill.families.wan_i2v:WanImageToVideoFamily",
-    "unet2d": "stepdistill.families.unet2d:UNet2DFamily",
-    "edm": "stepdistill.families.edm:EDMFamily",
-}
-
-
-def family_class(name: str) -> type[Family]:
-    """The Family class of that short name."""
-    module, _, cls = FAMILIES[name].partition(":")
-    found: type[Family] = getattr(import_module(module), cls)
-    return found
+FAMILIES: Registry[Family] = Registry("stepdistill.families", Family)
 
 
 def family_for(pipeline_class: str) -> type[Family]:
@@ -66,7 +41,7 @@ def family_for(pipeline_class: str) -> type[Family]:
 
     Errors: ValueError naming the nearest served classes, where the generic one can't serve it.
     """
-    served = {cls: name for name in FAMILIES for cls in family_class(name).pipelines}
+    served = {name: family for family in FAMILIES.values() for name in family.pipelines}
     if pipeline_class not in served:
         try:
             generic = generic_family(pipeline_class)
@@ -84,7 +59,7 @@ def family_for(pipeline_class: str) -> type[Family]:
             f"model: expected a pipeline class that has a family, got {pipeline_class!r}. "
             f"Nearest: {near or sorted(served)}."
         )
-    return family_class(served[pipeline_class])
+    return served[pipeline_class]
 
 
 def load_family(

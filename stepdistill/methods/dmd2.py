@@ -16,8 +16,10 @@ from pydantic import model_validator
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import FakeFit, Nets
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.adversarial import generator_loss
+from stepdistill.methods.digits import FEW, WARM, score
 from stepdistill.methods.rollout import Sample
 from stepdistill.methods.scores import ScoreDistillation
 from stepdistill.methods.scores_config import ScoreConfig
@@ -48,6 +50,8 @@ class DMD2(ScoreDistillation[DMD2Config]):
     name = "dmd2"
     paper = "Yin et al. 2024, arXiv:2405.14867"
     Config = DMD2Config
+    status = "trained on real data here"
+    digits = (Recipe("dmd2", score(guidance=1.0), {2: FEW, 4: FEW}, first=WARM),)
 
     @property
     def teacher_guidance(self) -> float:

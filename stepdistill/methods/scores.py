@@ -60,6 +60,7 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
     """Base of score distillation: the module's docstring is the contract of its hooks."""
 
     guidance_options: ClassVar[tuple[str, ...]] = ("guidance",)
+    trainer: ClassVar[str] = "DistributionMatchingTrainer"
 
     @property
     def fake_fit(self) -> FakeFit | None:

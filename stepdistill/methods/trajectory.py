@@ -72,10 +72,6 @@ class TrajectoryMethod(Method[T]):
         share = self.config.null_probability
         return batch.nulled(ctx.host_rand(batch.bsz) < share) if share > 0.0 else batch
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "cond"})
-
     def roles(self) -> dict[str, Role]:
         roles = {"teacher": Role(), "student": Role(train=True)}
         if self.config.target == "ema":

@@ -20,9 +20,11 @@ from pydantic import Field, model_validator
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Nets, ScorerSpec
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.rewards import ClampedCLIPConfig, clamped_reward_loss
 from stepdistill.losses.score import DenoisingSpace, DenoisingWeight, ScoreWeight
+from stepdistill.methods.digits import WARM, score
 from stepdistill.methods.rollout import Sample
 from stepdistill.methods.scores import ScoreDistillation
 from stepdistill.methods.scores_config import ScoreConfig
@@ -74,6 +76,19 @@ class VSD(ScoreDistillation[VSDConfig]):
     paper = "Nguyen & Tran 2024, arXiv:2312.05239"
     Config = VSDConfig
     guidance_options = ("guidance_range", "guidance")
+    status = "trained on real data here"
+    aliases = {
+        "swiftbrush": {},
+        "swiftbrush_v2": {"clip": {"weight": 0.1}},
+        "snoopi": {"guidance_range": (0.5, 4.0)},
+    }
+    trainer = "VariationalScoreTrainer"
+    steps = (1,)
+    digits = (
+        # The null prompt serves a guided fake alone.
+        Recipe("vsd", score(guidance=1.0, null_probability=0.0), first=WARM),
+        Recipe("snoopi", score(guidance_range=[0.5, 1.5]), first=WARM),
+    )
 
     @property
     def teacher_guidance(self) -> float:

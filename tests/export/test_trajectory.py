@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, TCDScheduler
-from support.runs import TinyData, build_trainer, teacher_dir
+from support.runs import THOROUGH, TinyData, build_trainer, teacher_dir
 
 from stepdistill import TrainConfig, Tuning, load_pipeline
 from stepdistill.export.hub import files_to_push
@@ -21,7 +21,6 @@ from stepdistill.families.registry import load_family, load_setting
 from stepdistill.trainers import TrajectorySegmentedTrainer, trainer_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FAMILIES = ["sd", "sd_v", "sd3", "dit"]
 SHAPES: dict[str, tuple[int, ...]] = {}
 
 
@@ -55,7 +54,7 @@ def saved(folder: Path) -> tuple[dict, dict]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THOROUGH)
 def test_tscd_exports_deterministically_at_every_step_count(
     family, tmp_path, tmp_path_factory
 ) -> None:
@@ -69,7 +68,7 @@ def test_tscd_exports_deterministically_at_every_step_count(
 
 
 @pytest.mark.parametrize("num_phases", [1, 2, 4, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THOROUGH)
 def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory) -> None:
     options = {"num_phases": num_phases}
     trainer = trained(family, tmp_path_factory, tmp_path / "run", "pcm", options, steps=1)

@@ -59,7 +59,7 @@ def test_first_time_is_trained_on_the_samplers_first_input(case: str, path: str)
     if (case, path) in CONTINUOUS or (path == "ve" and case in ("tscd", "pcm")):
         pytest.skip("no grid of that method there")
     name, options = CASES[case]
-    cls: type[Method[Any]] = METHODS[name].cls
+    cls: type[Method[Any]] = METHODS[name]
     guidance = {"guidance": 3.0} if name == "lora_guidance" else {"guidance_range": (1.0, 1.0)}
     method = cls(cls.Config(**options, **guidance), Setting(PATHS[path], "x0"))
     student, data = Recorder(PATHS[path]), batch(4096, mean=3.0, std=0.5)

@@ -37,7 +37,7 @@ VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() *
     ],
 )
 def test_the_teacher_a_student_ends_at(name: str, options: dict, expected: float) -> None:
-    cls = METHODS[name].cls
+    cls = METHODS[name]
     path = FlowPath() if name in ("reflow", "rfpp", "slimflow") else VP
     method = cls(cls.Config(**options), Setting(path, "flow" if path is not VP else "v"))
     assert method.teacher_guidance == pytest.approx(expected)
@@ -45,20 +45,20 @@ def test_the_teacher_a_student_ends_at(name: str, options: dict, expected: float
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_option_that_guides_is_named(name: str) -> None:
-    cls = METHODS[name].cls
+    cls = METHODS[name]
     guiding = {f for f in cls.Config.model_fields if "guidance" in f.split("_")}
     told = {"inference_guidance", "guidance_stage"}  # read with the others, and a stage's name
     assert guiding - told == set(cls.guidance_options)
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(METHODS) if METHODS[n].cls.guidance_options])
+@pytest.mark.parametrize("name", [n for n in sorted(METHODS) if METHODS[n].guidance_options])
 def test_options_hold_the_guidance_at_one_number(name: str) -> None:
-    cls = METHODS[name].cls
+    cls = METHODS[name]
     assert cls.guidance_of(cls.Config(**cls.options_at(3.0))) == (3.0, 3.0)
 
 
 def test_a_range_overrules_the_number_it_stands_beside() -> None:
-    cls = METHODS["vsd"].cls
+    cls = METHODS["vsd"]
     assert cls.guidance_of(cls.Config(guidance_range=(0.5, 4.0))) == (0.5, 4.0)
 
 
@@ -72,7 +72,7 @@ def test_a_range_overrules_the_number_it_stands_beside() -> None:
     ],
 )
 def test_how_the_fake_is_called(name: str, options: dict, expected: tuple) -> None:
-    cls = METHODS[name].cls
+    cls = METHODS[name]
     fit = cls(cls.Config(**options), Setting(VP, "v")).fake_fit
     assert fit is not None
     assert (fit.teacher, fit.fake, fit.fitted, fit.last_step) == expected
@@ -81,5 +81,5 @@ def test_how_the_fake_is_called(name: str, options: dict, expected: tuple) -> No
 def test_only_score_methods_have_a_fake() -> None:
     for name, info in METHODS.items():
         path = FlowPath() if name in ("reflow", "rfpp", "slimflow") else VP
-        method = info.cls(info.cls.Config(), Setting(path, "flow" if path is not VP else "v"))
+        method = info(info.Config(), Setting(path, "flow" if path is not VP else "v"))
         assert (method.fake_fit is not None) == ("fake" in method.roles())

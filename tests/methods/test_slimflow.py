@@ -14,7 +14,8 @@ from methods.test_reflow import make as reflow
 
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
-from stepdistill.methods.slimflow import SlimFlow, SlimFlowConfig
+from stepdistill.methods.slimflow import SlimFlow
+from stepdistill.methods.slimflow_config import SlimFlowConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"

@@ -30,7 +30,8 @@ from stepdistill.losses.regression import pseudo_huber
 from stepdistill.methods import METHODS
 from stepdistill.methods.segments import jump
 from stepdistill.methods.trajectory import Jumps
-from stepdistill.methods.tscd import TSCD, TSCDConfig
+from stepdistill.methods.tscd import TSCD
+from stepdistill.methods.tscd_config import TSCDConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -408,7 +409,7 @@ def test_a_grid_that_does_not_divide_the_table_is_refused():
 
 def test_contract():
     method = make(target="ema", gan={"weight_g": 0.1})
-    assert METHODS["tscd"].cls is TSCD
+    assert METHODS["tscd"] is TSCD
     assert method.needs == {"x0", "cond"}
     assert set(method.roles()) == {"teacher", "student", "target", "disc"}
     assert [p.trains for p in method.phases(0)] == [("disc",), ("student",)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ChromaTransformer2DModel
+from stepdistill.testing.tiny_transformers import tiny_pixart
 from torch import Tensor, nn
 
 from stepdistill.roles.checkpointing import (
@@ -20,7 +21,6 @@ from stepdistill.roles.checkpointing import (
 from stepdistill.testing.parity import LIMIT, check_family
 from stepdistill.testing.tiny import TINY
 from stepdistill.testing.tiny_parts import seeded
-from stepdistill.testing.tiny_transformers import tiny_pixart
 
 
 def recompute(net: nn.Module) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
-from stepdistill.core.method import Scorer
+from stepdistill.core.method import FIELDS, Scorer
 from stepdistill.families.registry import family_for, load_family, teacher_facts
 from stepdistill.methods import METHODS
-from stepdistill.testing.tiny import TINY
-from stepdistill.trainers import TRAINER_OF, DistillationTrainer
+from stepdistill.testing.tiny import TINY, TINY_FAMILY
+from stepdistill.trainers import DistillationTrainer, trainer_class
 
+# Of each kind of teacher one, for what is tested in every layout: eps, v and flow, prompts, labels.
+THOROUGH = ("sd", "sd_v", "sd3", "dit")
 _TEACHERS: dict[str, Path] = {}
 _SHAPES: dict[str, tuple[int, ...]] = {}  # of a teacher's latents by its folder
 
@@ -109,7 +111,7 @@ def _pixel_distance(images: Tensor, by: Any) -> Tensor:
 
 def _has_null(family: str, layout: str) -> bool:
     """Not models without a null condition, which guidance has nothing to steer away from."""
-    return not family.startswith(("unet2d", "edm"))
+    return TINY_FAMILY[family].has_null
 
 
 def _w_embedding(family: str, layout: str) -> bool:
@@ -254,11 +256,17 @@ METHOD_CASES: dict[str, MethodCase] = {
         "slimflow", {"stage": "distill"}, ("x0", "noise"), _two_with_prompts
     ),
 }
+# A method without a case of its own has one by its facts.
+METHOD_CASES |= {
+    name: MethodCase(name, {}, tuple(sorted(FIELDS[cls.data] - {"cond"})))
+    for name, cls in METHODS.items()
+    if name not in {case.method for case in METHOD_CASES.values()}
+}
 
 
 def unguided(spec: MethodCase) -> dict[str, Any]:
     """The case's options for a model without a null condition: nothing to guide away from."""
-    return {**spec.options, **METHODS[spec.method].cls.options_at(1.0)}
+    return {**spec.options, **METHODS[spec.method].options_at(1.0)}
 
 
 def build_trainer(
@@ -293,7 +301,7 @@ def build_trainer(
     if gan_dataset is None and spec.gan_fields:
         told = (facts.conditioning, spec.gan_fields, facts.reads_image)
         gan_dataset = TinyData(_latent_shape(teacher), *told, seed=1)
-    return TRAINER_OF[spec.method](
+    return trainer_class(spec.method)(
         str(teacher),
         args,
         data,
