@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from stepdistill.config.files import merge
+from stepdistill.config.flags import merge
 
 # Options that count student updates: they keep their share of a run that is longer or shorter.
 COUNTED_OPTIONS = ("anneal_steps",)
