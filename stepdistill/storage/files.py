@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -27,6 +29,11 @@ def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
         got = f"no {missing[0]!r}" if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{path}: expected an object with {list(required)}, got {got}.")
     return found
+
+
+def locked(path: Path) -> FileLock:
+    """Within: one process at a time, of all that hold the lock of that path, PATH.lock."""
+    return FileLock(path.with_name(path.name + ".lock"))
 
 
 def flush(path: Path) -> None:
