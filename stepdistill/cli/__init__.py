@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if parse is not None:
             options = parse(rest, f"stepdistill {name}")
         else:
-            options = parse_options(module.Options, rest, f"stepdistill {name}", module.__doc__)
+            options = parse_options(
+                module.Options, rest, f"stepdistill {name}", str(module.__doc__)
+            )
         status = module.run(options)
     if status is not None:
         sys.exit(status)
