@@ -224,7 +224,7 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
     Exit statuses: those of `stepdistill train`.
     """
     with mistakes_in_one_line():
-        run = parse_run_config(argv, prog="accelerate launch", method=trainer.methods[0])
+        run: RunConfig = parse_run_config(argv, prog="accelerate launch", method=trainer.methods[0])
         if run.method not in trainer.methods:
             raise ValueError(
                 f"{trainer.__name__}: expected one of {trainer.methods}, got method "

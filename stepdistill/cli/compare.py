@@ -183,7 +183,7 @@ def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
     for name in ("prompts_file", "features", "methods"):
         if not getattr(args, name):
             raise ValueError(f"{name}: expected it beside --teacher, got none.")
-    if not Path(args.prompts_file).is_file():
+    if not Path(str(args.prompts_file)).is_file():
         raise ValueError(f"prompts_file: expected a text file, got {args.prompts_file!r}.")
     if args.guidance is None:
         print(
