@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import (
@@ -21,10 +21,11 @@ from pydantic import (
 from pydantic_settings import CliSuppress
 from typing_extensions import Self
 
+from stepdistill.config.flags import AT_COMMAS
 from stepdistill.config.metrics import BEST_METRICS, METRICS
+from stepdistill.config.teacher import TeacherOptions
 from stepdistill.config.tuning import Tuning
 from stepdistill.config.watchdog import WatchdogConfig
-from stepdistill.loading.source import ModelSource
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -132,7 +133,7 @@ class TrainConfig(BaseModel):
     # ---------------------------------------------------- logs, checkpoints
     logging_steps: int = Field(default=10, ge=1)
     """Student updates between log lines (means over the window)."""
-    report_to: list[str] = []
+    report_to: Annotated[list[str], AT_COMMAS] = []
     """Accelerate trackers besides the JSONL log: tensorboard, wandb, ..."""
     disable_progress_bar: bool = False
     """Print no tqdm bar."""
@@ -311,19 +312,9 @@ class DataConfig(SourceConfig):
     """Real images with their own captions for the GAN; none means the run's own data."""
 
 
-class RunConfig(TrainConfig):
+class RunConfig(TrainConfig, TeacherOptions):
     """A whole run: what to distil, with which method, on which data."""
 
-    pretrained_model_name_or_path: str
-    """Teacher pipeline: local folder or Hub id."""
-    revision: str | None = None
-    """Hub revision of the teacher."""
-    variant: str | None = None
-    """Weight-file variant of the teacher, such as fp16."""
-    teacher_lora: list[str] = []
-    """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
-    single_file_config: str | None = None
-    """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
     method: str
     """Distillation method; `stepdistill list` shows them."""
     method_config: dict[str, Any] = {}
@@ -332,17 +323,6 @@ class RunConfig(TrainConfig):
     """Training data."""
     export_dir: str | None = None
     """Where to write the distilled pipeline; none means OUTPUT_DIR/pipeline."""
-
-    @property
-    def source(self) -> ModelSource:
-        """The teacher."""
-        return ModelSource(
-            self.pretrained_model_name_or_path,
-            self.revision,
-            self.variant,
-            tuple(self.teacher_lora),
-            self.single_file_config,
-        )
 
     def train_config(self) -> TrainConfig:
         """The part that says how to train."""

@@ -24,7 +24,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from stepdistill.config.files import merge
+from stepdistill.config.flags import merge
 from stepdistill.families.family import Family
 from stepdistill.families.registry import FAMILIES
 from stepdistill.testing.tiny_parts import (

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepdistill.config.files import method_class, read_yaml
+from stepdistill.config.files import method_class
+from stepdistill.config.flags import read_yaml
 from stepdistill.config.watchdog import WatchdogConfig
 from stepdistill.core.method import FakeFit, Setting
 from stepdistill.core.path import FlowPath
