@@ -242,7 +242,7 @@ def _report(args: argparse.Namespace) -> None:
     """Draw a run's report.html again from its records."""
     from pathlib import Path
 
-    from stepdistill.reporting.page import write_run_report
+    from stepdistill.monitoring.run_report import write_run_report
     from stepdistill.storage.files import write_text
 
     print(write_run_report(Path(args.run_dir), write_text))
