@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepdistill.evaluation.samples import Spread
+from stepdistill.reporting.values import Measured
 
 DATA_ORDER = ("prompts", "images", "pairs")  # the less to bring, the earlier
 _NOISE_SEEDS = 5  # of rows that do not say: an earlier version's
@@ -23,8 +23,8 @@ class Judged:
     label: str
     group: str
     steps: int | None
-    frechet: Spread | None
-    recall: Spread | None
+    frechet: Measured | None
+    recall: Measured | None
     network_calls: float | None
     seconds_per_image: float | None
     previews: Sequence[Any]
@@ -33,7 +33,7 @@ class Judged:
     def of(cls, raw: Mapping[str, Any]) -> Judged:
         """A row as JSON holds it; other figures are left out."""
         spreads = {
-            name: None if raw.get(name) is None else Spread(**raw[name])
+            name: None if raw.get(name) is None else Measured(**raw[name])
             for name in ("frechet", "recall")
         }
         names = ("label", "group", "steps", "network_calls", "seconds_per_image", "previews")

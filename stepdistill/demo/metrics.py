@@ -20,7 +20,8 @@ from torch import Tensor
 
 from stepdistill.evaluation.frechet import frechet_distance
 from stepdistill.evaluation.manifold import manifold_scores
-from stepdistill.evaluation.samples import Samples, Spread
+from stepdistill.evaluation.samples import Samples
+from stepdistill.reporting.values import Measured
 
 from .classifier import DigitClassifier
 from .data import DIGIT_NAMES, Digits, Split, stratified_subset
@@ -40,10 +41,10 @@ class Row:
     label: str
     group: str
     steps: int | None
-    frechet: Spread
-    frechet_pixels: Spread
-    recall: Spread
-    accuracy: Spread
+    frechet: Measured
+    frechet_pixels: Measured
+    recall: Measured
+    accuracy: Measured
     network_calls: float | None
     seconds_per_image: float | None
     previews: Tensor
@@ -65,7 +66,7 @@ class Row:
             Row(
                 **{
                     **raw,
-                    **{name: Spread(**raw[name]) for name in spreads},
+                    **{name: Measured(**raw[name]) for name in spreads},
                     "previews": torch.tensor(raw["previews"]),
                 }
             )
@@ -131,12 +132,14 @@ class Judge:
             label=label,
             group=group,
             steps=steps,
-            frechet=Spread.of([frechet_distance(self._features, f) for f in features]),
-            frechet_pixels=Spread.of(
+            frechet=Measured.of([frechet_distance(self._features, f) for f in features]),
+            frechet_pixels=Measured.of(
                 [frechet_distance(real_pixels, one.images.flatten(1)) for one in sets]
             ),
-            recall=Spread.of([manifold_scores(self._features, f).recall for f in features]),
-            accuracy=Spread.of([self.classifier.accuracy(one.images, one.labels) for one in sets]),
+            recall=Measured.of([manifold_scores(self._features, f).recall for f in features]),
+            accuracy=Measured.of(
+                [self.classifier.accuracy(one.images, one.labels) for one in sets]
+            ),
             network_calls=network_calls,
             seconds_per_image=seconds_per_image,
             previews=previews(sets[0]),

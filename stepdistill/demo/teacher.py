@@ -11,7 +11,6 @@ well posed: at t = 999 alpha is 0 and x0 = -v.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -22,33 +21,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 
 from .data import IMAGE_PX, Split
 from .identity_vae import identity_vae
-from .teacher_training import TrainingRecord, train_denoiser
+from .teacher_training import TeacherConfig, TrainingRecord, train_denoiser
 from .text import demo_text_encoder, demo_tokenizer
 
 RECORD = "demo_teacher.json"
-BUILD = 1  # part of the cache key: raise it when code that no field describes changes the result
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Everything that decides the teacher's weights, except the machine's arithmetic."""
-
-    seed: int = 0
-    max_train_steps: int = 2500
-    max_train_seconds: float | None = None  # stops earlier; the learning rate still reaches its end
-    train_batch_size: int = 64
-    learning_rate: float = 3e-3  # peak of a cosine with linear warm-up
-    lr_warmup_steps: int = 100
-    ema_decay: float = 0.998
-    null_prompt_share: float = 0.1  # prompts replaced by "" so that guidance works
-    block_out_channels: tuple[int, ...] = (16, 32)
-    text_width: int = 32
-    beta_schedule: str = "squaredcos_cap_v2"
-
-    def key(self) -> str:
-        """A short hash of all fields: equal keys mean the same teacher."""
-        fields = json.dumps({"build": BUILD, **dataclasses.asdict(self)}, sort_keys=True)
-        return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

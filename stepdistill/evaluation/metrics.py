@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from stepdistill.reporting.values import Measured
+
 from .frechet import frechet_distance, kernel_distance
 from .manifold import manifold_scores
-from .samples import Spread
 
 MANIFOLD_IMAGES = 10_000  # at most that many, the first ones: time grows with their square
 DIVERSITY_IMAGES = 64  # of one prompt, the first ones: time and memory grow with their square
@@ -42,7 +43,7 @@ class Number:
     """One measured value. network: feature network or scorer; reference: "real" or "teacher"."""
 
     metric: str
-    spread: Spread
+    spread: Measured
     network: str = ""
     reference: str = ""
 
@@ -60,7 +61,7 @@ class System:
     previews: Sequence[str] = field(default_factory=tuple)
     frames: int = 1
 
-    def get(self, metric: str, network: str = "", reference: str = "") -> Spread | None:
+    def get(self, metric: str, network: str = "", reference: str = "") -> Measured | None:
         """The value of that name, of the first such network and reference where left out."""
         for number in self.numbers:
             of = network in ("", number.network) and reference in ("", number.reference)
@@ -125,5 +126,5 @@ def numbers_of(values: Sequence[Mapping[str, float | None]], **of: str) -> list[
         told = [one[metric] for one in values]
         known = [value for value in told if value is not None]
         if len(known) == len(told):
-            made.append(Number(metric, Spread.of(known), **of))
+            made.append(Number(metric, Measured.of(known), **of))
     return made

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepdistill.reporting.values import Measured
+
 from . import page
 from .metrics import HIGHER_IS_BETTER, System
 from .protocol import images_told, protocol_line
-from .samples import Spread
 
 # metric -> (column heading, format, factor)
 COLUMNS: dict[str, tuple[str, str, float]] = {
@@ -69,7 +70,7 @@ class Report:
         return sorted(keys, key=lambda key: (order[key[0]], key[2] != self.reference, key))
 
 
-def told(value: Spread | None, metric: str) -> str:
+def told(value: Measured | None, metric: str) -> str:
     """A value as the tables show it; a dash where there is none."""
     if value is None:
         return "–"
@@ -157,7 +158,7 @@ def protocol_facts(report: Report) -> list[tuple[str, str]]:
     return made + [(name, facts[name]) for name in ("frames", "preset") if facts[name]]
 
 
-def quality(report: Report, system: System) -> Spread | None:
+def quality(report: Report, system: System) -> Measured | None:
     """The Frechet distance that the gallery and the plots show."""
     return system.get("frechet", report.networks[0], report.reference)
 

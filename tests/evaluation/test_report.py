@@ -17,7 +17,7 @@ from stepdistill.evaluation.metrics import Number, System
 from stepdistill.evaluation.protocol import UNNAMED, preset_told, protocol_line
 from stepdistill.evaluation.report import Report
 from stepdistill.evaluation.run import Options, evaluate, options_of
-from stepdistill.evaluation.samples import Spread
+from stepdistill.reporting.values import Measured
 
 
 @pytest.fixture(scope="module")
@@ -167,5 +167,5 @@ def test_a_scorer_of_a_network_s_name_has_its_own_weights(report) -> None:
         "scorers": {"clip": "of the score"},
     }
     row = System("a", "student", 1, [], 6)
-    line = protocol_line(facts, "real", row, Number("score", Spread(1.0, 0.0), "clip"))
+    line = protocol_line(facts, "real", row, Number("score", Measured(1.0, 0.0), "clip"))
     assert (line["weights"], line["preprocess"]) == ("of the score", "")
