@@ -256,9 +256,11 @@ def _list(args: argparse.Namespace) -> None:
     from stepdistill.families.registry import FAMILIES, family_class
     from stepdistill.methods import METHODS
 
-    methods = Table("method", "paper", "status", title="methods")
-    for name, info in METHODS.items():
-        methods.add_row(name, info.cls.paper, info.status)
+    facts = ("method", "also called", "paper", "steps", "data", "status")
+    methods = Table(*facts, title="methods")
+    for name, cls in METHODS.items():
+        steps = ", ".join(map(str, cls.steps))
+        methods.add_row(name, ", ".join(cls.aliases), cls.paper, steps, cls.data, cls.status)
     families = Table("family", "pipeline classes", "conditioning", title="families")
     for name in FAMILIES:
         cls = family_class(name)

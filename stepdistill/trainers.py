@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from stepdistill.config.files import method_class, parse_run_config
+from stepdistill.config.files import method_class, parse_run_config, resolve_method
 from stepdistill.config.files import method_config as parse_method_config
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.families.family import Family
+from stepdistill.methods import METHODS
 from stepdistill.monitoring.validation import validate
 from stepdistill.monitoring.watchdog import WatchdogStop
 from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
@@ -35,10 +36,17 @@ from stepdistill.training.trainer import Trainer
 class DistillationTrainer(Trainer):
     """Base of the facades: checks that the method belongs to the class, and exports.
 
-    methods: names this class accepts; the first is the default.
+    It serves every method that names the same trainer as its `default` one; this class itself
+    those that name no other.
     """
 
-    methods: ClassVar[tuple[str, ...]] = ()
+    default: ClassVar[str] = ""
+
+    @classmethod
+    def methods(cls) -> tuple[str, ...]:
+        """The methods it serves, by name."""
+        own = METHODS[cls.default].trainer if cls.default else DistillationTrainer.__name__
+        return tuple(name for name, method in METHODS.items() if method.trainer == own)
 
     def __init__(
         self,
@@ -51,12 +59,11 @@ class DistillationTrainer(Trainer):
         variant: str | None = None,
         scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
-        method = method or self.methods[0]
-        method_class(method)
-        if method not in self.methods:
+        method, method_config = resolve_method(method or self.default, method_config)
+        if method not in self.methods():
             raise ValueError(
-                f"{type(self).__name__}: expected one of {self.methods}, got {method!r}. "
-                f"Use {TRAINER_OF[method].__name__}."
+                f"{type(self).__name__}: expected one of {self.methods()}, got {method!r}. "
+                f"Use {trainer_class(method).__name__}."
             )
         super().__init__(
             model, method, args, train_dataset, method_config, revision, variant, scorers
@@ -65,12 +72,7 @@ class DistillationTrainer(Trainer):
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
         """The trainer a RunConfig describes, its data source opened."""
-        if run.method not in TRAINER_OF:
-            raise ValueError(
-                f"method: expected one that a trainer serves, got {run.method!r}. Add it to the "
-                "methods of a trainer in trainers.py."
-            )
-        return TRAINER_OF[run.method](
+        return trainer_class(run.method)(
             model=run.pretrained_model_name_or_path,
             args=run.train_config(),
             train_dataset=open_dataset(run),
@@ -155,19 +157,19 @@ class DistillationTrainer(Trainer):
 class ConsistencyTrainer(DistillationTrainer):
     """Consistency distillation and latent consistency models (CD, LCM, LCM-LoRA)."""
 
-    methods = ("consistency",)
+    default = "consistency"
 
 
 class DistributionMatchingTrainer(DistillationTrainer):
     """Distribution matching distillation (DMD2, DMD) and its f-divergences (f-distill)."""
 
-    methods = ("dmd2", "f_distill", "dmd")
+    default = "dmd2"
 
 
 class LoRADistillationTrainer(DistillationTrainer):
     """Guidance distillation into an adapter or a copy, then progressive halving of the steps."""
 
-    methods = ("lora_guidance",)
+    default = "lora_guidance"
 
     def __init__(
         self,
@@ -180,8 +182,9 @@ class LoRADistillationTrainer(DistillationTrainer):
     ) -> None:
         from stepdistill.export.load import refuse_double_guidance
 
-        if method in (None, *self.methods):
-            config: Any = parse_method_config(self.methods[0], method_config or {})
+        name = method or self.default
+        if resolve_method(name)[0] in self.methods():
+            config: Any = parse_method_config(name, method_config or {})
             refuse_double_guidance(model, config.guidance)
         super().__init__(model, args, train_dataset, method, method_config, **others)
 
@@ -189,22 +192,23 @@ class LoRADistillationTrainer(DistillationTrainer):
 class ReflowTrainer(DistillationTrainer):
     """Rectified flow on noise-image pairs: reflow, rf++, SlimFlow, one-step distillation."""
 
-    methods = ("reflow", "rfpp", "slimflow")
+    default = "reflow"
 
 
 class TrajectorySegmentedTrainer(DistillationTrainer):
     """Trajectory-segmented consistency (TSCD of Hyper-SD) and phased consistency (PCM)."""
 
-    methods = ("tscd", "pcm")
+    default = "tscd"
 
 
 class VariationalScoreTrainer(DistillationTrainer):
     """Variational score distillation (VSD, SwiftBrush) from prompts alone."""
 
-    methods = ("vsd",)
+    default = "vsd"
 
 
 TRAINERS: tuple[type[DistillationTrainer], ...] = (
+    DistillationTrainer,
     ConsistencyTrainer,
     DistributionMatchingTrainer,
     LoRADistillationTrainer,
@@ -212,9 +216,14 @@ TRAINERS: tuple[type[DistillationTrainer], ...] = (
     TrajectorySegmentedTrainer,
     VariationalScoreTrainer,
 )
-TRAINER_OF: dict[str, type[DistillationTrainer]] = {
-    name: cls for cls in TRAINERS for name in cls.methods
-}
+
+
+def trainer_class(method: str) -> type[DistillationTrainer]:
+    """The trainer that a method names. Errors: ValueError where there is none of that name."""
+    cls, named = method_class(method), {trainer.__name__: trainer for trainer in TRAINERS}
+    if cls.trainer not in named:
+        raise ValueError(f"{cls.name}: expected a trainer of {[*named]}, got {cls.trainer!r}.")
+    return named[cls.trainer]
 
 
 def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None) -> None:
@@ -233,11 +242,11 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None
 
 
 def _launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None) -> None:
-    default = trainer.methods[0] if trainer is not None else ""
+    default = trainer.default if trainer is not None else ""
     run = parse_run_config(argv, prog="accelerate launch", method=default)
-    if trainer is not None and run.method not in trainer.methods:
+    if trainer is not None and run.method not in trainer.methods():
         raise ValueError(
-            f"{trainer.__name__}: expected one of {trainer.methods}, got method {run.method!r}. "
+            f"{trainer.__name__}: expected one of {trainer.methods()}, got method {run.method!r}. "
             "Use that method's launcher, or `stepdistill train`."
         )
     running = DistillationTrainer.from_config(run)
@@ -267,9 +276,9 @@ def trainer_of_run(run_dir: str | Path, name: str | None = None) -> Distillation
         )
     keys = ("method", "model", "train_config", "method_config", "revision", "variant")
     facts = read_json(saved, keys)
-    if facts["method"] not in TRAINER_OF:
-        raise ValueError(f"{saved}: expected a method of {sorted(TRAINER_OF)}, got another.")
-    trainer = TRAINER_OF[facts["method"]](
+    if facts["method"] not in METHODS:
+        raise ValueError(f"{saved}: expected a method of {sorted(METHODS)}, got another.")
+    trainer = trainer_class(facts["method"])(
         model=facts["model"],
         args=TrainConfig(
             **{

@@ -17,7 +17,6 @@ from support.runs import teacher_dir
 from stepdistill.cli import main
 from stepdistill.families.registry import FAMILIES, family_class
 from stepdistill.methods import METHODS
-from stepdistill.trainers import TRAINER_OF
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +39,7 @@ def test_python_example_runs(tmp_path, tmp_path_factory, monkeypatch) -> None:
 def test_method_table_is_the_package_s() -> None:
     rows = re.findall(r"^\| `(\w+)` \| .* \| `(\w+)` \| ([^|]+) \|$", README, flags=re.MULTILINE)
     told = {name: (trainer, status.strip()) for name, trainer, status in rows}
-    own = {name: (TRAINER_OF[name].__name__, info.status) for name, info in METHODS.items()}
+    own = {name: (cls.trainer, cls.status) for name, cls in METHODS.items()}
     assert told == own
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stepdistill.demo.recipes import Training
+from stepdistill.config.recipes import Training
 from stepdistill.trainers import DistillationTrainer
 
 if TYPE_CHECKING:

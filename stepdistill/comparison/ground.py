@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from stepdistill.config.files import explain, method_config
+from stepdistill.config.recipes import Training
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import MethodConfig
-from stepdistill.demo.recipes import Training
-from stepdistill.trainers import TRAINER_OF, DistillationTrainer
+from stepdistill.trainers import DistillationTrainer, trainer_class
 
 from .students import Reach, Student, students
 
@@ -155,7 +155,7 @@ class Ground(ABC):
                 "resume_from_checkpoint": "latest",
             }
         method, args, _ = self.configs(training, updates, **ours)
-        return TRAINER_OF[method](
+        return trainer_class(method)(
             model,
             args,
             self.dataset(training),

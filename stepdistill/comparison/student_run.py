@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from stepdistill.demo.recipes import Training
+from stepdistill.config.recipes import Training
 from stepdistill.storage.files import read_json, write_text
 from stepdistill.trainers import DistillationTrainer
 

@@ -24,6 +24,7 @@ from pydantic_settings import (
 
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Method, MethodConfig
+from stepdistill.methods import METHODS
 
 
 def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,21 +78,35 @@ def explain(err: ValidationError, model: type[BaseModel], where: str) -> ValueEr
     return ValueError(f"{where}: " + " ".join(lines))
 
 
-def method_class(name: str) -> type[Method[Any]]:
-    """The method of that name. Errors: ValueError naming the nearest."""
-    from stepdistill.methods import METHODS
+def resolve_method(
+    name: str, options: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """(a name in METHODS, options) of a method called by that or by a user's name for it.
 
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.3)
-        raise ValueError(
-            f"method: expected one of {sorted(METHODS)}, got {name!r}. Nearest: {near or 'none'}."
-        )
-    return METHODS[name].cls
+    What a user's name stands for lies under the options given. Errors: ValueError naming the
+    nearest.
+    """
+    given, plain = dict(options or {}), name.lower().replace("-", "_")
+    if plain in METHODS:
+        return plain, given
+    aliases = {alias: cls for cls in METHODS.values() for alias in cls.aliases}
+    if plain in aliases:
+        return aliases[plain].name, merge(aliases[plain].aliases[plain], given)
+    near = difflib.get_close_matches(plain, [*METHODS, *aliases], n=3, cutoff=0.3)
+    raise ValueError(
+        f"method: expected one of {sorted(METHODS)}, got {name!r}. Nearest: {near or 'none'}."
+    )
+
+
+def method_class(name: str) -> type[Method[Any]]:
+    """The method of that name, see `resolve_method`."""
+    return METHODS[resolve_method(name)[0]]
 
 
 def method_config(name: str, options: Mapping[str, Any]) -> MethodConfig:
     """The validated Config of a method. Errors: ValueError naming unknown keys' neighbours."""
-    cls = method_class(name)
+    name, options = resolve_method(name, options)
+    cls = METHODS[name]
     try:
         return cls.Config(**options)
     except ValidationError as err:
@@ -138,12 +153,15 @@ def parse_run_config(argv: Sequence[str], prog: str = "stepdistill", method: str
     if known.method:
         values["method"] = known.method
     name = values.get("method")
+    if name:
+        name, options = resolve_method(str(name), values.get("method_config"))
+        values |= {"method": name, **({"method_config": options} if options else {})}
     fields: dict[str, Any] = {
         key: (info.annotation, info) for key, info in RunConfig.model_fields.items()
     }
     if name:
-        options = method_class(str(name)).Config
-        fields["method_config"] = (options, options())
+        config = METHODS[name].Config
+        fields["method_config"] = (config, config())
     flags: Any = create_model("RunConfig", __base__=_FlagsOverFiles, **fields)
     try:
         parsed = flags(_cli_parse_args=_spelt_out(rest), _cli_prog_name=prog, **values)

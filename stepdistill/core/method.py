@@ -18,6 +18,7 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.path import NoisePath, PredictionType
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Losses
 
@@ -124,27 +125,67 @@ class MethodConfig(BaseModel):
 
 
 C = TypeVar("C", bound=MethodConfig)
+Status = Literal["derived", "checked on analytic teachers", "trained on real data here"]
+Data = Literal["prompts", "images", "pairs"]
+# Batch fields that each kind of data fills.
+FIELDS: Mapping[Data, frozenset[str]] = {
+    "prompts": frozenset({"cond"}),
+    "images": frozenset({"cond", "x0"}),
+    "pairs": frozenset({"cond", "x0", "noise"}),
+}
 
 
 class Method(ABC, Generic[C]):
-    """One distillation algorithm.
+    """One distillation algorithm, and all that others must know of it.
 
-    name: the key in METHODS. paper: its source. Config: its options.
+    name: the key in METHODS, of its file or entry point. paper: its source. Config: its options.
+    status: how far it was tried.
+    aliases: users' other names for it, in small letters with underscores, each with the options
+        that it stands for.
+    trainer: the name of the trainer class that serves it.
+    data: what it learns from by default: prompts, images, or the teacher's noise-image pairs.
+    steps: the step counts it is meant for. one_student: whether one training serves all of them.
+    steps_option: the option that sets how many steps a student takes.
+    any_student: whether a student of another architecture than the teacher's makes sense.
+    settings_file: its file in configs/methods that ends in a few-step student, if not NAME.yaml.
+    digits: how students of the demo's digits are trained; none: by the common settings.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
-    any_student: ClassVar[bool] = True  # whether a student of another architecture makes sense
+    status: ClassVar[Status] = "derived"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    trainer: ClassVar[str] = "DistillationTrainer"
+    data: ClassVar[Data] = "prompts"
+    steps: ClassVar[tuple[int, ...]] = (1, 2, 4)
+    one_student: ClassVar[bool] = False
+    steps_option: ClassVar[str] = "num_steps"
+    any_student: ClassVar[bool] = True
+    settings_file: ClassVar[str] = ""
+    digits: ClassVar[tuple[Recipe, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What stands on a method is not said of the methods derived from it."""
+        super().__init_subclass__(**kwargs)
+        for fact in ("status", "aliases", "settings_file", "digits"):
+            if fact not in vars(cls):
+                setattr(cls, fact, vars(Method)[fact])
 
     def __init__(self, config: C, setting: Setting) -> None:
         self.config = config
         self.setting = setting
 
+    @classmethod
+    def for_steps(cls, num_steps: int) -> dict[str, Any]:
+        """The options of a student of that many steps."""
+        several = isinstance(cls.Config.model_fields[cls.steps_option].default, tuple)
+        return {cls.steps_option: [num_steps] if several else num_steps}
+
     @property
     def needs(self) -> frozenset[str]:
         """Batch fields the losses read, checked against the dataset before step 1."""
-        return frozenset({"cond"})
+        return FIELDS[self.data]
 
     @abstractmethod
     def roles(self) -> dict[str, Role]:
@@ -193,11 +234,3 @@ class Method(ABC, Generic[C]):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state:
             raise ValueError(f"{self.name}: expected no saved state, got {sorted(state)}.")
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """One row of the method table: shown by `stepdistill list` and the README test."""
-
-    cls: type[Method[Any]]
-    status: Literal["derived", "checked on analytic teachers", "trained on real data here"]

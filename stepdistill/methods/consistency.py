@@ -19,10 +19,12 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
 from stepdistill.core.path import VPPath
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec, teacher_step
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import distance, weighted_mean
 from stepdistill.methods.consistency_config import ConsistencyConfig
+from stepdistill.methods.digits import UNGUIDED, jumps
 from stepdistill.methods.grid import SolverGrid, heun_step
 
 
@@ -32,6 +34,17 @@ class Consistency(Method[ConsistencyConfig]):
     name = "consistency"
     paper = "Song et al. 2023, arXiv:2303.01469; Luo et al. 2023, arXiv:2310.04378"
     Config = ConsistencyConfig
+    status = "trained on real data here"
+    aliases = {
+        "cd": {"solver": "heun", **UNGUIDED},
+        "ct": {"solver": "data", **UNGUIDED},
+        "lcm": {"loss": "huber"},
+        "lcm_lora": {"loss": "huber", "target": "self"},
+    }
+    trainer = "ConsistencyTrainer"
+    data = "images"
+    one_student = True
+    digits = (Recipe("consistency", jumps(1200)),)
 
     def __init__(self, config: ConsistencyConfig, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -50,10 +63,6 @@ class Consistency(Method[ConsistencyConfig]):
             length = self.setting.path.num_steps
             intervals = next(n for n in range(intervals, 0, -1) if length % n == 0)
         return self._grid(intervals)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "cond"})
 
     def roles(self) -> dict[str, Role]:
         extra = ("w",) if self.config.embed_guidance else ()

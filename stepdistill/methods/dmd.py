@@ -14,9 +14,11 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import Nets, ScorerSpec
+from stepdistill.core.method import FIELDS, Nets, ScorerSpec
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.rewards import LPIPSOptions
+from stepdistill.methods.digits import score
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.dmd2_config import DMD2Config
 from stepdistill.methods.perceptual import PairDistance, judged, pair_distance
@@ -54,11 +56,15 @@ class DMD(DMD2):
     name = "dmd"
     paper = "Yin et al. 2023, arXiv:2311.18828"
     Config = DMDConfig
+    status = "trained on real data here"
+    data = "pairs"
+    steps = (1,)
+    digits = (Recipe("dmd", score(guidance=1.0, regression="l2")),)
     config: DMDConfig
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"cond", "x0", "noise"})
+        return FIELDS["pairs"]
 
     def scorers(self) -> dict[str, ScorerSpec]:
         return {"lpips": self.config.lpips.spec} if judged(self.config.regression) else {}

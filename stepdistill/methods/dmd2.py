@@ -11,6 +11,7 @@ Differs from the paper: times follow the shifted law cut to the range (ports pil
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
-from stepdistill.core.method import Method, Nets, Phase, Role, Setting
+from stepdistill.core.method import FIELDS, Method, Nets, Phase, Role, Setting
 from stepdistill.core.path import expand
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.score import denoising_loss, dmd_gradient, surrogate
+from stepdistill.methods.digits import FEW, WARM, score
 from stepdistill.methods.dmd2_config import DMD2Config
 from stepdistill.methods.gan import Sample, disc_loss, head_logits
 from stepdistill.methods.rollout import Rollout, warn_x0_gain
@@ -35,6 +38,9 @@ class DMD2(Method[DMD2Config]):
     name = "dmd2"
     paper = "Yin et al. 2024, arXiv:2405.14867"
     Config = DMD2Config
+    status = "trained on real data here"
+    trainer = "DistributionMatchingTrainer"
+    digits = (Recipe("dmd2", score(guidance=1.0), {2: FEW, 4: FEW}, first=WARM),)
 
     def __init__(self, config: DMD2Config, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -44,7 +50,7 @@ class DMD2(Method[DMD2Config]):
     @property
     def needs(self) -> frozenset[str]:
         images = self.config.gan.enabled or self.config.rollout == "data"
-        return frozenset({"cond", "x0"}) if images else frozenset({"cond"})
+        return FIELDS["images" if images else "prompts"]
 
     def roles(self) -> dict[str, Role]:
         trained = {"student": Role(train=True), "fake": Role(train=True)}
@@ -62,7 +68,6 @@ class DMD2(Method[DMD2Config]):
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         return self.config.spec(self.setting, num_steps)
 
-    # ---------------------------------------------------------------- student
     def _student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         x0 = self.rollout(nets, batch, ctx)
         ctx.carry["sample"] = (x0.detach(), batch.cond)
@@ -111,22 +116,17 @@ class DMD2(Method[DMD2Config]):
         """(B,) factors on the gradient, or None for reverse KL's 1."""
         return None
 
-    # ------------------------------------------------------------ fake and head
     def _fake_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         config, path = self.config, self.setting.path
         x0, cond = self._fake_sample(nets, batch, ctx)
         t = self._draw_times(ctx, batch.bsz, config.fake_t_range)
         noise = ctx.randn(tuple(x0.shape))
-        seen = self._fake_cond(cond, batch.null, ctx)
-        pred = nets["fake"](path.add_noise(x0, noise, t), t, seen)
+        pred = nets["fake"](path.add_noise(x0, noise, t), t, self._fake_cond(cond, batch.null, ctx))
         total = self._denoising(pred, x0, noise)
         logs = {"fake": total}
         if config.gan.enabled:
             assert batch.x0 is not None, "the GAN needs x0"
-
-            def draw() -> Tensor:
-                return self._draw_times(ctx, batch.bsz, config.fake_t_range)
-
+            draw = partial(self._draw_times, ctx, batch.bsz, config.fake_t_range)
             real, fake = (batch.x0, batch.cond), (x0, cond)
             disc, disc_logs = disc_loss(nets, config.gan, ctx, path, real, fake, draw)
             total, logs = total + config.gan.weight_d * disc, {**logs, **disc_logs}

@@ -21,6 +21,7 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Nets, Setting
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch
 from stepdistill.losses.divergence import (
     Divergence,
@@ -30,6 +31,7 @@ from stepdistill.losses.divergence import (
     time_bin,
     update_bins,
 )
+from stepdistill.methods.digits import FEW, WARM, score
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.dmd2_config import DMD2Config
 from stepdistill.methods.gan import GANConfig, head_logits
@@ -69,6 +71,9 @@ class FDistill(DMD2):
     name = "f_distill"
     paper = "Xu et al. 2025, arXiv:2502.15681"
     Config = FDistillConfig
+    status = "trained on real data here"
+    data = "images"  # of the ratio's head
+    digits = (Recipe("f_distill", score(guidance=1.0), {2: FEW, 4: FEW}, first=WARM),)
     config: FDistillConfig
 
     def __init__(self, config: FDistillConfig, setting: Setting) -> None:

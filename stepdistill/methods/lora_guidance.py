@@ -29,7 +29,7 @@ from stepdistill.core.times import shift_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import squared_error, weighted_mean
 from stepdistill.methods.halving import Answers, halving_loss, roll_out, trailing_grid
-from stepdistill.methods.lora_guidance_config import LoRAGuidanceConfig
+from stepdistill.methods.lora_guidance_config import DIGITS, LoRAGuidanceConfig
 
 
 class LoRAGuidance(Method[LoRAGuidanceConfig]):
@@ -38,6 +38,14 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
     name = "lora_guidance"
     paper = "Golnari 2023, arXiv:2312.06899; Meng et al. 2022, arXiv:2210.03142"
     Config = LoRAGuidanceConfig
+    status = "trained on real data here"
+    aliases = {
+        "guidance_distillation": {},
+        "progressive": {"num_steps": (32, 16, 8, 4), "anneal": True},
+    }
+    trainer = "LoRADistillationTrainer"
+    data = "images"
+    digits = (DIGITS,)
 
     def __init__(self, config: LoRAGuidanceConfig, setting: Setting) -> None:
         super().__init__(config, setting)

@@ -16,7 +16,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.methods.digits import jumps
 from stepdistill.methods.segments import check_segments
 from stepdistill.methods.trajectory import TrajectoryMethod
 from stepdistill.methods.trajectory_config import TrajectoryConfig
@@ -43,6 +45,13 @@ class PCM(TrajectoryMethod[PCMConfig]):
     name = "pcm"
     paper = "Wang et al. 2024, arXiv:2405.18407"
     Config = PCMConfig
+    status = "trained on real data here"
+    aliases = {"phased_consistency": {}}
+    trainer = "TrajectorySegmentedTrainer"
+    data = "images"
+    steps = (2, 4)
+    steps_option = "num_phases"
+    digits = (Recipe("pcm", jumps(1200, loss="l2")),)
 
     def num_segments(self, step: int, max_steps: int) -> int:
         return self.config.num_phases

@@ -23,10 +23,12 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, expand, full
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import grid_times, uniform_grid, uniform_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import distance, weighted_mean
+from stepdistill.methods.digits import regression
 from stepdistill.methods.grid import flow_time, path_time
 from stepdistill.methods.perceptual import judged, pair_distance
 from stepdistill.methods.reflow_config import ReflowConfig
@@ -38,6 +40,12 @@ class Reflow(Method[ReflowConfig]):
     name = "reflow"
     paper = "Liu et al. 2022, arXiv:2209.03003; Liu et al. 2023, arXiv:2309.06380"
     Config = ReflowConfig
+    status = "trained on real data here"
+    aliases = {"rectified_flow": {}, "instaflow": {"setup": "raw"}}
+    trainer = "ReflowTrainer"
+    data = "pairs"
+    settings_file = "reflow_distill"  # stage reflow ends in no few-step student
+    digits = (Recipe("reflow", regression(stage="distill")),)
 
     def __init__(self, config: ReflowConfig, setting: Setting) -> None:
         if config.setup == "raw" and isinstance(setting.path, VEPath):
@@ -46,10 +54,6 @@ class Reflow(Method[ReflowConfig]):
                 "velocity), got raw. Set setup: wrapped."
             )
         super().__init__(config, setting)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "noise", "cond"})
 
     @property
     def path(self) -> NoisePath:

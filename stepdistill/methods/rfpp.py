@@ -25,11 +25,13 @@ from pydantic import Field, model_validator
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, MethodConfig, Nets, Phase, Role, ScorerSpec
 from stepdistill.core.path import FlowPath, NoisePath, full
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import u_shaped_times, uniform_grid
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import sample_huber
 from stepdistill.losses.rewards import LPIPSOptions
+from stepdistill.methods.digits import regression
 from stepdistill.methods.grid import flow_time, path_time
 
 
@@ -66,10 +68,13 @@ class RFPP(Method[RFPPConfig]):
     name = "rfpp"
     paper = "Lee et al. 2024, arXiv:2405.20320"
     Config = RFPPConfig
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "noise", "cond"})
+    status = "trained on real data here"
+    aliases = {"rf++": {}, "rectified_flow++": {}}
+    trainer = "ReflowTrainer"
+    data = "pairs"
+    one_student = True
+    # No LPIPS: its network was made for photographs of 64 px and more.
+    digits = (Recipe("rfpp", regression(perceptual="none")),)
 
     @property
     def path(self) -> NoisePath:

@@ -26,8 +26,10 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Nets, Role
 from stepdistill.core.path import full
+from stepdistill.core.recipe import First, Recipe
 from stepdistill.core.times import uniform_times
 from stepdistill.core.types import Batch, Losses
+from stepdistill.methods.digits import regression
 from stepdistill.methods.grid import path_time
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.reflow_config import ReflowConfig
@@ -72,12 +74,30 @@ class SlimFlowConfig(ReflowConfig):
         return self
 
 
+# The digits' small student.
+SMALL = First(
+    "small student",
+    "slimflow",
+    {
+        "tuning": {"student": "full", "student_config": {"block_out_channels": [8, 24]}},
+        **regression(stage="reflow", setup="raw", anneal_steps=1000),
+    },
+    share=0.6,
+    gives="model",
+)
+
+
 class SlimFlow(Reflow):
     """Annealing reflow, and one-step distillation guided by the straight teacher."""
 
     name = "slimflow"
     paper = "Zhu et al. 2024, arXiv:2407.12718"
     Config = SlimFlowConfig
+    status = "trained on real data here"
+    steps = (1,)
+    digits = (
+        Recipe("slimflow", regression(1000, stage="distill"), first=SMALL, layouts=("full",)),
+    )
     config: SlimFlowConfig
 
     @property

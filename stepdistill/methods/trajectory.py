@@ -64,10 +64,6 @@ class TrajectoryMethod(Method[T]):
         """Weight of the adversarial term now."""
         return self.config.gan.weight_g
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "cond"})
-
     def roles(self) -> dict[str, Role]:
         roles = {"teacher": Role(), "student": Role(train=True)}
         if self.config.target == "ema":

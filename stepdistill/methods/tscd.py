@@ -21,7 +21,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.methods.digits import jumps
 from stepdistill.methods.segments import check_segments
 from stepdistill.methods.stages import check_stage_starts, stage_at, stage_begins
 from stepdistill.methods.trajectory import TrajectoryMethod
@@ -80,12 +82,30 @@ class TSCDConfig(TrajectoryConfig):
         return stage_at(step, stage_begins(len(self.segments), self.stage_starts, max_steps))
 
 
+# Most of the digits' run belongs to the last stage, whose one segment any number of steps crosses.
+STAGES = {"loss": "l2", "segments": [8, 4, 2, 1], "stage_starts": [0.05, 0.12, 0.25]}
+
+
 class TSCD(TrajectoryMethod[TSCDConfig]):
     """Jumps to any end within a segment; segments merge stage by stage."""
 
     name = "tscd"
     paper = "Ren et al. 2024, arXiv:2404.13686"
     Config = TSCDConfig
+    status = "trained on real data here"
+    aliases = {"hyper_sd": {}, "tcd": {"segments": (1,), "sampler": "tcd"}}
+    trainer = "TrajectorySegmentedTrainer"
+    data = "images"
+    one_student = True
+    digits = (
+        Recipe("tscd", jumps(1500, **STAGES)),
+        Recipe(
+            "tscd_one_lora",
+            jumps(1500, **STAGES, sampler="tcd", gamma=0.3),
+            steps=(1, 2, 4, 8),
+            layouts=("lora",),
+        ),
+    )
 
     def num_segments(self, step: int, max_steps: int) -> int:
         return self.config.segments[self.config.stage_of(step, max_steps)]

@@ -23,9 +23,11 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Nets, ScorerSpec
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.rewards import ClampedCLIPConfig, clamped_reward_loss
 from stepdistill.losses.score import DenoisingSpace, ScoreWeight, denoising_loss
+from stepdistill.methods.digits import WARM, score
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.dmd2_config import DMD2Config
 
@@ -75,6 +77,19 @@ class VSD(DMD2):
     name = "vsd"
     paper = "Nguyen & Tran 2024, arXiv:2312.05239"
     Config = VSDConfig
+    status = "trained on real data here"
+    aliases = {
+        "swiftbrush": {},
+        "swiftbrush_v2": {"clip": {"weight": 0.1}},
+        "snoopi": {"guidance_range": (0.5, 4.0)},
+    }
+    trainer = "VariationalScoreTrainer"
+    steps = (1,)
+    digits = (
+        # The null prompt serves a guided fake alone.
+        Recipe("vsd", score(guidance=1.0, null_probability=0.0), first=WARM),
+        Recipe("snoopi", score(guidance_range=[0.5, 1.5]), first=WARM),
+    )
     config: VSDConfig
 
     @property

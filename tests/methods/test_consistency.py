@@ -461,7 +461,7 @@ def test_bad_options_are_refused(options, path, message):
 
 def test_contract():
     method = make(VP, embed_guidance=True, guidance_range=(4.0, 16.0), target="ema")
-    assert METHODS["consistency"].cls is Consistency
+    assert METHODS["consistency"] is Consistency
     assert method.needs == {"x0", "cond"}
     assert method.roles()["student"].extra_inputs == ("w",)
     assert method.roles()["target"].extra_inputs == ("w",)

@@ -161,7 +161,7 @@ def test_phases_that_cut_the_grid_are_refused():
 
 def test_contract():
     method = make(gan={"weight_g": 0.1})
-    assert METHODS["pcm"].cls is PCM
+    assert METHODS["pcm"] is PCM
     assert set(method.roles()) == {"teacher", "student", "disc"}
     assert [p.trains for p in method.phases(0)] == [("disc",), ("student",)]
     assert method.resets(5, 10) == ()

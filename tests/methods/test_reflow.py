@@ -335,7 +335,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_contract():
     method = make()
-    assert METHODS["reflow"].cls is Reflow
+    assert METHODS["reflow"] is Reflow
     assert method.needs == {"x0", "noise", "cond"}
     assert [phase.trains for phase in method.phases(0)] == [("student",)]
 

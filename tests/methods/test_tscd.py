@@ -391,7 +391,7 @@ def test_a_grid_that_does_not_divide_the_table_is_refused():
 
 def test_contract():
     method = make(target="ema", gan={"weight_g": 0.1})
-    assert METHODS["tscd"].cls is TSCD
+    assert METHODS["tscd"] is TSCD
     assert method.needs == {"x0", "cond"}
     assert set(method.roles()) == {"teacher", "student", "target", "disc"}
     assert [p.trains for p in method.phases(0)] == [("disc",), ("student",)]

@@ -139,7 +139,7 @@ def test_lora_students_have_no_architecture_of_their_own() -> None:
 
 
 def test_a_method_may_refuse(monkeypatch, tmp_path, tmp_path_factory) -> None:
-    monkeypatch.setattr(METHODS["reflow"].cls, "any_student", False)
+    monkeypatch.setattr(METHODS["reflow"], "any_student", False)
     with pytest.raises(ValueError, match=r"reflow: expected no tuning\.student_config"):
         small_trainer("reflow", "sd", tmp_path_factory, tmp_path)
 

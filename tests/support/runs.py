@@ -17,7 +17,7 @@ from stepdistill.core.method import Scorer
 from stepdistill.families.registry import conditioning_of, has_null, reads_image
 from stepdistill.methods import METHODS
 from stepdistill.testing.tiny import TINY
-from stepdistill.trainers import TRAINER_OF, DistillationTrainer
+from stepdistill.trainers import DistillationTrainer, trainer_class
 
 _TEACHERS: dict[str, Path] = {}
 
@@ -234,7 +234,7 @@ METHOD_CASES: dict[str, MethodCase] = {
 
 def unguided(spec: MethodCase) -> dict[str, Any]:
     """The case's options for a model without a null condition: nothing to guide away from."""
-    fields = METHODS[spec.method].cls.Config.model_fields
+    fields = METHODS[spec.method].Config.model_fields
     off: dict[str, Any] = {"guidance": 1.0} if "guidance" in fields else {}
     if "guidance_range" in fields:
         off["guidance_range"] = None if "guidance" in fields else (1.0, 1.0)
@@ -269,7 +269,7 @@ def build_trainer(
     if data is None:
         shape = _latent_shape(teacher)
         data = TinyData(shape, conditioning_of(teacher), spec.fields, reads_image(teacher))
-    return TRAINER_OF[spec.method](
+    return trainer_class(spec.method)(
         str(teacher),
         args,
         data,
