@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     """Run it; a user's mistake ends with one line and status 1."""
     given = vars(parser().parse_args(list(argv)))
+    from .report import print_report
     from .run import evaluate, options_of
 
     try:
@@ -71,35 +72,3 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, TypeError, OSError) as err:
         sys.exit("error: " + " ".join(str(err).split()))
     print_report(report)
-
-
-def print_report(report: object) -> None:
-    """The main numbers in the terminal, by process 0."""
-    from accelerate import PartialState
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from .report import Report, heading, told
-
-    assert isinstance(report, Report)
-    if not PartialState().is_main_process:
-        return
-    costs = ("seconds_per_image", "seconds_per_video", "network_calls")
-    shown = ("frechet", "recall", "score", "motion_drift", *costs)
-    first = ("", *report.networks[:1])  # one feature network's; the files hold all
-    columns = [
-        key
-        for key in report.columns()
-        if key[0] in shown
-        and (key[2] in ("", report.reference) or key[0] == "motion_drift")
-        and (key[1] in first or key[0] == "score")
-    ]
-    table = Table("", box=box.SIMPLE_HEAD)
-    for metric, network, _ in columns:
-        table.add_column(heading(metric, network if metric == "score" else ""), justify="right")
-    for system in report.systems:
-        table.add_row(report.name(system), *(told(system.get(*key), key[0]) for key in columns))
-    console = Console()
-    console.print(table)
-    console.print(f"report: {report.folder / 'report.html'}", highlight=False)

@@ -30,7 +30,7 @@ from .protocol import protocol_of
 from .report import Report, write_report
 from .scores import Judges
 from .store import Store, settings_hash
-from .systems import Loading, Source, student_sources, teacher_sources, told_apart
+from .systems import Loading, Source, student_sources, teacher_sources, with_distinct_labels
 from .videos import DEFAULT_FRAMES, check_video, first_frames, shown_of
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -227,7 +227,7 @@ def _sources(
     for path in options.student:
         steps = list(dict.fromkeys(options.steps))
         found += student_sources(path, steps, loading, out / "exports")
-    return told_apart(found)
+    return with_distinct_labels(found)
 
 
 def _drawing(options: Options, family: type[Family], prompts: Sequence[Any], seed: int) -> Drawing:

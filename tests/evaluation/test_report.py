@@ -14,7 +14,7 @@ from PIL import Image
 from support.runs import teacher_dir
 
 from stepdistill.evaluation.metrics import Number, System
-from stepdistill.evaluation.protocol import UNNAMED, preset_told, protocol_line
+from stepdistill.evaluation.protocol import UNNAMED, preset_text, protocol_line
 from stepdistill.evaluation.report import Report
 from stepdistill.evaluation.run import Options, evaluate, options_of
 from stepdistill.reporting.values import Measured
@@ -120,7 +120,7 @@ def test_a_changed_preset_says_so_in_every_file(report) -> None:
 def told_of(name: str, networks: list[str], against: str = "real", **more: Any) -> str | None:
     given = {"teacher": "a", "student": ["b"], "reference": "photos", **more}
     plain = dataclasses.asdict(options_of(name, **given))
-    return preset_told(plain, networks, against, 40_000)
+    return preset_text(plain, networks, against, 40_000)
 
 
 def test_a_preset_s_name_alone_is_on_its_own_numbers() -> None:
@@ -146,13 +146,13 @@ def test_what_a_preset_does_not_say_is_told(networks, against, more, changed) ->
 
 def test_several_changes_of_a_preset_are_all_told() -> None:
     plain = dataclasses.asdict(options_of("coco30k", teacher="a", student=["b"], num_prompts=3))
-    told = preset_told(plain, ["dino"], "teacher", 0)
+    told = preset_text(plain, ["dino"], "teacher", 0)
     assert told == "coco30k, changed: num_prompts, features, no reference"
 
 
 def test_too_few_real_images_change_a_preset() -> None:
     plain = dataclasses.asdict(options_of("coco5k", teacher="a", student=["b"], reference="photos"))
-    assert preset_told(plain, ["inception"], "real", 9) == "coco5k, changed: num_reference"
+    assert preset_text(plain, ["inception"], "real", 9) == "coco5k, changed: num_reference"
 
 
 def test_what_presets_do_not_name_is_the_options_own() -> None:
