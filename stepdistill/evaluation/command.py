@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
         "images and metadata.jsonl (file_name, text)")  # fmt: skip
     add("--output_dir")
     add("--features", nargs="+", metavar="NET",
-        help="digits, inception:FILE, clip:MODEL[,WEIGHTS], dino:DIR_OR_HUB_ID")  # fmt: skip
+        help="digits, inception:FILE, clip:MODEL[,WEIGHTS], dino:DIR_OR_HUB_ID, "
+        "MODULE:NAME, or a folder of a Transformers vision model")  # fmt: skip
     add("--reference", help="folder of real images; none: the teacher's own are the reference")
     add("--preset", choices=sorted(PRESETS))
     add("--num_prompts", type=int, help="the first ones; default all")
@@ -64,9 +65,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     """Run it; a user's mistake ends with one line and status 1."""
     given = vars(parser().parse_args(list(argv)))
+    from stepdistill.demo.classifier import register_digits
+
     from .report import print_report
     from .run import evaluate, options_of
 
+    register_digits()
     try:
         report = evaluate(options_of(given.pop("preset"), **given))
     except (ValueError, TypeError, OSError) as err:
