@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from stepdistill.config.files import method_class, parse_run_config, resolve_method
 from stepdistill.config.files import method_config as parse_method_config
+from stepdistill.config.flags import mistakes_in_one_line
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
@@ -226,31 +227,32 @@ def trainer_class(method: str) -> type[DistillationTrainer]:
     return named[cls.trainer]
 
 
-def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None) -> None:
-    """What `stepdistill train` and the launchers in train/ run: train, export, push when asked.
+def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
+    """What the launchers in train/ run: `train_run` of the files and flags, of its methods alone.
 
-    Exit statuses: 0 finished; 1 a mistake, told in one line; 75 stopped by SIGTERM or SIGUSR1 and
-    saved, start it again; 76 stopped by the watchdog, which names the last good checkpoint.
+    Exit statuses: those of `stepdistill train`.
     """
+    with mistakes_in_one_line():
+        run = parse_run_config(argv, prog="accelerate launch", method=trainer.default)
+        if run.method not in trainer.methods():
+            raise ValueError(
+                f"{trainer.__name__}: expected one of {trainer.methods()}, got method "
+                f"{run.method!r}. Use that method's launcher, or `stepdistill train`."
+            )
+        train_run(run)
+
+
+def train_run(run: RunConfig) -> None:
+    """Train, export, push when asked.
+
+    Errors: SystemExit 75 where SIGTERM or SIGUSR1 stopped it, saved; 76 where the watchdog did.
+    """
+    running = DistillationTrainer.from_config(run)
     try:
-        _launch(argv, trainer)
+        running.train()
     except WatchdogStop as stop:
         print("stopped: " + " ".join(str(stop).split()), file=sys.stderr)
         sys.exit(stop.status)
-    except (ValueError, TypeError, FloatingPointError, OSError) as err:
-        sys.exit("error: " + " ".join(str(err).split()))
-
-
-def _launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None) -> None:
-    default = trainer.default if trainer is not None else ""
-    run = parse_run_config(argv, prog="accelerate launch", method=default)
-    if trainer is not None and run.method not in trainer.methods():
-        raise ValueError(
-            f"{trainer.__name__}: expected one of {trainer.methods()}, got method {run.method!r}. "
-            "Use that method's launcher, or `stepdistill train`."
-        )
-    running = DistillationTrainer.from_config(run)
-    running.train()
     if running.stop.preempted:
         sys.exit(running.stop.status)
     folder = running.export(run.export_dir or Path(run.output_dir) / "pipeline")

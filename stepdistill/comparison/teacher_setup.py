@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stepdistill.config.files import explain, method_config
+from stepdistill.config.files import method_config
+from stepdistill.config.flags import explain
 from stepdistill.config.recipes import Training
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import MethodConfig

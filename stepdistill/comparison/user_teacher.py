@@ -19,14 +19,16 @@ from typing import Any
 import torch
 
 import stepdistill
-from stepdistill.config.files import merge, read_yaml, resolve_method
+from stepdistill.config.files import resolve_method
+from stepdistill.config.flags import merge, read_yaml
 from stepdistill.config.recipes import Training
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.evaluation.features import feature_net
 from stepdistill.evaluation.metrics import System
-from stepdistill.evaluation.run import Options, evaluate, read_prompts
+from stepdistill.evaluation.options import Options
+from stepdistill.evaluation.run import evaluate, read_prompts
 from stepdistill.families.registry import conditioning_of, reads_image
 from stepdistill.methods import METHODS
 from stepdistill.pairs.dataset import PairDataset
@@ -49,7 +51,8 @@ ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
 
 @dataclass(frozen=True)
 class Own:
-    """What the user said. methods: name -> config file, or None for the bundled one's."""
+    """What the user said. methods: name -> config file, or None for the bundled one's; settings:
+    laid over every method's file."""
 
     teacher: str
     prompts_file: str
@@ -57,7 +60,7 @@ class Own:
     train_data_dir: str | None = None
     reference: str | None = None
     methods: Mapping[str, str | None] = field(default_factory=dict)
-    config: Sequence[str] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     guidance: float | None = None
     student: str | None = None
     train_batch_size: int | None = None
@@ -127,11 +130,11 @@ class OwnTeacher(Ground):
         own = self.own
         return Options(
             teacher=own.teacher,
-            student=student,
+            student=tuple(student),
             prompts_file=own.prompts_file,
             output_dir=str(self.out / "evaluation"),
-            teacher_steps=own.teacher_steps,
-            features=own.features,
+            teacher_steps=tuple(own.teacher_steps),
+            features=tuple(own.features),
             reference=own.reference,
             guidance=own.guidance,
             resolution=own.resolution,
@@ -150,8 +153,7 @@ class OwnTeacher(Ground):
         file = Path(given) if given else bundled(name)
         # An installed package has no configs/: the method's own defaults.
         settings = read_yaml(file) if given or file.is_file() else {"method": name}
-        for path in own.config:
-            settings = merge(settings, read_yaml(path))
+        settings = merge(settings, own.settings)
         settings = {key: value for key, value in settings.items() if key not in ELSEWHERE}
         options = settings.get("method_config")
         called, options = resolve_method(settings.get("method", name), options)

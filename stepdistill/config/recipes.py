@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stepdistill.config.files import merge, resolve_method
+from stepdistill.config.files import resolve_method
+from stepdistill.config.flags import merge
 from stepdistill.core.method import Data, Method
 from stepdistill.core.recipe import Recipe
 from stepdistill.methods import METHODS

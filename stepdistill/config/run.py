@@ -7,7 +7,7 @@ config files merged left to right, then flags. Its saved form alone repeats the 
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from stepdistill.config.flags import AT_COMMAS
 from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.config.tuning import Tuning
 from stepdistill.config.watchdog import WatchdogConfig
@@ -129,7 +130,7 @@ class TrainConfig(BaseModel):
     # ---------------------------------------------------- logs, checkpoints
     logging_steps: int = Field(default=10, ge=1)
     """Student updates between log lines (means over the window)."""
-    report_to: list[str] = []
+    report_to: Annotated[list[str], AT_COMMAS] = []
     """Accelerate trackers besides the JSONL log: tensorboard, wandb, ..."""
     disable_progress_bar: bool = False
     """Print no tqdm bar."""

@@ -1,5 +1,5 @@
 """The evaluation's files: report.json, report.csv (a line for each number, its protocol beside it),
-report.png and report.html; and its main numbers in the terminal."""
+report.png and report.html."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from accelerate import PartialState
-from rich import box
-from rich import table as rich
-from rich.console import Console
-from rich.markup import escape
 
 from stepdistill.reporting import page
 from stepdistill.reporting.blocks import Facts, Strip, Text
@@ -119,31 +113,6 @@ def _csv_rows(report: Report) -> list[dict[str, Any]]:
         for system in report.systems
         for number in system.numbers
     ]
-
-
-def print_report(report: Report) -> None:
-    """The main numbers in the terminal, by process 0."""
-    if not PartialState().is_main_process:
-        return
-    costs = ("seconds_per_image", "seconds_per_video", "network_calls")
-    shown = ("frechet", "recall", "score", "motion_drift", *costs)
-    first = ("", *report.networks[:1])  # one feature network's; the files hold all
-    columns = [
-        key
-        for key in report.columns()
-        if key[0] in shown
-        and (key[2] in ("", report.reference) or key[0] == "motion_drift")
-        and (key[1] in first or key[0] == "score")
-    ]
-    table = rich.Table("", box=box.SIMPLE_HEAD)
-    for metric, network, _ in columns:
-        table.add_column(heading(metric, network if metric == "score" else ""), justify="right")
-    for system in report.systems:
-        cells = (value_text(system.get(*key), key[0]) for key in columns)
-        table.add_row(escape(report.name(system)), *cells)
-    console = Console()
-    console.print(table)
-    console.print(f"report: {report.folder / 'report.html'}", highlight=False, markup=False)
 
 
 def protocol_facts(report: Report) -> list[tuple[str, str]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from stepdistill.comparison.kept import keep, kept_at
+
 from stepdistill.comparison.runs import check_finished, result_file, results
 from stepdistill.comparison.students import Student
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from rewards.test_clip import save_tiny
+from stepdistill.comparison.own_teacher import Own, OwnTeacher
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
-from stepdistill.comparison.own_teacher import Own, OwnTeacher
 from stepdistill.comparison.students import Student
 
 
@@ -88,9 +88,8 @@ def test_a_teacher_told_by_more_or_less_than_prompts_is_refused(
 
 
 def test_what_is_the_same_for_all_lies_over_a_method_s_file(tmp_path, tmp_path_factory) -> None:
-    over = tmp_path / "over.yaml"
-    over.write_text("learning_rate: 0.5\n")
-    ground = own(tmp_path, tmp_path_factory, guidance=3.0, student="lora", config=[str(over)])
+    over = {"learning_rate": 0.5}
+    ground = own(tmp_path, tmp_path_factory, guidance=3.0, student="lora", settings=over)
     dmd2, lcm = ground.settings("dmd2"), ground.settings("lcm")
     assert dmd2["learning_rate"] == lcm["learning_rate"] == 0.5
     assert dmd2["method_config"]["guidance"] == 3.0
@@ -200,7 +199,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys) -> None:
     def stopped(args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stepdistill.comparison.command.compare", stopped)
+    monkeypatch.setattr("stepdistill.cli.compare.compare", stopped)
     with pytest.raises(SystemExit) as ended:
         main(["compare", "--output_dir", "x", "--budget", "1s"])
     assert ended.value.code == 130

@@ -10,7 +10,7 @@ import torch
 import yaml
 from methods.test_reflow import FLOW, MU, PATHS, VP, Ctx64, Straight, pairs
 
-from stepdistill.config.files import merge
+from stepdistill.config.flags import merge
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, VEPath, expand

@@ -20,7 +20,7 @@ from support.jumps import (
 )
 from torch import nn
 
-from stepdistill.config.files import merge
+from stepdistill.config.flags import merge
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import expand
