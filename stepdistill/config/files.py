@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError, create_model
 
-from stepdistill.config.flags import CommandOptions, explain, parse_options, read_config_files
+from stepdistill.config.flags import (
+    CommandOptions,
+    explain,
+    merge,
+    parse_options,
+    read_config_files,
+)
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Method, MethodConfig
 from stepdistill.methods import METHODS

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -20,10 +22,11 @@ from rich.console import Console
 
 from stepdistill.config.recipes import MethodRecipe, Training, recipe_for
 from stepdistill.evaluation.samples import PipelineSampler
+from stepdistill.reporting.values import counted
 from stepdistill.storage.checkpoints import list_checkpoints
 
 from .classifier import train_classifier
-from .data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
+from .data import load_digit_splits, write_data
 from .metrics import NOISE_SEEDS, Judge, Row
 from .progress import Chain, Stage, watch
 from .reload import Job, sample_in_fresh_process
@@ -63,10 +66,7 @@ def run_demo(
 
     told = " and ".join(map(str, sizes))
     console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {told} steps")
-    write_image_folder(digits.train, out / "data")
-    (out / "data" / "prompts.txt").write_text(
-        "".join(f"{prompt_for(k)}\n" for k in range(len(DIGIT_NAMES)))
-    )
+    write_data(digits.train, out / "data")
     runs = {steps: out / f"{method}_{student}_{steps}step" for steps in sizes}
     if recipe.needs_pairs and not teacher.cached:
         shutil.rmtree(out / "pairs", ignore_errors=True)  # another teacher's
@@ -85,7 +85,7 @@ def run_demo(
     jobs = [Job(runs[steps] / "pipeline", steps) for steps in sizes]
     fresh = sample_in_fresh_process(jobs, judge.prompts, NOISE_SEEDS)
     for steps, made in zip(sizes, fresh, strict=True):
-        label = f"student, {steps} step{'s' if steps > 1 else ''}"
+        label = f"student, {counted(steps, 'step')}"
         rows.append(judge.score(label, "student", steps, made.samples))
 
     console.print("[bold]4/4[/bold] report")
@@ -153,18 +153,25 @@ def _config(training: Training, folder: Path) -> Path:
     return config
 
 
-def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
-    """The teacher at each of TEACHER_STEPS; kept beside its weights for the next demo."""
-    kept = teacher.folder / "judged.json"
-    if teacher.cached and kept.is_file():
-        return Row.load_all(kept)
-    pipeline = DiffusionPipeline.from_pretrained(str(teacher.folder))
-    rows = []
+def judge_teacher(judge: Judge, folder: Path, seeds: Sequence[int] = NOISE_SEEDS) -> list[Row]:
+    """The teacher at each of TEACHER_STEPS."""
+    pipeline, rows = DiffusionPipeline.from_pretrained(str(folder)), []
     for steps in TEACHER_STEPS:
-        label = f"teacher, {steps} step{'s' if steps > 1 else ''}"
-        call = {"num_inference_steps": steps, "guidance_scale": 1}
-        rows.append(judge.run(label, "teacher", steps, PipelineSampler(pipeline, call)))
-    Row.save_all(rows, kept)
+        sampler = PipelineSampler(pipeline, {"num_inference_steps": steps, "guidance_scale": 1})
+        rows.append(judge.run("teacher", "teacher", steps, sampler, seeds))
+    return rows
+
+
+def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
+    """The teacher's rows, saved beside its weights for the next demo."""
+    saved = teacher.folder / "judged.json"
+    if teacher.cached and saved.is_file():
+        return Row.load_all(saved)
+    rows = [
+        replace(row, label=f"teacher, {counted(row.steps or 0, 'step')}")
+        for row in judge_teacher(judge, teacher.folder)
+    ]
+    Row.save_all(rows, saved)
     return rows
 
 
