@@ -13,7 +13,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import tarfile
 import warnings
 from bisect import bisect_right
@@ -154,9 +153,8 @@ class TarDataset(Source):
         if not (kept.is_file() and names.is_file()):
             index, left_out = index_shard(path)
             self._folder.mkdir(parents=True, exist_ok=True)
-            suffix = f".{os.getpid()}.tmp"
-            write_text(names, json.dumps(left_out), suffix)
-            write_atomic(kept, lambda p: _save(p, index), suffix)
+            write_text(names, json.dumps(left_out), shared=True)
+            write_atomic(kept, lambda p: _save(p, index), shared=True)
         mapped: Literal["r"] | None = "r" if kept.stat().st_size > _EMPTY else None
         return np.load(kept, mmap_mode=mapped), json.loads(names.read_text())
 

@@ -38,20 +38,25 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomic(path: Path, write: Callable[[Path], object], suffix: str = ".tmp") -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
     """Write beside `path` under a temporary name, flush to the disk, rename.
 
     A reader, or a kill at any instant, sees the old file or the new one.
 
-    Args: suffix: of the temporary name; one of its own for each process that writes the same file.
+    Args: shared: several processes may write this file at once, so each under a name of its own;
+        else the name is always the same, so that a later call clears what a kill left.
     """
-    temporary = path.with_name(path.name + suffix)
-    write(temporary)
-    flush(temporary)
+    temporary = path.with_name(path.name + (f".{os.getpid()}.tmp" if shared else ".tmp"))
+    try:
+        write(temporary)
+        flush(temporary)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
     os.replace(temporary, path)
     flush(path.parent)
 
 
-def write_text(path: Path, text: str, suffix: str = ".tmp") -> None:
+def write_text(path: Path, text: str, shared: bool = False) -> None:
     """`write_atomic` of a text."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), suffix)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), shared)

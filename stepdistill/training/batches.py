@@ -134,7 +134,11 @@ class BatchMaker:
         if key in self._latents:
             self._latents.move_to_end(key)
             return self._latents[key]
-        assert image is not None, "a source leaves out only what the disk has"
+        if image is None:  # a source leaves out what the disk had when the run began
+            raise ValueError(
+                f"cache_dir: expected the latent of {key!r}, got a shard that was broken and is "
+                "deleted. Start again with --resume_from_checkpoint latest: it is made anew."
+            )
         fresh = self.family.latents(image.unsqueeze(0))[0].float()  # one by one, where the VAE is
         if self._max_latents:
             self._latents[key] = fresh.cpu()
