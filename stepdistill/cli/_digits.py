@@ -22,8 +22,7 @@ from stepdistill.data.stream import PromptDataset
 from stepdistill.demo.classifier import train_classifier
 from stepdistill.demo.data import load_digit_splits, write_data
 from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
-from stepdistill.demo.run import judge_teacher, quiet_loading
-from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
+from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher, quiet_loading
 from stepdistill.evaluation.samples import PipelineSampler
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
@@ -72,7 +71,7 @@ class Digits(TeacherSetup):
         if not (out / TEACHER_ROWS).is_file():
             rows = [
                 _judge().floor(self.seeds),
-                *judge_teacher(_judge(), teacher.folder, self.seeds),
+                *_judge().teacher_rows(teacher.folder, self.seeds),
             ]
             Row.save_all(rows, out / TEACHER_ROWS)
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill.evaluation.frechet import frechet_distance
 from stepdistill.evaluation.manifold import manifold_scores
-from stepdistill.evaluation.samples import Samples
+from stepdistill.evaluation.samples import PipelineSampler, Samples
 from stepdistill.reporting.values import Measured
 
 from .classifier import DigitClassifier
@@ -28,6 +29,7 @@ from .data import DIGIT_NAMES, Digits, Split, stratified_subset
 
 PREVIEWS_PER_CLASS = 2
 NOISE_SEEDS = (0, 1, 2, 3, 4)
+TEACHER_STEPS = (1, 2, 4, 8, 50)
 
 
 Sampler = Callable[[Sequence[str], int], Samples]  # (prompts, noise seed) -> samples
@@ -116,6 +118,16 @@ class Judge:
     ) -> Row:
         """Samples once per noise seed, then scores."""
         return self.score(label, group, steps, [sampler(self.prompts, seed) for seed in seeds])
+
+    def teacher_rows(self, folder: Path, seeds: Sequence[int] = NOISE_SEEDS) -> list[Row]:
+        """The teacher's pipeline in `folder` at each of TEACHER_STEPS."""
+        pipeline, rows = DiffusionPipeline.from_pretrained(str(folder)), []
+        for steps in TEACHER_STEPS:
+            call = {"num_inference_steps": steps, "guidance_scale": 1}
+            rows.append(
+                self.run("teacher", "teacher", steps, PipelineSampler(pipeline, call), seeds)
+            )
+        return rows
 
     def _row(
         self,

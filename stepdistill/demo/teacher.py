@@ -16,11 +16,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
+from stepdistill.testing.identity_vae import identity_vae
+
 from .data import IMAGE_PX, Split
-from .identity_vae import identity_vae
 from .teacher_training import TeacherConfig, TrainingRecord, train_denoiser
 from .text import demo_text_encoder, demo_tokenizer
 
@@ -123,3 +126,9 @@ def load_or_train_teacher(
             return Teacher(folder, TrainingRecord(**content["record"]), cached=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     return train_teacher(config, train, folder, progress)
+
+
+def quiet_loading() -> None:
+    """No bars for loading weights: they take a blink and would hide the demo's own."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

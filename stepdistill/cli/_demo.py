@@ -9,32 +9,26 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 import yaml
-from diffusers import DiffusionPipeline
 from rich.console import Console
 
 from stepdistill.config.recipes import MethodRecipe, Training, recipe_for
-from stepdistill.evaluation.samples import PipelineSampler
+from stepdistill.demo.classifier import train_classifier
+from stepdistill.demo.data import load_digit_splits, write_data
+from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
+from stepdistill.demo.reload import Job, sample_in_fresh_process
+from stepdistill.demo.report import Report, print_report, write_report
+from stepdistill.demo.teacher import Teacher, TeacherConfig, load_or_train_teacher, quiet_loading
+from stepdistill.demo.verdict import quality_checks, time_check
 from stepdistill.reporting.values import counted
 from stepdistill.storage.checkpoints import list_checkpoints
 
-from .classifier import train_classifier
-from .data import load_digit_splits, write_data
-from .metrics import NOISE_SEEDS, Judge, Row
-from .progress import Chain, Stage, watch
-from .reload import Job, sample_in_fresh_process
-from .report import Report, print_report, write_report
-from .teacher import Teacher, TeacherConfig, load_or_train_teacher
-from .verdict import quality_checks, time_check
+from ._chains import Chain, Stage, watch
 
-TEACHER_STEPS = (1, 2, 4, 8, 50)
 STUDENT_STEPS = (1, 4)
 
 
@@ -105,12 +99,6 @@ def run_demo(
     return report
 
 
-def quiet_loading() -> None:
-    """No bars for loading weights: they take a blink and would hide the demo's own."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def _stages(
     recipe: MethodRecipe, steps: int, out: Path, run: Path, seconds: float | None, seed: int
 ) -> list[Stage]:
@@ -153,15 +141,6 @@ def _config(training: Training, folder: Path) -> Path:
     return config
 
 
-def judge_teacher(judge: Judge, folder: Path, seeds: Sequence[int] = NOISE_SEEDS) -> list[Row]:
-    """The teacher at each of TEACHER_STEPS."""
-    pipeline, rows = DiffusionPipeline.from_pretrained(str(folder)), []
-    for steps in TEACHER_STEPS:
-        sampler = PipelineSampler(pipeline, {"num_inference_steps": steps, "guidance_scale": 1})
-        rows.append(judge.run("teacher", "teacher", steps, sampler, seeds))
-    return rows
-
-
 def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
     """The teacher's rows, saved beside its weights for the next demo."""
     saved = teacher.folder / "judged.json"
@@ -169,7 +148,7 @@ def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
         return Row.load_all(saved)
     rows = [
         replace(row, label=f"teacher, {counted(row.steps or 0, 'step')}")
-        for row in judge_teacher(judge, teacher.folder)
+        for row in judge.teacher_rows(teacher.folder)
     ]
     Row.save_all(rows, saved)
     return rows
