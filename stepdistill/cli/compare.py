@@ -12,11 +12,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from stepdistill.config.flags import AT_COMMAS, CommandOptions, merge
+
+if TYPE_CHECKING:
+    from stepdistill.comparison.runs import Setups
 
 
 class Options(CommandOptions):
@@ -116,6 +119,19 @@ def run(options: Options) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def setups() -> Setups:
+    """What a comparison's teacher, data and judge can be, by kind."""
+    from stepdistill.cli._digits import Digits
+    from stepdistill.comparison.user_teacher import UserOptions, UserTeacher
+    from stepdistill.demo.classifier import register_digits
+
+    register_digits()
+    return {
+        "digits": Digits,
+        "own": lambda out, **options: UserTeacher(out, UserOptions(**options)),
+    }
+
+
 def compare(args: Options) -> Any:
     """The report.Comparison that the command ends with. Errors: ValueError for wrong options."""
     from stepdistill.comparison import report, runs
@@ -129,29 +145,30 @@ def compare(args: Options) -> Any:
         return _show(report.write(out), out)
     budget = Budget.parse(args.budget)
     kind, options, settled = _described(args)
-    ground = runs.make_ground(out, kind, options)
+    setup = setups()[kind](out, **options)
     methods = _method_names(args.methods)
-    chosen = ground.students(methods, args.steps or None)
+    chosen = setup.students(methods, args.steps or None)
     if not chosen:
         raise ValueError(f"steps: expected step counts that the methods claim, got {args.steps}.")
     for student in chosen:
-        ground.check_settings(student)
-    runs.check_finished(out, ground, chosen, args.seeds)
-    ground.check()
-    absent = left_out(ground.reaches(methods), chosen)
+        setup.check_settings(student)
+    runs.check_finished(out, setup, chosen, args.seeds)
+    setup.check()
+    absent = left_out(setup.steps_served(methods), chosen)
     more: dict[str, Any] = {"curve_points": args.curve_points, "left_out": absent}
     more["keeps"] = not args.discard_students
     runs.write_plan(out, kind, options, budget, settled, **more)
     for name, why in absent.items():
         print(f"{name}: left out, {why}", flush=True)
-    ground.prepare(ground.needs_pairs(chosen))
+    setup.prepare(setup.needs_pairs(chosen))
 
-    def told(line: str) -> None:
+    def ended(line: str) -> None:
         print(line, flush=True)
         report.write(out)
 
     threads = 1 if kind == "digits" else max(1, (os.cpu_count() or 1) // args.processes)
-    runs.run_all(out, chosen, args.seeds, args.processes, threads, told)
+    worker = [sys.executable, "-m", "stepdistill.cli._student_run"]
+    runs.run_all(out, chosen, args.seeds, args.processes, threads, worker, ended)
     return _show(report.write(out), out)
 
 
@@ -166,7 +183,7 @@ def _check_numbers(args: Options) -> None:
 
 
 def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """(kind of ground, its options, those that must not change between calls)."""
+    """(kind of setup, its options, those that must not change between calls)."""
     if args.teacher is None:
         stray = [name for name in (*OWN, *EVALUATION) if name in args.model_fields_set]
         if stray:
@@ -178,7 +195,7 @@ def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
         }
         options = {name: value for name, value in given.items() if value is not None}
         return "digits", options, options
-    from stepdistill.comparison.own_teacher import Own, split_methods
+    from stepdistill.comparison.user_teacher import UserOptions, split_methods
 
     for name in ("prompts_file", "features", "methods"):
         if not getattr(args, name):
@@ -193,7 +210,7 @@ def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
         )
     told = {name: getattr(args, name) for name in OWN if name in args.model_fields_set}
     judging = {n: getattr(args, n) for n in EVALUATION if n in args.model_fields_set}
-    own = Own(**told, methods=split_methods(args.methods), eval_options=judging)
+    own = UserOptions(**told, methods=split_methods(args.methods), eval_options=judging)
     return "own", asdict(own), own.settled()
 
 

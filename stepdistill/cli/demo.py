@@ -21,6 +21,6 @@ class Options(CommandOptions):
 
 
 def run(options: Options) -> None:
-    from stepdistill.demo.run import run_demo
+    from stepdistill.cli._demo import run_demo
 
     run_demo(**options.model_dump())

@@ -20,8 +20,10 @@ def parse(argv: Sequence[str], prog: str) -> Options:
 
 
 def run(options: Options) -> None:
+    from stepdistill.demo.classifier import register_digits
     from stepdistill.evaluation.run import evaluate
 
+    register_digits()
     print_report(evaluate(options))
 
 
@@ -30,9 +32,10 @@ def print_report(report: Report) -> None:
     from accelerate import PartialState
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from stepdistill.evaluation.report import heading, told
+    from stepdistill.evaluation.report import heading, value_text
 
     if not PartialState().is_main_process:
         return
@@ -50,7 +53,8 @@ def print_report(report: Report) -> None:
     for metric, network, _ in columns:
         table.add_column(heading(metric, network if metric == "score" else ""), justify="right")
     for system in report.systems:
-        table.add_row(report.name(system), *(told(system.get(*key), key[0]) for key in columns))
+        cells = (value_text(system.get(*key), key[0]) for key in columns)
+        table.add_row(escape(report.name(system)), *cells)
     console = Console()
     console.print(table)
-    console.print(f"report: {report.folder / 'report.html'}", highlight=False)
+    console.print(f"report: {report.folder / 'report.html'}", highlight=False, markup=False)

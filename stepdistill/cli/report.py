@@ -15,7 +15,7 @@ class Options(CommandOptions):
 
 
 def run(options: Options) -> None:
-    from stepdistill.reporting.page import write_run_report
+    from stepdistill.monitoring.run_report import write_run_report
     from stepdistill.storage.files import write_text
 
     print(write_run_report(Path(options.run_dir), write_text))

@@ -23,7 +23,7 @@ from stepdistill.config.recipes import Training
 from stepdistill.trainers import DistillationTrainer
 
 if TYPE_CHECKING:
-    from .ground import Ground
+    from .teacher_setup import TeacherSetup
 
 WARM, FIRST, LATER = 6, 10, 30  # updates: not counted, of samples not read before, of those read
 
@@ -82,10 +82,10 @@ class Cost:
         return max(1, round(unread))
 
 
-def measure(ground: Ground, training: Training, scratch: Path) -> Cost:
+def measure(setup: TeacherSetup, training: Training, scratch: Path) -> Cost:
     """Of a training, by a short one in the folder `scratch`, which is removed."""
     shutil.rmtree(scratch, ignore_errors=True)
-    trainer = ground.trainer(training, WARM + FIRST + LATER, scratch, seed=0)
+    trainer = setup.trainer(training, WARM + FIRST + LATER, scratch, seed=0)
     train(trainer, WARM)
     first = train(trainer, WARM + FIRST) / FIRST
     read, spent, step = trainer.feed.seen, 0.0, trainer.step

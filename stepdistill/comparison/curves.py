@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .table import Cell, cells, short
+from stepdistill.reporting.values import decimals
+
+from .table import Cell, cells
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def falling(found: Curves) -> dict[tuple[str, int], str]:
         noise = math.hypot(before.cell.error, end.cell.error)
         if end.share == 1.0 and drop > noise > 0:
             told[key] = (
-                f"still falling at the end of the budget ({short(before.cell.frechet)} at "
+                f"still falling at the end of the budget ({decimals(before.cell.frechet)} at "
                 f"{before.share:.3g} of it): raise it"
             )
     return told

@@ -19,7 +19,7 @@ from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.storage.files import read_json, write_text
 from stepdistill.training.checkpoint import read_state
 
-from .ground import Plain
+from .teacher_setup import Plain
 
 SAVES = 8  # checkpoints of each training: a kill costs at most that part of it
 

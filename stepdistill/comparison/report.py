@@ -3,19 +3,23 @@ samples.png, report.html and, where runs were judged on their way, curves.csv an
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stepdistill.evaluation import page
-from stepdistill.evaluation.plots import panel_png, save_page, save_panels
+from stepdistill.reporting import page
+from stepdistill.reporting.blocks import Block, Strip, Text, Verdicts
+from stepdistill.reporting.pictures import ink
+from stepdistill.reporting.plots import save_charts
+from stepdistill.reporting.table import Line, Table, write_csv
+from stepdistill.reporting.values import counted, decimals
 
+from .charts import quality_charts, training_charts
 from .curves import rows_of
-from .found import Comparison, read
-from .pictures import figure, panels, shown, strips, training_panels
-from .table import Cell, short
+from .results import Comparison, read
+from .table import Cell, Judged, run_name
 
 WAY = (
     "Each student as it was at that part of its run, its average where it keeps one; judging is "
@@ -25,76 +29,70 @@ WAY = (
 )
 
 
-def markdown(found: Comparison) -> str:
+def markdown(compared: Comparison) -> str:
     """The table, a row for each method, Frechet distance with recall in brackets."""
-    counts = found.counts
-    columns = [f"{n} step{'s' * (n > 1)}" for n in counts] or ["why"]  # no run has finished
-    lines = ["| | " + " | ".join(columns) + " |"]
-    lines += ["|---" * (len(columns) + 1) + "|"]
-    for label, texts in _rows(found):
-        lines.append(f"| {label} | " + " | ".join(texts) + " |")
-    for one in found.failed:
-        error = one["error"].replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {_failed(one)} | {error} |" + " |" * (len(columns) - 1))
-    for name, why in found.left_out.items():
-        lines.append(f"| {name}: left out | {why} |" + " |" * (len(columns) - 1))
+    counts = compared.counts
+    columns = [counted(n, "step") for n in counts] or ["why"]  # no run has finished
+    lines = [*_lines(compared)]
+    lines += [Line("failed", [_failed(one), one["error"]]) for one in compared.failed]
+    lines += [Line("", [f"{name}: left out", why]) for name, why in compared.left_out.items()]
     others = [
-        f"{'real images' if r.group == 'real' else f'teacher at {r.steps} steps'} "
-        f"{_told(r.frechet.mean, 0, r.recall)}"
-        for r in found.base
+        f"{'real images' if r.group == 'real' else f'teacher at {r.steps} steps'} {_row_text(r)}"
+        for r in compared.base
         if r.frechet is not None and r.steps not in counts
     ]
-    if found.is_reference:
+    if compared.is_reference:
         others.append("to the teacher's own images at its most steps")
     head = (
         "Fréchet distance (recall in brackets), mean ± deviation over training seeds; "
-        f"{'; '.join(others)}. {_terms(found)} {found.facts}".rstrip()
+        f"{'; '.join(others)}. {_terms(compared)} {compared.facts}".rstrip()
     )
-    advice = [f"- {line}" for line in found.advice()]
-    return "\n".join([head, "", *lines, "", *advice, ""])
+    advice = [f"- {line}" for line in compared.advice()]
+    return "\n".join([head, "", Table(["", *columns], lines).markdown(), "", *advice, ""])
 
 
-def _terms(found: Comparison) -> str:
+def _terms(compared: Comparison) -> str:
     """What is the same for every method, and what is its own."""
-    same, differ = found.terms()
-    told = "Same teacher, data and budget for every method"
-    told += "".join(f", {name} {value}" for name, value in same.items())
-    return told + (f"; {', '.join(differ)} by method, see its runs." if differ else ".")
+    same, differ = compared.terms()
+    text = "Same teacher, data and budget for every method"
+    text += "".join(f", {name} {value}" for name, value in same.items())
+    return text + (f"; {', '.join(differ)} by method, see its runs." if differ else ".")
 
 
 def _failed(one: dict[str, Any]) -> str:
-    return f"{one['recipe']} for {'/'.join(map(str, one['steps']))}, seed {one['seed']}: failed"
+    return f"{run_name(one['recipe'], one['steps'])}, seed {one['seed']}: failed"
 
 
-def _told(mean: float, std: float, recall: Any) -> str:
-    value = getattr(recall, "mean", recall)
+def _figures(mean: float, std: float, recall: float | None) -> str:
+    """Such as "2.10 ± 0.14 (0.85)"."""
     spread = f"{std:.2f}" if mean >= 1 else f"{std:.2g}"
-    text = f"{short(mean)} ± {spread}" if std else short(mean)
-    return text if value is None or value != value else f"{text} ({value:.2f})"
+    text = f"{decimals(mean)} ± {spread}" if std else decimals(mean)
+    return text if recall is None or math.isnan(recall) else f"{text} ({recall:.2f})"
 
 
-def _rows(found: Comparison) -> list[tuple[str, list[str]]]:
-    """(label, a text for each step count): the teacher's, then each method's."""
-    naive = {r.steps: r for r in found.base if r.group == "teacher"}
-    rows = []
-    teacher = [naive.get(n) for n in found.counts]
-    rows.append(
-        (
-            "teacher",
-            [_told(r.frechet.mean, 0, r.recall) if r and r.frechet else "" for r in teacher],
-        )
-    )
-    seeds = max((cell.num_seeds for cell in found.table.values()), default=0)
-    for method in found.methods:
-        own = [found.table.get((method, n)) for n in found.counts]
-        rows.append((method, [_cell_told(c, seeds) if c else "" for c in own]))
-    return rows
+def _row_text(row: Judged | None) -> str:
+    """Its figures; its deviation is one over noise seeds, and left out."""
+    if row is None or row.frechet is None:
+        return ""
+    return _figures(row.frechet.mean, 0, row.recall and row.recall.mean)
 
 
-def _cell_told(cell: Cell, seeds: int) -> str:
+def _lines(compared: Comparison) -> list[Line]:
+    """A text for each step count: the teacher's, then each method's."""
+    base = {row.steps: row for row in compared.base if row.group == "teacher"}
+    cells = [_row_text(base.get(n)) for n in compared.counts]
+    lines = [Line("teacher", ["teacher", *cells])]
+    seeds = max((cell.num_seeds for cell in compared.table.values()), default=0)
+    for method in compared.methods:
+        known = [compared.table.get((method, n)) for n in compared.counts]
+        lines.append(Line("student", [method, *(_cell_text(c, seeds) if c else "" for c in known)]))
+    return lines
+
+
+def _cell_text(cell: Cell, seeds: int) -> str:
     """Its figures, and from how many seeds where other cells have more."""
-    told = _told(cell.frechet, cell.std, cell.recall)
-    return told if cell.num_seeds == seeds else f"{told}, {cell.num_seeds} of {seeds} seeds"
+    text = _figures(cell.frechet, cell.std, cell.recall)
+    return text if cell.num_seeds == seeds else f"{text}, {cell.num_seeds} of {seeds} seeds"
 
 
 def _plain(recipe: str, steps: int, cell: Cell) -> dict[str, Any]:
@@ -105,83 +103,93 @@ def _plain(recipe: str, steps: int, cell: Cell) -> dict[str, Any]:
 
 def write(out: Path) -> Comparison:
     """Write the files of what the folder holds."""
-    found = read(out)
-    (out / "table.md").write_text(markdown(found), encoding="utf-8")
-    plain = [_plain(recipe, steps, cell) for (recipe, steps), cell in found.table.items()]
-    told = {
+    compared = read(out)
+    (out / "table.md").write_text(markdown(compared), encoding="utf-8")
+    plain = [_plain(recipe, steps, cell) for (recipe, steps), cell in compared.table.items()]
+    content = {
         "table": plain,
-        "runs": list(found.runs),
-        "failed": list(found.failed),
-        "advice": found.advice(),
+        "runs": list(compared.runs),
+        "failed": list(compared.failed),
+        "advice": compared.advice(),
     }
-    (out / "results.json").write_text(json.dumps(told, indent=1) + "\n")
-    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        names = ["recipe", "steps", *asdict(Cell(0, 0, 0, 0)), "error"]
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(plain)
-        for one in found.failed:
-            steps = "/".join(map(str, one["steps"]))
-            writer.writerow({"recipe": one["recipe"], "steps": steps, "error": one["error"]})
-    save_page(out / "samples.png", "Methods compared", strips(found), panels(found), share=0.74)
-    if found.curves:
-        save_panels(out / "curves.png", [panel for _, panel in training_panels(found)])
-        rows = rows_of(found.curves)
-        with (out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    (out / "report.html").write_text(render(found), encoding="utf-8")
-    return found
-
-
-def render(found: Comparison) -> str:
-    """The page: advice, table, plots, pictures, runs."""
-    lines = [
-        page.Line("teacher" if label == "teacher" else "student", [label, *texts])
-        for label, texts in _rows(found)
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    failed = [
+        {"recipe": one["recipe"], "steps": "/".join(map(str, one["steps"])), "error": one["error"]}
+        for one in compared.failed
     ]
-    heads = ["Fréchet ↓ (recall ↑)", *(f"{n} step{'s' * (n > 1)}" for n in found.counts)]
-    first, *rest = found.advice()
-    told = (line.partition(": ") for line in rest)
+    names = ["recipe", "steps", *asdict(Cell(0, 0, 0, 0)), "error"]
+    write_csv(out / "results.csv", [*plain, *failed], names)
+    if compared.curves:
+        save_charts(out / "curves.png", training_charts(compared))
+        write_csv(out / "curves.csv", rows_of(compared.curves))
+    report(compared).write(out / "report.html", out / "samples.png")
+    return compared
+
+
+def report(compared: Comparison) -> page.Report:
+    """The page: advice, table, charts, pictures, runs."""
+    heads = ["Fréchet ↓ (recall ↑)", *(counted(n, "step") for n in compared.counts)]
+    first, *rest = compared.advice()
+    parts = (line.partition(": ") for line in rest)
     advice = [("good", "advice", first, "")]
-    advice += [("", steps, sentence, "") for steps, _, sentence in told]
-    small_print = (
+    advice += [("", steps, sentence, "") for steps, _, sentence in parts]
+    note = (
         "Mean ± deviation over training seeds, where there are several. "
-        f"{_terms(found)} {found.facts}"
+        f"{_terms(compared)} {compared.facts}"
     )
-    sections = [
-        ("Which one?", page.verdicts(advice)),
-        ("Figures", page.table(heads, lines) + page.paragraph(small_print)),
+    charts = quality_charts(compared)
+    sections: list[tuple[str, list[Block]]] = [
+        ("Which one?", [Verdicts(advice)]),
+        ("Figures", [Table(heads, _lines(compared)), Text(note)]),
     ]
-    if found.table:
-        about = ("Fréchet distance against steps", "Fréchet distance against training time")
-        drawn = [panel_png(panel) for panel in panels(found)]
-        charts = page.charts(list(zip(about, drawn, strict=True)))
-        sections.append(("Quality against steps and time", charts))
-    if found.curves:
-        drawn_ways = [(about, panel_png(panel)) for about, panel in training_panels(found)]
-        sections.append(("Quality while training", page.charts(drawn_ways) + page.paragraph(WAY)))
-    sections.append(("Samples", page.gallery([figure(row) for row in shown(found)])))
-    if found.failed:
-        failed = [page.Line("failed", [_failed(one), one["error"]]) for one in found.failed]
-        sections.append(("Failed runs", page.table(["run", "error"], failed)))
-    if found.left_out:
-        absent = [page.Line("", [name, why]) for name, why in found.left_out.items()]
-        sections.append(("Left out", page.table(["method", "why"], absent)))
-    names = [*found.terms()[0], *found.terms()[1]]
+    if compared.table:
+        sections.append(("Quality against steps and time", [page.Charts(charts)]))
+    if compared.curves:
+        way = page.Charts(training_charts(compared))
+        sections.append(("Quality while training", [way, Text(WAY)]))
+    sections.append(("Samples", [_strip(row) for row in shown(compared)]))
+    if compared.failed:
+        failed = [Line("failed", [_failed(one), one["error"]]) for one in compared.failed]
+        sections.append(("Failed runs", [Table(["run", "error"], failed)]))
+    if compared.left_out:
+        absent = [Line("", [name, why]) for name, why in compared.left_out.items()]
+        sections.append(("Left out", [Table(["method", "why"], absent)]))
+    names = [*compared.terms()[0], *compared.terms()[1]]
     runs = [
-        page.Line(
+        Line(
             "",
             [
-                f"{run['method']} for {'/'.join(map(str, run['steps']))}",
+                run_name(run["method"], run["steps"]),
                 str(run["seed"]),
                 " + ".join(map(str, run["updates"])),
                 f"{run['cpu_seconds']:.0f}",
                 *(run.get("terms", {}).get(name, "") for name in names),
             ],
         )
-        for run in found.runs
+        for run in compared.runs
     ]
-    sections.append(("Runs", page.table(["run", "seed", "updates", "seconds", *names], runs)))
-    return page.render("Methods compared", sections)
+    sections.append(("Runs", [Table(["run", "seed", "updates", "seconds", *names], runs)]))
+    return page.Report("Methods compared", sections, charts)
+
+
+def shown(compared: Comparison) -> list[Judged]:
+    """The gallery's rows: the teacher's, then the first seed's of each method and step count."""
+    first = {(row.label, row.steps): row for row in reversed(compared.students)}
+    return [row for row in compared.base if row.steps] + [first[key] for key in compared.table]
+
+
+def _strip(row: Judged) -> Strip:
+    """Two lines of its previews: halves of pictures, or (digits: two of each class after one
+    another) one of each class."""
+    caption = ""
+    if row.frechet is not None:
+        recall = "" if row.recall is None else f"  recall {row.recall.mean:.2f}"
+        caption = f"Fréchet {decimals(row.frechet.mean)}{recall}"
+    previews, half = row.previews, -(-len(row.previews) // 2)
+    if previews and not isinstance(previews[0], str):
+        images = [ink(preview) for preview in previews]
+        lines = [images[::2], images[1::2]]
+    else:
+        lines = [previews[:half], previews[half:]]
+    label = f"{row.label}, {counted(row.steps or 0, 'step')}"
+    return Strip(row.group, label, caption, [line for line in lines if line])

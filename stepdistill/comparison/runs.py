@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,26 +16,18 @@ from typing import Any
 
 from stepdistill.storage.files import read_json
 
-from .ground import Ground
 from .students import Budget, Student
+from .teacher_setup import TeacherSetup
 
 PLAN = "comparison.json"
-RUN = "stepdistill.comparison.student_run"
 ENDING_SECONDS = 30.0  # a run that is told to stop has that long to save
+Setups = Mapping[str, Callable[..., TeacherSetup]]  # by kind, each of a folder and its options
 
 
-def make_ground(out: Path, kind: str, options: Mapping[str, Any]) -> Ground:
-    """Errors: ValueError for options that no ground can have."""
-    from .digits import Digits
-    from .own_teacher import Own, OwnTeacher
-
-    return Digits(out, **options) if kind == "digits" else OwnTeacher(out, Own(**options))
-
-
-def ground_of(out: Path) -> Ground:
-    """The ground that PLAN describes."""
+def setup_of(out: Path, setups: Setups) -> TeacherSetup:
+    """The setup that PLAN describes."""
     plan = read_json(out / PLAN, ("ground", "budget"))["ground"]
-    return make_ground(out, plan["kind"], plan["options"])
+    return setups[plan["kind"]](out, **plan["options"])
 
 
 def write_plan(
@@ -66,8 +57,8 @@ def write_plan(
                 "Choose another folder, or that budget."
             )
     out.mkdir(parents=True, exist_ok=True)
-    ground = {"kind": kind, "options": options}
-    file.write_text(json.dumps({**facts, "ground": ground, **more}, indent=1) + "\n")
+    setup = {"kind": kind, "options": options}
+    file.write_text(json.dumps({**facts, "ground": setup, **more}, indent=1) + "\n")
 
 
 def _differing(
@@ -85,14 +76,14 @@ def _differing(
 
 
 def check_finished(
-    out: Path, ground: Ground, chosen: Sequence[Student], seeds: Sequence[int]
+    out: Path, setup: TeacherSetup, chosen: Sequence[Student], seeds: Sequence[int]
 ) -> None:
     """Errors: ValueError where a finished run of the folder was another than the one asked for."""
     for student, seed in ((student, seed) for seed in seeds for student in chosen):
         file = result_file(out, student, seed)
         if file.is_file():
             digest = read_json(file, ("rows",)).get("settings")
-            if digest not in (None, ground.digest(student)):
+            if digest not in (None, setup.digest(student)):
                 raise ValueError(
                     f"methods: expected {student.recipe} with the settings of its finished run, "
                     f"got others. Give it another name, or delete {file} to train it anew."
@@ -129,12 +120,14 @@ def run_all(
     seeds: Sequence[int],
     processes: int,
     threads: int,
-    told: Callable[[str], None],
+    worker: Sequence[str],
+    report: Callable[[str], None],
 ) -> None:
     """Every missing run, `processes` at a time, all students of a seed before the next seed's.
 
     A run that fails leaves a failure file with its last words; a later call tries it again.
-    Args: told: called with a line after every run.
+    Args: worker: the command of a run, which student_run.main's arguments follow; report: called
+        with a line after every run.
     """
     jobs = [(student, seed) for seed in seeds for student in chosen]
     jobs = [job for job in jobs if not result_file(out, *job).is_file()]
@@ -146,15 +139,14 @@ def run_all(
         while jobs or running:
             while jobs and len(running) < processes:
                 student, seed = jobs.pop(0)
-                command = [sys.executable, "-m", RUN, str(out)]
-                command += [json.dumps(asdict(student)), str(seed)]
+                command = [*worker, str(out), json.dumps(asdict(student)), str(seed)]
                 with _log(out, student, seed).open("wb") as log:
                     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
                 running.append((process, student, seed))
             time.sleep(0.2)
             for one in [one for one in running if one[0].poll() is not None]:
                 running.remove(one)
-                told(_ended(out, *one))
+                report(_ended(out, *one))
     finally:
         for process, _, _ in running:  # the caller was interrupted
             process.terminate()

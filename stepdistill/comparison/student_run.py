@@ -11,7 +11,6 @@ that the grid reached so far allows. A killed run goes on from its newest checkp
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -27,19 +26,19 @@ from stepdistill.config.recipes import Training
 from stepdistill.storage.files import locked, read_json, write_text
 from stepdistill.trainers import DistillationTrainer
 
+from .best_students import keep_best
 from .cost import measure, train
-from .ground import Ground, Plain
-from .kept import keep
 from .progress import SAVES, Leg, Progress, shares, stops
-from .runs import PLAN, ground_of, result_file, results
+from .runs import PLAN, Setups, result_file, results, setup_of
 from .students import Budget, Student
+from .teacher_setup import Plain, TeacherSetup
 
 CURVE_POINTS = 4
 ON_THE_WAY = ("steps", "frechet", "recall")  # what is kept of a row that is not the last
 
 
 def run_student(
-    ground: Ground,
+    setup: TeacherSetup,
     student: Student,
     seed: int,
     budget: Budget,
@@ -51,18 +50,18 @@ def run_student(
     Args: points: of its curve, the end included (see progress.shares); keeps: whether its exports
         stay where no other seed's are better (see kept).
     """
-    if ground.threads is not None:
-        torch.set_num_threads(ground.threads)
-    file = result_file(ground.out, student, seed)
-    work = ground.out / "work" / f"{student.name}_seed{seed}"
+    if setup.threads is not None:
+        torch.set_num_threads(setup.threads)
+    file = result_file(setup.out, student, seed)
+    work = setup.out / "work" / f"{student.name}_seed{seed}"
     work.parent.mkdir(parents=True, exist_ok=True)
     # The run of a caller that was killed may still be at it: it is waited for.
     with locked(work):
         if file.is_file():
             return
-        trainings = ground.trainings(student)
+        trainings = setup.trainings(student)
         progress = Progress.of(work, trainings)
-        rows = _Run(ground, student, seed, work, progress, points).all(trainings, budget)
+        rows = _Run(setup, student, seed, work, progress, points).all(trainings, budget)
         content = {
             "updates": [leg.updates for leg in progress.legs],
             "cpu_seconds": progress.seconds,
@@ -70,13 +69,13 @@ def run_student(
             "seed": seed,
             "budget": str(budget),
             "data": trainings[-1].data,
-            "settings": ground.digest(student),
-            "terms": ground.terms(trainings[-1]),
+            "settings": setup.digest(student),
+            "terms": setup.terms(trainings[-1]),
             "curve": progress.curve,
             "rows": rows,
         }
         if keeps:
-            keep(ground.out, results(ground.out), rows, lambda steps: exported(work, steps))
+            keep_best(setup.out, results(setup.out), rows, lambda steps: exported(work, steps))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(content) + "\n")
         shutil.rmtree(work)
@@ -90,14 +89,14 @@ def exported(work: Path, steps: int) -> Path:
 class _Run:
     def __init__(
         self,
-        ground: Ground,
+        setup: TeacherSetup,
         student: Student,
         seed: int,
         work: Path,
         progress: Progress,
         points: int,
     ) -> None:
-        self.ground, self.student, self.seed = ground, student, seed
+        self.setup, self.student, self.seed = setup, student, seed
         self.work, self.progress, self.points = work, progress, points
 
     def all(self, trainings: Sequence[Training], budget: Budget) -> list[Plain]:
@@ -120,7 +119,7 @@ class _Run:
     def _updates(self, training: Training, budget: Budget) -> int:
         if budget.updates is not None:
             return max(1, round(training.share * budget.updates))
-        cost = measure(self.ground, training, self.work / "probe")
+        cost = measure(self.setup, training, self.work / "probe")
         return cost.updates_in(training.share * (budget.seconds or 0.0))
 
     def _one(
@@ -129,7 +128,7 @@ class _Run:
         """Train one training to its end, judging at `at` (see progress.stops)."""
         progress = self.progress
         progress.catch_up(leg, run)
-        trainer = self.ground.trainer(training, leg.updates, run, self.seed, saves=SAVES)
+        trainer = self.setup.trainer(training, leg.updates, run, self.seed, saves=SAVES)
         for stop in sorted({*at, leg.updates}):
             share = at.get(stop)
             due = share is not None and share < 1.0 and not progress.judged(share)
@@ -147,12 +146,12 @@ class _Run:
         return trainer
 
     def _point(self, share: float, trainer: DistillationTrainer) -> None:
-        reached = [steps for steps in self.student.steps if _reaches(trainer, steps)]
-        rows = self._judge(trainer, reached)
-        kept = [{name: row[name] for name in ON_THE_WAY} for row in rows]
+        possible = [steps for steps in self.student.steps if _can_sample(trainer, steps)]
+        rows = self._judge(trainer, possible)
+        some = [{name: row[name] for name in ON_THE_WAY} for row in rows]
         done = sum(leg.step for leg in self.progress.legs)
         facts = {"share": share, "updates": done, "seconds": self.progress.seconds}
-        self.progress.curve.append({**facts, "rows": kept})
+        self.progress.curve.append({**facts, "rows": some})
         self.progress.save()
 
     def _judge(self, trainer: DistillationTrainer, counts: Sequence[int]) -> list[Plain]:
@@ -163,11 +162,11 @@ class _Run:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="export: training stopped at update")
                 trainer.export(folder, steps)
-            rows.append(self.ground.judge(self.student.recipe, steps, folder))
+            rows.append(self.setup.judge(self.student.recipe, steps, folder))
         return rows
 
 
-def _reaches(trainer: DistillationTrainer, steps: int) -> bool:
+def _can_sample(trainer: DistillationTrainer, steps: int) -> bool:
     """Whether the student, as trained so far, can be sampled in that many steps."""
     try:
         trainer.method.sampler_at(trainer.step, trainer.args.max_train_steps, steps)
@@ -176,24 +175,15 @@ def _reaches(trainer: DistillationTrainer, steps: int) -> bool:
     return True
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str], setups: Setups) -> None:
     """One run, in this process: OUT STUDENT SEED. What it failed of is the last line it writes."""
-    parser = argparse.ArgumentParser(description="One run of a comparison.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("student")
-    parser.add_argument("seed", type=int)
-    args = parser.parse_args(argv)
-    raw = json.loads(args.student)
+    out, raw, seed = Path(argv[0]), json.loads(argv[1]), int(argv[2])
     student = Student(raw["recipe"], tuple(raw["steps"]))
     try:
-        plan: dict[str, Any] = read_json(args.out / PLAN, ("budget",))
+        plan: dict[str, Any] = read_json(out / PLAN, ("budget",))
         budget, points = Budget.parse(plan["budget"]), plan.get("curve_points", CURVE_POINTS)
         keeps = plan.get("keeps", True)
-        run_student(ground_of(args.out), student, args.seed, budget, points, keeps)
+        run_student(setup_of(out, setups), student, seed, budget, points, keeps)
     except Exception as err:
         traceback.print_exc()
         sys.exit(f"{type(err).__name__}: {' '.join(str(err).split())}")
-
-
-if __name__ == "__main__":
-    main()

@@ -51,7 +51,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Reach:
+class StepsServed:
     """What a method can be asked for. claims: step counts it is meant for; all of them by one
     student where one_student; data: "prompts", "images" or "pairs"."""
 
@@ -60,7 +60,7 @@ class Reach:
     data: Data
 
     @classmethod
-    def of_method(cls, method: type[Method[Any]]) -> Reach:
+    def of_method(cls, method: type[Method[Any]]) -> StepsServed:
         """By the facts on its class."""
         return cls(method.steps, method.one_student, method.data)
 
@@ -75,34 +75,34 @@ class Reach:
         return tuple(n for n in steps if n in self.claims or (several and n > 1))
 
 
-def reach_of_recipes() -> dict[str, Reach]:
+def served_by_recipes() -> dict[str, StepsServed]:
     """Of the methods' recipes for the digits."""
     return {
-        name: Reach(recipe.claims, recipe.method.one_student, recipe.method.data)
+        name: StepsServed(recipe.claims, recipe.method.one_student, recipe.method.data)
         for name, recipe in recipes().items()
     }
 
 
-def left_out(reaches: Mapping[str, Reach], chosen: Sequence[Student]) -> dict[str, str]:
+def left_out(served: Mapping[str, StepsServed], chosen: Sequence[Student]) -> dict[str, str]:
     """Method -> why no student of it was chosen."""
     names = {student.recipe for student in chosen}
     return {
-        name: f"is asked for {' or '.join(map(str, reach.claims))} steps alone"
-        if reach.claims != (1,)
+        name: f"is asked for {' or '.join(map(str, one.claims))} steps alone"
+        if one.claims != (1,)
         else "is asked for 1 step alone"
-        for name, reach in reaches.items()
+        for name, one in served.items()
         if name not in names
     }
 
 
 def students(
-    reaches: Mapping[str, Reach], steps: Sequence[int] | None = None, only_claims: bool = True
+    served: Mapping[str, StepsServed], steps: Sequence[int] | None = None, only_claims: bool = True
 ) -> list[Student]:
     """A student for each step count, or one for all; those of one step (or of all steps) first."""
     made = []
-    for name, reach in reaches.items():
-        counts = reach.of(steps, only_claims)
-        groups = [counts] if reach.one_student and counts else [(n,) for n in counts]
+    for name, one in served.items():
+        counts = one.of(steps, only_claims)
+        groups = [counts] if one.one_student and counts else [(n,) for n in counts]
         made += [Student(name, group) for group in groups]
     order = {1: 0, 4: 1, 2: 2}
     return sorted(made, key=lambda student: order.get(student.trained_for, student.trained_for))

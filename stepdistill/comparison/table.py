@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepdistill.evaluation.samples import Spread
+from stepdistill.reporting.values import Measured, counted, decimals
 
 DATA_ORDER = ("prompts", "images", "pairs")  # the less to bring, the earlier
 _NOISE_SEEDS = 5  # of rows that do not say: an earlier version's
@@ -23,8 +23,8 @@ class Judged:
     label: str
     group: str
     steps: int | None
-    frechet: Spread | None
-    recall: Spread | None
+    frechet: Measured | None
+    recall: Measured | None
     network_calls: float | None
     seconds_per_image: float | None
     previews: Sequence[Any]
@@ -33,7 +33,7 @@ class Judged:
     def of(cls, raw: Mapping[str, Any]) -> Judged:
         """A row as JSON holds it; other figures are left out."""
         spreads = {
-            name: None if raw.get(name) is None else Spread(**raw[name])
+            name: None if raw.get(name) is None else Measured(**raw[name])
             for name in ("frechet", "recall")
         }
         names = ("label", "group", "steps", "network_calls", "seconds_per_image", "previews")
@@ -118,6 +118,11 @@ def peers(table: Table, steps: int) -> list[str]:
     )
 
 
+def run_name(method: str, steps: Sequence[int]) -> str:
+    """Such as "lcm for 1/2"."""
+    return f"{method} for {'/'.join(map(str, steps))}"
+
+
 def caveats(table: Table, failed: Sequence[Mapping[str, Any]] = ()) -> list[str]:
     """What the advice does not know, as sentences that begin with their subject.
 
@@ -131,12 +136,10 @@ def caveats(table: Table, failed: Sequence[Mapping[str, Any]] = ()) -> list[str]
         )
     tried: dict[str, int] = {}
     for one in failed:
-        name = f"{one['recipe']} for {'/'.join(map(str, one['steps']))}"
+        name = run_name(one["recipe"], one["steps"])
         tried[name] = tried.get(name, 0) + 1
     if tried:
-        runs = ", ".join(
-            f"{name} ({times} seed{'s' * (times > 1)})" for name, times in tried.items()
-        )
+        runs = ", ".join(f"{name} ({counted(times, 'seed')})" for name, times in tried.items())
         made.append(f"Failed: {runs}, and not in these figures.")
     return made
 
@@ -163,26 +166,19 @@ def recommend(
         best[steps] = names[0]
         note = (notes or {}).get((names[0], steps), "")
         lines.append(_sentence(table, steps, names, teacher, most, needs or {}, note))
+    values = {steps: table[name, steps].frechet for steps, name in best.items()}
+    near = [n for n in best if most is not None and values[n] <= NEAR * teacher[most]]
+    n = min(near) if near else min(best, key=lambda steps: values[steps])
+    first, figure = f"Take {best[n]} at {counted(n, 'step')}: the", decimals(values[n])
     if most is None:
-        n = min(best, key=lambda n: table[best[n], n].frechet)
-        told = short(table[best[n], n].frechet)
-        return [f"Take {best[n]} at {steps_told(n)}: the nearest to the teacher ({told}).", *lines]
-    base = teacher[most]
-    near = [n for n in best if table[best[n], n].frechet <= NEAR * base]
+        return [f"{first} nearest to the teacher ({figure}).", *lines]
+    against = f"({figure} against {decimals(teacher[most])}"
     if near:
-        n = min(near)
-        value = table[best[n], n].frechet
-        first = (
-            f"Take {best[n]} at {steps_told(n)}: the fewest steps within {NEAR - 1:.0%} of the "
-            f"teacher's {most} ({short(value)} against {short(base)})."
-        )
+        first += f" fewest steps within {NEAR - 1:.0%} of the teacher's {most} {against})."
     else:
-        n = min(best, key=lambda n: table[best[n], n].frechet)
-        value = table[best[n], n].frechet
-        first = (
-            f"Take {best[n]} at {steps_told(n)}: the nearest to the teacher's {most} steps "
-            f"({short(value)} against {short(base)}, {value / base:.2f} times it); none comes "
-            f"within {NEAR - 1:.0%} at this budget."
+        first += (
+            f" nearest to the teacher's {most} steps {against}, {values[n] / teacher[most]:.2f} "
+            f"times it); none comes within {NEAR - 1:.0%} at this budget."
         )
     return [first, *lines]
 
@@ -197,8 +193,10 @@ def _sentence(
     note: str,
 ) -> str:
     best = table[names[0], steps]
-    told = f"{steps_told(steps)}: {names[0]} ({short(best.frechet)}, recall {best.recall:.2f}"
-    told += f"; the teacher {short(teacher[steps])} there" if steps in teacher else ""
+    told = (
+        f"{counted(steps, 'step')}: {names[0]} ({decimals(best.frechet)}, recall {best.recall:.2f}"
+    )
+    told += f"; the teacher {decimals(teacher[steps])} there" if steps in teacher else ""
     told += f", {best.frechet / teacher[most]:.2f} times its {most} steps)" if most else ")"
     others = names[1:]
     if others:
@@ -212,13 +210,3 @@ def _sentence(
     elif note:
         told += f"; {names[0]} is {note}"
     return told + "."
-
-
-def short(value: float) -> str:
-    """Two decimals, or three digits below one."""
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
-
-
-def steps_told(count: int) -> str:
-    """Such as "4 steps"."""
-    return f"{count} step{'s' * (count != 1)}"

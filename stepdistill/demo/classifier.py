@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stepdistill.evaluation.features import network_sha256
+from stepdistill.evaluation.features import FEATURES, Kind, network_sha256
 
 from .data import DIGIT_NAMES, IMAGE_PX, Split, load_digit_splits
 
@@ -88,9 +88,12 @@ class DigitFeatures:
 
     name = "digits"
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.model = train_classifier(load_digit_splits().train)
-        self.told = {"weights": network_sha256(self.model), "preprocess": "8 x 8 px, grey, as made"}
+        self.facts = {
+            "weights": network_sha256(self.model),
+            "preprocess": "8 x 8 px, grey, as made",
+        }
 
     def preprocess(self, images: Tensor) -> Tensor:
         """(B, 1, 8, 8) in [-1, 1]. Errors: ValueError for images of another shape."""
@@ -103,3 +106,8 @@ class DigitFeatures:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.model.features(pixels)
+
+
+def register_digits() -> None:
+    """Let `--features digits` name it."""
+    FEATURES["digits"] = Kind("digits", lambda _, device: DigitFeatures(device))

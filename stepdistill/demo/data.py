@@ -118,3 +118,12 @@ def write_image_folder(split: Split, folder: Path) -> None:
         Image.fromarray(picture).save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": prompt_for(label)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_data(split: Split, folder: Path) -> Path:
+    """See `write_image_folder`; beside the images prompts.txt, a prompt of each class, whose path
+    it returns."""
+    write_image_folder(split, folder)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"{prompt_for(k)}\n" for k in range(len(DIGIT_NAMES))))
+    return prompts

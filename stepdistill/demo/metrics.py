@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepdistill.evaluation.frechet import frechet_distance
 from stepdistill.evaluation.manifold import manifold_scores
-from stepdistill.evaluation.samples import Samples, Spread
+from stepdistill.evaluation.samples import PipelineSampler, Samples
+from stepdistill.reporting.values import Measured
 
 from .classifier import DigitClassifier
 from .data import DIGIT_NAMES, Digits, Split, stratified_subset
 
 PREVIEWS_PER_CLASS = 2
 NOISE_SEEDS = (0, 1, 2, 3, 4)
+TEACHER_STEPS = (1, 2, 4, 8, 50)
 
 
 Sampler = Callable[[Sequence[str], int], Samples]  # (prompts, noise seed) -> samples
@@ -40,10 +43,10 @@ class Row:
     label: str
     group: str
     steps: int | None
-    frechet: Spread
-    frechet_pixels: Spread
-    recall: Spread
-    accuracy: Spread
+    frechet: Measured
+    frechet_pixels: Measured
+    recall: Measured
+    accuracy: Measured
     network_calls: float | None
     seconds_per_image: float | None
     previews: Tensor
@@ -65,7 +68,7 @@ class Row:
             Row(
                 **{
                     **raw,
-                    **{name: Spread(**raw[name]) for name in spreads},
+                    **{name: Measured(**raw[name]) for name in spreads},
                     "previews": torch.tensor(raw["previews"]),
                 }
             )
@@ -116,6 +119,16 @@ class Judge:
         """Samples once per noise seed, then scores."""
         return self.score(label, group, steps, [sampler(self.prompts, seed) for seed in seeds])
 
+    def teacher_rows(self, folder: Path, seeds: Sequence[int] = NOISE_SEEDS) -> list[Row]:
+        """The teacher's pipeline in `folder` at each of TEACHER_STEPS."""
+        pipeline, rows = DiffusionPipeline.from_pretrained(str(folder)), []
+        for steps in TEACHER_STEPS:
+            call = {"num_inference_steps": steps, "guidance_scale": 1}
+            rows.append(
+                self.run("teacher", "teacher", steps, PipelineSampler(pipeline, call), seeds)
+            )
+        return rows
+
     def _row(
         self,
         label: str,
@@ -131,12 +144,14 @@ class Judge:
             label=label,
             group=group,
             steps=steps,
-            frechet=Spread.of([frechet_distance(self._features, f) for f in features]),
-            frechet_pixels=Spread.of(
+            frechet=Measured.of([frechet_distance(self._features, f) for f in features]),
+            frechet_pixels=Measured.of(
                 [frechet_distance(real_pixels, one.images.flatten(1)) for one in sets]
             ),
-            recall=Spread.of([manifold_scores(self._features, f).recall for f in features]),
-            accuracy=Spread.of([self.classifier.accuracy(one.images, one.labels) for one in sets]),
+            recall=Measured.of([manifold_scores(self._features, f).recall for f in features]),
+            accuracy=Measured.of(
+                [self.classifier.accuracy(one.images, one.labels) for one in sets]
+            ),
             network_calls=network_calls,
             seconds_per_image=seconds_per_image,
             previews=previews(sets[0]),

@@ -1,4 +1,6 @@
-"""The demo's report: one plain record, written as HTML, as PNG and as a terminal table."""
+"""What the demo's report shows, on its page, in its picture and in the terminal."""
+
+# N images
 
 from __future__ import annotations
 
@@ -7,25 +9,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
+from rich import table as rich
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from stepdistill.evaluation.samples import Spread
+from stepdistill.reporting import page
+from stepdistill.reporting.blocks import Facts, Strip, Text, Verdicts
+from stepdistill.reporting.charts import Chart, Curve
+from stepdistill.reporting.pictures import ink
+from stepdistill.reporting.style import COLOUR
+from stepdistill.reporting.table import Line, Table
 
-from .metrics import Row
+from .metrics import PREVIEWS_PER_CLASS, Row
 from .verdict import Check
 
 COLUMNS = (
-    "sampler",
-    "Fréchet ↓",
-    "pixel Fréchet ↓",
-    "recall ↑",
-    "class accuracy",
-    "network calls",
-    "ms / image",
+    *("sampler", "Fréchet ↓", "pixel Fréchet ↓", "recall ↑"),
+    *("class accuracy", "network calls", "ms / image"),
 )
 TERMINAL_COLUMNS = ("", "Fréchet", "pixels", "recall", "class", "calls", "ms/img")  # fits 80
+NOTE = (
+    "Each row from the same noise and the same prompts, “a handwritten zero” to “a handwritten "
+    "nine”. The first row is real: training images."
+)
 
 
 @dataclass(frozen=True)
@@ -51,15 +57,28 @@ class Report:
             "images judged as if generated."
         )
 
+    def page(self) -> page.Report:
+        """The same for the report's files."""
+        table = Table(COLUMNS, [Line(row.group, cells(row)) for row in self.rows])
+        verdicts = Verdicts([(c.kind, c.word, c.claim, c.measured) for c in self.checks])
+        sections = [
+            ("The bar", [verdicts]),
+            ("Samples", [*map(_strip, self.rows), Text(NOTE)]),
+            ("Figures", [table, Text(self.caption)]),
+            ("Use it", [Text(self.snippet, "pre")]),
+            ("This run", [Facts(self.facts)]),
+        ]
+        return page.Report(self.title, sections, [_chart(self.rows), (table, verdicts)])
+
 
 def cells(row: Row, recall_digits: int = 3) -> list[str]:
     """A row's texts in the order of COLUMNS; a dash where there is nothing to measure."""
     time = row.seconds_per_image
     return [
         row.label,
-        _spread(row.frechet, 2),
-        _spread(row.frechet_pixels, 2),
-        _spread(row.recall, recall_digits),
+        row.frechet.text(),
+        row.frechet_pixels.text(),
+        row.recall.text(f".{recall_digits}f"),
         f"{row.accuracy.mean:.3f}",
         "–" if row.network_calls is None else f"{row.network_calls:g}",
         "–" if time is None else f"{time * 1000:.2f}",
@@ -68,20 +87,15 @@ def cells(row: Row, recall_digits: int = 3) -> list[str]:
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     """Writes report.html (self-contained) and report.png into `folder`; returns both paths."""
-    from .report_html import render_html
-    from .report_png import save_png
-
-    folder.mkdir(parents=True, exist_ok=True)
-    html_path, png_path = folder / "report.html", folder / "report.png"
-    save_png(report, png_path)
-    html_path.write_text(render_html(report), encoding="utf-8")
-    return html_path, png_path
+    files = folder / "report.html", folder / "report.png"
+    report.page().write(*files)
+    return files
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """The same table, verdicts and snippet in the terminal."""
     console = console or Console()
-    table = Table(
+    table = rich.Table(
         title=report.title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
     )
     for index, name in enumerate(TERMINAL_COLUMNS):
@@ -95,7 +109,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(table)
     console.print(report.caption, style="dim")
     for check in report.checks:
-        colour = "green" if check.passed else "yellow" if check.aim else "red"
+        colour = {"good": "green", "open": "yellow", "bad": "red"}[check.kind]
         word = f"[{colour}]{check.word:>11}[/{colour}]"
         line = f"{word}  {escape(check.claim)}  [dim]{escape(check.measured)}[/dim]"
         console.print(line, highlight=False, soft_wrap=True)
@@ -105,5 +119,26 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(report.snippet, markup=False, highlight=False, soft_wrap=True)
 
 
-def _spread(value: Spread, digits: int) -> str:
-    return f"{value.mean:.{digits}f} ± {value.std:.{digits}f}"
+def _strip(row: Row) -> Strip:
+    """A line for each preview of a class."""
+    caption = f"Fréchet {row.frechet.mean:.2f} · recall {row.recall.mean:.2f}"
+    images = [ink(image) for image in row.previews]
+    lines = [images[i::PREVIEWS_PER_CLASS] for i in range(PREVIEWS_PER_CLASS)]
+    return Strip(row.group, row.label, caption, lines, about="digits zero to nine")
+
+
+def _chart(rows: Sequence[Row]) -> Chart:
+    curves = []
+    for group, marker in (("teacher", "o"), ("student", "D")):
+        points = {r.steps: r.frechet for r in rows if r.group == group and r.steps}
+        if points:
+            at, values = zip(*sorted(points.items()), strict=True)
+            means, stds = [v.mean for v in values], [v.std for v in values]
+            base = group == "teacher"
+            curves.append(Curve(group, at, means, stds, COLOUR[group], base, marker, above=base))
+    floor = next(
+        (("held-out floor", row.frechet.mean) for row in rows if row.group == "real"), None
+    )
+    title = "Fréchet distance against sampling steps (lower is better)"
+    ticks = sorted({row.steps for row in rows if row.steps})
+    return Chart(title, "steps = network calls per image", curves, floor, ticks)

@@ -11,45 +11,23 @@ well posed: at t = 999 alpha is 0 and x0 = -v.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from stepdistill.storage.folders import replacing
+from stepdistill.testing.identity_vae import identity_vae
 
 from .data import IMAGE_PX, Split
-from .identity_vae import identity_vae
-from .teacher_training import TrainingRecord, train_denoiser
+from .teacher_training import TeacherConfig, TrainingRecord, train_denoiser
 from .text import demo_text_encoder, demo_tokenizer
 
 RECORD = "demo_teacher.json"
-BUILD = 1  # part of the cache key: raise it when code that no field describes changes the result
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Everything that decides the teacher's weights, except the machine's arithmetic."""
-
-    seed: int = 0
-    max_train_steps: int = 2500
-    max_train_seconds: float | None = None  # stops earlier; the learning rate still reaches its end
-    train_batch_size: int = 64
-    learning_rate: float = 3e-3  # peak of a cosine with linear warm-up
-    lr_warmup_steps: int = 100
-    ema_decay: float = 0.998
-    null_prompt_share: float = 0.1  # prompts replaced by "" so that guidance works
-    block_out_channels: tuple[int, ...] = (16, 32)
-    text_width: int = 32
-    beta_schedule: str = "squaredcos_cap_v2"
-
-    def key(self) -> str:
-        """A short hash of all fields: equal keys mean the same teacher."""
-        fields = json.dumps({"build": BUILD, **dataclasses.asdict(self)}, sort_keys=True)
-        return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -144,3 +122,9 @@ def load_or_train_teacher(
             return Teacher(folder, TrainingRecord(**content["record"]), cached=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     return train_teacher(config, train, folder, progress)
+
+
+def quiet_loading() -> None:
+    """No bars for loading weights: they take a blink and would hide the demo's own."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -24,6 +24,11 @@ class Check:
     aim: bool = False
 
     @property
+    def kind(self) -> str:
+        """Its colour: good, open (an aim that was missed) or bad."""
+        return "good" if self.passed else "open" if self.aim else "bad"
+
+    @property
     def word(self) -> str:
         """The verdict in one word or two."""
         if self.aim:

@@ -130,11 +130,11 @@ def draw_into(
             tell(len(numbers))
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         facts = {"batches": batches, "network_calls": calls, "size": size}
-        facts |= {"batch_size": max(count for count, _ in batches), "device": device_told(device)}
+        facts |= {"batch_size": max(count for count, _ in batches), "device": device_text(device)}
         store.write(shard, tensors, {**facts, "peak_gib": peak.gib, "peak_of": peak.kind})
 
 
-def device_told(device: torch.device) -> str:
+def device_text(device: torch.device) -> str:
     """Its model, beside which a time means something."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

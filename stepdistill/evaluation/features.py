@@ -1,11 +1,13 @@
 """Feature networks: what distances between sets of images are measured in.
 
-Anything with FeatureNet's attributes will do. Built in, by a text `kind:argument`:
+Anything with FeatureNet's attributes will do, named by a text:
 
-    digits                      the demo's classifier (trained in seconds, nothing is downloaded)
     inception:FILE              Inception-v3 of the FID papers, through torch-fidelity
     clip:MODEL[,WEIGHTS]        image embedding of an open_clip model, folder or Hub id
     dino:DIR_OR_HUB_ID          class token of DINOv2 (or any such Transformers vision model)
+    FOLDER                      any Transformers vision model: config.json and safetensors
+    MODULE:NAME                 what NAME(device) of an importable module makes: your own
+    other names                 of FEATURES, which others add to (the demo: digits)
 
 Sources: Heusel et al. 2017, arXiv:1706.08500 (Inception); Kynkaanniemi et al. 2022,
 arXiv:2203.06026 (CLIP); Stein et al. 2023, arXiv:2306.04675 (DINOv2).
@@ -18,8 +20,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,10 +35,10 @@ INCEPTION_SHA256 = "6726825d"  # beginning of the published file's hash, part of
 
 
 class FeatureNet(Protocol):
-    """name: short, for tables. told: its weights' hash and its preprocessing, for the protocol."""
+    """name: short, for tables. facts: its weights' hash and its preprocessing, for the protocol."""
 
     name: str
-    told: dict[str, str]
+    facts: dict[str, str]
 
     def preprocess(self, images: Tensor) -> Tensor:
         """The network's input, from images (B, C, H, W) in [0, 1] of eight bits."""
@@ -46,25 +49,41 @@ class FeatureNet(Protocol):
         ...
 
 
-def feature_net(text: str, device: torch.device | str = "cpu") -> FeatureNet:
-    """The built-in network of that text. Errors: ValueError for another kind or missing weights."""
-    kind, _, argument = text.partition(":")
-    if kind == "digits":
-        from stepdistill.demo.classifier import DigitFeatures
+Device = torch.device | str
 
-        return DigitFeatures()
-    made: dict[str, Any] = {
-        "inception": InceptionFeatures,
-        "clip": CLIPFeatures,
-        "dino": DINOFeatures,
-    }
-    if kind not in made or not argument:
-        raise ValueError(
-            f"features: expected digits, inception:FILE, clip:MODEL[,WEIGHTS] or "
-            f"dino:DIR_OR_HUB_ID, got {text!r}."
-        )
-    found: FeatureNet = made[kind](argument, device)
-    return found
+
+class Kind(NamedTuple):
+    """Networks by one name. make: of the text's argument and a device; usage: such as dino:DIR."""
+
+    usage: str
+    make: Callable[[str, Device], FeatureNet]
+
+
+def feature_net(text: str, device: Device = "cpu") -> FeatureNet:
+    """The network of that text. Errors: ValueError for another text or missing weights."""
+    name, _, argument = text.partition(":")
+    if name in FEATURES and bool(argument) == (":" in FEATURES[name].usage):
+        return FEATURES[name].make(argument, device)
+    if (Path(text) / "config.json").is_file():
+        return VisionFeatures(text, device, Path(text).resolve().name)
+    if name not in FEATURES and argument.isidentifier() and _importable(name):
+        try:
+            made: FeatureNet = getattr(importlib.import_module(name), argument)(device)
+        except AttributeError as err:
+            raise ValueError(f"features: expected {argument} in module {name}. {err}.") from err
+        return made
+    usages = sorted((kind.usage for kind in FEATURES.values()), key=lambda usage: ":" in usage)
+    raise ValueError(
+        f"features: expected {', '.join(usages)}, MODULE:NAME or a folder of a vision model, got "
+        f"{text!r}."
+    )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # of a parent that is not there; of no name
+        return False
 
 
 def network_sha256(net: nn.Module) -> str:
@@ -100,7 +119,7 @@ class InceptionFeatures:
 
     name = "inception"
 
-    def __init__(self, weights: str, device: torch.device | str = "cpu") -> None:
+    def __init__(self, weights: str, device: Device = "cpu") -> None:
         if importlib.util.find_spec("torch_fidelity") is None:
             raise ValueError(
                 "features inception: expected the torch-fidelity package, got none. "
@@ -114,7 +133,7 @@ class InceptionFeatures:
             torch.save(state, file)
             self.net = FeatureExtractorInceptionV3("inception", ["2048"], str(file)).to(device)
         self.device = torch.device(device)
-        self.told = {
+        self.facts = {
             "weights": network_sha256(self.net),
             "preprocess": "299 px, Pillow bicubic (clean-fid's filter, rounded to 8 bits)",
         }
@@ -150,14 +169,14 @@ class CLIPFeatures:
 
     name = "clip"
 
-    def __init__(self, text: str, device: torch.device | str = "cpu") -> None:
+    def __init__(self, text: str, device: Device = "cpu") -> None:
         from stepdistill.rewards.clip import CLIPScorer
 
         model, _, weights = text.partition(",")
         options = CLIPScorer.read_options({"model": model, "pretrained": weights or None})
         CLIPScorer.check(options)
         self.scorer = CLIPScorer(options).to(device).eval().requires_grad_(False)
-        self.told = {
+        self.facts = {
             "weights": network_sha256(self.scorer.model),
             "preprocess": f"{self.scorer.size[0]} px, open_clip's ({self.scorer.interpolation})",
             "activation": self.scorer.activation,
@@ -173,30 +192,32 @@ class CLIPFeatures:
         return features.float()
 
 
-class DINOFeatures:
-    """The class token after the last norm of a Transformers vision model.
+class VisionFeatures:
+    """A Transformers vision model: its pooled output, or (of one without, and of DINO) the class
+    token after the last norm.
 
     Args: model: folder or Hub id with safetensors and a preprocessor_config.json.
     """
 
-    name = "dino"
-
-    def __init__(self, model: str, device: torch.device | str = "cpu") -> None:
+    def __init__(self, model: str, device: Device = "cpu", name: str = "dino") -> None:
         from transformers import AutoImageProcessor, AutoModel
 
+        self.name = name
         try:
             self.processor = AutoImageProcessor.from_pretrained(model)
             with no_pickles("features dino"):
                 net = AutoModel.from_pretrained(model, use_safetensors=True)
         except (OSError, ValueError) as err:
             raise ValueError(
-                f"features dino: expected a folder or Hub id of a vision model in safetensors, got "
-                f"{model!r}. {err}"
+                f"features {name}: expected a folder or Hub id of a vision model in safetensors, "
+                f"got {model!r}. {err}"
             ) from err
+        if "vision_config" in net.config.to_dict():  # one of images and text: its first half
+            net = net.vision_model
         self.net: Any = net.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         steps = {k: v for k, v in self.processor.to_dict().items() if k in _PROCESSOR_FACTS}
-        self.told = {"weights": network_sha256(self.net), "preprocess": str(steps)}
+        self.facts = {"weights": network_sha256(self.net), "preprocess": str(steps)}
 
     def preprocess(self, images: Tensor) -> Tensor:
         """See FeatureNet."""
@@ -206,8 +227,17 @@ class DINOFeatures:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self.net(pixel_values=pixels.to(self.device)).last_hidden_state[:, 0]
+        output = self.net(pixel_values=pixels.to(self.device))
+        pooled = None if self.name == "dino" else output.get("pooler_output")
+        features: Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
         return features.float()
 
 
 _PROCESSOR_FACTS = ("size", "crop_size", "resample", "do_center_crop", "image_mean", "image_std")
+
+# By name; `FEATURES["mine"] = Kind("mine:FILE", Mine)` adds one.
+FEATURES = {
+    "inception": Kind("inception:FILE", InceptionFeatures),
+    "clip": Kind("clip:MODEL[,WEIGHTS]", CLIPFeatures),
+    "dino": Kind("dino:DIR_OR_HUB_ID", VisionFeatures),
+}

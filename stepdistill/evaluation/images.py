@@ -57,7 +57,7 @@ class Frame:
             image = square.resize((self.size_px, self.size_px), FILTERS[self.filter])
         return image
 
-    def told(self) -> str:
+    def text(self) -> str:
         """In a few words, for the protocol."""
         parts = [f"middle {self.crop_px} px"] if self.crop_px else []
         parts += [f"square to {self.size_px} px, {self.filter}"] if self.size_px else []

@@ -11,30 +11,53 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stepdistill.reporting.values import Measured
+
 from .frechet import frechet_distance, kernel_distance
 from .manifold import manifold_scores
-from .samples import Spread
 
 MANIFOLD_IMAGES = 10_000  # at most that many, the first ones: time grows with their square
 DIVERSITY_IMAGES = 64  # of one prompt, the first ones: time and memory grow with their square
-HIGHER_IS_BETTER = {
-    "frechet": False,
-    "kid": False,
-    "precision": True,
-    "recall": True,
-    "density": True,
-    "coverage": True,
-    "score": True,
-    "diversity": True,
-    "seconds_per_image": False,
-    "seconds_per_video": False,
-    "network_calls": False,
-    "peak_memory_gib": False,
-}  # looks, motion, their drifts and frame_distance: neither, the teacher's are the aim
+
+
+class Metric(NamedTuple):
+    """How a metric is shown. kind: the table it stands in; higher: whether that is better, None
+    where the teacher's value is the aim; form: of its numbers, times factor."""
+
+    heading: str
+    kind: str
+    higher: bool | None = None
+    form: str = ".3f"
+    factor: float = 1
+
+
+QUALITY, LOOK, OVER_TIME, COST = "quality", "look", "over time", "cost"
+METRICS = {  # in the tables' order
+    "frechet": Metric("Fréchet", QUALITY, False, ".2f"),
+    "kid": Metric("KID", QUALITY, False, ".3g"),
+    "precision": Metric("precision", QUALITY, True),
+    "recall": Metric("recall", QUALITY, True),
+    "density": Metric("density", QUALITY, True),
+    "coverage": Metric("coverage", QUALITY, True),
+    "score": Metric("score", QUALITY, True, ".4f"),
+    "diversity": Metric("diversity", QUALITY, True),
+    "saturation": Metric("saturation", LOOK),
+    "contrast": Metric("contrast", LOOK),
+    "saturation_drift": Metric("saturation drift %", LOOK, None, ".1f", 100),
+    "contrast_drift": Metric("contrast drift %", LOOK, None, ".1f", 100),
+    "motion": Metric("motion", OVER_TIME, None, ".4f"),
+    "motion_drift": Metric("motion drift %", OVER_TIME, None, ".1f", 100),
+    "frame_distance": Metric("frame distance", OVER_TIME, None, ".3g"),
+    "seconds_per_image": Metric("s / image", COST, False, ".4f"),
+    "seconds_per_video": Metric("s / video", COST, False),
+    "network_calls": Metric("network calls", COST, False, ".1f"),
+    "peak_memory_gib": Metric("peak GiB", COST, False, ".2f"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,7 @@ class Number:
     """One measured value. network: feature network or scorer; reference: "real" or "teacher"."""
 
     metric: str
-    spread: Spread
+    spread: Measured
     network: str = ""
     reference: str = ""
 
@@ -60,7 +83,7 @@ class System:
     previews: Sequence[str] = field(default_factory=tuple)
     frames: int = 1
 
-    def get(self, metric: str, network: str = "", reference: str = "") -> Spread | None:
+    def get(self, metric: str, network: str = "", reference: str = "") -> Measured | None:
         """The value of that name, of the first such network and reference where left out."""
         for number in self.numbers:
             of = network in ("", number.network) and reference in ("", number.reference)
@@ -75,14 +98,14 @@ class System:
 
 def set_distances(real: Tensor, generated: Tensor, k: int) -> dict[str, float]:
     """Every distance between two sets of features (N, D), (M, D); k: neighbours of the manifold."""
-    found = {
+    values = {
         "frechet": frechet_distance(real, generated),
         "kid": kernel_distance(real, generated),
     }
     if min(len(real), len(generated)) > k:
         some = manifold_scores(real[:MANIFOLD_IMAGES], generated[:MANIFOLD_IMAGES], k)
-        found |= asdict(some)
-    return found
+        values |= asdict(some)
+    return values
 
 
 def diversity(features: Tensor, prompts: Sequence[Hashable]) -> float | None:
@@ -122,8 +145,7 @@ def numbers_of(values: Sequence[Mapping[str, float | None]], **of: str) -> list[
     """Numbers of dictionaries, one for each noise seed; a value that any seed lacks is left out."""
     made = []
     for metric in values[0]:
-        told = [one[metric] for one in values]
-        known = [value for value in told if value is not None]
-        if len(known) == len(told):
-            made.append(Number(metric, Spread.of(known), **of))
+        known = [value for one in values if (value := one[metric]) is not None]
+        if len(known) == len(values):
+            made.append(Number(metric, Measured.of(known), **of))
     return made

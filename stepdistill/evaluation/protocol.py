@@ -9,7 +9,7 @@ from stepdistill.families.registry import teacher_facts
 
 from .metrics import MANIFOLD_IMAGES, Number, System
 from .presets import preset
-from .videos import frames_told
+from .videos import frames_text
 
 # What else a preset means where it names none of these: Options' own defaults
 UNNAMED = {
@@ -21,7 +21,7 @@ UNNAMED = {
 }
 
 
-def preset_told(
+def preset_text(
     options: Mapping[str, Any], networks: Sequence[str], reference: str, num_reference: int
 ) -> str | None:
     """The preset's name and what differs from it; None where there is no preset.
@@ -87,13 +87,13 @@ def protocol_of(
         "guidance": options.guidance if null and options.guidance is not None else own,
         "student_guidance": f"the export's own; {plain} of other pipelines",
         "peak_memory_of": f"{drawn['peak_of']}, the metrics' networks among it",
-        "preset": preset_told(told, list(facts["networks"]), reference, num_real),
-        "frames": None if frames is None else frames_told(frames),
+        "preset": preset_text(told, list(facts["networks"]), reference, num_real),
+        "frames": None if frames is None else frames_text(frames),
         "options": told,
     }
 
 
-def images_told(facts: Mapping[str, Any], group: str, metric: str, network: str = "") -> str:
+def images_text(facts: Mapping[str, Any], group: str, metric: str, network: str = "") -> str:
     """What a metric sees of the images of a system of that group.
 
     Real images are framed for all metrics, drawn ones for feature networks alone.
@@ -104,7 +104,7 @@ def images_told(facts: Mapping[str, Any], group: str, metric: str, network: str 
     return f"{told}; frames: {facts['frames']}" if facts["frames"] and some else told
 
 
-def reference_told(facts: Mapping[str, Any], reference: str) -> tuple[str, str]:
+def reference_text(facts: Mapping[str, Any], reference: str) -> tuple[str, str]:
     """(how many images or videos, which) of the set that numbers are against; "": of none."""
     if reference == "real":
         return str(facts["num_reference"]), str(facts["reference"])
@@ -126,7 +126,7 @@ def protocol_line(
     real, judged = system.group == "real", number.metric == "score"
     net = {} if judged else facts["networks"].get(number.network, {})
     nets = [number.network] if net else list(facts["networks"])
-    count, which = reference_told(facts, "real" if real else number.reference)
+    count, which = reference_text(facts, "real" if real else number.reference)
     against = number.reference if net and number.reference else quality
     drawn = {
         "num_prompts": facts["num_prompts"],
@@ -140,11 +140,11 @@ def protocol_line(
     return {
         "weights": facts["scorers"][number.network] if judged else net.get("weights", ""),
         "preprocess": net.get("preprocess", ""),
-        "images": images_told(facts, system.group, number.metric, number.network),
+        "images": images_text(facts, system.group, number.metric, number.network),
         "num_reference": count,
         "reference_set": which,
         **{name: "" if real else str(value) for name, value in drawn.items()},
         "nearest_k": str(facts["nearest_k"]),
-        "preset": preset_told(facts["options"], nets, against, facts["num_reference"]) or "",
+        "preset": preset_text(facts["options"], nets, against, facts["num_reference"]) or "",
         "versions": " ".join(f"{k} {v}" for k, v in facts["versions"].items()),
     }

@@ -21,7 +21,7 @@ from stepdistill.families.family import Family
 from stepdistill.families.registry import teacher_facts
 
 from .collect import Drawing, Lens, draw_into, read_into
-from .features import FeatureNet, feature_net
+from .features import FEATURES, FeatureNet, feature_net
 from .images import Frame, image_files
 from .measure import Filled, measure
 from .options import Options
@@ -29,7 +29,7 @@ from .protocol import protocol_of
 from .report import Report, write_report
 from .scores import Judges
 from .store import Store, settings_hash
-from .systems import Loading, Source, student_sources, teacher_sources, told_apart
+from .systems import Loading, Source, student_sources, teacher_sources, with_distinct_labels
 from .videos import DEFAULT_FRAMES, check_video, first_frames, shown_of
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,15 +56,16 @@ def evaluate(
     if nets is None:
         check_features(options.features)
         nets = [feature_net(text, state.device) for text in options.features]
+        check_distinct("names", [net.name for net in nets])
     judges = Judges.of(options, scorers or {}, state.device)
     lens = Lens(nets, judges.scorers, frame)
     out = Path(options.output_dir)
     sources = _sources(options, family, state.device, out)
 
     facts = {
-        "networks": {net.name: net.told for net in nets},
-        "frame": frame.told(),
-        "scorers": judges.told,
+        "networks": {net.name: net.facts for net in nets},
+        "frame": frame.text(),
+        "scorers": judges.facts,
     }
     drawings = [_drawing(options, family, prompts, seed) for seed in options.seeds]
     filled = _fill(options, facts, lens, sources, drawings, files, state)
@@ -118,11 +119,16 @@ def check_features(texts: Sequence[str]) -> None:
     """Errors: ValueError for no network, or two of one kind, whose rows would share a name."""
     if not texts:
         raise ValueError("features: expected a feature network, got none. See evaluate --help.")
-    kinds = [text.partition(":")[0] for text in texts]
-    for kind in kinds:
-        if kinds.count(kind) > 1:
+    kinds = [kind if (kind := text.partition(":")[0]) in FEATURES else text for text in texts]
+    check_distinct("kinds", kinds)
+
+
+def check_distinct(what: str, names: Sequence[str]) -> None:
+    """Errors: ValueError for feature networks whose rows would share a name."""
+    for name in names:
+        if names.count(name) > 1:
             raise ValueError(
-                f"features: expected networks of different kinds, got {kind} twice. Evaluate with "
+                f"features: expected networks of different {what}, got {name} twice. Evaluate with "
                 "each in a call of its own; images are drawn anew."
             )
 
@@ -176,7 +182,7 @@ def _sources(
     for path in options.student:
         steps = list(dict.fromkeys(options.steps))
         found += student_sources(path, steps, loading, out / "exports")
-    return told_apart(found)
+    return with_distinct_labels(found)
 
 
 def _drawing(options: Options, family: type[Family], prompts: Sequence[Any], seed: int) -> Drawing:

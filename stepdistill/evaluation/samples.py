@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,18 +32,6 @@ class Samples:
     images: Tensor
     seconds: float
     network_calls: float
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation, over noise seeds or training seeds."""
-
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
 
 
 class PipelineSampler:

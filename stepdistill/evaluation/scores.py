@@ -16,10 +16,10 @@ from .features import network_sha256
 
 @dataclass(frozen=True)
 class Judges:
-    """scorers: by name. told: model and weights' hash of each, for the protocol."""
+    """scorers: by name. facts: model and weights' hash of each, for the protocol."""
 
     scorers: dict[str, Scorer]
-    told: dict[str, str]
+    facts: dict[str, str]
 
     @classmethod
     def of(cls, options: Any, given: Mapping[str, Scorer], device: torch.device) -> Judges:
@@ -38,7 +38,7 @@ class Judges:
             specs["aesthetic"] = ScorerSpec("aesthetic", {"head": head, **model})
         built = build_scorers(specs, {}, device)
         scorers = {**built, **given}
-        told = {
+        facts = {
             name: ", ".join(f"{key} {value}" for key, value in specs[name].options.items())
             if name in specs
             else type(scorer).__name__
@@ -46,9 +46,9 @@ class Judges:
         }
         for name, scorer in scorers.items():
             if isinstance(scorer, torch.nn.Module):
-                told[name] += f", sha256 {network_sha256(scorer)[:16]}"
-                told[name] += f", {scorer.activation}" if hasattr(scorer, "activation") else ""
-        return cls(scorers, told)
+                facts[name] += f", sha256 {network_sha256(scorer)[:16]}"
+                facts[name] += f", {scorer.activation}" if hasattr(scorer, "activation") else ""
+        return cls(scorers, facts)
 
 
 def clip_options(text: str) -> dict[str, str | None]:

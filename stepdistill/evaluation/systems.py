@@ -117,7 +117,7 @@ def _released(sources: Sequence[Source], load: Any) -> list[Source]:
     return [*sources[:-1], *(replace(one, release=release) for one in sources[-1:])]
 
 
-def told_apart(sources: Sequence[Source]) -> list[Source]:
+def with_distinct_labels(sources: Sequence[Source]) -> list[Source]:
     """With labels that differ where step counts do not: longer parts of their paths.
 
     Errors: ValueError for a student that was given twice.

@@ -93,7 +93,7 @@ def check_video(options: Any, output: str, reads_image: bool) -> None:
         raise ValueError(f"frames: expected first, all or a number of frames, got {choice!r}.")
 
 
-def frames_told(choice: str) -> str:
+def frames_text(choice: str) -> str:
     """For the protocol."""
     seen = f"{choice} at equal distances" if choice.isdigit() else choice
     return f"{seen}, each seen as an image; motion of all"

@@ -29,10 +29,11 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.monitoring.best import Best, check_measured, new_best, read_best, write_best
 from stepdistill.monitoring.validation import Validation
 from stepdistill.monitoring.watchdog import Watchdog, WatchdogStop
-from stepdistill.reporting.page import write_run_report
 from stepdistill.storage.checkpoints import RUN_FILE, discard
 from stepdistill.storage.files import write_text
 from stepdistill.storage.folders import fault_of
+
+from .run_report import write_run_report
 
 _REPORT_SECONDS = 20.0  # between live reports at log lines; validations always write one
 _SECONDS_IN_A_FILE = 10.0  # between bars where standard error is no terminal

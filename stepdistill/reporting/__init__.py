@@ -1,1 +1,4 @@
-"""The report of one training run, drawn from its records alone; needs no plotting library."""
+"""The one stack of every page and picture: numbers and pictures in, files out.
+
+Measured -> Table, Strip, Chart -> Report. What is shown is said by the rooms that know it.
+"""

@@ -1,10 +1,14 @@
-"""Line charts as inline SVG: self-contained, sharp at every size, the page's own colours."""
+"""Charts: values with deviations for a drawn picture (see plots), and lines as inline SVG, which is
+self-contained, sharp at every size and in the page's own colours."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
+
+from .values import short
 
 Points = Sequence[tuple[float, float]]
 
@@ -14,13 +18,43 @@ _MAX_POINTS = 240
 _LOG_RANGE = 30.0  # a wider spread of positive values gets a logarithmic axis
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Values with deviations at numeric places. line: joined, else points alone; values: stand
+    beside the points, above them or below; dots: what the means are of."""
+
+    label: str
+    at: Sequence[float]
+    means: Sequence[float]
+    stds: Sequence[float]
+    colour: str
+    line: bool = True
+    marker: str = "o"
+    values: bool = True
+    above: bool = True
+    dots: Points = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over a logarithmic y axis (the lower, the better). level: (what, value) of a dashed
+    line; ticks: of the x axis; log_x: else it begins at zero; about: what a page says it shows."""
+
+    title: str
+    x_label: str
+    curves: Sequence[Curve]
+    level: tuple[str, float] | None = None
+    ticks: Sequence[float] = ()
+    log_x: bool = True
+    legend: bool = True
+    about: str = ""
+
+
 def thinned(points: Points, limit: int = _MAX_POINTS) -> list[tuple[float, float]]:
     """At most about `limit` points, each the mean of neighbours; non-finite ones left out."""
-    kept = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    size = -(-len(kept) // limit) if kept else 1
-    if size <= 1:
-        return kept
-    groups = [kept[i : i + size] for i in range(0, len(kept), size)]
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    size = max(1, -(-len(finite) // limit))
+    groups = [finite[i : i + size] for i in range(0, len(finite), size)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
@@ -32,27 +66,18 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
     first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between low and high, with 2 and 5 times them where the range is short."""
+def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Powers of ten between two positive values, with 2 and 5 times them where the range is short;
+    where these are fewer than two, round values evenly apart."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     times = (1, 2, 5) if high < 100.0 * low else (1,)
     every = max(1, (last - first) // 6)
-    found = [m * 10.0**e for e in range(first, last + 1, every) for m in times]
-    return [v for v in found if low * 0.999 <= v <= high * 1.001]
-
-
-def short(value: float) -> str:
-    """A number in few characters: 1200 as 1.2k, 0.00012 as 1.2e-4."""
-    size = abs(value)
-    if size >= 1e6 or 0 < size < 1e-3:
-        text = f"{value:.2g}" if size >= 1e6 else f"{value:.1e}"
-        return text.replace("e-0", "e-").replace("e+0", "e")
-    return (
-        f"{value / 1000:.3g}k" if size >= 1e4 else f"{value:.4g}" if size >= 1 else f"{value:.3g}"
-    )
+    rounded = [float(f"{m}e{e}") for e in range(first, last + 1, every) for m in times]
+    inside = [value for value in rounded if low * 0.999 <= value <= high * 1.001]
+    return inside if len(inside) > 1 else ticks(low, high, count)
 
 
 class _Axis:
@@ -77,10 +102,7 @@ class _Axis:
         return self._start + (self._end - self._start) * (value - low) / (high - low)
 
     def ticks(self, count: int = 5) -> list[float]:
-        if not self.log:
-            return ticks(self.low, self.high, count)
-        found = log_ticks(self.low, self.high)
-        return found if len(found) > 1 else ticks(self.low, self.high, count)
+        return (log_ticks if self.log else ticks)(self.low, self.high, count)
 
 
 def line_chart(
@@ -95,7 +117,7 @@ def line_chart(
 
     Args: marks: x values with a vertical line, such as alarms. level: a y value to aim at.
     """
-    drawn = {name: found for name, points in lines.items() if (found := thinned(points))}
+    drawn = {name: some for name, points in lines.items() if (some := thinned(points))}
     if not drawn:
         return ""
     ys = [y for points in drawn.values() for _, y in points]
@@ -120,9 +142,9 @@ def line_chart(
     for index, (name, points) in enumerate(drawn.items()):
         parts.append(_line([(x_axis(x), y_axis(y)) for x, y in points], index % 6))
         legend.append(f'<li class="c{index % 6}"><b>{escape(name)}</b> {short(points[-1][1])}</li>')
-    told = f"<p>{escape(note)}</p>" if note else ""
+    below = f"<p>{escape(note)}</p>" if note else ""
     return (
-        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3>{told}'
+        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3>{below}'
         f'<ul class="legend">{"".join(legend)}</ul></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f"{''.join(parts)}</svg></figure>"

@@ -24,8 +24,7 @@ from diffusers import DiffusionPipeline
 from stepdistill import LoRADistillationTrainer, TrainConfig, Tuning
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.demo.data import load_digit_splits, write_image_folder
-from stepdistill.demo.run import quiet_loading
-from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
+from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher, quiet_loading
 from stepdistill.evaluation.samples import PipelineSampler, Samples
 from stepdistill.methods.lora_guidance import LoRAGuidance, LoRAGuidanceConfig
 

@@ -10,8 +10,8 @@ from rewards.test_clip import save_tiny
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
-from stepdistill.comparison.own_teacher import Own, OwnTeacher
 from stepdistill.comparison.students import Student
+from stepdistill.comparison.user_teacher import UserOptions, UserTeacher
 
 
 def result(out: Path, name: str) -> dict:
@@ -73,24 +73,24 @@ def test_a_teacher_of_one_s_own_and_a_method_that_fails(
         main([*changed, "--output_dir", str(out)])
 
 
-def own(tmp_path: Path, tmp_path_factory, **more) -> OwnTeacher:
+def own(tmp_path: Path, tmp_path_factory, **more) -> UserTeacher:
     given = {"teacher": str(teacher_dir("sd_v", tmp_path_factory)), "prompts_file": "p.txt"}
-    return OwnTeacher(tmp_path, Own(**given, features=["digits"], **more))
+    return UserTeacher(tmp_path, UserOptions(**given, features=["digits"], **more))
 
 
 @pytest.mark.parametrize("family", ["dit", "unet2d", "wan_i2v"])
 def test_a_teacher_told_by_more_or_less_than_prompts_is_refused(
     tmp_path, tmp_path_factory, family
 ) -> None:
-    told = Own(str(teacher_dir(family, tmp_path_factory)), "p.txt", features=["digits"])
+    told = UserOptions(str(teacher_dir(family, tmp_path_factory)), "p.txt", features=["digits"])
     with pytest.raises(ValueError, match="told by prompts alone"):
-        OwnTeacher(tmp_path, told)
+        UserTeacher(tmp_path, told)
 
 
 def test_what_is_the_same_for_all_lies_over_a_method_s_file(tmp_path, tmp_path_factory) -> None:
     over = {"learning_rate": 0.5}
-    ground = own(tmp_path, tmp_path_factory, guidance=3.0, student="lora", settings=over)
-    dmd2, lcm = ground.settings("dmd2"), ground.settings("lcm")
+    setup = own(tmp_path, tmp_path_factory, guidance=3.0, student="lora", settings=over)
+    dmd2, lcm = setup.settings("dmd2"), setup.settings("lcm")
     assert dmd2["learning_rate"] == lcm["learning_rate"] == 0.5
     assert dmd2["method_config"]["guidance"] == 3.0
     assert lcm["method_config"]["guidance_range"] == [3.0, 3.0]
@@ -100,10 +100,10 @@ def test_what_is_the_same_for_all_lies_over_a_method_s_file(tmp_path, tmp_path_f
 
 
 def test_step_counts_go_into_the_option_that_means_them(tmp_path, tmp_path_factory) -> None:
-    ground = own(tmp_path, tmp_path_factory)
+    setup = own(tmp_path, tmp_path_factory)
 
     def option(method: str, name: str) -> object:
-        (training,) = ground.trainings(Student(method, (2,)))
+        (training,) = setup.trainings(Student(method, (2,)))
         return training.settings["method_config"][name]
 
     assert option("dmd2", "num_steps") == 2
@@ -126,20 +126,20 @@ def test_a_file_for_train_serves_a_comparison(tmp_path, tmp_path_factory) -> Non
         "data: {prompts_file: x}\nvalidation_steps: 5\nvalidation_prompts: [a]\nseed: 7\n"
         "best_metric: teacher_rmse\nmax_train_seconds: 1\nlearning_rate: 0.5\n"
     )
-    ground = own(tmp_path, tmp_path_factory, methods={"mine": str(file)})
-    ground.check_settings(Student("mine", (1,)))
-    (training,) = ground.trainings(Student("mine", (1,)))
-    _, args, _ = ground.configs(training, 50)
+    setup = own(tmp_path, tmp_path_factory, methods={"mine": str(file)})
+    setup.check_settings(Student("mine", (1,)))
+    (training,) = setup.trainings(Student("mine", (1,)))
+    _, args, _ = setup.configs(training, 50)
     assert (args.learning_rate, args.max_train_seconds, args.best_metric) == (0.5, None, None)
     assert (args.output_dir, args.validation_steps) == (str(tmp_path), 0)
     assert "seed" not in training.settings
 
 
 def test_guidance_that_methods_do_not_share_is_told(tmp_path, tmp_path_factory) -> None:
-    ground = own(tmp_path, tmp_path_factory)
+    setup = own(tmp_path, tmp_path_factory)
 
     def guidance(method: str) -> str:
-        return ground.terms(ground.trainings(Student(method, (1,)))[0])["guidance"]
+        return setup.terms(setup.trainings(Student(method, (1,)))[0])["guidance"]
 
     assert [guidance(name) for name in ("lcm", "dmd2", "reflow")] == ["6 to 16", "8", "1"]
     same = own(tmp_path, tmp_path_factory, guidance=3.0)
@@ -175,24 +175,24 @@ def test_a_mistake_is_told_before_anything_is_made(tmp_path, tmp_path_factory, f
 
 
 def test_pairs_go_on_where_they_were_stopped(tmp_path, tmp_path_factory) -> None:
-    ground = own(tmp_path, tmp_path_factory)
+    setup = own(tmp_path, tmp_path_factory)
     now = iter([0.0, 5.0, 100.0, 102.0])
 
     def stopped() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ground.pairs_made(stopped, lambda: next(now))
-    ground.pairs_made(lambda: None, lambda: next(now))
-    ground.pairs_made(stopped, lambda: 0.0)  # they are there
+        setup.pairs_made(stopped, lambda: next(now))
+    setup.pairs_made(lambda: None, lambda: next(now))
+    setup.pairs_made(stopped, lambda: 0.0)  # they are there
     assert json.loads((tmp_path / "pairs_seconds.json").read_text()) == 7.0
 
 
 def test_pairs_are_made_for_those_that_learn_from_them(tmp_path, tmp_path_factory) -> None:
-    ground = own(tmp_path, tmp_path_factory)
-    assert not ground.needs_pairs([Student("dmd2", (1,))])
-    assert ground.needs_pairs([Student("dmd2", (1,)), Student("reflow", (1,))])
-    assert ground.needs_pairs([Student("lcm", (1,))])  # no images were given
+    setup = own(tmp_path, tmp_path_factory)
+    assert not setup.needs_pairs([Student("dmd2", (1,))])
+    assert setup.needs_pairs([Student("dmd2", (1,)), Student("reflow", (1,))])
+    assert setup.needs_pairs([Student("lcm", (1,))])  # no images were given
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys) -> None:

@@ -61,15 +61,15 @@ def test_updates_that_fill_a_time_count_the_first_epoch_by_its_own_cost() -> Non
 def test_first_reading_is_measured_apart_and_saving_not_at_all(
     counted: None, tmp_path: Path, tmp_path_factory: Any
 ) -> None:
-    ground = Many(tmp_path, teacher_dir("sd_v", tmp_path_factory))
-    training = ground.trainings(STUDENT)[0]
-    found = measure(ground, training, tmp_path / "probe")
+    setup = Many(tmp_path, teacher_dir("sd_v", tmp_path_factory))
+    training = setup.trainings(STUDENT)[0]
+    found = measure(setup, training, tmp_path / "probe")
     # A step is an update of the student and one of the fake score, each of two prompts.
     assert found.later == 2.0
     assert found.first == 2.0 + 10.0 * 4
     assert found.epoch == Many.size / 4
     assert not (tmp_path / "probe").exists()
-    trainer = ground.trainer(training, 150, tmp_path / "run", seed=0, saves=8)
+    trainer = setup.trainer(training, 150, tmp_path / "run", seed=0, saves=8)
     assert train(trainer) == pytest.approx(100 * found.first + 50 * found.later, rel=0.01)
     assert found.updates_in(100 * found.first + 50 * found.later) == 150
 
@@ -78,5 +78,5 @@ def test_a_set_that_no_memory_keeps_is_read_anew_for_ever(
     counted: None, tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Many, "size", 5000)
-    ground = Many(tmp_path, teacher_dir("sd_v", tmp_path_factory))
-    assert measure(ground, ground.trainings(STUDENT)[0], tmp_path / "probe").epoch == math.inf
+    setup = Many(tmp_path, teacher_dir("sd_v", tmp_path_factory))
+    assert measure(setup, setup.trainings(STUDENT)[0], tmp_path / "probe").epoch == math.inf

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from support.faults import fork, status_of
 from support.runs import teacher_dir
 
+from stepdistill.cli.compare import setups
 from stepdistill.comparison import student_run
+from stepdistill.comparison.best_students import best_student_folder
 from stepdistill.comparison.cost import Cost
-from stepdistill.comparison.ground import Ground
-from stepdistill.comparison.kept import kept_at
 from stepdistill.comparison.progress import Leg, Progress, shares, stops
 from stepdistill.comparison.runs import result_file
 from stepdistill.comparison.student_run import run_student
-from stepdistill.comparison.students import Budget, Reach, Student
+from stepdistill.comparison.students import Budget, StepsServed, Student
+from stepdistill.comparison.teacher_setup import TeacherSetup
 from stepdistill.config.recipes import Training
 from stepdistill.data.stream import PromptDataset
 from stepdistill.trainers import DistillationTrainer
@@ -30,7 +31,7 @@ STUDENT = Student("tiny", (1, 2))
 SLOW = pytest.mark.full
 
 
-class Tiny(Ground):
+class Tiny(TeacherSetup):
     """Two trainings of a tiny student; the judge tells weights apart, not how good they are."""
 
     def __init__(self, out: Path, teacher: Path) -> None:
@@ -41,8 +42,8 @@ class Tiny(Ground):
 
     def prepare(self, needs_pairs: bool) -> None: ...
 
-    def reaches(self, methods: Any) -> dict[str, Reach]:
-        return {STUDENT.recipe: Reach(STUDENT.steps, True, "prompts")}
+    def steps_served(self, methods: Any) -> dict[str, StepsServed]:
+        return {STUDENT.recipe: StepsServed(STUDENT.steps, True, "prompts")}
 
     def teacher(self) -> str:
         return str(self._teacher)
@@ -206,7 +207,7 @@ def test_the_best_seed_s_pipelines_stay(whole, teacher, tmp_path) -> None:
     made = run(tmp_path, teacher, points=1)
     assert made["terms"] == {"guidance": "1", "batch size": "2", "student": "full"}
     for steps in STUDENT.steps:
-        assert (kept_at(tmp_path, "tiny", steps) / "model_index.json").is_file()
+        assert (best_student_folder(tmp_path, "tiny", steps) / "model_index.json").is_file()
 
 
 def test_what_a_run_failed_of_is_its_last_line(tmp_path, capsys) -> None:
@@ -214,7 +215,7 @@ def test_what_a_run_failed_of_is_its_last_line(tmp_path, capsys) -> None:
     (tmp_path / "comparison.json").write_text(json.dumps(plan))
     student = json.dumps({"recipe": "dmd2", "steps": [1]})
     with pytest.raises(SystemExit) as ended:
-        student_run.main([str(tmp_path), student, "0"])
+        student_run.main([str(tmp_path), student, "0"], setups())
     assert str(ended.value).startswith("TypeError: ")
     assert "nonsense" in str(ended.value)
     assert "\n" not in str(ended.value)

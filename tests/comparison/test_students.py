@@ -2,42 +2,45 @@
 
 import pytest
 
-from stepdistill.comparison.digits import Digits
-from stepdistill.comparison.own_teacher import CONFIGS, split_methods
+from stepdistill.cli._digits import Digits
 from stepdistill.comparison.students import (
     Budget,
-    Reach,
+    StepsServed,
     Student,
     left_out,
-    reach_of_recipes,
+    served_by_recipes,
     students,
 )
+from stepdistill.comparison.user_teacher import CONFIGS, split_methods
 from stepdistill.config.recipes import recipes
 from stepdistill.methods import METHODS
 
 
 def test_every_claim_of_every_recipe_is_judged_once() -> None:
-    judged = [(one.recipe, steps) for one in students(reach_of_recipes()) for steps in one.steps]
+    judged = [(one.recipe, steps) for one in students(served_by_recipes()) for steps in one.steps]
     claimed = [(name, steps) for name, recipe in recipes().items() for steps in recipe.claims]
     assert sorted(judged) == sorted(claimed)
 
 
 def test_one_student_serves_all_step_counts_where_its_method_says_so() -> None:
-    reaches = {"a": Reach((1, 2, 4), True, "images"), "b": Reach((1, 2, 4), False, "prompts")}
-    made = students(reaches, [1, 2])
+    served = {
+        "a": StepsServed((1, 2, 4), True, "images"),
+        "b": StepsServed((1, 2, 4), False, "prompts"),
+    }
+    made = students(served, [1, 2])
     assert made == [Student("a", (1, 2)), Student("b", (1,)), Student("b", (2,))]
 
 
 def test_a_one_step_method_is_asked_for_one_step_alone() -> None:
-    reach = Reach((1,), False, "prompts")
-    assert reach.of([1, 2, 8], only_claims=False) == (1,)
-    assert Reach((2, 4), False, "images").of([1, 2, 8], only_claims=False) == (2, 8)
-    assert Reach((2, 4), False, "images").of([1, 2, 8], only_claims=True) == (2,)
+    served = StepsServed((1,), False, "prompts")
+    assert served.of([1, 2, 8], only_claims=False) == (1,)
+    assert StepsServed((2, 4), False, "images").of([1, 2, 8], only_claims=False) == (2, 8)
+    assert StepsServed((2, 4), False, "images").of([1, 2, 8], only_claims=True) == (2,)
 
 
 def test_every_method_is_known_with_its_data() -> None:
-    reaches = {name: Reach.of_method(cls) for name, cls in METHODS.items()}
-    assert {name: reach_of_recipes()[name] for name in METHODS} == reaches
+    served = {name: StepsServed.of_method(cls) for name, cls in METHODS.items()}
+    assert {name: served_by_recipes()[name] for name in METHODS} == served
 
 
 def test_lcm_is_the_demo_s_consistency(tmp_path) -> None:
@@ -73,7 +76,7 @@ def test_another_budget_is_refused(text) -> None:
 
 
 def test_a_method_that_none_of_the_step_counts_suits_is_named(tmp_path) -> None:
-    ground = Digits(tmp_path)
+    setup = Digits(tmp_path)
     names = ["vsd", "dmd2", "pcm"]
-    chosen = ground.students(names, [4])
-    assert left_out(ground.reaches(names), chosen) == {"vsd": "is asked for 1 step alone"}
+    chosen = setup.students(names, [4])
+    assert left_out(setup.steps_served(names), chosen) == {"vsd": "is asked for 1 step alone"}

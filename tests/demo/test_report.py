@@ -9,9 +9,9 @@ from rich.console import Console
 
 from stepdistill.demo.metrics import Row
 from stepdistill.demo.report import Report, print_report, write_report
-from stepdistill.demo.report_images import strip
 from stepdistill.demo.verdict import quality_checks, time_check
-from stepdistill.evaluation.samples import Spread
+from stepdistill.reporting.pictures import contact, ink
+from stepdistill.reporting.values import Measured
 
 
 def row(group: str, steps: int | None, frechet: float, recall: float = 0.85) -> Row:
@@ -20,10 +20,10 @@ def row(group: str, steps: int | None, frechet: float, recall: float = 0.85) -> 
         label=group if steps is None else f"{group} <{steps}>",
         group=group,
         steps=steps,
-        frechet=Spread(frechet, 0.1),
-        frechet_pixels=Spread(frechet / 4, 0.01),
-        recall=Spread(recall, 0.01),
-        accuracy=Spread(0.97, 0.01),
+        frechet=Measured(frechet, 0.1),
+        frechet_pixels=Measured(frechet / 4, 0.01),
+        recall=Measured(recall, 0.01),
+        accuracy=Measured(0.97, 0.01),
         network_calls=None if steps is None else float(steps),
         seconds_per_image=None if steps is None else 0.001 * steps,
         previews=torch.rand(20, 1, 8, 8, generator=generator) * 2 - 1,
@@ -118,7 +118,7 @@ def test_terminal_table_fits_80_columns(report: Report) -> None:
 def test_strip_places_each_image_with_dark_ink() -> None:
     images = torch.full((4, 1, 8, 8), -1.0)
     images[2] = 1.0  # ink
-    picture = strip(images, columns=2)
+    picture = contact([ink(image) for image in images], columns=2)
     assert picture.shape == (17, 17)
     assert (picture[9:, :8] == 0).all()
     assert (picture[:8, :8] == 255).all()

@@ -33,7 +33,7 @@ class Corners:
     """A feature network with nothing to load: the four corners' means of each channel."""
 
     name = "corners"
-    told: dict[str, str] = {"weights": "none", "preprocess": "as made"}  # noqa: RUF012
+    facts: dict[str, str] = {"weights": "none", "preprocess": "as made"}  # noqa: RUF012
 
     def preprocess(self, images: Tensor) -> Tensor:
         return images

@@ -9,12 +9,22 @@ import torch
 from PIL import Image
 from rewards.test_clip import save_tiny
 from safetensors.torch import save_file
-from transformers import Dinov2Config, Dinov2Model
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+)
 
+from stepdistill.demo.classifier import register_digits
 from stepdistill.evaluation.features import (
+    FEATURES,
     CLIPFeatures,
-    DINOFeatures,
     InceptionFeatures,
+    Kind,
+    VisionFeatures,
     clean_resize,
     feature_net,
     network_sha256,
@@ -62,7 +72,7 @@ def test_dino_features_are_the_class_token(tmp_path) -> None:
     steps = {"image_processor_type": "BitImageProcessor", "size": {"height": 28, "width": 28}}
     steps |= {"do_center_crop": False, "resample": 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(steps))
-    net = DINOFeatures(str(tmp_path))
+    net = VisionFeatures(str(tmp_path))
     made = net.preprocess(pixels())
     with torch.no_grad():
         expected = model(pixel_values=made).pooler_output
@@ -78,6 +88,7 @@ def test_pickled_inception_of_unknown_origin_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("text", ["inception", "resnet:x", ""])
 def test_an_unknown_network_is_refused(text) -> None:
+    register_digits()
     with pytest.raises(ValueError, match="features: expected digits, inception:FILE"):
         feature_net(text)
 
@@ -97,4 +108,67 @@ def test_inception_reads_tensors_and_gives_its_pool_features(tmp_path, monkeypat
         expected = random((pixels(1, 299) * 255).round().byte())[0]
     assert made.shape == (1, 2048)
     torch.testing.assert_close(made, expected.float())
-    assert net.told["weights"] == network_sha256(random)
+    assert net.facts["weights"] == network_sha256(random)
+
+
+class Mean:
+    """A network of a user's own module."""
+
+    name = "mean"
+    facts: dict[str, str] = {"weights": "none", "preprocess": "as made"}  # noqa: RUF012
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = device
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(2).mean(2)
+
+
+def test_a_module_s_own_network_is_named_by_its_address() -> None:
+    net = feature_net(f"{__name__}:Mean", "cpu")
+    assert (net.name, net(net.preprocess(pixels())).shape) == ("mean", (2, 3))
+    with pytest.raises(ValueError, match=f"features: expected Mode in module {__name__}"):
+        feature_net(f"{__name__}:Mode")
+
+
+def test_a_registered_name_is_found(monkeypatch) -> None:
+    monkeypatch.setitem(FEATURES, "mine", Kind("mine:FILE", lambda file, device: Mean(file)))
+    assert feature_net("mine:a.bin").device == "a.bin"  # type: ignore[attr-defined]
+
+
+def save_vision_model(folder, model) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.init_weights()
+    model.save_pretrained(folder)
+    steps = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(steps))
+
+
+def test_a_folder_s_vision_model_gives_its_pooled_output(tmp_path) -> None:
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    model = ResNetModel(config).eval()
+    save_vision_model(tmp_path / "a <net>", model)
+    net = feature_net(str(tmp_path / "a <net>"))
+    made = net.preprocess(pixels())
+    with torch.no_grad():
+        expected = model(made).pooler_output[:, :, 0, 0]
+    assert (net.name, expected.shape) == ("a <net>", (2, 8))
+    torch.testing.assert_close(net(made), expected)
+
+
+def test_of_a_model_of_images_and_text_the_first_half_counts(tmp_path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2}
+    text = {**small, "vocab_size": 9, "eos_token_id": 8}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
+    save_vision_model(tmp_path / "clip", model)
+    net = feature_net(str(tmp_path / "clip"))
+    made = net.preprocess(pixels())
+    with torch.no_grad():
+        expected = model.vision_model(made).pooler_output
+    torch.testing.assert_close(net(made), expected)

@@ -38,8 +38,8 @@ def test_resize_takes_the_middle_square_by_the_named_filter() -> None:
 
 
 def test_protocol_says_what_is_done() -> None:
-    assert Frame(256, 299, "bicubic").told() == "middle 299 px; square to 256 px, bicubic"
-    assert Frame().told() == "as made"
+    assert Frame(256, 299, "bicubic").text() == "middle 299 px; square to 256 px, bicubic"
+    assert Frame().text() == "as made"
 
 
 def test_wrong_frames_are_refused() -> None:

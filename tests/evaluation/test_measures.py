@@ -13,7 +13,7 @@ from stepdistill.evaluation.metrics import (
     seconds_per_image,
     set_distances,
 )
-from stepdistill.evaluation.samples import Spread
+from stepdistill.reporting.values import Measured
 from stepdistill.rewards.preference import linear_head
 
 
@@ -45,16 +45,16 @@ def test_distances_of_a_set_to_itself() -> None:
 
 def test_a_value_that_a_seed_lacks_is_left_out() -> None:
     made = numbers_of([{"a": 1.0, "b": None}, {"a": 3.0, "b": 2.0}], network="n")
-    assert made == [Number("a", Spread(2.0, pytest.approx(2**0.5)), "n")]
+    assert made == [Number("a", Measured(2.0, pytest.approx(2**0.5)), "n")]
 
 
 def test_a_number_is_found_by_network_and_reference() -> None:
     numbers = [
-        Number("frechet", Spread(1, 0), "x", "real"),
-        Number("frechet", Spread(2, 0), "x", "teacher"),
+        Number("frechet", Measured(1, 0), "x", "real"),
+        Number("frechet", Measured(2, 0), "x", "teacher"),
     ]
     system = System("a", "student", 1, numbers, 5)
-    assert system.get("frechet", "x", "teacher") == Spread(2, 0)
+    assert system.get("frechet", "x", "teacher") == Measured(2, 0)
     assert system.get("kid") is None
 
 

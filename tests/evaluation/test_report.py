@@ -14,10 +14,10 @@ from support.runs import teacher_dir
 
 from stepdistill.evaluation.metrics import Number, System
 from stepdistill.evaluation.options import Options
-from stepdistill.evaluation.protocol import UNNAMED, preset_told, protocol_line
+from stepdistill.evaluation.protocol import UNNAMED, preset_text, protocol_line
 from stepdistill.evaluation.report import Report
 from stepdistill.evaluation.run import evaluate
-from stepdistill.evaluation.samples import Spread
+from stepdistill.reporting.values import Measured
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_changed_preset_says_so_in_every_file(report) -> None:
 def told_of(name: str, networks: list[str], against: str = "real", **more: Any) -> str | None:
     given = {"teacher": "a", "student": ["b"], "reference": "photos", **more}
     plain = Options(preset=name, **given).model_dump()
-    return preset_told(plain, networks, against, 40_000)
+    return preset_text(plain, networks, against, 40_000)
 
 
 def test_a_preset_s_name_alone_is_on_its_own_numbers() -> None:
@@ -146,13 +146,13 @@ def test_what_a_preset_does_not_say_is_told(networks, against, more, changed) ->
 
 def test_several_changes_of_a_preset_are_all_told() -> None:
     plain = Options(preset="coco30k", teacher="a", student=["b"], num_prompts=3).model_dump()
-    told = preset_told(plain, ["dino"], "teacher", 0)
+    told = preset_text(plain, ["dino"], "teacher", 0)
     assert told == "coco30k, changed: num_prompts, features, no reference"
 
 
 def test_too_few_real_images_change_a_preset() -> None:
     plain = Options(preset="coco5k", teacher="a", student=["b"], reference="photos").model_dump()
-    assert preset_told(plain, ["inception"], "real", 9) == "coco5k, changed: num_reference"
+    assert preset_text(plain, ["inception"], "real", 9) == "coco5k, changed: num_reference"
 
 
 def test_what_presets_do_not_name_is_the_options_own() -> None:
@@ -167,5 +167,5 @@ def test_a_scorer_of_a_network_s_name_has_its_own_weights(report) -> None:
         "scorers": {"clip": "of the score"},
     }
     row = System("a", "student", 1, [], 6)
-    line = protocol_line(facts, "real", row, Number("score", Spread(1.0, 0.0), "clip"))
+    line = protocol_line(facts, "real", row, Number("score", Measured(1.0, 0.0), "clip"))
     assert (line["weights"], line["preprocess"]) == ("of the score", "")

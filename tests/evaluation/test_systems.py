@@ -20,7 +20,7 @@ from stepdistill.evaluation.systems import (
     Source,
     student_sources,
     teacher_sources,
-    told_apart,
+    with_distinct_labels,
 )
 
 LOADING = Loading(torch.device("cpu"))
@@ -103,7 +103,7 @@ def test_runs_of_one_name_are_two_students(run, tmp_path) -> None:
     first, second = sources(run, tmp_path, [2]) + sources(other, tmp_path, [2])
     exports = [path for path in (tmp_path / "exports").iterdir() if path.is_dir()]
     assert len(exports) == 2
-    one, two = told_apart([first, second])
+    one, two = with_distinct_labels([first, second])
     assert one.label != two.label
     assert one.label.endswith(f"/{run.name}")
     assert two.label == f"elsewhere/{run.name}"
@@ -111,7 +111,7 @@ def test_runs_of_one_name_are_two_students(run, tmp_path) -> None:
 
 def test_a_student_given_twice_is_refused(run, tmp_path) -> None:
     with pytest.raises(ValueError, match="student: expected each once"):
-        told_apart(sources(run / "lora", tmp_path) * 2)
+        with_distinct_labels(sources(run / "lora", tmp_path) * 2)
 
 
 def test_what_an_image_depends_on_is_told(run, tmp_path, tmp_path_factory) -> None:

@@ -336,7 +336,7 @@ def test_images_pass_gradients_to_latents(family) -> None:
 
 
 def test_grey_vae_reads_three_colours() -> None:
-    from stepdistill.demo.identity_vae import identity_vae
+    from stepdistill.testing.identity_vae import identity_vae
 
     pipeline = tiny_dit()
     pipeline.register_modules(vae=identity_vae(8))

@@ -10,15 +10,15 @@ from typing import Any
 
 from stepdistill.storage.files import locked
 
-KEPT = "students"
+STUDENTS = "students"
 
 
-def kept_at(out: Path, label: str, steps: int) -> Path:
+def best_student_folder(out: Path, label: str, steps: int) -> Path:
     """The folder of a method's pipeline for that many steps."""
-    return out / KEPT / f"{label}_{steps}"
+    return out / STUDENTS / f"{label}_{steps}"
 
 
-def keep(
+def keep_best(
     out: Path,
     known: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
@@ -28,8 +28,8 @@ def keep(
 
     Args: known: results of finished runs; rows: of this one; exported: steps -> its pipeline.
     """
-    (out / KEPT).mkdir(exist_ok=True)
-    with locked(out / KEPT):  # runs of other seeds end beside this one
+    (out / STUDENTS).mkdir(exist_ok=True)
+    with locked(out / STUDENTS):  # runs of other seeds end beside this one
         for row in rows:
             key = (row["label"], row["steps"])
             others = [
@@ -38,7 +38,7 @@ def keep(
                 for other in result["rows"]
                 if (other["label"], other["steps"]) == key
             ]
-            folder = kept_at(out, *key)
+            folder = best_student_folder(out, *key)
             if not folder.is_dir() or _distance(row) < min(others, default=math.inf):
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.move(exported(row["steps"]), folder)

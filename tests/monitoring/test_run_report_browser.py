@@ -11,8 +11,8 @@ from html import escape
 import pytest
 from PIL import Image
 
-from stepdistill.reporting.page import render
-from stepdistill.reporting.records import read_run
+from stepdistill.monitoring.records import read_run
+from stepdistill.monitoring.run_report import render
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 # A window is never as narrow as a phone; a frame is.

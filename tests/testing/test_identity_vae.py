@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from stepdistill.demo.identity_vae import identity_vae
+from stepdistill.testing.identity_vae import identity_vae
 
 
 def random_images(seed: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A user's ground: any served pipeline as the teacher, methods by their config files, `evaluate` as
+"""A user's setup: any served pipeline as the teacher, methods by their config files, `evaluate` as
 the judge.
 
 The same for every method: teacher, prompts, data, batch size, precision, tuning and guidance, where
@@ -34,8 +34,8 @@ from stepdistill.methods import METHODS
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 
-from .ground import TEACHER_ROWS, Ground, Plain
-from .students import Reach, Student
+from .students import StepsServed, Student
+from .teacher_setup import TEACHER_ROWS, Plain, TeacherSetup
 
 CONFIGS = Path(stepdistill.__file__).parents[1] / "configs" / "methods"  # in a checkout
 # What a comparison decides itself, whatever a file says.
@@ -50,7 +50,7 @@ ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
 
 
 @dataclass(frozen=True)
-class Own:
+class UserOptions:
     """What the user said. methods: name -> config file, or None for the bundled one's; settings:
     laid over every method's file."""
 
@@ -78,13 +78,13 @@ class Own:
         return {**told, "prompts": prompts}
 
 
-class OwnTeacher(Ground):
+class UserTeacher(TeacherSetup):
     """See the module."""
 
     threads = None
     only_claims = False
 
-    def __init__(self, out: Path, own: Own) -> None:
+    def __init__(self, out: Path, own: UserOptions) -> None:
         super().__init__(out)
         self.own = own
         facts = teacher_facts(own.teacher)
@@ -142,8 +142,10 @@ class OwnTeacher(Ground):
             **own.eval_options,
         )
 
-    def reaches(self, methods: Sequence[str]) -> dict[str, Reach]:
-        return {name: Reach.of_method(METHODS[self.settings(name)["method"]]) for name in methods}
+    def steps_served(self, methods: Sequence[str]) -> dict[str, StepsServed]:
+        return {
+            name: StepsServed.of_method(METHODS[self.settings(name)["method"]]) for name in methods
+        }
 
     def students(self, methods: Sequence[str], steps: Sequence[int] | None) -> list[Student]:
         return super().students(methods, steps or (1, 2, 4))

@@ -11,11 +11,11 @@ from typing import Any
 from stepdistill.config.recipes import recipes
 from stepdistill.storage.files import read_json
 
+from .best_students import STUDENTS
 from .curves import Curves, curves, falling
-from .ground import PAIRS_SECONDS, TEACHER_ROWS
-from .kept import KEPT
 from .runs import PLAN, failures, results
 from .table import Cell, Judged, caveats, cells, data_needs, recommend
+from .teacher_setup import PAIRS_SECONDS, TEACHER_ROWS
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Comparison:
     @property
     def is_reference(self) -> bool:
         """Whether the teacher's own images are what all others are judged by."""
-        own = [r for r in self.base if r.group == "teacher"]
-        return bool(own) and max(own, key=lambda r: r.steps or 0).frechet is None
+        rows = [r for r in self.base if r.group == "teacher"]
+        return bool(rows) and max(rows, key=lambda r: r.steps or 0).frechet is None
 
     def advice(self) -> list[str]:
         """See `table.recommend`."""
@@ -71,55 +71,62 @@ class Comparison:
 
 def read(out: Path) -> Comparison:
     """What a folder holds so far. Errors: ValueError where nothing was compared in it."""
-    kept = out / TEACHER_ROWS
-    if not kept.is_file():
+    if not (out / TEACHER_ROWS).is_file():
         raise ValueError(
             f"output_dir: expected a comparison (with {TEACHER_ROWS}), got {out}. Give --methods "
             "and --budget to make one."
         )
-    found = results(out)
-    base = [_judged(out, raw) for raw in json.loads(kept.read_text())]
-    students = [_judged(out, raw) for result in found for raw in result["rows"]]
+    finished = results(out)
     order = {name: index for index, name in enumerate(recipes())}
 
-    def sorted_by_recipe(values: dict[tuple[str, int], Any]) -> dict[tuple[str, int], Any]:
-        return {key: values[key] for key in sorted(values, key=lambda k: (order.get(k[0], 99), k))}
+    def by_recipe(values: Mapping[tuple[str, int], Any]) -> dict[tuple[str, int], Any]:
+        return dict(sorted(values.items(), key=lambda item: (order.get(item[0][0], 99), item[0])))
 
-    table, ways = sorted_by_recipe(cells(found)), sorted_by_recipe(curves(found))
-    runs = [{k: v for k, v in result.items() if k != "rows"} for result in found]
-    for run, result in zip(runs, found, strict=True):
-        run["method"] = result["rows"][0]["label"]
-        run["steps"] = [row["steps"] for row in result["rows"]]
-    facts = _facts(out, found)
-    needs, failed = data_needs(found), failures(out)
+    table = by_recipe(cells(finished))
     plan = read_json(out / PLAN) if (out / PLAN).is_file() else {}
-    absent = {
-        k: v for k, v in plan.get("left_out", {}).items() if k not in {key[0] for key in table}
-    }
-    return Comparison(table, base, students, runs, failed, needs, facts, ways, absent)
+    done = {recipe for recipe, _ in table}
+    runs = [
+        {
+            **{k: v for k, v in result.items() if k != "rows"},
+            "method": result["rows"][0]["label"],
+            "steps": [row["steps"] for row in result["rows"]],
+        }
+        for result in finished
+    ]
+    return Comparison(
+        table=table,
+        base=[_judged(out, raw) for raw in json.loads((out / TEACHER_ROWS).read_text())],
+        students=[_judged(out, raw) for result in finished for raw in result["rows"]],
+        runs=runs,
+        failed=failures(out),
+        needs=data_needs(finished),
+        facts=_facts(out, finished),
+        curves=by_recipe(curves(finished)),
+        left_out={k: v for k, v in plan.get("left_out", {}).items() if k not in done},
+    )
 
 
 def _judged(out: Path, raw: Mapping[str, Any]) -> Judged:
     """A row with its pictures where they lie; those that are gone are left out."""
-    kept = []
+    previews = []
     for preview in raw["previews"]:
         if isinstance(preview, str):
             places = [place for place in (out / preview, Path(preview)) if place.is_file()]
-            kept += [str(place) for place in places[:1]]
+            previews += [str(place) for place in places[:1]]
         else:
-            kept.append(preview)
-    return Judged.of({**raw, "previews": kept})
+            previews.append(preview)
+    return Judged.of({**raw, "previews": previews})
 
 
-def _facts(out: Path, found: Sequence[dict[str, Any]]) -> str:
-    seeds = sorted({result["seed"] for result in found})
-    budgets = sorted({result.get("budget") or f"{result['seconds']:g}s" for result in found})
-    told = f"Training seeds {seeds}, {', '.join(budgets)} for each student." if found else ""
-    took = out / PAIRS_SECONDS
-    if took.is_file():
-        told += (
-            f" The teacher's pairs, made once for all, took {json.loads(took.read_text()):.0f} s."
-        )
-    if (out / KEPT).is_dir():
-        told += f" The best seed's pipeline of each figure is kept in {KEPT}/."
-    return told.strip()
+def _facts(out: Path, finished: Sequence[dict[str, Any]]) -> str:
+    seeds = sorted({result["seed"] for result in finished})
+    budgets = sorted({result.get("budget") or f"{result['seconds']:g}s" for result in finished})
+    facts = []
+    if finished:
+        facts.append(f"Training seeds {seeds}, {', '.join(budgets)} for each student.")
+    if (out / PAIRS_SECONDS).is_file():
+        seconds = json.loads((out / PAIRS_SECONDS).read_text())
+        facts.append(f"The teacher's pairs, made once for all, took {seconds:.0f} s.")
+    if (out / STUDENTS).is_dir():
+        facts.append(f"The best seed's pipeline of each figure is kept in {STUDENTS}/.")
+    return " ".join(facts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stepdistill.comparison.kept import keep, kept_at
+from stepdistill.comparison.best_students import best_student_folder, keep_best
 from stepdistill.comparison.runs import check_finished, result_file, results
 from stepdistill.comparison.students import Student
 
@@ -27,7 +27,7 @@ def end(out: Path, seed: int, frechet: dict[int, float | None]) -> None:
         (work / str(steps)).mkdir(parents=True)
         (work / str(steps) / "seed").write_text(str(seed))
     made = rows("a", frechet)
-    keep(out, results(out), made, lambda steps: work / str(steps))
+    keep_best(out, results(out), made, lambda steps: work / str(steps))
     file = result_file(out, Student("a", tuple(frechet)), seed)
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({"rows": made, "settings": "one"}))
@@ -37,12 +37,12 @@ def test_each_step_count_keeps_its_best_seed_s_pipeline(tmp_path) -> None:
     end(tmp_path, 0, {1: 3.0, 4: None})
     end(tmp_path, 1, {1: 5.0, 4: 2.0})
     end(tmp_path, 2, {1: 2.0, 4: 2.5})
-    kept = {n: (kept_at(tmp_path, "a", n) / "seed").read_text() for n in (1, 4)}
+    kept = {n: (best_student_folder(tmp_path, "a", n) / "seed").read_text() for n in (1, 4)}
     assert kept == {1: "2", 4: "1"}
 
 
 class Settings:
-    """A ground whose students have that digest."""
+    """A setup whose students have that digest."""
 
     def __init__(self, digest: str) -> None:
         self.told = digest

@@ -9,29 +9,26 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 import yaml
-from diffusers import DiffusionPipeline
 from rich.console import Console
 
 from stepdistill.config.recipes import MethodRecipe, Training, recipe_for
-from stepdistill.evaluation.samples import PipelineSampler
+from stepdistill.demo.classifier import train_classifier
+from stepdistill.demo.data import load_digit_splits, write_data
+from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
+from stepdistill.demo.reload import Job, sample_in_fresh_process
+from stepdistill.demo.report import Report, print_report, write_report
+from stepdistill.demo.teacher import Teacher, TeacherConfig, load_or_train_teacher, quiet_loading
+from stepdistill.demo.verdict import quality_checks, time_check
+from stepdistill.reporting.values import counted
 from stepdistill.storage.checkpoints import list_checkpoints
 
-from .classifier import train_classifier
-from .data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
-from .metrics import NOISE_SEEDS, Judge, Row
-from .progress import Chain, Stage, watch
-from .reload import Job, sample_in_fresh_process
-from .report import Report, print_report, write_report
-from .teacher import Teacher, TeacherConfig, load_or_train_teacher
-from .verdict import quality_checks, time_check
+from ._chains import Chain, Stage, watch
 
-TEACHER_STEPS = (1, 2, 4, 8, 50)
 STUDENT_STEPS = (1, 4)
 
 
@@ -63,10 +60,7 @@ def run_demo(
 
     told = " and ".join(map(str, sizes))
     console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {told} steps")
-    write_image_folder(digits.train, out / "data")
-    (out / "data" / "prompts.txt").write_text(
-        "".join(f"{prompt_for(k)}\n" for k in range(len(DIGIT_NAMES)))
-    )
+    write_data(digits.train, out / "data")
     runs = {steps: out / f"{method}_{student}_{steps}step" for steps in sizes}
     if recipe.needs_pairs and not teacher.cached:
         shutil.rmtree(out / "pairs", ignore_errors=True)  # another teacher's
@@ -85,7 +79,7 @@ def run_demo(
     jobs = [Job(runs[steps] / "pipeline", steps) for steps in sizes]
     fresh = sample_in_fresh_process(jobs, judge.prompts, NOISE_SEEDS)
     for steps, made in zip(sizes, fresh, strict=True):
-        label = f"student, {steps} step{'s' if steps > 1 else ''}"
+        label = f"student, {counted(steps, 'step')}"
         rows.append(judge.score(label, "student", steps, made.samples))
 
     console.print("[bold]4/4[/bold] report")
@@ -103,12 +97,6 @@ def run_demo(
     print_report(report, console)
     console.print(f"\nreport: {html} and {png}", highlight=False)
     return report
-
-
-def quiet_loading() -> None:
-    """No bars for loading weights: they take a blink and would hide the demo's own."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _stages(
@@ -154,17 +142,15 @@ def _config(training: Training, folder: Path) -> Path:
 
 
 def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
-    """The teacher at each of TEACHER_STEPS; kept beside its weights for the next demo."""
-    kept = teacher.folder / "judged.json"
-    if teacher.cached and kept.is_file():
-        return Row.load_all(kept)
-    pipeline = DiffusionPipeline.from_pretrained(str(teacher.folder))
-    rows = []
-    for steps in TEACHER_STEPS:
-        label = f"teacher, {steps} step{'s' if steps > 1 else ''}"
-        call = {"num_inference_steps": steps, "guidance_scale": 1}
-        rows.append(judge.run(label, "teacher", steps, PipelineSampler(pipeline, call)))
-    Row.save_all(rows, kept)
+    """The teacher's rows, saved beside its weights for the next demo."""
+    saved = teacher.folder / "judged.json"
+    if teacher.cached and saved.is_file():
+        return Row.load_all(saved)
+    rows = [
+        replace(row, label=f"teacher, {counted(row.steps or 0, 'step')}")
+        for row in judge.teacher_rows(teacher.folder)
+    ]
+    Row.save_all(rows, saved)
     return rows
 
 

@@ -20,14 +20,14 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import MethodConfig
 from stepdistill.trainers import DistillationTrainer, trainer_class
 
-from .students import Reach, Student, students
+from .students import StepsServed, Student, students
 
 TEACHER_ROWS = "teacher_rows.json"
 PAIRS_SECONDS = "pairs_seconds.json"
 Plain = dict[str, Any]  # a row as JSON holds it, see table.Judged
 
 
-class Ground(ABC):
+class TeacherSetup(ABC):
     """One comparison's teacher, data, recipes and judge, all below the folder `out`."""
 
     threads: int | None = 1  # of torch in each run; None leaves it alone
@@ -45,7 +45,7 @@ class Ground(ABC):
         """Make what is missing: data, pairs, and TEACHER_ROWS with the teacher's rows."""
 
     @abstractmethod
-    def reaches(self, methods: Sequence[str]) -> dict[str, Reach]:
+    def steps_served(self, methods: Sequence[str]) -> dict[str, StepsServed]:
         """What each method can be asked for. Errors: ValueError for an unknown method."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Ground(ABC):
 
     def students(self, methods: Sequence[str], steps: Sequence[int] | None) -> list[Student]:
         """Who is compared. Errors: ValueError for an unknown method."""
-        return students(self.reaches(methods), steps, self.only_claims)
+        return students(self.steps_served(methods), steps, self.only_claims)
 
     def needs_pairs(self, chosen: Sequence[Student]) -> bool:
         """Whether one of these students learns from the teacher's pairs."""

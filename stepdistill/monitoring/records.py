@@ -19,7 +19,7 @@ def read_lines(path: Path) -> list[Record]:
     """
     if not path.is_file():
         return []
-    found: list[Record] = []
+    records: list[Record] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
@@ -30,8 +30,8 @@ def read_lines(path: Path) -> list[Record]:
             raise ValueError(f"{path}: expected JSON in line {number}, got {line[:40]!r}.") from err
         if not isinstance(record, dict):
             raise ValueError(f"{path}: expected an object in line {number}, got {line[:40]!r}.")
-        found.append(record)
-    return found
+        records.append(record)
+    return records
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def read_run(folder: Path) -> RunRecords:
             "a training run."
         )
     try:
-        told = json.loads(facts.read_text(encoding="utf-8"))
+        content = json.loads(facts.read_text(encoding="utf-8"))
         pointer = folder / "best.json"
         best = json.loads(pointer.read_text(encoding="utf-8")) if pointer.is_file() else None
     except json.JSONDecodeError as err:
@@ -71,7 +71,7 @@ def read_run(folder: Path) -> RunRecords:
     ends = [event for event in events if event.get("kind") == "end"]
     return RunRecords(
         folder,
-        told,
+        content,
         read_lines(folder / "log.jsonl"),
         read_lines(folder / "validation.jsonl"),
         [event for event in events if event.get("kind") == "alarm"],
@@ -82,9 +82,9 @@ def read_run(folder: Path) -> RunRecords:
 
 def series(records: Iterable[Mapping[str, Any]], prefix: str) -> dict[str, Points]:
     """Name after `prefix` -> (step, value) points, of the records' numbers."""
-    found: dict[str, Points] = {}
+    points: dict[str, Points] = {}
     for record in records:
         for key, value in record.items():
             if key.startswith(prefix) and isinstance(value, (int, float)):
-                found.setdefault(key[len(prefix) :], []).append((record["step"], value))
-    return found
+                points.setdefault(key[len(prefix) :], []).append((record["step"], value))
+    return points

@@ -1,4 +1,5 @@
-"""The demo's ground: handwritten digits, its recipes, and held-out digits to judge by."""
+"""What `compare` hands over where no teacher is given: the demo's handwritten digits, the methods'
+recipes for them, and held-out digits to judge by."""
 
 from __future__ import annotations
 
@@ -13,26 +14,23 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from stepdistill.comparison.students import StepsServed, Student, served_by_recipes
+from stepdistill.comparison.teacher_setup import TEACHER_ROWS, Plain, TeacherSetup
 from stepdistill.config.recipes import Training, recipe_name, recipes
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.demo.classifier import train_classifier
-from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
+from stepdistill.demo.data import load_digit_splits, write_data
 from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
-from stepdistill.demo.run import quiet_loading
-from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
+from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher, quiet_loading
 from stepdistill.evaluation.samples import PipelineSampler
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 
-from .ground import TEACHER_ROWS, Ground, Plain
-from .students import Reach, Student, reach_of_recipes
-
-TEACHER_STEPS = (1, 2, 4, 8, 50)
 PAIRS, PAIR_STEPS = 4096, 16
 
 
-class Digits(Ground):
+class Digits(TeacherSetup):
     """Teacher, data and pairs are made below `out`, once.
 
     Args: teacher_steps: a shorter training of the teacher than the demo's; noise_seeds: that each
@@ -62,9 +60,7 @@ class Digits(Ground):
         torch.set_num_threads(1)
         digits, out = load_digit_splits(), self.out
         teacher = load_or_train_teacher(self.config, digits.train, out / "teacher")
-        write_image_folder(digits.train, out / "data")
-        prompts = out / "data" / "prompts.txt"
-        prompts.write_text("".join(f"{prompt_for(k)}\n" for k in range(len(DIGIT_NAMES))))
+        prompts = write_data(digits.train, out / "data")
 
         def pairs() -> None:
             make_pairs(str(teacher.folder), prompts, out / "pairs", num_pairs=self.pairs,
@@ -72,23 +68,20 @@ class Digits(Ground):
 
         if needs_pairs:
             self.pairs_made(pairs, time.process_time)
-        kept = out / TEACHER_ROWS
-        if not kept.is_file():
-            pipeline, judge = DiffusionPipeline.from_pretrained(str(teacher.folder)), _judge()
-            rows = [judge.floor(self.seeds)]
-            for steps in TEACHER_STEPS:
-                call = {"num_inference_steps": steps, "guidance_scale": 1}
-                sampler = PipelineSampler(pipeline, call)
-                rows.append(judge.run("teacher", "teacher", steps, sampler, self.seeds))
-            Row.save_all(rows, kept)
+        if not (out / TEACHER_ROWS).is_file():
+            rows = [
+                _judge().floor(self.seeds),
+                *_judge().teacher_rows(teacher.folder, self.seeds),
+            ]
+            Row.save_all(rows, out / TEACHER_ROWS)
 
-    def reaches(self, methods: Sequence[str]) -> dict[str, Reach]:
-        reaches = reach_of_recipes()
+    def steps_served(self, methods: Sequence[str]) -> dict[str, StepsServed]:
+        served = served_by_recipes()
         try:
-            names = dict.fromkeys(recipe_name(name) for name in methods or reaches)
+            names = dict.fromkeys(recipe_name(name) for name in methods or served)
         except ValueError as err:
             raise ValueError(f"methods: {err}") from err
-        return {name: reaches[name] for name in names}
+        return {name: served[name] for name in names}
 
     def trainings(self, student: Student) -> list[Training]:
         return recipes()[student.recipe].trainings(student.trained_for)
