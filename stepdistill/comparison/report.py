@@ -74,7 +74,7 @@ def _row_text(row: Judged | None) -> str:
     """Its figures; its deviation is one over noise seeds, and left out."""
     if row is None or row.frechet is None:
         return ""
-    return _figures(row.frechet.mean, 0, row.recall and row.recall.mean)
+    return _figures(row.frechet.mean, 0, None if row.recall is None else row.recall.mean)
 
 
 def _lines(compared: Comparison) -> list[Line]:
@@ -188,8 +188,8 @@ def _strip(row: Judged) -> Strip:
     previews, half = row.previews, -(-len(row.previews) // 2)
     if previews and not isinstance(previews[0], str):
         images = [ink(preview) for preview in previews]
-        lines = [images[::2], images[1::2]]
+        lines: list[list[Any]] = [images[::2], images[1::2]]
     else:
-        lines = [previews[:half], previews[half:]]
+        lines = [[*previews[:half]], [*previews[half:]]]
     label = f"{row.label}, {counted(row.steps or 0, 'step')}"
     return Strip(row.group, label, caption, [line for line in lines if line])

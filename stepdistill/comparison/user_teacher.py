@@ -158,8 +158,8 @@ class UserTeacher(TeacherSetup):
         settings = read_yaml(file) if given or file.is_file() else {"method": name}
         settings = merge(settings, own.settings)
         settings = {key: value for key, value in settings.items() if key not in ELSEWHERE}
-        options = settings.get("method_config")
-        called, options = resolve_method(settings.get("method", name), options)
+        given_options: Any = settings.get("method_config")
+        called, options = resolve_method(str(settings.get("method", name)), given_options)
         settings |= {"method": called, "method_config": options}
         same: dict[str, Any] = {**OURS}
         same["mixed_precision"] = own.mixed_precision or (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, ValuesView
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def local_paths(value: Any) -> set[str]:
     return set().union(*map(local_paths, inner)) if isinstance(inner, _MANY) else set()
 
 
-_MANY = (list, tuple, type({}.values()))
+_MANY = (list, tuple, ValuesView)
 
 
 def named_alone(value: Any) -> Any:

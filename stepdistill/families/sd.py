@@ -35,7 +35,7 @@ class StableDiffusionFamily(Family):
     )
     tiny = "stepdistill.testing.tiny:tiny_sd"
     variants = {"sd_v": {"prediction_type": "v_prediction"}}
-    typed = ()
+    typed: ClassVar[tuple[str, ...]] = ()
     net_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
     supports_w: ClassVar[bool] = True
