@@ -17,29 +17,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from stepdistill.config.files import method_class, parse_run_config
+from stepdistill.config.files import method_class, parse_run_config, resolve_method
 from stepdistill.config.files import method_config as parse_method_config
+from stepdistill.config.flags import mistakes_in_one_line
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.families.family import Family
 from stepdistill.loading.source import ModelSource
+from stepdistill.methods import METHODS
 from stepdistill.monitoring.validation import validate
 from stepdistill.monitoring.watchdog import WatchdogStop
 from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
 from stepdistill.storage.files import read_json
 from stepdistill.training.checkpoint import named_checkpoint
-from stepdistill.training.sources import open_dataset
+from stepdistill.training.sources import open_dataset, open_gan_dataset
 from stepdistill.training.trainer import Trainer
 
 
 class DistillationTrainer(Trainer):
     """Base of the facades: checks that the method belongs to the class, and exports.
 
-    methods: names this class accepts; the first is the default.
+    It serves every method that names the same trainer as its `default` one; this class itself
+    those that name no other.
     """
 
-    methods: ClassVar[tuple[str, ...]] = ()
+    default: ClassVar[str] = ""
+
+    @classmethod
+    def methods(cls) -> tuple[str, ...]:
+        """The methods it serves, by name."""
+        own = METHODS[cls.default].trainer if cls.default else DistillationTrainer.__name__
+        return tuple(name for name, method in METHODS.items() if method.trainer == own)
 
     def __init__(
         self,
@@ -49,28 +58,25 @@ class DistillationTrainer(Trainer):
         method: str | None = None,
         method_config: Mapping[str, Any] | None = None,
         scorers: Mapping[str, Scorer] | None = None,
+        gan_dataset: Any = None,
     ) -> None:
-        method = method or self.methods[0]
-        method_class(method)
-        if method not in self.methods:
+        method, method_config = resolve_method(method or self.default, method_config)
+        if method not in self.methods():
             raise ValueError(
-                f"{type(self).__name__}: expected one of {self.methods}, got {method!r}. "
-                f"Use {TRAINER_OF[method].__name__}."
+                f"{type(self).__name__}: expected one of {self.methods()}, got {method!r}. "
+                f"Use {trainer_class(method).__name__}."
             )
-        super().__init__(model, method, args, train_dataset, method_config, scorers)
+        told = (method_config, scorers, gan_dataset)
+        super().__init__(model, method, args, train_dataset, *told)
 
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
         """The trainer a RunConfig describes, its data source opened."""
-        if run.method not in TRAINER_OF:
-            raise ValueError(
-                f"method: expected one that a trainer serves, got {run.method!r}. Add it to the "
-                "methods of a trainer in trainers.py."
-            )
-        return TRAINER_OF[run.method](
+        return trainer_class(run.method)(
             model=run.source,
             args=run.train_config(),
             train_dataset=open_dataset(run),
+            gan_dataset=open_gan_dataset(run),
             method=run.method,
             method_config=run.method_config,
         )
@@ -150,19 +156,19 @@ class DistillationTrainer(Trainer):
 class ConsistencyTrainer(DistillationTrainer):
     """Consistency distillation and latent consistency models (CD, LCM, LCM-LoRA)."""
 
-    methods = ("consistency",)
+    default = "consistency"
 
 
 class DistributionMatchingTrainer(DistillationTrainer):
     """Distribution matching distillation (DMD2, DMD) and its f-divergences (f-distill)."""
 
-    methods = ("dmd2", "f_distill", "dmd")
+    default = "dmd2"
 
 
 class LoRADistillationTrainer(DistillationTrainer):
     """Guidance distillation into an adapter or a copy, then progressive halving of the steps."""
 
-    methods = ("lora_guidance",)
+    default = "lora_guidance"
 
     def __init__(
         self,
@@ -175,8 +181,9 @@ class LoRADistillationTrainer(DistillationTrainer):
     ) -> None:
         from stepdistill.export.load import refuse_double_guidance
 
-        if method in (None, *self.methods):
-            config: Any = parse_method_config(self.methods[0], method_config or {})
+        name = method or self.default
+        if resolve_method(name)[0] in self.methods():
+            config: Any = parse_method_config(name, method_config or {})
             refuse_double_guidance(model, config.guidance)
         super().__init__(model, args, train_dataset, method, method_config, **others)
 
@@ -184,22 +191,23 @@ class LoRADistillationTrainer(DistillationTrainer):
 class ReflowTrainer(DistillationTrainer):
     """Rectified flow on noise-image pairs: reflow, rf++, SlimFlow, one-step distillation."""
 
-    methods = ("reflow", "rfpp", "slimflow")
+    default = "reflow"
 
 
 class TrajectorySegmentedTrainer(DistillationTrainer):
     """Trajectory-segmented consistency (TSCD of Hyper-SD) and phased consistency (PCM)."""
 
-    methods = ("tscd", "pcm")
+    default = "tscd"
 
 
 class VariationalScoreTrainer(DistillationTrainer):
     """Variational score distillation (VSD, SwiftBrush) from prompts alone."""
 
-    methods = ("vsd",)
+    default = "vsd"
 
 
 TRAINERS: tuple[type[DistillationTrainer], ...] = (
+    DistillationTrainer,
     ConsistencyTrainer,
     DistributionMatchingTrainer,
     LoRADistillationTrainer,
@@ -207,36 +215,42 @@ TRAINERS: tuple[type[DistillationTrainer], ...] = (
     TrajectorySegmentedTrainer,
     VariationalScoreTrainer,
 )
-TRAINER_OF: dict[str, type[DistillationTrainer]] = {
-    name: cls for cls in TRAINERS for name in cls.methods
-}
 
 
-def launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None = None) -> None:
-    """What `stepdistill train` and the launchers in train/ run: train, export, push when asked.
+def trainer_class(method: str) -> type[DistillationTrainer]:
+    """The trainer that a method names. Errors: ValueError where there is none of that name."""
+    cls, named = method_class(method), {trainer.__name__: trainer for trainer in TRAINERS}
+    if cls.trainer not in named:
+        raise ValueError(f"{cls.name}: expected a trainer of {[*named]}, got {cls.trainer!r}.")
+    return named[cls.trainer]
 
-    Exit statuses: 0 finished; 1 a mistake, told in one line; 75 stopped by SIGTERM or SIGUSR1 and
-    saved, start it again; 76 stopped by the watchdog, which names the last good checkpoint.
+
+def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
+    """What the launchers in train/ run: `train_run` of the files and flags, of its methods alone.
+
+    Exit statuses: those of `stepdistill train`.
     """
+    with mistakes_in_one_line():
+        run: RunConfig = parse_run_config(argv, prog="accelerate launch", method=trainer.default)
+        if run.method not in trainer.methods():
+            raise ValueError(
+                f"{trainer.__name__}: expected one of {trainer.methods()}, got method "
+                f"{run.method!r}. Use that method's launcher, or `stepdistill train`."
+            )
+        train_run(run)
+
+
+def train_run(run: RunConfig) -> None:
+    """Train, export, push when asked.
+
+    Errors: SystemExit 75 where SIGTERM or SIGUSR1 stopped it, saved; 76 where the watchdog did.
+    """
+    running = DistillationTrainer.from_config(run)
     try:
-        _launch(argv, trainer)
+        running.train()
     except WatchdogStop as stop:
         print("stopped: " + " ".join(str(stop).split()), file=sys.stderr)
         sys.exit(stop.status)
-    except (ValueError, TypeError, FloatingPointError, OSError) as err:
-        sys.exit("error: " + " ".join(str(err).split()))
-
-
-def _launch(argv: Sequence[str], trainer: type[DistillationTrainer] | None) -> None:
-    default = trainer.methods[0] if trainer is not None else ""
-    run = parse_run_config(argv, prog="accelerate launch", method=default)
-    if trainer is not None and run.method not in trainer.methods:
-        raise ValueError(
-            f"{trainer.__name__}: expected one of {trainer.methods}, got method {run.method!r}. "
-            "Use that method's launcher, or `stepdistill train`."
-        )
-    running = DistillationTrainer.from_config(run)
-    running.train()
     if running.stop.preempted:
         sys.exit(running.stop.status)
     folder = running.export(run.export_dir or Path(run.output_dir) / "pipeline")
@@ -262,9 +276,9 @@ def trainer_of_run(run_dir: str | Path, name: str | None = None) -> Distillation
         )
     keys = ("method", "model", "train_config", "method_config")
     facts = read_json(saved, keys)
-    if facts["method"] not in TRAINER_OF:
-        raise ValueError(f"{saved}: expected a method of {sorted(TRAINER_OF)}, got another.")
-    trainer = TRAINER_OF[facts["method"]](
+    if facts["method"] not in METHODS:
+        raise ValueError(f"{saved}: expected a method of {sorted(METHODS)}, got another.")
+    trainer = trainer_class(facts["method"])(
         model=ModelSource.of_run(facts),
         args=TrainConfig(
             **{

@@ -15,9 +15,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
-from stepdistill.families.registry import FAMILIES, family_class
+from stepdistill.families.registry import FAMILIES
 from stepdistill.methods import METHODS
-from stepdistill.trainers import TRAINER_OF
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,14 +39,36 @@ def test_python_example_runs(tmp_path, tmp_path_factory, monkeypatch) -> None:
 def test_method_table_is_the_package_s() -> None:
     rows = re.findall(r"^\| `(\w+)` \| .* \| `(\w+)` \| ([^|]+) \|$", README, flags=re.MULTILINE)
     told = {name: (trainer, status.strip()) for name, trainer, status in rows}
-    own = {name: (TRAINER_OF[name].__name__, info.status) for name, info in METHODS.items()}
+    own = {name: (cls.trainer, cls.status) for name, cls in METHODS.items()}
     assert told == own
 
 
 def test_family_table_is_the_package_s() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`[^|]*)+) \| [^|]+ \|$", README, flags=re.MULTILINE)
     told = {name: set(re.findall(r"`(\w+)`", classes)) for name, classes in rows}
-    assert told == {name: set(family_class(name).pipelines) for name in FAMILIES}
+    assert told == {name: set(family.pipelines) for name, family in FAMILIES.items()}
+
+
+def test_users_names_are_told() -> None:
+    said = README.split("Users' other names")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([\w+]+)`", said)) == {
+        a for cls in METHODS.values() for a in cls.aliases
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_table_of_what_is_typed_is_the_package_s(name) -> None:
+    table = README.split("| student of | typed")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|", table, flags=re.MULTILINE)
+    told = next((typed for who, typed in rows if f"`{name}`" in who), rows[-1][1])
+    assert tuple(re.findall(r"`(num\w+|guid\w+)`", told)) == FAMILIES[name].typed
+
+
+def test_families_without_a_lora_loader_are_told() -> None:
+    (said,) = re.findall(r"every family; (.*?), to which", README, flags=re.DOTALL)
+    names = {name.lower() for name in re.findall(r"\w+", said)} - {"and"}
+    without = {name for name, family in FAMILIES.items() if not family.has_lora_loader()}
+    assert names == {name.replace("_", "") for name in without}
 
 
 @pytest.mark.parametrize(

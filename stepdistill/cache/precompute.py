@@ -240,7 +240,7 @@ def prepare_cache(
     return dataset if cache.latents is None else _knowing(dataset, cache.latents.knows)
 
 
-def cache_run(run: RunConfig, dataset: Any) -> EncodedCache:
+def cache_run(run: RunConfig, *datasets: Any) -> EncodedCache:
     """Fill the cache of a run's own encoders and data, as its trainer would; nothing is trained.
 
     The denoiser is not loaded: text encoders and the autoencoder are all that must fit.
@@ -253,5 +253,6 @@ def cache_run(run: RunConfig, dataset: Any) -> EncodedCache:
     family = load_encoders(run.source, state.device)
     family.place_encoders(run.frozen_dtype, state.device)
     cache = EncodedCache(run.cache_dir, family, run.resolution)
-    prepare_cache(cache, dataset, run, state)
+    for dataset in datasets:
+        prepare_cache(cache, dataset, run, state)
     return cache

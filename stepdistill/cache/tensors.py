@@ -1,9 +1,9 @@
 """Encoded prompts and latents on disk, by the hash of what was encoded; read one row at a time.
 
 A folder holds the output of one encoder: shard-HASH.safetensors, in which rows of the same names,
-shapes and dtypes are stacked beside their keys. A shard is written under another name, flushed and
-renamed, and its name is the hash of its keys: a kill costs the shard in work, and the same prompts
-in the same order give the same files. Shards are only ever added.
+shapes and dtypes are stacked beside their keys (see storage/shard_files.py). A shard's name is the
+hash of its keys: a kill costs the shard in work, and the same prompts in the same order give the
+same files. Shards are only ever added, but for a broken one, which is deleted and made anew.
 """
 
 # Shapes: n rows of a shard, K keys of the folder.
@@ -15,17 +15,17 @@ import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
-from stepdistill.storage.files import write_atomic
+from stepdistill.storage.shard_files import HASH_BYTES, BrokenShardError, Shard, write_shard
 
 KEY_BYTES = 16
 _KEYS, _VALUE = "keys", "value."
@@ -54,13 +54,14 @@ def _sorted(words: NDArray[np.uint64], places: NDArray[np.uint32]) -> _Index:
 class TensorCache:
     """The rows of a folder. Opening it reads the keys alone: 24 bytes of memory a row.
 
-    Shards that are broken are left out with a warning, and their rows count as missing.
+    Shards that are broken are left out with a warning, and their rows count as missing: those cut
+    off when the folder is opened, those of a changed row when it is read.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._paths: list[Path] = []
-        self._handles: OrderedDict[int, Any] = OrderedDict()
+        self._handles: OrderedDict[int, Shard] = OrderedDict()
         self._parts: list[_Index] = []  # each sorted; joined when they become many
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             self._read(path)
@@ -74,13 +75,11 @@ class TensorCache:
 
     def _read(self, path: Path) -> None:
         try:
-            with safe_open(path, framework="pt") as file:
-                keys = file.get_tensor(_KEYS).numpy()
+            keys = Shard(path).column(_KEYS).numpy()
             if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
                 raise ValueError(f"keys of {keys.dtype} {keys.shape}")
-        except (SafetensorError, OSError, ValueError) as err:
-            told = " ".join(str(err).split())
-            warnings.warn(f"cache_dir: {path} is broken ({told}) and left out.", stacklevel=2)
+        except (ValueError, SafetensorError) as err:
+            warnings.warn(f"cache_dir: {path} is broken ({err}) and left out.", stacklevel=2)
             return
         rows = np.arange(len(keys), dtype=np.uint32)
         places = np.stack([np.full_like(rows, len(self._paths)), rows], axis=1)
@@ -122,22 +121,38 @@ class TensorCache:
         if found is None:
             return None
         shard, row = found
-        if shard not in self._handles:
-            self._handles[shard] = safe_open(self._paths[shard], framework="pt")
-            while len(self._handles) > _OPEN:
-                self._handles.popitem(last=False)
-        self._handles.move_to_end(shard)
-        file = self._handles[shard]
+        try:
+            if shard not in self._handles:
+                self._handles[shard] = Shard(self._paths[shard])
+                while len(self._handles) > _OPEN:
+                    self._handles.popitem(last=False)
+            self._handles.move_to_end(shard)
+            tensors = self._handles[shard].row(row)
+        except BrokenShardError as err:
+            self._drop(shard, err)
+            return None
         return {
-            name[len(_VALUE) :]: file.get_slice(name)[row].clone()
-            for name in file.keys()  # noqa: SIM118
-            if name.startswith(_VALUE)
+            name[len(_VALUE) :]: value for name, value in tensors.items() if name.startswith(_VALUE)
         }
+
+    def _drop(self, shard: int, why: BrokenShardError) -> None:
+        """Delete a shard and forget its rows: who fills the cache next makes them anew."""
+        warnings.warn(f"cache_dir: {why}. It is deleted, to be made anew.", stacklevel=3)
+        self._handles.pop(shard, None)
+        with suppress(OSError):  # a folder that we may not write: it stays, and is told of again
+            self._paths[shard].unlink(missing_ok=True)
+        for number, (words, places) in enumerate(self._parts):
+            others = places[:, 0] != shard
+            self._parts[number] = (words[others], places[others])
 
 
 def row_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a row on disk, but for its share of the header."""
-    return KEY_BYTES + sum(value.numel() * value.element_size() for value in tensors.values())
+    return (
+        KEY_BYTES
+        + HASH_BYTES
+        + sum(value.numel() * value.element_size() for value in tensors.values())
+    )
 
 
 class CacheWriter:
@@ -178,10 +193,8 @@ class CacheWriter:
         name = hashlib.sha256(joined).hexdigest()[:32]
         path = self.cache.folder / f"shard-{name}.safetensors"
         try:
-            # Not save_file: a kill would leave its own temporary file, under a random name.
-            write_atomic(path, lambda temporary: temporary.write_bytes(save(tensors)))
+            write_shard(path, tensors)
         except (OSError, SafetensorError) as err:
-            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             raise OSError(
                 f"cache_dir: expected to write {path}, got {' '.join(str(err).split())}. Free some "
                 "space and start again: what is written stays."

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stepdistill.demo.recipes import Training
+from stepdistill.config.recipes import Training
 from stepdistill.trainers import DistillationTrainer
 
 if TYPE_CHECKING:
@@ -88,9 +88,9 @@ def measure(ground: Ground, training: Training, scratch: Path) -> Cost:
     trainer = ground.trainer(training, WARM + FIRST + LATER, scratch, seed=0)
     train(trainer, WARM)
     first = train(trainer, WARM + FIRST) / FIRST
-    read, spent, step = trainer.batches_seen, 0.0, trainer.step
+    read, spent, step = trainer.feed.seen, 0.0, trainer.step
     while step < WARM + FIRST + LATER:
-        trainer.batches_seen = 0  # the same samples again
+        trainer.feed.seen = 0  # the same samples again
         end = min(step + WARM + FIRST, WARM + FIRST + LATER)
         spent += train(trainer, end)
         step = end

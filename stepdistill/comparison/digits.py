@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from stepdistill.config.recipes import Training, recipe_name, recipes
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.demo.classifier import train_classifier
 from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
 from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
-from stepdistill.demo.recipes import RECIPES, Training
 from stepdistill.demo.run import quiet_loading
 from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
 from stepdistill.evaluation.samples import PipelineSampler
@@ -26,7 +26,7 @@ from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 
 from .ground import TEACHER_ROWS, Ground, Plain
-from .students import ALIASES, Reach, Student, reach_of_recipes
+from .students import Reach, Student, reach_of_recipes
 
 TEACHER_STEPS = (1, 2, 4, 8, 50)
 PAIRS, PAIR_STEPS = 4096, 16
@@ -84,14 +84,14 @@ class Digits(Ground):
 
     def reaches(self, methods: Sequence[str]) -> dict[str, Reach]:
         reaches = reach_of_recipes()
-        names = dict.fromkeys(ALIASES.get(name, name) for name in methods or reaches)
-        unknown = [name for name in names if name not in reaches]
-        if unknown:
-            raise ValueError(f"methods: expected some of {sorted(reaches)}, got {unknown[0]!r}.")
+        try:
+            names = dict.fromkeys(recipe_name(name) for name in methods or reaches)
+        except ValueError as err:
+            raise ValueError(f"methods: {err}") from err
         return {name: reaches[name] for name in names}
 
     def trainings(self, student: Student) -> list[Training]:
-        return RECIPES[student.recipe].trainings(student.trained_for)
+        return recipes()[student.recipe].trainings(student.trained_for)
 
     def dataset(self, training: Training) -> Any:
         if training.data == "prompts":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.demo.recipes import RECIPES
+from stepdistill.config.recipes import recipes
 from stepdistill.storage.files import read_json
 
 from .curves import Curves, curves, falling
@@ -80,7 +80,7 @@ def read(out: Path) -> Comparison:
     found = results(out)
     base = [_judged(out, raw) for raw in json.loads(kept.read_text())]
     students = [_judged(out, raw) for result in found for raw in result["rows"]]
-    order = {name: index for index, name in enumerate(RECIPES)}
+    order = {name: index for index, name in enumerate(recipes())}
 
     def sorted_by_recipe(values: dict[tuple[str, int], Any]) -> dict[tuple[str, int], Any]:
         return {key: values[key] for key in sorted(values, key=lambda k: (order.get(k[0], 99), k))}

@@ -6,18 +6,19 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from stepdistill.config.files import explain, method_config
+from stepdistill.config.files import method_class, method_config
+from stepdistill.config.flags import explain
+from stepdistill.config.recipes import Training
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import MethodConfig
-from stepdistill.demo.recipes import Training
-from stepdistill.trainers import TRAINER_OF, DistillationTrainer
+from stepdistill.trainers import DistillationTrainer, trainer_class
 
 from .students import Reach, Student, students
 
@@ -119,15 +120,14 @@ class Ground(ABC):
 
     def terms(self, training: Training) -> dict[str, str]:
         """What a reader compares methods by, where it is not the same for all."""
-        _, args, options = self.configs(training, 1000)
-        told: Mapping[str, Any] = options.model_dump()
-        guidance = told.get("guidance", told.get("guidance_range"))
-        if guidance is None:
-            guidance = self.pairs_guidance() if training.data == "pairs" else "none"
-        ends = guidance if _is_range(guidance) else [guidance]
-        texts = [one if isinstance(one, str) else f"{one:g}" for one in ends]
+        method, args, options = self.configs(training, 1000)
+        cls, ends = method_class(method), tuple[float, ...]()
+        if cls.guidance_options:
+            ends = cls.guidance_of(options)
+        elif training.data == "pairs":
+            ends = (self.pairs_guidance(),)
         return {
-            "guidance": " to ".join(dict.fromkeys(texts)),
+            "guidance": " to ".join(dict.fromkeys(f"{g:g}" for g in ends)) or "none",
             "batch size": str(args.train_batch_size * args.gradient_accumulation_steps),
             "student": args.tuning.student,
         }
@@ -155,14 +155,10 @@ class Ground(ABC):
                 "resume_from_checkpoint": "latest",
             }
         method, args, _ = self.configs(training, updates, **ours)
-        return TRAINER_OF[method](
+        return trainer_class(method)(
             model,
             args,
             self.dataset(training),
             method=method,
             method_config=training.lasting(updates).get("method_config", {}),
         )
-
-
-def _is_range(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)

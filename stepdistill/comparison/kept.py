@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from stepdistill.storage.files import locked
 
 KEPT = "students"
 
@@ -29,7 +29,7 @@ def keep(
     Args: known: results of finished runs; rows: of this one; exported: steps -> its pipeline.
     """
     (out / KEPT).mkdir(exist_ok=True)
-    with FileLock(out / KEPT / ".lock"):  # runs of other seeds end beside this one
+    with locked(out / KEPT):  # runs of other seeds end beside this one
         for row in rows:
             key = (row["label"], row["steps"])
             others = [

@@ -19,24 +19,25 @@ from typing import Any
 import torch
 
 import stepdistill
-from stepdistill.config.files import merge, method_class, read_yaml
+from stepdistill.config.files import resolve_method
+from stepdistill.config.flags import merge, read_yaml
+from stepdistill.config.recipes import Training
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
-from stepdistill.demo.recipes import Training
 from stepdistill.evaluation.features import feature_net
 from stepdistill.evaluation.metrics import System
-from stepdistill.evaluation.run import Options, evaluate, read_prompts
+from stepdistill.evaluation.options import Options
+from stepdistill.evaluation.run import evaluate, read_prompts
 from stepdistill.families.registry import teacher_facts
 from stepdistill.methods import METHODS
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 
 from .ground import TEACHER_ROWS, Ground, Plain
-from .students import Reach, Student, reach_of_methods
+from .students import Reach, Student
 
 CONFIGS = Path(stepdistill.__file__).parents[1] / "configs" / "methods"  # in a checkout
-FILE_OF = {"reflow": "reflow_distill"}  # its other stage ends in no few-step student
 # What a comparison decides itself, whatever a file says.
 OURS: Mapping[str, Any] = {
     "checkpointing_steps": 0, "resume_from_checkpoint": None, "validation_steps": 0,
@@ -50,7 +51,8 @@ ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
 
 @dataclass(frozen=True)
 class Own:
-    """What the user said. methods: name -> config file, or None for the bundled one's."""
+    """What the user said. methods: name -> config file, or None for the bundled one's; settings:
+    laid over every method's file."""
 
     teacher: str
     prompts_file: str
@@ -58,7 +60,7 @@ class Own:
     train_data_dir: str | None = None
     reference: str | None = None
     methods: Mapping[str, str | None] = field(default_factory=dict)
-    config: Sequence[str] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     guidance: float | None = None
     student: str | None = None
     train_batch_size: int | None = None
@@ -129,11 +131,11 @@ class OwnTeacher(Ground):
         own = self.own
         return Options(
             teacher=own.teacher,
-            student=student,
+            student=tuple(student),
             prompts_file=own.prompts_file,
             output_dir=str(self.out / "evaluation"),
-            teacher_steps=own.teacher_steps,
-            features=own.features,
+            teacher_steps=tuple(own.teacher_steps),
+            features=tuple(own.features),
             reference=own.reference,
             guidance=own.guidance,
             resolution=own.resolution,
@@ -141,13 +143,7 @@ class OwnTeacher(Ground):
         )
 
     def reaches(self, methods: Sequence[str]) -> dict[str, Reach]:
-        reaches = {}
-        known = reach_of_methods()
-        for name in methods:
-            reaches[name] = known.get(
-                self.settings(name)["method"], Reach((1, 2, 4), False, "images")
-            )
-        return reaches
+        return {name: Reach.of_method(METHODS[self.settings(name)["method"]]) for name in methods}
 
     def students(self, methods: Sequence[str], steps: Sequence[int] | None) -> list[Student]:
         return super().students(methods, steps or (1, 2, 4))
@@ -155,14 +151,14 @@ class OwnTeacher(Ground):
     def settings(self, name: str) -> dict[str, Any]:
         """A method's config file under what is the same for all."""
         own, given = self.own, self.own.methods.get(name)
-        file = Path(given) if given else CONFIGS / f"{FILE_OF.get(name, name)}.yaml"
+        file = Path(given) if given else bundled(name)
         # An installed package has no configs/: the method's own defaults.
         settings = read_yaml(file) if given or file.is_file() else {"method": name}
-        for path in own.config:
-            settings = merge(settings, read_yaml(path))
+        settings = merge(settings, own.settings)
         settings = {key: value for key, value in settings.items() if key not in ELSEWHERE}
-        settings.setdefault("method", name)
-        fields = method_class(settings["method"]).Config.model_fields
+        options = settings.get("method_config")
+        called, options = resolve_method(settings.get("method", name), options)
+        settings |= {"method": called, "method_config": options}
         same: dict[str, Any] = {**OURS}
         same["mixed_precision"] = own.mixed_precision or (
             "bf16" if torch.cuda.is_available() else "no"
@@ -174,23 +170,15 @@ class OwnTeacher(Ground):
         if own.student:
             same["tuning"] = {"student": own.student, "fake": own.student}
         if own.guidance is not None:
-            told = {"guidance": own.guidance, "guidance_range": [own.guidance] * 2}
-            told["embed_guidance"] = False  # one guidance needs no telling
-            if "guidance" in fields:
-                told.pop("guidance_range")
-            same["method_config"] = {key: v for key, v in told.items() if key in fields}
+            same["method_config"] = METHODS[called].options_at(own.guidance)
         return merge(settings, same)
 
     def trainings(self, student: Student) -> list[Training]:
         settings = self.settings(student.recipe)
-        info = method_class(settings["method"])
-        name = "num_phases" if "num_phases" in info.Config.model_fields else "num_steps"
-        several = isinstance(info.Config.model_fields[name].default, tuple)
-        count: Any = [student.trained_for] if several else student.trained_for
-        settings = merge(settings, {"method_config": {name: count}})
+        method = METHODS[settings["method"]]
+        settings = merge(settings, {"method_config": method.for_steps(student.trained_for)})
         settings.setdefault("max_train_steps", 1000)
-        reach = reach_of_methods().get(settings["method"])
-        data = reach.data if reach else "images"
+        data = method.data
         if data == "images" and self.own.train_data_dir is None:
             data = "pairs"  # whose images the teacher made
         return [Scaled(student.recipe, settings, data)]
@@ -240,11 +228,19 @@ def split_methods(texts: Sequence[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for text in texts:
         name, _, file = text.partition("=")
-        bundled = CONFIGS / f"{FILE_OF.get(name, name)}.yaml"
-        if not file and not bundled.is_file() and name not in METHODS:
-            raise ValueError(
-                f"methods: expected a method of {sorted(METHODS)}, a file of configs/methods or "
-                f"NAME=FILE, got {text!r}."
-            )
+        if not file and not bundled(name).is_file():
+            try:
+                resolve_method(name)
+            except ValueError as err:
+                raise ValueError(
+                    f"methods: expected a method of {sorted(METHODS)}, a file of configs/methods "
+                    f"or NAME=FILE, got {text!r}."
+                ) from err
         found[name] = file or None
     return found
+
+
+def bundled(name: str) -> Path:
+    """Where a checkout has the settings of that name."""
+    own = METHODS[name].settings_file if name in METHODS else ""
+    return CONFIGS / f"{own or name}.yaml"

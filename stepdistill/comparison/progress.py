@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepdistill.demo.recipes import Training
+from stepdistill.config.recipes import Training
 from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.storage.files import read_json, write_text
 from stepdistill.training.checkpoint import read_state

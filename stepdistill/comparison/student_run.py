@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
-from stepdistill.demo.recipes import Training
-from stepdistill.storage.files import read_json, write_text
+from stepdistill.config.recipes import Training
+from stepdistill.storage.files import locked, read_json, write_text
 from stepdistill.trainers import DistillationTrainer
 
 from .cost import measure, train
@@ -58,7 +57,7 @@ def run_student(
     work = ground.out / "work" / f"{student.name}_seed{seed}"
     work.parent.mkdir(parents=True, exist_ok=True)
     # The run of a caller that was killed may still be at it: it is waited for.
-    with FileLock(work.with_suffix(".lock")):
+    with locked(work):
         if file.is_file():
             return
         trainings = ground.trainings(student)

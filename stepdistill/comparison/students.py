@@ -6,10 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from stepdistill.demo.recipes import RECIPES
-
-ALIASES = {"lcm": "consistency"}  # of the demo's recipes; there is a configs/methods/lcm.yaml
+from stepdistill.config.recipes import recipes
+from stepdistill.core.method import Data, Method
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,12 @@ class Reach:
 
     claims: tuple[int, ...]
     one_student: bool
-    data: str
+    data: Data
+
+    @classmethod
+    def of_method(cls, method: type[Method[Any]]) -> Reach:
+        """By the facts on its class."""
+        return cls(method.steps, method.one_student, method.data)
 
     def of(self, steps: Sequence[int] | None, only_claims: bool) -> tuple[int, ...]:
         """The asked step counts that make sense; all claims where none are asked for.
@@ -71,17 +76,10 @@ class Reach:
 
 
 def reach_of_recipes() -> dict[str, Reach]:
-    """Of the demo's recipes."""
+    """Of the methods' recipes for the digits."""
     return {
-        name: Reach(recipe.claims, recipe.one_student, recipe.data)
-        for name, recipe in RECIPES.items()
-    }
-
-
-def reach_of_methods() -> dict[str, Reach]:
-    """Of the methods themselves, each by the recipe of its own name."""
-    return {
-        name: reach for name, reach in reach_of_recipes().items() if RECIPES[name].method == name
+        name: Reach(recipe.claims, recipe.method.one_student, recipe.method.data)
+        for name, recipe in recipes().items()
     }
 
 

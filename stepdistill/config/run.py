@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import (
@@ -18,11 +18,14 @@ from pydantic import (
     ModelWrapValidatorHandler,
     model_validator,
 )
+from pydantic_settings import CliSuppress
+from typing_extensions import Self
 
+from stepdistill.config.flags import AT_COMMAS
 from stepdistill.config.metrics import BEST_METRICS, METRICS
+from stepdistill.config.teacher import TeacherOptions
 from stepdistill.config.tuning import Tuning
 from stepdistill.config.watchdog import WatchdogConfig
-from stepdistill.loading.source import ModelSource
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
@@ -130,7 +133,7 @@ class TrainConfig(BaseModel):
     # ---------------------------------------------------- logs, checkpoints
     logging_steps: int = Field(default=10, ge=1)
     """Student updates between log lines (means over the window)."""
-    report_to: list[str] = []
+    report_to: Annotated[list[str], AT_COMMAS] = []
     """Accelerate trackers besides the JSONL log: tensorboard, wandb, ..."""
     disable_progress_bar: bool = False
     """Print no tqdm bar."""
@@ -226,10 +229,14 @@ class TrainConfig(BaseModel):
             )
 
 
-class DataConfig(BaseModel):
-    """Where training data comes from; a launcher takes exactly one source."""
+_SOURCES = ("prompts_file", "train_data_dir", "pairs_dir", "tar_shards", "dataset_name")
+
+
+class SourceConfig(BaseModel):
+    """One source of data, and how it is read."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    where: ClassVar[str] = "data"
 
     prompts_file: str | None = None
     """Text file, one prompt a line (for class-conditional models: one label a line)."""
@@ -258,30 +265,56 @@ class DataConfig(BaseModel):
     shuffle_buffer: int = Field(default=4096, ge=1)
     """Samples that tar shards (by number) and streams (held in memory) are shuffled within."""
 
+    @property
+    def source(self) -> str | None:
+        """The option that names the source, or None."""
+        return next((name for name in _SOURCES if getattr(self, name) is not None), None)
+
     @model_validator(mode="after")
-    def _one_source(self) -> DataConfig:
-        sources = ("prompts_file", "train_data_dir", "pairs_dir", "tar_shards", "dataset_name")
-        given = [name for name in sources if getattr(self, name) is not None]
+    def _one_source(self) -> Self:
+        given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"data: expected one source, got {given}. Keep one of them.")
+            raise ValueError(f"{self.where}: expected one source, got {given}. Keep one of them.")
         if self.streaming and self.dataset_name is None:
-            raise ValueError("data: expected dataset_name beside streaming, got none.")
+            raise ValueError(f"{self.where}: expected dataset_name beside streaming, got none.")
         return self
 
 
-class RunConfig(TrainConfig):
+class GANDataConfig(SourceConfig):
+    """Real samples for a discriminator, where they are not the run's own data."""
+
+    where: ClassVar[str] = "data.gan"
+
+    prompts_file: CliSuppress[str | None] = None
+    """No source of images."""
+
+    @model_validator(mode="after")
+    def _of_images(self) -> Self:
+        expected = (
+            "data.gan: expected a source of images (--data.gan.train_data_dir, .tar_shards, "
+            ".dataset_name or .pairs_dir), got "
+        )
+        if self.prompts_file is not None:
+            raise ValueError(
+                f"{expected}prompts_file {self.prompts_file!r}. Prompts of the generator are "
+                "--data.prompts_file"
+            )
+        told = self.model_dump(exclude_defaults=True)
+        if told and self.source is None:
+            raise ValueError(f"{expected}none beside {sorted(told)}")
+        return self
+
+
+class DataConfig(SourceConfig):
+    """Where training data comes from; a launcher takes exactly one source."""
+
+    gan: GANDataConfig = GANDataConfig()
+    """Real images with their own captions for the GAN; none means the run's own data."""
+
+
+class RunConfig(TrainConfig, TeacherOptions):
     """A whole run: what to distil, with which method, on which data."""
 
-    pretrained_model_name_or_path: str
-    """Teacher pipeline: local folder or Hub id."""
-    revision: str | None = None
-    """Hub revision of the teacher."""
-    variant: str | None = None
-    """Weight-file variant of the teacher, such as fp16."""
-    teacher_lora: list[str] = []
-    """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
-    single_file_config: str | None = None
-    """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
     method: str
     """Distillation method; `stepdistill list` shows them."""
     method_config: dict[str, Any] = {}
@@ -290,17 +323,6 @@ class RunConfig(TrainConfig):
     """Training data."""
     export_dir: str | None = None
     """Where to write the distilled pipeline; none means OUTPUT_DIR/pipeline."""
-
-    @property
-    def source(self) -> ModelSource:
-        """The teacher."""
-        return ModelSource(
-            self.pretrained_model_name_or_path,
-            self.revision,
-            self.variant,
-            tuple(self.teacher_lora),
-            self.single_file_config,
-        )
 
     def train_config(self) -> TrainConfig:
         """The part that says how to train."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from stepdistill.config.flags import AT_COMMAS
 
 Quantization = Literal["none", "int8", "nf4"]  # here, so that reading options imports no network
 Layout = Literal["lora", "full"]
@@ -30,7 +32,7 @@ class Tuning(BaseModel):
     """LoRA rank of the fake's adapter; none means `rank`."""
     fake_alpha: float | None = Field(default=None, gt=0)
     """LoRA alpha of the fake's adapter; none means `alpha`."""
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Annotated[tuple[str, ...] | None, AT_COMMAS] = None
     """Module name endings that get an adapter; none means the family's list."""
     student_config: dict[str, Any] | str | None = None
     """Student of another architecture: keys of the denoiser's config to change, or a config.json.

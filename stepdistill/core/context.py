@@ -80,6 +80,11 @@ class Ctx:
             )
         )
 
+    def between(self, bounds: tuple[float, float], bsz: int) -> float | Tensor:
+        """Uniform between the bounds, (B,) float64, or the number where they are equal."""
+        low, high = bounds
+        return low if low == high else low + (high - low) * self.rand(bsz)
+
     def stratified(self, bsz: int) -> Tensor:
         """Uniform [0, 1) (B,) float64, one draw in each of the global batch's equal strata.
 
@@ -102,6 +107,11 @@ class Ctx:
     def shared_rand(self) -> float:
         """One uniform number in [0, 1), the same on every rank."""
         return float(torch.rand(1, generator=self._shared, dtype=torch.float64).item())
+
+    def host_rand(self, bsz: int) -> Tensor:
+        """As `rand`, on the CPU: for choices that tensors kept there must follow."""
+        count = bsz * self.world_size
+        return self._rows(torch.rand(count, generator=self._shared, dtype=torch.float64))
 
     def times(self, t: float, bsz: int) -> Tensor:
         """(B,) float64 filled with t on the run's device."""

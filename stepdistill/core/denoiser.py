@@ -9,8 +9,10 @@ x0, eps, v and flow are affine in the raw output at fixed x_t, guiding the raw o
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -89,6 +91,23 @@ class Denoiser(ABC):
     kind: PredictionType
     embeds_guidance: bool = False
     has_null: bool = True
+    null_skips: tuple[str, ...] = ()  # blocks that the null pass of guidance leaves out
+
+    def skipping(self, blocks: Sequence[str]) -> Denoiser:
+        """The same with skip-layer guidance: null passes without these blocks, in a call apart.
+
+        Args: blocks: by the family's names; none gives this denoiser itself.
+        """
+        other = copy.copy(self) if blocks else self
+        if blocks:
+            other.null_skips = tuple(blocks)
+        return other
+
+    def without(self, blocks: Sequence[str]) -> AbstractContextManager[None]:
+        """Within: calls in which these blocks give back their input."""
+        raise ValueError(
+            f"denoiser: expected no blocks to leave out of {type(self).__name__}, got {blocks}."
+        )
 
     @abstractmethod
     def raw(
@@ -151,6 +170,13 @@ class Denoiser(ABC):
         if null is None:
             raise ValueError("denoiser: expected a null condition with guidance, got None.")
         assert guidance is not None
+
+        if self.null_skips:
+            out, feats = self.raw(x_t, t, cond, s, w, features)
+            with self.without(self.null_skips):
+                without, _ = self.raw(x_t, t, null, s, w, ())
+            guided = self.guide(full(out), full(without), guidance)
+            return Prediction(guided, x_t, t, self.path, self.kind, feats)
 
         def double(x: Tensor | None) -> Tensor | None:
             return None if x is None else torch.cat([x, x])

@@ -18,6 +18,7 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.path import NoisePath, PredictionType
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Losses
 
@@ -34,7 +35,7 @@ class Role:
     extra_inputs: inputs the stock network lacks: "w" (guidance embedding).
     as_flow: read the output as velocity at (x, num_train_timesteps * t), whatever the teacher
         predicted (InstaFlow's raw set-up).
-    features: blocks a head reads, by the family's names ("mid" exists everywhere).
+    features: blocks a head reads, by the family's names ("mid" exists everywhere, ("all",) is all).
     """
 
     source: Literal["teacher", "head"] = "teacher"
@@ -95,7 +96,7 @@ Loss = Callable[[Nets, Batch, Ctx], Losses]
 class Phase:
     """A loss and the roles it trains; one optimiser update for each of `repeat` repeats.
 
-    reads_x0: whether the loss reads batch.x0; where not, no image is encoded for it.
+    reads_x0, reads_real: whether the loss reads batch.x0, batch.real; others are not encoded.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Phase:
     trains: tuple[str, ...]
     repeat: int = 1
     reads_x0: bool = True
+    reads_real: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,21 @@ class Setting:
     shift: float = 1.0
 
 
+@dataclass(frozen=True)
+class FakeFit:
+    """How a method calls the fake score that it fits to the student's samples.
+
+    teacher, fake: guidance of each in the student's gradient; means where it is drawn anew.
+    fitted: guidance of the prediction that is fitted (1 in all but SiD-LSG).
+    last_step: whether it is fitted to what the sampler's last step alone makes.
+    """
+
+    teacher: float
+    fake: float = 1.0
+    fitted: float = 1.0
+    last_step: bool = False
+
+
 class MethodConfig(BaseModel):
     """Base of every method's Config: unknown keys are errors, values are checked once."""
 
@@ -124,27 +141,112 @@ class MethodConfig(BaseModel):
 
 
 C = TypeVar("C", bound=MethodConfig)
+Status = Literal["derived", "checked on analytic teachers", "trained on real data here"]
+Data = Literal["prompts", "images", "pairs"]
+# Batch fields that each kind of data fills.
+FIELDS: Mapping[Data, frozenset[str]] = {
+    "prompts": frozenset({"cond"}),
+    "images": frozenset({"cond", "x0"}),
+    "pairs": frozenset({"cond", "x0", "noise"}),
+}
 
 
 class Method(ABC, Generic[C]):
-    """One distillation algorithm.
+    """One distillation algorithm, and all that others must know of it.
 
-    name: the key in METHODS. paper: its source. Config: its options.
+    name: the key in METHODS, of its file or entry point. paper: its source. Config: its options.
+    status: how far it was tried.
+    aliases: users' other names for it, in small letters with underscores, each with the options
+        that it stands for.
+    trainer: the name of the trainer class that serves it.
+    guidance_options: the options that say how its losses guide the teacher, each a number g, a
+        range of g or a switch. The first that is set to a number or a range counts. All of these
+        have to be 1 where the model has no null condition.
+    data: what it learns from by default: prompts, images, or the teacher's noise-image pairs.
+    steps: the step counts it is meant for. one_student: whether one training serves all of them.
+    steps_option: the option that sets how many steps a student takes.
+    any_student: whether a student of another architecture than the teacher's makes sense.
+    settings_file: its file in configs/methods that ends in a few-step student, if not NAME.yaml.
+    digits: how students of the demo's digits are trained; none: by the common settings.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
-    any_student: ClassVar[bool] = True  # whether a student of another architecture makes sense
+    guidance_options: ClassVar[tuple[str, ...]] = ()
+    status: ClassVar[Status] = "derived"
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    trainer: ClassVar[str] = "DistillationTrainer"
+    data: ClassVar[Data] = "prompts"
+    steps: ClassVar[tuple[int, ...]] = (1, 2, 4)
+    one_student: ClassVar[bool] = False
+    steps_option: ClassVar[str] = "num_steps"
+    any_student: ClassVar[bool] = True
+    settings_file: ClassVar[str] = ""
+    digits: ClassVar[tuple[Recipe, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What stands on a method is not said of the methods derived from it."""
+        super().__init_subclass__(**kwargs)
+        for fact in ("status", "aliases", "settings_file", "digits"):
+            if fact not in vars(cls):
+                setattr(cls, fact, vars(Method)[fact])
 
     def __init__(self, config: C, setting: Setting) -> None:
         self.config = config
         self.setting = setting
 
+    @classmethod
+    def for_steps(cls, num_steps: int) -> dict[str, Any]:
+        """The options of a student of that many steps."""
+        several = isinstance(cls.Config.model_fields[cls.steps_option].default, tuple)
+        return {cls.steps_option: [num_steps] if several else num_steps}
+
+    @classmethod
+    def guidance_of(cls, config: MethodConfig) -> tuple[float, float]:
+        """(lowest, highest) guidance g of the teacher, null + g (cond - null); (1, 1) is none."""
+        for value in (getattr(config, name) for name in cls.guidance_options):
+            if isinstance(value, tuple):
+                return value
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value), float(value)
+        return 1.0, 1.0
+
+    @classmethod
+    def options_at(cls, guidance: float) -> dict[str, Any]:
+        """Options that hold the teacher's guidance at one number: what is off by default is off."""
+        defaults = {name: cls.Config.model_fields[name].default for name in cls.guidance_options}
+        ranges = {n: [guidance] * 2 for n, v in defaults.items() if isinstance(v, tuple)}
+        off = {name: value for name, value in defaults.items() if not value}
+        return {**dict.fromkeys(defaults, guidance), **ranges, **off}
+
+    @property
+    def teacher_guidance(self) -> float:
+        """Guidance of the teacher whose distribution (or trajectory) the student ends at.
+
+        What it is validated against. That told to the sampler, or the middle of what the losses
+        guide the teacher by; a method whose fixed point is another teacher says so here.
+        """
+        w = self.sampler().w
+        return 0.5 * sum(self.guidance_of(self.config)) if w is None else w + 1.0
+
+    @property
+    def skip_layers(self) -> tuple[str, ...]:
+        """Blocks that the teacher's null passes leave out (`Denoiser.skipping`)."""
+        return ()
+
+    @property
+    def fake_fit(self) -> FakeFit | None:
+        """How the fake score is called and fitted; None where no such network is."""
+        return None
+
     @property
     def needs(self) -> frozenset[str]:
-        """Batch fields the losses read, checked against the dataset before step 1."""
-        return frozenset({"cond"})
+        """Batch fields the losses read, checked against the dataset before step 1.
+
+        "real" is x0 that a discriminator alone reads: the run may have a source of its own for it.
+        """
+        return FIELDS[self.data]
 
     @abstractmethod
     def roles(self) -> dict[str, Role]:
@@ -193,11 +295,3 @@ class Method(ABC, Generic[C]):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state:
             raise ValueError(f"{self.name}: expected no saved state, got {sorted(state)}.")
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """One row of the method table: shown by `stepdistill list` and the README test."""
-
-    cls: type[Method[Any]]
-    status: Literal["derived", "checked on analytic teachers", "trained on real data here"]

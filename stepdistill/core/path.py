@@ -57,6 +57,23 @@ class NoisePath(ABC):
         """Where sampling starts: unit noise for VP and flow, sigma_max * noise for VE."""
         return noise
 
+    def line_to_prior(
+        self, x0: Tensor, noise: Tensor, t: Tensor, start: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(x_t, eps) of the line x_t = alpha x0 + sigma eps that is prior(noise) at time `start`.
+
+        So eps = (prior - alpha_start x0) / sigma_start, the noise itself on a flow path from t = 1.
+        Sampling begins without the trace of x0 that a VP table's last entry or sigma_max leaves;
+        a student that answers x0 throughout is then led along this line by `step`, up to `start`
+        and in x / (alpha + sigma) a straight one.
+        Args: x0, noise: (B, C, *S) a coupled pair. t: (B,), where above `start` the prior stays.
+        """
+        x0, first = full(x0), full(self.prior(noise))
+        alpha, sigma = (expand(c, x0) for c in self.coeffs(torch.full_like(t, start)))
+        eps = (first - alpha * x0) / sigma
+        at_start = (t >= start).view(-1, *([1] * (x0.ndim - 1)))
+        return torch.where(at_start, first, self.add_noise(x0, eps, t)), eps
+
     def log_snr(self, t: Tensor) -> Tensor:
         """(B,) log(alpha^2 / sigma^2); +inf at t=0."""
         alpha, sigma = self.coeffs(t)
@@ -68,6 +85,16 @@ class NoisePath(ABC):
         x0, eps = full(x0), full(eps)
         alpha, sigma = self.coeffs(t)
         return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t (B, C, *S) to train at: add_noise, but pure noise at t = 1, as sampling starts there.
+
+        The last entry of a table has an alpha above 0 and sigma_max is finite: add_noise would
+        leave a trace of x0 that no sampler's first input has.
+        """
+        x_t = self.add_noise(x0, eps, t)
+        first = (t >= 1.0 - 1e-9).view(-1, *([1] * (x_t.ndim - 1)))
+        return torch.where(first, self.prior(full(eps)).to(x_t.dtype), x_t)
 
     def renoise(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """x_s at the noisier time s >= t, by the forward kernel q(x_s | x_t).
@@ -253,6 +280,14 @@ class VEPath(NoisePath):
 
     def model_time(self, t: Tensor) -> Tensor:
         return self.time_scale * self.coeffs(t)[1].clamp_min(self.sigma_min).log()
+
+    @property
+    def lowest(self) -> float:
+        """The time of sigma_min, below which no teacher was trained and model_time stays."""
+        return float((self.sigma_min / self.sigma_max) ** (1.0 / self.rho))
+
+    def snap(self, t: Tensor) -> Tensor:
+        return t.double().clamp_min(self.lowest)
 
     def prior(self, noise: Tensor) -> Tensor:
         return self.sigma_max * noise

@@ -9,13 +9,13 @@ the stock scheduler that has to reproduce it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.path import VEPath, expand, full
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
@@ -30,12 +30,17 @@ class SamplerSpec:
     times: descending visiting times, the network's calls; after the last one comes x0.
     kind:  "ode" deterministic steps; "renoise" x0 then fresh noise to the next time (LCM, DMD2);
            "tcd" deterministic to (1 - gamma) of the next time, then noise travel (TCD);
-           "anchored" x0 and the FIRST noise mixed at the next time (arXiv:2405.20320, Sec. 4).
+           "anchored" the deterministic step of this x0 from the FIRST state to the next time
+           (arXiv:2405.20320, Sec. 4).
+    heun: each step but the last is taken anew with the mean of the flows at its two ends, of kinds
+           ode and anchored: 2 N - 1 calls (released code of arXiv:2405.20320).
     trained_times: every time the student was trained at; None where that is all of (0, 1].
            Times outside it are refused.
     guidance: classifier-free guidance still needed at inference; 1 for guidance folded in.
     w: guidance told to the network's own embedding (w = g - 1), None where it has none.
     boundary_scale: LCM's timestep scaling of the skip/out blend, None for plain x0.
+    boundary_sigma: CD's sigma_min (VE paths), where its skip/out blend ends and noise travel
+           begins; None for plain x0.
     keeps_scheduler: the student serves the teacher's own scheduler, and export leaves it in place.
     """
 
@@ -46,11 +51,17 @@ class SamplerSpec:
     w: float | None = None
     gamma: float = 0.0
     boundary_scale: float | None = None
+    boundary_sigma: float | None = None
     keeps_scheduler: bool = False
+    heun: bool = False
 
     def __post_init__(self) -> None:
         if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
             raise ValueError(f"SamplerSpec: expected descending times, got {self.times}.")
+        if self.heun and (self.kind not in ("ode", "anchored") or self.blends):
+            raise ValueError(
+                f"SamplerSpec: expected heun with kind ode or anchored and plain x0, got {self}."
+            )
         if self.trained_times is not None:
             extra = [
                 t for t in self.times if min(abs(t - own) for own in self.trained_times) > 1e-6
@@ -62,21 +73,22 @@ class SamplerSpec:
                 )
 
     @property
+    def blends(self) -> bool:
+        """Whether the network's x0 is mixed with its input, as consistency models do."""
+        return self.boundary_scale is not None or self.boundary_sigma is not None
+
+    @property
     def num_steps(self) -> int:
         return len(self.times)
 
+    @property
+    def num_calls(self) -> int:
+        """Network calls of one image, each of two batch rows where it is guided."""
+        return 2 * len(self.times) - 1 if self.heun else len(self.times)
+
     def with_steps(self, num_steps: int, shift: float = 1.0) -> SamplerSpec:
         """The same rule on the uniform grid of num_steps. Errors: ValueError off the grid."""
-        return SamplerSpec(
-            uniform_grid(num_steps, shift),
-            self.kind,
-            self.trained_times,
-            self.guidance,
-            self.w,
-            self.gamma,
-            self.boundary_scale,
-            self.keeps_scheduler,
-        )
+        return replace(self, times=uniform_grid(num_steps, shift))
 
 
 def boundary_coeffs(t: Tensor, scale: float, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -87,6 +99,31 @@ def boundary_coeffs(t: Tensor, scale: float, sigma_data: float = 0.5) -> tuple[T
     z = scale * t.double()
     c_skip = sigma_data**2 / (z**2 + sigma_data**2)
     return c_skip, z / (z**2 + sigma_data**2).sqrt()
+
+
+def cd_boundary_coeffs(
+    sigma: Tensor, sigma_min: float, sigma_data: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """(skip, out) of CD at sigma (B,), applied to x and the denoised x0: (1, 0) at sigma_min.
+
+    Source: Song et al. 2023, arXiv:2303.01469, Appendix C, where F of the shifted c_skip x +
+    c_out F is read from the EDM denoiser x0 = c_skip x + c_out F. At sigma_min = 0: (0, 1).
+    """
+    out = 1.0 - sigma_min / sigma
+    shifted = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+    return shifted - out * sigma_data**2 / (sigma**2 + sigma_data**2), out
+
+
+def boundary_x0(pred: Prediction, scale: float | None, sigma_min: float | None) -> Tensor:
+    """x0 (B, C, *S) under LCM's skip/out (scale), under CD's (sigma_min), or plain (neither)."""
+    x0 = pred.x0
+    if scale is not None:
+        skip, out = boundary_coeffs(pred.path.model_time(pred.t), scale)
+    elif sigma_min is not None:
+        skip, out = cd_boundary_coeffs(pred.path.coeffs(pred.t)[1], sigma_min)
+    else:
+        return x0
+    return expand(skip, x0) * full(pred.x_t) + expand(out, x0) * x0
 
 
 def teacher_step(
@@ -142,8 +179,7 @@ def ode_invert(
 
     rising = sorted(times)
     if isinstance(path, VEPath):
-        lowest = float(path.time_of_sigma(torch.tensor(path.sigma_min)))
-        rising = [t for t in rising if t >= lowest - 1e-12]
+        rising = [t for t in rising if t >= path.lowest - 1e-12]
     y, tau, slope = full(x0), 0.0, -full(x0)
     for i, t in enumerate(rising):
         at, scale, later = coeffs(t)
@@ -182,26 +218,30 @@ def sample_x0(
         return torch.full((bsz,), t, dtype=torch.float64, device=noise.device)
 
     w = None if spec.w is None else at(spec.w).float()
-    x = path.prior(noise)
+    clean = 0.0  # where the network's answers stand
+    if spec.boundary_sigma is not None:
+        assert isinstance(path, VEPath), "cd's boundary is a VE path's"
+        clean = float(path.time_of_sigma(torch.tensor(spec.boundary_sigma, dtype=torch.float64)))
+    x = first = path.prior(noise)
     ends = (*spec.times[1:], 0.0)
     for i, (t, s) in enumerate(zip(spec.times, ends, strict=True)):
         pred = denoiser(x, at(t), cond, null, guidance, w=w, s=at(s))
-        x0 = pred.x0
-        if spec.boundary_scale is not None:
-            c_skip, c_out = boundary_coeffs(path.model_time(at(t)), spec.boundary_scale)
-            x0 = expand(c_skip, x0) * pred.x_t + expand(c_out, x0) * x0
+        x0 = boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
         if s == 0.0:
             return x0
-        if spec.kind == "ode":
-            x = path.step(x0, x, at(t), at(s))
-            continue
-        if spec.kind == "anchored":
-            x = path.add_noise(x0, noise, at(s))
+        if spec.kind in ("ode", "anchored"):
+            base = (x, at(t)) if spec.kind == "ode" else (first, at(spec.times[0]))
+            later = path.step(x0, *base, at(s))
+            if spec.heun:
+                end = denoiser(later, at(s), cond, null, guidance, w=w, s=at(s))
+                x0 = path.to_x0(0.5 * (pred.flow + end.flow), x, at(t), "flow")
+                later = path.step(x0, *base, at(s))
+            x = later
             continue
         if fresh_noise is None:
             raise ValueError(f"sample_x0: expected fresh_noise with kind {spec.kind!r}, got None.")
         if spec.kind == "renoise":
-            x = path.add_noise(x0, fresh_noise(i), at(s))
+            x = path.renoise(x0, at(clean), at(s), fresh_noise(i))
         else:
             cleaner = path.before_travel(at(s), spec.gamma)
             x = path.renoise(path.step(x0, x, at(t), cleaner), cleaner, at(s), fresh_noise(i))

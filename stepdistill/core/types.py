@@ -8,7 +8,7 @@ A method never looks inside a Cond; only the family that made it knows the keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ class Batch:
     noise:      (B, C, *S) the noise an offline pair began from, or None.
     prompts:    the B prompts as text, for scorers that read it, or None (class labels).
     extra:      further batch-first tensors a dataset and a method agree on.
+    gan:        (x0, cond) of the discriminator's own data source, or None.
     """
 
     cond: Cond
@@ -101,15 +102,35 @@ class Batch:
     noise: Tensor | None = None
     prompts: tuple[str, ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    gan: tuple[Tensor, Cond] | None = None
 
     @property
     def bsz(self) -> int:
         return self.cond.bsz
 
+    def nulled(self, rows: Tensor) -> Batch:
+        """The batch with the null condition in `rows`, a mask (B,) on the CPU: prompt dropout."""
+
+        def mixed(name: str, own: Tensor) -> Tensor:
+            mask = rows.to(own.device).view(-1, *([1] * (own.ndim - 1)))
+            return torch.where(mask, self.null[name], own)
+
+        return replace(self, cond=Cond({k: mixed(k, v) for k, v in self.cond.tensors.items()}))
+
+    @property
+    def real(self) -> tuple[Tensor, Cond]:
+        """(x0 (B, C, *S), its own cond) that a discriminator learns as real: of the source it has
+        to itself, else this batch's."""
+        if self.gan is not None:
+            return self.gan
+        assert self.x0 is not None, "the trainer checks `needs`"
+        return self.x0, self.cond
+
     def has(self) -> frozenset[str]:
         """Names of the fields this batch carries, the vocabulary of `Method.needs`."""
         names = {"cond", "null", *self.extra}
         names |= {name for name in ("x0", "noise", "prompts") if getattr(self, name) is not None}
+        names |= {"real"} if self.gan is not None or self.x0 is not None else set()
         return frozenset(names)
 
 
@@ -119,3 +140,8 @@ class Losses:
 
     total: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def plus(self, weight: float, term: Tensor, **logs: Tensor) -> Losses:
+        """These losses and `weight` times a further term, with further values to log."""
+        told = {name: value.detach() for name, value in logs.items()}
+        return Losses(self.total + weight * term, {**self.logs, **told})

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
-from stepdistill.data.source import IMAGE_SUFFIXES
+from stepdistill.data.decode import is_picture
 
 
 class PackedPaths(Sequence[tuple[Path, int | None]]):
@@ -53,20 +53,21 @@ class PackedPaths(Sequence[tuple[Path, int | None]]):
 def image_names(folder: Path, deep: bool = True) -> Iterator[str]:
     """Names of a folder's images relative to it, in the order of sorted paths.
 
+    Hidden files and folders (._a.png, .ipynb_checkpoints) are left out.
     Args: deep: also those of its sub-folders, which are not followed through links.
     """
     with os.scandir(folder) as found:
         entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
     for name, is_folder in entries:
-        if is_folder and deep:
+        if is_folder and deep and not name.startswith("."):
             yield from (f"{name}/{below}" for below in image_names(folder / name))
-        elif not is_folder and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        elif not is_folder and is_picture(name):
             yield name
 
 
 def labelled_paths(root: Path) -> PackedPaths:
     """Images in sub-folders named by class label. Errors: ValueError for another sub-folder."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
     odd = [p.name for p in folders if not p.name.isdigit()]
     if odd:
         raise ValueError(

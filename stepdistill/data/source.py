@@ -4,42 +4,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from stepdistill.data.corrupt import CorruptItemError
+from stepdistill.data.decode import decode_image, image_content
 from stepdistill.data.order import EpochOrder
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-def decode_image(data: bytes, name: str, size_px: int | None) -> Tensor:
-    """(3, H, W) float32 in [-1, 1]; with size_px, resized and centre-cropped to a square.
-
-    Errors: CorruptItemError where the bytes are no whole image.
-    """
-    try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception as err:  # decoders raise whatever broken bytes make them stumble over
-        raise CorruptItemError(name) from err
-    if size_px is not None:
-        image = ImageOps.fit(image, (size_px, size_px), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-    return pixels / 127.5 - 1.0
-
-
-def image_content(data: bytes, size_px: int | None) -> str:
-    """A name for what `decode_image` makes of these bytes."""
-    return hashlib.sha256(data + f"|{size_px}".encode()).hexdigest()
 
 
 class Source(Dataset[dict[str, Any]], ABC):

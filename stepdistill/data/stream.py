@@ -64,18 +64,18 @@ class EmptyRows(Dataset[dict[str, Any]]):
         return {}
 
 
-def as_dataset(data: Any) -> Any:
+def as_dataset(data: Any, where: str = "train_dataset") -> Any:
     """A map-style dataset of dicts, or a RowStream; lists of strings or integers are prompts."""
     if isinstance(data, list | tuple):
-        return PromptDataset(data)
+        return PromptDataset(data, where)
     if isinstance(data, RowStream):
         return data
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(
-            f"train_dataset: expected prompts or a map-style dataset of dicts, got {type(data)}."
+            f"{where}: expected prompts or a map-style dataset of dicts, got {type(data)}."
         )
     if len(data) == 0:
-        raise ValueError("train_dataset: expected at least one item, got an empty dataset.")
+        raise ValueError(f"{where}: expected at least one item, got an empty dataset.")
     return data
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import tarfile
 import warnings
 from bisect import bisect_right
@@ -25,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepdistill.data.corrupt import TOLD, CorruptItemError
+from stepdistill.data.decode import IMAGE_SUFFIXES
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.order import EpochOrder
-from stepdistill.data.source import IMAGE_SUFFIXES, Source
+from stepdistill.data.source import Source
 from stepdistill.storage.files import write_atomic, write_text
 
 _CAPTIONS = (".txt", ".json", ".cls")
@@ -154,9 +154,8 @@ class TarDataset(Source):
         if not (kept.is_file() and names.is_file()):
             index, left_out = index_shard(path)
             self._folder.mkdir(parents=True, exist_ok=True)
-            suffix = f".{os.getpid()}.tmp"
-            write_text(names, json.dumps(left_out), suffix)
-            write_atomic(kept, lambda p: _save(p, index), suffix)
+            write_text(names, json.dumps(left_out), shared=True)
+            write_atomic(kept, lambda p: _save(p, index), shared=True)
         mapped: Literal["r"] | None = "r" if kept.stat().st_size > _EMPTY else None
         return np.load(kept, mmap_mode=mapped), json.loads(names.read_text())
 

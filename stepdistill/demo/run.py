@@ -18,6 +18,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from rich.console import Console
 
+from stepdistill.config.recipes import MethodRecipe, Training, recipe_for
 from stepdistill.evaluation.samples import PipelineSampler
 from stepdistill.storage.checkpoints import list_checkpoints
 
@@ -25,7 +26,6 @@ from .classifier import train_classifier
 from .data import DIGIT_NAMES, load_digit_splits, prompt_for, write_image_folder
 from .metrics import NOISE_SEEDS, Judge, Row
 from .progress import Chain, Stage, watch
-from .recipes import Recipe, Training, recipe_for
 from .reload import Job, sample_in_fresh_process
 from .report import Report, print_report, write_report
 from .teacher import Teacher, TeacherConfig, load_or_train_teacher
@@ -45,7 +45,7 @@ def run_demo(
     """Run everything and write OUTPUT_DIR/report.html and report.png.
 
     Args:
-        method: a name in RECIPES. student: lora | full.
+        method: a recipe's name, or a user's name of a method. student: lora | full.
         seconds: training budget of each student; none means the recipe's number of steps.
             A short one also shortens the teacher's training (to five times as long).
     Errors: ValueError for an unknown method or an output_dir that is not ours.
@@ -112,7 +112,7 @@ def quiet_loading() -> None:
 
 
 def _stages(
-    recipe: Recipe, steps: int, out: Path, run: Path, seconds: float | None, seed: int
+    recipe: MethodRecipe, steps: int, out: Path, run: Path, seconds: float | None, seed: int
 ) -> list[Stage]:
     """The commands that make one student: pairs and regression where the recipe has them."""
     data = {
@@ -178,7 +178,7 @@ def _snippet(folder: Path, steps: int) -> str:
 
 
 def _facts(
-    teacher: Teacher, runs: dict[int, Path], recipe: Recipe, pipeline_class: str, seed: int
+    teacher: Teacher, runs: dict[int, Path], recipe: MethodRecipe, pipeline_class: str, seed: int
 ) -> list[tuple[str, str]]:
     facts = [
         ("data", "scikit-learn load_digits: 1,797 real 8 x 8 images, stratified 70 / 30 split"),

@@ -13,12 +13,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from stepdistill.storage.folders import replacing
 
 from .data import IMAGE_PX, Split
 from .identity_vae import identity_vae
@@ -116,15 +117,11 @@ def train_teacher(
     mean, std = round(float(train.images.mean()), 3), round(float(train.images.std()), 3)
     pipeline = build_teacher(config, mean, std)
     record = train_denoiser(pipeline, train, config, progress)
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, safe_serialization=True)
     content = {"key": config.key(), "config": dataclasses.asdict(config)}
     text = json.dumps({**content, "record": dataclasses.asdict(record)}, indent=2)
-    (partial / RECORD).write_text(text + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.replace(folder)
+    with replacing(folder) as partial:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        (partial / RECORD).write_text(text + "\n")
     return Teacher(folder, record, cached=False)
 
 

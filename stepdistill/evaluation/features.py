@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepdistill.loading.safe_files import read_tensors
+from stepdistill.loading.safe_files import no_pickles, read_tensors
 
 INCEPTION_SHA256 = "6726825d"  # beginning of the published file's hash, part of its name
 
@@ -186,7 +186,8 @@ class DINOFeatures:
 
         try:
             self.processor = AutoImageProcessor.from_pretrained(model)
-            net = AutoModel.from_pretrained(model, use_safetensors=True)
+            with no_pickles("features dino"):
+                net = AutoModel.from_pretrained(model, use_safetensors=True)
         except (OSError, ValueError) as err:
             raise ValueError(
                 f"features dino: expected a folder or Hub id of a vision model in safetensors, got "

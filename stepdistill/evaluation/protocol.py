@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from stepdistill.families.registry import teacher_facts
@@ -70,7 +69,7 @@ def protocol_of(
     own = "none" if prompts[0] is None else "the pipeline's own"
     null = teacher_facts(options.source).has_null
     plain = f"{options.student_guidance:g}" if null else own
-    told = asdict(options)
+    told = options.model_dump()
     reference = "real" if num_real else "teacher"
     return {
         **facts,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from stepdistill.core.method import Scorer
 from stepdistill.data.lines import LineFile
 from stepdistill.families.family import Family
 from stepdistill.families.registry import teacher_facts
-from stepdistill.loading.source import ModelSource
 
 from .collect import Drawing, Lens, draw_into, read_into
 from .features import FeatureNet, feature_net
 from .images import Frame, image_files
 from .measure import Filled, measure
-from .presets import preset
+from .options import Options
 from .protocol import protocol_of
 from .report import Report, write_report
 from .scores import Judges
@@ -35,60 +33,6 @@ from .systems import Loading, Source, student_sources, teacher_sources, told_apa
 from .videos import DEFAULT_FRAMES, check_video, first_frames, shown_of
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHARD_IMAGES = 64  # few enough for processes to share a small evaluation
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to evaluate and how; the command's flags, by the same names."""
-
-    teacher: str
-    student: Sequence[str]
-    prompts_file: str | None = None
-    first_frames: str | None = None
-    output_dir: str = "evaluation"
-    teacher_steps: Sequence[int] = (50,)
-    steps: Sequence[int] = ()
-    features: Sequence[str] = ()
-    reference: str | None = None
-    num_reference: int | None = None
-    num_prompts: int | None = None
-    num_images_per_prompt: int = 1
-    seeds: Sequence[int] = (0,)
-    batch_size: int = 8
-    shard_images: int = SHARD_IMAGES
-    guidance: float | None = None
-    student_guidance: float = 1.0
-    teacher_lora: Sequence[str] = ()
-    single_file_config: str | None = None
-    resolution: int | None = None
-    num_frames: int | None = None
-    frames: str | None = None
-    size_px: int | None = None
-    crop_px: int | None = None
-    resize_filter: str = "lanczos"
-    nearest_k: int = 3
-    dtype: str = "float32"
-    clip: str | None = None
-    hps: str | None = None
-    aesthetic: str | None = None
-    num_previews: int = 12
-    preset: str | None = None
-
-    @property
-    def source(self) -> ModelSource:
-        """The teacher."""
-        merged = tuple(self.teacher_lora)
-        return ModelSource(
-            self.teacher, teacher_lora=merged, single_file_config=self.single_file_config
-        )
-
-
-def options_of(preset_name: str | None, **given: Any) -> Options:
-    """Options of a preset's defaults under what was given (None: not given)."""
-    base = dict(preset(preset_name).options) if preset_name else {}
-    told = {name: value for name, value in given.items() if value is not None}
-    return Options(**{**base, **told, "preset": preset_name})
 
 
 def evaluate(
@@ -217,8 +161,6 @@ def _first(lines: Sequence[Any], source: str, options: Options) -> list[Any]:
 def _sources(
     options: Options, family: type[Family], device: torch.device, out: Path
 ) -> list[Source]:
-    if options.dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {sorted(DTYPES)}, got {options.dtype!r}.")
     loading = Loading(
         device,
         DTYPES[options.dtype],

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.storage.files import write_atomic, write_text
+from stepdistill.storage.files import write_text
+from stepdistill.storage.shard_files import BrokenShardError, Shard, write_shard
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
@@ -44,7 +42,7 @@ class Store:
         folder = root / f"{name}-{settings_hash(facts)}"
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n"
-        write_text(folder / "settings.json", text, _aside())
+        write_text(folder / "settings.json", text, shared=True)
         return cls(folder, count, size)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[range]:
@@ -55,32 +53,33 @@ class Store:
         ]
         # Shared out before the finished ones are left out: all processes agree on whose is whose.
         own = shards[rank::world_size]
-        return [shard for shard in own if not self._file(shard).is_file()]
+        return [shard for shard in own if not self._whole(shard)]
+
+    def _whole(self, shard: range) -> bool:
+        try:
+            return len(Shard(self._file(shard)).read()) > 0
+        except BrokenShardError:  # absent ones, too
+            return False
 
     def write(self, shard: range, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """One whole file; tensors hold a row for each image of the shard."""
-        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        assert all(len(value) == len(shard) for value in plain.values())
-        told = {"facts": json.dumps(dict(facts))}
-        write_atomic(
-            self._file(shard), lambda path: save_file(plain, path, metadata=told), _aside()
-        )
+        assert all(len(value) == len(shard) for value in tensors.values())
+        write_shard(self._file(shard), tensors, dict(facts), shared=True)
 
     def read(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """(every tensor, all images in order; the shards' facts). Every shard must be there."""
-        parts: dict[str, list[Tensor]] = {}
-        facts: list[dict[str, Any]] = []
-        for first in range(0, self.count, self.size):
-            with safe_open(self._file(range(first, first)), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    parts.setdefault(name, []).append(file.get_tensor(name))
-                facts.append(json.loads(file.metadata()["facts"]))
-        return {name: torch.cat(values) for name, values in parts.items()}, facts
+        """(every tensor, all images in order; the shards' facts).
+
+        Errors: ValueError naming a shard that is absent or broken.
+        """
+        shards = [
+            Shard(self._file(range(first, first))) for first in range(0, self.count, self.size)
+        ]
+        parts = [shard.read() for shard in shards]
+        names = dict.fromkeys(name for part in parts for name in part)
+        tensors = {
+            name: torch.cat([part[name] for part in parts if name in part]) for name in names
+        }
+        return tensors, [shard.facts for shard in shards]
 
     def _file(self, shard: range) -> Path:
         return self.folder / f"shard_{shard.start:07d}.safetensors"
-
-
-def _aside() -> str:
-    """A suffix of this process's own: several may write one file's same bytes."""
-    return f".{os.getpid()}.tmp"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import schedulers
 from peft import PeftModel
 
 from stepdistill.export.base_model import base_model
@@ -23,6 +22,7 @@ from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family
+from stepdistill.loading.project_code import part_class
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import lora_facts
 from stepdistill.storage.checkpoints import RUN_FILE
@@ -217,7 +217,8 @@ def _put_lora(family: Family, folder: Path, file: str) -> None:
     else:
         pipeline.load_lora_weights(str(folder), weight_name=file, adapter_name="student")
     config = read_json(folder / "scheduler" / "scheduler_config.json", ("_class_name",))
-    cls = getattr(schedulers, str(config["_class_name"]))
+    code = next((folder / "scheduler").glob("*.py"), None)  # one of pipelines/, or none
+    cls = part_class(code.stem if code else "diffusers", str(config["_class_name"]))
     pipeline.scheduler = cls.from_pretrained(str(folder), subfolder="scheduler")
 
 

@@ -67,9 +67,10 @@ def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
 
 def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> str:
     """Three lines that load the pipeline from `where` and make an image."""
+    trusted = ", trust_remote_code=True" if record.get("custom_code") else ""
     return (
         "from diffusers import DiffusionPipeline\n"
-        f"pipe = DiffusionPipeline.from_pretrained({where!r}{load_arguments(record)})\n"
+        f"pipe = DiffusionPipeline.from_pretrained({where!r}{load_arguments(record)}{trusted})\n"
         f"{saving_code(record, prompt)}"
     )
 

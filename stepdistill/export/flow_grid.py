@@ -3,7 +3,8 @@
 FlowMatch schedulers take linspace(1, sigma_min, N) (the last call wasted), shift it by k', then
 stretch 1 - t so that the last time is shift_terminal. With y_i = i / N, a uniform grid shifted by k
 has 1 - t_i proportional to y_i / (1 - q y_i) where q = 1 - 1/k; theirs has the same form. So a k'
-with equal curvature, and shift_terminal = t_last, gives every shifted uniform grid exactly.
+with equal curvature, and shift_terminal = t_last, gives every shifted uniform grid exactly. Calls
+that send linspace(1, 1/N, N) leave out sigma_min and stretch by the same rule.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ def shift_of_grid(times: tuple[float, ...]) -> float:
     return 1.0 if num == 1 else last * (num - 1) / (1.0 - last)
 
 
-def flow_match_config(times: tuple[float, ...]) -> dict[str, float]:
+def flow_match_config(times: tuple[float, ...], sent: bool = False) -> dict[str, float]:
     """shift and shift_terminal for N = len(times) steps; exact for shifted uniform grids.
 
+    Args: sent: the call hands the scheduler linspace(1, 1/N, N).
     The caller checks the schedule: no config gives an arbitrary grid of four or more times, or one
     that does not begin at 1.
     """
@@ -34,7 +36,8 @@ def flow_match_config(times: tuple[float, ...]) -> dict[str, float]:
     first, second = 1.0 - times[1], 1.0 - times[2]
     # second / first = 2 (1 - q) / (1 - 2 q), q the curvature of one grid step
     curvature = (second - 2.0 * first) / (2.0 * (second - first))
-    return {"shift": _shift_with(curvature, num), "shift_terminal": times[-1]}
+    shift = 1.0 / max(1.0 - num * curvature, 1e-9) if sent else _shift_with(curvature, num)
+    return {"shift": shift, "shift_terminal": times[-1]}
 
 
 def _shift_with(curvature: float, num: int) -> float:

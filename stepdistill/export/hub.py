@@ -1,4 +1,4 @@
-"""Publish an export: private by default, safetensors and text only, no token in any file.
+"""Publish an export: private by default, safetensors and text only, no secret and no local path.
 
 `payload` is the one list of what is sent; a dry run writes the same bytes into a folder.
 """
@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from stepdistill.export.hub_card import published_card
+from stepdistill.export.secrets import (
+    header_of,
+    is_local_path,
+    local_paths,
+    metadata_of,
+    named_alone,
+    published_json,
+    secret_in,
+    without_paths,
+)
+from stepdistill.loading.project_code import is_project_code
 
 RECORD = "distillation.json"  # export.pipeline's, without its heavy imports
 SENT = {".safetensors", ".json", ".md", ".txt", ".png", ".jinja", ".model", ".yaml"}
 _TEXT = SENT - {".safetensors", ".png", ".model"}
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
-# Left out of the record: they say where the run lay, not what it was.
+_CONFIGS = re.compile(r"(.*/)?(model_index|config|[\w-]+_config)\.json")  # vocabularies are data
 _MALFORMED = (
     json.JSONDecodeError,
     UnicodeDecodeError,
@@ -29,11 +40,12 @@ _MALFORMED = (
     TypeError,
     AttributeError,
 )
+# Left out of the record: they say where the run lay, not what it was.
 _PATHS = ("output_dir", "resume_from_checkpoint", "init_student_from")
 
 
 def files_to_push(folder: str | Path) -> list[str]:
-    """Relative paths that a push would upload.
+    """Relative paths that a push would upload; hidden files and folders are never among them.
 
     Errors: ValueError for pickled or unknown files, links out of the folder, or no export.
     """
@@ -43,16 +55,21 @@ def files_to_push(folder: str | Path) -> list[str]:
             f"push: expected an exported folder with {RECORD}, got {root}. "
             "Make one: stepdistill export RUN_DIR OUT."
         )
-    found = sorted(p for p in root.rglob("*") if p.is_file())
+    found = sorted(p for p in root.rglob("*") if p.is_file() and not _is_hidden(p, root))
     outside = [p for p in found if root.resolve() not in p.resolve().parents]
     if outside:
         raise ValueError(f"push: expected files inside {root}, got the link {outside[0]}.")
-    odd = [p.relative_to(root).as_posix() for p in found if p.suffix.lower() not in SENT]
+    sent = (p.suffix.lower() in SENT or is_project_code(p) for p in found)
+    odd = [p.relative_to(root).as_posix() for p, ok in zip(found, sent, strict=True) if not ok]
     if odd:
         raise ValueError(
             f"push: expected safetensors and text only, got {odd[:3]}. Export into a new folder."
         )
     return [p.relative_to(root).as_posix() for p in found]
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def payload(folder: str | Path, repo_id: str) -> dict[str, bytes | Path]:
@@ -72,25 +89,38 @@ def payload(folder: str | Path, repo_id: str) -> dict[str, bytes | Path]:
         card = published_card(root, record, repo_id)
     except _MALFORMED as err:
         raise ValueError(f"{root / RECORD}: expected an export's record, got {err!r}.") from err
-    sent["README.md"] = card.encode()
     for name in _PATHS:
         record["run"].get("train_config", {}).pop(name, None)
-    sent[RECORD] = (json.dumps(record, indent=2) + "\n").encode()
-    refuse_tokens(sent)
+    sent["README.md"] = without_paths(card, local_paths(record)).encode()
+    sent[RECORD] = (json.dumps(named_alone(record), indent=2) + "\n").encode()
+    for name, content in sent.items():
+        if isinstance(content, Path) and _CONFIGS.fullmatch(name):
+            sent[name] = published_json(content)
+    refuse_secrets(sent)
     return sent
 
 
-def refuse_tokens(sent: dict[str, bytes | Path]) -> None:
-    """Errors: ValueError where a file holds an access token (it names the file alone)."""
-    own = (get_token() or "").encode()
+def refuse_secrets(sent: Mapping[str, bytes | Path]) -> None:
+    """Errors: ValueError where a text, or the header of a weight file, holds a secret, or a weight
+    file's metadata a local path. The line names the file and the kind alone."""
     for name, content in sent.items():
-        if Path(name).suffix.lower() in _TEXT:
-            data = content.read_bytes() if isinstance(content, Path) else content
-            if _TOKEN.search(data) or (own and own in data):
+        kind = Path(name).suffix.lower()
+        data = b""
+        if kind == ".safetensors" and isinstance(content, Path):
+            data = header_of(content)
+            if any(map(is_local_path, metadata_of(content).values())):
                 raise ValueError(
-                    f"push: expected no access token in any file, got one in {name}. Remove it "
-                    "there, and revoke it where others could read it."
+                    f"push: expected no path of this machine in any file, got one in the metadata "
+                    f"of {name}. Save that file without it."
                 )
+        elif kind in _TEXT:
+            data = content.read_bytes() if isinstance(content, Path) else content
+        found = secret_in(data)
+        if found is not None:
+            raise ValueError(
+                f"push: expected no secret in any file, got one in {name} ({found}). Remove it "
+                "there, and revoke it where others could read it."
+            )
 
 
 def dry_run(folder: str | Path, repo_id: str, out_dir: str | Path) -> list[Path]:

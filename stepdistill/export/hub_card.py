@@ -100,6 +100,13 @@ def _metadata(
     )
 
 
+def _told(data: Mapping[str, Any] | None) -> str | None:
+    """A dataset by its facts (data.fingerprint)."""
+    if not data:
+        return None
+    return f"{data['source']}, {data['items']} items, sha256 `{data['sha256'] or 'unknown'}`"
+
+
 def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
     run = record["run"]
     data = run.get("data") or {}
@@ -108,7 +115,7 @@ def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
     seconds = run.get("seconds")
     name = base.hub_id or Path(str(record.get("base_model") or "?")).name  # no machine's paths
     rows = {
-        "base": f"`{name}`",
+        "base": f"`{name}`" + ("" if base.hub_id else ", a folder that is not on the Hub"),
         "base revision": f"commit `{base.commit}`" if base.commit else None,
         "base weights": f"sha256 `{base.sha256}`, when published" if base.sha256 else None,
         "licence of the base": base.licence.get("license", "not stated in its files"),
@@ -117,11 +124,8 @@ def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
         "guidance": "none" if scale is None else f"{scale:g}",
         "weights": f"averaged over training (EMA, decay {decay:g})" if decay else "last",
         "student updates": run.get("step", "unknown"),
-        "training data": (
-            f"{data['source']}, {data['items']} items, sha256 `{data['sha256'] or 'unknown'}`"
-            if data
-            else "not recorded"
-        ),
+        "training data": _told(data) or "not recorded",
+        "real images of the GAN": _told(data.get("gan")),
         "seed": run.get("seed", "unknown"),
         "wall time": "unknown" if seconds is None else f"{seconds:g} s",
         "settings": f"sha256 `{record['run_sha256']}`",

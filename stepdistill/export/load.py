@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 from stepdistill.export.card import typed_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
+from stepdistill.loading.project_code import project_parts
 from stepdistill.loading.source import ModelSource
 
 
@@ -31,7 +32,9 @@ def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
     index = diffusers.DiffusionPipeline.load_config(str(model), revision=kwargs.get("revision"))
     stock = getattr(diffusers, index["_class_name"])
     cls = few_step_class(stock, typed_options(record), bool(record.get("prompt_by_name")))
-    options = {"use_safetensors": True, **dict.fromkeys(record["load_without"]), **kwargs}
+    hub = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
+    parts = project_parts(model, index, **hub)
+    options = {"use_safetensors": True, **dict.fromkeys(record["load_without"]), **parts, **kwargs}
     return cls.from_pretrained(str(model), **options)
 
 

@@ -11,27 +11,31 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers.loaders.lora_base import LoraBaseMixin
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.lora_card import lora_code, peft_code, write_lora_card
 from stepdistill.export.lora_formats import (
+    PEFT_FILE,
     PREFIX,
     Lora,
     adapters_of,
     check_format,
     check_lora,
     diffusers_reads,
+    read_back,
     write_format,
 )
 from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
 from stepdistill.families.family import Family
+from stepdistill.loading.original_layout import has_layout
+from stepdistill.loading.project_code import put_code
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.testing.parity import Row, adapted
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_FORMATS = ("lora", *PREFIX)
@@ -64,16 +68,31 @@ def export_lora(
     out_dir.mkdir(parents=True, exist_ok=True)
     file, adapters = _write(family, bank, role, out_dir, format)
     sampler.scheduler.save_pretrained(out_dir / "scheduler")
+    code = put_code(sampler.scheduler, out_dir / "scheduler")
     # A student on a base of its own belongs to that one, not to the teacher.
     own = facts.get("student_base") or facts.get("model")
     record = describe(family, spec, sampler, {**facts, "model": own})
     record["lora"] = {"format": format, "file": file}
-    if file != PEFT_FILE:
-        record["lora"]["read_back"] = check_lora(family, out_dir / file, format, adapters)
+    record["custom_code"] = code
+    record["lora"]["read_back"] = check_lora(family, out_dir / file, format, adapters)
     (out_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     scheduler = type(sampler.scheduler).__name__
     write_lora_card(out_dir, record, _code(family, record, scheduler, out_dir.name))
     return out_dir
+
+
+def lora_rows(family: Family) -> list[Row]:
+    """(name, largest relative difference) of an adapter written in every format and read back."""
+    forms = LORA_FORMATS if has_layout(family.net) else ("lora",)
+    rows = []
+    with adapted(family) as bank, TemporaryDirectory() as folder:
+        for form in forms:
+            out = Path(folder) / form
+            out.mkdir()
+            file, adapters = _write(family, bank, "student", out, form)
+            found = read_back(family, out / file, form, adapters)
+            rows += [(f"lora: {form}, read back by {name}", value) for name, value in found.items()]
+    return rows
 
 
 def _write(
@@ -87,7 +106,7 @@ def _write(
     pipeline: Any = family.pipeline
     state = get_peft_model_state_dict(base, adapter_name=role)
     config = base.peft_config[role]
-    if isinstance(pipeline, LoraBaseMixin):
+    if family.has_lora_loader():
         type(pipeline).save_lora_weights(
             out_dir,
             **{

@@ -22,7 +22,7 @@ def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[str, str]:
 def lora_code(record: Mapping[str, Any], pipeline: str, scheduler: str, where: str) -> str:
     """Code that makes an image with an adapter that load_lora_weights reads."""
     loader, base = base_code(record, pipeline)
-    lines = [f"from diffusers import {loader}, {scheduler}", "", f"pipe = {base}"]
+    lines = [*_imports(record, loader, scheduler), "", f"pipe = {base}"]
     beside = teacher_loras(record)
     file = record["lora"]["file"]
     for i, lora in enumerate(beside):
@@ -43,7 +43,7 @@ def peft_code(
     """The same for pipelines without that loader, through PEFT."""
     loader, base = base_code(record, pipeline)
     lines = [
-        f"from diffusers import {loader}, {scheduler}",
+        *_imports(record, loader, scheduler),
         "from peft import PeftModel",
         "",
         f"pipe = {base}",
@@ -54,8 +54,24 @@ def peft_code(
     return "\n".join([*lines, *_last(record, scheduler, where)])
 
 
-def _last(record: Mapping[str, Any], scheduler: str, where: str) -> list[str]:
+def _imports(record: Mapping[str, Any], loader: str, scheduler: str) -> list[str]:
+    if not record.get("custom_code"):
+        return [f"from diffusers import {loader}, {scheduler}"]
     return [
+        f"from diffusers import {loader}",
+        "from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module",
+    ]
+
+
+def _last(record: Mapping[str, Any], scheduler: str, where: str) -> list[str]:
+    code = record.get("custom_code")
+    own = [
+        f"{scheduler} = get_class_from_dynamic_module(",
+        f"    {where!r}, '{code}.py', 'scheduler', {scheduler!r}, trust_remote_code=True",
+        ")",
+    ]
+    return [
+        *(own if code else ()),
         f"pipe.scheduler = {scheduler}.from_pretrained({where!r}, subfolder='scheduler')",
         saving_code(record),
     ]

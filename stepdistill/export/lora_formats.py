@@ -23,14 +23,15 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.families.family import Family
 from stepdistill.loading.original_layout import (
     Place,
-    has_layout,
     original_layout,
     split,
     swap_halves,
@@ -108,7 +109,7 @@ def places_of(net: Any, form: str) -> list[Place]:
 
 def check_format(family: Family, form: str) -> None:
     """Errors: ValueError where other tools have no names for this network."""
-    if not has_layout(family.net):
+    if form not in family.lora_formats:
         raise ValueError(
             f"export: expected format pipeline or lora for {family.name}, got {form!r}: no key "
             f"layout of {type(family.net).__name__} in other tools is known here. Load the lora "
@@ -213,18 +214,26 @@ def read_format(path: Path, net: Any, form: str) -> dict[str, Tensor]:
     return deltas
 
 
-def read_with_diffusers(family: Family, path: Path) -> dict[str, Tensor]:
-    """Deltas by stock name as load_lora_weights makes them, on a network never filled.
-
-    Its memory is reserved and not touched, so it costs nothing.
-    """
+def _empty_net(family: Family) -> Any:
+    """A network never filled: its memory is reserved and not touched, so it costs nothing."""
     cls: Any = type(family.net)
     with init_empty_weights():
         empty = cls.from_config(family.config)
-    empty.to_empty(device="cpu")
-    reader: Any = copy.copy(family.pipeline)
+    return empty.to_empty(device="cpu")
+
+
+def read_with_diffusers(family: Family, path: Path) -> dict[str, Tensor]:
+    """Deltas by stock name as load_lora_weights makes them."""
+    empty, reader = _empty_net(family), copy.copy(family.pipeline)
     reader.register_modules(**{family.net_name: empty})
     reader.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="read")
+    return {name: lora.delta() for name, lora in adapters_of(empty, "read").items()}
+
+
+def read_with_peft(family: Family, path: Path) -> dict[str, Tensor]:
+    """Deltas by stock name as PEFT makes them of a folder."""
+    empty = _empty_net(family)
+    PeftModel.from_pretrained(empty, str(path.parent), adapter_name="read")
     return {name: lora.delta() for name, lora in adapters_of(empty, "read").items()}
 
 
@@ -236,19 +245,25 @@ def diffusers_reads(net: Any, form: str) -> bool:
     return form == "lora" or (kind, form) in _DIFFUSERS_READS
 
 
+def read_back(
+    family: Family, path: Path, form: str, adapters: Mapping[str, Lora]
+) -> dict[str, float]:
+    """Largest relative difference of the file's deltas from the adapters, by reader."""
+    read = {}
+    if path.name == PEFT_FILE:
+        read["peft"] = read_with_peft(family, path)
+    elif form == "lora" or diffusers_reads(family.net, form):
+        read["diffusers"] = read_with_diffusers(family, path)
+    if form in PREFIX:
+        read["inverse"] = read_format(path, family.net, form)
+    return {reader: _worst(deltas, adapters) for reader, deltas in read.items()}
+
+
 def check_lora(
     family: Family, path: Path, form: str, adapters: Mapping[str, Lora]
 ) -> dict[str, float]:
-    """Largest relative difference of the deltas read back, by reader.
-
-    Errors: RuntimeError where one is above what float32 explains.
-    """
-    read = {}
-    if form in PREFIX:
-        read["inverse"] = read_format(path, family.net, form)
-    if form == "lora" or diffusers_reads(family.net, form):
-        read["diffusers"] = read_with_diffusers(family, path)
-    worst = {reader: _worst(deltas, adapters) for reader, deltas in read.items()}
+    """What `read_back` finds. Errors: RuntimeError where one is above what float32 explains."""
+    worst = read_back(family, path, form, adapters)
     if not all(value <= TOLERANCE for value in worst.values()):
         raise RuntimeError(
             f"export: expected {path.name} to hold the student's adapter, got relative differences "

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from stepdistill.export.lora import LORA_FILE, PEFT_FILE
 from stepdistill.export.pipeline import RECORD, check_out_dir
+from stepdistill.storage.folders import replacing
 
 # What two students must share to be sampled as one.
-_SAME = ("base_model", "family", "kind", "times", "guidance_scale", "guidance_embedded")
+_SAME = ("base_model", "family", "kind", "heun", "times", "guidance_scale", "guidance_embedded")
+
+_EARLIER = {"heun": False}  # what records without the key mean
 
 
 def merge_pipelines(a: str | Path, b: str | Path, out_dir: str | Path, weight: float = 0.5) -> Path:
@@ -39,22 +42,18 @@ def merge_pipelines(a: str | Path, b: str | Path, out_dir: str | Path, weight: f
     records = _records(a, b)
     owners = [_owners(folder) for folder in (a, b)]
     _check_shapes(*owners)
-    aside = out_dir.with_name(out_dir.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(a, aside, ignore=shutil.ignore_patterns("*.safetensors"))
-    for path in sorted(a.rglob("*.safetensors")):
-        place = path.relative_to(a)
-        merged = {
-            name: _mean(x, _read(owners[1][_key(place, name)], name), weight)
-            for name, x in _tensors(path)
-        }
-        save_file(merged, aside / place, metadata={"format": "pt"})
     merged_from = {"a": str(a), "b": str(b), "weight": weight, "run_b": records[1].get("run")}
     record = {**records[0], "merged": merged_from}
-    (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
-    aside.replace(out_dir)
+    with replacing(out_dir) as aside:
+        shutil.copytree(a, aside, ignore=shutil.ignore_patterns("*.safetensors"))
+        for path in sorted(a.rglob("*.safetensors")):
+            place = path.relative_to(a)
+            merged = {
+                name: _mean(x, _read(owners[1][_key(place, name)], name), weight)
+                for name, x in _tensors(path)
+            }
+            save_file(merged, aside / place, metadata={"format": "pt"})
+        (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return out_dir
 
 
@@ -85,7 +84,7 @@ def _records(a: Path, b: Path) -> list[dict[str, Any]]:
 
 def check_same(records: Sequence[Mapping[str, Any]]) -> None:
     """Errors: ValueError where students cannot be sampled as one."""
-    differ = {k: tuple(r.get(k) for r in records) for k in _SAME}
+    differ = {k: tuple(r.get(k, _EARLIER.get(k)) for r in records) for k in _SAME}
     differ = {k: pair for k, pair in differ.items() if pair[0] != pair[1]}
     if differ:
         raise ValueError(

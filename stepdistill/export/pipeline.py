@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,10 @@ from stepdistill.export.schedulers import StockSampler, stock_sampler
 from stepdistill.export.verify import check_export
 from stepdistill.export.weights import stock_net
 from stepdistill.families.family import Family
+from stepdistill.loading.project_code import put_code
 from stepdistill.loading.quantization import is_quantized
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.folders import replacing
 
 RECORD = "distillation.json"
 
@@ -56,17 +57,14 @@ def export_pipeline(
     like = net if quantized else family.net
     record = describe(family, spec, sampler, facts)
     pipeline, record["typed"] = settle(family, pipeline, record)
-    aside = out_dir.with_name(out_dir.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    pipeline.save_pretrained(aside, safe_serialization=True)
-    load_alike(aside)
-    (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    write_card(aside, record, type(pipeline).__name__, out_dir.name)
-    if verify:
-        check_export(aside, record, family, denoiser, spec, like)
-    if out_dir.exists():
-        shutil.rmtree(out_dir)
-    aside.replace(out_dir)
+    with replacing(out_dir) as aside:
+        pipeline.save_pretrained(aside, safe_serialization=True)
+        load_alike(aside)
+        record["custom_code"] = put_code(sampler.scheduler, aside / "scheduler")
+        (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        write_card(aside, record, type(pipeline).__name__, out_dir.name)
+        if verify:
+            check_export(aside, record, family, denoiser, spec, like)
     return out_dir
 
 
@@ -171,6 +169,7 @@ def describe(
         "call": {**size, **family.guided_call(spec.guidance), **sampler.call},
         "load_without": missing_parts(family.pipeline),
         "kind": spec.kind,
+        "heun": spec.heun,
         "times": None if spec.keeps_scheduler else list(spec.times),
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),
         "visited_model_times": list(sampler.visited),

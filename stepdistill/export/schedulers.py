@@ -2,6 +2,8 @@
 
     VP    renoise  LCMScheduler            ode  DDIMScheduler (trailing)      tcd  TCDScheduler
     flow  renoise  FlowMatchLCMScheduler   ode  FlowMatchEulerDiscreteScheduler
+    both  anchored, and Heun's rule: pipelines/rectified_flow_scheduler.py
+                                           tcd  pipelines/tcd_flow_match_scheduler.py
     VE    renoise  CMStochasticIterativeScheduler (told 250 ln sigma)
                                            ode  EDMEulerScheduler (told ln(sigma) / 4)
 
@@ -12,7 +14,7 @@ then stand in `call` and on the model card.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +33,9 @@ from diffusers import (
 
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.core.times import uniform_grid
 from stepdistill.export.flow_grid import flow_match_config, shift_of_grid
+from stepdistill.loading.project_code import part_class
 
 # What a VP scheduler must keep of the teacher's: its noise table.
 _TABLE = (
@@ -46,6 +50,12 @@ _TABLE = (
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # what LCM, TCD and DDIM know
 # c_skip of LCM at index n is .25 / ((scale n)^2 + .25): below 3e-9 from n = 1 on, so x0 is plain.
 PLAIN_X0_SCALE = 1e4
+# How classes of pipelines/rectified_flow_scheduler.py begin, by (kind, heun).
+_RULES = {
+    ("anchored", False): "Anchored",
+    ("anchored", True): "AnchoredHeun",
+    ("ode", True): "Heun",
+}
 ALL_ARGUMENTS = frozenset({"timesteps", "sigmas", "eta"})
 
 
@@ -79,13 +89,12 @@ def stock_sampler(
         scales_input: its loop calls the scheduler's scale_model_input.
     Errors: ValueError for a spec no stock scheduler samples in that pipeline.
     """
-    if spec.kind == "anchored":
+    if _RULES.get((spec.kind, spec.heun)) and isinstance(path, VEPath):
         raise ValueError(
-            f"export: expected a sampler that a stock scheduler has, got the anchored one in "
-            f"{spec.num_steps} steps. Export fewer (it is Euler's in one step, on flow models in "
-            "two), or export a run with method_config.sampler: euler, which trains the same "
-            "weights, and on flow models put pipelines/anchored_flow_match_scheduler.py in the "
-            "saved scheduler's place, as that file says."
+            f"export: expected a sampler that a scheduler has on a VE path, got kind {spec.kind}, "
+            f"heun {spec.heun} in {spec.num_steps} steps. Export fewer (up to two the anchored is "
+            "Euler's), or a run with method_config.sampler: euler and heun: false, which trains "
+            "the same weights."
         )
     if isinstance(path, VPPath):
         return _vp(teacher_scheduler.config, path, spec, accepts)
@@ -94,6 +103,17 @@ def stock_sampler(
     if isinstance(path, VEPath):
         return _ve(teacher_scheduler, path, spec)
     raise ValueError(f"export: expected a VP, flow or VE student, got {type(path).__name__}.")
+
+
+def _ours(spec: SamplerSpec, base: str) -> Any:
+    """The class of pipelines/ that takes the spec's steps, None where a stock one does."""
+    rule = _RULES.get((spec.kind, spec.heun))
+    return rule and part_class("rectified_flow_scheduler", f"{rule}{base}Scheduler")
+
+
+def _listed(times: Sequence[Any], spec: SamplerSpec) -> tuple[Any, ...]:
+    """What the network is told: Heun's later times end one step, and begin the next."""
+    return (times[0], *(t for t in times[1:] for _ in range(1 + spec.heun)))
 
 
 # ------------------------------------------------------------------ VP tables
@@ -109,11 +129,19 @@ def _vp(config: Any, path: VPPath, spec: SamplerSpec, accepts: Collection[str]) 
             f"export: expected boundary_scale with kind renoise alone, got it with {spec.kind!r}. "
             "LCMScheduler is the one stock scheduler that blends."
         )
+    trailing = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+    ours = _ours(spec, "DDIM")
+    if ours is not None:
+        made = ours(**table, **trailing)
+        made.set_timesteps(len(indices))
+        if made.timesteps.tolist() != list(_listed(indices, spec)):
+            raise ValueError(
+                f"export: expected trailing timesteps with {ours.__name__}, got {indices}."
+            )
+        return StockSampler(made, tuple(made.timesteps.tolist()))
     gamma = spec.gamma if spec.kind == "tcd" else 0.0
     if gamma == 0.0:
-        made = DDIMScheduler(
-            **table, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
-        )
+        made = DDIMScheduler(**table, **trailing)
         made.set_timesteps(len(indices))
         # DDIM steps by this stride, whatever it visits next: the two must agree.
         stride = path.num_steps // len(indices)
@@ -197,38 +225,48 @@ def _flow(
     sends_sigmas: bool,
     scales_input: bool,
 ) -> StockSampler:
-    gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind]
-    if gamma not in (0.0, 1.0) or spec.boundary_scale is not None:
+    gamma = {"renoise": 1.0, "tcd": spec.gamma}.get(spec.kind, 0.0)
+    if spec.boundary_scale is not None:
         raise ValueError(
-            f"export: expected kind ode or renoise and plain x0 on a flow path, got {spec}: no "
-            "stock flow scheduler takes its step. Sample with stepdistill.sampling."
+            f"export: expected plain x0 on a flow path, got {spec}: no flow scheduler blends. "
+            "Sample with stepdistill.sampling."
         )
     total, num = path.num_train_timesteps, spec.num_steps
-    visited = tuple(total * t for t in spec.times)
+    listed = _listed(spec.times, spec)
+    visited = tuple(total * t for t in listed)
     cls: Any = FlowMatchLCMScheduler if gamma else FlowMatchEulerDiscreteScheduler
+    ours = _ours(spec, "FlowMatch")
+    cls = ours or cls
     config: dict[str, Any] = {"num_train_timesteps": total}
+    if 0.0 < gamma < 1.0:
+        cls, config = (
+            part_class("tcd_flow_match_scheduler", "FlowMatchTCDScheduler"),
+            {**config, "gamma": gamma},
+        )
     if flow_in_vp:
         # Such a pipeline multiplies its first noise by scheduler.init_noise_sigma, which flow
         # schedulers lack; an entry of that name in the saved config answers for it.
         config["init_noise_sigma"] = 1.0
-    if flow_in_vp and scales_input and "sigmas" not in accepts:
-        # The loop calls scale_model_input: one flow scheduler has that.
+    if flow_in_vp and scales_input and "sigmas" not in accepts and ours is None:
+        # The loop calls scale_model_input: one stock flow scheduler has that.
         if gamma:
             raise ValueError(
-                "export: expected kind ode for a velocity student in this pipeline, got renoise: "
-                "its loop calls what FlowMatchLCMScheduler lacks. Use setup: wrapped."
+                "export: expected kind ode for a velocity student in this pipeline, got "
+                f"{spec.kind}: its loop calls what {cls.__name__} lacks. Use setup: wrapped."
             )
         cls, grid = FlowMapEulerDiscreteScheduler, {"shift": shift_of_grid(spec.times)}
-    elif sends_sigmas:  # a uniform grid already: the shift alone maps it
+    elif sends_sigmas and np.allclose(
+        spec.times, uniform_grid(num, shift_of_grid(spec.times)), atol=1e-9
+    ):  # a uniform grid already: the shift alone maps it
         grid = {"shift": shift_of_grid(spec.times)}
     else:
-        grid = flow_match_config(spec.times)
+        grid = flow_match_config(spec.times, sends_sigmas)
     made = cls.from_config({**config, **grid})
     if sends_sigmas:
         made.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num, num))
     else:
         made.set_timesteps(num)
-    if np.allclose(made.sigmas[:-1], spec.times, atol=1e-6):
+    if np.allclose(made.sigmas[:-1], listed, atol=1e-6):
         return StockSampler(made, visited)
     if "sigmas" not in accepts:
         raise ValueError(
@@ -247,6 +285,8 @@ def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
     EDM's grid takes sigma_max^(1/rho) to sigma_min^(1/rho) in N - 1 steps: with t_N = 1/N the
     uniform ones. That of consistency models takes every (n/N)-th of n times: with 1/n likewise.
     """
+    if spec.boundary_sigma is not None:
+        return _consistency_model(teacher, path, spec, spec.boundary_sigma)
     num, config = spec.num_steps, teacher.config
     told = isinstance(teacher, CMStochasticIterativeScheduler)
     gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind] if num > 1 else float(told)
@@ -283,3 +323,34 @@ def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
             f"export: expected the uniform grid of {num} times on a VE path, got {spec.times}."
         )
     return StockSampler(made, tuple(float(t) for t in made.timesteps))
+
+
+def _consistency_model(
+    teacher: Any, path: VEPath, spec: SamplerSpec, sigma_min: float
+) -> StockSampler:
+    """CD's own scheduler on the K + 1 Karras points of its grid, the last of them sigma_min."""
+    config, times = teacher.config, torch.tensor(spec.times, dtype=torch.float64)
+    if not isinstance(teacher, CMStochasticIterativeScheduler) or config.sigma_data != 0.5:
+        raise ValueError(
+            "export: expected a teacher beside CMStochasticIterativeScheduler with sigma_data 0.5, "
+            f"got {config.sigma_data:g} beside {type(teacher).__name__}: no stock scheduler has "
+            "the blend that was trained. Set boundary: none, or give the teacher that scheduler."
+        )
+    intervals = len(spec.trained_times or spec.times)
+    low = float(path.time_of_sigma(torch.tensor(sigma_min, dtype=torch.float64)))
+    # Index 0 is the noisiest, as the call's `timesteps` have it.
+    indices = (intervals * (1.0 - times) / (1.0 - low)).round().long().flip(0).tolist()
+    made = CMStochasticIterativeScheduler(
+        **{name: config[name] for name in ("sigma_max", "sigma_data", "rho")},
+        num_train_timesteps=intervals + 1,
+        sigma_min=sigma_min,
+        clip_denoised=False,
+    )
+    call: dict[str, Any] = {}
+    made.set_timesteps(spec.num_steps)
+    sigmas = path.coeffs(times)[1]
+    if not np.allclose(made.sigmas[:-1], sigmas, rtol=1e-4):
+        call = {"timesteps": indices}
+        made.set_timesteps(**call)
+    assert np.allclose(made.sigmas[:-1], sigmas, rtol=1e-4), "the grid is Karras's"
+    return StockSampler(made, tuple(float(t) for t in made.timesteps), call)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny
 
+from stepdistill.loading.safe_files import no_pickles
+
 
 def decoder_config(source: str) -> dict[str, Any]:
     """config.json of a decoder, before a weight is read.
@@ -42,5 +44,6 @@ def load_decoder(source: str, channels: int, device: torch.device | str = "cpu")
             f"decoder: expected one for latents of {channels} channels, got {source!r} for {own}. "
             "Each latent space has its own: taesd, taesdxl, taesd3, taef1."
         )
-    decoder: Any = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
+    with no_pickles("decoder"):
+        decoder: Any = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
     return decoder.to(device=device, dtype=torch.float32).eval().requires_grad_(False)

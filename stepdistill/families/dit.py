@@ -13,7 +13,7 @@ from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.family import Family, net_dtype
@@ -25,6 +25,7 @@ class DiTFamily(Family):
 
     name: ClassVar[str] = "dit"
     pipelines: ClassVar[tuple[str, ...]] = ("DiTPipeline",)
+    tiny = "stepdistill.testing.tiny:tiny_dit"
     net_name: ClassVar[str] = "transformer"
     scales_input: ClassVar[bool] = True
     conditioning: Literal["prompt", "label", "none"] = "label"
@@ -38,17 +39,8 @@ class DiTFamily(Family):
         if names:
             pipeline.register_to_config(id2label={i: ", ".join(n) for i, n in names.items()})
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         out: Tensor = net(
             x_t.to(net_dtype(net)),
             timestep=model_t.float(),  # exact for indices; the sinusoid is float32 anyway

@@ -25,6 +25,8 @@ class EDMFamily(UNet2DFamily):
 
     name: ClassVar[str] = "edm"
     pipelines: ClassVar[tuple[str, ...]] = ("ConsistencyModelPipeline",)
+    tiny = "stepdistill.testing.tiny_pixels:tiny_edm"
+    variants = {"edm_plain": {"classes": None, "restarts": False}}
     conditioning: Literal["prompt", "label", "none"] = "label"
     reads_conditioning: ClassVar[bool] = True
     scales_input: ClassVar[bool] = True

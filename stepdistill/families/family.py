@@ -11,10 +11,12 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +25,8 @@ from stepdistill.core.method import Setting
 from stepdistill.core.types import Cond
 from stepdistill.families.features import FeatureBlock
 from stepdistill.families.schedule import dynamic_shift, read_schedule
-from stepdistill.families.vae import decode_latents, encode_images
+from stepdistill.families.vae import decode_latents, encode_images, latent_size
+from stepdistill.loading.original_layout import has_layout
 
 # Attention and feed-forward projections, the usual reach of a distillation LoRA on transformers.
 TRANSFORMER_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -61,7 +64,13 @@ def check_prompts(prompts: Sequence[Any]) -> list[str]:
 class Family(ABC):
     """One kind of pipeline. Subclasses are at most 140 lines and list the classes they serve.
 
-    pipelines: names of the Diffusers pipeline classes. net_name: the denoiser's component name.
+    name: the key in FAMILIES, of its file or entry point. pipelines: names of the Diffusers
+    pipeline classes. net_name: the denoiser's component name.
+    tiny: a small pipeline with random weights: component -> configuration with its _class_name, or
+        a kind of text encoder (see testing/tiny.py); or "module:function" that makes it.
+    variants: name of a further one -> what is laid over that, or the function's arguments.
+    typed: what the stock call of a few-step student must be told all the same: no config says it.
+    dynamic_shift: whether the stock call tells its scheduler a shift by the size.
     """
 
     name: ClassVar[str]
@@ -76,9 +85,20 @@ class Family(ABC):
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
     reads_image: ClassVar[bool] = False  # whether the condition holds a first frame
     output: ClassVar[Literal["images", "frames"]] = "images"  # what the stock call's result holds
+    tiny: ClassVar[str | Mapping[str, Any]] = ""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    typed: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale")
+    dynamic_shift: ClassVar[bool] = False
     one_step_x0: ClassVar[tuple[str, ...]] = ()  # classes that read a single step's result as x0
     short_pipelines: ClassVar[tuple[str, ...]] = ()  # stock classes of few-step defaults
     unquantized: Callable[[], nn.Module] | None = None  # loads what a quantised base was made from
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A family derived from another has tiny pipelines of its own."""
+        super().__init_subclass__(**kwargs)
+        for fact in ("tiny", "variants"):
+            if fact not in vars(cls):
+                setattr(cls, fact, vars(Family)[fact])
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -110,6 +130,16 @@ class Family(ABC):
     def conditioning_in(cls, config: Any) -> Literal["prompt", "label", "none"]:
         """The conditioning of a model whose denoiser has that configuration."""
         return cls.conditioning
+
+    @classmethod
+    def has_lora_loader(cls) -> bool:
+        """Whether Diffusers gives its pipeline load_lora_weights; else PEFT loads an adapter."""
+        return issubclass(getattr(diffusers, cls.pipelines[0]), LoraBaseMixin)
+
+    @property
+    def lora_formats(self) -> tuple[str, ...]:
+        """What a LoRA student can be exported as."""
+        return ("lora", "kohya", "comfyui") if has_layout(self.net) else ("lora",)
 
     @classmethod
     def null_in(cls, index: Any) -> bool:
@@ -173,7 +203,6 @@ class Family(ABC):
             )
         return copy.deepcopy(self.net if net is None else net)
 
-    @abstractmethod
     def forward(
         self,
         net: nn.Module,
@@ -183,7 +212,18 @@ class Family(ABC):
         s: Tensor | None = None,
         w: Tensor | None = None,
     ) -> Tensor:
-        """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,)."""
+        """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,).
+
+        s is ignored: no stock denoiser has such an input. Errors: ValueError for w with a network
+        that has no guidance embedding.
+        """
+        if not self.supports_w:
+            self.refuse_w(w)
+        return self.run(net, x_t, model_t, cond, w)
+
+    @abstractmethod
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """`forward` for the adapter to define; w is None where `supports_w` is false."""
 
     def from_raw(self, out: Tensor, x_t: Tensor, model_t: Tensor) -> Tensor:
         """What `forward` makes of the stock denoiser's output (B, C, *S) at x_t: here itself."""
@@ -194,7 +234,7 @@ class Family(ABC):
         return linear_guidance(cond, null, guidance)
 
     def refuse_w(self, w: Tensor | None) -> None:
-        """Errors: ValueError where w is given; for `forward` of networks without that input."""
+        """Errors: ValueError where w is given; for networks without that input."""
         if w is not None:
             raise ValueError(f"{self.name}: expected no w (no guidance embedding), got one.")
 
@@ -209,9 +249,12 @@ class Family(ABC):
         return features
 
     # -------------------------------------------------------------- the data
-    @abstractmethod
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, *S) of one latent for height x width px (the model's own size where None)."""
+        config, factor = self.config, self.pipeline.vae_scale_factor
+        own, patch = config.sample_size, config.patch_size
+        sides = (latent_size(pixels, own, factor, patch) for pixels in (height, width))
+        return (config.in_channels, *sides)
 
     @property
     def own_shape(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +44,46 @@ def unet_blocks(widths: Sequence[int]) -> dict[str, FeatureBlock]:
     return blocks
 
 
+@contextmanager
+def leave_out(net: nn.Module, blocks: Mapping[str, FeatureBlock]) -> Iterator[None]:
+    """Within: these transformer blocks of `net` give back the tokens that they were given."""
+
+    def returns_input(item: int) -> Any:
+        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            image = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            if not isinstance(out, tuple):
+                return image
+            text = kwargs["encoder_hidden_states"] if "hidden_states" in kwargs else args[1]
+            return tuple(image if i == item else text for i in range(len(out)))
+
+        return hook
+
+    handles = [
+        net.get_submodule(block.module).register_forward_hook(
+            returns_input(block.item), with_kwargs=True
+        )
+        for block in blocks.values()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def chosen_blocks(
+    names: Sequence[str], blocks: Mapping[str, FeatureBlock]
+) -> dict[str, FeatureBlock]:
+    """The blocks of these names, in order; "all" among them stands for each place once.
+
+    Errors: KeyError for an unknown name.
+    """
+    if "all" not in names:
+        return {name: blocks[name] for name in names}
+    places = {block.module: name for name, block in blocks.items()}  # "mid" may be one of a list
+    return {name: blocks[name] for name in places.values()}
+
+
 class _AllFound(BaseException):
     """Ends a network's forward pass behind the last feature; no handler in it keeps this."""
 
@@ -72,10 +112,8 @@ def capture(
 
         handles.append(net.get_submodule(block.module).register_forward_hook(hook))
     try:
-        yield found
-    except _AllFound as stop:
-        # Frames that a checkpointed block left open close with the traceback that holds them.
-        stop.__traceback__ = None
+        with suppress(_AllFound):
+            yield found
     finally:
         for handle in handles:
             handle.remove()

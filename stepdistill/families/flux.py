@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.family import TRANSFORMER_LORA_TARGETS, check_prompts, net_dtype
@@ -26,6 +26,39 @@ class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
 
     name: ClassVar[str] = "flux"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    tiny = {
+        "text_encoder_2": "t5",
+        "transformer": {
+            "_class_name": "FluxTransformer2DModel",
+            "in_channels": 4 * 4,  # 2 x 2 patches of four latent channels
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 16,
+            "guidance_embeds": True,
+            "axes_dims_rope": (2, 2, 4),
+        },
+        # An image of the VAE's size has 16 tokens, the most that the shift is made for.
+        "scheduler": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "shift": 3.0,
+            "use_dynamic_shifting": True,
+            "base_image_seq_len": 4,
+            "max_image_seq_len": 16,
+        },
+        "vae": {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": "clip",
+    }
+    variants = {
+        "flux_schnell": {
+            "transformer": {"guidance_embeds": False},
+            "scheduler": {"shift": 1.0, "use_dynamic_shifting": False},
+        }
+    }
+    typed = ("num_inference_steps",)
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = (*TRANSFORMER_LORA_TARGETS, "proj_mlp")
     sends_sigmas: ClassVar[bool] = True
@@ -47,16 +80,8 @@ class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
     def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
         return self.pipeline._unpack_latents(packed, *shape[-2:], vae_scale_factor=1)
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored. w = g - 1 as everywhere."""
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
         embeds = cond["prompt_embeds"].to(dtype)
         ids = self.pipeline._prepare_latent_image_ids(

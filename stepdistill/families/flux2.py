@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.family import check_prompts, net_dtype
@@ -32,6 +32,9 @@ class Flux2Family(VaeSizedFamily):
 
     name: ClassVar[str] = "flux2"
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
+    tiny = "stepdistill.testing.tiny_flux2:tiny_flux2"
+    typed = ("num_inference_steps",)
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -79,19 +82,10 @@ class Flux2Family(VaeSizedFamily):
 
     def told_guidance(self, model_t: Tensor, w: Tensor | None) -> Tensor | None:
         """(B,) the network's guidance input: klein has none."""
-        self.refuse_w(w)
         return None
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         dtype = net_dtype(net)
         embeds = cond["prompt_embeds"].to(dtype)
         out: Tensor = net(

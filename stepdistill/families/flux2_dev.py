@@ -18,6 +18,7 @@ class Flux2DevFamily(GuidanceToldFamily, Flux2Family):
 
     name: ClassVar[str] = "flux2_dev"
     pipelines: ClassVar[tuple[str, ...]] = ("Flux2Pipeline",)
+    tiny = "stepdistill.testing.tiny_flux2:tiny_flux2_dev"
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)

@@ -23,13 +23,14 @@ from stepdistill.families.features import FeatureBlock
 from stepdistill.families.probe import IMAGE_INPUTS, hear, joined, learn, learn_null, pick, placed
 from stepdistill.families.schedule import shift_of_mu
 
+NAME = "generic"  # of no entry in FAMILIES: it serves what no family does
 BINNING = "use_resolution_binning"  # of sizes that were released; ours are exact
 
 
 class GenericFamily(Family):
     """Any pipeline whose latents (B, C, H, W) reach its denoiser as they are."""
 
-    name: ClassVar[str] = "generic"
+    name: ClassVar[str] = NAME
     pipelines: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, pipeline: Any) -> None:
@@ -58,17 +59,8 @@ class GenericFamily(Family):
         self.facts = learn(self)
         self._null = Cond(learn_null(self, self.facts.rows))
 
-    def forward(
-        self,
-        net: Any,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         facts, dtype = self.facts, net_dtype(net)
         image = next(name for name in IMAGE_INPUTS if name in self._inputs)
         told = {image: x_t.to(dtype), "timestep": (facts.slope * model_t + facts.offset).float()}

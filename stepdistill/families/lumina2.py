@@ -12,21 +12,48 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import Family, check_prompts, net_dtype
+from stepdistill.families.family import net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
-from stepdistill.families.vae import latent_size
+from stepdistill.families.masked_tokens import MaskedTokensFamily
 
 
-class Lumina2Family(Family):
+class Lumina2Family(MaskedTokensFamily):
     """Lumina2Pipeline. Guidance is plain: the stock call also rescales by norms unless told not."""
 
     name: ClassVar[str] = "lumina2"
     pipelines: ClassVar[tuple[str, ...]] = ("Lumina2Pipeline",)
+    tiny = {
+        "text_encoder": "gemma",
+        "transformer": {
+            "_class_name": "Lumina2Transformer2DModel",
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 16,
+            "axes_dim_rope": (4, 2, 2),
+            "axes_lens": (300, 32, 32),
+            "cap_feat_dim": 16,
+        },
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
+        # Factor 8, which the stock class takes for granted.
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "levels": 4,
+        },
+    }
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True
+    bare_null: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *(f"feed_forward.linear_{i}" for i in (1, 2, 3)),
@@ -37,17 +64,8 @@ class Lumina2Family(Family):
         channels: int = self.config.in_channels
         return channels
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         dtype = net_dtype(net)
         out: Tensor = net(
             hidden_states=x_t.to(dtype),
@@ -73,30 +91,6 @@ class Lumina2Family(Family):
             name: value.gather(1, rows.expand(-1, -1, value.shape[-1]))
             for name, value in features.items()
         }
-
-    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        size, patch = self.config.sample_size, self.config.patch_size
-        factor = self.pipeline.vae_scale_factor
-        sides = (latent_size(pixels, size, factor, patch) for pixels in (height, width))
-        return (self.config.in_channels, *sides)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Any]) -> Cond:
-        """prompt_embeds (B, N, D) of Gemma; mask (B, N), 1 on tokens and 0 on padding."""
-        embeds, mask, _, _ = self.pipeline.encode_prompt(
-            check_prompts(prompts),
-            do_classifier_free_guidance=False,
-            device=self.pipeline.text_encoder.device,
-        )
-        return Cond({"prompt_embeds": embeds, "mask": mask})
-
-    @torch.no_grad()
-    def null(self, bsz: int) -> Cond:
-        """The stock negative prompt: "" without the system prompt."""
-        _, _, embeds, mask = self.pipeline.encode_prompt(
-            [""], do_classifier_free_guidance=True, device=self.pipeline.text_encoder.device
-        )
-        return Cond({"prompt_embeds": embeds, "mask": mask}).repeat(bsz)
 
     def stock_call(
         self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator

@@ -8,41 +8,48 @@ pipelines. PixArt-alpha at 1024 px is also told resolution and aspect ratio.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import Family, check_prompts, net_dtype
+from stepdistill.families.family import net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
-from stepdistill.families.vae import latent_size
-
-ENCODE_ARGUMENTS = ("clean_caption", "max_sequence_length", "complex_human_instruction")
+from stepdistill.families.masked_tokens import MaskedTokensFamily
 
 
-class PixArtFamily(Family):
+class PixArtFamily(MaskedTokensFamily):
     """PixArtAlphaPipeline and PixArtSigmaPipeline."""
 
     name: ClassVar[str] = "pixart"
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    tiny = {
+        "text_encoder": "t5",
+        "transformer": {
+            "_class_name": "PixArtTransformer2DModel",
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,  # three size embeddings share the width
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "cross_attention_dim": 24,
+            "sample_size": 8,
+            "patch_size": 2,
+            "caption_channels": 16,
+            "use_additional_conditions": False,
+            "interpolation_scale": 1,
+        },
+        "vae": {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025},
+        "scheduler": {"_class_name": "DDIMScheduler", "beta_schedule": "linear"},
+    }
+    variants = {"pixart_sigma": {"pipeline": "PixArtSigmaPipeline"}}
     net_name: ClassVar[str] = "transformer"
     scales_input: ClassVar[bool] = True
     one_step_x0: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline",)
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         dtype = net_dtype(net)
         out: Tensor = net(
             x_t.to(dtype),
@@ -70,29 +77,6 @@ class PixArtFamily(Family):
         width = self.config.num_attention_heads * self.config.attention_head_dim
         return token_blocks(width, transformer_blocks=self.config.num_layers)
 
-    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        size, patch = self.config.sample_size, self.config.patch_size
-        factor = self.pipeline.vae_scale_factor
-        sides = (latent_size(pixels, size, factor, patch) for pixels in (height, width))
-        return (self.config.in_channels, *sides)
-
     @property
     def call_extras(self) -> dict[str, Any]:
         return {"use_resolution_binning": False}  # its bins hold the released sizes only
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Any]) -> Cond:
-        """prompt_embeds (B, N, D) of T5; mask (B, N), 1 on tokens and 0 on padding."""
-        embeds, mask, _, _ = self.pipeline.encode_prompt(
-            check_prompts(prompts),
-            do_classifier_free_guidance=False,
-            device=self.pipeline.text_encoder.device,
-            **self.encode_extras,
-        )
-        return Cond({"prompt_embeds": embeds, "mask": mask})
-
-    @property
-    def encode_extras(self) -> dict[str, Any]:
-        """The stock call's own defaults for encode_prompt, which has others."""
-        call = inspect.signature(type(self.pipeline).__call__).parameters
-        return {name: call[name].default for name in ENCODE_ARGUMENTS if name in call}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from stepdistill.core.types import Cond
@@ -29,6 +29,9 @@ class QwenImageFamily(VaeSizedFamily):
 
     name: ClassVar[str] = "qwen_image"
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
+    tiny = "stepdistill.testing.tiny_video:tiny_qwen_image"
+    typed = ("num_inference_steps",)
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -54,17 +57,8 @@ class QwenImageFamily(VaeSizedFamily):
         guided = self.pack(super().guide(cond, null, guidance))
         return self.unpack(guided * (wanted / guided.norm(dim=-1, keepdim=True)), cond.shape)
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
         length = cond["length"]
         longest = int(length.max())  # as the stock call pads a batch of its own

@@ -6,53 +6,34 @@ Everything that can be wrong with a model id is said before a weight is read.
 from __future__ import annotations
 
 import difflib
+import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import UNet2DModel
 
 from stepdistill.core.method import Setting
+from stepdistill.core.registry import Registry
 from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import read_schedule
+from stepdistill.loading.paper import check_numbers
+from stepdistill.loading.project_code import part_class
 from stepdistill.loading.quantization import loader_config, requantized
 from stepdistill.loading.safe_files import load_part, load_stock
 from stepdistill.loading.single_file import load_single_file
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import merge_loras
 from stepdistill.loading.weightless import weightless
+from stepdistill.storage.files import one_line
 
-# family name -> "module:Class"; modules load on demand, so one broken family breaks no other.
-FAMILIES: dict[str, str] = {
-    "sd": "stepdistill.families.sd:StableDiffusionFamily",
-    "sdxl": "stepdistill.families.sdxl:StableDiffusionXLFamily",
-    "sd3": "stepdistill.families.sd3:StableDiffusion3Family",
-    "dit": "stepdistill.families.dit:DiTFamily",
-    "flux": "stepdistill.families.flux:FluxFamily",
-    "flux2": "stepdistill.families.flux2:Flux2Family",
-    "flux2_dev": "stepdistill.families.flux2_dev:Flux2DevFamily",
-    "pixart": "stepdistill.families.pixart:PixArtFamily",
-    "lumina2": "stepdistill.families.lumina2:Lumina2Family",
-    "z_image": "stepdistill.families.z_image:ZImageFamily",
-    "sana": "stepdistill.families.sana:SanaFamily",
-    "qwen_image": "stepdistill.families.qwen_image:QwenImageFamily",
-    "wan": "stepdistill.families.wan:WanFamily",
-    "wan_i2v": "stepdistill.families.wan_i2v:WanImageToVideoFamily",
-    "unet2d": "stepdistill.families.unet2d:UNet2DFamily",
-    "edm": "stepdistill.families.edm:EDMFamily",
-}
-
-
-def family_class(name: str) -> type[Family]:
-    """The Family class of that short name."""
-    module, _, cls = FAMILIES[name].partition(":")
-    found: type[Family] = getattr(import_module(module), cls)
-    return found
+FAMILIES: Registry[Family] = Registry("stepdistill.families", Family)
 
 
 def family_for(pipeline_class: str) -> type[Family]:
@@ -60,7 +41,7 @@ def family_for(pipeline_class: str) -> type[Family]:
 
     Errors: ValueError naming the nearest served classes, where the generic one can't serve it.
     """
-    served = {cls: name for name in FAMILIES for cls in family_class(name).pipelines}
+    served = {name: family for family in FAMILIES.values() for name in family.pipelines}
     if pipeline_class not in served:
         try:
             generic = generic_family(pipeline_class)
@@ -78,7 +59,7 @@ def family_for(pipeline_class: str) -> type[Family]:
             f"model: expected a pipeline class that has a family, got {pipeline_class!r}. "
             f"Nearest: {near or sorted(served)}."
         )
-    return family_class(served[pipeline_class])
+    return served[pipeline_class]
 
 
 def load_family(
@@ -99,6 +80,9 @@ def load_family(
     source.check()
     index = source.index
     cls = family_for(source.pipeline_class)
+    _check_parts(source, cls, components)
+    if "scheduler" not in components:
+        _setting(source)
     missing = {name: None for name, entry in index.items() if entry == [None, None]}
     parts = {**missing, **components}
     kind = source.base_quantization
@@ -127,6 +111,23 @@ def load_family(
         again = partial(load_family, plain, torch_dtype=dtype, **components)
         family.unquantized = (lambda: again().net) if made_here else net
     return family
+
+
+def _check_parts(source: ModelSource, cls: type[Family], given: Mapping[str, Any]) -> None:
+    """Errors: ValueError where model_index.json has no denoiser, scheduler or autoencoder for the
+    pipeline class.
+
+    Args: given: parts that are handed over in place of the folder's.
+    """
+    takes = inspect.signature(getattr(diffusers, source.pipeline_class).__init__).parameters
+    for name in (cls.net_name, "scheduler", *(["vae"] if "vae" in takes else [])):
+        entry = source.index.get(name)
+        named = isinstance(entry, list | tuple) and len(entry) == 2 and None not in entry
+        if name not in given and not named:
+            raise ValueError(
+                f"{source.described_at}/model_index.json: expected a class for {name}, got "
+                f"{entry!r}. Save the pipeline with it."
+            )
 
 
 def load_encoders(model: str | Path | ModelSource, device: torch.device) -> Family:
@@ -181,6 +182,7 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
         return TeacherFacts(type(teacher), name, *told)
     source = ModelSource.of(teacher)
     cls = family_for(source.pipeline_class)
+    _check_parts(source, cls, {})
     return TeacherFacts(
         cls,
         source.pipeline_class,
@@ -197,11 +199,16 @@ def _net_config(source: ModelSource, cls: type[Family]) -> Any:
 
 def _setting(source: ModelSource) -> Setting:
     """From the scheduler's config alone."""
+    where = f"{source.described_at}/scheduler"
     library, name = source.index["scheduler"]
-    scheduler_cls = getattr(import_module(library), name)
-    where = source.described_at
+    scheduler_cls = part_class(library, name)
     try:
-        scheduler = scheduler_cls.from_pretrained(where, subfolder="scheduler", **source.hub)
-    except (OSError, TypeError, KeyError, AttributeError) as err:
-        raise ValueError(f"{where}: expected a readable scheduler config, got {err}.") from err
-    return Setting(*read_schedule(scheduler))
+        config = scheduler_cls.load_config(source.described_at, subfolder="scheduler", **source.hub)
+        check_numbers(config, where)
+        return Setting(*read_schedule(scheduler_cls.from_config(config)))
+    except ValueError:
+        raise
+    except Exception as err:  # whatever a stock class raises at values it can't use
+        raise ValueError(
+            f"{where}: expected a readable scheduler config, got {one_line(err)}."
+        ) from err

@@ -57,7 +57,8 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
         "flow_prediction": "flow",
     }
     flow = ("FlowMatch", "FlowMap")
-    if type(scheduler).__name__.startswith(flow) or config.get("use_flow_sigmas"):
+    matches = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # pipelines/ has such
+    if matches or type(scheduler).__name__.startswith(flow) or config.get("use_flow_sigmas"):
         shift = config.get("shift", config.get("flow_shift", 1.0))
         if config.get("use_dynamic_shifting"):
             shift = dynamic_shift(config, config.max_image_seq_len)
@@ -73,8 +74,15 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
             f"prediction_type in {sorted(kinds)}, got prediction_type {name!r}. "
             "Save the pipeline with a scheduler that states them."
         )
+    if not (alphas.ndim == 1 and bool(((alphas >= 0) & (alphas <= 1)).all())):  # NaN is neither
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__}: expected a table of alphas_cumprod in [0, 1], "
+            "got other values. Look at beta_start, beta_end and trained_betas."
+        )
     path = VPPath(alphas)
-    if kinds[name] == "eps" and float(path.coeffs(torch.ones(1))[0]) < 1e-6:
+    # Euler, EulerA and UniPC end such a table at 2^-24 in place of 0.
+    ends_at_zero = config.get("rescale_betas_zero_snr", False)
+    if kinds[name] == "eps" and (ends_at_zero or float(path.coeffs(torch.ones(1))[0]) < 1e-6):
         raise ValueError(
             "scheduler: expected v_prediction with zero terminal SNR, got epsilon: one step from "
             "pure noise would divide by alpha = 0. Turn rescale_betas_zero_snr off."
@@ -88,7 +96,7 @@ def parity_scheduler(family: Any) -> Any:
     config = own.config
     if isinstance(own, FlowMatchEulerDiscreteScheduler):
         # One step under shift_terminal (Qwen-Image) divides by zero: no call here needs it.
-        return type(own).from_config(config, shift_terminal=None)
+        return FlowMatchEulerDiscreteScheduler.from_config(config, shift_terminal=None)
     if isinstance(family.path, VEPath):
         if not isinstance(own, CMStochasticIterativeScheduler):
             return EDMEulerScheduler.from_config(config)

@@ -33,6 +33,9 @@ class StableDiffusionFamily(Family):
         "StableDiffusionPipeline",
         "LatentConsistencyModelPipeline",
     )
+    tiny = "stepdistill.testing.tiny:tiny_sd"
+    variants = {"sd_v": {"prediction_type": "v_prediction"}}
+    typed = ()
     net_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
     supports_w: ClassVar[bool] = True
@@ -49,16 +52,8 @@ class StableDiffusionFamily(Family):
             return with_guidance_input(self.net if net is None else net)
         return super().copy_net(extra_inputs, net)
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored.
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run.
 
         Errors: ValueError for w with a UNet that has no guidance projection.
         """

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.family import Family, check_prompts, net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
-from stepdistill.families.vae import latent_size
 
 
 class StableDiffusion3Family(Family):
@@ -21,19 +20,13 @@ class StableDiffusion3Family(Family):
 
     name: ClassVar[str] = "sd3"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    tiny = "stepdistill.testing.tiny:tiny_sd3"
+    variants = {"sd35": {"version": "3.5"}}
+    dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         dtype = net_dtype(net)
         out: Tensor = net(
             hidden_states=x_t.to(dtype),
@@ -48,15 +41,6 @@ class StableDiffusion3Family(Family):
         """ "mid" and "block.i", image tokens (a block returns text tokens, image tokens)."""
         width = self.config.num_attention_heads * self.config.attention_head_dim
         return token_blocks(width, item=1, transformer_blocks=self.config.num_layers)
-
-    def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        size, patch = self.config.sample_size, self.config.patch_size
-        factor = self.pipeline.vae_scale_factor
-        return (
-            self.config.in_channels,
-            latent_size(height, size, factor, patch),
-            latent_size(width, size, factor, patch),
-        )
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:

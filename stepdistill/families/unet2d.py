@@ -32,6 +32,8 @@ class UNet2DFamily(Family):
 
     name: ClassVar[str] = "unet2d"
     pipelines: ClassVar[tuple[str, ...]] = ("DDPMPipeline", "DDIMPipeline")
+    tiny = "stepdistill.testing.tiny_pixels:tiny_unet2d"
+    typed = ("num_inference_steps",)
     net_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj"),
@@ -56,17 +58,8 @@ class UNet2DFamily(Family):
                 "call of this pipeline passes no labels. Save it as a ConsistencyModelPipeline."
             )
 
-    def forward(
-        self,
-        net: Any,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         told = self.scale_input(x_t, model_t).to(net_dtype(net))
         out: Tensor = net(
             told, model_t.float(), class_labels=cond.get("class_labels"), return_dict=False

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.family import Family, check_prompts
@@ -29,6 +29,8 @@ class WanFamily(Family):
 
     name: ClassVar[str] = "wan"
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+    tiny = "stepdistill.testing.tiny_video:tiny_wan"
+    variants = {"wan_tokens": {"expand_timesteps": True}}
     net_name: ClassVar[str] = "transformer"
     output: ClassVar[Literal["images", "frames"]] = "frames"
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -72,17 +74,8 @@ class WanFamily(Family):
         count = x_t.shape[2] * (x_t.shape[3] // height) * (x_t.shape[4] // width)
         return model_t.float().unsqueeze(1).expand(-1, count)
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         model: Any = net
         dtype = model.dtype  # of most weights: a few always stay in float32
         out: Tensor = model(

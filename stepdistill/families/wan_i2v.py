@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.core.path import expand
 from stepdistill.core.types import Cond
@@ -27,6 +27,8 @@ class WanImageToVideoFamily(WanFamily):
 
     name: ClassVar[str] = "wan_i2v"
     pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
+    tiny = "stepdistill.testing.tiny_video:tiny_wan_i2v"
+    variants = {"wan_i2v_kept": {"expand_timesteps": True}}
     reads_image: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:
@@ -54,17 +56,8 @@ class WanImageToVideoFamily(WanFamily):
         later[:, : times.shape[1] // x_t.shape[2]] = 0.0
         return times * later
 
-    def forward(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        model_t: Tensor,
-        cond: Cond,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-    ) -> Tensor:
-        """See Family.forward; s has no input here and is ignored."""
-        self.refuse_w(w)
+    def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
+        """See Family.run."""
         model: Any = net
         dtype, frame, tokens = model.dtype, cond["frame"].to(x_t), cond.get("frame_tokens")
         if self.keeps_first:

@@ -1,13 +1,15 @@
 """Read files that came from elsewhere: safetensors and JSON only, whole, and inside their folder.
 
-A pipeline folder is looked through before Diffusers sees it: what it names is a class of Diffusers
-or Transformers, its weights are safetensors whose headers are true. No code of a folder ever runs.
+A pipeline folder is looked through before Diffusers sees it: what it names is a class of Diffusers,
+Transformers or this project, its weights are safetensors whose headers are true. No code of a
+folder ever runs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepdistill.loading.paper import check_on_paper
+from stepdistill.loading.project_code import project_file, project_parts
 from stepdistill.storage.files import PICKLED, one_line, read_json
 
 _PART = re.compile(r"[A-Za-z]\w*")
@@ -66,6 +70,7 @@ def check_index(index: Mapping[str, Any], where: str | Path) -> None:
         known = library in ("diffusers", "transformers") or (
             isinstance(library, str) and _PART.fullmatch(library) and hasattr(pipelines, library)
         )
+        known = known or (name == "scheduler" and project_file(library) is not None)
         if not known or not isinstance(cls, str) or not _PART.fullmatch(cls):
             raise ValueError(
                 f"{where}: expected classes of diffusers and transformers, got {list(entry)!r} for "
@@ -87,10 +92,57 @@ def check_weights(folder: Path, index: Mapping[str, Any]) -> None:
                 f"{part}: expected safetensors, got the pickled {pickled[0]}, which is not read "
                 "(it can run code). Save the pipeline anew with safe_serialization=True."
             )
+        for shards in files:
+            if shards.name.endswith(".index.json"):
+                check_shard_index(shards)
         config = part / "config.json"
         quantised = config.is_file() and "quantization_config" in read_json(config)
         for path in whole:
             check_safetensors(path, floating=name in _NETS and not quantised)
+
+
+def check_shard_index(file: Path) -> None:
+    """Errors: ValueError where *.index.json of a part sends its loader to anything but the
+    safetensors files beside it."""
+    shards = read_json(file, ("weight_map",))["weight_map"]
+    names = sorted(set(shards.values())) if isinstance(shards, dict) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: expected a weight_map of file names, got {type(shards)}.")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{file}: expected the names of .safetensors files beside it, got {name!r}. "
+                "Pickled weights and files elsewhere are not read; save the part anew."
+            )
+        if not (file.parent / name).is_file():
+            raise ValueError(f"{file}: expected {name} beside it, got none. Fetch it again.")
+
+
+@contextmanager
+def no_pickles(where: str) -> Iterator[None]:
+    """Within: a loader of another library that would unpickle a file is stopped before it does.
+
+    Hub ids are resolved inside these loaders, so what an index names is not known before.
+    Args: where: the option to blame. Errors: ValueError, naming the file.
+    """
+    unpickle, refused = torch.load, list[str]()
+
+    def refuse(file: Any, *args: Any, **options: Any) -> Any:
+        refused.append(str(getattr(file, "name", file)))
+        raise ValueError("pickled")
+
+    torch.load = refuse  # type: ignore[assignment]
+    try:
+        yield
+    except Exception as err:
+        if refused:
+            raise ValueError(
+                f"{where}: expected safetensors, got the pickled {refused[0]}, which is not read "
+                "(it can run code). Save it anew with safe_serialization=True."
+            ) from err
+        raise
+    finally:
+        torch.load = unpickle
 
 
 def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> Any:
@@ -101,6 +153,9 @@ def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> A
     """
     named = getattr(diffusers, index["_class_name"], None)
     known = isinstance(named, type) and issubclass(named, DiffusionPipeline)
+    if "scheduler" not in options:
+        hub = {"revision": options["revision"]} if "revision" in options else {}
+        options = {**project_parts(model, index, **hub), **options}
     return _load_checked(named if known else DiffusionPipeline, model, index, options)
 
 
@@ -117,8 +172,11 @@ def _load_checked(
     if Path(model).exists():
         check_index(index, Path(model) / "model_index.json")
         check_weights(Path(model), {k: v for k, v in index.items() if k not in options})
+    hub = {"revision": options["revision"]} if options.get("revision") else {}
+    check_on_paper(model, index, options, **hub)
     try:
-        return cls.from_pretrained(str(model), use_safetensors=True, **options)
+        with no_pickles("pretrained_model_name_or_path"):
+            return cls.from_pretrained(str(model), use_safetensors=True, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as err:

@@ -16,7 +16,9 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from safetensors import SafetensorError, safe_open
 
-PICKLED = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
+from stepdistill.loading.safe_files import load_stock, no_pickles
+from stepdistill.storage.files import PICKLED
+
 # Where the parts beside the denoiser stand in a whole checkpoint: SD, SDXL, SD3 and later.
 _OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
 
@@ -98,7 +100,8 @@ def load_single_file(
     try:
         if whole:
             cls: Any = getattr(diffusers, index["_class_name"])
-            return cls.from_single_file(str(path), config=config, dtype=torch_dtype, **parts)
+            with no_pickles("single_file_config"):  # the parts that the file lacks
+                return cls.from_single_file(str(path), config=config, dtype=torch_dtype, **parts)
         if net_name not in parts:
             net_cls: Any = getattr(diffusers, index[net_name][1])
             parts[net_name] = net_cls.from_single_file(
@@ -109,6 +112,4 @@ def load_single_file(
             f"pretrained_model_name_or_path: expected a checkpoint of the architecture in "
             f"{config!r}, got {path}: {str(err)[:300]}. Name another --single_file_config."
         ) from err
-    return DiffusionPipeline.from_pretrained(
-        config, dtype=torch_dtype, use_safetensors=True, **parts
-    )
+    return load_stock(config, index, dtype=torch_dtype, **parts)

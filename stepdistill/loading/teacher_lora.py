@@ -23,6 +23,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from safetensors import SafetensorError
 from torch import nn
 
+from stepdistill.loading.safe_files import no_pickles
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.safetensors)?")
 
 
@@ -129,9 +131,11 @@ def merge_loras(pipeline: Any, net_name: str, texts: Sequence[str]) -> None:
     """
     for lora in [parse_lora(text) for text in texts]:
         if lora.weight_name is None:
-            _merge_peft(pipeline, net_name, lora)
+            with no_pickles("teacher_lora"):
+                _merge_peft(pipeline, net_name, lora)
         elif isinstance(pipeline, LoraBaseMixin):
-            _merge_stock(pipeline, lora)
+            with no_pickles("teacher_lora"):
+                _merge_stock(pipeline, lora)
         else:
             raise ValueError(
                 f"teacher_lora: expected a pipeline with load_lora_weights, got "

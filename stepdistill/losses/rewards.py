@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.method import MethodConfig, ScorerSpec
@@ -28,8 +28,19 @@ class LPIPSOptions(MethodConfig):
     torchvision's cache, filled by a download where it is empty."""
     resize: int | None = Field(default=None, ge=16)
     """Side in px that images are resized to first, bilinearly; none leaves them."""
+    resize_below: int | None = Field(default=None, ge=16)
+    """Resize only images narrower than this, in px; none resizes all."""
     pooling: Literal["max", "avg"] = "max"
     """Pooling inside the backbone: max as published, avg gives smoother gradients."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LPIPSOptions:
+        if self.resize is None and self.resize_below is not None:
+            raise ValueError(
+                f"resize_below: expected resize beside it, got {self.resize_below} alone. Set "
+                "resize (consistency models: 224, below 256), or leave both out."
+            )
+        return self
 
     @property
     def spec(self) -> ScorerSpec:

@@ -22,6 +22,7 @@ from stepdistill.core.path import PredictionType, expand, full
 
 ScoreWeight = Literal["dmd_l1", "sigma2", "uniform"]
 DenoisingSpace = Literal["native", "x0", "eps", "v", "flow"]
+DenoisingWeight = Literal["none", "alpha2", "edm"]
 
 
 def dmd_gradient(
@@ -99,3 +100,21 @@ def denoising_loss(
     kind: PredictionType = pred.kind if space == "native" else space
     error = (pred.as_type(kind) - denoising_target(pred, x0, eps, kind)).square()
     return (error if weight is None else expand(weight, error) * error).mean()
+
+
+def denoising_weight(
+    kind: DenoisingWeight, coeffs: tuple[Tensor, Tensor], sigma_data: float = 0.5
+) -> Tensor | None:
+    """(B,) weight of a denoising error over noise levels, None for 1.
+
+    kind:
+        "alpha2" alpha^2 (SwiftBrush, arXiv:2312.05239, code).
+        "edm"    alpha^2 / sigma^2 + 1 / sigma_data^2, of errors in x0: EDM's
+                 (Karras et al. 2022, arXiv:2206.00364, Table 1; there alpha = 1), with which an
+                 EDM network errs alike at every noise level.
+    Args: coeffs: (alpha, sigma), each (B,). sigma_data: standard deviation of the data.
+    """
+    if kind == "none":
+        return None
+    alpha, sigma = coeffs
+    return alpha**2 if kind == "alpha2" else (alpha / sigma) ** 2 + 1.0 / sigma_data**2

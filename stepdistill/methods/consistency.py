@@ -4,7 +4,7 @@ f(x_t, t) jumps from any point of the teacher's trajectory to its clean end. Wit
 teacher step from x_t along a grid:  loss = d( f_student(x_t, t), stopgrad f_target(x_s, s) ).
 Sources: Song et al. 2023, arXiv:2303.01469; Luo et al. 2023, arXiv:2310.04378 and 2311.05556.
 Differs from the papers: guidance is g of null + g (cond - null), where LCM's w = g - 1; LPIPS
-judges decoded images.
+judges decoded images; at t = 1 the student sees pure noise, as in sampling.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W).
@@ -19,10 +19,12 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
 from stepdistill.core.path import VPPath
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec, teacher_step
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import distance, weighted_mean
 from stepdistill.methods.consistency_config import ConsistencyConfig
+from stepdistill.methods.digits import UNGUIDED, jumps
 from stepdistill.methods.grid import SolverGrid, heun_step
 
 
@@ -32,6 +34,18 @@ class Consistency(Method[ConsistencyConfig]):
     name = "consistency"
     paper = "Song et al. 2023, arXiv:2303.01469; Luo et al. 2023, arXiv:2310.04378"
     Config = ConsistencyConfig
+    guidance_options = ("guidance_range", "embed_guidance")
+    status = "trained on real data here"
+    aliases = {
+        "cd": {"solver": "heun", **UNGUIDED},
+        "ct": {"solver": "data", **UNGUIDED},
+        "lcm": {"loss": "huber"},
+        "lcm_lora": {"loss": "huber", "target": "self"},
+    }
+    trainer = "ConsistencyTrainer"
+    data = "images"
+    one_student = True
+    digits = (Recipe("consistency", jumps(1200)),)
 
     def __init__(self, config: ConsistencyConfig, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -50,10 +64,6 @@ class Consistency(Method[ConsistencyConfig]):
             length = self.setting.path.num_steps
             intervals = next(n for n in range(intervals, 0, -1) if length % n == 0)
         return self._grid(intervals)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "cond"})
 
     def roles(self) -> dict[str, Role]:
         extra = ("w",) if self.config.embed_guidance else ()
@@ -74,18 +84,10 @@ class Consistency(Method[ConsistencyConfig]):
         if self.config.target == "ema":
             nets.ema_update("target", self.config.target_decay(step))
 
-    def draw_guidance(self, ctx: Ctx, bsz: int) -> float | Tensor:
-        """g for the teacher: (B,) float64 uniform on guidance_range, or the fixed number."""
-        low, high = self.config.guidance_range
-        return low if low == high else low + (high - low) * ctx.rand(bsz)
-
     def solve(
         self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, s: Tensor, g: float | Tensor
     ) -> Tensor:
         """x_s (B, C, *S): the cleaner neighbour of x_t on the (guided) teacher's trajectory."""
-        if self.config.solver == "data":
-            assert batch.x0 is not None
-            return self.setting.path.step(batch.x0, x_t, t, s)
         step = heun_step if self.config.solver == "heun" else teacher_step
         return step(nets["teacher"], x_t, t, s, batch.cond, batch.null, g)
 
@@ -95,13 +97,17 @@ class Consistency(Method[ConsistencyConfig]):
         assert x0 is not None, "the trainer checks `needs`"
         grid = self.grid_at(ctx.step)
         t, s = grid.pair(ctx.randint(0, len(grid.starts), batch.bsz))
-        g = self.draw_guidance(ctx, batch.bsz)
+        g = ctx.between(config.guidance_range, batch.bsz)
         w = None
         if config.embed_guidance:
             w = torch.as_tensor(g, dtype=torch.float32, device=t.device).expand(batch.bsz) - 1.0
-        x_t = self.setting.path.add_noise(x0, ctx.randn(tuple(x0.shape)), t)
+        path, noise = self.setting.path, ctx.randn(tuple(x0.shape))
+        x_t = path.noised(x0, noise, t)
         estimate = grid.blend(nets["student"](x_t, t, batch.cond, w=w))
-        x_s = self.solve(nets, batch, x_t, t, s, g)
+        if config.solver == "data":  # the same x0 and noise
+            x_s = path.add_noise(x0, noise, s)
+        else:
+            x_s = self.solve(nets, batch, x_t, t, s, g)
         with torch.no_grad():
             target = grid.blend(
                 nets["target" if config.target == "ema" else "student"](x_s, s, batch.cond, w=w)
@@ -132,4 +138,5 @@ class Consistency(Method[ConsistencyConfig]):
             trained_times=tuple(grid.starts.flip(0).tolist()),
             w=self.config.inference_guidance - 1.0 if embedded else None,
             boundary_scale=grid.scale,
+            boundary_sigma=grid.sigma_min,
         )

@@ -40,8 +40,7 @@ class ConsistencyConfig(MethodConfig):
     """Teacher step: ddim (Euler on flow), heun (2nd order), data (no teacher: CT, Euler on x0)."""
     boundary: Boundary = "auto"
     """How f(x, end) = x: lcm skip/out (VP), cd skip/out (VE), none (end 0, where x0 is x); auto is
-    lcm on VP, cd on VE, none on flow. The sampler applies lcm's; cd's differ from x0 by less than
-    sigma_min / sigma there and are left out."""
+    lcm on VP, cd on VE, none on flow. The sampler applies the same."""
     timestep_scaling: float = Field(default=10.0, gt=0)
     """Scale of the table index in LCM's skip/out coefficients."""
     guidance_range: tuple[float, float] = (4.0, 16.0)
@@ -56,8 +55,8 @@ class ConsistencyConfig(MethodConfig):
     """Decay of the EMA target after every student step."""
     loss: DistanceName | Literal["lpips"] = "l2"
     """Distance: l2, l1 or pseudo-Huber of latents, or lpips of decoded images."""
-    lpips: LPIPSOptions = LPIPSOptions(resize=224)
-    """Options of loss lpips; CD resizes images below 224 px to that."""
+    lpips: LPIPSOptions = LPIPSOptions(resize=224, resize_below=256, pooling="avg")
+    """Options of loss lpips, as consistency_models has them."""
     huber_c: float = Field(default=1e-3, gt=0)
     """c of the pseudo-Huber distance."""
     growth: GridGrowth | None = None
@@ -89,11 +88,12 @@ class ConsistencyConfig(MethodConfig):
         return self
 
     def target_decay(self, step: int) -> float:
-        """Decay of the EMA target after student update `step`: mu(k) = exp(s0 log mu0 / N(k)), CT.
+        """Decay of the EMA target after student update `step`: exp(s0 log mu0 / intervals), CT.
 
-        The coarser the grid, the faster the target follows: mu(0) = mu0.
+        The coarser the grid, the faster the target follows. consistency_models divides by the
+        intervals, so that mu(0) = mu0^s0; the paper by the points N(k), one more: mu(0) = mu0.
         """
         if self.growth is None or self.ema_decay == 0.0:
             return self.ema_decay
-        points = self.growth.intervals(step, self.num_grid) + 1
-        return math.exp(self.growth.start * math.log(self.ema_decay) / points)
+        intervals = self.growth.intervals(step, self.num_grid)
+        return math.exp(self.growth.start * math.log(self.ema_decay) / intervals)

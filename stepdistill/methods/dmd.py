@@ -14,16 +14,18 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import Nets, ScorerSpec
+from stepdistill.core.method import FIELDS, Nets, ScorerSpec
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.rewards import LPIPSOptions
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.dmd2_config import DMD2Config
+from stepdistill.methods.digits import score
 from stepdistill.methods.perceptual import PairDistance, judged, pair_distance
+from stepdistill.methods.scores import ScoreDistillation
+from stepdistill.methods.scores_config import ScoreConfig
 
 
-class DMDConfig(DMD2Config):
-    """Options of dmd, besides dmd2's."""
+class DMDConfig(ScoreConfig):
+    """Options of dmd, besides those of every score distillation."""
 
     critic_steps: int = Field(default=1, ge=1)
     """Fake updates per student update."""
@@ -48,28 +50,30 @@ class DMDConfig(DMD2Config):
         return self
 
 
-class DMD(DMD2):
+class DMD(ScoreDistillation[DMDConfig]):
     """Distribution matching with regression on the teacher's pairs."""
 
     name = "dmd"
     paper = "Yin et al. 2023, arXiv:2311.18828"
     Config = DMDConfig
-    config: DMDConfig
+    status = "trained on real data here"
+    data = "pairs"
+    steps = (1,)
+    digits = (Recipe("dmd", score(guidance=1.0, regression="l2")),)
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"cond", "x0", "noise"})
+        return FIELDS["pairs"]
 
     def scorers(self) -> dict[str, ScorerSpec]:
         return {"lpips": self.config.lpips.spec} if judged(self.config.regression) else {}
 
-    def _student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
+    def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """dmd2's loss on samples of fresh noise, and the distance to x0 from the pairs' noise."""
         assert batch.x0 is not None, "the trainer checks `needs`"
         assert batch.noise is not None, "the trainer checks `needs`"
-        losses, config = super()._student_loss(nets, batch, ctx), self.config
+        losses, config = super().student_loss(nets, batch, ctx), self.config
         start = self.setting.path.prior(batch.noise)
         x0 = nets["student"](start, ctx.times(self.rollout.times[0], batch.bsz), batch.cond).x0
         error = pair_distance(nets, config.regression, x0, batch.x0, config.huber_c).mean()
-        total = losses.total + config.regression_weight * error
-        return Losses(total, {**losses.logs, "regression": error.detach()})
+        return losses.plus(config.regression_weight, error, regression=error)

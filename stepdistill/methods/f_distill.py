@@ -21,6 +21,7 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Nets, Setting
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch
 from stepdistill.losses.divergence import (
     Divergence,
@@ -30,13 +31,15 @@ from stepdistill.losses.divergence import (
     time_bin,
     update_bins,
 )
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.dmd2_config import DMD2Config
+from stepdistill.methods.digits import FEW, WARM, score
 from stepdistill.methods.gan import GANConfig, head_logits
+from stepdistill.methods.rollout import Sample
+from stepdistill.methods.scores import ScoreDistillation, Scores
+from stepdistill.methods.scores_config import ScoreConfig
 
 
-class FDistillConfig(DMD2Config):
-    """Options of f_distill, besides dmd2's. Needs real images and a trained head."""
+class FDistillConfig(ScoreConfig):
+    """Options of f_distill. Needs real images and a trained head."""
 
     gan: GANConfig = GANConfig(weight_g=1e-3)
     """Adversarial term, always on (weight_g > 0, weight_d > 0, softplus): its head is the ratio."""
@@ -63,13 +66,15 @@ class FDistillConfig(DMD2Config):
         return self
 
 
-class FDistill(DMD2):
+class FDistill(ScoreDistillation[FDistillConfig]):
     """DMD2 with the per-sample weight of an f-divergence."""
 
     name = "f_distill"
     paper = "Xu et al. 2025, arXiv:2502.15681"
     Config = FDistillConfig
-    config: FDistillConfig
+    status = "trained on real data here"
+    data = "images"  # of the ratio's head
+    digits = (Recipe("f_distill", score(guidance=1.0), {2: FEW, 4: FEW}, first=WARM),)
 
     def __init__(self, config: FDistillConfig, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -77,23 +82,22 @@ class FDistill(DMD2):
         self.low, self.high = config.draw_times(setting, ends, config.dm_t_range).tolist()
         self.bins = torch.ones(config.ratio_bins)  # (N,) mean ratio of each time bin
 
-    def _fake_prediction(
-        self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, guidance: float
-    ) -> Prediction:
+    def fake_score(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float) -> Prediction:
         """One call for the score and, where the head reads the fake, for its features."""
         if self.config.gan.source != "fake":
-            return super()._fake_prediction(nets, batch, x_t, t, guidance)
+            return super().fake_score(nets, batch, x_t, t, g)
         return nets["fake"](x_t, t, batch.cond, features=self.config.gan.blocks)
 
-    def _student_logits(
-        self, nets: Nets, batch: Batch, ctx: Ctx, x0: Tensor, fake: Prediction
+    def student_logits(
+        self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample, scores: Scores | None
     ) -> Tensor:
         """(B, K) logits at the gradient's own (x_t, t): h is a function of that very x_t."""
-        if fake.features:
-            return nets.head("disc", fake.features)
-        return head_logits(nets, self.config.gan, fake.x_t, fake.t, batch.cond)
+        assert scores is not None, "its gradient is always wanted"
+        if scores.fake.features:
+            return nets.head("disc", scores.fake.features)
+        return head_logits(nets, self.config.gan, scores.fake.x_t, scores.fake.t, batch.cond)
 
-    def _sample_weights(self, ctx: Ctx, t: Tensor, logits: Tensor) -> Tensor:
+    def sample_weights(self, ctx: Ctx, t: Tensor, logits: Tensor) -> Tensor:
         """(B,) h(r) over its mean, both over the global batch."""
         config = self.config
         alone = len(t) * ctx.world_size == 1 and config.ratio_ema == 0.0

@@ -27,8 +27,8 @@ from stepdistill.losses.adversarial import (
     discriminator_loss,
     exact_r1,
 )
+from stepdistill.methods.rollout import Sample
 
-Sample = tuple[Tensor, Cond]  # x0 (B, C, *S) and its own condition
 Noised = tuple[Tensor, Tensor, Cond]  # x_t (B, C, *S), t (B,) and the condition
 
 
@@ -42,7 +42,7 @@ class GANConfig(MethodConfig):
     source: Literal["fake", "teacher"] = "fake"
     """Whose features the head reads: the fake's (trained by it too) or the frozen teacher's."""
     blocks: tuple[str, ...] = Field(default=("mid",), min_length=1)
-    """Feature blocks, by the model family's names; one logit each."""
+    """Feature blocks, by the model family's names, or "all" of them; one logit each."""
     loss: AdversarialLoss = "softplus"
     """softplus (non-saturating), hinge, or clipped_hinge (the generator's stops at the margin)."""
     r1_weight: float = Field(default=0.0, ge=0)
@@ -84,12 +84,11 @@ def disc_loss(
 
     Args: draw_times: () -> (B,) noise levels, called once for each side (or once for both).
     """
-    (x_real, cond_real), (x_fake, cond_fake) = real, fake
-    t, noise = draw_times(), ctx.randn(tuple(x_fake.shape))
-    noised_fake = (path.add_noise(x_fake, noise, t), t, cond_fake)
+    t, noise = draw_times(), ctx.randn(tuple(fake.x0.shape))
+    noised_fake = (path.add_noise(fake.x0, noise, t), t, fake.cond)
     if not gan.same_noise:
-        t, noise = draw_times(), ctx.randn(tuple(x_real.shape))
-    noised_real = (path.add_noise(x_real, noise, t), t, cond_real)
+        t, noise = draw_times(), ctx.randn(tuple(real.x0.shape))
+    noised_real = (path.add_noise(real.x0, noise, t), t, real.cond)
     return noised_disc_loss(nets, gan, ctx, noised_real, noised_fake)
 
 

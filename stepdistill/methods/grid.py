@@ -19,25 +19,12 @@ from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.method import Setting
-from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand, full
-from stepdistill.core.solvers import boundary_coeffs
+from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, full
+from stepdistill.core.solvers import boundary_x0
 from stepdistill.core.times import shift_times
 from stepdistill.core.types import Cond
 
 Boundary = Literal["auto", "lcm", "cd", "none"]
-
-
-def cd_boundary_coeffs(
-    sigma: Tensor, sigma_min: float, sigma_data: float = 0.5
-) -> tuple[Tensor, Tensor]:
-    """(skip, out) of CD at sigma (B,), applied to x and the denoised x0: (1, 0) at sigma_min.
-
-    Source: Song et al. 2023, arXiv:2303.01469, Appendix C, where F of the shifted c_skip x +
-    c_out F is read from the EDM denoiser x0 = c_skip x + c_out F. At sigma_min = 0: (0, 1).
-    """
-    out = 1.0 - sigma_min / sigma
-    shifted = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
-    return shifted - out * sigma_data**2 / (sigma**2 + sigma_data**2), out
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
@@ -98,6 +85,8 @@ class SolverGrid:
                 f"got {boundary!r}. lcm is for VP tables, cd for VE paths; a flow path needs none."
             )
         self.scale = scale if self.boundary == "lcm" else None
+        ends_at = path.sigma_min if isinstance(path, VEPath) and self.boundary == "cd" else None
+        self.sigma_min = ends_at
         self.end = ends[self.boundary]
         uniform = torch.arange(1, num_grid + 1, dtype=torch.float64) / num_grid
         self.starts = low + (1.0 - low) * shift_times(uniform, setting.shift)
@@ -110,8 +99,10 @@ class SolverGrid:
     def visit(self, num_steps: int) -> tuple[float, ...]:
         """The descending grid times that a sampler of num_steps calls the network at.
 
-        Source: LCMScheduler.set_timesteps: floor(linspace(0, K, num_steps, endpoint=False)) of
-        the descending grid; K = 50 gives indices 999 / 999, 499 / 999, 759, 499, 259.
+        Source: on a table LCMScheduler.set_timesteps: floor(linspace(0, K, num_steps,
+        endpoint=False)) of the descending grid; K = 50 gives indices 999 / 999, 499 / 999, 759,
+        499, 259. Elsewhere every (K // num_steps)-th, as LCM's first pipeline and consistency
+        models have it: a shift of them is a shifted uniform grid, which saved configs reach.
         Errors: ValueError with more steps than grid points.
         """
         descending: list[float] = self.starts.flip(0).tolist()
@@ -120,21 +111,14 @@ class SolverGrid:
                 f"num_steps: expected 1 to {len(descending)} (the trained grid), got {num_steps}."
             )
         stride = len(descending) / num_steps
+        if not isinstance(self.path, VPPath):
+            stride = len(descending) // num_steps
         return tuple(descending[math.floor(i * stride)] for i in range(num_steps))
 
     def blend(self, pred: Prediction) -> Tensor:
         """f (B, C, *S) of the consistency function; bit-exactly x_t at the end time."""
-        x_t, t = full(pred.x_t), pred.t
-        f = pred.x0
-        if self.boundary == "lcm":
-            assert self.scale is not None
-            skip, out = boundary_coeffs(self.path.model_time(t), self.scale)
-            f = expand(skip, f) * x_t + expand(out, f) * f
-        elif self.boundary == "cd":
-            assert isinstance(self.path, VEPath)
-            skip, out = cd_boundary_coeffs(self.path.coeffs(t)[1], self.path.sigma_min)
-            f = expand(skip, f) * x_t + expand(out, f) * f
-        return torch.where(_rows(t <= self.end, f), x_t, f)
+        f = boundary_x0(pred, self.scale, self.sigma_min)
+        return torch.where(_rows(pred.t <= self.end, f), full(pred.x_t), f)
 
 
 @torch.no_grad()

@@ -60,10 +60,7 @@ def halving_loss(
     if config.states == "data":
         assert batch.x0 is not None, "the trainer checks `needs`"
         index = 2 * ctx.randint(0, steps, bsz)
-        noise = ctx.randn(tuple(batch.x0.shape))
-        x_u = path.add_noise(batch.x0, noise, points[index])
-        first = (index == 0).view(-1, *([1] * (x_u.ndim - 1)))
-        x_u = torch.where(first, path.prior(noise).to(x_u.dtype), x_u)
+        x_u = path.noised(batch.x0, ctx.randn(tuple(batch.x0.shape)), points[index])
     else:
         shared = 2 * ctx.shared_randint(0, steps)
         index = torch.full((bsz,), shared, device=ctx.device)

@@ -7,7 +7,7 @@ learns where two steps of the finished student of the round before lead.
 Sources: Meng et al. 2022, arXiv:2210.03142; Salimans & Ho 2022, arXiv:2202.00512; Golnari 2023,
 arXiv:2312.06899 (LoRA, one fixed g).
 Differs from the papers: the embedding of g starts at zero; states on the teacher's own trajectory
-are offered; a round's first time starts from the prior, as sampling does.
+are offered; at t = 1 the student sees pure noise, as in sampling.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W). t, u, s: (B,).
@@ -29,7 +29,7 @@ from stepdistill.core.times import shift_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import squared_error, weighted_mean
 from stepdistill.methods.halving import Answers, halving_loss, roll_out, trailing_grid
-from stepdistill.methods.lora_guidance_config import LoRAGuidanceConfig
+from stepdistill.methods.lora_guidance_config import DIGITS, LoRAGuidanceConfig
 
 
 class LoRAGuidance(Method[LoRAGuidanceConfig]):
@@ -38,6 +38,15 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
     name = "lora_guidance"
     paper = "Golnari 2023, arXiv:2312.06899; Meng et al. 2022, arXiv:2210.03142"
     Config = LoRAGuidanceConfig
+    guidance_options = ("guidance_range", "guidance", "embed_guidance")
+    status = "trained on real data here"
+    aliases = {
+        "guidance_distillation": {},
+        "progressive": {"num_steps": (32, 16, 8, 4), "anneal": True},
+    }
+    trainer = "LoRADistillationTrainer"
+    data = "images"
+    digits = (DIGITS,)
 
     def __init__(self, config: LoRAGuidanceConfig, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -106,7 +115,7 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
                 t = ctx.randint(1, path.num_steps + 1, batch.bsz).double() / path.num_steps
             else:
                 t = shift_times(1.0 - ctx.rand(batch.bsz), self.setting.shift)
-            x_t = path.add_noise(batch.x0, ctx.randn(tuple(batch.x0.shape)), t)
+            x_t = path.noised(batch.x0, ctx.randn(tuple(batch.x0.shape)), t)
         else:  # a uniform end on all ranks, reached in steps of at most 1 / trajectory_steps
             end = 1.0 - ctx.shared_rand()
             count = math.ceil((1.0 - end) * self.config.trajectory_steps)

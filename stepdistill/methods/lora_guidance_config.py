@@ -8,8 +8,20 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stepdistill.core.method import MethodConfig
+from stepdistill.core.recipe import Recipe
 from stepdistill.losses.progressive import HalvingWeight
 from stepdistill.methods.stages import check_stage_starts, stage_at, stage_begins
+
+# Halving alone: there is no guidance to fold in. Each round has its own falling rate.
+DIGITS = Recipe(
+    "lora_guidance",
+    {
+        "lr_scheduler": "constant",
+        "max_train_steps": 1500,
+        "method_config": {"guidance": 1.0, "guidance_stage": False, "anneal": True},
+    },
+    {n: {"method_config": {"num_steps": [k for k in (8, 4, 2, 1) if k >= n]}} for n in (1, 2, 4)},
+)
 
 
 class LoRAGuidanceConfig(MethodConfig):

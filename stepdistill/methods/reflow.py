@@ -3,9 +3,11 @@
 Pairs (noise, x0) come from the teacher's guided ODE (stepdistill pairs), so nothing is guided here.
 With flow = noise - x0 and x_t on the student's path:
     reflow   | flow_student(x_t, t) - (noise - x0) |^2 over all t
-    distill  d( x0_student(x_t, t), x0 ) on the k times the sampler visits; x_1 is the prior itself
+    distill  d( x0_student(x_t, t), x0 ) on the k times the sampler visits
 Set-ups: wrapped keeps the teacher's path and prediction (exact at step 0: x_t = alpha x0 + sigma
 eps is the straight line divided by alpha + sigma); raw reads the output as velocity, told 1000 t.
+Where alpha is not 0 at t = 1 the line's end is not noise but what makes x_1 the prior itself, as
+in sampling (NoisePath.line_to_prior).
 Sources: Liu et al. 2022, arXiv:2209.03003; Liu et al. 2023 (InstaFlow), arXiv:2309.06380.
 Differs from the papers: wrapped is the default (InstaFlow is raw); their u is -flow.
 """
@@ -22,11 +24,13 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
-from stepdistill.core.path import FlowPath, NoisePath, VEPath, expand, full
+from stepdistill.core.path import FlowPath, NoisePath, VEPath, full
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import grid_times, uniform_grid, uniform_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import distance, weighted_mean
+from stepdistill.methods.digits import regression
 from stepdistill.methods.grid import flow_time, path_time
 from stepdistill.methods.perceptual import judged, pair_distance
 from stepdistill.methods.reflow_config import ReflowConfig
@@ -38,6 +42,12 @@ class Reflow(Method[ReflowConfig]):
     name = "reflow"
     paper = "Liu et al. 2022, arXiv:2209.03003; Liu et al. 2023, arXiv:2309.06380"
     Config = ReflowConfig
+    status = "trained on real data here"
+    aliases = {"rectified_flow": {}, "instaflow": {"setup": "raw"}}
+    trainer = "ReflowTrainer"
+    data = "pairs"
+    settings_file = "reflow_distill"  # stage reflow ends in no few-step student
+    digits = (Recipe("reflow", regression(stage="distill")),)
 
     def __init__(self, config: ReflowConfig, setting: Setting) -> None:
         if config.setup == "raw" and isinstance(setting.path, VEPath):
@@ -46,10 +56,6 @@ class Reflow(Method[ReflowConfig]):
                 "velocity), got raw. Set setup: wrapped."
             )
         super().__init__(config, setting)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "noise", "cond"})
 
     @property
     def path(self) -> NoisePath:
@@ -76,17 +82,17 @@ class Reflow(Method[ReflowConfig]):
         """(B,) rectified-flow times of stage reflow, 0 data and 1 noise."""
         return uniform_times(ctx.rand(bsz), *self.config.t_range)
 
-    def velocity_loss(self, pred: Prediction, x0: Tensor, noise: Tensor) -> Tensor:
-        """|flow - (noise - x0)|^2, arXiv:2209.03003, Eq. 1 (its x_1 is our x0)."""
-        return weighted_mean(distance("l2", pred.flow, full(noise) - full(x0)))
+    def velocity_loss(self, pred: Prediction, x0: Tensor, end: Tensor) -> Tensor:
+        """|flow - (end - x0)|^2, arXiv:2209.03003, Eq. 1 (its x_1 is our x0)."""
+        return weighted_mean(distance("l2", pred.flow, full(end) - full(x0)))
 
     def reflow_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """Mean velocity error on the straight lines between the ends of the pairs."""
         x0, noise = self.endpoints(batch, ctx)
         student = nets["student"]
         t = path_time(student.path, self.draw_times(ctx, batch.bsz))
-        pred = student(student.path.add_noise(x0, noise, t), t, batch.cond)
-        total = self.velocity_loss(pred, x0, noise)
+        x_t, end = student.path.line_to_prior(x0, noise, t)
+        total = self.velocity_loss(student(x_t, t, batch.cond), x0, end)
         return Losses(total, {"loss": total.detach()})
 
     def distill_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
@@ -98,11 +104,8 @@ class Reflow(Method[ReflowConfig]):
         x0, noise = self.endpoints(batch, ctx)
         student, path = nets["student"], nets["student"].path
         trained = self.trained_times()
-        t, index = grid_times(ctx.rand(batch.bsz), trained)
-        x_t = path.add_noise(x0, noise, t)
-        # Sampling starts at the prior, with no trace of x0: so does training.
-        start = expand((index == 0).double(), x_t) > 0
-        x_t = torch.where(start, path.prior(noise).to(x_t.dtype), x_t)
+        t, _ = grid_times(ctx.rand(batch.bsz), trained)
+        x_t, _ = path.line_to_prior(x0, noise, t, trained[0])
         weight = (flow_time(path, torch.full_like(t, trained[0])) / flow_time(path, t)) ** 2
         pred = student(x_t, t, batch.cond)
         error = self.x0_distance(nets, pred.x0, full(x0))

@@ -18,7 +18,7 @@ class ReflowConfig(MethodConfig):
     setup: Literal["wrapped", "raw"] = "wrapped"
     """wrapped: the teacher's path and prediction; raw: the output is velocity on a flow path."""
     t_range: tuple[float, float] = (1e-3, 1.0)
-    """Rectified-flow times of stage reflow, uniform; a VP table reaches less and is clamped."""
+    """Rectified-flow times of stage reflow, uniform; VP tables and EDM reach less: clamped."""
     loss: PairDistance = "l2"
     """Distance of stage distill, of latents or (lpips, one step only) of decoded images, or the sum
     of l2 and lpips; stage reflow takes l2 (others bias its mean)."""

@@ -9,7 +9,8 @@ Any premetric will do as pairs leave E[x0 | x_t] nearly deterministic; on unpair
 The sampler keeps its first noise, x_s = (1 - s) x0 + s z: Euler where the field is straight.
 A teacher's own preconditioning is kept (set-up wrapped): EDM's D gives v = (x - D) / tau.
 Source: Lee et al. 2024, arXiv:2405.20320, and its released code.
-Differs from the paper: LPIPS judges decoded latents; Heun's variant of the sampler is not offered.
+Differs from the paper: LPIPS judges decoded latents; a line ends at the state that our sampler
+starts from (NoisePath.line_to_prior), theirs at tau = 1 - 1e-5, sigma 1e5 of an EDM network.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W).
@@ -25,11 +26,13 @@ from pydantic import Field, model_validator
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, MethodConfig, Nets, Phase, Role, ScorerSpec
 from stepdistill.core.path import FlowPath, NoisePath, full
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import u_shaped_times, uniform_grid
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import sample_huber
 from stepdistill.losses.rewards import LPIPSOptions
+from stepdistill.methods.digits import regression
 from stepdistill.methods.grid import flow_time, path_time
 
 
@@ -39,8 +42,8 @@ class RFPPConfig(MethodConfig):
     sharpness: float = Field(default=4.0, gt=0)
     """a of the time law: how much of it lies near the ends."""
     t_range: tuple[float, float] = (1e-5, 1 - 1e-5)
-    """Rectified-flow times the law is mapped onto; a VP table reaches 0.028 to 0.936, the rest is
-    clamped to its ends."""
+    """Rectified-flow times the law is mapped onto; what the teacher does not reach is clamped to
+    its ends: 0.028 and 0.936 of a VP table, sigma_min and sigma_max of EDM (0.002 and 80 / 81)."""
     huber_ratio: float = Field(default=0.00054, gt=0)
     """h / d of the pseudo-Huber distance, d the numbers of a sample."""
     perceptual: Literal["none", "constant", "inverse_t"] = "constant"
@@ -48,8 +51,9 @@ class RFPPConfig(MethodConfig):
     lpips: LPIPSOptions = LPIPSOptions(resize=224, pooling="avg")
     """Options of LPIPS; released code: 224 px, average pooling."""
     sampler: Literal["anchored", "euler"] = "euler"
-    """Steps beyond the first: anchored keeps the first noise. On flow models Euler's second step
-    does, too; further ones need pipelines/anchored_flow_match_scheduler.py. Not for training."""
+    """Steps beyond the first: anchored keeps the first noise; Euler's second step does, too."""
+    heun: bool = False
+    """Take each sampling step but the last anew with the mean flow of its ends: 2 N - 1 calls."""
     num_steps: int = Field(default=1, ge=1)
     """Sampling steps."""
 
@@ -66,10 +70,13 @@ class RFPP(Method[RFPPConfig]):
     name = "rfpp"
     paper = "Lee et al. 2024, arXiv:2405.20320"
     Config = RFPPConfig
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "noise", "cond"})
+    status = "trained on real data here"
+    aliases = {"rf++": {}, "rectified_flow++": {}}
+    trainer = "ReflowTrainer"
+    data = "pairs"
+    one_student = True
+    # No LPIPS: its network was made for photographs of 64 px and more.
+    digits = (Recipe("rfpp", regression(perceptual="none")),)
 
     @property
     def path(self) -> NoisePath:
@@ -93,8 +100,9 @@ class RFPP(Method[RFPPConfig]):
         path, x0 = student.path, full(batch.x0)
         law = u_shaped_times(ctx.rand(batch.bsz), config.sharpness, *config.t_range)
         t = path_time(path, law)
-        pred = student(path.add_noise(x0, batch.noise, t), t, batch.cond)
-        huber = sample_huber(pred.flow, full(batch.noise) - x0, config.huber_ratio)
+        x_t, end = path.line_to_prior(x0, batch.noise, t)
+        pred = student(x_t, t, batch.cond)
+        huber = sample_huber(pred.flow, end - x0, config.huber_ratio)
         logs = {"huber": huber.mean().detach()}
         if config.perceptual == "none":
             return Losses(huber.mean(), logs)
@@ -108,13 +116,9 @@ class RFPP(Method[RFPPConfig]):
         return Losses(total, {"loss": total.detach(), **logs})
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
-        """The uniform grid; both samplers begin alike.
-
-        From pure noise z Euler's first step leads to (1 - s) x0 + s z, the anchored state; on VP
-        and VE paths the prior stands in for a state with some x0 in it, and they part at once.
-        """
+        """The uniform grid; both samplers begin alike, with Euler's first step, and end alike."""
         grid = torch.tensor(uniform_grid(num_steps or self.config.num_steps), dtype=torch.float64)
         times = tuple(self.path.snap(grid).tolist())
-        alike = 2 if isinstance(self.path, FlowPath) and times[0] == 1.0 else 1
-        anchored = self.config.sampler == "anchored" and len(times) > alike
-        return SamplerSpec(times, "anchored" if anchored else "ode")
+        anchored = self.config.sampler == "anchored" and len(times) > 2
+        heun = self.config.heun and len(times) > 1
+        return SamplerSpec(times, "anchored" if anchored else "ode", heun=heun)

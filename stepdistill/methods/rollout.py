@@ -10,7 +10,7 @@ Source: Yin et al. 2024, arXiv:2405.14867, Sec. 4.5 (backward simulation).
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -23,7 +23,7 @@ from stepdistill.core.method import MethodConfig, Nets, Setting
 from stepdistill.core.path import NoisePath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
-from stepdistill.core.types import Batch
+from stepdistill.core.types import Batch, Cond
 
 MAX_X0_GAIN = 5.0
 
@@ -100,6 +100,23 @@ class RolloutConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
+class Sample:
+    """x0 (B, C, *S) of the student (or of the data) and the condition it was made for.
+
+    x_t, t: the student's input (B, C, *S) and its time (B,); none for data.
+    """
+
+    x0: Tensor
+    cond: Cond
+    x_t: Tensor | None = None
+    t: Tensor | None = None
+
+    def detach(self) -> Sample:
+        """The same without graph, to be kept in `ctx.carry`."""
+        return replace(self, x0=self.x0.detach())
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Draws student samples as the config says, over `times` on `path`."""
 
@@ -108,7 +125,11 @@ class Rollout:
     times: tuple[float, ...]
 
     def __call__(self, nets: Nets, batch: Batch, ctx: Ctx) -> Tensor:
-        """x0 (B, C, *S) of the student at one step of `times`, the same step on every rank.
+        """x0 (B, C, *S) of `sample`."""
+        return self.sample(nets, batch, ctx).x0
+
+    def sample(self, nets: Nets, batch: Batch, ctx: Ctx) -> Sample:
+        """The student's sample at one step of `times`, the same step on every rank.
 
         Only the last call carries gradients, where the caller's grad mode allows them.
         """
@@ -116,7 +137,8 @@ class Rollout:
         k = last if self.config.trained_step == "last" else ctx.shared_randint(0, last + 1)
         with torch.no_grad():
             x = self.input(nets, batch, ctx, k)
-        return nets["student"](x, ctx.times(self.times[k], batch.bsz), batch.cond).x0
+        pred = nets["student"](x, ctx.times(self.times[k], batch.bsz), batch.cond)
+        return Sample(pred.x0, batch.cond, x, pred.t)
 
     def input(self, nets: Nets, batch: Batch, ctx: Ctx, k: int) -> Tensor:
         """The student's input (B, C, *S) at step k."""

@@ -16,60 +16,33 @@ Differs from the paper: the first step is the student's and times are in [0.2, 0
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Nets, Role
 from stepdistill.core.path import full
+from stepdistill.core.recipe import First, Recipe
 from stepdistill.core.times import uniform_times
 from stepdistill.core.types import Batch, Losses
+from stepdistill.methods.digits import regression
 from stepdistill.methods.grid import path_time
 from stepdistill.methods.reflow import Reflow
-from stepdistill.methods.reflow_config import ReflowConfig
+from stepdistill.methods.slimflow_config import SlimFlowConfig
 
-
-class SlimFlowConfig(ReflowConfig):
-    anneal: Literal["linear", "cos", "fixed"] = "linear"
-    """Law of b over student updates: 1 - k / K, cos(pi k / 2 K), or anneal_fixed throughout."""
-    anneal_steps: int = Field(default=300000, ge=1)
-    """K, the student updates after which b is 0."""
-    anneal_fixed: float = Field(default=0.0, ge=0, le=1)
-    """b of anneal fixed."""
-    flip: Literal["none", "batch", "sample"] = "none"
-    """Mirror noise and x0 together, by one coin a batch (released code) or one a sample. For
-    teachers that treat left and right alike; not for prompts that name them."""
-    guide_weight: float = Field(default=1.0, ge=0)
-    """Weight of stage distill's online term; 0 leaves plain distillation."""
-    guide_range: tuple[float, float] = (0.2, 0.8)
-    """Rectified-flow times between the teacher's two steps, uniform."""
-    guide_first: Literal["student", "teacher"] = "student"
-    """Who takes the first of the two steps; the student's costs no call."""
-    start_time: float = Field(default=1.0, gt=0, le=1)
-    """Time told to stage distill's one call, of pure noise all the same; 0.999 as released."""
-    guidance: float = Field(default=1.0, ge=0)
-    """The teacher's guidance in stage distill, g of null + g (cond - null)."""
-
-    @model_validator(mode="after")
-    def _one_step(self) -> SlimFlowConfig:
-        low, high = self.guide_range
-        if not 0 < low < high < self.start_time:
-            raise ValueError(f"guide_range: expected 0 < low < high < start_time, got {low, high}.")
-        if self.stage == "distill" and self.setup == "raw":
-            raise ValueError(
-                "setup: expected 'wrapped' in stage distill, got 'raw': the teacher of that stage "
-                "is the straight model itself, exported by stage reflow with its own scheduler."
-            )
-        if self.stage == "distill" and (self.num_steps > 1 or self.student_times is not None):
-            raise ValueError(
-                f"num_steps: expected 1 and no student_times in stage distill, got "
-                f"{self.num_steps} and {self.student_times}. reflow distils to k steps."
-            )
-        return self
+# The digits' small student.
+SMALL = First(
+    "small student",
+    "slimflow",
+    {
+        "tuning": {"student": "full", "student_config": {"block_out_channels": [8, 24]}},
+        **regression(stage="reflow", setup="raw", anneal_steps=1000),
+    },
+    share=0.6,
+    gives="model",
+)
 
 
 class SlimFlow(Reflow):
@@ -78,6 +51,12 @@ class SlimFlow(Reflow):
     name = "slimflow"
     paper = "Zhu et al. 2024, arXiv:2407.12718"
     Config = SlimFlowConfig
+    guidance_options = ("guidance",)
+    status = "trained on real data here"
+    steps = (1,)
+    digits = (
+        Recipe("slimflow", regression(1000, stage="distill"), first=SMALL, layouts=("full",)),
+    )
     config: SlimFlowConfig
 
     @property
@@ -95,12 +74,12 @@ class SlimFlow(Reflow):
 
     def annealing(self, step: int) -> float:
         """b at a student update: 1 new noise alone, 0 the pair's own."""
-        done = min(1.0, step / self.config.anneal_steps)
-        if self.config.anneal == "fixed":
+        k, law = step / self.config.anneal_steps, self.config.anneal
+        if law == "fixed":
             return self.config.anneal_fixed
-        if self.config.anneal == "cos":
-            return math.cos(0.5 * math.pi * done) if done < 1.0 else 0.0
-        return 1.0 - done
+        if law == "exp":
+            return math.exp(-k)
+        return 1.0 - min(k, 1.0) if law == "linear" else (1.0 + math.cos(math.pi * min(k, 1.0))) / 2
 
     def endpoints(self, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensor]:
         """See Reflow.endpoints: mirrored together, then the noise annealed in stage reflow."""

@@ -3,7 +3,8 @@
 With x_s one guided teacher step from x_t along a grid and e an end inside t's segment:
     loss = d( J_student(x_t, t -> e), stopgrad J_target(x_s, s -> e) ) + weight_g * adversarial,
 J the deterministic (DDIM, on flow Euler) step by the network's own x0. The critic compares the two
-jumps, both carried to a noisier time by the forward kernel; real is the target's, not data.
+jumps, both carried to a noisier time by the forward kernel; real is the target's, not data. At
+t = 1 the student sees pure noise, as in sampling; the released codes leave a table's trace of x0.
 Sources: Ren et al. 2024 (Hyper-SD), arXiv:2404.13686; Wang et al. 2024 (PCM), arXiv:2405.18407.
 """
 
@@ -47,6 +48,8 @@ T = TypeVar("T", bound=TrajectoryConfig)
 class TrajectoryMethod(Method[T]):
     """Base of tscd and pcm: they say how many segments there are, and where a jump ends."""
 
+    guidance_options = ("guidance_range",)
+
     def __init__(self, config: T, setting: Setting) -> None:
         super().__init__(config, setting)
         self.grid = SolverGrid(setting, config.num_grid, "none")
@@ -60,13 +63,14 @@ class TrajectoryMethod(Method[T]):
     def draw_end(self, ctx: Ctx, index: Tensor, k: int) -> Tensor:
         """(B,) grid points that jumps from interval `index` (B,) end at."""
 
-    def gan_weight(self, ctx: Ctx) -> float:
-        """Weight of the adversarial term now."""
-        return self.config.gan.weight_g
+    def weights(self, ctx: Ctx) -> tuple[float, float]:
+        """Weights of the distance and of the adversarial term now."""
+        return 1.0, self.config.gan.weight_g
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"x0", "cond"})
+    def _told(self, batch: Batch, ctx: Ctx) -> Batch:
+        """The batch after prompt dropout."""
+        share = self.config.null_probability
+        return batch.nulled(ctx.host_rand(batch.bsz) < share) if share > 0.0 else batch
 
     def roles(self) -> dict[str, Role]:
         roles = {"teacher": Role(), "student": Role(train=True)}
@@ -76,12 +80,8 @@ class TrajectoryMethod(Method[T]):
 
     def phases(self, step: int) -> Sequence[Phase]:
         """An update of the head on its own batch, where there is one, then the student's."""
-        student = Phase("student", self.student_loss, ("student",))
-        return (
-            (Phase("disc", self.disc_loss, ("disc",)), student)
-            if self.config.gan.enabled
-            else (student,)
-        )
+        disc = (Phase("disc", self.disc_loss, ("disc",)),) if self.config.gan.enabled else ()
+        return (*disc, Phase("student", self.student_loss, ("student",)))
 
     def after(self, nets: Nets, step: int) -> None:
         if self.config.target == "ema":
@@ -89,19 +89,18 @@ class TrajectoryMethod(Method[T]):
 
     def jumps(self, nets: Nets, batch: Batch, ctx: Ctx) -> Jumps:
         """Student's and target's jump of a fresh draw of times and noise."""
-        config, x0, bsz = self.config, batch.x0, batch.bsz
+        config, x0 = self.config, batch.x0
         assert x0 is not None, "the trainer checks `needs`"
         k = self.num_segments(ctx.step, ctx.max_steps)
-        index = ctx.randint(0, config.num_grid, bsz)
-        low, high = config.guidance_range
-        g = low if low == high else low + (high - low) * ctx.rand(bsz)
+        index = ctx.randint(0, config.num_grid, batch.bsz)
+        g = ctx.between(config.guidance_range, batch.bsz)
         noise = ctx.randn(tuple(x0.shape))
         if config.noise_offset > 0.0:
             flat = (*x0.shape[:2], *([1] * (x0.ndim - 2)))
             noise = noise + config.noise_offset * ctx.randn(flat)
         point = self.draw_end(ctx, index, k)
         (t, s), end = self.grid.pair(index), self.segments.time(point)
-        x_t = self.setting.path.add_noise(x0, noise, t)
+        x_t = self.setting.path.noised(x0, noise, t)
         estimate = jump(nets["student"](x_t, t, batch.cond), end)
         x_s = teacher_step(nets["teacher"], x_t, t, s, batch.cond, batch.null, g)
         with torch.no_grad():
@@ -118,19 +117,19 @@ class TrajectoryMethod(Method[T]):
         k = self.num_segments(ctx.step, ctx.max_steps)
         end = self.segments.time(both.end)
         t = self.segments.draw_noisier(ctx.rand(batch.bsz), both.end, both.index, k)
-        noise = ctx.randn(tuple(both.target.shape))
-        real = self.setting.path.renoise(both.target, end, t, noise)
-        if not self.config.gan.same_noise:
-            noise = ctx.randn(tuple(both.target.shape))
-        fake = self.setting.path.renoise(both.estimate, end, t, noise)
+        renoise, shape = self.setting.path.renoise, tuple(both.target.shape)
+        noise = ctx.randn(shape)
+        real = renoise(both.target, end, t, noise)
+        other = noise if self.config.gan.same_noise else ctx.randn(shape)
+        fake = renoise(both.estimate, end, t, other)
         return (real, t, batch.cond), (fake, t, batch.cond)
 
     def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """The distance of the jumps, and what the head thinks of the student's."""
-        config, both = self.config, self.jumps(nets, batch, ctx)
-        total = weighted_mean(distance(config.loss, both.estimate, both.target, config.huber_c))
-        logs = {"loss": total}
-        weight = self.gan_weight(ctx)
+        config, batch = self.config, self._told(batch, ctx)
+        both, (scale, weight) = self.jumps(nets, batch, ctx), self.weights(ctx)
+        loss = weighted_mean(distance(config.loss, both.estimate, both.target, config.huber_c))
+        logs, total = {"loss": loss}, scale * loss
         if weight > 0.0:
             _, fake = self.carry(both, batch, ctx)
             logs["gan_g"] = generator_loss(head_logits(nets, config.gan, *fake), config.gan.loss)
@@ -139,8 +138,9 @@ class TrajectoryMethod(Method[T]):
 
     def disc_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """The head's loss on jumps without graph."""
+        batch = self._told(batch, ctx)
         with torch.no_grad():
             both = self.jumps(nets, batch, ctx)
-        gan = self.config.gan
-        total, logs = noised_disc_loss(nets, gan, ctx, *self.carry(both, batch, ctx))
+        sides, gan = self.carry(both, batch, ctx), self.config.gan
+        total, logs = noised_disc_loss(nets, gan, ctx, *sides)
         return Losses(gan.weight_d * total, {name: value.detach() for name, value in logs.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stepdistill.core.method import MethodConfig
 from stepdistill.losses.adversarial import AdversarialLoss
@@ -32,6 +32,11 @@ class TrajectoryConfig(MethodConfig):
     """Intervals K of the solver grid, a multiple of every segment count; 40 or 200."""
     guidance_range: tuple[float, float] = (5.0, 6.0)
     """Teacher guidance g, uniform per sample; equal ends fix it, (1, 1) turns it off. g = w + 1."""
+    null_probability: float = Field(default=0.0, ge=0, lt=1)
+    """Chance that a sample's condition is the null one, for all networks: with guidance_range
+    (1, 1) the student can then be guided at inference."""
+    inference_guidance: float = Field(default=1.0, ge=0)
+    """Guidance the sampler still applies, of a student trained without; 1 is none."""
     target: Literal["ema", "self"] = "self"
     """Target network: EMA of the student, or the student itself without gradients."""
     ema_decay: float = Field(default=0.95, ge=0, lt=1)
@@ -51,3 +56,13 @@ class TrajectoryConfig(MethodConfig):
         if not 0 <= value[0] <= value[1]:
             raise ValueError(f"guidance_range: expected 0 <= low <= high, got {value}.")
         return value
+
+    @model_validator(mode="after")
+    def _guided_once(self) -> TrajectoryConfig:
+        if self.inference_guidance != 1.0 and self.guidance_range != (1.0, 1.0):
+            raise ValueError(
+                f"inference_guidance: expected 1 beside guidance_range {self.guidance_range}, got "
+                f"{self.inference_guidance}: guidance would count twice. Set guidance_range to "
+                "[1, 1], with null_probability 0.1."
+            )
+        return self

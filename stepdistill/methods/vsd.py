@@ -1,4 +1,4 @@
-"""Variational score distillation of a one-step student (SwiftBrush): dmd2 without images or GAN.
+"""Variational score distillation of a one-step student (SwiftBrush), from prompts alone.
 
 The fake is a LoRA fitted to the student's samples. Teacher and fake are guided alike, so the fixed
 point is the plain teacher, not a sharpened one; the gradient keeps VSD's weight,
@@ -15,23 +15,23 @@ prompt and the random guidance are drawn once for all processes.
 from __future__ import annotations
 
 import warnings
-from typing import Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Nets, ScorerSpec
+from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.rewards import ClampedCLIPConfig, clamped_reward_loss
-from stepdistill.losses.score import DenoisingSpace, ScoreWeight, denoising_loss
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.dmd2_config import DMD2Config
+from stepdistill.losses.score import DenoisingSpace, DenoisingWeight, ScoreWeight
+from stepdistill.methods.digits import WARM, score
+from stepdistill.methods.rollout import Sample
+from stepdistill.methods.scores import ScoreDistillation
+from stepdistill.methods.scores_config import ScoreConfig
 
 
-class VSDConfig(DMD2Config):
-    """Options of vsd, besides dmd2's."""
+class VSDConfig(ScoreConfig):
+    """Options of vsd, besides those of every score distillation."""
 
     guidance: float = Field(default=4.5, ge=0)
     """Guidance g of teacher and fake alike, null + g (cond - null); 1 means none."""
@@ -44,8 +44,8 @@ class VSDConfig(DMD2Config):
     """Gradient weight: VSD's sigma2, DMD's per-sample L1 normaliser, or uniform."""
     fake_space: DenoisingSpace = "eps"
     """Space of the fake's denoising error; native is the network's own prediction type."""
-    fake_weight: Literal["alpha2", "none"] = "alpha2"
-    """Weight of the fake's denoising error over noise levels: alpha^2 (SwiftBrush) or none."""
+    fake_weight: DenoisingWeight = "alpha2"
+    """Weight of the fake's denoising error over noise levels: alpha^2 (SwiftBrush), none or edm."""
     null_probability: float = Field(default=0.1, ge=0, le=1)
     """How often the fake learns a whole batch under the null prompt; guiding it needs that."""
 
@@ -69,13 +69,35 @@ class VSDConfig(DMD2Config):
         return self
 
 
-class VSD(DMD2):
+class VSD(ScoreDistillation[VSDConfig]):
     """Variational score distillation with both branches guided."""
 
     name = "vsd"
     paper = "Nguyen & Tran 2024, arXiv:2312.05239"
     Config = VSDConfig
-    config: VSDConfig
+    guidance_options = ("guidance_range", "guidance")
+    status = "trained on real data here"
+    aliases = {
+        "swiftbrush": {},
+        "swiftbrush_v2": {"clip": {"weight": 0.1}},
+        "snoopi": {"guidance_range": (0.5, 4.0)},
+    }
+    trainer = "VariationalScoreTrainer"
+    steps = (1,)
+    digits = (
+        # The null prompt serves a guided fake alone.
+        Recipe("vsd", score(guidance=1.0, null_probability=0.0), first=WARM),
+        Recipe("snoopi", score(guidance_range=[0.5, 1.5]), first=WARM),
+    )
+
+    @property
+    def teacher_guidance(self) -> float:
+        """1: guided alike, teacher and fake agree where the unguided student is the teacher."""
+        return 1.0
+
+    def guidances(self, g: float) -> tuple[float, float]:
+        """Guidance of (teacher, fake): always the same, else it would shift the fixed point."""
+        return g, g
 
     @property
     def needs(self) -> frozenset[str]:
@@ -84,31 +106,17 @@ class VSD(DMD2):
     def scorers(self) -> dict[str, ScorerSpec]:
         return {"clip": self.config.clip.spec} if self.config.clip.enabled else {}
 
-    def _sample_loss(self, nets: Nets, batch: Batch, ctx: Ctx, x0: Tensor) -> Losses:
+    def sample_loss(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Losses:
         """VSD's loss and, while its weight lasts, that of samples CLIP finds off the prompt."""
-        losses, clip = super()._sample_loss(nets, batch, ctx, x0), self.config.clip
+        losses, clip = super().sample_loss(nets, batch, ctx, sample), self.config.clip
         weight = clip.weight_at(ctx.step, ctx.max_steps)
         if weight == 0.0:
             return losses
         assert batch.prompts is not None, "the trainer checks `needs`"
-        score = nets.scorer("clip")(nets.images(x0), batch.prompts)
+        score = nets.scorer("clip")(nets.images(sample.x0), batch.prompts)
         loss = clamped_reward_loss(score, clip.tau)
-        logs = {"clip": loss.detach(), "clip_score": score.detach().mean()}
-        return Losses(losses.total + weight * loss, {**losses.logs, **logs})
+        return losses.plus(weight, loss, clip=loss, clip_score=score.detach().mean())
 
-    def _guidances(self, ctx: Ctx) -> tuple[float, float]:
-        """Guidance of (teacher, fake): always the same, else it would shift the fixed point."""
-        g = self.config.guidance
-        if self.config.guidance_range is not None:
-            low, high = self.config.guidance_range
-            g = low + (high - low) * ctx.shared_rand()
-        return g, g
-
-    def _fake_cond(self, cond: Cond, null: Cond, ctx: Ctx) -> Cond:
+    def fake_cond(self, cond: Cond, null: Cond, ctx: Ctx) -> Cond:
         """The sample's condition, or now and then the null prompt for the whole batch."""
         return null if ctx.shared_rand() < self.config.null_probability else cond
-
-    def _denoising(self, pred: Prediction, x0: Tensor, noise: Tensor) -> Tensor:
-        alpha2 = self.config.fake_weight == "alpha2"
-        weight = pred.path.coeffs(pred.t)[0] ** 2 if alpha2 else None
-        return denoising_loss(pred, x0, noise, self.config.fake_space, weight)

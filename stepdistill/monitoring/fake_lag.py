@@ -8,9 +8,11 @@ residuals x0 - fake that are orthogonal to every function of x_t, so to `fake - 
 
 with d = fake - real the direction in use. The true direction has 1 + lag times its length along d:
 0 is a fake that keeps up; above 0 the student is farther from the teacher than the fake knows;
-below -1 the student is pushed the wrong way. The orthogonality is what Score identity Distillation
-builds its loss on (Zhou et al. 2024, arXiv:2404.04057); to read it as a lag is ours. It holds
-whatever guidance `real` has, and for a fake that is itself never trained.
+below -1 the student is pushed the wrong way. Where the method guides the fake, d has its guided
+prediction, but the residual is that of the prediction which is fitted: right where the fake lags
+alike with and without the condition. The orthogonality is what Score identity Distillation builds
+its loss on (Zhou et al. 2024, arXiv:2404.04057); to read it as a lag is ours. It holds whatever
+guidance `real` has, and for a fake that is itself never trained.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W).
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.method import FakeFit
 from stepdistill.core.types import Cond
 
 LAG_TIMES = (0.25, 0.5, 0.75)  # before the resolution shift
@@ -35,22 +38,23 @@ def lag_terms(
     x0: Tensor,
     cond: Cond,
     null: Cond | None,
-    guidance: float,
+    fit: FakeFit,
     times: Sequence[float],
     noise: Callable[[int], Tensor],
 ) -> Tensor:
     """(B, 2): each sample's <x0 - fake, fake - real> and |fake - real|^2, means over all values.
 
     Args: x0: (B, C, *S) of the student as the fake is trained on. noise: index of a time ->
-        (B, C, *S). guidance: the teacher's, as in the student's gradient.
+        (B, C, *S). fit: guidance of teacher and fake in the student's gradient.
     """
     sums = torch.zeros(x0.shape[0], 2, device=x0.device)
     for index, t in enumerate(times):
         at = torch.full((x0.shape[0],), t, dtype=torch.float64, device=x0.device)
         x_t = fake.path.add_noise(x0, noise(index), at)
-        real = teacher(x_t, at, cond, null, guidance).x0.float()
-        own = fake(x_t, at, cond).x0.float()
-        direction = (own - real).flatten(1)
+        real = teacher(x_t, at, cond, null, fit.teacher).x0.float()
+        own = fake(x_t, at, cond, null, fit.fitted).x0.float()
+        told = own if fit.fake == fit.fitted else fake(x_t, at, cond, null, fit.fake).x0.float()
+        direction = (told - real).flatten(1)
         residual = (x0.float() - own).flatten(1)
         sums[:, 0] += (residual * direction).mean(1)
         sums[:, 1] += direction.square().mean(1)

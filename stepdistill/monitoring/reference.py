@@ -50,16 +50,8 @@ class Reference:
 
 def teacher_guidance(method: Method[Any], args: TrainConfig) -> float:
     """Guidance of the teacher that the student is held against: the method's, unless args say."""
-    if args.validation_guidance is not None:
-        return args.validation_guidance
-    spec, config = method.sampler(), method.config
-    if spec.w is not None:
-        return spec.w + 1.0
-    given = {name: getattr(config, name) for name in type(config).model_fields}
-    if given.get("guidance_range") is not None:
-        low, high = given["guidance_range"]
-        return 0.5 * (float(low) + float(high))
-    return float(given.get("guidance", 1.0))
+    told = args.validation_guidance
+    return method.teacher_guidance if told is None else told
 
 
 def probe_times(spec: SamplerSpec) -> tuple[float, ...]:
@@ -134,6 +126,7 @@ def kept_reference(
     path = folder / "teacher.safetensors"
     facts = [list(map(str, prompts)), args.seed, args.resolution, args.validation_teacher_steps]
     facts += [guidance, list(probes), family.sample_shape(args.resolution, args.resolution)]
+    facts += [list(teacher.null_skips)] if teacher.null_skips else []
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if path.is_file():
         with safe_open(path, framework="pt") as saved:

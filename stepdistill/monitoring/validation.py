@@ -20,10 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.config.run import TrainConfig
-from stepdistill.core.denoiser import Denoiser
-from stepdistill.core.method import Method
-from stepdistill.core.path import expand
-from stepdistill.core.solvers import SamplerSpec, boundary_coeffs
+from stepdistill.core.denoiser import Denoiser, is_guided
+from stepdistill.core.method import FakeFit, Method
+from stepdistill.core.solvers import SamplerSpec, boundary_x0
 from stepdistill.core.times import shift_times
 from stepdistill.families.family import Family
 from stepdistill.monitoring.fake_lag import LAG_TIMES, lag_of, lag_terms
@@ -83,14 +82,19 @@ class Validator:
     """Validates one run; the teacher's samples are made once, when first needed.
 
     features: what the Frechet distance is taken in; replace it by a network of yours.
+    guidance: of the teacher that the student is compared with.
     """
 
     def __init__(self, bank: RoleBank, method: Method[Any], args: TrainConfig) -> None:
         self.features: Features = pooled_features
         self._bank, self._method, self._args = bank, method, args
         self._folder = Path(args.output_dir) / "validation"
-        self._guidance = teacher_guidance(method, args)
+        self.guidance = teacher_guidance(method, args)
         self._guided: dict[str, float] = {}  # what guidance does to the teacher's samples
+
+    @property
+    def _teacher(self) -> Denoiser:
+        return self._bank["teacher"].skipping(self._method.skip_layers)
 
     @property
     def _device(self) -> torch.device:
@@ -103,11 +107,11 @@ class Validator:
             return None
         found = kept_reference(
             self._folder,
-            self._bank["teacher"],
+            self._teacher,
             self._bank.family,
             grid_prompts(self._args, self._bank.family),
             self._args,
-            self._guidance,
+            self.guidance,
             probe_times(self._method.sampler()) if self._same_path else (),
         )
         images = self._images(found.x0)
@@ -156,8 +160,8 @@ class Validator:
             spread = max(float(reference[0].x0.std()), 1e-6)
             errors = trajectory["student"]
             metrics["trajectory_rmse"] = sum(errors) / len(errors) / spread
-        if "fake" in self._bank:
-            metrics["fake_lag"], metrics["fake_lag_error"] = self._fake_lag(spec)
+        if (fit := self._method.fake_fit) is not None:
+            metrics["fake_lag"], metrics["fake_lag_error"] = self._fake_lag(spec, fit)
         return Validation(grid, metrics, trajectory)
 
     @torch.no_grad()
@@ -178,7 +182,7 @@ class Validator:
         times = list(teacher.states)
         return {"t": times, "student": found, "teacher": [teacher.errors[t] for t in times]}
 
-    def _fake_lag(self, spec: SamplerSpec) -> tuple[float, float]:
+    def _fake_lag(self, spec: SamplerSpec, fit: FakeFit) -> tuple[float, float]:
         """(lag, standard error) on samples that stop at each of the sampler's steps in turn.
 
         The fake is fitted to what the student makes at every step of a rollout, unless the method
@@ -189,9 +193,9 @@ class Validator:
         shape = bank.family.sample_shape(*size)
         shift = bank.family.shift_at(*size)
         times = shift_times(torch.tensor(LAG_TIMES), shift).tolist()
-        stops = range(1, spec.num_steps + 1)
-        if "trained_step" in type(self._method.config).model_fields:
-            stops = stops if self._method.config.trained_step == "random" else stops[-1:]
+        stops = range(spec.num_steps if fit.last_step else 1, spec.num_steps + 1)
+        guided = max(fit.teacher, fit.fake, fit.fitted, key=is_guided)
+        teacher, fake = self._teacher, bank["fake"].skipping(self._method.skip_layers)
         terms = []
         for stop, rows in zip(
             stops, torch.arange(len(prompts)).tensor_split(len(stops)), strict=True
@@ -203,18 +207,12 @@ class Validator:
                 x0 = sample_latents(
                     bank["student"], bank.family, ending, own, args.seed, *size, index[0]
                 )
-                cond, null = conditions(
-                    bank.family, bank["teacher"], own, self._guidance, self._device
-                )
+                cond, null = conditions(bank.family, teacher, own, guided, self._device)
 
                 def noise(k: int, index: list[int] = index, like: Tensor = x0) -> Tensor:
                     return keyed_noise(shape, args.seed, index, 1000 + k).to(like)
 
-                terms.append(
-                    lag_terms(
-                        bank["teacher"], bank["fake"], x0, cond, null, self._guidance, times, noise
-                    )
-                )
+                terms.append(lag_terms(teacher, fake, x0, cond, null, fit, times, noise))
         return lag_of(torch.cat(terms))
 
 
@@ -225,7 +223,4 @@ def _jump(
     at = torch.full((x_t.shape[0],), t, dtype=torch.float64, device=x_t.device)
     w = None if spec.w is None else torch.full_like(at, spec.w).float()
     pred = student(x_t, at, cond, null, spec.guidance, w=w, s=torch.zeros_like(at))
-    if spec.boundary_scale is None:
-        return pred.x0
-    c_skip, c_out = boundary_coeffs(student.path.model_time(at), spec.boundary_scale)
-    return expand(c_skip, x_t) * pred.x_t + expand(c_out, x_t) * pred.x0
+    return boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)

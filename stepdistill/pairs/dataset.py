@@ -3,7 +3,7 @@
 `generate_pairs` runs the teacher's guided ODE from numbered noises and writes shards; `PairDataset`
 reads them. Pair i is keyed by seed + i, batches never cross a shard, and a shard is written under
 a temporary name, then renamed: a resumed set equals an uninterrupted one bit for bit, and ranks may
-share the work. The files are described in pair_files.py.
+share the work. The files are described in files.py.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W), n pairs of a shard.
@@ -11,14 +11,12 @@ share the work. The files are described in pair_files.py.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -30,16 +28,17 @@ from stepdistill.core.types import Cond
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.pairs.files import (
     DTYPES,
-    HEADER,
     MANIFEST,
     ForeignShardError,
     PairSettings,
+    damaged,
     digest,
     open_shard,
     read_manifest,
     shard_name,
 )
-from stepdistill.storage.files import write_atomic, write_text
+from stepdistill.storage.files import write_text
+from stepdistill.storage.shard_files import BrokenShardError, Shard, write_shard
 
 Prompt = str | int  # an int is a class label
 Pairs = tuple[Tensor, Tensor, list[Prompt]]  # noise and x0 (n, C, *S), n prompts
@@ -73,9 +72,7 @@ class PairWriter:
             raise ValueError(f"pairs: {str(folder)!r} holds shards but no {MANIFEST}. Empty it.")
         manifest = {"settings": asdict(settings), "num_pairs": num_pairs}
         text = json.dumps(manifest, indent=1) + "\n"
-        # Ranks write the same text at once, so each under its own temporary name.
-        suffix = f".{os.getpid()}.tmp"
-        write_text(self.folder / MANIFEST, text, suffix)
+        write_text(self.folder / MANIFEST, text, shared=True)  # all ranks at once
 
     @property
     def num_shards(self) -> int:
@@ -86,12 +83,12 @@ class PairWriter:
         return self.settings.rows(shard, self.num_pairs)
 
     def done(self, shard: int) -> bool:
-        """Whether the shard is on disk and whole; if not, it is to be made (again).
+        """Whether the shard is on disk, bit for bit; if not, it is to be made (again).
 
         Errors: ForeignShardError where another set's shard would be overwritten.
         """
         try:
-            open_shard(self.folder, self.settings, shard, self.rows(shard))
+            open_shard(self.folder, self.settings, shard, self.rows(shard)).read()
         except ForeignShardError:
             raise
         except (ValueError, FileNotFoundError):
@@ -114,26 +111,22 @@ class PairWriter:
                 f"pairs: expected finite x0, got NaN or inf in pair {rows[bad]} "
                 f"({prompts[bad]!r}). The teacher overflowed: use float32 or bfloat16."
             )
-        tensors = {
-            "noise": noise.float().cpu().contiguous(),
-            "x0": x0.to("cpu", DTYPES[self.settings.x0_dtype]).contiguous(),
-        }
+        tensors = {"noise": noise.float(), "x0": x0.to("cpu", DTYPES[self.settings.x0_dtype])}
         header = {
             "fingerprint": self.settings.fingerprint,
             "start": rows[0],
             "prompts": list(prompts),
         }
-        metadata = {HEADER: json.dumps(header)}
-        path = self.folder / shard_name(shard)
-        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        write_shard(self.folder / shard_name(shard), tensors, header)
 
 
 class PairDataset(Dataset[dict[str, Any]]):
     """A finished pair set: items {"prompt", "x0": (C, *S) float32, "noise": (C, *S) float32}.
 
-    Every shard is checked when the set is opened; tensors are read on demand.
-    Errors: ValueError for a missing manifest, missing shards, or a truncated, malformed or foreign
-    shard; it names the file and what to do.
+    Every shard's header is checked when the set is opened; pairs are read on demand, and compared
+    with their hash then.
+    Errors: ValueError for a missing manifest, missing shards, or a truncated, malformed, changed or
+    foreign shard; it names the file and what to do.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -147,12 +140,12 @@ class PairDataset(Dataset[dict[str, Any]]):
                 f"pairs: expected {len(names)} shards in {str(folder)!r}, got {len(missing)} "
                 f"missing ({missing[0]} first). Run stepdistill pairs again with the same settings."
             )
-        self._handles: dict[int, tuple[Any, list[Prompt]]] = {}
+        self._handles: dict[int, Shard] = {}
         for shard in shards:
             self._open(shard)
         self._handles.clear()  # a loader's workers open their own
 
-    def _open(self, shard: int) -> tuple[Any, list[Prompt]]:
+    def _open(self, shard: int) -> Shard:
         if shard not in self._handles:
             rows = self.settings.rows(shard, self.num_pairs)
             self._handles[shard] = open_shard(self.folder, self.settings, shard, rows)
@@ -172,9 +165,12 @@ class PairDataset(Dataset[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"pairs: expected an index below {len(self)}, got {index}.")
         shard, row = divmod(index % len(self), self.settings.shard_size)
-        handle, prompts = self._open(shard)
-        x0, noise = (handle.get_slice(key)[row].float() for key in ("x0", "noise"))
-        return {"prompt": prompts[row], "x0": x0, "noise": noise}
+        opened = self._open(shard)
+        try:
+            pair = {name: value.float() for name, value in opened.row(row).items()}
+        except BrokenShardError as err:
+            raise damaged(err) from err
+        return {"prompt": opened.facts["prompts"][row], **pair}
 
 
 def pair_noise(seed: int, rows: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 A shard holds noise (n, C, *S) float32, the unit noise the solver began from, and x0 (n, C, *S),
 its scaled latents; in its header its prompts, its first pair and the manifest's fingerprint. All of
-it travels in one file, so nothing can slip against anything else.
+it travels in one file (see storage/shard_files.py), so nothing can slip against anything else.
 """
 
 # Shapes: C channels, *S spatial or (F, H, W), n pairs of a shard.
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from stepdistill.storage.shard_files import BrokenShardError, Shard
 
 MANIFEST = "manifest.json"
-HEADER = "pairs"  # the one metadata key: the order of several is not kept, bytes would differ
+AGAIN = "Run stepdistill pairs again with the same settings: it makes this shard anew."
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -113,10 +114,8 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.safetensors"
 
 
-def open_shard(
-    folder: Path, settings: PairSettings, shard: int, rows: range
-) -> tuple[Any, list[str | int]]:
-    """(open safetensors handle, prompts) of one shard, checked against the manifest.
+def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) -> Shard:
+    """One shard, its layout and header checked against the manifest.
 
     Errors: FileNotFoundError; ValueError for a truncated or malformed shard; ForeignShardError.
     """
@@ -124,27 +123,32 @@ def open_shard(
     if not path.is_file():
         raise FileNotFoundError(path)
     try:
-        handle = safe_open(path, framework="pt")
-        header = json.loads((handle.metadata() or {}).get(HEADER, "{}"))
-        shapes = [tuple(handle.get_slice(key).get_shape()) for key in ("noise", "x0")]
-        kinds = {handle.get_slice(key).get_dtype() for key in ("noise", "x0")}
-        if not isinstance(header, dict) or not kinds <= {"F32", "BF16"}:
-            raise ValueError(f"tensors of {sorted(kinds)}, expected F32 or BF16")
-    except (SafetensorError, OSError, ValueError) as err:
-        raise ValueError(
-            f"{path}: expected a whole safetensors shard, got a truncated file ({err}). "
-            "Run stepdistill pairs again with the same settings: it makes this shard anew."
-        ) from err
+        found = Shard(path)
+    except BrokenShardError as err:
+        raise damaged(err) from err
+    header = found.facts if isinstance(found.facts, dict) else {}
     if header.get("fingerprint") != settings.fingerprint:
         raise ForeignShardError(
             f"{path}: expected a shard of the set in {MANIFEST}, got one of other settings. "
             "Two sets were mixed in one folder; make them apart."
         )
-    shape = (len(rows), *settings.shape)
-    prompts = header.get("prompts", [])
-    if shapes != [shape, shape] or header.get("start") != rows[0] or len(prompts) != len(rows):
+    expected = dict.fromkeys(("noise", "x0"), settings.shape)
+    shapes = {name: shape for name, (_, shape) in found.layout.items()}
+    kinds = {dtype for dtype, _ in found.layout.values()}
+    whole = len(found) == len(header.get("prompts", [])) == len(rows)
+    if (
+        shapes != expected
+        or not kinds <= {"F32", "BF16"}
+        or not whole
+        or header["start"] != rows[0]
+    ):
         raise ValueError(
-            f"{path}: expected pairs {rows[0]}..{rows[-1]} of shape {shape}, got {shapes} from "
-            f"{header.get('start')}. Run stepdistill pairs again with the same settings."
+            f"{path}: expected pairs {rows[0]}..{rows[-1]} of shape {settings.shape}, got "
+            f"{len(found)} from {header.get('start')} of {found.layout}. {AGAIN}"
         )
-    return handle, prompts
+    return found
+
+
+def damaged(err: BrokenShardError) -> ValueError:
+    """What a reader of the set is told of a broken shard."""
+    return ValueError(f"{err}. {AGAIN}")

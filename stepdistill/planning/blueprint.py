@@ -19,6 +19,7 @@ from torch import nn
 
 from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for
+from stepdistill.loading.project_code import part_class
 from stepdistill.loading.source import ModelSource
 from stepdistill.storage.files import read_json
 from stepdistill.testing import tiny_parts
@@ -98,7 +99,7 @@ def _build(name: str, part: Mapping[str, Any] | None, dtype: torch.dtype) -> Any
     library, _, class_name = part["class"].partition(".")
     if "Tokenizer" in class_name or "Processor" in class_name:
         return _tokenizer(class_name, part)
-    found = getattr(import_module(library), class_name)
+    found = part_class(library, class_name)
     if "Scheduler" in class_name:
         return found.from_config(part["config"])
     with torch.device("meta"):

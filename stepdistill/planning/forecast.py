@@ -240,13 +240,16 @@ def _batch(
         with fake:
             return torch.empty((bsz, *shape))
 
+    own = "real" in method.needs and run.data.gan.source is not None
+    x0 = "x0" in method.needs or ("real" in method.needs and not own)
     batch = Batch(
         cond=cond.repeat(bsz),
         null=null.repeat(bsz),
         shape=shape,
-        x0=made() if "x0" in method.needs else None,
+        x0=made() if x0 else None,
         noise=made() if "noise" in method.needs else None,
         prompts=(PROMPT,) * bsz,
+        gan=(made(), cond.repeat(bsz)) if own else None,
     )
     return batch, encoding
 
@@ -258,6 +261,8 @@ def _moments(bank: RoleBank, optimizer: str) -> int:
 
 def _tensors(batch: Batch) -> list[Tensor]:
     given = [*batch.cond.tensors.values(), *batch.null.tensors.values()]
+    if batch.gan is not None:
+        given += [batch.gan[0], *batch.gan[1].tensors.values()]
     return given + [x for x in (batch.x0, batch.noise) if x is not None]
 
 

@@ -130,7 +130,9 @@ def _grids(run: RunRecords) -> str:
     best = run.best["step"] if run.best else None
     if best in steps and best not in shown:
         shown = sorted({*shown, best})
-    figures = [_figure(picture(folder / "teacher.png", "teacher samples"), "teacher", "")]
+    g = run.facts.get("teacher_guidance")
+    told = "" if g is None else "without guidance" if g == 1.0 else f"guidance {short(g)}"
+    figures = [_figure(picture(folder / "teacher.png", "teacher samples"), "teacher", told)]
     by_step = {int(v["step"]): v for v in run.validations}
     for step in shown:
         distance = by_step[step].get("teacher_rmse")

@@ -78,8 +78,8 @@ class LPIPSScorer(FrozenScorer):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Unit features (B, D, H', W') of five layers, of images in [-1, 1]."""
-        size = self.options.resize
-        if size is not None:
+        size, below = self.options.resize, self.options.resize_below
+        if size is not None and (below is None or images.shape[-1] < below):
             images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
         layers = self.net.net(self.net.scaling_layer(images))
         return [F.normalize(layer, dim=1, eps=1e-10) for layer in layers]

@@ -16,7 +16,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType
 from stepdistill.core.types import Cond
 from stepdistill.families.family import Family
-from stepdistill.families.features import capture
+from stepdistill.families.features import capture, chosen_blocks, leave_out
 
 
 def forget_graphless_casts() -> None:
@@ -100,6 +100,25 @@ class RoleDenoiser(Denoiser):
         forget_graphless_casts()
         return family.image_features(feats, x_t, cond)
 
+    def without(self, blocks: Sequence[str]) -> AbstractContextManager[None]:
+        """See Denoiser.without.
+
+        Errors: ValueError for what is no transformer block of the family, or where a checkpointed
+        backward would run the blocks after all.
+        """
+        known = {name: block for name, block in self._blocks.items() if block.layout == "tokens"}
+        if not set(blocks) <= set(known):
+            raise ValueError(
+                f"skip_layers: expected transformer blocks of {self._family.name} "
+                f"({', '.join(known) or 'it has none'}), got {list(blocks)}."
+            )
+        if torch.is_grad_enabled() and getattr(self._net, "is_gradient_checkpointing", False):
+            raise ValueError(
+                "skip_layers: expected a call without gradients, got one through a network with "
+                "gradient_checkpointing. Turn that off."
+            )
+        return leave_out(self._net, {name: known[name] for name in blocks})
+
     @contextmanager
     def _capturing(
         self, features: Sequence[str], only: bool = False
@@ -110,6 +129,6 @@ class RoleDenoiser(Denoiser):
                 "student: expected features of roles with the teacher's architecture, got "
                 f"{list(features)} of one with tuning.student_config. Leave that option out."
             )
-        blocks = {name: self._blocks[name] for name in features}
+        blocks = chosen_blocks(features, self._blocks) if features else {}
         with self._activate(self._adapter), capture(self._net, blocks, only) as feats:
             yield feats

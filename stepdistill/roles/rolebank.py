@@ -18,15 +18,16 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Role, Scorer
 from stepdistill.families.family import Family
+from stepdistill.families.features import chosen_blocks
 from stepdistill.families.vae import decode_latents
 from stepdistill.loading.quantization import check_base
 from stepdistill.loading.stored_tensors import StoredTensors
+from stepdistill.roles.checkpointing import Contexts, checkpoint_blocks
 from stepdistill.roles.heads import make_head
 from stepdistill.roles.role_denoiser import RoleDenoiser, forget_graphless_casts
 from stepdistill.roles.role_weights import copy_into, to_cpu
@@ -87,7 +88,7 @@ class RoleBank(nn.Module):
             self._add_adapter(role)
         for role, spec in self.roles.items():
             if spec.source == "head":
-                self.heads[role] = make_head([blocks[name] for name in spec.features])
+                self.heads[role] = make_head([*chosen_blocks(spec.features, blocks).values()])
             elif role not in self._net_of:
                 self._net_of[role], self._adapter_of[role] = BASE, None
         self._tuner_layers = [m for m in self.nets.modules() if isinstance(m, BaseTunerLayer)]
@@ -125,7 +126,7 @@ class RoleBank(nn.Module):
                 raise ValueError(
                     f"role {role!r}: expected ema_of a role of this method, got {spec.ema_of!r}."
                 )
-            unknown = sorted(set(spec.features) - set(blocks))
+            unknown = sorted(set(spec.features) - set(blocks) - {"all"})
             if unknown:
                 raise ValueError(
                     f"role {role!r}: expected feature blocks of {self.family.name} "
@@ -208,7 +209,8 @@ class RoleBank(nn.Module):
 
     def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
         """(B, K) logits, one column per block the head reads."""
-        logits: Tensor = self.heads[role]([features[name] for name in self.roles[role].features])
+        names = chosen_blocks(self.roles[role].features, self.family.feature_blocks())
+        logits: Tensor = self.heads[role]([features[name] for name in names])
         forget_graphless_casts()
         return logits
 
@@ -267,19 +269,12 @@ class RoleBank(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward, each block under the role it was run with forward."""
 
-        def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def contexts() -> Callable[[], Contexts]:
             role = self._active
-            return checkpoint(
-                block,
-                *args,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), self.use(role)),
-                **kwargs,
-            )
+            return lambda: (nullcontext(), self.use(role))
 
         for net in self.nets.values():
-            stock: Any = net
-            stock.enable_gradient_checkpointing(run)
+            checkpoint_blocks(net, contexts)
 
     def train(self, mode: bool = True) -> RoleBank:
         """Stays in eval mode: train mode would drop class labels and activations at random."""

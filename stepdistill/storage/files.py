@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -29,6 +31,11 @@ def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
     return found
 
 
+def locked(path: Path) -> FileLock:
+    """Within: one process at a time, of all that hold the lock of that path, PATH.lock."""
+    return FileLock(path.with_name(path.name + ".lock"))
+
+
 def flush(path: Path) -> None:
     """Wait until a file's bytes, or a folder's entries, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
@@ -38,20 +45,25 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomic(path: Path, write: Callable[[Path], object], suffix: str = ".tmp") -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
     """Write beside `path` under a temporary name, flush to the disk, rename.
 
     A reader, or a kill at any instant, sees the old file or the new one.
 
-    Args: suffix: of the temporary name; one of its own for each process that writes the same file.
+    Args: shared: several processes may write this file at once, so each under a name of its own;
+        else the name is always the same, so that a later call clears what a kill left.
     """
-    temporary = path.with_name(path.name + suffix)
-    write(temporary)
-    flush(temporary)
+    temporary = path.with_name(path.name + (f".{os.getpid()}.tmp" if shared else ".tmp"))
+    try:
+        write(temporary)
+        flush(temporary)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
     os.replace(temporary, path)
     flush(path.parent)
 
 
-def write_text(path: Path, text: str, suffix: str = ".tmp") -> None:
+def write_text(path: Path, text: str, shared: bool = False) -> None:
     """`write_atomic` of a text."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), suffix)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), shared)

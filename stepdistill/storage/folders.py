@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,34 @@ def seal(target: Path, manifest: Mapping[str, Mapping[str, Any]]) -> None:
         flush(path)
     if target.exists() and old.exists() and fault_of(target) is not None:
         shutil.rmtree(target)  # the earlier one may be the good one
-    elif target.exists():
+    _put_in_place(target)
+
+
+def _put_in_place(target: Path) -> None:
+    """Rename NAME.tmp, which is on the disk, to NAME; what was there is NAME.old meanwhile."""
+    old = target.with_name(target.name + ".old")
+    if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
-    os.replace(aside, target)
+    os.replace(aside_of(target), target)
     flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Within: a path to write a folder at, which then takes the place of `target`, all or nothing;
+    of the kind that needs no manifest, as others read it."""
+    aside = aside_of(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            flush(path)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _put_in_place(target)
 
 
 def fault_of(folder: Path, hashes: bool = True) -> str | None:

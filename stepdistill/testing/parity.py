@@ -2,7 +2,7 @@
 
 The stock pipeline's own `__call__` is run and its denoiser and scheduler are listened to: the
 adapter must pass the denoiser the same tensors, get the same output, follow the same guided
-trajectory and decode to the same images.
+trajectory and decode to the same images. Checkpointing must change none of its gradients.
 """
 
 # Shapes: B batch, C channels, H, W spatial.
@@ -10,7 +10,7 @@ trajectory and decode to the same images.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import CMStochasticIterativeScheduler
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for, load_family
 from stepdistill.families.schedule import parity_scheduler
 from stepdistill.families.vae import is_video_vae
+from stepdistill.loading.source import ModelSource
+from stepdistill.roles.checkpointing import uncheckpoint_blocks
 from stepdistill.roles.rolebank import RoleBank
 
 LIMIT = 1e-5  # float32; a wrong timestep, null condition or VAE scale is orders above it
@@ -161,18 +164,28 @@ def cond_gap(ours: Call, stock: Call) -> float:
     return max((gap(ours.cond[name], stock.cond[name]) for name in stock.cond), default=0.0)
 
 
+def as_family(model: Any) -> Family:
+    """The Family of a folder or Hub id (loaded in float32), a live pipeline, or a Family."""
+    if isinstance(model, str | Path):
+        model = load_family(model)
+    return model if isinstance(model, Family) else family_for(type(model).__name__)(model)
+
+
 @torch.no_grad()
 def check_family(model: Any) -> list[Row]:
     """(name, max abs difference) of adapter against stock pipeline, in the pipeline's own dtype.
 
-    Args: model: folder or Hub id (loaded in float32), a live pipeline, or a Family.
+    Args: model: see `as_family`.
     """
-    if isinstance(model, str | Path):
-        model = load_family(model)
-    family: Family = model if isinstance(model, Family) else family_for(type(model).__name__)(model)
+    family = as_family(model)
     by_text = family.conditioning == "prompt"
     prompts: list[Any] = ["a red cube", "seven cats"] if by_text else [0, 1]
-    return [*_call_rows(family, prompts), *_sampling_rows(family, prompts), *_vae_rows(family)]
+    return [
+        *_call_rows(family, prompts),
+        *_sampling_rows(family, prompts),
+        *_vae_rows(family),
+        _gradient_row(family, prompts[:1]),
+    ]
 
 
 def _told(family: Family, call: Call) -> bool:
@@ -248,11 +261,63 @@ def _vae_rows(family: Family) -> list[Row]:
     return [("vae: encode, then stock decode", gap((direct / 2 + 0.5).clamp(0, 1), decoded))]
 
 
-def print_check(model: Any, base_quantization: str = "none") -> int:
-    """Prints the rows of `check_family`; 0 where all are below the limit, else 1."""
+@contextmanager
+def adapted(family: Family) -> Iterator[RoleBank]:
+    """Within: a bank with a LoRA student, both its factors off their start; then the network is
+    plain again."""
+    net: Any = family.net
+    bank = RoleBank(family, {"student": Role(train=True)}, Tuning(rank=2, alpha=3.0))
+    generator = torch.Generator().manual_seed(SEED)
+    for param in bank.members("student").values():
+        param.data.copy_(0.1 * torch.randn(param.shape, generator=generator))
+    try:
+        yield bank
+    finally:
+        recurse_remove_peft_layers(net)
+        del net.peft_config
+
+
+def _gradient_row(family: Family, prompts: list[Any]) -> Row:
+    """Output and gradients (of x_t and of an adapter) of a call with and without checkpointing, in
+    units of each one's largest value."""
+    with adapted(family) as bank, torch.enable_grad():
+        params = list(bank.members("student").values())
+        generator, shape = torch.Generator().manual_seed(SEED), family.sample_shape()
+        x_t, weight = torch.randn(2, len(prompts), *shape, generator=generator).to(params[0].device)
+        x_t.requires_grad_()
+        cond = family.encode(prompts).to(x_t.device)
+        t = torch.full((len(prompts),), 0.6, dtype=torch.float64, device=x_t.device)
+
+        def graded() -> list[Tensor]:
+            raw = bank["student"](x_t, t, cond).raw
+            wrt = [x_t, *params]
+            found = torch.autograd.grad((raw.float() * weight).sum(), wrt, allow_unused=True)
+            to_params = [g.float().flatten() for g in found[1:] if g is not None]
+            return [raw.detach(), found[0], torch.cat(to_params)]
+
+        plain = graded()
+        bank.enable_gradient_checkpointing()
+        try:
+            again = graded()
+        finally:
+            uncheckpoint_blocks(family.net)
+    worst = max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(again, plain, strict=True)
+    )
+    return "checkpointing: output and gradients", worst
+
+
+def print_check(
+    model: Any,
+    base_quantization: str = "none",
+    further: Sequence[Callable[[Family], list[Row]]] = (),
+) -> int:
+    """Prints the rows of `check_family` and of further checks; 0 where all are below the limit,
+    else 1."""
     if base_quantization != "none":
-        model = load_family(model, base_quantization=base_quantization)
-    rows = check_family(model)
+        model = load_family(ModelSource(str(model), base_quantization=base_quantization))
+    family = as_family(model)
+    rows = [*check_family(family), *(row for check in further for row in check(family))]
     table = Table("adapter against stock pipeline", "max abs difference", "")
     for name, value in rows:
         table.add_row(name, f"{value:.1e}", "ok" if value < LIMIT else f">= {LIMIT:g}")

@@ -6,14 +6,16 @@ time embedding alone is larger). Random weights test plumbing, never quality.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from typing import Any
 
+import diffusers
 from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
-    PixArtSigmaPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -22,26 +24,22 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from stepdistill.testing.tiny_flux2 import tiny_flux2, tiny_flux2_dev
+from stepdistill.config.flags import merge
+from stepdistill.families.family import Family
+from stepdistill.families.registry import FAMILIES
 from stepdistill.testing.tiny_parts import (
     LATENT_SIZE,
     TEXT_WIDTH,
+    clip,
     clip_config,
     clip_tokenizer,
     ddim,
+    gemma,
+    qwen,
     seeded,
     t5,
     vae,
 )
-from stepdistill.testing.tiny_pixels import tiny_edm, tiny_unet2d
-from stepdistill.testing.tiny_transformers import (
-    tiny_flux,
-    tiny_lumina2,
-    tiny_pixart,
-    tiny_sana,
-    tiny_z_image,
-)
-from stepdistill.testing.tiny_video import tiny_qwen_image, tiny_wan, tiny_wan_i2v
 
 
 def unet(text_width: int, **extra: Any) -> UNet2DConditionModel:
@@ -163,29 +161,55 @@ def tiny_dit(seed: int = 0) -> DiTPipeline:
         )
 
 
-TINY: dict[str, Callable[[], Any]] = {
-    "sd": tiny_sd,
-    "sd_v": lambda: tiny_sd("v_prediction"),
-    "sdxl": tiny_sdxl,
-    "sd3": tiny_sd3,
-    "sd35": lambda: tiny_sd3(version="3.5"),
-    "dit": tiny_dit,
-    "flux": tiny_flux,
-    "flux_schnell": lambda: tiny_flux(guidance_embeds=False),
-    "flux2": tiny_flux2,
-    "flux2_dev": tiny_flux2_dev,
-    "pixart": tiny_pixart,
-    "pixart_sigma": lambda: tiny_pixart(PixArtSigmaPipeline),
-    "sana": tiny_sana,
-    "lumina2": tiny_lumina2,
-    "z_image": tiny_z_image,
-    "qwen_image": tiny_qwen_image,
-    "wan": tiny_wan,
-    "wan_i2v": tiny_wan_i2v,
-    "wan_i2v_kept": lambda: tiny_wan_i2v(expand_timesteps=True),
-    "wan_tokens": lambda: tiny_wan(expand_timesteps=True),
-    "unet2d": tiny_unet2d,
-    "edm": tiny_edm,
-    "edm_plain": lambda: tiny_edm(classes=None, restarts=False),
+TEXT: dict[str, Callable[[int], tuple[Any, Any]]] = {
+    "clip": clip,
+    "clip_77": partial(clip, max_tokens=77),
+    "t5": t5,
+    "gemma": gemma,
+    "qwen": qwen,
 }
-"""Builder of each family's tiny pipeline by family name, variants beside it."""
+PARTS: dict[str, Callable[..., Any]] = {"AutoencoderKL": vae, "DDIMScheduler": ddim}
+
+
+def assemble(pipeline: str, parts: Mapping[str, Any], seed: int = 0) -> Any:
+    """A pipeline of that Diffusers class from parts made in their order, under the seed.
+
+    parts: name -> a kind in TEXT, which makes text encoder and tokenizer; or a configuration with
+    its _class_name, of tiny_parts' own options where PARTS has the class; or the part itself.
+    """
+    made: dict[str, Any] = {}
+    with seeded(seed):
+        for name, told in parts.items():
+            if isinstance(told, str):
+                made[name.replace("text_encoder", "tokenizer")], made[name] = TEXT[told](TEXT_WIDTH)
+            elif isinstance(told, Mapping):
+                options = dict(told)
+                kind = options.pop("_class_name")
+                made[name] = PARTS.get(kind, getattr(diffusers, kind))(**options)
+            else:
+                made[name] = told
+        return getattr(diffusers, pipeline)(**made)
+
+
+def build(family: type[Family], variant: Mapping[str, Any], seed: int = 0, **changes: Any) -> Any:
+    """A family's tiny pipeline, of a variant, with further changes like a variant's."""
+    told = merge(variant, changes)
+    if isinstance(family.tiny, str):
+        module, _, function = family.tiny.partition(":")
+        return getattr(import_module(module), function)(**told, seed=seed)
+    pipeline = told.pop("pipeline", family.pipelines[0])
+    return assemble(pipeline, merge(family.tiny, told), seed)
+
+
+TINY_FAMILY: dict[str, type[Family]] = {
+    name: family
+    for own, family in FAMILIES.items()
+    if family.tiny
+    for name in (own, *family.variants)
+}
+"""The family of each tiny pipeline by its name, which is the family's or a variant's."""
+TINY: dict[str, Callable[..., Any]] = {
+    name: partial(build, family, family.variants.get(name, {}))
+    for name, family in TINY_FAMILY.items()
+}
+"""Builder of each tiny pipeline."""

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
@@ -68,6 +69,12 @@ def clip_config(tokenizer: CLIPTokenizer, width: int = TEXT_WIDTH) -> CLIPTextCo
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def clip(width: int, max_tokens: int = MAX_TOKENS) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The tokenizer and a text model of that width."""
+    tokenizer = clip_tokenizer(max_tokens)
+    return tokenizer, CLIPTextModel(clip_config(tokenizer, width))
 
 
 def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:

@@ -45,26 +45,29 @@ class BatchMaker:
         self._max_prompts = max_cached_prompts
         self._max_latents = max_cached_latents if cache_latents else 0
         self._prompts: OrderedDict[Any, Cond] = OrderedDict()
-        self._latents: OrderedDict[int | str, Tensor] = OrderedDict()
+        self._latents: OrderedDict[Any, Tensor] = OrderedDict()  # by content, or source and row
         self._null: Cond | None = None
 
     @torch.no_grad()
-    def __call__(self, raw: dict[str, Any], with_x0: bool = True) -> Batch:
-        """The Batch of a collated dict (see data.stream.collate); x0 None where not with_x0."""
-        prompts: list[Any]
-        if self.family.conditioning == "none":
-            prompts = [0] * len(raw["index"])
-        else:
-            prompts = raw["label"] if "label" in raw else raw["prompt"]
-        prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
-        cond = self.encode(prompts)
+    def __call__(
+        self, raw: dict[str, Any], with_x0: bool = True, gan: dict[str, Any] | None = None
+    ) -> Batch:
+        """The Batch of a collated dict (see data.stream.collate); x0 None where not with_x0.
+
+        Args: gan: the collated dict of the discriminator's own source.
+        """
+        cond, prompts = self._cond(raw)
         if self.family.reads_image:
-            cond = self.family.with_image(cond, raw["image"], self.shape)
             null = self.family.null_for(cond)
         else:
             if self._null is None:
                 self._null = self.family.null(1).to(self.device)
             null = self._null.repeat(cond.bsz)
+        real = None
+        if gan is not None:
+            x0 = self._x0(gan, "gan")
+            assert x0 is not None, "the trainer checks what the source has"
+            real = (x0, self._cond(gan)[0])
         known = {"index", "content", "prompt", "label", "image", "x0", "noise"}
         return Batch(
             cond=cond,
@@ -78,7 +81,21 @@ class BatchMaker:
                 for key, value in raw.items()
                 if key not in known
             },
+            gan=real,
         )
+
+    def _cond(self, raw: dict[str, Any]) -> tuple[Cond, list[Any]]:
+        """The Cond of a collated dict, and what it was told by: prompts, labels or nothing."""
+        prompts: list[Any]
+        if self.family.conditioning == "none":
+            prompts = [0] * len(raw["index"])
+        else:
+            prompts = raw["label"] if "label" in raw else raw["prompt"]
+        prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
+        cond = self.encode(prompts)
+        if self.family.reads_image:
+            cond = self.family.with_image(cond, raw["image"], self.shape)
+        return cond, prompts
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
@@ -105,7 +122,8 @@ class BatchMaker:
             _drop_oldest(self._prompts, self._max_prompts)
         return Cond.cat(parts)
 
-    def _x0(self, raw: dict[str, Any]) -> Tensor | None:
+    def _x0(self, raw: dict[str, Any], source: str = "") -> Tensor | None:
+        """(B, C, *S) latents. Args: source: of two data sources, whose rows these are."""
         if "x0" in raw:
             latents: Tensor = raw["x0"].to(self.device).float()
             return latents
@@ -120,11 +138,11 @@ class BatchMaker:
         parts = []
         for row, image in enumerate(images):
             content = raw["content"][row] if "content" in raw else None
-            key: int | str = raw["index"][row] if content is None else content
+            key = (source, raw["index"][row]) if content is None else content
             parts.append(self._latent(key, content, image).to(self.device))
         return torch.stack(parts)
 
-    def _latent(self, key: int | str, content: str | None, image: Tensor | None) -> Tensor:
+    def _latent(self, key: Any, content: str | None, image: Tensor | None) -> Tensor:
         """(C, *S) of an image (3, H, W), which may be missing where the disk has its latent."""
         if self.disk is not None and self.disk.latents is not None:
             told = {"image": image} if content is None else {"content": content}
@@ -134,7 +152,11 @@ class BatchMaker:
         if key in self._latents:
             self._latents.move_to_end(key)
             return self._latents[key]
-        assert image is not None, "a source leaves out only what the disk has"
+        if image is None:  # a source leaves out what the disk had when the run began
+            raise ValueError(
+                f"cache_dir: expected the latent of {key!r}, got a shard that was broken and is "
+                "deleted. Start again with --resume_from_checkpoint latest: it is made anew."
+            )
         fresh = self.family.latents(image.unsqueeze(0))[0].float()  # one by one, where the VAE is
         if self._max_latents:
             self._latents[key] = fresh.cpu()

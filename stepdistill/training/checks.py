@@ -43,10 +43,11 @@ def method_fits(
     dataset: Any,
     scorers: Mapping[str, Scorer],
     best_metric: str | None = None,
+    gan_dataset: Any = None,
 ) -> None:
-    """Errors: ValueError where the dataset lacks a field the method's losses read, where a scorer
+    """Errors: ValueError where the datasets lack a field the method's losses read, where a scorer
     they call can't be had (see `rewards.check_scorers`), or where no run of the method measures
-    best_metric."""
+    best_metric. Warns of a gan_dataset that no loss reads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainer builds it again and warns then
         method = cls(config, teacher.setting)
@@ -59,16 +60,37 @@ def method_fits(
     if spec.trained_times is not None:  # else any step count can be exported
         teacher.family.refuse_one_step(teacher.pipeline, as_flow, spec.num_steps)
     if not teacher.has_null:
-        _without_guidance(cls.name, config)
-    has = provided_fields(dataset) | {"null"}
-    if teacher.reads_image:
-        has = _without_first_frames(has, sample_item(dataset))
-    if teacher.conditioning == "none":
-        has |= {"cond"}
+        _without_guidance(cls, config)
+    always = frozenset({"cond"} if teacher.conditioning == "none" else ())
+
+    def fields(data: Any) -> frozenset[str]:
+        has = provided_fields(data)
+        return always | (
+            _without_first_frames(has, sample_item(data)) if teacher.reads_image else has
+        )
+
+    has = fields(dataset) | {"null"}
+    if gan_dataset is None or "real" not in method.needs:
+        has |= {"real"} if "x0" in has else set()
+        if gan_dataset is not None:
+            warnings.warn(
+                f"data.gan has no effect: no loss of {cls.name} reads real samples with this "
+                "config. Set --method_config.gan.weight_g, or leave it out.",
+                stacklevel=5,
+            )
+    elif {"cond", "x0"} <= (found := fields(gan_dataset)):
+        has |= {"real"}
+    else:
+        raise ValueError(
+            f"data.gan: expected real samples (image or x0) with their prompts or labels, got "
+            f"{sorted(found)} from {type(gan_dataset).__name__}. Name a source of images: "
+            "--data.gan.train_data_dir DIR."
+        )
     if not method.needs <= has:
         hint = {
             "noise": "Make pairs first: stepdistill pairs --config ...",
             "x0": "Train on images: --data.train_data_dir DIR.",
+            "real": "Give the GAN images: --data.gan.train_data_dir DIR, or --data.train_data_dir.",
             "prompts": "A loss that reads text needs items with a prompt.",
         }
         missing = sorted(method.needs - has)
@@ -109,14 +131,14 @@ def student_fits(
     check_student_config(changes, teacher)
 
 
-def _without_guidance(name: str, config: MethodConfig) -> None:
+def _without_guidance(cls: type[Method[Any]], config: MethodConfig) -> None:
     """Errors: ValueError where the method guides its teacher, for a model without a null."""
-    for key in ("guidance", "guidance_range"):
-        value = getattr(config, key, None)
+    for key in cls.guidance_options:
+        value = getattr(config, key)
         ends = value if isinstance(value, tuple) else (value,)
-        if any(end not in (None, 1.0) for end in ends):
+        if not isinstance(value, bool) and any(end not in (None, 1.0) for end in ends):
             raise ValueError(
-                f"{name}: expected no guidance (the model has no null condition), got {key} "
+                f"{cls.name}: expected no guidance (the model has no null condition), got {key} "
                 f"{value}. Set it to {[1, 1] if isinstance(value, tuple) else 1}."
             )
 

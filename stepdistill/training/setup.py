@@ -114,8 +114,8 @@ def make_bank(
         start_student(bank, args.init_student_from)
     # Weights that will be in shards reach the device block by block.
     place(bank, args, device, torch.device("cpu") if sharding_asked() else device)
-    if checkpoints_activations(args, bank.family.net):
-        bank.enable_gradient_checkpointing()
     if args.compile:
         compile_blocks(bank, args.compile_backend)
+    if checkpoints_activations(args, bank.family.net):  # around what is compiled, not within
+        bank.enable_gradient_checkpointing()
     return bank

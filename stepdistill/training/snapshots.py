@@ -18,6 +18,7 @@ from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.training import checks
 from stepdistill.training.checkpoint import load_checkpoint, prune, read_state, save_checkpoint
+from stepdistill.training.feed import Feed
 
 
 class Resumable:
@@ -32,7 +33,8 @@ class Resumable:
     log: RunLog
     sharded: bool
     step: int
-    batches_seen: int
+    feed: Feed
+    gan_feed: Feed | None
     seconds: float
 
     def save(self) -> Path:
@@ -47,7 +49,8 @@ class Resumable:
             scaler = accelerator.scaler
             state = {
                 "step": self.step,
-                "batches_seen": self.batches_seen,
+                "batches_seen": self.feed.seen,
+                "gan_batches_seen": self.gan_feed.seen if self.gan_feed else 0,
                 "seconds": self.seconds,
                 "world_size": accelerator.num_processes,
                 "global_batch": accelerator.num_processes * args.train_batch_size,
@@ -86,7 +89,9 @@ class Resumable:
         self.method.load_state_dict(load_checkpoint(folder, self.bank, self.optimizer))
         if self.accelerator.scaler is not None and state["grad_scaler"]:
             self.accelerator.scaler.load_state_dict(state["grad_scaler"])
-        self.step, self.batches_seen = state["step"], state["batches_seen"]
+        self.step, self.feed.seen = state["step"], state["batches_seen"]
+        if self.gan_feed is not None:
+            self.gan_feed.seen = state.get("gan_batches_seen", 0)
         self.seconds = state["seconds"]
         self.facts.setdefault("data", state["facts"].get("data"))
         self.log.load_state_dict(state.get("log", {}))

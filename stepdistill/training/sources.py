@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepdistill.config.run import DataConfig, RunConfig
+from stepdistill.config.run import RunConfig, SourceConfig
 from stepdistill.data.hub import HubDataset, HubStream, load_rows
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import EmptyRows, PromptDataset
@@ -14,13 +14,30 @@ from stepdistill.families.registry import teacher_facts
 
 def open_dataset(run: RunConfig) -> Any:
     """The dataset of a RunConfig's one data source. Errors: ValueError where there is none."""
-    data = run.data
     told = teacher_facts(run.source).conditioning  # refuses unserved classes first
-    if told == "none" and data.prompts_file is not None:
+    if told == "none" and run.data.prompts_file is not None:
         raise ValueError(
             "data: expected images or no data for an unconditional model, got a prompts_file. "
             "Leave it out, or give --data.train_data_dir."
         )
+    if run.data.source is not None:
+        return _open(run.data, told, run)
+    if told == "none":
+        return EmptyRows()
+    raise ValueError(
+        "data: expected one of --data.prompts_file, --data.train_data_dir, --data.tar_shards, "
+        "--data.dataset_name, --data.pairs_dir, got none."
+    )
+
+
+def open_gan_dataset(run: RunConfig) -> Any:
+    """The dataset of --data.gan, or None where the run has none."""
+    if run.data.gan.source is None:
+        return None
+    return _open(run.data.gan, teacher_facts(run.source).conditioning, run)
+
+
+def _open(data: SourceConfig, told: str, run: RunConfig) -> Any:
     by_label = told == "label"
     if data.prompts_file is not None:
         source = LabelFileDataset if by_label else PromptDataset
@@ -31,18 +48,11 @@ def open_dataset(run: RunConfig) -> Any:
         from stepdistill.pairs.dataset import PairDataset
 
         return PairDataset(data.pairs_dir)
-    if data.tar_shards is not None or data.dataset_name is not None:
-        return open_shards(data, told, run.resolution, run.cache_dir)
-    if told == "none":
-        return EmptyRows()
-    raise ValueError(
-        "data: expected one of --data.prompts_file, --data.train_data_dir, --data.tar_shards, "
-        "--data.dataset_name, --data.pairs_dir, got none."
-    )
+    return open_shards(data, told, run.resolution, run.cache_dir)
 
 
 def open_shards(
-    data: DataConfig, told: str, resolution: int | None, index_dir: str | None
+    data: SourceConfig, told: str, resolution: int | None, index_dir: str | None
 ) -> TarDataset | HubDataset | HubStream:
     """The dataset of tar shards, or of the `datasets` library."""
     column = data.caption_column

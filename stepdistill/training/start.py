@@ -17,6 +17,7 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.families.decoder import decoder_config
 from stepdistill.families.family import Family
 from stepdistill.families.registry import TeacherFacts, teacher_facts
+from stepdistill.loading.safe_files import no_pickles
 from stepdistill.loading.stored_tensors import StoredTensors
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.checkpoint import saved_student
@@ -88,9 +89,11 @@ def load_student_base(family: Family, source: str, dtype: torch.dtype) -> Any:
 
 
 def _denoiser_of(family: Family, cls: Any, source: str, dtype: torch.dtype) -> Any:
-    return cls.from_pretrained(
-        source, subfolder=family.net_name, use_safetensors=True, torch_dtype=dtype
-    ).eval()
+    with no_pickles("init_student_from"):
+        net = cls.from_pretrained(
+            source, subfolder=family.net_name, use_safetensors=True, torch_dtype=dtype
+        )
+    return net.eval()
 
 
 def start_student(bank: RoleBank, source: str) -> None:

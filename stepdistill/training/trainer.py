@@ -20,15 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.cache.precompute import prepare_cache
 from stepdistill.config.files import method_class, method_config
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Method, MethodConfig, Phase, Scorer
-from stepdistill.data.corrupt import CorruptLog
 from stepdistill.data.fingerprint import data_facts
-from stepdistill.data.stream import as_dataset, stream
+from stepdistill.data.stream import as_dataset
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.loading.source import ModelSource
@@ -37,6 +35,7 @@ from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards import build_scorers
 from stepdistill.training import checks
 from stepdistill.training.batches import batch_maker
+from stepdistill.training.feed import Feed
 from stepdistill.training.memory import keep_freed_memory, with_quantized_base
 from stepdistill.training.optim import (
     clip_by_role,
@@ -59,6 +58,8 @@ class Trainer(Resumable):
         args: how to train. train_dataset: prompts, or a map-style dataset of dicts with "prompt" or
             "label" and, where the method needs them, "image" (3, H, W) in [-1, 1], "x0", "noise".
             None is enough to resume and export.
+        gan_dataset: real samples for the discriminator with their own prompts or labels, where they
+            are not the train_dataset's.
         scorers: judges of images by the method's names for them, in place of the built-in ones.
     Errors: ValueError or TypeError for anything wrong with these, before a weight is loaded.
     """
@@ -71,10 +72,12 @@ class Trainer(Resumable):
         train_dataset: Any,
         method_options: Mapping[str, Any] | None = None,
         scorers: Mapping[str, Scorer] | None = None,
+        gan_dataset: Any = None,
     ) -> None:
         self.args, self.method_name = args, method
         self.teacher = model if isinstance(model, Family) else ModelSource.of(model)
         self.dataset = None if train_dataset is None else as_dataset(train_dataset)
+        self.gan_dataset = None if gan_dataset is None else as_dataset(gan_dataset, "gan_dataset")
         config = method_config(method, method_options or {})
 
         self._check(config, scorers or {})
@@ -89,7 +92,8 @@ class Trainer(Resumable):
         facts = teacher_facts(self.teacher)
         if self.dataset is not None:
             args.check_best_metric()
-            checks.method_fits(cls, config, facts, self.dataset, scorers, args.best_metric)
+            data = (self.dataset, scorers, args.best_metric, self.gan_dataset)
+            checks.method_fits(cls, config, facts, *data)
         checks.student_fits(cls, args.tuning, self.teacher)
         self.facts = checks.run_facts(self.teacher, self.method_name, config, args)
         if self.dataset is not None:
@@ -128,12 +132,18 @@ class Trainer(Resumable):
         """The position of a run that begins, and what watches it."""
         args = self.args
         self.batches = batch_maker(self.family, self.device, args, self.dataset is not None)
-        self.corrupt = CorruptLog(args.max_corrupt_fraction)
-        self.step = self.batches_seen = 0
+        self.feed = Feed(self.dataset, args)
+        self.gan_feed: Feed | None = None
+        reads_real = self.gan_dataset is not None and "real" in self.method.needs
+        if reads_real and self.dataset is not None:
+            self.gan_feed = Feed(self.gan_dataset, args, "gan")
+            self.facts["data"]["gan"] = data_facts(self.gan_dataset)
+        self.step = 0
         self.seconds = 0.0
         self.stop = StopRequest()
         self.log = RunLog(self.accelerator, args, self.facts)
         self.validator = Validator(self.bank, self.method, args)
+        self.facts["teacher_guidance"] = self.validator.guidance
 
     # ------------------------------------------------------------------ loop
     def train(self, until: int | None = None) -> dict[str, float]:
@@ -160,17 +170,8 @@ class Trainer(Resumable):
         if self.resume_from is not None:
             self.resume(self.resume_from)
             self.resume_from = None
-        dataset = prepare_cache(self.batches.disk, self.dataset, args, self.accelerator)
-        data = stream(
-            dataset,
-            args.train_batch_size,
-            args.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.batches_seen,
-            args.dataloader_num_workers,
-            self.corrupt,
-        )
+        for feed in self.feeds:
+            feed.open(self.batches.disk, self.accelerator)
         started, before = time.monotonic(), self.seconds
         self.log.start(self.step, self.seconds)
         last_saved = self.step
@@ -185,7 +186,7 @@ class Trainer(Resumable):
             carry: list[dict[str, object]] = [{} for _ in range(args.gradient_accumulation_steps)]
             for phase in self.method.phases(self.step):
                 for repeat in range(phase.repeat):
-                    self._update(phase, repeat, data, carry)
+                    self._update(phase, repeat, carry)
             self.method.after(self.bank, self.step)
             if args.ema_decay:
                 # Early steps average over fewer, as the zero-th would otherwise never be forgotten.
@@ -210,18 +211,27 @@ class Trainer(Resumable):
                 break
         done = "paused" if end < args.max_train_steps else "finished"
         self.log.close(self.step, "preempted" if self.stop.preempted else done)
-        if self.corrupt.replaced:
-            self.accelerator.print(f"data: replaced unreadable samples: {self.corrupt}")
+        for feed in self.feeds:
+            if feed.corrupt.replaced:
+                self.accelerator.print(f"data: replaced unreadable samples: {feed.corrupt}")
         return self.log.last
 
-    def _update(self, phase: Phase, repeat: int, data: Any, carry: list[dict[str, object]]) -> None:
+    @property
+    def feeds(self) -> list[Feed]:
+        """The run's data sources."""
+        return [self.feed] if self.gan_feed is None else [self.feed, self.gan_feed]
+
+    def _update(self, phase: Phase, repeat: int, carry: list[dict[str, object]]) -> None:
         """One optimiser update of one phase."""
         args, accelerator = self.args, self.accelerator
+        real = phase.reads_real and "real" in self.method.needs
+        gan_feed = self.gan_feed if real else None
+        with_x0 = phase.reads_x0 or (real and gan_feed is None)
+        feeds = [self.feed] if gan_feed is None else [self.feed, gan_feed]
         self.bank.train_only(phase.trains)
         self.optimizer.zero_grad(set_to_none=True)
         for micro, kept in enumerate(carry):
-            batch = self.batches(next(data), phase.reads_x0)
-            self.batches_seen += 1
+            batch = self.batches(next(self.feed), with_x0, next(gan_feed) if gan_feed else None)
             ctx = Ctx(
                 seed=args.seed,
                 step=self.step,
@@ -239,7 +249,8 @@ class Trainer(Resumable):
             with accelerator.no_sync(self.module) if more else nullcontext():
                 total, logs = self.module(phase.loss, batch, ctx)
                 accelerator.backward(total / len(carry))
-            logs = {**logs, **self.corrupt.logs(total.detach())}
+            for feed in feeds:
+                logs = {**logs, **feed.logs(total.detach())}
             self.log.add(phase.name, self.step, total.detach(), logs)
         accelerator.unscale_gradients(self.optimizer)
         norms = clip_by_role(self.bank, phase.trains, args.max_grad_norm, args.role_max_grad_norm)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from export.test_fresh_process import RUNNER, expected_image, nudge
 from support.runs import METHOD_CASES, MethodCase, build_trainer
 
-from stepdistill.families.registry import FAMILIES, family_class, load_family
+from stepdistill.families.registry import FAMILIES, load_family
 from stepdistill.testing.parity import check_family
 from stepdistill.testing.tiny import TINY
 
@@ -126,7 +126,7 @@ def line_of(name: str, out: Path, python: str) -> Line:
     results = {folder.name: apart(root / f"{folder.name}.png", ours) for folder in folders}
     if "failed" in results.values():
         print(f"{name}: {said[-1500:]}", file=sys.stderr)
-    source = inspect.getsourcefile(family_class(name)) if name in FAMILIES else None
+    source = inspect.getsourcefile(FAMILIES[name]) if name in FAMILIES else None
     lines = len(Path(source).read_text().splitlines()) if source else 0
     return Line(
         name, error, results["pipeline"], results.get("lora", "none"), tuple(formats), lines

@@ -301,7 +301,7 @@ def peak_bytes() -> int:
 def run_ours(root: Path, name: str, batch: int, where: Path) -> Callable[[], object]:
     from stepdistill import TrainConfig, Tuning
     from stepdistill.data.images import ImageFolderDataset
-    from stepdistill.trainers import TRAINER_OF
+    from stepdistill.trainers import trainer_class
 
     ours = OURS[name]
     args = TrainConfig(
@@ -317,7 +317,7 @@ def run_ours(root: Path, name: str, batch: int, where: Path) -> Callable[[], obj
     data: Any = ImageFolderDataset(root / "images", 2 * LATENT_SIZE)
     if ours.method == "dmd2":
         data = (root / "prompts.txt").read_text().splitlines()
-    made = TRAINER_OF[ours.method](
+    made = trainer_class(ours.method)(
         root / ours.model, args, data, method=ours.method, method_config=dict(ours.options)
     )
     return made.train

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
-from stepdistill.comparison.command import compare, parser
+from stepdistill.cli.compare import Options, compare
 from stepdistill.comparison.table import Cell
+from stepdistill.config.flags import parse_options
 
 ONE_STEP_RATIO, FOUR_STEP_RATIO = 1.3, 1.1
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[bool, str]]:
     command += [*map(str, args.seeds), "--processes", str(args.processes)]
     if args.only:
         command += ["--methods", ",".join(args.only)]
-    found = compare(parser().parse_args(command))
+    found = compare(parse_options(Options, command, "compare"))
     made = verdicts(found.table, found.teacher)
     for passed, claim in made:
         print(f"- {'pass' if passed else 'FAIL'}: {claim}")

@@ -28,7 +28,6 @@ from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.path import VPPath
 from stepdistill.core.types import Cond
-from stepdistill.data.stream import stream
 from stepdistill.demo.teacher import TeacherConfig, build_teacher
 from stepdistill.families.sdxl import StableDiffusionXLFamily
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
@@ -116,13 +115,13 @@ def test_iteration_over_bare_network_calls(tmp_path) -> None:
             for param in bank.members(role).values():
                 param.grad = None
 
-    data = stream(trainer.dataset, bsz, 0)
+    trainer.feed.open(None, trainer.accelerator)
 
     def ours() -> None:
         carry: list[dict[str, object]] = [{}]
         for phase in trainer.method.phases(0):
             for repeat in range(phase.repeat):
-                trainer._update(phase, repeat, data, carry)
+                trainer._update(phase, repeat, carry)
         trainer.step += 1
 
     ours()

@@ -212,7 +212,7 @@ def test_forecast_is_said_and_right(family, tmp_path) -> None:
     fill(cache, PromptDataset([*PROMPTS, *PROMPTS[:7]]), CPU, 1 << 20, say=said.append)
     (path,) = tmp_path.rglob("shard-*.safetensors")
     one = family.encode(PROMPTS[:1]).tensors.values()
-    size = 16 + sum(x.numel() * x.element_size() for x in one)
+    size = 16 + 16 + sum(x.numel() * x.element_size() for x in one)
     assert f"0 prompts there, 40 to encode x {size / 1024:.1f} KiB" in said[0]
     assert 0 <= path.stat().st_size - 40 * size < 1000
     fill(cache, PromptDataset(PROMPTS), CPU, 1 << 20, say=said.append)
@@ -316,7 +316,7 @@ def test_resume_in_an_epoch_with_workers_and_cache(teacher, tmp_path) -> None:
     resumed.train()
     assert whole.step == resumed.step == 6
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert sum(row["student/unreadable"] * 2 for row in rows) == whole.corrupt.replaced > 0
+    assert sum(row["student/unreadable"] * 2 for row in rows) == whole.feed.corrupt.replaced > 0
     members = [fingerprint(t.bank.members("student")) for t in (whole, resumed)]
     assert members[0] == members[1]
 

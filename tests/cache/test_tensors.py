@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stepdistill.cache import tensors as cache
 from stepdistill.cache.tensors import CacheWriter, TensorCache, content_key, missing_keys
@@ -46,7 +46,7 @@ def test_rows_come_back_bit_for_bit(tmp_path, width) -> None:
 
 def test_shards_have_the_size_asked_for(tmp_path) -> None:
     size = cache.row_bytes(row(0))
-    assert size == 16 + 3 * 4 * 2 + 4 + 8
+    assert size == 16 + 16 + 3 * 4 * 2 + 4 + 8  # key, hash, values
     filled(tmp_path, range(50), shard_bytes=10 * size)
     rows = [len(load_file(path)["keys"]) for path in tmp_path.iterdir()]
     assert rows == [10] * 5
@@ -82,6 +82,39 @@ def test_a_broken_shard_is_missing_and_made_anew(tmp_path, kept) -> None:
     with pytest.warns(UserWarning, match="broken"):
         filled(tmp_path, range(30))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_a_shard_of_a_flipped_bit_is_dropped_when_it_is_read_and_made_anew(tmp_path) -> None:
+    filled(tmp_path, range(30))
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    path = next(path for path, data in files.items() if bytes_of(7) in data)
+    data = bytearray(files[path])
+    data[files[path].index(bytes_of(7))] ^= 1
+    path.write_bytes(data)
+    store = TensorCache(tmp_path)
+    assert len(store) == 30
+    with pytest.warns(UserWarning, match=rf"cache_dir: .*{path.name}: expected row .* made anew"):
+        assert store.get(content_key(7)) is None
+    assert not path.exists()
+    assert len(store) == len(TensorCache(tmp_path)) < 30
+    assert content_key(7) not in store
+    assert all(same(store.get(content_key(n)) or row(n), row(n)) for n in range(30))
+    assert same(filled(tmp_path, range(30)).get(content_key(7)) or {}, row(7))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def bytes_of(number: int) -> bytes:
+    return row(number)["embeds"].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_shards_of_an_earlier_version_are_read(tmp_path) -> None:
+    filled(tmp_path, range(10))
+    for path in tmp_path.iterdir():
+        tensors = load_file(path)
+        tensors.pop("sha256")
+        save_file(tensors, path)
+    store = TensorCache(tmp_path)
+    assert all(same(store.get(content_key(n)) or {}, row(n)) for n in range(10))
 
 
 def test_missing_are_counted_once(tmp_path) -> None:

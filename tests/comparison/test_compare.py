@@ -88,9 +88,8 @@ def test_a_teacher_told_by_more_or_less_than_prompts_is_refused(
 
 
 def test_what_is_the_same_for_all_lies_over_a_method_s_file(tmp_path, tmp_path_factory) -> None:
-    over = tmp_path / "over.yaml"
-    over.write_text("learning_rate: 0.5\n")
-    ground = own(tmp_path, tmp_path_factory, guidance=3.0, student="lora", config=[str(over)])
+    over = {"learning_rate": 0.5}
+    ground = own(tmp_path, tmp_path_factory, guidance=3.0, student="lora", settings=over)
     dmd2, lcm = ground.settings("dmd2"), ground.settings("lcm")
     assert dmd2["learning_rate"] == lcm["learning_rate"] == 0.5
     assert dmd2["method_config"]["guidance"] == 3.0
@@ -115,7 +114,7 @@ def test_step_counts_go_into_the_option_that_means_them(tmp_path, tmp_path_facto
 
 def test_warm_up_shrinks_with_a_short_budget(tmp_path, tmp_path_factory) -> None:
     (training,) = own(tmp_path, tmp_path_factory).trainings(Student("dmd2", (1,)))
-    assert training.settings["lr_warmup_steps"] == 500
+    assert training.settings["lr_warmup_steps"] == 8
     assert training.lasting(50)["lr_warmup_steps"] == 5
     assert training.lasting(50)["max_train_steps"] == 50
 
@@ -200,7 +199,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys) -> None:
     def stopped(args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stepdistill.comparison.command.compare", stopped)
+    monkeypatch.setattr("stepdistill.cli.compare.compare", stopped)
     with pytest.raises(SystemExit) as ended:
         main(["compare", "--output_dir", "x", "--budget", "1s"])
     assert ended.value.code == 130

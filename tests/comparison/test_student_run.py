@@ -22,8 +22,8 @@ from stepdistill.comparison.progress import Leg, Progress, shares, stops
 from stepdistill.comparison.runs import result_file
 from stepdistill.comparison.student_run import run_student
 from stepdistill.comparison.students import Budget, Reach, Student
+from stepdistill.config.recipes import Training
 from stepdistill.data.stream import PromptDataset
-from stepdistill.demo.recipes import Training
 from stepdistill.trainers import DistillationTrainer
 
 STUDENT = Student("tiny", (1, 2))

@@ -9,17 +9,16 @@ from stepdistill.comparison.students import (
     Reach,
     Student,
     left_out,
-    reach_of_methods,
     reach_of_recipes,
     students,
 )
-from stepdistill.demo.recipes import RECIPES
+from stepdistill.config.recipes import recipes
 from stepdistill.methods import METHODS
 
 
 def test_every_claim_of_every_recipe_is_judged_once() -> None:
     judged = [(one.recipe, steps) for one in students(reach_of_recipes()) for steps in one.steps]
-    claimed = [(name, steps) for name, recipe in RECIPES.items() for steps in recipe.claims]
+    claimed = [(name, steps) for name, recipe in recipes().items() for steps in recipe.claims]
     assert sorted(judged) == sorted(claimed)
 
 
@@ -37,7 +36,8 @@ def test_a_one_step_method_is_asked_for_one_step_alone() -> None:
 
 
 def test_every_method_is_known_with_its_data() -> None:
-    assert set(reach_of_methods()) == set(METHODS)
+    reaches = {name: Reach.of_method(cls) for name, cls in METHODS.items()}
+    assert {name: reach_of_recipes()[name] for name in METHODS} == reaches
 
 
 def test_lcm_is_the_demo_s_consistency(tmp_path) -> None:
@@ -46,7 +46,7 @@ def test_lcm_is_the_demo_s_consistency(tmp_path) -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_choices(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"methods: expected some of \['consistency'.*'lcmm'"):
+    with pytest.raises(ValueError, match=r"methods: expected a method of \['consistency'.*'lcmm'"):
         Digits(tmp_path).students(["lcmm"], None)
     with pytest.raises(ValueError, match="methods: expected a method of"):
         split_methods(["lcmm"])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepdistill.config.files import merge, method_config, parse_run_config, read_yaml
+from stepdistill.config.files import method_config, parse_run_config
+from stepdistill.config.flags import merge, read_yaml
 from stepdistill.methods import METHODS
 
 ROOT = Path(__file__).parents[2]

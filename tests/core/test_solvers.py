@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     LCMScheduler,
     TCDScheduler,
@@ -159,6 +160,26 @@ def test_flow_equals_flow_match(rule: str, num_steps: int, shift: float) -> None
     spec = SamplerSpec(uniform_grid(num_steps, shift), rule)  # type: ignore[arg-type]
     got = ours(FlowPath(), "flow", spec, noise, fresh)
     assert (got - stock_loop(scheduler, noise, 1)[-1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [2, 4])
+def test_heun_equals_flow_match_heun(num_steps: int, shift: float) -> None:
+    scheduler = FlowMatchHeunDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(num_steps)
+    noise, _ = noise_and_fresh(1, 0)
+    times = tuple(dict.fromkeys(scheduler.sigmas[:-1].double().tolist()))
+    assert len(times) == num_steps
+    assert len(scheduler.timesteps) == SamplerSpec(times, "ode", heun=True).num_calls
+    got = ours(FlowPath(), "flow", SamplerSpec(times, "ode", heun=True), noise, [])
+    # Theirs divides float32 rounding by its last sigma, 1e-3.
+    assert (got - stock_loop(scheduler, noise, 1)[-1]).abs().max() < 1e-4
+
+
+def test_heun_is_for_deterministic_steps_alone() -> None:
+    for spec in ({"kind": "renoise"}, {"kind": "tcd"}, {"kind": "ode", "boundary_scale": 10.0}):
+        with pytest.raises(ValueError, match="heun with kind ode or anchored"):
+            SamplerSpec((1.0, 0.5), heun=True, **spec)  # type: ignore[arg-type]
 
 
 def test_spec_refuses_times_off_the_trained_grid() -> None:

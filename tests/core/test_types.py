@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,6 +54,14 @@ def test_cat_needs_the_same_keys() -> None:
 def test_batch_says_what_it_has() -> None:
     batch = Batch(cond(0, 1), cond(0, 0), (1, 2, 2), x0=torch.zeros(2, 1, 2, 2))
     assert batch.bsz == 2
-    assert batch.has() == {"cond", "null", "x0"}
+    assert batch.has() == {"cond", "null", "x0", "real"}
     more = Batch(cond(0), cond(0), (1,), noise=torch.zeros(1, 1), extra={"win": torch.zeros(1)})
     assert more.has() == {"cond", "null", "noise", "win"}
+
+
+def test_real_samples_are_the_discriminator_s_own_where_it_has_some() -> None:
+    batch = Batch(cond(0, 1), cond(0, 0), (1,), x0=torch.zeros(2, 1))
+    assert batch.real == (batch.x0, batch.cond)
+    own = (torch.ones(2, 1), cond(2, 3))
+    assert replace(batch, gan=own).real == own
+    assert replace(batch, gan=own, x0=None).has() == {"cond", "null", "real"}

@@ -8,8 +8,8 @@ import pytest
 from support.samples import COUNT, batches, dataset_of, image_folder, png, told
 
 from stepdistill.data.corrupt import CorruptItemError, CorruptLog
+from stepdistill.data.decode import decode_image
 from stepdistill.data.images import ImageFolderDataset
-from stepdistill.data.source import decode_image
 from stepdistill.data.stream import provided_fields, stream
 
 BAD = (4, 11, 17)

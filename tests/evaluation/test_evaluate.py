@@ -21,8 +21,9 @@ from torch import Tensor
 
 from stepdistill.cli import main
 from stepdistill.evaluation.collect import Drawing, preview_indices
+from stepdistill.evaluation.options import Options
 from stepdistill.evaluation.report import Report
-from stepdistill.evaluation.run import Options, evaluate, options_of
+from stepdistill.evaluation.run import evaluate
 from stepdistill.evaluation.samples import PipelineSampler
 from stepdistill.evaluation.store import Store
 from stepdistill.families.registry import load_family
@@ -71,7 +72,7 @@ def options(teacher: Path, prompts: Path, out: Path, **more: Any) -> Options:
         "num_previews": 4,
         "output_dir": str(out),
     }
-    return options_of(None, **{**given, **more})
+    return Options(**{**given, **more})
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +232,9 @@ def test_a_mistake_is_one_line_before_any_image(flags, told, teacher, prompts, t
 
 
 def test_a_preset_gives_defaults_that_flags_override() -> None:
-    assert options_of("coco30k", teacher="a", student=["b"]).num_prompts == 30_000
-    assert options_of("patch_fid", teacher="a", student=["b"]).crop_px == 299
-    assert options_of("coco5k", teacher="a", student=["b"], size_px=64).size_px == 64
+    assert Options(preset="coco30k", teacher="a", student=["b"]).num_prompts == 30_000
+    assert Options(preset="patch_fid", teacher="a", student=["b"]).crop_px == 299
+    assert Options(preset="coco5k", teacher="a", student=["b"], size_px=64).size_px == 64
 
 
 def test_noise_between_steps_is_each_image_s_own(tmp_path_factory) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from PIL import Image
 from support.runs import teacher_dir
 
 from stepdistill.evaluation.metrics import Number, System
+from stepdistill.evaluation.options import Options
 from stepdistill.evaluation.protocol import UNNAMED, preset_told, protocol_line
 from stepdistill.evaluation.report import Report
-from stepdistill.evaluation.run import Options, evaluate, options_of
+from stepdistill.evaluation.run import evaluate
 from stepdistill.evaluation.samples import Spread
 
 
@@ -40,7 +40,7 @@ def given(teacher, tmp_path_factory) -> Options:
 
 @pytest.fixture(scope="module")
 def report(given) -> Report:
-    named = dataclasses.replace(given, preset="patch_fid")
+    named = given.model_copy(update={"preset": "patch_fid"})
     return evaluate(named, [Corners()], {"brightness": brightness})
 
 
@@ -97,7 +97,7 @@ def test_how_images_were_drawn_is_beside_every_number(report) -> None:
 
 def test_a_guidance_that_was_given_is_told(given, tmp_path) -> None:
     more = {"guidance": 3.5, "reference": None, "num_reference": None, "output_dir": str(tmp_path)}
-    made = evaluate(dataclasses.replace(given, **more), [Corners()])
+    made = evaluate(given.model_copy(update=more), [Corners()])
     assert made.protocol["guidance"] == 3.5
     assert rows(made)["teacher", "diversity", ""]["guidance"] == "3.5"
 
@@ -119,7 +119,7 @@ def test_a_changed_preset_says_so_in_every_file(report) -> None:
 
 def told_of(name: str, networks: list[str], against: str = "real", **more: Any) -> str | None:
     given = {"teacher": "a", "student": ["b"], "reference": "photos", **more}
-    plain = dataclasses.asdict(options_of(name, **given))
+    plain = Options(preset=name, **given).model_dump()
     return preset_told(plain, networks, against, 40_000)
 
 
@@ -145,18 +145,18 @@ def test_what_a_preset_does_not_say_is_told(networks, against, more, changed) ->
 
 
 def test_several_changes_of_a_preset_are_all_told() -> None:
-    plain = dataclasses.asdict(options_of("coco30k", teacher="a", student=["b"], num_prompts=3))
+    plain = Options(preset="coco30k", teacher="a", student=["b"], num_prompts=3).model_dump()
     told = preset_told(plain, ["dino"], "teacher", 0)
     assert told == "coco30k, changed: num_prompts, features, no reference"
 
 
 def test_too_few_real_images_change_a_preset() -> None:
-    plain = dataclasses.asdict(options_of("coco5k", teacher="a", student=["b"], reference="photos"))
+    plain = Options(preset="coco5k", teacher="a", student=["b"], reference="photos").model_dump()
     assert preset_told(plain, ["inception"], "real", 9) == "coco5k, changed: num_reference"
 
 
 def test_what_presets_do_not_name_is_the_options_own() -> None:
-    plain = dataclasses.asdict(Options("a", ["b"]))
+    plain = Options(teacher="a", student=["b"]).model_dump()
     assert {name: plain[name] for name in UNNAMED} == UNNAMED
 
 

@@ -19,27 +19,9 @@ from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.families.flux_guidance import fold_guidance
 from stepdistill.families.registry import family_for, load_family
 from stepdistill.testing.parity import listen
-from stepdistill.testing.tiny_transformers import tiny_flux
+from stepdistill.testing.tiny import TINY, TINY_FAMILY
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
-# What must still be typed for a 4-step student whose guidance is folded in, by tiny pipeline.
-TYPED = {
-    "sd": {},
-    "sd_v": {},
-    "sdxl": {"num_inference_steps": 4},
-    "sd3": {"num_inference_steps": 4, "guidance_scale": 1.0},
-    "flux": {"num_inference_steps": 4},
-    "flux_schnell": {"num_inference_steps": 4},
-    "flux2": {"num_inference_steps": 4},
-    "flux2_dev": {"num_inference_steps": 4},
-    "pixart": {"num_inference_steps": 4, "guidance_scale": 1.0},
-    "sana": {"num_inference_steps": 4, "guidance_scale": 1.0},
-    "lumina2": {"num_inference_steps": 4, "guidance_scale": 1.0},
-    "z_image": {"num_inference_steps": 4, "guidance_scale": 0.0},
-    "qwen_image": {"num_inference_steps": 4},
-    "wan": {"num_inference_steps": 4, "guidance_scale": 1.0},
-    "dit": {"num_inference_steps": 4, "guidance_scale": 1.0},
-}
 
 
 def moved(trainer):
@@ -76,7 +58,9 @@ def in_memory(trainer, spec, subject):
         return (family.images(latents) / 2 + 0.5).clamp(0, 1)
 
 
-@pytest.mark.parametrize("family", TYPED)
+@pytest.mark.parametrize(
+    "family", [name for name, family in TINY_FAMILY.items() if family.conditioning != "none"]
+)
 def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) -> None:
     """Stock call with `typed` alone, and the importable loader with a prompt alone."""
     teacher = teacher_dir(family, tmp_path_factory)
@@ -85,7 +69,8 @@ def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) ->
     spec = SamplerSpec(grid, "renoise", trained_times=grid)
     out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
     record = json.loads((out / RECORD).read_text())
-    assert record["typed"] == TYPED[family]
+    values = {"num_inference_steps": 4, "guidance_scale": trainer.family.stock_guidance(1.0)}
+    assert record["typed"] == {name: values[name] for name in trainer.family.typed}
 
     subject = 0 if trainer.family.conditioning == "label" else "a test"
     expected, extras = in_memory(trainer, spec, subject), trainer.family.call_extras
@@ -175,7 +160,7 @@ def test_a_prompt_in_first_place_is_taken_as_one(tmp_path, tmp_path_factory) -> 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_folded_flux_guidance_is_exact(guidance) -> None:
-    family = family_for("FluxPipeline")(tiny_flux())
+    family = family_for("FluxPipeline")(TINY["flux"]())
     x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([1000.0, 500.0]), family.encode(["a", "b"])
     with torch.no_grad():
         told = family.forward(family.net, x, t, cond, w=torch.full((2,), guidance - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,9 +32,11 @@ CASES = {
     "sd3_shifted": ("sd3", "dmd2", "lora", SamplerSpec(uniform_grid(4, 3.0), "renoise")),
     "sd3_given_sigmas": ("sd3", "dmd2", "full", SamplerSpec((0.9, 0.5, 0.1), "ode")),
     "sdxl_two": ("sdxl", "dmd2", "lora", SamplerSpec(uniform_grid(2), "renoise")),
+    "sd3_anchored": ("sd3", "dmd2", "lora", SamplerSpec(uniform_grid(3), "anchored", heun=True)),
+    "sd_v_heun": ("sd_v", "dmd2", "lora", SamplerSpec(uniform_grid(2), "ode", heun=True)),
     "dit_two": ("dit", "dmd2", "lora", SamplerSpec(uniform_grid(2), "renoise")),
 }
-LORA_CASES = ("sd_v_tcd", "sd_velocity", "sd3_shifted")
+LORA_CASES = ("sd_v_tcd", "sd_velocity", "sd3_shifted", "sd3_anchored")
 
 RUNNER = """
 import json, os, sys, traceback
@@ -100,6 +103,7 @@ def runs(tmp_path_factory: Any) -> tuple[Path, dict[str, Image.Image], dict[str,
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, json.dumps(codes)],
         cwd=root,
+        env={**os.environ, "HF_MODULES_CACHE": str(root / "modules")},
         capture_output=True,
         text=True,
         timeout=240,

@@ -20,6 +20,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import save_file
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill.export import pipeline
@@ -308,7 +309,9 @@ def test_dry_run_holds_every_file_of_the_export(run, kind, tmp_path) -> None:
     )
     same = contents(run[kind])
     changed = {n for n, data in contents(tmp_path / "dry").items() if same[n] != data}
-    assert changed == {"README.md", "distillation.json"}
+    assert {"README.md", "distillation.json"} <= changed
+    said = (".json", "README.md")  # of the others, those that named a folder of this machine
+    assert all(name.endswith(said) and str(run["root"]).encode() in same[name] for name in changed)
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "lora"])
@@ -318,6 +321,8 @@ def test_the_cards_code_runs(run, kind, tmp_path, monkeypatch) -> None:
     card = (tmp_path / REPO / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert REPO in code
+    # The card names a base that is not on the Hub by its folder's name alone.
+    (tmp_path / "teacher").symlink_to(run["teacher"])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "card", "exec"), {})
     assert Image.open("image.png").size == (16, 16)
@@ -406,6 +411,78 @@ def test_a_token_in_a_file_stops_the_push_and_is_not_repeated(run, tmp_path) -> 
     with pytest.raises(ValueError, match=r"got one in distillation\.json") as caught:
         payload(folder, REPO)
     assert TOKEN not in str(caught.value)
+
+
+SECRETS = {
+    "Hugging Face": TOKEN,
+    "old Hugging Face": "api_org_" + "a" * 30,
+    "OpenAI": "sk-proj-" + "aB3_" * 10,
+    "GitHub": "ghp_" + "a1" * 18,
+    "AWS": "AKIA" + "ABCDEFGHIJKLMNOP",
+    "Google": "AIza" + "a" * 35,
+    "Slack": "xoxb-" + "123456789012-abc",
+    "Azure": "AccountKey=" + "a" * 44,
+    "PEM": "-----BEGIN RSA PRIVATE KEY-----",
+    "URL": "https://me:secret@example.org/data",
+}
+
+
+@pytest.mark.parametrize("where", ["notes.txt", "card.md", "x.json", "a.safetensors"])
+@pytest.mark.parametrize("kind", SECRETS)
+def test_secrets_of_every_kind_stop_the_push(run, tmp_path, kind, where) -> None:
+    folder, secret = copy_of(run, tmp_path), SECRETS[kind]
+    if where.endswith(".safetensors"):
+        save_file({"a": torch.zeros(1)}, folder / where, metadata={"note": secret})
+    else:
+        (folder / where).write_text(json.dumps({"note": secret}))
+    with pytest.raises(ValueError, match=rf"no secret in any file, got one in {where}") as caught:
+        payload(folder, REPO)
+    assert secret not in str(caught.value)
+
+
+def test_a_key_of_the_environment_is_known_by_its_value(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    folder = copy_of(run, tmp_path)
+    (folder / "notes.txt").write_text("key: 0123456789abcdef")
+    with pytest.raises(ValueError, match=r"notes\.txt \(token of this machine\)"):
+        payload(folder, REPO)
+
+
+def test_hidden_files_are_not_sent(run, tmp_path) -> None:
+    folder = copy_of(run, tmp_path)
+    for name in (".env", ".git/config", "unet/.cache.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(TOKEN)
+    assert not [name for name in payload(folder, REPO) if "/." in f"/{name}"]
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "lora"])
+def test_nothing_that_is_sent_holds_a_path_of_this_machine(run, kind, tmp_path) -> None:
+    folder = Path(shutil.copytree(run[kind], tmp_path / "export"))
+    config = folder / "unet" / "config.json"
+    if config.is_file():
+        edited = {**json.loads(config.read_text()), "_name_or_path": str(tmp_path / "private")}
+        config.write_text(json.dumps(edited))
+    record = json.loads((folder / RECORD).read_text())
+    record["run"]["teacher_lora"] = [
+        {"source": str(tmp_path / "styles"), "weight_name": "a.safetensors", "scale": 0.5}
+    ]
+    record["run"]["single_file_config"] = "~/models/base"
+    (folder / RECORD).write_text(json.dumps(record))
+    written = dry_run(folder, REPO, tmp_path / "dry")
+    private = [str(tmp_path), str(run["root"]), str(Path.home()) + "/", str(Path.cwd()), "~/models"]
+    held = [(p.name, path) for p in written for path in private if path.encode() in p.read_bytes()]
+    assert held == []
+    sent = json.loads((tmp_path / "dry" / RECORD).read_text())
+    assert sent["base_model"] == "teacher"
+    assert sent["run"]["teacher_lora"][0]["source"] == "styles"
+
+
+def test_a_path_in_the_metadata_of_weights_stops_the_push(run, tmp_path) -> None:
+    folder = copy_of(run, tmp_path)
+    save_file({"a": torch.zeros(1)}, folder / "a.safetensors", metadata={"from": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"no path of this machine .* metadata of a\.safetensors"):
+        payload(folder, REPO)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "x.ckpt", "unet/a.pt", "code.py", "a.pkl"])

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from support.original import denoiser_state
 from support.runs import build_trainer, teacher_dir
 
-from stepdistill.export.lora import export_lora
+from stepdistill.export.lora import export_lora, lora_rows
 from stepdistill.export.lora_formats import (
     PREFIX,
     Lora,
@@ -42,6 +42,8 @@ from stepdistill.export.lora_formats import (
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.registry import load_family
 from stepdistill.loading.original_layout import join, original_layout, split
+from stepdistill.testing.parity import LIMIT, as_family
+from stepdistill.testing.tiny import TINY
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 BY_DIFFUSERS = [("sd_v", "kohya"), ("sdxl", "kohya"), ("z_image", "kohya"), ("z_image", "comfyui")]
@@ -358,3 +360,28 @@ def test_peft_reads_what_diffusers_has_no_loader_for(tmp_path, tmp_path_factory)
     out = export(trainer, tmp_path / "mine", "lora")
     plain = load_family(trainer.teacher)
     assert_the_student(trainer, PeftModel.from_pretrained(plain.net, str(out)).merge_and_unload())
+
+
+_ROWS_BY_DEFAULT = ("dit", "flux", "z_image")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f in _ROWS_BY_DEFAULT else pytest.mark.full) for f in TINY],
+)
+def test_the_check_reads_every_format_back(family) -> None:
+    rows = lora_rows(as_family(TINY[family]()))
+    assert any(name.startswith("lora: lora, read back by") for name, _ in rows)
+    assert {name: value for name, value in rows if not value < LIMIT} == {}
+
+
+def test_the_check_finds_a_lost_alpha(monkeypatch) -> None:
+    """A loader without alpha takes it for the rank: here 2, of 3."""
+    family, save = as_family(TINY["flux"]()), type(TINY["flux"]()).save_lora_weights
+
+    def plain(*args: Any, **told: Any) -> None:
+        save(*args, **{k: v for k, v in told.items() if not k.endswith("metadata")})
+
+    monkeypatch.setattr(type(family.pipeline), "save_lora_weights", plain)
+    found = dict(lora_rows(family))
+    assert found["lora: lora, read back by diffusers"] > 0.1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from PIL import Image
-from support.runs import build_trainer, teacher_dir
+from support.runs import TinyData, build_trainer, teacher_dir
 
 import stepdistill
 from stepdistill import TrainConfig
+from stepdistill.core.method import Setting
 from stepdistill.core.path import VEPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import uniform_grid
@@ -23,9 +26,12 @@ from stepdistill.export.schedulers import stock_sampler
 from stepdistill.families.edm import EDMFamily
 from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.families.unet2d import UNet2DFamily
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.consistency_config import ConsistencyConfig
 from stepdistill.testing.tiny_pixels import pixel_unet, tiny_edm, tiny_unet2d
 from stepdistill.trainers import DistributionMatchingTrainer
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 CASES = [
     ("unet2d", 1, "renoise"),
@@ -105,6 +111,72 @@ def test_ve_schedulers_visit_the_uniform_grid(steps, restarts) -> None:
 def test_ve_specs_without_a_stock_sampler_are_refused(restarts, spec, message) -> None:
     family = EDMFamily(tiny_edm(restarts=restarts))
     with pytest.raises(ValueError, match=message):
+        stock_sampler(family.pipeline.scheduler, family.path, spec)
+
+
+# ---------------------------------------------------------------- consistency models (EDM teacher)
+def cd_run(folder, tmp_path_factory) -> Any:
+    """configs/methods/cd.yaml's method on a tiny EDM network, pushed off its start."""
+    raw = yaml.safe_load((CONFIGS / "methods" / "cd.yaml").read_text())
+    args = TrainConfig(
+        output_dir=str(folder),
+        max_train_steps=1,
+        train_batch_size=2,
+        disable_progress_bar=True,
+        tuning=stepdistill.Tuning(student="full"),
+    )
+    data = TinyData((3, 8, 8), "label", ("x0",))
+    teacher = str(teacher_dir("edm", tmp_path_factory))
+    trainer = stepdistill.ConsistencyTrainer(
+        teacher, args, data, method_config=raw["method_config"]
+    )
+    trainer.train()
+    return moved(trainer)
+
+
+def test_cd_of_an_edm_teacher_exports_as_a_consistency_model(tmp_path, tmp_path_factory) -> None:
+    """41 Karras points; each folder, loaded by Diffusers, makes the sampler's image."""
+    trainer = cd_run(tmp_path / "run", tmp_path_factory)
+    for steps, indices in {1: [0], 2: [20, 0], 3: [26, 13, 0], 4: [30, 20, 10, 0]}.items():
+        record = json.loads(
+            (trainer.export(tmp_path / str(steps), num_steps=steps) / RECORD).read_text()
+        )
+        assert record["call"] == {}, "the saved scheduler alone must visit the grid"
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / str(steps))
+        pipe.set_progress_bar_config(disable=True)
+        config = pipe.scheduler.config
+        assert (type(pipe.scheduler).__name__, config.num_train_timesteps, config.sigma_min) == (
+            "CMStochasticIterativeScheduler",
+            41,
+            0.002,
+        )
+        typed = {"num_inference_steps": None, "timesteps": indices}
+        by_number, by_index = (
+            pipe(
+                class_labels=[3],
+                generator=torch.Generator().manual_seed(5),
+                output_type="pt",
+                **call,
+            ).images
+            for call in ({"num_inference_steps": steps}, typed)
+        )
+        assert torch.equal(by_number, by_index)
+
+
+def test_cd_steps_off_the_stock_stride_are_typed() -> None:
+    """40 points: the scheduler would stride by 20 = 40 // 2, the 39 trained intervals by 19."""
+    family = EDMFamily(tiny_edm())
+    spec = Consistency(ConsistencyConfig(num_grid=39), Setting(family.path, "x0")).sampler(2)
+    assert stock_sampler(family.pipeline.scheduler, family.path, spec).call == {
+        "timesteps": [19, 0]
+    }
+
+
+def test_a_boundary_of_another_sigma_data_is_refused() -> None:
+    family = EDMFamily(tiny_edm())
+    family.pipeline.scheduler.register_to_config(sigma_data=1.0)
+    spec = SamplerSpec((1.0,), boundary_sigma=0.002)
+    with pytest.raises(ValueError, match=r"sigma_data 0\.5, got 1"):
         stock_sampler(family.pipeline.scheduler, family.path, spec)
 
 

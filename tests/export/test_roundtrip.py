@@ -16,14 +16,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from safetensors import safe_open
-from support.runs import build_trainer, teacher_dir
+from support.runs import THOROUGH, build_trainer, teacher_dir
 
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
 from stepdistill.export.lora import LORA_FILE, export_lora
 from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.export.weights import stock_net
-from stepdistill.families.registry import load_family
+from stepdistill.families.registry import FAMILIES, load_family
+from stepdistill.testing.tiny import TINY_FAMILY
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 
@@ -37,11 +38,10 @@ def moved(trainer, scale: float = 0.05):
     return trainer
 
 
-FAMILIES = ["sd", "sd_v", "sd3", "dit"]
-FURTHER = ["sdxl", "flux", "flux_schnell", "pixart", "pixart_sigma", "sana", "lumina2", "z_image"]
-FURTHER += ["flux2", "flux2_dev", "qwen_image", "wan", "wan_i2v", "wan_i2v_kept", "sd35"]
+LATENT = [name for name, family in TINY_FAMILY.items() if family.conditioning == "prompt"]
+FURTHER = [name for name in LATENT if name not in THOROUGH]
 SHORT = [(1, "renoise"), (2, "renoise"), (4, "ode")]
-CASES = [(f, layout, *s) for f in FAMILIES for layout in ("lora", "full") for s in SHORT]
+CASES = [(f, layout, *s) for f in THOROUGH for layout in ("lora", "full") for s in SHORT]
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
 
 
@@ -155,8 +155,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-WITH_LORA_LOADER = ["sd_v", "sdxl", "sd3", "flux", "sana", "lumina2", "z_image"]
-WITH_LORA_LOADER += ["flux2", "flux2_dev", "qwen_image", "wan", "wan_i2v", "sd35"]
+WITH_LORA_LOADER = [name for name, family in TINY_FAMILY.items() if family.has_lora_loader()]
 
 
 @pytest.mark.parametrize("family", WITH_LORA_LOADER)
@@ -191,20 +190,21 @@ def test_lora_of_a_full_student_is_refused(tmp_path, tmp_path_factory) -> None:
         trainer.export(tmp_path / "out", format="lora")
 
 
-@pytest.mark.parametrize("family", ["pixart", "dit"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITH_LORA_LOADER])
 def test_lora_without_a_loader_is_a_peft_adapter(family, tmp_path, tmp_path_factory) -> None:
     """Diffusers gives these classes no LoRA loader; PEFT reads the folder, alpha included."""
     teacher = teacher_dir(family, tmp_path_factory)
     trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run", alpha=7.0), 0.2)
     spec = trainer.method.sampler()
     out = export_lora(trainer.family, trainer.bank, spec, tmp_path / "lora", FACTS)
-    assert "PeftModel.from_pretrained(pipe.transformer, 'lora')" in (out / "README.md").read_text()
+    code = f"PeftModel.from_pretrained(pipe.{trainer.family.net_name}, 'lora')"
+    assert code in (out / "README.md").read_text()
 
     merged = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "merged", FACTS)
     plain, expected = load_family(teacher), load_family(merged)
     adapted = PeftModel.from_pretrained(plain.net, str(out)).merge_and_unload()
     x = torch.randn(2, *plain.sample_shape(), generator=torch.Generator().manual_seed(0))
-    cond = plain.encode([0, 1] if family == "dit" else ["a", "b"])
+    cond = plain.encode([0, 1] if plain.conditioning == "label" else ["a", "b"])
     times = torch.tensor([999.0, 500.0])
     with torch.no_grad():
         first = plain.forward(adapted, x, times, cond)

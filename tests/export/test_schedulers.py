@@ -9,17 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from support.fixed import EMPTY, SHAPE, STOCK_KIND, Fixed, network
 
+from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import uniform_grid
 from stepdistill.export.flow_grid import flow_match_config
 from stepdistill.export.schedulers import StockSampler, path_betas, stock_sampler
+from stepdistill.loading.project_code import part_class, project_file
+from stepdistill.methods.consistency import Consistency
+from stepdistill.methods.consistency_config import ConsistencyConfig
 
 NO_ARGUMENTS: frozenset[str] = frozenset()  # DiTPipeline's call takes no times and no eta
 PLAIN_CALL = frozenset({"num_inference_steps"})
@@ -40,7 +43,9 @@ def difference(
 ) -> float:
     """max |stock loop - sample_x0| with one stream of fresh noise."""
     sampler.scheduler.save_pretrained(folder)
-    stock: Any = getattr(diffusers, type(sampler.scheduler).__name__).from_pretrained(folder)
+    made = type(sampler.scheduler)
+    library = made.__module__ if project_file(made.__module__) else "diffusers"
+    stock: Any = part_class(library, made.__name__).from_pretrained(folder)
     call = dict(sampler.call)
     step = {"eta": call.pop("eta")} if "eta" in call else {}
     stock.set_timesteps(**(call or {"num_inference_steps": spec.num_steps}))
@@ -177,6 +182,25 @@ def test_no_call_is_wasted_and_no_shift_counts_twice(
         assert fits == (right or steps == 1 or (sends_sigmas and shift == 3.0))
 
 
+@pytest.mark.parametrize("sends_sigmas", [False, True])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8])
+def test_lcm_on_flow_needs_no_typed_sigmas(
+    steps: int, shift: float, sends_sigmas: bool, tmp_path: Path
+) -> None:
+    """Steps that do not divide the 50 trained times, on pipelines that type sigmas or don't."""
+    method = Consistency(ConsistencyConfig(num_grid=50), Setting(FlowPath(), "flow", shift))
+    spec = method.sampler(steps)
+    base = FlowMatchEulerDiscreteScheduler(shift=shift)
+    made = stock_sampler(base, FlowPath(), spec, False, PLAIN_CALL, sends_sigmas)
+    assert (type(made.scheduler).__name__, made.call) == ("FlowMatchLCMScheduler", {})
+    if sends_sigmas:
+        made.scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)])
+        assert made.scheduler.sigmas.tolist() == pytest.approx([*spec.times, 0.0], abs=1e-6)
+    else:
+        assert difference(made, FlowPath(), "flow", spec, tmp_path) < 1e-5
+
+
 def test_unshifted_config_is_shift_terminal_alone() -> None:
     assert flow_match_config(uniform_grid(4)) == {"shift": 1.0, "shift_terminal": 0.25}
     assert flow_match_config((1.0,)) == {"shift": 1.0}
@@ -194,7 +218,18 @@ def test_other_flow_grids_go_into_the_call(times: tuple[float, ...], tmp_path: P
         stock_sampler(base, path, spec, accepts=PLAIN_CALL)
 
 
-@pytest.mark.parametrize(("kind", "gamma"), [("ode", 0.0), ("renoise", 0.0), ("tcd", 1.0)])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_tcd_on_flow_is_a_scheduler_of_ours(shift: float, tmp_path: Path) -> None:
+    spec = SamplerSpec(uniform_grid(4, shift), "tcd", gamma=0.3)
+    base = FlowMatchEulerDiscreteScheduler(shift=shift)
+    sampler = stock_sampler(base, FlowPath(), spec, accepts=PLAIN_CALL)
+    assert (type(sampler.scheduler).__name__, sampler.call) == ("FlowMatchTCDScheduler", {})
+    assert difference(sampler, FlowPath(), "flow", spec, tmp_path) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "gamma"), [("ode", 0.0), ("renoise", 0.0), ("tcd", 1.0), ("tcd", 0.3)]
+)
 def test_velocity_student_in_a_vp_pipeline(kind: str, gamma: float, tmp_path: Path) -> None:
     spec = SamplerSpec(uniform_grid(4), kind, gamma=gamma)  # type: ignore[arg-type]
     sampler = stock_sampler(teacher(), FlowPath(), spec, flow_in_vp=True)
@@ -215,7 +250,6 @@ def test_velocity_student_in_a_plain_loop(tmp_path: Path) -> None:
     ("path", "spec", "accepts", "message"),
     [
         (VEPath(), SamplerSpec((1.0, 0.5)), PLAIN_CALL, "kind ode .Euler. .* DDIMScheduler"),
-        (FlowPath(), SamplerSpec((1.0, 0.5), "tcd", gamma=0.3), PLAIN_CALL, "kind ode or renoise"),
         (FlowPath(), SamplerSpec((1.0,), boundary_scale=10.0), PLAIN_CALL, "plain x0"),
         (None, SamplerSpec((0.4,)), PLAIN_CALL, r"call takes none, got \[399\]"),
         (None, SamplerSpec((1.0, 0.6), "ode"), PLAIN_CALL, "without `eta`"),

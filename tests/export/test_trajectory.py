@@ -12,15 +12,15 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, TCDScheduler
-from support.runs import TinyData, teacher_dir
+from support.runs import THOROUGH, TinyData, build_trainer, teacher_dir
 
-from stepdistill import TrainConfig, Tuning
+from stepdistill import TrainConfig, Tuning, load_pipeline
+from stepdistill.export.hub import files_to_push
 from stepdistill.export.pipeline import RECORD
-from stepdistill.families.registry import load_family
+from stepdistill.families.registry import load_family, load_setting
 from stepdistill.trainers import TrajectorySegmentedTrainer, trainer_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FAMILIES = ["sd", "sd_v", "sd3", "dit"]
 SHAPES: dict[str, tuple[int, ...]] = {}
 
 
@@ -54,7 +54,7 @@ def saved(folder: Path) -> tuple[dict, dict]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THOROUGH)
 def test_tscd_exports_deterministically_at_every_step_count(
     family, tmp_path, tmp_path_factory
 ) -> None:
@@ -68,7 +68,7 @@ def test_tscd_exports_deterministically_at_every_step_count(
 
 
 @pytest.mark.parametrize("num_phases", [1, 2, 4, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THOROUGH)
 def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory) -> None:
     options = {"num_phases": num_phases}
     trainer = trained(family, tmp_path_factory, tmp_path / "run", "pcm", options, steps=1)
@@ -104,6 +104,31 @@ def test_a_run_that_the_clock_stops_is_exported_on_the_edges_it_trained(
     again = trainer_of_run(tmp_path / "run")
     with pytest.warns(UserWarning, match="stopped"):
         assert saved(again.export(tmp_path / "again"))[0]["times"] == record["times"]
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_lcm_on_flow_exports_without_typed_sigmas(family, tmp_path, tmp_path_factory) -> None:
+    trainer = build_trainer(
+        "lcm", teacher_dir(family, tmp_path_factory), "lora", tmp_path / "run", max_train_steps=1
+    )
+    trainer.train()
+    record, scheduler = saved(trainer.export(tmp_path / "out"))
+    assert (record["num_inference_steps"], record["call"]) == (4, {})
+    assert scheduler["_class_name"] == "FlowMatchLCMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler"), [("sd3", "FlowMatchLCMScheduler"), ("sd", "LCMScheduler")]
+)
+def test_stochastic_pcm_exports_in_any_number_of_steps(
+    family, scheduler, tmp_path, tmp_path_factory
+) -> None:
+    options = {"num_phases": 1, "sampler": "renoise"}
+    trainer = trained(family, tmp_path_factory, tmp_path / "run", "pcm", options, steps=1)
+    for num_steps in (4, 3):
+        record, config = saved(trainer.export(tmp_path / str(num_steps), num_steps=num_steps))
+        assert (record["num_inference_steps"], record["call"]) == (num_steps, {})
+        assert config["_class_name"] == scheduler
 
 
 # ---------------------------------------------------------------- one adapter, all step counts
@@ -159,11 +184,52 @@ def test_one_adapter_file_makes_the_exported_images_on_the_stock_teacher(
         assert float((made[0] - other).abs().max()) > 1e-2, "step counts give images of their own"
 
 
-@pytest.mark.parametrize(
-    ("family", "message"), [("sd3", "kind ode or renoise"), ("dit", "without `eta`")]
-)
-def test_no_stock_tcd_no_export(family, message, tmp_path, tmp_path_factory) -> None:
-    trainer = trained(family, tmp_path_factory, tmp_path / "run", "tscd", recipe())
-    with pytest.raises(ValueError, match=message):
+def test_no_stock_tcd_no_export(tmp_path, tmp_path_factory) -> None:
+    trainer = trained("dit", tmp_path_factory, tmp_path / "run", "tscd", recipe())
+    with pytest.raises(ValueError, match="without `eta`"):
         trainer.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------ TCD on flow: a scheduler of our own
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_tcd_on_flow_exports_with_its_scheduler_beside_it(
+    family, tmp_path, tmp_path_factory
+) -> None:
+    """export compares with the sampler; here Diffusers alone runs the copy in the folder."""
+    trainer = trained(family, tmp_path_factory, tmp_path / "run", "tscd", recipe())
+    out = trainer.export(tmp_path / "out")
+    record, scheduler = saved(out)
+    assert (record["call"], record["custom_code"]) == ({}, "tcd_flow_match_scheduler")
+    assert (scheduler["_class_name"], scheduler["gamma"]) == ("FlowMatchTCDScheduler", 0.3)
+    copied = out / "scheduler" / "tcd_flow_match_scheduler.py"
+    assert copied.read_text() == (CONFIGS.parent / "pipelines" / copied.name).read_text()
+    assert "trust_remote_code=True" in (out / "README.md").read_text()
+    without = dict.fromkeys(record["load_without"])
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(out, **without)
+
+    def image(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        torch.manual_seed(0)
+        call = {"guidance_scale": record["guidance_scale"], "output_type": "pt"}
+        generator = torch.default_generator
+        return pipe("a", num_inference_steps=4, generator=generator, **call).images
+
+    stock = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, **without)
+    ours = load_pipeline(out)
+    assert type(stock.scheduler).__module__ != type(ours.scheduler).__module__
+    torch.testing.assert_close(image(stock), image(ours), rtol=0, atol=1e-5)
+    assert load_setting(out).shift == scheduler["shift"], "it can be a teacher again"
+
+
+def test_a_lora_of_a_tcd_flow_student_carries_the_scheduler(tmp_path, tmp_path_factory) -> None:
+    trainer = trained("sd3", tmp_path_factory, tmp_path / "run", "tscd", recipe())
+    out = trainer.export(tmp_path / "out", format="lora")
+    card = (out / "README.md").read_text()
+    assert "from tcd_flow_match_scheduler import FlowMatchTCDScheduler" in card
+    assert (out / "scheduler" / "tcd_flow_match_scheduler.py").is_file()
+    assert "scheduler/tcd_flow_match_scheduler.py" in files_to_push(out)
+    (out / "scheduler" / "tcd_flow_match_scheduler.py").write_text("print()")
+    with pytest.raises(ValueError, match="tcd_flow_match_scheduler"):
+        files_to_push(out)

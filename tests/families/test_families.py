@@ -38,13 +38,12 @@ from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing import parity as check
 from stepdistill.testing.parity import LIMIT, check_family, print_check
 from stepdistill.testing.tiny import TINY, tiny_dit, tiny_sd, tiny_sd3, tiny_sdxl
-from stepdistill.testing.tiny_transformers import (
-    tiny_flux,
-    tiny_lumina2,
-    tiny_pixart,
-    tiny_sana,
-    tiny_z_image,
-)
+
+# As the stock call at latent size 128; the VAE's attention is quadratic in 128 x 128.
+LARGE_PIXART = {
+    "transformer": {"sample_size": 128, "patch_size": 16, "use_additional_conditions": True},
+    "vae": {"attention": False},
+}
 
 
 def tiny_lcm() -> LatentConsistencyModelPipeline:
@@ -66,7 +65,7 @@ def without_zero_null(pipeline):
 # ------------------------------------------------------------------- parity with the stock pipeline
 def test_parity_with_the_stock_pipeline(family) -> None:
     rows = check_family(family)
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert {name: value for name, value in rows if not value < LIMIT} == {}
 
 
@@ -79,7 +78,7 @@ def test_parity_with_the_stock_pipeline(family) -> None:
         tiny_lcm,
         TINY["flux_schnell"],
         TINY["pixart_sigma"],
-        lambda: tiny_pixart(size_conditions=True),
+        lambda: TINY["pixart"](**LARGE_PIXART),
         lambda: without_zero_null(tiny_sdxl()),
     ],
     ids=[
@@ -188,14 +187,14 @@ class WrongConvention(ZImageFamily):
 @pytest.mark.parametrize(
     ("wrong", "build", "row"),
     [
-        (WrongLength, tiny_z_image, "encode"),
-        (WrongConvention, tiny_z_image, "denoiser"),
-        (WrongSign, tiny_lumina2, "denoiser"),
-        (WrongPacking, tiny_flux, "denoiser"),
-        (WrongGuidance, tiny_flux, "encode"),
-        (WrongMask, tiny_pixart, "encode"),
+        (WrongLength, TINY["z_image"], "encode"),
+        (WrongConvention, TINY["z_image"], "denoiser"),
+        (WrongSign, TINY["lumina2"], "denoiser"),
+        (WrongPacking, TINY["flux"], "denoiser"),
+        (WrongGuidance, TINY["flux"], "encode"),
+        (WrongMask, TINY["pixart"], "encode"),
         (WrongSize, tiny_sdxl, "encode"),
-        (WrongSanaNull, tiny_sana, "sampling"),
+        (WrongSanaNull, TINY["sana"], "sampling"),
         (WrongNull, tiny_sd, "sampling"),
         (WrongTime, tiny_sd3, "denoiser"),
         (WrongScale, tiny_sd3, "vae: encode"),
@@ -442,8 +441,8 @@ def test_dynamic_shift_is_the_stock_schedulers(kind) -> None:
 
 
 def test_flux_shift_follows_the_image_size() -> None:
-    assert FluxFamily(tiny_flux()).shift == pytest.approx(math.exp(1.15))
-    pipeline = tiny_flux()
+    assert FluxFamily(TINY["flux"]()).shift == pytest.approx(math.exp(1.15))
+    pipeline = TINY["flux"]()
     pipeline.scheduler.register_to_config(max_image_seq_len=28)  # 16 tokens lie half way from 4
     assert FluxFamily(pipeline).shift == pytest.approx(math.exp((0.5 + 1.15) / 2))
 

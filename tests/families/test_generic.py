@@ -17,7 +17,7 @@ from stepdistill.families.registry import family_for, load_family
 from stepdistill.testing.parity import LIMIT, check_family
 from stepdistill.testing.tiny import TINY
 from stepdistill.testing.tiny_generic import TINY_GENERIC, tiny_lumina
-from stepdistill.trainers import TRAINER_OF
+from stepdistill.trainers import trainer_class
 
 pytestmark = pytest.mark.filterwarnings("ignore:model. .* has no family of its own")
 
@@ -45,7 +45,7 @@ def heard(pipeline) -> GenericFamily:
 @pytest.mark.parametrize("name", TINY_GENERIC)
 def test_parity_without_an_adapter(name) -> None:
     rows = check_family(TINY_GENERIC[name]())
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert {row: value for row, value in rows if not value < LIMIT} == {}
 
 
@@ -80,7 +80,7 @@ def test_two_steps_and_export(name, case, tmp_path) -> None:
         tuning=Tuning(rank=2),
     )
     shape = heard(TINY_GENERIC[name]()).sample_shape()
-    trainer = TRAINER_OF[spec.method](
+    trainer = trainer_class(spec.method)(
         str(tmp_path / "teacher"),
         args,
         TinyData(shape, "prompt", spec.fields),

@@ -17,10 +17,10 @@ from stepdistill.export.pipeline import RECORD
 from stepdistill.families.flux2 import DEFAULT_STEPS
 from stepdistill.families.generic import generic_family
 from stepdistill.families.registry import family_for
-from stepdistill.testing.tiny import TINY
+from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.testing.tiny_generic import TINY_GENERIC
 
-DYNAMIC = ["flux", "flux2", "flux2_dev", "qwen_image", "z_image", "sd3", "sd35", "lumina2"]
+DYNAMIC = [name for name, family in TINY_FAMILY.items() if family.dynamic_shift]
 
 
 class Reached(Exception):

@@ -10,12 +10,9 @@ import torch
 from support.runs import fingerprint, teacher_dir
 
 from stepdistill.cache.encoded import encoder_facts
-from stepdistill.families.registry import load_encoders, load_family
+from stepdistill.families.registry import FAMILIES, load_encoders, load_family
 
 CPU = torch.device("cpu")
-# Their pipelines ask the denoiser for different things; Lumina2's device is that of its denoiser.
-FAMILIES = ["sd_v", "sdxl", "sd3", "flux", "pixart", "lumina2", "sana", "qwen_image", "dit"]
-FAMILIES += ["wan"]  # whose pipeline calls its denoiser optional
 
 
 def stripped(source: Path, folder: Path, net: str) -> Path:
@@ -28,6 +25,8 @@ def stripped(source: Path, folder: Path, net: str) -> Path:
     return folder
 
 
+# Their pipelines ask the denoiser for different things: Lumina2's device is its denoiser's, and
+# Wan's calls it optional.
 @pytest.mark.parametrize("name", FAMILIES)
 def test_encodings_without_the_denoiser_s_weights(name, tmp_path, tmp_path_factory) -> None:
     source = teacher_dir(name, tmp_path_factory)

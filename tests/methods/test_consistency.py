@@ -16,12 +16,17 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand
-from stepdistill.core.solvers import boundary_coeffs, sample_x0, teacher_step
+from stepdistill.core.solvers import (
+    boundary_coeffs,
+    cd_boundary_coeffs,
+    sample_x0,
+    teacher_step,
+)
 from stepdistill.core.types import Batch, Cond
 from stepdistill.methods import METHODS
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth
-from stepdistill.methods.grid import SolverGrid, cd_boundary_coeffs, heun_step
+from stepdistill.methods.grid import SolverGrid, heun_step
 from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
@@ -312,6 +317,14 @@ def test_sampler_visits_the_known_lcm_timesteps(num_steps, expected):
     assert VP.model_time(times).tolist() == expected
 
 
+def test_sampler_strides_evenly_where_no_table_fixes_the_scheduler():
+    """The stride of LCM's first pipeline, K // N: the one that flow schedulers' configs reach."""
+    grid = make(FLOW, shift=3.0).grid
+    for num_steps in (1, 2, 3, 4, 7, 50):
+        starts = grid.starts[[49 - i * (50 // num_steps) for i in range(num_steps)]]
+        assert grid.visit(num_steps) == tuple(starts.tolist())
+
+
 @pytest.mark.parametrize("num_grid", [10, 40, 50, 100])
 def test_sampler_visits_what_the_stock_scheduler_visits(num_grid):
     scheduler = LCMScheduler()
@@ -352,6 +365,22 @@ def test_exact_student_samples_the_data_in_any_number_of_steps(path):
         torch.testing.assert_close(x0, data.x0, rtol=0, atol=1e-9)
 
 
+def test_cd_is_sampled_by_its_own_map_from_sigma_min():
+    """f(x, t), then noise of variance sigma^2 - sigma_min^2 (consistency_models, Karras steps)."""
+    method, data = make(VE, num_grid=40), batch(4, std=0.5)
+    spec = method.sampler(40)
+    assert (spec.boundary_sigma, spec.boundary_scale) == (VE.sigma_min, None)
+    student = GaussianTeacher(VE, 0.5)
+    noise, fresh = torch.randn(2, *data.x0.shape, dtype=torch.float64).unbind(0)
+    x0 = sample_x0(student, spec, noise, data.cond, fresh_noise=lambda i: fresh)
+    x = VE.prior(noise)
+    for t, s in zip(spec.times, (*spec.times[1:], method.grid.end), strict=True):
+        f = method.grid.blend(student(x, torch.full((4,), t, dtype=torch.float64), data.cond))
+        sigma = VE.coeffs(torch.tensor(s, dtype=torch.float64))[1]
+        x = f + (sigma**2 - VE.sigma_min**2).clamp_min(0).sqrt() * fresh
+    torch.testing.assert_close(x0, f, rtol=0, atol=1e-12)
+
+
 def test_sampler_spec_facts():
     spec = make(VP, guidance_range=(4.0, 16.0)).sampler()
     assert (spec.kind, spec.num_steps, spec.boundary_scale, spec.w) == ("renoise", 4, 10.0, None)
@@ -382,7 +411,8 @@ def test_lpips_judges_decoded_estimate_and_target_and_trains_the_estimate_alone(
     plain = loss_of(make(FLOW, loss="l1"), student, data, 0.5)
     assert total.item() == pytest.approx(2.0 * plain.item(), rel=1e-6)
     assert not calls[0][1].requires_grad
-    assert method.scorers()["lpips"].options["resize"] == 224
+    options = method.scorers()["lpips"].options
+    assert (options["resize"], options["resize_below"], options["pooling"]) == (224, 256, "avg")
     assert make(FLOW).scorers() == {}
 
 
@@ -399,9 +429,10 @@ def test_grid_points_follow_the_paper_s_square_root_law():
 
 
 def test_target_decay_follows_the_grid():
+    """consistency_models' exp(-c / scales), c = -s0 ln mu0, scales before its + 1: intervals."""
     config = ConsistencyConfig(num_grid=150, growth=GridGrowth(start=2, steps=100), ema_decay=0.9)
-    assert config.target_decay(0) == pytest.approx(0.9)
-    assert config.target_decay(100) == pytest.approx(0.9 ** (2 / 151))
+    assert config.target_decay(0) == pytest.approx(0.9**2), "one interval, s0 = 2"
+    assert config.target_decay(100) == pytest.approx(0.9 ** (2 / 150))
     assert ConsistencyConfig(ema_decay=0.9).target_decay(50) == 0.9
 
 
@@ -461,7 +492,7 @@ def test_bad_options_are_refused(options, path, message):
 
 def test_contract():
     method = make(VP, embed_guidance=True, guidance_range=(4.0, 16.0), target="ema")
-    assert METHODS["consistency"].cls is Consistency
+    assert METHODS["consistency"] is Consistency
     assert method.needs == {"x0", "cond"}
     assert method.roles()["student"].extra_inputs == ("w",)
     assert method.roles()["target"].extra_inputs == ("w",)

@@ -16,8 +16,7 @@ from stepdistill.core.method import Setting
 from stepdistill.core.path import NoisePath
 from stepdistill.core.types import Batch
 from stepdistill.methods.dmd import DMD, DMDConfig
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.dmd2_config import DMD2Config
+from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.testing.analytic import AnalyticNets
 
 CONFIG = Path(__file__).parents[2] / "configs" / "methods" / "dmd.yaml"

@@ -123,7 +123,7 @@ def test_guidance_alone_pushes_along_cond_minus_null(path: NoisePath) -> None:
 def test_gradient_times_stay_in_range_and_follow_the_shift() -> None:
     """On a shifted flow teacher the unshifted draw is uniform between the unshifted ends."""
     method = make(FlowPath(), "flow", 3.0)
-    t = method._draw_times(Ctx(), 20_000, (0.02, 0.98))
+    t = method.draw_times(Ctx(), 20_000, (0.02, 0.98))
     assert t.min() >= 0.02
     assert t.max() <= 0.98
     u = t / (3.0 - 2.0 * t)
@@ -134,14 +134,14 @@ def test_gradient_times_stay_in_range_and_follow_the_shift() -> None:
 
 
 def test_times_on_a_table_are_its_entries() -> None:
-    t = make(VP)._draw_times(Ctx(), 500, (0.0, 1.0))
+    t = make(VP).draw_times(Ctx(), 500, (0.0, 1.0))
     torch.testing.assert_close(t * 1000, (t * 1000).round(), rtol=0, atol=1e-9)
     assert t.min() >= 0.001
 
 
 def test_times_on_a_ve_path_stay_at_noise_levels_the_teacher_knows() -> None:
     path = VEPath(sigma_max=80.0)
-    sigma = path.coeffs(make(path)._draw_times(Ctx(), 20_000, (0.0, 1.0)))[1]
+    sigma = path.coeffs(make(path).draw_times(Ctx(), 20_000, (0.0, 1.0)))[1]
     assert sigma.min() >= 0.002 - 1e-9
     root = sigma ** (1 / 7)  # uniform on a Karras grid
     middle = (0.002 ** (1 / 7) + 80.0 ** (1 / 7)) / 2
@@ -180,7 +180,7 @@ def test_a_linear_generator_recovers_the_teachers_mean_and_covariance(
 def test_needs_images_only_for_the_gan_or_data_rollouts() -> None:
     assert make(VP).needs == {"cond"}
     assert make(VP, rollout="data").needs == {"cond", "x0"}
-    assert make(VP, gan={"weight_g": 1e-3}).needs == {"cond", "x0"}
+    assert make(VP, gan={"weight_g": 1e-3}).needs == {"cond", "real"}
 
 
 def test_the_head_is_a_role_only_with_the_gan() -> None:

@@ -28,9 +28,10 @@ from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, expand
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.families.family import Family
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.dmd2_config import DMD2Config
+from stepdistill.losses.adversarial import generator_loss
+from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.gan import GANConfig
+from stepdistill.methods.rollout import Sample
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.analytic import AnalyticNets
 
@@ -107,6 +108,21 @@ def test_gan_gradient_reaches_the_student_through_frozen_features() -> None:
     assert run_phase(method, modules, 0, losses) == {"student"}
 
 
+def test_gan_alone_is_the_generators_loss_without_a_score() -> None:
+    """No teacher is called, nor the fake but for the head's features."""
+    method = make(FlowPath(), gan={"weight_g": 0.5}, gan_alone=True)
+    modules, nets = networks(FlowPath(), method)
+    del nets._denoisers["teacher"]
+    train_only(modules, ("student",))
+    batch, replay = batch_of(x0=torch.randn(BSZ, 2)), Ctx(phase="student")
+    losses = student_loss(method, nets, batch)
+    sample = method.sample(nets, batch, replay)
+    logits = method.student_logits(nets, batch, replay, sample, None)
+    assert losses.total.item() == 0.5 * generator_loss(logits).item()
+    assert set(losses.logs) == {"gan_g"}
+    assert run_phase(method, modules, 0, losses) == {"student"}
+
+
 @pytest.mark.parametrize("source", ["fake", "teacher"])
 def test_the_critics_denoiser_learns_from_the_head_only_as_its_source(source: str) -> None:
     method = make(FlowPath(), gan={"weight_g": 1.0, "source": source, "weight_d": 1.0})
@@ -125,7 +141,7 @@ def test_identical_real_and_fake_samples_give_two_log_two_at_logit_zero() -> Non
     method = make(VP, gan={"weight_g": 1.0, "same_noise": True, "r1_weight": 100.0})
     modules, nets = networks(VP, method)
     x0 = torch.randn(BSZ, 2)
-    ctx = Ctx(carry={"sample": (x0, batch_of().cond)})
+    ctx = Ctx(carry={"sample": Sample(x0, batch_of().cond)})
     logs = fake_loss(method, nets, batch_of(x0=x0), ctx).logs
     assert logs["logit_real"] == logs["logit_fake"]
     assert logs["r1"] > 0.0
@@ -139,7 +155,7 @@ def test_real_and_fake_samples_get_noise_of_their_own_unless_told() -> None:
     method = make(VP, gan={"weight_g": 1.0})
     _, nets = networks(VP, method)
     x0 = torch.randn(BSZ, 2)
-    ctx = Ctx(carry={"sample": (x0, batch_of().cond)})
+    ctx = Ctx(carry={"sample": Sample(x0, batch_of().cond)})
     logs = fake_loss(method, nets, batch_of(x0=x0), ctx).logs
     assert logs["logit_real"] != logs["logit_fake"]
 
@@ -149,7 +165,7 @@ def test_r1_weight_counts_inside_the_discriminator_weight() -> None:
     for weight in (0.0, 50.0):
         method = make(VP, gan={"weight_g": 1.0, "weight_d": 0.5, "r1_weight": weight})
         _, nets = networks(VP, method)
-        ctx = Ctx(carry={"sample": (torch.zeros(BSZ, 2), batch_of().cond)})
+        ctx = Ctx(carry={"sample": Sample(torch.zeros(BSZ, 2), batch_of().cond)})
         totals.append(fake_loss(method, nets, batch_of(x0=torch.ones(BSZ, 2)), ctx))
     gap = totals[1].total - totals[0].total
     assert gap.item() == pytest.approx(0.5 * 50.0 * totals[1].logs["r1"].item(), rel=1e-3)
@@ -162,7 +178,7 @@ def test_exact_r1_is_the_limit_of_the_approximate_one() -> None:
         gan = {"weight_g": 1.0, "r1_weight": 1.0, "r1": kind, "r1_noise": 0.01}
         method = make(VP, gan=gan)
         modules, nets = networks(VP, method)
-        ctx = Ctx(carry={"sample": (torch.zeros(BSZ, 2), batch_of().cond)})
+        ctx = Ctx(carry={"sample": Sample(torch.zeros(BSZ, 2), batch_of().cond)})
         losses = fake_loss(method, nets, batch_of(x0=torch.ones(BSZ, 2)), ctx)
         losses.total.backward()
         found[kind] = float(losses.logs["r1"])
@@ -175,7 +191,7 @@ def test_sample_weights_scale_the_gradient_of_their_sample(factor: float) -> Non
     """The seam other divergences use: factor 1 leaves DMD's gradient as it is, bit for bit."""
 
     class Weighted(DMD2):
-        def _sample_weights(self, ctx: Ctx, t: Tensor, logits: Tensor) -> Tensor:
+        def sample_weights(self, ctx: Ctx, t: Tensor, logits: Tensor) -> Tensor:
             return torch.tensor([1.0, factor]).repeat(BSZ // 2)
 
     grads, x0 = [], torch.randn(BSZ, 2, generator=torch.Generator().manual_seed(0))
@@ -204,7 +220,7 @@ def test_critic_always_reuses_the_students_sample_with_its_own_condition() -> No
     student, fake, nets = fake_nets(FlowPath())
     ctx, first = Ctx(phase="student"), batch_of()
     student_loss(method, nets, first, ctx)
-    x0, _ = ctx.carry["sample"]  # type: ignore[misc]
+    x0 = ctx.carry["sample"].x0  # type: ignore[attr-defined]
     assert not x0.requires_grad
     calls = len(student.calls)
     later = Batch(Cond({"mean": first.cond["mean"] + 100.0}), first.null, (2,))

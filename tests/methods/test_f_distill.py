@@ -22,8 +22,7 @@ from stepdistill.core.path import FlowPath, NoisePath, VEPath, expand
 from stepdistill.core.types import Cond
 from stepdistill.losses.divergence import Divergence, divergence_weight
 from stepdistill.losses.score import dmd_gradient
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.dmd2_config import DMD2Config
+from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.f_distill import FDistill, FDistillConfig
 from stepdistill.methods.gan import GANConfig
 from stepdistill.testing.analytic import AnalyticNets
@@ -140,7 +139,7 @@ def test_bins_normalise_the_ratio_in_each_range_of_times() -> None:
     method = make(FlowPath(), divergence="kl", ratio_bins=2, dm_t_range=(0.2, 0.8))
     t = torch.tensor([0.25, 0.3, 0.7, 0.75], dtype=torch.float64)
     logits = torch.tensor([1.0, 3.0, 2.0, 6.0]).log()[:, None]
-    weights = method._sample_weights(Ctx(), t, logits)
+    weights = method.sample_weights(Ctx(), t, logits)
     torch.testing.assert_close(weights, torch.tensor([0.5, 1.5, 0.5, 1.5]))
     assert method.bins.tolist() == pytest.approx([2.0, 4.0])
 
@@ -150,7 +149,7 @@ def test_bins_normalise_the_ratio_in_each_range_of_times() -> None:
 def test_bins_span_the_times_that_are_drawn(name: str, shift: float) -> None:
     path = VEPath(sigma_max=80.0) if name == "ve" else PATHS[name]
     method = FDistill(FDistillConfig(gan=SILENT), Setting(path, "x0", shift))
-    t = method._draw_times(Ctx(), 5000, (0.02, 0.98))
+    t = method.draw_times(Ctx(), 5000, (0.02, 0.98))
     span = method.high - method.low
     assert method.low <= t.min() < method.low + 0.01 * span
     assert method.high - 0.01 * span < t.max() <= method.high
@@ -204,13 +203,13 @@ def test_ratio_bounds_out_of_order_are_refused(clip: tuple[float, float]) -> Non
 
 
 def test_images_are_needed() -> None:
-    assert make(VP).needs == {"cond", "x0"}
+    assert make(VP).needs == {"cond", "real"}
 
 
 def test_a_lone_sample_without_memory_warns_and_has_weight_one() -> None:
     method, t = make(VP, divergence="kl"), torch.tensor([0.5], dtype=torch.float64)
     with pytest.warns(UserWarning, match="no effect"):
-        weights = method._sample_weights(Ctx(), t, torch.tensor([[1.3]]))
+        weights = method.sample_weights(Ctx(), t, torch.tensor([[1.3]]))
     assert weights.tolist() == [1.0]
 
 
@@ -222,7 +221,7 @@ def test_no_warning_with_memory_or_a_batch(options: dict[str, object], bsz: int)
     t = torch.full((bsz,), 0.5, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make(VP, **options)._sample_weights(Ctx(), t, torch.zeros(bsz, 1))
+        make(VP, **options).sample_weights(Ctx(), t, torch.zeros(bsz, 1))
 
 
 # ------------------------------------------------------------------------------ ranks and state
@@ -233,7 +232,7 @@ def test_two_processes_weigh_samples_as_one_does() -> None:
     t = torch.rand(16, generator=generator, dtype=torch.float64)
     logits = torch.randn(16, 2, generator=generator)
     alone = make(FlowPath(), **options)
-    expected = alone._sample_weights(Ctx(), t, logits)
+    expected = alone.sample_weights(Ctx(), t, logits)
 
     barrier, slots = threading.Barrier(2), [torch.empty(0), torch.empty(0)]
     methods = [make(FlowPath(), **options) for _ in range(2)]
@@ -249,7 +248,7 @@ def test_two_processes_weigh_samples_as_one_does() -> None:
 
         rows = slice(8 * rank, 8 * rank + 8)
         ctx = Ctx(rank=rank, world_size=2, mean_over_ranks=mean)
-        results[rank] = methods[rank]._sample_weights(ctx, t[rows], logits[rows])
+        results[rank] = methods[rank].sample_weights(ctx, t[rows], logits[rows])
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -265,7 +264,7 @@ def test_two_processes_weigh_samples_as_one_does() -> None:
 
 def test_saved_bins_come_back_and_others_are_refused() -> None:
     first, second = make(VP, ratio_ema=0.5), make(VP, ratio_ema=0.5)
-    first._sample_weights(Ctx(), torch.rand(8).double(), torch.randn(8, 1))
+    first.sample_weights(Ctx(), torch.rand(8).double(), torch.randn(8, 1))
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.bins, first.bins)
     assert not torch.equal(first.bins, torch.ones(10))

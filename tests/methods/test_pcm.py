@@ -154,6 +154,69 @@ def test_sampler_visits_the_phase_edges_and_nothing_else(num_phases, expected):
         method.sampler(num_phases + 1)
 
 
+# ------------------------------------------------------------------- stochastic steps, one phase
+def test_one_phase_is_sampled_with_fresh_noise_in_any_number_of_steps():
+    """PCMFMStochasticScheduler: x0, then (1 - s) x0 + s z at grid indices floor(i K / n)."""
+    method = make("flow_shifted", num_grid=100, num_phases=1, sampler="renoise", num_steps=4)
+    spec = method.sampler()
+    assert (spec.kind, len(spec.trained_times)) == ("renoise", 100)
+    assert spec.times == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    assert method.sampler(5).num_steps == 5
+    data = batch(4)
+    student = GaussianTeacher(FLOW, 0.5)
+    noise, fresh = torch.randn(2, 4, *SHAPE, dtype=torch.float64).unbind(0)
+    x0 = sample_x0(student, spec, noise, data.cond, fresh_noise=lambda i: fresh)
+    x = noise
+    for t, s in zip(spec.times, (*spec.times[1:], 0.0), strict=True):
+        pred = student(x, torch.full((4,), t, dtype=torch.float64), data.cond)
+        x = (1.0 - s) * (x - t * pred.flow) + s * fresh
+    torch.testing.assert_close(x0, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "renoise", "num_phases": 2}, "num_phases 1 with renoise, got 2"),
+        ({"num_steps": 2, "num_phases": 4}, "num_steps: expected 4, the number of phases"),
+        ({"num_steps": 41, "num_phases": 1, "sampler": "renoise"}, "at most num_grid = 40"),
+        ({"inference_guidance": 3.0, "guidance_range": (5.0, 6.0)}, "guidance would count twice"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+# ------------------------------------------------------------------------------- prompt dropout
+def test_prompt_dropout_hides_the_condition_from_all_networks_alike():
+    """The authors' --proportion_empty_prompts: one draw per sample, before anything is called."""
+    method = make(null_probability=0.3, inference_guidance=7.5, gan={"weight_g": 0.1})
+    assert method.sampler().guidance == 7.5
+    seen: dict[str, torch.Tensor] = {}
+
+    class Told(GaussianTeacher):
+        def __init__(self, name):
+            super().__init__(FLOW, 0.5)
+            self.name = name
+
+        def posterior_mean(self, x_t, t, cond):
+            seen[self.name] = cond["mean"][:, 0, 0, 0]
+            return super().posterior_mean(x_t, t, cond)
+
+    class Head(torch.nn.Module):
+        def forward(self, features):
+            return sum(v.flatten(1).mean(1, keepdim=True) for v in features.values())
+
+    nets = AnalyticNets({n: Told(n) for n in ("teacher", "student")}, {"disc": Head()})
+    for loss in (method.student_loss, method.disc_loss):
+        seen.clear()
+        loss(nets, batch(4096, mean=0.7, null=0.1), Ctx64(seed=1))
+        dropped = seen["student"] == 0.1
+        assert torch.equal(seen["student"], seen["teacher"])
+        assert 0.27 < float(dropped.double().mean()) < 0.33
+        assert bool((seen["student"][~dropped] == 0.7).all())
+
+
 def test_phases_that_cut_the_grid_are_refused():
     with pytest.raises(ValueError, match="Use 40 or 200"):
         make(num_grid=50, num_phases=4)
@@ -161,7 +224,7 @@ def test_phases_that_cut_the_grid_are_refused():
 
 def test_contract():
     method = make(gan={"weight_g": 0.1})
-    assert METHODS["pcm"].cls is PCM
+    assert METHODS["pcm"] is PCM
     assert set(method.roles()) == {"teacher", "student", "disc"}
     assert [p.trains for p in method.phases(0)] == [("disc",), ("student",)]
     assert method.resets(5, 10) == ()
@@ -172,4 +235,5 @@ def test_shipped_config_is_valid():
     run = RunConfig(pretrained_model_name_or_path="model", **raw)
     method = PCM(PCMConfig(**run.method_config), Setting(VP))
     assert set(run.role_learning_rates) <= set(method.roles())
-    assert run.tuning.lora("student") == (64, 64.0)
+    assert run.tuning.lora("student") == (64, 8.0), "peft's default, which the code leaves"
+    assert method.config.gan.blocks == ("all",)

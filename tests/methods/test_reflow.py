@@ -40,23 +40,22 @@ class Ctx64(Ctx):
 class Straight(AnalyticDenoiser):
     """The rectified velocity of the coupling (z, MU + Q z), x0 = MU + Q z, plus an error of x0.
 
-    On the line x = alpha x0 + sigma z, so z = (x - alpha MU) / (alpha Q + sigma). At t = 1 the
-    sampler's state is the prior itself: `from_prior` reads z from it.
+    The line ends at the sampler's first state, c z at t = 1: x = rest x0 + (sigma / sigma_1) c z
+    with rest = alpha - sigma alpha_1 / sigma_1, which is alpha x0 + sigma z on a flow path.
     """
 
-    def __init__(self, path: NoisePath, kind="x0", error=None, from_prior=False):
+    def __init__(self, path: NoisePath, kind="x0", error=None):
         super().__init__(path, kind)
-        self.error, self.from_prior = error, from_prior
+        self.error = error
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def posterior_mean(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         self.seen.append((x_t, t))
         alpha, sigma = (expand(c, x_t) for c in self.path.coeffs(t))
-        z = (x_t - alpha * MU) / (alpha * Q + sigma)
-        if self.from_prior:
-            start = x_t / self.path.prior(torch.ones_like(x_t))
-            z = torch.where(expand(t, x_t) == 1.0, start, z)
-        x0 = MU + Q * z
+        alpha_1, sigma_1 = (expand(c, x_t) for c in self.path.coeffs(torch.ones_like(t)))
+        rest = alpha - sigma * alpha_1 / sigma_1
+        share = sigma / sigma_1 * self.path.prior(torch.ones_like(x_t))
+        x0 = MU + Q * (x_t - rest * MU) / (rest * Q + share)
         return x0 if self.error is None else x0 + self.error(expand(t, x_t))
 
 
@@ -145,9 +144,11 @@ def test_wrapped_on_vp_equals_the_rectified_flow_loss():
     teacher = GaussianTeacher(VP, Q, "eps")
     loss = loss_of(method, teacher, data)
     tau = flow_time(VP, path_time(VP, method.draw_times(Ctx64(seed=1), 256)))
-    x_rf = FLOW.add_noise(data.x0, data.noise, tau)
+    alpha, sigma = (float(c) for c in VP.coeffs(torch.ones(1)))
+    end = (data.noise - alpha * data.x0) / sigma  # the line through pure noise at t = 1
+    x_rf = FLOW.add_noise(data.x0, end, tau)
     flow = GaussianTeacher(FLOW, Q, "flow")(x_rf, tau, data.cond).flow  # same posterior mean
-    expected = ((flow - (data.noise - data.x0)) ** 2).mean()
+    expected = ((flow - (end - data.x0)) ** 2).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     assert expected > 0.01
 
@@ -171,6 +172,48 @@ def test_raw_and_wrapped_are_one_on_a_flow_teacher():
     assert torch.equal(wrapped, raw)
 
 
+def pure_noise_rows(method, student, data: Batch, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """(inputs at t = 1, the sampler's first inputs from the same noise) of one loss."""
+    (phase,) = method.phases(0)
+    nets = AnalyticNets({"student": student, "teacher": student}, scorers={"lpips": lpips_of_zero})
+    phase.loss(nets, data, Ctx64(seed=seed, step=0))
+    x_t, t = student.seen[0]
+    student.seen.clear()
+    sample_x0(student, method.sampler(1), data.noise, data.cond)
+    (first, at), *_ = student.seen
+    assert at.unique().tolist() == [1.0]
+    rows = t == 1.0
+    return x_t[rows], first[rows]
+
+
+def lpips_of_zero(images: Tensor, by: Tensor) -> Tensor:
+    return (images - by).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("stage", ["reflow", "distill"])
+@pytest.mark.parametrize("path", PATHS)
+def test_training_at_the_first_time_sees_what_sampling_starts_from(path, stage):
+    """Pure noise, with no trace of x0: the table's last entry and sigma_max would leave one."""
+    options = {"t_range": (0.9999, 1.0)} if stage == "reflow" and path == "ve" else {}
+    method, student = make(PATHS[path], stage=stage, **options), Straight(PATHS[path])
+    inputs, first = pure_noise_rows(method, student, pairs(1024))
+    assert len(inputs) > 30 or (path, stage) == ("flow", "reflow")  # t = 1 has no mass of its own
+    assert torch.equal(inputs, first)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_sampler_visits_the_states_that_were_trained(path):
+    """With the exact x0 every input of four steps lies on the line of its pair, bit by bit or
+    nearly: what the loss draws at that time from the same pair."""
+    data, student, chosen = pairs(64), Straight(PATHS[path]), PATHS[path]
+    spec = make(chosen).sampler(4)
+    x0 = sample_x0(student, spec, data.noise, data.cond)
+    torch.testing.assert_close(x0, data.x0, rtol=0, atol=1e-9)
+    for x_t, t in student.seen:
+        line, _ = chosen.line_to_prior(data.x0, data.noise, t)
+        torch.testing.assert_close(x_t, line, rtol=0, atol=1e-9)
+
+
 # --------------------------------------------------------------------------- times and samplers
 @pytest.mark.parametrize(
     ("index", "tau"), [(0, 0.0283), (249, 0.4094), (499, 0.6173), (749, 0.8032), (999, 0.9360)]
@@ -185,6 +228,8 @@ def test_path_time_inverts_flow_time_and_clamps():
     tau = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     assert torch.equal(path_time(FLOW, tau), tau)
     torch.testing.assert_close(flow_time(VE, path_time(VE, tau)), tau.clamp_max(80 / 81))
+    low = path_time(VE, torch.tensor([1e-5], dtype=torch.float64))
+    torch.testing.assert_close(VE.coeffs(low)[1].item(), VE.sigma_min, rtol=1e-9, atol=0)
     ends = path_time(VP, torch.tensor([1e-3, 1.0], dtype=torch.float64))
     assert VP.model_time(ends).tolist() == [0, 999]
     index = VP.model_time(path_time(VP, tau))
@@ -235,13 +280,13 @@ def test_wrapped_sampler_stays_on_the_table():
 @pytest.mark.parametrize("path", PATHS)
 def test_distill_loss_is_zero_at_the_exact_map(path, num_steps):
     method = make(PATHS[path], stage="distill", num_steps=num_steps)
-    student = Straight(PATHS[path], from_prior=True)
+    student = Straight(PATHS[path])
     assert loss_of(method, student, pairs()) < 1e-20
 
 
 def test_one_step_distillation_starts_from_the_pure_prior():
     for path in PATHS.values():
-        student, data = Straight(path, from_prior=True), pairs()
+        student, data = Straight(path), pairs()
         loss_of(make(path, stage="distill"), student, data)
         ((x_t, t),) = student.seen
         assert torch.equal(x_t, path.prior(data.noise))
@@ -250,7 +295,7 @@ def test_one_step_distillation_starts_from_the_pure_prior():
 
 def test_distill_times_are_the_sampler_grid_drawn_evenly():
     method = make(VP, stage="distill", num_steps=4)
-    student = Straight(VP, from_prior=True)
+    student = Straight(VP)
     loss_of(method, student, pairs(4096))
     values, counts = student.seen[0][1].unique(return_counts=True)
     spec = method.sampler()
@@ -298,7 +343,7 @@ def test_distill_lpips_judges_decoded_images_at_one_step():
 
     theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     method = make(FLOW, stage="distill", loss="lpips")
-    student = Straight(FLOW, error=lambda t: theta + 0 * t, from_prior=True)
+    student = Straight(FLOW, error=lambda t: theta + 0 * t)
     (phase,) = method.phases(0)
     nets = AnalyticNets({"student": student}, scorers={"lpips": judge})
     loss = phase.loss(nets, pairs(64), Ctx64(seed=1)).total
@@ -335,7 +380,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_contract():
     method = make()
-    assert METHODS["reflow"].cls is Reflow
+    assert METHODS["reflow"] is Reflow
     assert method.needs == {"x0", "noise", "cond"}
     assert [phase.trains for phase in method.phases(0)] == [("student",)]
 
@@ -349,3 +394,6 @@ def test_shipped_configs_are_valid(name, stage):
     run = RunConfig(pretrained_model_name_or_path="model", **raw)
     method = Reflow(ReflowConfig(**run.method_config), Setting(VP))
     assert (run.method, method.config.stage) == (method.name, stage)
+    if name == "dmd2_warm_start":  # piq's LPIPS(replace_pooling=True) on taesdxl's images, 4 each
+        assert (method.config.lpips.pooling, method.config.lpips.resize) == ("avg", None)
+        assert (run.decoder, run.train_batch_size) == ("madebyollin/taesdxl", 4)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from methods.test_reflow import FLOW, MU, PATHS, VP, Ctx64, Straight, pairs
+from methods.test_reflow import FLOW, MU, PATHS, VP, Ctx64, Straight, pairs, pure_noise_rows
 
-from stepdistill.config.files import merge
+from stepdistill.config.flags import merge
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
-from stepdistill.core.path import FlowPath, VEPath, expand
+from stepdistill.core.path import VEPath, expand
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import u_shaped_times
+from stepdistill.core.types import Cond
 from stepdistill.export.schedulers import stock_sampler
 from stepdistill.losses.regression import sample_huber
 from stepdistill.methods.grid import flow_time
@@ -70,6 +73,39 @@ def test_training_times_follow_the_law_and_a_table_clamps_them():
     losses(make(VP, perceptual="none"), student, pairs(4096))
     index = VP.model_time(student.seen[0][1])
     assert (int(index.min()), int(index.max())) == (0, 999)
+
+
+def test_an_edm_network_is_told_the_noise_that_its_answer_is_divided_by():
+    """D = x - sigma F of a network that is told sigma: flow = (x_rf - D) / tau is F off x_rf only
+    where sigma is the state's own; below sigma_min it would be 200 times F at tau = 1e-5."""
+    path = VEPath()
+
+    class Told(Straight):
+        def posterior_mean(self, x_t, t, cond):
+            self.seen.append((x_t, t))
+            told = (self.path.model_time(t) / self.path.time_scale).exp()
+            return x_t - expand(told, x_t)  # F = 1
+
+    student, data = Told(path), pairs(4096)
+    method = make(path, perceptual="none")
+    losses(method, student, data)
+    x_t, t = student.seen[0]
+    sigma = path.coeffs(t)[1]
+    assert sigma.min() >= 0.002 * (1 - 1e-9)
+    assert sigma.max() == 80.0
+    pred = student(x_t, t, data.cond)
+    exact = 1.0 - (x_t - expand(sigma, x_t))  # eps - x0, with eps = F
+    error = (pred.flow - exact).square().mean().sqrt()
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize("path", ["vp", "ve"])
+def test_training_at_the_first_time_sees_what_sampling_starts_from(path):
+    for perceptual in ("none", "inverse_t"):
+        method, student = make(PATHS[path], perceptual=perceptual), Straight(PATHS[path])
+        inputs, first = pure_noise_rows(method, student, pairs(4096))
+        assert len(inputs) > 30
+        assert torch.equal(inputs, first)
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -145,7 +181,7 @@ def test_edm_wrapper_gives_the_velocity_back_exactly():
 @pytest.mark.parametrize("path", ["flow", "vp"])
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
 def test_anchored_sampler_is_euler_where_the_field_is_straight(num_steps, path):
-    data, student = pairs(64), Straight(PATHS[path], from_prior=True)
+    data, student = pairs(64), Straight(PATHS[path])
     grid = make(PATHS[path]).sampler(num_steps).times
     euler, anchored = (
         sample_x0(student, SamplerSpec(grid, kind), data.noise, data.cond)
@@ -170,9 +206,9 @@ def test_anchored_sampler_returns_to_the_first_noise():
     assert (found - euler).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("path", "alike"), [("flow", 2), ("vp", 1), ("ve", 1)])
-def test_the_anchored_sampler_begins_as_euler(path, alike):
-    """On a curved field the two make one image up to `alike` steps, and others beyond."""
+@pytest.mark.parametrize("path", ["flow", "vp", "ve"])
+def test_the_anchored_sampler_begins_as_euler(path):
+    """On a curved field the two make one image up to two steps, and others beyond."""
     data, teacher = pairs(64), GaussianTeacher(PATHS[path], 0.5)
     method = make(PATHS[path], sampler="anchored", num_steps=4)
     for num_steps in (1, 2, 3):
@@ -182,16 +218,69 @@ def test_the_anchored_sampler_begins_as_euler(path, alike):
             for kind in ("anchored", "ode")
         )
         same = torch.allclose(anchored, euler, rtol=0, atol=1e-9)
-        assert same == (num_steps <= alike) == (method.sampler(num_steps).kind == "ode")
+        assert same == (num_steps <= 2) == (method.sampler(num_steps).kind == "ode")
 
 
-def test_more_steps_are_refused_at_export_with_what_to_do():
-    method = make(sampler="anchored", num_steps=4)
+def released_heun(student, z, times, sampler):
+    """sample_ode_generative of the released code with solver heun, from t = 1; (calls, x0)."""
+    calls, z1, cond, schedule = 0, z, Cond({"mean": torch.full_like(z, MU)}), [*times, 0.0]
+
+    def model(x, t):
+        nonlocal calls
+        calls += 1
+        return student(x, torch.full((len(x),), t, dtype=torch.float64), cond).flow
+
+    for i, (t, later) in enumerate(pairwise(schedule)):
+        vt = model(z, t)
+        x0hat = z - vt * t
+        if i < len(times) - 1:
+            default = z + vt * (later - t)
+            z_next = default if sampler == "ode" else (1 - later) * x0hat + later * z1
+            vt = (vt + model(z_next, later)) / 2
+            x0hat = z - vt * t
+        z = z + vt * (later - t) if sampler == "ode" else (1 - later) * x0hat + later * z1
+    return calls, z
+
+
+@pytest.mark.parametrize("kind", ["ode", "anchored"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4])
+def test_heuns_sampler_is_the_released_one(num_steps, kind):
+    data, teacher = pairs(64), GaussianTeacher(FLOW, 0.5)
+    option = {"ode": "euler"}.get(kind, kind)
+    spec = make(sampler=option, heun=True).sampler(num_steps)
+    calls, expected = released_heun(teacher, data.noise, spec.times, kind)
+    assert calls == spec.num_calls == 2 * num_steps - 1
+    found = sample_x0(teacher, spec, data.noise, data.cond)
+    torch.testing.assert_close(found, expected)
+    euler = sample_x0(teacher, dataclasses.replace(spec, heun=False), data.noise, data.cond)
+    assert torch.allclose(found, euler, rtol=0, atol=1e-3) == (num_steps == 1)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "anchored"])
+@pytest.mark.parametrize("path", PATHS)
+def test_heun_is_exact_where_the_field_is_straight(path, sampler):
+    data, student = pairs(64), Straight(PATHS[path])
+    spec = make(PATHS[path], sampler=sampler, heun=True).sampler(4)
+    found = sample_x0(student, spec, data.noise, data.cond)
+    torch.testing.assert_close(found, data.x0, rtol=0, atol=1e-9)
+    assert len(student.seen) == 7
+
+
+def test_heun_is_of_second_order():
+    """On the Gaussian's own curved flow the error falls fourfold from 32 to 64 steps."""
+    data, teacher = pairs(64), GaussianTeacher(FLOW, 0.5)
+    errors = []
+    for num_steps in (32, 64):
+        found = sample_x0(teacher, make(heun=True).sampler(num_steps), data.noise, data.cond)
+        errors.append((found - data.x0).abs().max().item())
+    assert 3.5 < errors[0] / errors[1] < 4.5
+
+
+def test_more_steps_of_edm_are_refused_at_export_with_what_to_do():
     assert make(num_steps=4).sampler().kind == "ode"
-    with pytest.raises(ValueError, match=r"in 4 steps.*anchored_flow_match_scheduler.py"):
-        stock_sampler(None, FlowPath(), method.sampler())
-    file = Path(__file__).parents[2] / "pipelines" / "anchored_flow_match_scheduler.py"
-    assert file.is_file()
+    method = make(VEPath(), sampler="anchored", heun=True, num_steps=4)
+    with pytest.raises(ValueError, match=r"anchored, heun True in 4 steps.*sampler: euler"):
+        stock_sampler(None, VEPath(), method.sampler())
 
 
 def test_shipped_config_is_valid():

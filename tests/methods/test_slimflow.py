@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from methods.test_reflow import FLOW, MU, PATHS, VP, Ctx64, Straight, pairs
+from methods.test_reflow import FLOW, MU, PATHS, VP, Ctx64, Straight, pairs, pure_noise_rows
 from methods.test_reflow import make as reflow
 
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
-from stepdistill.methods.slimflow import SlimFlow, SlimFlowConfig
+from stepdistill.methods.slimflow import SlimFlow
+from stepdistill.methods.slimflow_config import SlimFlowConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
@@ -35,8 +37,13 @@ def test_b_falls_from_one_to_zero():
     assert [linear.annealing(k) for k in (0, 25, 100, 500)] == [1.0, 0.75, 0.0, 0.0]
     cos = make(anneal="cos", anneal_steps=100)
     assert cos.annealing(0) == 1.0
-    assert cos.annealing(100) == 0.0
-    torch.testing.assert_close(cos.annealing(50), 0.5**0.5)
+    assert cos.annealing(100) == cos.annealing(500) == 0.0
+    expected = [(1 + math.cos(math.pi / 4)) / 2, 0.5]  # (1 + cos(pi k / K)) / 2
+    torch.testing.assert_close([cos.annealing(k) for k in (25, 50)], expected)
+    fading = make(anneal="exp", anneal_steps=100)  # exp(-k / K), which never ends
+    torch.testing.assert_close(
+        [fading.annealing(k) for k in (0, 50, 300)], [1.0, math.exp(-0.5), math.exp(-3)]
+    )
     assert make(anneal="fixed", anneal_fixed=0.3).annealing(77) == 0.3
 
 
@@ -92,14 +99,22 @@ def test_mirroring_costs_nothing_where_the_field_is_equivariant():
     assert loss_of(flipped, pairs(), student) < 1e-16
 
 
+@pytest.mark.parametrize("stage", ["reflow", "distill"])
+def test_training_at_the_first_time_sees_what_sampling_starts_from(stage):
+    method, student = make(VP, stage=stage, anneal="fixed"), Straight(VP)
+    inputs, first = pure_noise_rows(method, student, pairs(1024))
+    assert len(inputs) > 30
+    assert torch.equal(inputs, first)
+
+
 # ----------------------------------------------------------------------- flow-guided distillation
 @pytest.mark.parametrize("first", ["student", "teacher"])
 @pytest.mark.parametrize("path", ["flow", "vp"])
 def test_distill_loss_is_zero_at_the_straight_teacher(path, first):
-    exact = Straight(PATHS[path], from_prior=True)
+    exact = Straight(PATHS[path])
     method = make(PATHS[path], stage="distill", guide_first=first)
     loss = loss_of(method, pairs(), exact)
-    assert loss < (1e-12 if path == "flow" else 1e-3)  # SD's table starts with a trace of x0
+    assert loss < 1e-12
     assert make(stage="distill").roles().keys() == {"student", "teacher"}
 
 
@@ -132,7 +147,7 @@ def test_student_off_by_theta_has_its_closed_form():
     """Straight teacher: the first step off by theta is off by (1 - t) theta at t, from where the
     teacher answers Q (1 - t) / ((1 - t) Q + t) theta off. Only the estimate has gradients."""
     theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    student, q = Straight(FLOW, error=lambda t: theta + 0 * t, from_prior=True), 0.5
+    student, q = Straight(FLOW, error=lambda t: theta + 0 * t), 0.5
     teacher, data = Straight(FLOW), pairs(64)
     loss = loss_of(make(stage="distill"), data, student, teacher)
     loss.backward()
@@ -160,7 +175,7 @@ def test_lpips_judges_both_terms():
         return (images - by).square().mean(dim=(1, 2, 3))
 
     theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    student = Straight(FLOW, error=lambda t: theta + 0 * t, from_prior=True)
+    student = Straight(FLOW, error=lambda t: theta + 0 * t)
     totals = []
     for loss in ("l2", "lpips", "l2_lpips"):
         method = make(stage="distill", loss=loss)

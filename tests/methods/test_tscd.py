@@ -20,7 +20,7 @@ from support.jumps import (
 )
 from torch import nn
 
-from stepdistill.config.files import merge
+from stepdistill.config.flags import merge
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import expand
@@ -30,7 +30,8 @@ from stepdistill.losses.regression import pseudo_huber
 from stepdistill.methods import METHODS
 from stepdistill.methods.segments import jump
 from stepdistill.methods.trajectory import Jumps
-from stepdistill.methods.tscd import TSCD, TSCDConfig
+from stepdistill.methods.tscd import TSCD
+from stepdistill.methods.tscd_config import TSCDConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -130,6 +131,7 @@ def test_one_segment_is_trajectory_consistency(setting, loss):
     m = (ctx.rand(512) * n).long()
     t, s, e = points[n], points[n - 1], points[m]
     x_t = path.add_noise(data.x0, noise, t)
+    x_t = torch.where(expand(t, x_t) == 1.0, noise, x_t)  # sampling starts from noise alone
     x_s = teacher_step(GaussianTeacher(path, 0.5), x_t, t, s, data.cond, data.null, g)
     estimate = student(x_t, t, data.cond).step(e)
     target = student(x_s, s, data.cond).step(e)
@@ -214,6 +216,20 @@ def test_adversarial_weight_follows_the_stage(step, scale):
     torch.testing.assert_close(
         losses.total, losses.logs["loss"] + 0.5 * scale * adversarial, rtol=1e-9, atol=0
     )
+
+
+@pytest.mark.parametrize(("step", "scale"), [(0, 1.0), (500, 0.5), (900, 0.0)])
+def test_weight_of_the_distance_follows_the_stage(step, scale):
+    """Hyper-SD: the MSE counts most at 8 and 4 segments, the adversarial term at 2 and 1."""
+    method = make(gan={"weight_g": 0.5, "loss": "hinge"}, loss_scale=(1.0, 1.0, 0.5, 0.0))
+    nets = AnalyticNets(
+        {"teacher": GaussianTeacher(FLOW, 0.5), "student": GaussianTeacher(FLOW, 0.3)},
+        {"disc": Linear()},
+    )
+    losses = method.student_loss(nets, batch(std=0.5), Ctx64(step=step, max_steps=1000))
+    assert losses.logs["loss"] > 1e-6
+    expected = scale * losses.logs["loss"] + 0.5 * losses.logs["gan_g"]
+    torch.testing.assert_close(losses.total, expected, rtol=1e-9, atol=0)
 
 
 def test_adversarial_gradient_reaches_the_student_through_frozen_features():
@@ -369,6 +385,8 @@ def test_exact_student_samples_the_data_in_any_number_of_steps(setting, sampler)
         ({"stage_starts": (0.5, 2, 3)}, "all fractions"),
         ({"stage_starts": (1.5, 2, 3)}, "whole steps"),
         ({"gan_scale": (1.0,), "gan": {"weight_g": 0.1}}, "4 factors"),
+        ({"loss_scale": (1.0, -1.0, 1.0, 1.0)}, "loss_scale: expected 4 factors"),
+        ({"loss_scale": (1.0, 1.0, 1.0, 0.0)}, "stage 4 would train on nothing"),
         ({"num_steps": 3, "segments": (2,)}, "multiple of the last"),
         ({"guidance_range": (5.0, 4.0)}, "low <= high"),
         ({"gan": {"source": "fake"}}, "teacher"),
@@ -391,7 +409,7 @@ def test_a_grid_that_does_not_divide_the_table_is_refused():
 
 def test_contract():
     method = make(target="ema", gan={"weight_g": 0.1})
-    assert METHODS["tscd"].cls is TSCD
+    assert METHODS["tscd"] is TSCD
     assert method.needs == {"x0", "cond"}
     assert set(method.roles()) == {"teacher", "student", "target", "disc"}
     assert [p.trains for p in method.phases(0)] == [("disc",), ("student",)]

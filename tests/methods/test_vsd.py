@@ -14,6 +14,7 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, expand
 from stepdistill.core.types import Cond
+from stepdistill.methods.rollout import Sample
 from stepdistill.methods.vsd import VSD, VSDConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
@@ -99,7 +100,9 @@ def test_random_guidance_is_one_number_for_both_branches_and_all_ranks() -> None
     method, drawn = make(FlowPath(), guidance_range=(0.5, 4.0)), []
     for step in range(200):
         pairs = {
-            method._guidances(Ctx(step=step, phase="student", rank=rank, world_size=4))
+            method.guidances(
+                method.draw_guidance(Ctx(step=step, phase="student", rank=rank, world_size=4))
+            )
             for rank in range(4)
         }
         assert len(pairs) == 1
@@ -117,10 +120,10 @@ def test_the_drawn_guidance_is_the_one_applied() -> None:
     leaf, teacher, fake, nets = networks(FlowPath(), gain=0.8)
     method, batch = make(FlowPath(), guidance_range=(0.5, 4.0)), batch_of()
     drawn = []
-    method._guidances = lambda ctx: drawn.append(VSD._guidances(method, ctx)) or drawn[-1]  # type: ignore[method-assign, func-returns-value]
+    method.draw_guidance = lambda ctx: drawn.append(VSD.draw_guidance(method, ctx)) or drawn[-1]  # type: ignore[method-assign, func-returns-value]
     student_loss(method, nets, batch, Ctx(step=7)).total.backward()
     x_t, t = (x[:BSZ] for x in teacher.calls[0][:2])
-    g = drawn[0][0]
+    g = drawn[0]
     assert g not in (1.0, 4.5)
     real, fake_ = (n.inner(x_t, t, batch.cond, batch.null, g).x0 for n in (teacher, fake))
     expected = (t * (1 - t))[:, None] * (fake_ - real) / leaf.x0.numel()
@@ -147,7 +150,7 @@ def test_the_fakes_loss_is_its_weighted_noise_error(path: NoisePath, fake_weight
     options = {"null_probability": 0.0, "fake_weight": fake_weight, "fake_t_range": (0.3, 0.9)}
     leaf, _, fake, nets = networks(path, gain=0.8)
     x0 = leaf.x0.detach()
-    ctx = Ctx(phase="fake", carry={"sample": (x0, batch_of().cond)})
+    ctx = Ctx(phase="fake", carry={"sample": Sample(x0, batch_of().cond)})
     loss = fake_loss(make(path, **options), nets, batch_of(), ctx).total
     x_t, t, seen, _ = fake.calls[0]
     alpha, sigma = (c[:, None] for c in path.coeffs(t))
@@ -167,7 +170,7 @@ def test_the_null_prompt_replaces_whole_batches_at_its_rate(
     dropped = 0
     for step in range(300):
         seen = {
-            method._fake_cond(cond, null, Ctx(step=step, phase="fake", rank=rank, world_size=2))
+            method.fake_cond(cond, null, Ctx(step=step, phase="fake", rank=rank, world_size=2))
             is null
             for rank in range(2)
         }
@@ -179,7 +182,7 @@ def test_the_null_prompt_replaces_whole_batches_at_its_rate(
 def test_the_fake_is_told_the_condition_it_drew() -> None:
     for probability, mean in ((0.0, batch_of().cond["mean"]), (1.0, batch_of().null["mean"])):
         _, _, fake, nets = networks(FlowPath(), gain=0.8)
-        ctx = Ctx(phase="fake", carry={"sample": (torch.zeros(BSZ, 2), batch_of().cond)})
+        ctx = Ctx(phase="fake", carry={"sample": Sample(torch.zeros(BSZ, 2), batch_of().cond)})
         fake_loss(make(FlowPath(), null_probability=probability), nets, batch_of(), ctx)
         assert torch.equal(fake.calls[0][2]["mean"], mean)
 

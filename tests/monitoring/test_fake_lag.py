@@ -7,11 +7,16 @@ lag = (m_s - m_f) (m_f - m_r) / (m_f - m_r)^2.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from stepdistill.config.files import method_class
+from stepdistill.config.flags import read_yaml
 from stepdistill.config.watchdog import WatchdogConfig
+from stepdistill.core.method import FakeFit, Setting
 from stepdistill.core.path import FlowPath
 from stepdistill.core.types import Cond
 from stepdistill.losses.score import dmd_gradient
@@ -46,7 +51,7 @@ def lag(student: float, fake: float, seed: int = 0) -> tuple[float, float]:
     x0 = student + STD * noise(seed)
     teacher = GaussianTeacher(FlowPath(), STD)
     terms = lag_terms(
-        teacher, Fixed(fake), x0, mean(0.0), mean(-1.0), GUIDANCE, LAG_TIMES,
+        teacher, Fixed(fake), x0, mean(0.0), mean(-1.0), FakeFit(GUIDANCE), LAG_TIMES,
         lambda k: noise(100 + k),
     )  # fmt: skip
     return lag_of(terms)
@@ -98,3 +103,50 @@ def test_a_fake_that_never_learns_drives_the_student_past_it_and_is_told() -> No
     assert 1.0 <= means[first] < 3.0  # half of the way to the teacher is a lag of -0.5
     assert all("fake_lag" in found for found in bad[first:])
     assert "lags the student by -3" in bad[-1]["fake_lag"] or means[-1] > 8
+
+
+# ------------------------------------------------------- methods that guide the fake as well
+class Shifted(GaussianTeacher):
+    """A fake whose law is the teacher's of every condition, moved by `shift`."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__(FlowPath(), STD)
+        self.shift = shift
+
+    def posterior_mean(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return super().posterior_mean(x_t, t, Cond({"mean": cond["mean"] + self.shift}))
+
+
+def lag_in(recipe: str, student: float, fake: float) -> tuple[float, float]:
+    """Lag under a method's own guidance: student and fake of the teacher's law, moved by that."""
+    settings = read_yaml(Path("configs/methods") / f"{recipe}.yaml")
+    cls = method_class(settings["method"])
+    method = cls(cls.Config(**settings["method_config"]), Setting(FlowPath(), "flow"))
+    assert method.fake_fit is not None
+    terms = lag_terms(
+        GaussianTeacher(FlowPath(), STD), Shifted(fake), student + STD * noise(0), mean(0.0),
+        mean(-1.0), method.fake_fit, LAG_TIMES, lambda k: noise(100 + k),
+    )  # fmt: skip
+    return lag_of(terms)
+
+
+@pytest.mark.parametrize("recipe", ["vsd", "snoopi", "swiftbrush_v2"])
+def test_a_lag_is_seen_where_both_branches_are_guided(recipe: str) -> None:
+    """Guided alike they differ by the fake's own shift: lag = (student - fake) / fake."""
+    stuck, error = lag_in(recipe, student=-0.3, fake=0.1)
+    assert stuck == pytest.approx(-4.0, abs=4 * error)
+    told = SampleChecks(WatchdogConfig()).bad(1, {"fake_lag": stuck, "fake_lag_error": error})
+    assert "the fake lags the student by -4" in told["fake_lag"]
+    learning, error = lag_in(recipe, student=-0.3, fake=-0.3)
+    assert abs(learning) < 4 * error < 0.3
+
+
+def test_a_fake_that_is_fitted_guided_is_judged_guided() -> None:
+    """SiD-LSG: the guided fake is the student's denoiser; guided by 2 its mean is 1 further on."""
+    fit = FakeFit(teacher=1.0, fake=2.0, fitted=2.0)
+    for student, expected in ((1.1, 0.0), (2.1, 1.0 / 1.1)):
+        terms = lag_terms(
+            GaussianTeacher(FlowPath(), STD), Shifted(0.1), student + STD * noise(0), mean(0.0),
+            mean(-1.0), fit, LAG_TIMES, lambda k: noise(100 + k),
+        )  # fmt: skip
+        assert lag_of(terms)[0] == pytest.approx(expected, abs=0.05)

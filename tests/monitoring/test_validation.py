@@ -159,6 +159,38 @@ def test_a_resumed_run_reads_the_teachers_samples(validated, monkeypatch) -> Non
         )
 
 
+@pytest.fixture(scope="module")
+def vsd(tmp_path_factory):
+    """A vsd run after two updates, teacher and fake guided alike."""
+    folder = tmp_path_factory.mktemp("vsd")
+    teacher = teacher_dir("sd_v", tmp_path_factory)
+    trainer = build_trainer("vsd", teacher, "lora", folder, **OPTIONS)
+    trainer.train()
+    return trainer
+
+
+def test_guiding_both_branches_the_student_is_held_against_the_plain_teacher(vsd) -> None:
+    """The teacher itself, unguided, is where a vsd student ends: at distance zero."""
+    spec = SamplerSpec(uniform_grid(3), "ode")
+    folder = str(vsd.output_dir / "again")
+    args = vsd.args.model_copy(update={"output_dir": folder})
+    found = Validator(vsd.bank, vsd.method, args).run(vsd.bank["teacher"], spec, 9).metrics
+    assert found["teacher_rmse"] < 1e-5
+    assert not any(name.startswith("guided_") for name in found)
+
+
+def test_guided_alike_a_fresh_fake_pushes_nowhere(vsd) -> None:
+    """Before any update the fake is the teacher, at the same guidance: no gradient, no lag."""
+    rows = [json.loads(x) for x in (vsd.output_dir / "validation.jsonl").read_text().splitlines()]
+    assert (rows[0]["fake_lag"], rows[0]["fake_lag_error"]) == (0.0, 0.0)
+
+
+def test_the_report_says_how_the_teacher_is_guided(vsd, validated) -> None:
+    for run, value, told in ((vsd, 1.0, "without guidance"), (validated, 1.75, "guidance 1.75")):
+        assert json.loads((run.output_dir / "run.json").read_text())["teacher_guidance"] == value
+        assert f"teacher</h3><span>{told}</span>" in (run.output_dir / "report.html").read_text()
+
+
 def test_features_of_ones_own_are_taken(validated) -> None:
     validator = Validator(validated.bank, validated.method, validated.args)
     validator.features = lambda images: images.flatten(1).mean(1, keepdim=True) * 0 + 1

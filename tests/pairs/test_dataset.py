@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stepdistill.core.path import FlowPath, VPPath
 from stepdistill.core.solvers import ode_solve
@@ -17,6 +18,7 @@ from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.pairs.dataset import PairDataset, PairWriter, generate_pairs, pair_noise
 from stepdistill.pairs.files import MANIFEST, shard_name
+from stepdistill.storage.shard_files import Shard
 from stepdistill.testing.analytic import GaussianTeacher
 
 SHAPE = (1, 2, 2)
@@ -123,12 +125,13 @@ def test_finished_shards_are_not_solved_again(tmp_path):
 
 
 def test_interrupted_write_leaves_no_shard(tmp_path, monkeypatch):
-    def half(tensors: Any, path: Path, metadata: Any) -> None:
-        Path(path).write_bytes(b"half of it")
-        raise KeyboardInterrupt
+    def half(path: Path) -> None:
+        if path.name.startswith("shard-"):
+            path.write_bytes(b"half of it")
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("stepdistill.pairs.dataset.save_file", half)
+        patch.setattr("stepdistill.storage.files.flush", half)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path)
     assert not list(tmp_path.glob("shard-*.safetensors"))
@@ -275,3 +278,38 @@ def test_bad_sizes_are_refused(tmp_path):
     writer = PairWriter(tmp_path, make(tmp_path / "x").settings, 10)
     with pytest.raises(ValueError, match="expected 4 pairs"):
         writer.write(0, torch.zeros(3, *SHAPE), torch.zeros(3, *SHAPE), ["a"] * 3)
+
+
+def flip(path: Path, inside: bytes) -> None:
+    """Flip the last bit of the first byte of `inside` in a file."""
+    data = bytearray(path.read_bytes())
+    data[bytes(data).index(inside)] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_refused_and_made_anew(tmp_path):
+    dataset = make(tmp_path)
+    before = contents(tmp_path)
+    flip(tmp_path / shard_name(1), dataset[5]["x0"].numpy().tobytes())
+    dataset = PairDataset(tmp_path)
+    dataset[4]
+    with pytest.raises(ValueError, match=r"shard-00001.*expected row 1 .*makes this shard anew"):
+        dataset[5]
+    make(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_set_of_an_earlier_version_is_read_and_grows(tmp_path):
+    whole = make(tmp_path / "whole")
+    earlier = make(tmp_path / "earlier", 8)
+    for shard in range(2):
+        path = tmp_path / "earlier" / shard_name(shard)
+        opened = Shard(path)
+        told = {"pairs": json.dumps(opened.facts)}
+        save_file({name: opened.column(name) for name in ("noise", "x0")}, path, told)
+    teacher = Counting(FlowPath(), 0.5, "flow")
+    earlier = make(tmp_path / "earlier", teacher=teacher)
+    assert teacher.calls == 4  # the third shard alone
+    for i in range(10):
+        assert torch.equal(earlier[i]["x0"], whole[i]["x0"])
+        assert earlier[i]["prompt"] == whole[i]["prompt"]

@@ -14,7 +14,7 @@ from stepdistill.planning.blueprint import blueprint, bundled, describe
 from stepdistill.planning.forecast import Forecast, forecast
 from stepdistill.planning.report import hours_per_1k, print_plan, suggestions
 from stepdistill.planning.tracker import CostTracker
-from stepdistill.testing.tiny import TINY
+from stepdistill.testing.tiny import TINY, TINY_FAMILY
 
 # Millions of denoiser parameters of the released models.
 RELEASED = {
@@ -56,7 +56,7 @@ FAMILIES = [
 def test_every_family_is_forecast(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The frozen bytes are the denoiser's own, in float32."""
     folder = teacher_dir(name, tmp_path_factory)
-    guidance = 1.0 if name.startswith(("edm", "unet2d")) else 3.0
+    guidance = 3.0 if TINY_FAMILY[name].has_null else 1.0
     plan = forecast(run_config(folder, method_config={"num_steps": 1, "guidance": guidance}))
     assert plan.frozen >= 4 * plan.num_parameters
     assert [cost.phase for cost in plan.phases] == ["student", "fake"]

@@ -141,6 +141,19 @@ def test_resize_is_bilinear_and_first(files) -> None:
         torch.testing.assert_close(scorer(files, resize=32)(a, b), scorer(files)(*small))
 
 
+def test_images_as_large_as_resize_below_keep_their_size(files) -> None:
+    """consistency_models: `if x_start.shape[-1] < 256`, then 224."""
+    options = {"resize": 32, "resize_below": 48}
+    for size, resized in ((40, True), (48, False)):
+        a, b = pair(size)
+        with torch.no_grad():
+            made, small, own = (scorer(files, **o)(a, b) for o in (options, {"resize": 32}, {}))
+        assert torch.equal(made, small if resized else own)
+        assert float((small / own - 1).abs().min()) > 1e-3
+    with pytest.raises(ValueError, match="resize_below: expected resize beside it"):
+        LPIPSOptions(resize_below=256)
+
+
 def test_average_pooling_replaces_max_pooling(files) -> None:
     a, b = pair(64)
     net = scorer(files, pooling="avg")

@@ -308,6 +308,16 @@ def test_features_are_of_the_conditional_half(family) -> None:
         assert (null["mid"] - plain["mid"]).abs().max() > 1e-3
 
 
+def test_all_blocks_are_each_place_once(family) -> None:
+    """A head on "all" reads every block, a transformer's middle one not twice."""
+    roles = {"teacher": Role(), "disc": Role("head", train=True, features=("all",))}
+    bank = build(family, roles=roles)
+    places = {block.module for block in family.feature_blocks().values()}
+    features = bank["teacher"].features(*inputs(family), ("all",))
+    assert len(features) == len(places)
+    assert bank.head("disc", features).shape == (2, len(places))
+
+
 def test_as_flow_tells_the_network_a_thousand_t(make_family) -> None:
     family = make_family("sd")
     roles = {"teacher": Role(), "student": Role(train=True, as_flow=True)}

@@ -16,33 +16,24 @@ from support.runs import build_trainer, fingerprint, teacher_dir
 from stepdistill import TrainConfig, Tuning
 from stepdistill.config.files import parse_run_config
 from stepdistill.core.method import Role
+from stepdistill.families.registry import load_family
 from stepdistill.methods import METHODS
 from stepdistill.roles.rolebank import BASE, RoleBank
 from stepdistill.roles.student_net import check_student_config
 from stepdistill.sampling import sample_images
 from stepdistill.trainers import trainer_of_run
 
-SMALL: dict[str, dict[str, Any]] = {
-    "sd": {"block_out_channels": [4, 8]},
-    "sd_v": {"block_out_channels": [4, 8]},
-    "sdxl": {"block_out_channels": [4, 8]},
-    "sd3": {"num_layers": 1},
-    "dit": {"num_layers": 1, "num_attention_heads": 1},
-    "flux": {"num_single_layers": 0},
-    "flux_schnell": {"num_single_layers": 0},
-    "pixart": {"num_layers": 1},
-    "pixart_sigma": {"num_layers": 1},
-    "sana": {"num_layers": 1},
-    "lumina2": {"num_layers": 1},
-    "z_image": {"n_layers": 1},
-    "qwen_image": {"num_layers": 1},
-    "wan": {"num_layers": 1},
-    "wan_i2v": {"num_layers": 1},
-    "unet2d": {"block_out_channels": [8, 8]},
-    "flux2": {"num_layers": 1},
-    "flux2_dev": {"num_layers": 1},
-    "edm": {"block_out_channels": [8, 8]},
-}
+
+def smaller(config: Any) -> dict[str, Any]:
+    """A change of a tiny denoiser's config that leaves out layers, or narrows them."""
+    for name in ("num_layers", "n_layers", "num_single_layers"):
+        if config.get(name, 0) > (name != "num_single_layers"):
+            return {name: config[name] - 1}
+    widths = config["block_out_channels"]
+    return {"block_out_channels": [widths[0]] * len(widths)}
+
+
+SMALL = {"block_out_channels": [4, 8]}  # of Stable Diffusion's tiny UNet
 ROLES = {
     "teacher": Role(),
     "student": Role(train=True),
@@ -57,12 +48,13 @@ def size(bank: RoleBank, role: str) -> int:
 
 def small_trainer(case: str, family: str, factory: Any, out: Path, **options: Any) -> Any:
     teacher = teacher_dir(family, factory)
-    tuning = Tuning(student="full", rank=2, student_config=SMALL[family])
+    given = smaller(load_family(teacher).config)
+    tuning = Tuning(student="full", rank=2, student_config=given)
     return build_trainer(case, teacher, "full", out, tuning=tuning, **options)
 
 
 def test_every_family_builds_and_calls_a_smaller_student(family) -> None:
-    given = SMALL[next(n for n in SMALL if n.split("_v")[0] == family.name)]
+    given = smaller(family.config)
     torch.manual_seed(0)
     bank = RoleBank(family, ROLES, Tuning(student="full", fake="full", student_config=given))
     teacher = sum(p.numel() for p in bank.nets[BASE].parameters())
@@ -91,7 +83,7 @@ def test_nothing_is_copied_and_the_seed_decides(make_family) -> None:
 
 
 def test_a_head_cannot_read_it(make_family) -> None:
-    tuning = Tuning(student="full", student_config=SMALL["sd"])
+    tuning = Tuning(student="full", student_config=SMALL)
     family = make_family("sd")
     bank = RoleBank(family, {"student": Role(train=True)}, tuning)
     x_t, t = torch.randn(1, *family.sample_shape()), torch.ones(1, dtype=torch.float64)
@@ -139,7 +131,7 @@ def test_lora_students_have_no_architecture_of_their_own() -> None:
 
 
 def test_a_method_may_refuse(monkeypatch, tmp_path, tmp_path_factory) -> None:
-    monkeypatch.setattr(METHODS["reflow"].cls, "any_student", False)
+    monkeypatch.setattr(METHODS["reflow"], "any_student", False)
     with pytest.raises(ValueError, match=r"reflow: expected no tuning\.student_config"):
         small_trainer("reflow", "sd", tmp_path_factory, tmp_path)
 
@@ -197,7 +189,7 @@ def test_dmd2_with_a_smaller_student_exports_to_stock_diffusers(tmp_path, tmp_pa
         assert fingerprint(found.bank.members(role)) == fingerprint(trainer.bank.members(role))
     folder = found.export(tmp_path / "pipeline")
     record = json.loads((folder / "distillation.json").read_text())
-    assert record["run"]["tuning"]["student_config"] == SMALL["sd_v"]
+    assert record["run"]["tuning"]["student_config"] == smaller(trainer.family.config)
     noise = torch.randn(1, *trainer.family.sample_shape(), generator=torch.manual_seed(3))
     np.save(tmp_path / "noise.npy", noise.numpy())
     files = [folder, tmp_path / "noise.npy", tmp_path / "image.npy"]

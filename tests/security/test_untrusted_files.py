@@ -23,6 +23,7 @@ from stepdistill import cli
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.export.run import sample_export
 from stepdistill.families.registry import load_family
+from stepdistill.loading.safe_files import no_pickles
 from stepdistill.loading.teacher_lora import parse_lora
 from stepdistill.pairs.dataset import PairDataset, PairWriter
 from stepdistill.pairs.files import PairSettings
@@ -90,6 +91,49 @@ def test_pickle_beside_safetensors_is_not_touched(teacher, tmp_path) -> None:
     torch.save({"a": Bomb(mark)}, teacher / "unet" / "diffusion_pytorch_model.bin")
     load_family(teacher)
     assert not mark.exists()
+
+
+def _sent_to(part: Path, shard: str) -> None:
+    """An index beside (or in place of) a part's weights that sends its keys to that shard."""
+    (weights,) = part.glob("*.safetensors")
+    keys = list(load_file(weights))
+    weights.unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys, shard)}
+    (part / f"{weights.name}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("shard", ["evil.bin", "../evil.safetensors", "evil.safetensors"])
+def test_an_index_that_leads_elsewhere(teacher, tmp_path, capsys, part, shard) -> None:
+    mark = tmp_path / "exploded"
+    _sent_to(teacher / part, shard)
+    if shard != "evil.safetensors":  # that one is missing
+        torch.save({"a": Bomb(mark)}, teacher / part / shard)
+        (teacher / part / "whole.safetensors").write_bytes(
+            next(teacher.glob("*/*.safetensors")).read_bytes()
+        )
+    message = one_line(capsys, "check", str(teacher))
+    assert "index.json: expected" in message
+    assert not mark.exists()
+
+
+def test_a_loader_that_unpickles_is_stopped(tmp_path) -> None:
+    """What a Hub id's index names is known to the stock loader alone."""
+    mark = tmp_path / "exploded"
+    torch.save(Bomb(mark), tmp_path / "evil.bin")
+    unpickle = torch.load
+
+    def load() -> None:
+        try:
+            torch.load(tmp_path / "evil.bin", weights_only=False)
+        except ValueError as err:  # as stock loaders do
+            raise OSError("unable to load") from err
+
+    blocked = pytest.raises(ValueError, match=r"decoder: expected safetensors, got the pickled .*e")
+    with blocked, no_pickles("decoder"):
+        load()
+    assert not mark.exists()
+    assert torch.load is unpickle
 
 
 @pytest.mark.parametrize("name", ["style.bin", "style.pt", "style.ckpt"])

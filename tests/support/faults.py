@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from stepdistill.cli import main as stepdistill
 from stepdistill.loading.safe_files import read_tensors
 from stepdistill.storage.checkpoints import list_checkpoints, newest_valid
 from stepdistill.storage.folders import write_folder
-from stepdistill.trainers import launch
 from stepdistill.training.checkpoint import fault_of, prune
 from support.runs import build_trainer
 
@@ -215,7 +215,7 @@ def _launched(teacher: Path, out: Path, *flags: str) -> None:
     fixed += "--gradient_accumulation_steps 1 --logging_steps 1 --disable_progress_bar"
     command = ["--config", str(config), "--pretrained_model_name_or_path", str(teacher)]
     command += ["--data.prompts_file", str(prompts), "--output_dir", str(out), *fixed.split()]
-    launch([*command, "--checkpointing_steps", "0", *flags])
+    stepdistill(["train", *command, "--checkpointing_steps", "0", *flags])
 
 
 def _wait_for_a_step(out: Path, child: int) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
-from stepdistill.core.method import Scorer
+from stepdistill.core.method import FIELDS, Scorer
 from stepdistill.families.registry import family_for, load_family, teacher_facts
 from stepdistill.methods import METHODS
-from stepdistill.testing.tiny import TINY
-from stepdistill.trainers import TRAINER_OF, DistillationTrainer
+from stepdistill.testing.tiny import TINY, TINY_FAMILY
+from stepdistill.trainers import DistillationTrainer, trainer_class
 
+# Of each kind of teacher one, for what is tested in every layout: eps, v and flow, prompts, labels.
+THOROUGH = ("sd", "sd_v", "sd3", "dit")
 _TEACHERS: dict[str, Path] = {}
 _SHAPES: dict[str, tuple[int, ...]] = {}  # of a teacher's latents by its folder
 
@@ -46,9 +48,14 @@ class TinyData(Dataset[dict[str, Any]]):
     """Six items with every field a method may need."""
 
     def __init__(
-        self, shape: tuple[int, ...], told: str, fields: tuple[str, ...], frames: bool = False
+        self,
+        shape: tuple[int, ...],
+        told: str,
+        fields: tuple[str, ...],
+        frames: bool = False,
+        seed: int = 0,
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         self.items = []
         for i in range(6):
             kinds: dict[str, dict[str, Any]] = {
@@ -104,7 +111,7 @@ def _pixel_distance(images: Tensor, by: Any) -> Tensor:
 
 def _has_null(family: str, layout: str) -> bool:
     """Not models without a null condition, which guidance has nothing to steer away from."""
-    return not family.startswith(("unet2d", "edm"))
+    return TINY_FAMILY[family].has_null
 
 
 def _w_embedding(family: str, layout: str) -> bool:
@@ -113,13 +120,17 @@ def _w_embedding(family: str, layout: str) -> bool:
 
 @dataclass(frozen=True)
 class MethodCase:
-    """One method with options, the data it needs, and where it applies."""
+    """One method with options, the data it needs, and where it applies.
+
+    gan_fields: what a data source of the discriminator's own has; none means that it has none.
+    """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     fields: tuple[str, ...] = ()
     fits: Callable[[str, str], bool] = _anywhere
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    gan_fields: tuple[str, ...] = ()
 
     def unexpectedly_still(self, role: str, still: set[str]) -> set[str]:
         """Tensors that did not move though they should have.
@@ -142,6 +153,12 @@ METHOD_CASES: dict[str, MethodCase] = {
     "dmd": MethodCase("dmd", {"regression": "l2"}, ("x0", "noise")),
     "dmd2_gan": MethodCase(
         "dmd2", {"num_steps": 1, "critic_steps": 1, "gan": {"weight_g": 1e-2}}, ("x0",)
+    ),
+    "dmd2_two_sources": MethodCase(
+        "dmd2",
+        {"num_steps": 2, "critic_steps": 2, "gan": {"weight_g": 1e-2}},
+        fits=_two_with_prompts,
+        gan_fields=("x0",),
     ),
     "dmd2_r1": MethodCase(
         "dmd2",
@@ -239,15 +256,17 @@ METHOD_CASES: dict[str, MethodCase] = {
         "slimflow", {"stage": "distill"}, ("x0", "noise"), _two_with_prompts
     ),
 }
+# A method without a case of its own has one by its facts.
+METHOD_CASES |= {
+    name: MethodCase(name, {}, tuple(sorted(FIELDS[cls.data] - {"cond"})))
+    for name, cls in METHODS.items()
+    if name not in {case.method for case in METHOD_CASES.values()}
+}
 
 
 def unguided(spec: MethodCase) -> dict[str, Any]:
     """The case's options for a model without a null condition: nothing to guide away from."""
-    fields = METHODS[spec.method].cls.Config.model_fields
-    off: dict[str, Any] = {"guidance": 1.0} if "guidance" in fields else {}
-    if "guidance_range" in fields:
-        off["guidance_range"] = None if "guidance" in fields else (1.0, 1.0)
-    return {**spec.options, **off}
+    return {**spec.options, **METHODS[spec.method].options_at(1.0)}
 
 
 def build_trainer(
@@ -258,9 +277,10 @@ def build_trainer(
     alpha: float | None = None,
     scorers: Mapping[str, Scorer] | None = None,
     dataset: Any = None,
+    gan_dataset: Any = None,
     **options: Any,
 ) -> DistillationTrainer:
-    """A two-step trainer of that case on a saved tiny teacher; dataset: in place of TinyData."""
+    """A two-step trainer of that case on a saved tiny teacher; datasets: in place of TinyData."""
     spec = METHOD_CASES[case]
     args = TrainConfig(
         output_dir=str(output_dir),
@@ -274,18 +294,21 @@ def build_trainer(
             **options,
         },
     )
-    data = dataset
+    data, facts = dataset, teacher_facts(teacher)
     if data is None:
         shape = _latent_shape(teacher)
-        facts = teacher_facts(teacher)
         data = TinyData(shape, facts.conditioning, spec.fields, facts.reads_image)
-    return TRAINER_OF[spec.method](
+    if gan_dataset is None and spec.gan_fields:
+        told = (facts.conditioning, spec.gan_fields, facts.reads_image)
+        gan_dataset = TinyData(_latent_shape(teacher), *told, seed=1)
+    return trainer_class(spec.method)(
         str(teacher),
         args,
         data,
         method=spec.method,
-        method_config=spec.options if teacher_facts(teacher).has_null else unguided(spec),
+        method_config=spec.options if facts.has_null else unguided(spec),
         scorers=spec.scorers if scorers is None else scorers,
+        gan_dataset=gan_dataset,
     )
 
 

@@ -12,8 +12,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand
 from stepdistill.core.types import Batch, Cond, Losses
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.dmd2_config import DMD2Config
+from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2)

@@ -72,6 +72,7 @@ TABLE = [
     Job("dmd2_gan", "lora", options={"gradient_checkpointing": True}),
     Job("dmd2_gan", "lora", options={"mixed_precision": "bf16"}),
     Job("dmd2_gan", "full"),
+    Job("dmd2_two_sources", "lora"),
     Job("cd", "full", steps=4),
     Job("f_distill", "lora", steps=4),
     Job("dmd2_gan", "lora", family="flux"),

@@ -6,7 +6,7 @@ import torch
 
 from stepdistill import TrainConfig
 from stepdistill.core.method import Role
-from stepdistill.families.registry import family_class
+from stepdistill.families.registry import FAMILIES
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.tiny import TINY
 from stepdistill.training.batches import BatchMaker
@@ -15,7 +15,7 @@ from stepdistill.training.step import place
 
 def placed(device: str = "cpu", **options: object) -> RoleBank:
     args = TrainConfig(tuning={"rank": 2}, **options)
-    family = family_class("sd")(TINY["sd"]())
+    family = FAMILIES["sd"](TINY["sd"]())
     bank = RoleBank(family, {"teacher": Role(), "student": Role(train=True)}, args.tuning)
     place(bank, args, torch.device(device))
     return bank

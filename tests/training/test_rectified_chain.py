@@ -12,8 +12,12 @@ from diffusers import DiffusionPipeline
 from support.runs import _pixel_distance, teacher_dir
 
 from stepdistill import TrainConfig, Tuning
-from stepdistill.core.solvers import ode_solve, sample_x0
+from stepdistill.core.solvers import SamplerSpec, ode_solve, sample_x0
 from stepdistill.core.times import uniform_grid
+from stepdistill.export.card import call_options
+from stepdistill.export.hub import files_to_push
+from stepdistill.export.load import load_pipeline
+from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.testing.parity import check_family
@@ -139,6 +143,61 @@ def test_anchored_students_of_flow_models_export_in_two_steps(tmp_path, tmp_path
     folder = trainer.export(tmp_path / "out")  # compared with the anchored sampler's image
     saved = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert saved["_class_name"] == "FlowMatchEulerDiscreteScheduler"
-    with pytest.raises(ValueError, match="anchored_flow_match_scheduler"):
-        trainer.export(tmp_path / "more", num_steps=3)
-    assert not (tmp_path / "more").exists()
+    record = json.loads((folder / "distillation.json").read_text())
+    assert record["custom_code"] is None
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "name"),
+    [
+        ("sd3", {"sampler": "anchored"}, "AnchoredFlowMatchScheduler"),
+        ("sd3", {"heun": True}, "HeunFlowMatchScheduler"),
+        ("sd", {"setup": "raw", "sampler": "anchored", "heun": True}, "AnchoredHeunFlow"),
+        ("sd", {"sampler": "anchored"}, "AnchoredDDIMScheduler"),
+        pytest.param("flux", {"heun": True}, "HeunFlowMatchScheduler", marks=pytest.mark.full),
+        pytest.param("dit", {"setup": "raw", "heun": True}, "HeunFlow", marks=pytest.mark.full),
+        pytest.param("dit", {"heun": True}, "HeunDDIMScheduler", marks=pytest.mark.full),
+    ],
+)
+def test_rectified_flow_pp_samplers_export_with_their_own_scheduler(
+    family, options, name, tmp_path, tmp_path_factory, monkeypatch
+):
+    """Stock from_pretrained of the folder, told to trust its code, makes our sampler's latents;
+    what this project loads runs its own file, whatever the folder's says."""
+    teacher = teacher_dir(family, tmp_path_factory)
+    data = pairs_of(teacher, tmp_path / "pairs", 1.0)
+    options = {"perceptual": "none", "num_steps": 3, **options}
+    trainer = train(teacher, data, tmp_path / "a", options, method="rfpp")
+    folder = trainer.export(tmp_path / "out")  # loaded, and compared with our sampler's image
+    record = json.loads((folder / "distillation.json").read_text())
+    code = folder / "scheduler" / f"{record['custom_code']}.py"
+    assert len(record["visited_model_times"]) == trainer.method.sampler().num_calls
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    assert f"scheduler/{code.name}" in files_to_push(folder)
+
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", tmp_path / "hf")
+    without = dict.fromkeys(record["load_without"])
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder, **without)
+    stock = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, **without)
+    assert type(stock.scheduler).__name__.startswith(name)
+    stock.set_progress_bar_config(disable=True)
+    own, spec = trainer.family, trainer.method.sampler()
+    shape = own.sample_shape()
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+    if family in ("sd", "sd3"):
+        images = stock(
+            "a cat", latents=noise.clone(), output_type="latent", **call_options(record)
+        ).images
+        ours = sample_x0(trainer.bank["student"], spec, noise, own.encode(["a cat"]))
+        torch.testing.assert_close(images, ours, rtol=1e-3, atol=1e-3)
+        euler = SamplerSpec(spec.times, "ode")
+        other = sample_x0(trainer.bank["student"], euler, noise, own.encode(["a cat"]))
+        assert (other - ours).abs().max() > 1e-3
+
+    code.write_text("raise SystemExit('the folder was run')\n")
+    assert type(load_family(folder).pipeline.scheduler).__name__.startswith(name)
+    assert type(load_pipeline(folder).scheduler).__name__.startswith(name)
+    assert teacher_facts(folder).setting.kind == ("eps" if "DDIM" in name else "flow")
+    with pytest.raises(ValueError, match="safetensors and text only"):
+        files_to_push(folder)

@@ -14,7 +14,7 @@ from support.resume import cut_off, differences, everything, resumed_differs
 from support.runs import build_trainer, teacher_dir
 from support.samples import dataset_of
 
-CASES = ["f_distill", "tscd_gan", "progressive", "cd"]
+CASES = ["f_distill", "dmd2_two_sources", "tscd_gan", "progressive", "cd"]
 WORKING = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
 
 

@@ -3,20 +3,20 @@
 import pytest
 
 from stepdistill.config.files import method_config
+from stepdistill.config.recipes import Training, recipe_for, recipes
 from stepdistill.config.run import TrainConfig
-from stepdistill.demo.recipes import RECIPES, Training, recipe_for
 from stepdistill.methods import METHODS
 
 CASES = [
     (name, layout, steps)
-    for name, recipe in RECIPES.items()
-    for layout in recipe.layouts
-    for steps in recipe.claims
+    for name, made in recipes().items()
+    for layout in made.recipe.layouts
+    for steps in made.claims
 ]
 
 
 def test_every_method_has_a_recipe() -> None:
-    assert set(METHODS) <= {recipe.method for recipe in RECIPES.values()}
+    assert {*METHODS.values()} == {made.method for made in recipes().values()}
 
 
 @pytest.mark.parametrize(("name", "layout", "steps"), CASES)
@@ -26,15 +26,15 @@ def test_settings_are_ones_the_method_accepts(name: str, layout: str, steps: int
         method = settings.pop("method")
         options = method_config(method, settings.pop("method_config", {}))
         assert TrainConfig(**settings).tuning.student == layout
-    steps_of = {"pcm": "num_phases"}.get(method, "num_steps")
-    told = getattr(options, steps_of)
+    told = getattr(options, METHODS[method].steps_option)
     assert (told[-1] if isinstance(told, tuple) else told) == steps
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", recipes())
 def test_shares_add_up_to_the_whole_budget(name: str) -> None:
-    for steps in RECIPES[name].claims:
-        shares = [training.share for training in RECIPES[name].trainings(steps)]
+    made = recipes()[name]
+    for steps in made.claims:
+        shares = [training.share for training in made.trainings(steps)]
         assert sum(shares) == pytest.approx(1.0)
 
 
@@ -45,7 +45,7 @@ def test_another_length_keeps_the_share_of_counted_options() -> None:
 
 
 def test_lora_doubles_the_rates_of_both_trainings() -> None:
-    full, lora = RECIPES["dmd2"].trainings(1), recipe_for("dmd2", "lora").trainings(1)
+    full, lora = recipe_for("dmd2", "full").trainings(1), recipe_for("dmd2", "lora").trainings(1)
     for before, after in zip(full, lora, strict=True):
         assert after.settings["learning_rate"] == 2 * before.settings["learning_rate"]
 
@@ -57,4 +57,4 @@ def test_a_student_a_recipe_cannot_train_is_refused() -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a method of"):
-        recipe_for("lcm", "full")
+        recipe_for("lcmm", "full")

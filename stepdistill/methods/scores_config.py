@@ -1,4 +1,4 @@
-"""Options of distribution matching, shared by the methods built on dmd2."""
+"""Options of score distillation, shared by the methods built on `scores.ScoreDistillation`."""
 
 # Shapes: B batch. t: (B,).
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from stepdistill.core.method import Setting
 from stepdistill.core.path import VEPath
 from stepdistill.core.times import shift_times, uniform_times, unshift_times
-from stepdistill.losses.score import DenoisingSpace, ScoreWeight
+from stepdistill.losses.score import DenoisingSpace, DenoisingWeight, ScoreWeight
 from stepdistill.methods.gan import GANConfig
 from stepdistill.methods.rollout import RolloutConfig
+from stepdistill.methods.warm_start import WarmStartConfig
 
 
 def _check_range(value: tuple[float, float]) -> tuple[float, float]:
@@ -27,11 +28,14 @@ def _check_range(value: tuple[float, float]) -> tuple[float, float]:
 TimeRange = Annotated[tuple[float, float], AfterValidator(_check_range)]
 
 
-class DMD2Config(RolloutConfig):
-    """Options of dmd2."""
+class ScoreConfig(RolloutConfig):
+    """Options that every score distillation has; a method's own Config adds its own."""
 
     guidance: float = Field(default=1.75, ge=0)
     """Guidance g of the teacher, null + g (cond - null); 1 means none. The fake has none."""
+    skip_layers: tuple[str, ...] = ()
+    """Transformer blocks, by the family's names, that null passes leave out (skip-layer guidance,
+    FastGen's skip_layers); they then run apart from the others. Read where guidance is not 1."""
     order: Literal["critic_always", "exclusive"] = "critic_always"
     """Whether the first fake update of a step takes the student update's own sample
     (critic_always, DMD2) or a new one like the others (exclusive, as alternating trainers do)."""
@@ -45,8 +49,22 @@ class DMD2Config(RolloutConfig):
     """Gradient weight: per-sample L1 normaliser, VSD's sigma2, or uniform."""
     fake_space: DenoisingSpace = "native"
     """Space of the fake's denoising error; native is the network's own prediction type."""
+    fake_weight: DenoisingWeight = "none"
+    """Weight of the fake's denoising error over noise levels: none, alpha2 (alpha^2, SwiftBrush),
+    or edm (1 / sigma^2 + 1 / sigma_data^2 with fake_space x0, DMD2's for EDM teachers)."""
+    warm_start: WarmStartConfig = WarmStartConfig()
+    """Regression on the teacher's own trajectories in the first updates; off by default."""
     gan: GANConfig = GANConfig()
     """Adversarial term; off by default, and then no image is needed."""
+
+    def check_fake_weight(self, setting: Setting) -> None:
+        """Errors: ValueError for EDM's weight on an error that is not of x0."""
+        space = setting.kind if self.fake_space == "native" else self.fake_space
+        if self.fake_weight == "edm" and space != "x0":
+            raise ValueError(
+                f"fake_weight: expected none or alpha2 with errors in {space}, got edm. Set "
+                "fake_space: x0."
+            )
 
     def draw_times(self, setting: Setting, u: Tensor, t_range: tuple[float, float]) -> Tensor:
         """(B,) float64 from u ~ U(0, 1): the shifted uniform law cut to t_range, on the table.

@@ -1,0 +1,207 @@
+"""Train methods with one budget on one teacher, and judge them alike.
+
+The demo's digits where no --teacher is given. Without --budget: write the report of what
+output_dir holds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from stepdistill.config.flags import AT_COMMAS, CommandOptions, merge
+
+
+class Options(CommandOptions):
+    output_dir: str
+    """Folder of runs, students and report; the same call goes on there."""
+    budget: str | None = None
+    """Of each student: 240s (of one core; on CUDA, of time) or 500steps."""
+    methods: Annotated[tuple[str, ...], AT_COMMAS] = ()
+    """Which ones; with a teacher of yours also NAME=FILE.yaml."""
+    steps: tuple[int, ...] = ()
+    """Step counts; none means 1 2 4, or a recipe's own."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds."""
+    processes: int = 1
+    """Runs side by side."""
+    curve_points: int = 4
+    """Times that a student is judged while it trains, at the end, half, a quarter ... of its
+    budget; 1: at the end alone."""
+    discard_students: bool = False
+    """Keep none of them; else the best seed's pipeline of each method and step count stays in
+    OUTPUT_DIR/students."""
+
+    demo_teacher_steps: int | None = None
+    """The demo's teacher: a shorter training of it."""
+    demo_pairs: int | None = None
+    """The demo's teacher: noise-image pairs; none means 4096."""
+    demo_noise_seeds: int | None = None
+    """The demo's teacher: noise seeds to judge from; none means 5."""
+
+    teacher: str | None = None
+    """A teacher of yours: pipeline folder or Hub id. What follows goes with it alone."""
+    prompts_file: str | None = None
+    """Prompts to train with and to judge by, one a line."""
+    train_data_dir: str | None = None
+    """Images; without them methods learn from the teacher's own."""
+    reference: str | None = None
+    """Folder of real images to judge by; none: the teacher's images."""
+    features: tuple[str, ...] = ()
+    """Feature networks; see stepdistill evaluate."""
+    guidance: float | None = None
+    """null + g (cond - null), for teacher and every method."""
+    student: Literal["lora", "full"] | None = None
+    """How students store their weights, for every method."""
+    train_batch_size: int | None = Field(default=None, ge=1)
+    """For every method."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """For every method."""
+    resolution: int | None = Field(default=None, ge=1)
+    """Height and width in px."""
+    num_pairs: int = 1024
+    """Noise-image pairs of the teacher."""
+    pair_steps: int = 25
+    """Steps of its solver for them."""
+    teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 50)
+    """Step counts that it is judged at."""
+    num_prompts: int | None = None
+    """Prompts to judge with; none means all."""
+    num_images_per_prompt: int | None = None
+    """Images to judge with of each prompt."""
+    batch_size: int | None = None
+    """Images drawn at once."""
+    settings: dict[str, Any] = Field(default={})
+    """Laid over every method's file; of --config files all keys of a run that aren't options
+    here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_files(cls, data: Any) -> Any:
+        from stepdistill.config.run import RunConfig
+
+        own = {key: value for key, value in data.items() if key in cls.model_fields}
+        runs = {key: value for key, value in data.items() if key in RunConfig.model_fields}
+        runs = {key: value for key, value in runs.items() if key not in own}
+        rest = {key: value for key, value in data.items() if key not in {**own, **runs}}
+        if runs:
+            own["settings"] = merge(runs, own.get("settings", {}))
+        return {**own, **rest}
+
+
+EVALUATION = ("num_prompts", "num_images_per_prompt", "batch_size")
+OWN = (
+    "teacher", "prompts_file", "train_data_dir", "reference", "features", "settings", "guidance",
+    "student", "train_batch_size", "mixed_precision", "resolution", "num_pairs", "pair_steps",
+    "teacher_steps",
+)  # fmt: skip
+
+
+def run(options: Options) -> None:
+    """Run what is missing and write the report."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs, too
+    try:
+        compare(options)
+    except KeyboardInterrupt:
+        print("stopped: the same call goes on.", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def compare(args: Options) -> Any:
+    """The report.Comparison that the command ends with. Errors: ValueError for wrong options."""
+    from stepdistill.comparison import report, runs
+    from stepdistill.comparison.students import Budget, left_out
+
+    _check_numbers(args)
+    out = Path(args.output_dir)
+    if args.budget is None:
+        if args.methods:
+            raise ValueError("budget: expected such as 240s beside --methods, got none.")
+        return _show(report.write(out), out)
+    budget = Budget.parse(args.budget)
+    kind, options, settled = _described(args)
+    ground = runs.make_ground(out, kind, options)
+    methods = _method_names(args.methods)
+    chosen = ground.students(methods, args.steps or None)
+    if not chosen:
+        raise ValueError(f"steps: expected step counts that the methods claim, got {args.steps}.")
+    for student in chosen:
+        ground.check_settings(student)
+    runs.check_finished(out, ground, chosen, args.seeds)
+    ground.check()
+    absent = left_out(ground.reaches(methods), chosen)
+    more: dict[str, Any] = {"curve_points": args.curve_points, "left_out": absent}
+    more["keeps"] = not args.discard_students
+    runs.write_plan(out, kind, options, budget, settled, **more)
+    for name, why in absent.items():
+        print(f"{name}: left out, {why}", flush=True)
+    ground.prepare(ground.needs_pairs(chosen))
+
+    def told(line: str) -> None:
+        print(line, flush=True)
+        report.write(out)
+
+    threads = 1 if kind == "digits" else max(1, (os.cpu_count() or 1) // args.processes)
+    runs.run_all(out, chosen, args.seeds, args.processes, threads, told)
+    return _show(report.write(out), out)
+
+
+def _check_numbers(args: Options) -> None:
+    """Errors: ValueError for numbers that are too small or said twice."""
+    least = {"curve_points": args.curve_points, "processes": args.processes}
+    for name, value in {**least, "steps": min(args.steps, default=1)}.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}.")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds, default=-1) < 0:
+        raise ValueError(f"seeds: expected different ones from 0 on, got {args.seeds}.")
+
+
+def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(kind of ground, its options, those that must not change between calls)."""
+    if args.teacher is None:
+        stray = [name for name in (*OWN, *EVALUATION) if name in args.model_fields_set]
+        if stray:
+            raise ValueError(f"{stray[0]}: expected it beside --teacher alone, got no teacher.")
+        given = {
+            "teacher_steps": args.demo_teacher_steps,
+            "pairs": args.demo_pairs,
+            "noise_seeds": args.demo_noise_seeds,
+        }
+        options = {name: value for name, value in given.items() if value is not None}
+        return "digits", options, options
+    from stepdistill.comparison.own_teacher import Own, split_methods
+
+    for name in ("prompts_file", "features", "methods"):
+        if not getattr(args, name):
+            raise ValueError(f"{name}: expected it beside --teacher, got none.")
+    if not Path(str(args.prompts_file)).is_file():
+        raise ValueError(f"prompts_file: expected a text file, got {args.prompts_file!r}.")
+    if args.guidance is None:
+        print(
+            "guidance: none given, so each method follows that of its own file (the report says "
+            "which), not one teacher. Give --guidance for all.",
+            file=sys.stderr,
+        )
+    told = {name: getattr(args, name) for name in OWN if name in args.model_fields_set}
+    judging = {n: getattr(args, n) for n in EVALUATION if n in args.model_fields_set}
+    own = Own(**told, methods=split_methods(args.methods), eval_options=judging)
+    return "own", asdict(own), own.settled()
+
+
+def _method_names(texts: Sequence[str] | None) -> list[str]:
+    return [text.partition("=")[0] for text in texts or []]
+
+
+def _show(found: Any, out: Path) -> Any:
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"report: {out / 'report.html'}")
+    return found

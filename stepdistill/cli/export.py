@@ -1,0 +1,29 @@
+"""Export a checkpoint of a run as a pipeline or a LoRA."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic_settings import CliPositionalArg
+
+from stepdistill.config.flags import CommandOptions
+
+
+class Options(CommandOptions):
+    run_dir: CliPositionalArg[str]
+    """output_dir of a training run."""
+    out_dir: CliPositionalArg[str]
+    """Folder to write."""
+    checkpoint: str | None = None
+    """best, or checkpoint-N; none means the newest."""
+    num_steps: int | None = None
+    """A step count of the trained grid."""
+    format: Literal["pipeline", "lora", "diffusers", "kohya", "comfyui"] = "pipeline"
+    """A whole pipeline or an adapter; diffusers is lora by another name."""
+
+
+def run(options: Options) -> None:
+    from stepdistill.trainers import trainer_of_run
+
+    trainer = trainer_of_run(options.run_dir, options.checkpoint)
+    print(trainer.export(options.out_dir, options.num_steps, options.format))

@@ -1,0 +1,34 @@
+"""Make noise-image pairs with the teacher's solver, or of real images, for reflow."""
+
+from __future__ import annotations
+
+from stepdistill.config.teacher import TeacherOptions
+
+
+class Options(TeacherOptions):
+    prompts_file: str | None = None
+    """Noises are solved to images of these prompts."""
+    invert: str | None = None
+    """Or a folder of real images, inverted to noises (rf++)."""
+    pairs_dir: str
+    """Folder of the set; a call that was cut off goes on there."""
+    num_pairs: int | None = None
+    """Needed with prompts_file; none means all images of invert."""
+    num_steps: int = 50
+    """Steps of the teacher's solver."""
+    guidance: float = 1.0
+    """null + g (cond - null)."""
+    resolution: int | None = None
+    """Height and width in px; none means the model's own size."""
+    batch_size: int = 16
+    """Pairs solved at once; the last bits of a network depend on it."""
+    seed: int = 0
+    """Pair i starts from noise of seed + i."""
+
+
+def run(options: Options) -> None:
+    from stepdistill.pairs.teacher import make_pairs
+
+    given = options.model_dump(exclude=set(TeacherOptions.model_fields))
+    where = (given.pop("prompts_file"), given.pop("pairs_dir"))
+    print(make_pairs(options.source, *where, train_data_dir=given.pop("invert"), **given))

@@ -1,0 +1,21 @@
+"""Draw a run's report.html again from its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic_settings import CliPositionalArg
+
+from stepdistill.config.flags import CommandOptions
+
+
+class Options(CommandOptions):
+    run_dir: CliPositionalArg[str]
+    """output_dir of a finished or running training run."""
+
+
+def run(options: Options) -> None:
+    from stepdistill.reporting.page import write_run_report
+    from stepdistill.storage.files import write_text
+
+    print(write_run_report(Path(options.run_dir), write_text))

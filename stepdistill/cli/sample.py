@@ -1,0 +1,28 @@
+"""Sample an exported pipeline with the steps and guidance it was trained for."""
+
+from __future__ import annotations
+
+from pydantic_settings import CliPositionalArg
+
+from stepdistill.config.flags import CommandOptions
+
+
+class Options(CommandOptions):
+    model_dir: CliPositionalArg[str]
+    """Exported pipeline folder."""
+    prompt: list[str]
+    """Prompts (or class labels), an image each."""
+    num_steps: int | None = None
+    """A step count of the trained grid."""
+    seed: int = 0
+    """Of the first image's noise; the next ones count on."""
+    output_dir: str = "samples"
+    """Folder of the images."""
+
+
+def run(options: Options) -> None:
+    from stepdistill.export.run import sample_export
+
+    told = (options.model_dir, options.prompt, options.output_dir, options.num_steps, options.seed)
+    for path in sample_export(*told):
+        print(path)

@@ -1,0 +1,299 @@
+"""Options of any command from YAML files and flags: files merge left to right, flags come last.
+
+A command's options are a pydantic model: names, types, defaults and help text in one place. Flags
+and --help are made from it by pydantic-settings, values are checked by pydantic, and whatever is
+wrong is a ValueError, which `mistakes_in_one_line` makes one line and status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class CommandOptions(BaseModel):
+    """Base of a command's options; a field's docstring is its help text."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def _at_commas(value: Any) -> Any:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    return [part for text in texts for part in text.split(",") if part]
+
+
+AT_COMMAS = BeforeValidator(_at_commas)  # of names, none of which holds a comma: a,b is a b
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Within: a user's mistake ends the process with one line and status 1."""
+    try:
+        yield
+    except (ValueError, TypeError, FloatingPointError, OSError) as err:
+        sys.exit("error: " + " ".join(str(err).split()))
+
+
+# ------------------------------------------------------------------------------------ files
+def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `update` laid over it, nested mappings key by key."""
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        nested = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if nested else value  # type: ignore[arg-type]
+    return merged
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Errors: ValueError for a missing file or another shape."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--config: expected a YAML file, got {str(path)!r}, which is not there.")
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ValueError(f"{path}: expected valid YAML, got {' '.join(str(err).split())}.") from err
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected a mapping of options, got {type(loaded).__name__}.")
+    return loaded
+
+
+def read_config_files(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(the files of --config merged, the other arguments)."""
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", nargs="+", action="extend", default=[])
+    known, rest = first.parse_known_args(list(argv))
+    values: dict[str, Any] = {}
+    for path in known.config:
+        values = merge(values, read_yaml(path))
+    return values, rest
+
+
+# ------------------------------------------------------------------------------------ names
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union, without what annotates them."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) not in (Union, UnionType):
+        return [annotation]
+    return [member for one in get_args(annotation) for member in _members(one)]
+
+
+def _is(annotation: Any, *kinds: type) -> bool:
+    kind = get_origin(annotation) or annotation
+    return isinstance(kind, type) and issubclass(kind, kinds)
+
+
+def _sub_models(info: FieldInfo) -> list[type[BaseModel]]:
+    return [one for one in _members(info.annotation) if _is(one, BaseModel)]
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every option of a config class by its dotted name."""
+    found = {}
+    for name, info in model.model_fields.items():
+        found[prefix + name] = info
+        for sub_model in _sub_models(info):
+            found |= fields_of(sub_model, f"{prefix}{name}.")
+    return found
+
+
+def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Up to three of the known names that are most like it."""
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+
+
+def explain(err: ValidationError, model: type[BaseModel], where: str) -> ValueError:
+    """One ValueError that lists what is wrong, with the nearest names for unknown keys."""
+    lines = []
+    for item in err.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = nearest(key, fields_of(model)) or "none"
+            lines.append(f"expected a known option, got {key!r}. Nearest: {near}.")
+        elif item["type"] == "missing":
+            lines.append(f"expected {key}, got nothing. Set it in a config file or as --{key}.")
+        elif item["type"] == "value_error":  # a rule of ours, which says it all
+            lines.append(f"{item['ctx']['error']}".rstrip(".") + ".")
+        else:
+            lines.append(f"{key}: {item['msg']}, got {item['input']!r}.")
+    return ValueError(f"{where}: " + " ".join(lines))
+
+
+# ------------------------------------------------------------------------------------ flags
+class _Flags(BaseSettings):
+    """How pydantic-settings makes flags of the fields; their values are read here."""
+
+    model_config = SettingsConfigDict(cli_implicit_flags=True, cli_kebab_case=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"flags: {message}. {self.prog} --help lists the options.")
+
+
+def _add(parser: Any, *names: str, **options: Any) -> Any:
+    """add_argument of a field: lists take several values, as often as they are given."""
+    if options.get("action") == "append":
+        options |= {"action": "extend", "nargs": "+"}
+        options["metavar"] = re.sub(r"^\w+\[(\w+)(,\.\.\.)?\]$", r"\1", options["metavar"])
+    return argparse.ArgumentParser.add_argument(parser, *names, **options)
+
+
+def parse_options(
+    model: type[M],
+    argv: Sequence[str],
+    prog: str,
+    about: str = "",
+    values: Mapping[str, Any] | None = None,
+) -> M:
+    """The options that flags describe, laid over those of the files.
+
+    Args: about: the command in a sentence, for --help. values: what the files of --config say;
+        none: argv may hold them.
+    Errors: ValueError for unknown or malformed options; SystemExit for --help.
+    """
+    argv = list(argv)
+    if values is None:
+        values, argv = read_config_files(argv)
+    known = fields_of(model)
+    parser = _Parser(
+        prog=prog,
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    told = "YAML files of these options, merged left to right; flags are laid over them"
+    parser.add_argument("--config", nargs="+", metavar="FILE", help=told)
+    fields: dict[str, Any] = {k: (info.annotation, info) for k, info in model.model_fields.items()}
+    shape = create_model(model.__name__, __base__=_Flags, **fields)
+    CliSettingsSource(shape, root_parser=parser, add_argument_method=_add)
+    argv = _spelt_out(argv, known)
+    _check_known(argv, known)
+    given = {name: text for name, text in vars(parser.parse_args(argv)).items() if name in known}
+    for name in sorted(given, key=lambda name: name.count(".")):  # JSON of a group comes first
+        value = _decoded(known[name].annotation, given[name], name)
+        values = merge(values, _nested(name, value))
+    try:
+        return model(**values)
+    except ValidationError as err:
+        raise explain(err, model, "config") from err
+
+
+def _spelt_out(argv: Sequence[str], known: Mapping[str, FieldInfo]) -> list[str]:
+    """Flags as argparse takes them: --mapping.key 1 is --mapping key=1; a switch that takes a
+    third value too (auto) gets the one that it stands for."""
+    thirds = {
+        name for name, info in known.items() if bool in (kinds := _members(info.annotation))
+        and len(kinds) > 1
+    }  # fmt: skip
+    spelt: list[str] = []
+    key = ""
+    for arg, after in pairwise([*argv, "--"]):
+        flag, equals, text = arg.partition("=")
+        name = flag[2:] if flag.startswith("--") else ""
+        mapping = _mapping_of(name, known)
+        if key:
+            spelt.append(f"{key}={arg}")
+            key = ""
+        elif name.removeprefix("no-") in thirds and name.startswith("no-"):
+            spelt += [f"--{name[3:]}", "false"]
+        elif name in thirds and not equals:
+            spelt += [arg, "true"] if after.startswith("--") else [arg]
+        elif mapping:
+            key = name[len(mapping) + 1 :]
+            spelt.append(f"--{mapping}")
+            if equals:
+                spelt.append(f"{key}={text}")
+                key = ""
+        else:
+            spelt.append(arg)
+    return spelt
+
+
+def _mapping_of(name: str, known: Mapping[str, FieldInfo]) -> str:
+    """The option, a mapping, that a dotted name is a key of; "" where there is none."""
+    above = name.rpartition(".")[0]
+    while above and name not in known:
+        if above in known:
+            kinds = _members(known[above].annotation)
+            return above if any(_is(kind, Mapping) for kind in kinds) else ""
+        above = above.rpartition(".")[0]
+    return ""
+
+
+def _check_known(argv: Sequence[str], known: Mapping[str, FieldInfo]) -> None:
+    names = {*known, "help", "config", *(f"no-{name}" for name in known)}
+    flags = [arg.split("=")[0][2:] for arg in argv if arg.startswith("--")]
+    unknown = [flag for flag in flags if flag and flag not in names]
+    if unknown:
+        near = {flag: nearest(flag, known) for flag in unknown}
+        raise ValueError(f"flags: expected known options, got {unknown}. Nearest: {near}.")
+
+
+def _decoded(annotation: Any, value: Any, where: str) -> Any:
+    """What pydantic is told of a flag's text or texts: JSON where that may be, `null` for none."""
+    kinds = _members(annotation)
+    texts = value if isinstance(value, list) else [value]
+    if texts == ["null"] and type(None) in kinds:
+        return None
+    mappings = [kind for kind in kinds if _is(kind, Mapping, BaseModel)]
+    sequences = [kind for kind in kinds if _is(kind, Sequence) and kind is not str]
+    if mappings and (str not in kinds or any("=" in t or t.startswith("{") for t in texts)):
+        return _mapping(texts, where)
+    if not sequences:
+        return texts[-1]
+    numbers = {int, float} & {*get_args(sequences[0])}
+    found: list[Any] = []
+    for text in texts:
+        listed = _json_or(text.split(",") if numbers else [text], text)
+        found += listed if isinstance(listed, list) else [text]
+    return found if numbers else [x if isinstance(x, str) else json.dumps(x) for x in found]
+
+
+def _json_or(other: Any, text: str) -> Any:
+    """What the text is as JSON, where it is some."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return other
+
+
+def _mapping(texts: Sequence[str], where: str) -> dict[str, Any]:
+    """One mapping of JSON objects and of key=value, in which a dotted key is one in another."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, rest = text.partition("=")
+        value = _json_or(None, text)
+        if not isinstance(value, dict):
+            if not equals:
+                raise ValueError(f"{where}: expected KEY=VALUE or a JSON object, got {text!r}.")
+            value = _nested(key, _json_or(rest, rest))
+        found = merge(found, value)
+    return found
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    """The mapping in which a dotted name is the value."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]

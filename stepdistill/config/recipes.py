@@ -1,0 +1,145 @@
+"""The runs that methods' recipes describe: settings as files for `stepdistill train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stepdistill.config.files import resolve_method
+from stepdistill.config.flags import merge
+from stepdistill.core.method import Data, Method
+from stepdistill.core.recipe import Recipe
+from stepdistill.methods import METHODS
+
+# Options that count student updates: they keep their share of a run that is longer or shorter.
+COUNTED_OPTIONS = ("anneal_steps",)
+
+COMMON: dict[str, Any] = {
+    "train_batch_size": 64,
+    "learning_rate": 1e-3,
+    "role_learning_rates": {},
+    "lr_scheduler": "cosine",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.99,
+    "adam_weight_decay": 0.0,
+    "max_grad_norm": 100.0,
+    "ema_decay": 0.98,
+    "checkpointing_steps": 0,
+    "logging_steps": 5,
+    "max_train_steps": 1000,
+    "tuning": {"student": "full", "fake": "full"},
+}
+# An adapter of 183k parameters' projections and convolutions wants twice the rate of full tuning.
+LORA: dict[str, Any] = {
+    "tuning": {"student": "lora", "fake": "lora", "rank": 16, "alpha": 16},
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One `stepdistill train`. settings: its config file's content, max_train_steps included.
+
+    share: of the student's time budget. starts_from: the teacher, the student of the training
+    before (init_student_from), or that one's export as the model, teacher and student alike.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    data: Data
+    share: float = 1.0
+    starts_from: Literal["teacher", "student", "model"] = "teacher"
+
+    def lasting(self, updates: int) -> dict[str, Any]:
+        """The settings of a run of that many student updates."""
+        options = dict(self.settings.get("method_config", {}))
+        for name in COUNTED_OPTIONS:
+            if name in options:
+                done = options[name] / self.settings["max_train_steps"]
+                options[name] = max(1, round(done * updates))
+        return merge(self.settings, {"max_train_steps": updates, "method_config": options})
+
+
+@dataclass(frozen=True)
+class MethodRecipe:
+    """A recipe with the method it stands on. student: "full" or "lora"."""
+
+    method: type[Method[Any]]
+    recipe: Recipe
+    student: str = "full"
+
+    @property
+    def claims(self) -> tuple[int, ...]:
+        """The step counts it is meant for."""
+        return self.recipe.steps or self.method.steps
+
+    @property
+    def needs_pairs(self) -> bool:
+        first = self.recipe.first
+        return "pairs" in {self.method.data, *([METHODS[first.method].data] if first else [])}
+
+    def settings(self, num_steps: int) -> dict[str, Any]:
+        """The config file's content for a student of that many steps."""
+        options = {"method_config": self.method.for_steps(num_steps)}
+        made = merge(self._over_common(self.method.name, self.recipe.settings), options)
+        return merge(made, self.recipe.by_steps.get(num_steps, {}))
+
+    def _over_common(self, method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        made = merge({**COMMON, "method": method}, settings)
+        return as_lora(made) if self.student == "lora" else made
+
+    def trainings(self, num_steps: int) -> list[Training]:
+        """What trains a student of that many steps, in order."""
+        own, data, first = self.settings(num_steps), self.method.data, self.recipe.first
+        if first is None or num_steps > 1:
+            return [Training(self.method.name, own, data)]
+        warm = self._over_common(first.method, first.settings)
+        return [
+            Training(first.label, warm, METHODS[first.method].data, first.share),
+            Training(self.method.name, own, data, 1.0 - first.share, first.gives),
+        ]
+
+    def describe(self) -> str:
+        """Batch and rates in a few words."""
+        common = self._over_common(self.method.name, self.recipe.settings)
+        rates = {"student": common["learning_rate"], **common["role_learning_rates"]}
+        told = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
+        return f"batch {common['train_batch_size']}, learning rates {told}"
+
+
+def recipes() -> dict[str, MethodRecipe]:
+    """Every method's recipes by name; of one that states none, the common settings."""
+    return {
+        recipe.name: MethodRecipe(cls, recipe)
+        for cls in METHODS.values()
+        for recipe in cls.digits or (Recipe(cls.name),)
+    }
+
+
+def recipe_name(name: str) -> str:
+    """The recipe of that name, or of the method that users call so. Errors: ValueError."""
+    known = recipes()
+    try:
+        return name if name in known else resolve_method(name)[0]
+    except ValueError as err:
+        raise ValueError(f"expected a method of {sorted(known)}, got {name!r}.") from err
+
+
+def recipe_for(name: str, student: str) -> MethodRecipe:
+    """The recipe of that name for a full or LoRA student. Errors: ValueError naming the choices."""
+    try:
+        made = recipes()[recipe_name(name)]
+    except ValueError as err:
+        raise ValueError(f"demo: {err}") from err
+    if student not in made.recipe.layouts:
+        raise ValueError(
+            f"demo: expected a student of {made.recipe.layouts} with {name}, got {student!r}."
+        )
+    return MethodRecipe(made.method, made.recipe, student)
+
+
+def as_lora(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with adapters in place of copies, at twice the learning rates."""
+    rates = {role: 2 * rate for role, rate in settings["role_learning_rates"].items()}
+    doubled = {"learning_rate": 2 * settings["learning_rate"], "role_learning_rates": rates}
+    return merge(settings, {**LORA, **doubled})

@@ -1,0 +1,32 @@
+"""The options that say which teacher, the same in every command that loads one."""
+
+from __future__ import annotations
+
+from stepdistill.config.flags import CommandOptions
+from stepdistill.loading.source import ModelSource
+
+
+class TeacherOptions(CommandOptions):
+    """Which teacher: `source` is all of it in one value."""
+
+    pretrained_model_name_or_path: str
+    """Teacher pipeline: local folder or Hub id."""
+    revision: str | None = None
+    """Hub revision of the teacher."""
+    variant: str | None = None
+    """Weight-file variant of the teacher, such as fp16."""
+    teacher_lora: tuple[str, ...] = ()
+    """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
+    single_file_config: str | None = None
+    """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
+
+    @property
+    def source(self) -> ModelSource:
+        """The teacher."""
+        return ModelSource(
+            self.pretrained_model_name_or_path,
+            self.revision,
+            self.variant,
+            self.teacher_lora,
+            self.single_file_config,
+        )

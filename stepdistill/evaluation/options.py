@@ -1,0 +1,101 @@
+"""What to evaluate and how: the options of `evaluate`, of its command and of whoever calls it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, model_validator
+
+from stepdistill.config.flags import CommandOptions
+from stepdistill.loading.source import ModelSource
+
+from .presets import preset
+
+
+class Options(CommandOptions):
+    """Options by the names of the command's flags; a preset's defaults lie under what is given."""
+
+    model_config = ConfigDict(frozen=True)
+
+    teacher: str
+    """Pipeline folder or Hub id."""
+    student: tuple[str, ...]
+    """Exports, run folders or other pipelines."""
+    steps: tuple[int, ...] = ()
+    """Step counts to export a run for."""
+    teacher_steps: tuple[int, ...] = (50,)
+    """Step counts of the teacher; the most is the reference."""
+    prompts_file: str | None = None
+    """One prompt (or class label) a line."""
+    first_frames: str | None = None
+    """Of an image-to-video pipeline, in place of prompts: a folder of images and metadata.jsonl
+    (file_name, text)."""
+    output_dir: str = "evaluation"
+    """Folder of the report; features lie there, so that a call that was cut off goes on."""
+    features: tuple[str, ...] = ()
+    """Feature networks: digits, inception:FILE, clip:MODEL[,WEIGHTS], dino:DIR_OR_HUB_ID."""
+    reference: str | None = None
+    """Folder of real images; none: the teacher's own are the reference."""
+    preset: str | None = None
+    """A protocol of the field; the presets are listed below."""
+    num_prompts: int | None = None
+    """The first ones; none means all."""
+    num_images_per_prompt: int = 1
+    """2 or more for diversity."""
+    num_reference: int | None = None
+    """The first images by name; none means all."""
+    seeds: tuple[int, ...] = (0,)
+    """Noise seeds, a whole set of images each."""
+    batch_size: int = 8
+    """Images drawn at once; changes times alone."""
+    shard_images: int = 64  # few enough for processes to share a small evaluation
+    """Images between files, which processes share."""
+    guidance: float | None = None
+    """Of the teacher, null + g (cond - null)."""
+    student_guidance: float = 1.0
+    """Of students without distillation.json."""
+    teacher_lora: tuple[str, ...] = ()
+    """path[:scale] of each LoRA merged into the teacher."""
+    single_file_config: str | None = None
+    """Pipeline folder of a single-file teacher."""
+    resolution: int | None = None
+    """Height and width in px."""
+    num_frames: int | None = None
+    """Of a video; none means the model's own."""
+    frames: str | None = None
+    """Of a video that are seen: first, all, or a number of them evenly apart; none means 4."""
+    size_px: int | None = None
+    """Resize to that side before the feature network."""
+    crop_px: int | None = None
+    """Take the middle patch of that side first."""
+    resize_filter: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
+    """Of size_px."""
+    nearest_k: int = 3
+    """Neighbours of precision and recall."""
+    dtype: Literal["float32", "bf16", "fp16"] = "float32"
+    """Of the pipelines' weights."""
+    clip: str | None = None
+    """MODEL[,WEIGHTS] of a CLIP score: an open_clip model; with a file of OpenAI's weights the one
+    named -quickgelu."""
+    hps: str | None = None
+    """File of HPSv2 weights."""
+    aesthetic: str | None = None
+    """HEAD[,WEIGHTS]: a linear head on OpenAI's CLIP ViT-L/14 (ViT-L-14-quickgelu); WEIGHTS: a
+    local file of it."""
+    num_previews: int = 12
+    """Images shown of each."""
+
+    @property
+    def source(self) -> ModelSource:
+        """The teacher."""
+        return ModelSource.of(
+            self.teacher,
+            teacher_lora=self.teacher_lora,
+            single_file_config=self.single_file_config,
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, data: Any) -> Any:
+        name = data.get("preset") if isinstance(data, dict) else None
+        return data if name is None else {**preset(name).options, **data}

@@ -1,0 +1,128 @@
+"""What a pipeline's configurations describe, built without memory before any weight is read.
+
+A number with three zeros too many would ask for terabytes, one that does not fit for a traceback
+from deep inside. Networks are built on torch's meta device, and the shapes they need are held
+against the headers of the files beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from stepdistill.storage.files import one_line
+
+MAX_SIDE = 16384  # of a sample, in latents or px
+MAX_TIMESTEPS = 100_000  # of a noise table
+MAX_LAYERS = 10_000
+
+
+def check_on_paper(
+    model: str | Path, index: Mapping[str, Any], left_out: Mapping[str, Any], **hub: Any
+) -> None:
+    """Errors: ValueError for a part whose configuration describes nothing that can be built, or
+    another network than its weights are of; it names the file and the value.
+
+    Args: index: model_index.json, looked through (see `check_index`). left_out: parts that are not
+        loaded.
+    """
+    for name, entry in index.items():
+        named = isinstance(entry, list | tuple) and len(entry) == 2
+        if name.startswith("_") or name in left_out or not named:
+            continue
+        library, cls_name = entry
+        cls = getattr(import_module(library), cls_name, None) if library in _BUILT else None
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            continue
+        where = f"{model}/{name}/config.json"
+        stock = library == "diffusers"
+        config = _config(cls, stock, model, name, hub, where)
+        check_numbers(config, where)
+        net = _on_meta(cls, stock, config, where)
+        if "quantization_config" not in config:
+            _check_shapes(net, Path(model) / name, where)
+
+
+_BUILT = ("diffusers", "transformers")
+
+
+def _within(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+    rule = f"a whole number from {low} to {high}"
+    return lambda v: type(v) is int and low <= v <= high, rule
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+_FRACTION = (lambda v: _finite(v) and 0 < v < 1, "a number between 0 and 1")
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("sample_size", "sample_height", "sample_width"), _within(1, MAX_SIDE)),
+    "num_train_timesteps": _within(1, MAX_TIMESTEPS),
+    "num_hidden_layers": _within(0, MAX_LAYERS),
+    "scaling_factor": (lambda v: _finite(v) and v != 0, "a finite number other than 0"),
+    "shift_factor": (_finite, "a finite number"),
+    **dict.fromkeys(("beta_start", "beta_end"), _FRACTION),
+}
+
+
+def check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """Errors: ValueError for a value that no stock class looks at before it is used."""
+    for key, (holds, rule) in _RULES.items():
+        value = config.get(key)
+        every = value if isinstance(value, list | tuple) else [value]
+        if value is not None and not all(holds(one) for one in every):
+            raise ValueError(f"{where}: expected {key} to be {rule}, got {value!r}.")
+
+
+def _config(
+    cls: Any, diffusers: bool, model: str | Path, name: str, hub: Any, where: str
+) -> dict[str, Any]:
+    try:
+        if diffusers:
+            found = cls.load_config(str(model), subfolder=name, **hub)
+        else:
+            found = cls.config_class.get_config_dict(str(model), subfolder=name, **hub)[0]
+    except Exception as err:  # whatever broken files make the stock readers stumble over
+        raise ValueError(
+            f"{where}: expected a readable configuration, got {one_line(err)}"
+        ) from err
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected an object, got {type(found).__name__}.")
+    return found
+
+
+def _on_meta(cls: Any, diffusers: bool, config: dict[str, Any], where: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            if diffusers:
+                net: nn.Module = cls.from_config(config)
+            else:
+                net = cls(cls.config_class.from_dict(config))
+    except Exception as err:  # whatever a stock class raises at values that do not go together
+        raise ValueError(
+            f"{where}: expected a config that {cls.__name__} can be built from, got "
+            f"{one_line(err)}."
+        ) from err
+    return net
+
+
+def _check_shapes(net: nn.Module, folder: Path, where: str) -> None:
+    """Errors: ValueError where a weight in the folder has another shape than the network's."""
+    needed = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                shape = tuple(opened.get_slice(name).get_shape())
+                if name in needed and shape != needed[name]:
+                    raise ValueError(
+                        f"{where}: expected the network of {file.name}, whose {name} is of "
+                        f"{shape}, got a description of one with {needed[name]}."
+                    )

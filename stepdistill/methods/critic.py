@@ -1,0 +1,111 @@
+"""The fake half of score distillation: a denoiser, and a head, fitted to the student's own samples.
+
+Base of `scores.ScoreDistillation`, whose docstring lists what may be overridden; alone it serves a
+method that wants the student's score for another loss.
+"""
+
+# Shapes: B batch, C channels, *S spatial or (F, H, W). t: (B,).
+
+from __future__ import annotations
+
+import warnings
+from typing import Generic, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from stepdistill.core.context import Ctx
+from stepdistill.core.method import Method, Nets, Phase, Role, Setting
+from stepdistill.core.solvers import SamplerSpec
+from stepdistill.core.types import Batch, Cond, Losses
+from stepdistill.losses.score import denoising_loss, denoising_weight
+from stepdistill.methods.gan import disc_loss
+from stepdistill.methods.rollout import Rollout, Sample, warn_x0_gain
+from stepdistill.methods.scores_config import ScoreConfig, TimeRange
+
+S = TypeVar("S", bound=ScoreConfig)
+
+
+class CriticMethod(Method[S], Generic[S]):
+    """A few-step student by the rollout, and the fake that knows its distribution."""
+
+    def __init__(self, config: S, setting: Setting) -> None:
+        super().__init__(config, setting)
+        config.check_fake_weight(setting)
+        if config.skip_layers and self.guidance_of(config) == (1.0, 1.0):
+            warnings.warn(
+                f"skip_layers {config.skip_layers} has no effect: guidance 1 has no null pass.",
+                stacklevel=2,
+            )
+        self.rollout = Rollout(config, setting.path, config.trained_times(setting))
+        warn_x0_gain(self.name, setting, self.rollout.times[0])
+
+    @property
+    def needs(self) -> frozenset[str]:
+        x0 = {"x0"} if self.config.rollout == "data" else set()
+        return frozenset({"cond", *x0, *({"real"} if self.config.gan.enabled else ())})
+
+    def roles(self) -> dict[str, Role]:
+        trained = {"student": Role(train=True), "fake": Role(train=True)}
+        return {"teacher": Role(), **trained, **self.config.gan.roles()}
+
+    def critic_phase(self) -> Phase:
+        """critic_steps updates of the fake and, where there is one, the head."""
+        trained = ("fake", *self.config.gan.roles())
+        reads = ("x0" in self.needs, "real" in self.needs)
+        return Phase("fake", self.fake_loss, trained, self.config.critic_steps, *reads)
+
+    def sampler(self, num_steps: int | None = None) -> SamplerSpec:
+        return self.config.spec(self.setting, num_steps)
+
+    def sample(self, nets: Nets, batch: Batch, ctx: Ctx) -> Sample:
+        """What the student makes; only its last call carries gradients."""
+        return self.rollout.sample(nets, batch, ctx)
+
+    def draw_times(self, ctx: Ctx, bsz: int, t_range: TimeRange) -> Tensor:
+        """(B,) noise levels in that range."""
+        return self.config.draw_times(self.setting, ctx.stratified(bsz), t_range)
+
+    def noised(self, ctx: Ctx, sample: Sample, t_range: TimeRange) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t (B, C, *S), t (B,), noise (B, C, *S)) of a sample at a drawn noise level."""
+        t, noise = self.draw_times(ctx, len(sample.x0), t_range), ctx.randn(tuple(sample.x0.shape))
+        return self.setting.path.add_noise(sample.x0, noise, t), t, noise
+
+    def fake_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
+        """`denoising` of a student sample and, where there is a head, its own loss."""
+        config, sample = self.config, self.critic_sample(nets, batch, ctx)
+        error = self.denoising(nets, batch, ctx, sample)
+        losses = Losses(error, {"fake": error.detach()})
+        if not config.gan.enabled:
+            return losses
+
+        def draw() -> Tensor:
+            return self.draw_times(ctx, batch.bsz, config.fake_t_range)
+
+        real, path = Sample(*batch.real), self.setting.path
+        disc, logs = disc_loss(nets, config.gan, ctx, path, real, sample, draw)
+        return losses.plus(config.gan.weight_d, disc, **logs)
+
+    def critic_sample(self, nets: Nets, batch: Batch, ctx: Ctx) -> Sample:
+        """A sample without graph: the student update's own if `order` says so and it made one."""
+        if self.config.order == "critic_always" and ctx.repeat == 0 and "sample" in ctx.carry:
+            return cast(Sample, ctx.carry["sample"])
+        with torch.no_grad():
+            return self.sample(nets, batch, ctx)
+
+    def denoising(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Tensor:
+        """The fake's weighted denoising error on a sample."""
+        config, (x_t, t, noise) = self.config, self.noised(ctx, sample, self.config.fake_t_range)
+        cond = self.fake_cond(sample.cond, batch.null, ctx)
+        pred = nets["fake"](x_t, t, cond, batch.null, self.fitted_guidance)
+        weight = denoising_weight(config.fake_weight, pred.path.coeffs(pred.t))
+        return denoising_loss(pred, sample.x0, noise, config.fake_space, weight)
+
+    def fake_cond(self, cond: Cond, null: Cond, ctx: Ctx) -> Cond:
+        """The condition the fake is fitted under; a method that guides it drops some to `null`."""
+        return cond
+
+    @property
+    def fitted_guidance(self) -> float:
+        """Guidance of the fake's prediction that is fitted: none in all but SiD-LSG."""
+        return 1.0

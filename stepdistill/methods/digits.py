@@ -1,0 +1,44 @@
+"""What the methods' recipes for the demo's digits share. Their teacher is judged without guidance.
+
+Lists, not tuples: a recipe is written to a YAML file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stepdistill.core.recipe import First
+
+UNGUIDED: dict[str, Any] = {"guidance_range": [1.0, 1.0]}
+
+
+def score(**options: Any) -> dict[str, Any]:
+    """Score matching against a moving fake does better without momentum."""
+    return {
+        "adam_beta1": 0.0,
+        "role_learning_rates": {"fake": 2e-3},
+        "max_train_steps": 600,
+        "method_config": {"critic_steps": 2, **options},
+    }
+
+
+def regression(max_train_steps: int = 2000, **options: Any) -> dict[str, Any]:
+    """On the teacher's pairs, at twice the common rate."""
+    rest = {"max_train_steps": max_train_steps, "method_config": options}
+    return {"learning_rate": 2e-3, **rest}
+
+
+def jumps(max_train_steps: int, **options: Any) -> dict[str, Any]:
+    """Along the teacher's trajectory, against an average of the student."""
+    options = {**UNGUIDED, "target": "ema", **options}
+    return {"max_train_steps": max_train_steps, "method_config": options}
+
+
+# The gradient reaches the last step alone: matching each step's own x0 trains the fake on a mixture
+# whose blurry first steps push the last one too far.
+FEW = {
+    "max_train_steps": 400,
+    "method_config": {"sampler": "ode", "trained_step": "last"},
+}
+# One step first learns the teacher's pairs, as DMD2's one-step SDXL (arXiv:2405.14867, Sec. 5.2).
+WARM = First("regression", "reflow", regression(300, stage="distill"), share=0.2)

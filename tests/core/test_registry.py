@@ -1,0 +1,87 @@
+"""Classes found by file name and by entry points, never listed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepdistill.core.registry import Registry
+
+
+class Shape:
+    name = ""
+
+
+def package(folder: Path, monkeypatch: Any, **modules: str) -> Registry[Any]:
+    """A registry of a package of those modules, of a name of its own."""
+    name = f"shapes_{folder.name}"
+    (folder / name).mkdir()
+    for module, source in {"__init__": "", **modules}.items():
+        (folder / name / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(folder)
+    return Registry(name, Shape)
+
+
+def declare(folder: Path, group: str, line: str) -> None:
+    """An installed distribution with that entry point."""
+    made = folder / f"{line.split()[0]}-1.0.dist-info"
+    made.mkdir()
+    (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {line.split()[0]}\nVersion: 1\n")
+    (made / "entry_points.txt").write_text(f"[{group}]\n{line}\n")
+
+
+ROUND = 'class Round:\n    name = "round"\n'
+
+
+def test_a_module_counts_where_a_class_has_its_name(tmp_path, monkeypatch) -> None:
+    found = package(
+        tmp_path,
+        monkeypatch,
+        round=ROUND,
+        helper='class Other:\n    name = "round"\n',
+        plain="X = 1",
+    )
+    assert [*found] == ["round"]
+    assert len(found) == 1
+    assert found["round"].__name__ == "Round"
+    with pytest.raises(KeyError):
+        found["helper"]
+
+
+def test_names_cost_no_import(tmp_path, monkeypatch) -> None:
+    source = 'class A:\n    name = "broken"\nraise OSError("no")\n'
+    found = package(tmp_path, monkeypatch, broken=source)
+    assert "broken" in [*found]
+    assert f"{found.package}.broken" not in sys.modules
+    with pytest.raises(OSError, match="no"):
+        found["broken"]
+
+
+def test_an_entry_point_adds_a_class(tmp_path, monkeypatch) -> None:
+    found = package(tmp_path, monkeypatch, round=ROUND)
+    (tmp_path / "outside.py").write_text(
+        f"from {__name__} import Shape\nclass Far(Shape):\n    name = 'far'\n"
+    )
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+    declare(tmp_path, found.package, "far = outside:Far")
+    assert [*found] == ["round", "far"]
+    assert found["far"].__name__ == "Far"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("far = nowhere_at_all:Far", "ModuleNotFoundError.*Mend or uninstall"),
+        ("far = json:Missing", "AttributeError"),
+        ("far = json:JSONDecoder", "expected a Shape named 'far'.*got <class 'json"),
+        ("round = json:JSONDecoder", "expected one 'round', got .*round and json:JSONDecoder"),
+    ],
+)
+def test_a_wrong_entry_point_is_named(line, said, tmp_path, monkeypatch) -> None:
+    found = package(tmp_path, monkeypatch, round=ROUND)
+    declare(tmp_path, found.package, line)
+    with pytest.raises(ValueError, match=said):
+        found[line.split()[0]]

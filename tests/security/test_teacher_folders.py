@@ -1,0 +1,94 @@
+"""A teacher's folder that can't be right is refused on paper: one line, file and value named."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from support.runs import teacher_dir
+
+from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.families.schedule import read_schedule
+
+INDEX, UNET, VAE = "model_index.json", "unet/config.json", "vae/config.json"
+TEXT, SCHEDULER = "text_encoder/config.json", "scheduler/scheduler_config.json"
+SIDE = "a whole number from 1 to 16384"
+# file, what is written into it, what the line says
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    (
+        INDEX,
+        {"unet": [None, None]},
+        "expected a class for unet, got [None, None]",
+    ),
+    (INDEX, {"vae": [None, None]}, "expected a class for vae, got [None, None]"),
+    (INDEX, {"scheduler": [None, None]}, "expected a class for scheduler, got [None, None]"),
+    (INDEX, {"unet": ["diffusers"]}, "expected a class for unet, got ['diffusers']"),
+    (UNET, {"sample_size": 10**9}, f"{UNET}: expected sample_size to be {SIDE}, got 1000000000"),
+    (UNET, {"sample_size": "big"}, f"{UNET}: expected sample_size to be {SIDE}, got 'big'"),
+    (UNET, {"sample_size": [8, -8]}, f"{UNET}: expected sample_size to be {SIDE}, got [8, -8]"),
+    (UNET, {"in_channels": 10**9}, f"{UNET}: expected the network of diffusion_pytorch_model"),
+    (UNET, {"block_out_channels": [10**8] * 2}, "got a description of one with (100000000,"),
+    (UNET, {"cross_attention_dim": None}, f"{UNET}: expected a config that UNet2DConditionModel"),
+    (VAE, {"scaling_factor": 0}, "expected scaling_factor to be a finite number other than 0"),
+    (VAE, {"scaling_factor": math.nan}, "a finite number other than 0, got nan"),
+    (TEXT, {"hidden_size": 10**9}, f"{TEXT}: expected "),
+    (TEXT, {"num_hidden_layers": -1}, "expected num_hidden_layers to be a whole number from 0"),
+    (SCHEDULER, {"num_train_timesteps": -1}, "expected num_train_timesteps to be a whole number"),
+    (SCHEDULER, {"num_train_timesteps": 10**12}, "from 1 to 100000, got 1000000000000"),
+    (SCHEDULER, {"beta_start": math.nan}, "expected beta_start to be a number between 0 and 1"),
+    (SCHEDULER, {"beta_schedule": "odd"}, "expected a readable scheduler config, got odd is not"),
+    (SCHEDULER, {"prediction_type": "odd"}, "got prediction_type 'odd'"),
+]
+
+
+@pytest.fixture
+def teacher(tmp_path, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(teacher_dir("sd_v", tmp_path_factory), tmp_path / "teacher"))
+
+
+def read_no_weight(*args: Any, **options: Any) -> None:
+    pytest.fail("a weight was read")
+
+
+@pytest.mark.parametrize(("file", "values", "line"), WRONG, ids=lambda x: str(x)[:40])
+def test_on_paper(teacher, monkeypatch, file, values, line) -> None:
+    content = json.loads((teacher / file).read_text())
+    (teacher / file).write_text(json.dumps({**content, **values}))
+    monkeypatch.setattr("safetensors.torch.load_file", read_no_weight)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", read_no_weight)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the line is data)
+        load_family(teacher)
+    assert line in str(refused.value)
+    assert str(teacher) in str(refused.value) or file == SCHEDULER
+
+
+@pytest.mark.parametrize("file", [INDEX, UNET, VAE, SCHEDULER])
+@pytest.mark.parametrize("content", ["[" * 100_000, "", "null", "[1]", "{"])
+def test_broken_configurations(teacher, file, content) -> None:
+    (teacher / file).write_text(content)
+    with pytest.raises(ValueError, match=r"expected"):
+        load_family(teacher)
+
+
+def test_a_folder_that_is_right_loads(teacher) -> None:
+    assert load_family(teacher).kind == teacher_facts(teacher).setting.kind == "v"
+
+
+def test_eps_with_zero_terminal_snr_is_refused_whatever_the_table_ends_with() -> None:
+    """Euler's ends at 2^-24: alpha(1) is 2.4e-4, not 0."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = EulerDiscreteScheduler(rescale_betas_zero_snr=True, **betas)
+    assert 0 < float(scheduler.alphas_cumprod[-1]) < 1e-6
+    with pytest.raises(ValueError, match="zero terminal SNR, got epsilon"):
+        read_schedule(scheduler)
+    path, kind, _ = read_schedule(
+        EulerDiscreteScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", **betas)
+    )
+    assert kind == "v"
+    assert float(path.coeffs(torch.ones(1))[0]) < 1e-3
