@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import gc
 import hashlib
 import importlib.abc
@@ -60,6 +61,7 @@ class Mutant:
     """One operator of a file: the `index`-th in the order of `operators`."""
 
     path: Path
+    source: str = field(repr=False)
     index: int
     lines: range
     id: str
@@ -70,7 +72,7 @@ class Mutant:
 
     def code(self) -> CodeType:
         """The file's, with the operator changed."""
-        tree = ast.parse(self.path.read_text())
+        tree = ast.parse(self.source)
         change(list(operators(tree))[self.index][0])
         return compile(tree, str(self.path), "exec", dont_inherit=True)
 
@@ -109,14 +111,16 @@ def mutants_of(path: Path) -> list[Mutant]:
     """Ids name the place by its code, not by its line, so that they outlive edits elsewhere."""
     made: list[Mutant] = []
     seen: Counter[str] = Counter()
-    for index, (place, name) in enumerate(operators(ast.parse(path.read_text()))):
+    source = path.read_text()
+    for index, (place, name) in enumerate(operators(ast.parse(source))):
         node, before = place[0], ast.unparse(place[0])
         held = change(place)
         told = f"{path.parent.name}/{path.name} {name}: {before} -> {ast.unparse(node)}"
         change(place, held)
         seen[told] += 1
         again = f" #{seen[told]}" if seen[told] > 1 else ""
-        made.append(Mutant(path, index, range(node.lineno, node.end_lineno + 1), told + again))
+        lines = range(node.lineno, node.end_lineno + 1)
+        made.append(Mutant(path, source, index, lines, told + again))
     return made
 
 
@@ -324,13 +328,13 @@ class Results:
     def current(self, mutant: Mutant) -> bool:
         """Is its result still that of this file, and a survivor's that of these tests?"""
         old = self.found.get(mutant.id)
-        if old is None or old["file"] != digest(mutant.path):
+        if old is None or old["file"] != digest(mutant.source):
             return False
-        return bool(old["result"] == "noticed" or old["tests"] == digest(*tests_in(mutant.room)))
+        return bool(old["result"] == "noticed" or old["tests"] == tests_of_room(mutant.room))
 
     def add(self, mutant: Mutant, result: str, by: str, seconds: float) -> None:
         one = {"id": mutant.id, "result": result, "by": by, "seconds": round(seconds, 1)}
-        one |= {"file": digest(mutant.path), "tests": digest(*tests_in(mutant.room))}
+        one |= {"file": digest(mutant.source), "tests": tests_of_room(mutant.room)}
         with self.file.open("a") as stream:
             stream.write(json.dumps(one) + "\n")
 
@@ -403,12 +407,16 @@ def seen_of(found: dict[str, Any]) -> Seen:
 
 
 # ---------------------------------------------------------------------------------- the command
-def digest(*paths: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def tests_in(room: str) -> list[Path]:
-    return sorted((ROOT / "tests" / room).rglob("test_*.py"))
+@functools.cache
+def tests_of_room(room: str) -> str:
+    """A digest of the room's tests as they are at the first call."""
+    return digest(
+        "".join(p.read_text() for p in sorted((ROOT / "tests" / room).rglob("test_*.py")))
+    )
 
 
 def files_of(where: list[str]) -> list[Path]:

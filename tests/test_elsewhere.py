@@ -58,7 +58,7 @@ def test_it_is_found_by_list_and_by_the_matrix(installed, tmp_path) -> None:
     listed = run(tmp_path, installed, "list")
     assert "pull_twice" in listed
     assert "AuraFlowPipeline" in listed
-    options = ["--collect-only", "-q", "-n", "0", "-m", "", "-k", "pull and aura_flow"]
+    options = ["--collect-only", "-n", "0", "-m", "", "-k", "pull and aura_flow"]
     cells = process(ROOT, installed, "-m", "pytest", *options, "tests/test_matrix.py")
     assert "pull-aura_flow-lora" in cells
     assert "pull-aura_flow-full" in cells

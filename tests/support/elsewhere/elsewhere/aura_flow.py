@@ -40,6 +40,11 @@ class AuraFlowFamily(Family):
         width = config.num_attention_heads * config.attention_head_dim
         return token_blocks(width, item=1, joint_transformer_blocks=config.num_mmdit_layers)
 
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        side = self.config.sample_size * self.pipeline.vae_scale_factor
+        return {"height": side, "width": side}
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
         """prompt_embeds (B, N, D) of T5, zeros after each prompt's end."""
