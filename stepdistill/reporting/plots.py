@@ -145,7 +145,10 @@ def draw_table(axes: Axes, table: Table, verdicts: Verdicts) -> None:
     axes.set_axis_off()
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    wide = [max(len(line.cells[i]) for line in table.lines) + 3 for i in range(len(table.columns))]
+    heads = [name.replace(" ", "\n", 1) if len(name) > 9 else name for name in table.columns]
+    cells = [[*heads[i].split("\n"), *(line.cells[i] for line in table.lines)]
+             for i in range(len(heads))]  # fmt: skip
+    wide = [max(map(len, column)) + 2 for column in cells]
     edges = [0.0, *(sum(wide[: i + 1]) / sum(wide) for i in range(1, len(wide)))]  # right ones
     line_height, y = 0.064, 0.95
 
@@ -154,7 +157,6 @@ def draw_table(axes: Axes, table: Table, verdicts: Verdicts) -> None:
             axes.text(x, y, text, fontsize=size, color=first if x == 0 else colour,
                       ha="left" if x == 0 else "right", parse_math=False, **more)  # fmt: skip
 
-    heads = [name.replace(" ", "\n", 1) if len(name) > 12 else name for name in table.columns]
     row(heads, MUTED, MUTED, 9.5, va="bottom", linespacing=1.05)
     y -= 0.003
     for line in table.lines:

@@ -38,7 +38,8 @@ img { display: block; width: 100%; height: auto; background: #fff; border-radius
 img.tiny { image-rendering: pixelated; }
 .charts, .grids { display: grid; gap: 1.1rem .9rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
-.charts > img { border-radius: 8px; } .grids img { margin-top: .4rem; }
+.charts > img { border-radius: 8px; } .grids { margin-top: .8rem; }
+.grids img { margin-top: .4rem; }
 figure.best { outline: 2px solid var(--good); outline-offset: 4px; border-radius: 4px; }
 .real figcaption b, tr.real td:first-child { color: var(--muted); }
 .teacher figcaption b, tr.teacher td:first-child { color: var(--teacher); }
