@@ -115,7 +115,6 @@ class Denoiser(ABC):
         x_t: Tensor,
         t: Tensor,
         cond: Cond,
-        s: Tensor | None,
         w: Tensor | None,
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,7 +127,7 @@ class Denoiser(ABC):
 
         Args: x_t: (B, C, *S). t: (B,). names: at least one block.
         """
-        return self.raw(x_t, t, cond, None, None, names)[1]
+        return self.raw(x_t, t, cond, None, names)[1]
 
     def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
         """The guided output (B, C, *S) of the two raw ones, float32 or better."""
@@ -141,14 +140,13 @@ class Denoiser(ABC):
         cond: Cond,
         null: Cond | None = None,
         guidance: float | Tensor | None = None,
-        s: Tensor | None = None,
         w: Tensor | None = None,
         features: Sequence[str] = (),
     ) -> Prediction:
         """The prediction at x_t, guided where `guidance` is not None or 1.
 
         Args:
-            x_t: (B, C, *S). t, s: (B,) current time, and end time for trajectory students.
+            x_t: (B, C, *S). t: (B,).
             guidance: g of null + g (cond - null), a number or (B,).
             w: (B,) guidance told to the network itself (LCM's embedding, w = g - 1).
             features: names of blocks whose hidden states the Prediction should carry.
@@ -160,7 +158,7 @@ class Denoiser(ABC):
         if self.embeds_guidance and w is None and is_guided(guidance):
             w, guidance = _told(guidance, x_t), None
         if not is_guided(guidance):
-            out, feats = self.raw(x_t, t, cond, s, w, features)
+            out, feats = self.raw(x_t, t, cond, w, features)
             return Prediction(out, x_t, t, self.path, self.kind, feats)
         if not self.has_null:
             raise ValueError(
@@ -172,9 +170,9 @@ class Denoiser(ABC):
         assert guidance is not None
 
         if self.null_skips:
-            out, feats = self.raw(x_t, t, cond, s, w, features)
+            out, feats = self.raw(x_t, t, cond, w, features)
             with self.without(self.null_skips):
-                without, _ = self.raw(x_t, t, null, s, w, ())
+                without, _ = self.raw(x_t, t, null, w, ())
             guided = self.guide(full(out), full(without), guidance)
             return Prediction(guided, x_t, t, self.path, self.kind, feats)
 
@@ -182,7 +180,7 @@ class Denoiser(ABC):
             return None if x is None else torch.cat([x, x])
 
         x2, t2 = torch.cat([x_t, x_t]), torch.cat([t, t])
-        out, feats = self.raw(x2, t2, Cond.cat([cond, null]), double(s), double(w), features)
+        out, feats = self.raw(x2, t2, Cond.cat([cond, null]), double(w), features)
         with_cond, without = full(out).chunk(2)
         guided = self.guide(with_cond, without, guidance)
         feats = {name: value.chunk(2)[0] for name, value in feats.items()}

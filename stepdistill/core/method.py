@@ -22,8 +22,6 @@ from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Losses
 
-ROLES = ("teacher", "student", "fake", "target", "reference", "disc", "ema")
-
 
 @dataclass(frozen=True)
 class Role:

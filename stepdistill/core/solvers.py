@@ -225,7 +225,7 @@ def sample_x0(
     x = first = path.prior(noise)
     ends = (*spec.times[1:], 0.0)
     for i, (t, s) in enumerate(zip(spec.times, ends, strict=True)):
-        pred = denoiser(x, at(t), cond, null, guidance, w=w, s=at(s))
+        pred = denoiser(x, at(t), cond, null, guidance, w=w)
         x0 = boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
         if s == 0.0:
             return x0
@@ -233,7 +233,7 @@ def sample_x0(
             base = (x, at(t)) if spec.kind == "ode" else (first, at(spec.times[0]))
             later = path.step(x0, *base, at(s))
             if spec.heun:
-                end = denoiser(later, at(s), cond, null, guidance, w=w, s=at(s))
+                end = denoiser(later, at(s), cond, null, guidance, w=w)
                 x0 = path.to_x0(0.5 * (pred.flow + end.flow), x, at(t), "flow")
                 later = path.step(x0, *base, at(s))
             x = later

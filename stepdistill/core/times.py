@@ -54,12 +54,6 @@ def u_shaped_times(u: Tensor, sharpness: float, low: float = 0.0, high: float = 
     return low + (high - low) * torch.where(doubled < 1.0, y, 1.0 - y)
 
 
-def logit_normal_times(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """sigmoid(N(mean, std^2)), SD3's training law (arXiv:2403.03206, Eq. 19)."""
-    u = u.double().clamp(1e-7, 1.0 - 1e-7)
-    return torch.sigmoid(mean + std * math.sqrt(2.0) * torch.erfinv(2.0 * u - 1.0))
-
-
 def grid_times(u: Tensor, grid: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """A uniformly drawn grid entry per sample: (times, indices), each (B,)."""
     index = (u.double() * len(grid)).long().clamp_max(len(grid) - 1)

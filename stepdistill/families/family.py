@@ -209,13 +209,11 @@ class Family(ABC):
         x_t: Tensor,
         model_t: Tensor,
         cond: Cond,
-        s: Tensor | None = None,
         w: Tensor | None = None,
     ) -> Tensor:
         """The raw output (B, C, *S) of `net` at x_t (B, C, *S), told time model_t (B,).
 
-        s is ignored: no stock denoiser has such an input. Errors: ValueError for w with a network
-        that has no guidance embedding.
+        Errors: ValueError for w with a network that has no guidance embedding.
         """
         if not self.supports_w:
             self.refuse_w(w)

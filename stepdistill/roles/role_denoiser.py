@@ -79,14 +79,13 @@ class RoleDenoiser(Denoiser):
         x_t: Tensor,
         t: Tensor,
         cond: Cond,
-        s: Tensor | None,
         w: Tensor | None,
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
         family = self._family
         with self._capturing(features) as feats:
-            out = family.forward(self._net, x_t, self.path.model_time(t), cond, s=s, w=w)
+            out = family.forward(self._net, x_t, self.path.model_time(t), cond, w=w)
         forget_graphless_casts()
         return out, family.image_features(feats, x_t, cond)
 
@@ -96,7 +95,7 @@ class RoleDenoiser(Denoiser):
         """See Denoiser.features. The network stops behind the last of these blocks."""
         family = self._family
         with self._capturing(names, only=True) as feats:
-            family.forward(self._net, x_t, self.path.model_time(t), cond, s=None, w=None)
+            family.forward(self._net, x_t, self.path.model_time(t), cond)
         forget_graphless_casts()
         return family.image_features(feats, x_t, cond)
 

@@ -36,7 +36,6 @@ class AnalyticDenoiser(Denoiser):
         x_t: Tensor,
         t: Tensor,
         cond: Cond,
-        s: Tensor | None,
         w: Tensor | None,
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -33,13 +33,12 @@ class Counting(GaussianTeacher):
         x_t: Tensor,
         t: Tensor,
         cond: Cond,
-        s: Tensor | None,
         w: Tensor | None,
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls.append(x_t.shape[0])
         self.told = w
-        return super().raw(x_t, t, cond, s, w, features)
+        return super().raw(x_t, t, cond, w, features)
 
 
 def inputs(bsz: int = 3) -> tuple[Tensor, Tensor, Cond, Cond]:

@@ -24,7 +24,7 @@ class Linear(Denoiser):
         self.path = path
         self.times: list[float] = []
 
-    def raw(self, x_t, t, cond, s, w, features) -> tuple[Tensor, dict[str, Tensor]]:
+    def raw(self, x_t, t, cond, w, features) -> tuple[Tensor, dict[str, Tensor]]:
         self.times.append(float(t[0]))
         return 0.3 * x_t + t.view(-1, 1, 1, 1), {}
 

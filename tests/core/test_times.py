@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler
 from stepdistill.core.path import VPPath
 from stepdistill.core.times import (
     grid_times,
-    logit_normal_times,
     shift_times,
     u_shaped_times,
     uniform_grid,
@@ -54,19 +53,6 @@ def test_shift_multiplies_the_noise_to_signal_ratio() -> None:
     shifted = shift_times(t, 3.0)
     assert (shifted / (1 - shifted) / (t / (1 - t)) - 3.0).abs().max() < 1e-11
     assert (unshift_times(shifted, 3.0) - t).abs().max() < 1e-14
-
-
-def test_logit_normal_law_is_sigmoid_of_a_normal() -> None:
-    u = torch.tensor([0.5, 0.8413447460685429])  # the median, and one standard deviation above it
-    expected = torch.sigmoid(torch.tensor([0.3, 0.3 + 1.5]))
-    assert logit_normal_times(u, mean=0.3, std=1.5).tolist() == pytest.approx(
-        expected.tolist(), abs=1e-5
-    )
-
-
-def test_logit_normal_times_stay_inside() -> None:
-    t = logit_normal_times(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    assert 0 < float(t[0]) < 0.01 < 0.99 < float(t[1]) < 1
 
 
 def test_u_shaped_law_is_the_closed_form_inverse_and_its_mirror() -> None:

@@ -127,8 +127,8 @@ class WrongNull(StableDiffusionFamily):
 
 
 class WrongTime(StableDiffusion3Family):
-    def forward(self, net, x_t, model_t, cond, s=None, w=None) -> Tensor:
-        return super().forward(net, x_t, model_t / 1000, cond, s, w)
+    def forward(self, net, x_t, model_t, cond, w=None) -> Tensor:
+        return super().forward(net, x_t, model_t / 1000, cond, w)
 
 
 class WrongScale(StableDiffusion3Family):
@@ -147,8 +147,8 @@ class WrongPacking(FluxFamily):
 
 
 class WrongGuidance(FluxFamily):
-    def forward(self, net, x_t, model_t, cond, s=None, w=None) -> Tensor:
-        return super().forward(net, x_t, model_t, cond, s, None if w is None else w + 1)
+    def forward(self, net, x_t, model_t, cond, w=None) -> Tensor:
+        return super().forward(net, x_t, model_t, cond, None if w is None else w + 1)
 
 
 class WrongMask(PixArtFamily):
@@ -169,8 +169,8 @@ class WrongSanaNull(SanaFamily):
 
 
 class WrongSign(Lumina2Family):
-    def forward(self, net, x_t, model_t, cond, s=None, w=None) -> Tensor:
-        return -super().forward(net, x_t, model_t, cond, s, w)
+    def forward(self, net, x_t, model_t, cond, w=None) -> Tensor:
+        return -super().forward(net, x_t, model_t, cond, w)
 
 
 class WrongLength(ZImageFamily):

@@ -160,7 +160,7 @@ def test_native_flow_loss_is_finite_at_time_zero() -> None:
     t = torch.zeros(4, dtype=torch.float64)
 
     class Still(GaussianTeacher):
-        def raw(self, x_t, t, cond, s, w, features):  # type: ignore[no-untyped-def]
+        def raw(self, x_t, t, cond, w, features):  # type: ignore[no-untyped-def]
             return torch.zeros_like(x_t), {}
 
     pred = Still(path, 1.0, "flow")(path.add_noise(x0, eps, t), t, Cond({"mean": x0}))

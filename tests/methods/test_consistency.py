@@ -65,13 +65,13 @@ class ExactStudent(AnalyticDenoiser):
         self.grid, self.std, self.error, self.guided = method.grid, std, error, guided
         self.seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def raw(self, x_t, t, cond, s, w, features):
+    def raw(self, x_t, t, cond, w, features):
         self.seen.append((x_t, t, w))
         mean = cond["mean"]
         if self.guided is not None:  # null mean is 0: the guided mean is g times the mean
             mean = mean * (self.guided if w is None else expand(w.double() + 1, mean))
         self._mean = Cond({"mean": mean})
-        return super().raw(x_t, t, cond, s, w, features)
+        return super().raw(x_t, t, cond, w, features)
 
     def posterior_mean(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         teacher = GaussianTeacher(self.path, self.std)

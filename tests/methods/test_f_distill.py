@@ -61,11 +61,10 @@ class Ratio(Gaussian):
         x_t: Tensor,
         t: Tensor,
         cond: Cond,
-        s: Tensor | None,
         w: Tensor | None,
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        out, feats = super().raw(x_t, t, cond, s, w, features)
+        out, feats = super().raw(x_t, t, cond, w, features)
         if features:
             p, q = (self.log_prob(x_t, t, law) for law in (self.law(), self.student.law()))
             self.seen.append((x_t.detach(), t, (p - q).detach()))

@@ -40,7 +40,7 @@ class Recorder(Denoiser):
         self.path, self.kind = path, "x0"
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Any, s: Any, w: Any, features: Any):
+    def raw(self, x_t: Tensor, t: Tensor, cond: Any, w: Any, features: Any):
         self.seen.append((x_t, t))
         return 0.5 * x_t, {}
 

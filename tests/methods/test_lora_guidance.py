@@ -41,10 +41,10 @@ class Student(AnalyticDenoiser):
         self.exact, self.scale = GaussianTeacher(path, std), scale
         self.seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def raw(self, x_t, t, cond, s, w, features):
+    def raw(self, x_t, t, cond, w, features):
         self.seen.append((x_t, t, w))
         self.told = self.scale if w is None else expand(w.double() + 1, x_t)
-        return super().raw(x_t, t, cond, s, w, features)
+        return super().raw(x_t, t, cond, w, features)
 
     def posterior_mean(self, x_t, t, cond):
         return self.exact.posterior_mean(x_t, t, Cond({"mean": self.told * cond["mean"]}))

@@ -23,7 +23,7 @@ class Recorder(Denoiser):
         self.path, self.kind = FlowPath(), "x0"
         self.calls: list[tuple[float, bool]] = []
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Cond, s, w, features):
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond, w, features):
         self.calls.append((float(t[0]), torch.is_grad_enabled()))
         return 0.5 * x_t, {}
 

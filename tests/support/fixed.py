@@ -32,7 +32,6 @@ class Fixed(Denoiser):
         x_t: Tensor,
         t: Tensor,
         cond: Cond,
-        s: Tensor | None,
         w: Tensor | None,
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -77,12 +77,11 @@ class Recorder(Denoiser):
         x_t: Tensor,
         t: Tensor,
         cond: Cond,
-        s: Tensor | None,
         w: Tensor | None,
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls.append((x_t.detach(), t, cond, torch.is_grad_enabled()))
-        return self.inner.raw(x_t, t, cond, s, w, features)
+        return self.inner.raw(x_t, t, cond, w, features)
 
 
 class Net(nn.Module):
@@ -106,7 +105,6 @@ class NetDenoiser(Denoiser):
         x_t: Tensor,
         t: Tensor,
         cond: Cond,
-        s: Tensor | None,
         w: Tensor | None,
         features: Sequence[str],
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -112,9 +112,9 @@ def observed(monkeypatch: pytest.MonkeyPatch, seen: Iteration) -> Iterator[None]
         seen.calls.append((role + kind, len(x_t), torch.is_grad_enabled()))
         seen.inputs.append((id(self._net), role, read))
 
-    def call(self: Any, x_t: Tensor, t: Tensor, cond: Any, s: Any, w: Any, names: Any) -> Any:
-        note(self, "", x_t, t, s, w, *cond.tensors.values())
-        return raw(self, x_t, t, cond, s, w, names)
+    def call(self: Any, x_t: Tensor, t: Tensor, cond: Any, w: Any, names: Any) -> Any:
+        note(self, "", x_t, t, w, *cond.tensors.values())
+        return raw(self, x_t, t, cond, w, names)
 
     def call_features(self: Any, x_t: Tensor, t: Tensor, cond: Any, names: Any) -> Any:
         note(self, " features", x_t, t, *cond.tensors.values())
