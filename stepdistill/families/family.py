@@ -67,7 +67,7 @@ class Family(ABC):
     name: the key in FAMILIES, of its file or entry point. pipelines: names of the Diffusers
     pipeline classes. net_name: the denoiser's component name.
     tiny: a small pipeline with random weights: component -> configuration with its _class_name, or
-        a kind of text encoder (see testing/tiny.py); or "module:function" that makes it.
+        a kind of text encoder (see testing/assembled.py); or "module:function" that makes it.
     variants: name of a further one -> what is laid over that, or the function's arguments.
     typed: what the stock call of a few-step student must be told all the same: no config says it.
     dynamic_shift: whether the stock call tells its scheduler a shift by the size.

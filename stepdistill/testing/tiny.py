@@ -11,7 +11,6 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import diffusers
 from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
@@ -27,15 +26,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from stepdistill.config.flags import merge
 from stepdistill.families.family import Family
 from stepdistill.families.registry import FAMILIES
+from stepdistill.testing.assembled import assemble
 from stepdistill.testing.tiny_parts import (
     LATENT_SIZE,
     TEXT_WIDTH,
-    clip,
     clip_config,
     clip_tokenizer,
     ddim,
-    gemma,
-    qwen,
     seeded,
     t5,
     vae,
@@ -159,36 +156,6 @@ def tiny_dit(seed: int = 0) -> DiTPipeline:
             scheduler=ddim(beta_schedule="linear"),
             id2label=labels,
         )
-
-
-TEXT: dict[str, Callable[[int], tuple[Any, Any]]] = {
-    "clip": clip,
-    "clip_77": partial(clip, max_tokens=77),
-    "t5": t5,
-    "gemma": gemma,
-    "qwen": qwen,
-}
-PARTS: dict[str, Callable[..., Any]] = {"AutoencoderKL": vae, "DDIMScheduler": ddim}
-
-
-def assemble(pipeline: str, parts: Mapping[str, Any], seed: int = 0) -> Any:
-    """A pipeline of that Diffusers class from parts made in their order, under the seed.
-
-    parts: name -> a kind in TEXT, which makes text encoder and tokenizer; or a configuration with
-    its _class_name, of tiny_parts' own options where PARTS has the class; or the part itself.
-    """
-    made: dict[str, Any] = {}
-    with seeded(seed):
-        for name, told in parts.items():
-            if isinstance(told, str):
-                made[name.replace("text_encoder", "tokenizer")], made[name] = TEXT[told](TEXT_WIDTH)
-            elif isinstance(told, Mapping):
-                options = dict(told)
-                kind = options.pop("_class_name")
-                made[name] = PARTS.get(kind, getattr(diffusers, kind))(**options)
-            else:
-                made[name] = told
-        return getattr(diffusers, pipeline)(**made)
 
 
 def build(family: type[Family], variant: Mapping[str, Any], seed: int = 0, **changes: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from stepdistill.testing.tiny import assemble
+from stepdistill.testing.assembled import assemble
 
 VAE = {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}
 
