@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from stepdistill.reporting import page
-from stepdistill.reporting.blocks import Facts, Strip, Text, Verdicts
+from stepdistill.reporting.blocks import Block, Facts, Strip, Text, Verdicts
 from stepdistill.reporting.charts import Chart, Curve
 from stepdistill.reporting.pictures import ink
 from stepdistill.reporting.style import COLOUR
@@ -61,7 +61,7 @@ class Report:
         """The same for the report's files."""
         table = Table(COLUMNS, [Line(row.group, cells(row)) for row in self.rows])
         verdicts = Verdicts([(c.kind, c.word, c.claim, c.measured) for c in self.checks])
-        sections = [
+        sections: list[tuple[str, Sequence[Block]]] = [
             ("The bar", [verdicts]),
             ("Samples", [*map(_strip, self.rows), Text(NOTE)]),
             ("Figures", [table, Text(self.caption)]),

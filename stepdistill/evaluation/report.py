@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.reporting import page
-from stepdistill.reporting.blocks import Facts, Strip, Text
+from stepdistill.reporting.blocks import Block, Facts, Strip, Text
 from stepdistill.reporting.charts import Chart, Curve
 from stepdistill.reporting.style import COLOUR, CYCLE
 from stepdistill.reporting.table import Line, Table, write_csv
@@ -58,7 +58,7 @@ class Report:
             "Compare a Fréchet distance only with one of the same protocol."
         )
         charts = _charts(self)
-        sections = [
+        sections: list[tuple[str, Sequence[Block]]] = [
             ("Samples", [_strip(self, system) for system in self.systems]),
             *(("Quality against steps", [page.Charts([chart])]) for chart in charts),
             *_tables(self),
@@ -197,7 +197,8 @@ def _charts(report: Report) -> list[Chart]:
         known = sorted((n, value.mean, value.std) for n, value in points if value is not None)
         if known:
             colour = COLOUR["teacher"] if group == "teacher" else CYCLE[index % len(CYCLE)]
-            curves.append(Curve(label, *zip(*known, strict=True), colour))
+            at, means, stds = zip(*known, strict=True)
+            curves.append(Curve(label, at, means, stds, colour))
     ticks = sorted({system.steps for system in report.systems if system.steps})
     title = f"{report.networks[0]} Fréchet distance to {report.reference} (lower is better)"
     about = "Fréchet distance against steps"
