@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stepdistill.reporting import page
 from stepdistill.reporting.blocks import Block, Strip, Text, Verdicts
-from stepdistill.reporting.pictures import ink
+from stepdistill.reporting.pictures import Picture, ink
 from stepdistill.reporting.plots import save_charts
 from stepdistill.reporting.table import Line, Table, write_csv
 from stepdistill.reporting.values import counted, decimals
@@ -186,6 +187,7 @@ def _strip(row: Judged) -> Strip:
         recall = "" if row.recall is None else f"  recall {row.recall.mean:.2f}"
         caption = f"Fréchet {decimals(row.frechet.mean)}{recall}"
     previews, half = row.previews, -(-len(row.previews) // 2)
+    lines: list[Sequence[Picture]]
     if previews and not isinstance(previews[0], str):
         images = [ink(preview) for preview in previews]
         lines: list[list[Any]] = [images[::2], images[1::2]]

@@ -155,7 +155,8 @@ class UserTeacher(TeacherSetup):
         own, given = self.own, self.own.methods.get(name)
         file = Path(given) if given else bundled(name)
         # An installed package has no configs/: the method's own defaults.
-        settings = read_yaml(file) if given or file.is_file() else {"method": name}
+        bare: dict[str, Any] = {"method": name}
+        settings = read_yaml(file) if given or file.is_file() else bare
         settings = merge(settings, own.settings)
         settings = {key: value for key, value in settings.items() if key not in ELSEWHERE}
         given_options: Any = settings.get("method_config")

@@ -61,7 +61,7 @@ class Report:
         """The same for the report's files."""
         table = Table(COLUMNS, [Line(row.group, cells(row)) for row in self.rows])
         verdicts = Verdicts([(c.kind, c.word, c.claim, c.measured) for c in self.checks])
-        sections: list[tuple[str, list[Block]]] = [
+        sections: list[tuple[str, Sequence[Block]]] = [
             ("The bar", [verdicts]),
             ("Samples", [*map(_strip, self.rows), Text(NOTE)]),
             ("Figures", [table, Text(self.caption)]),
