@@ -32,6 +32,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -134,9 +135,10 @@ def swap(mutant: Mutant, functions: list[FunctionType]) -> None:
                 yield from within(constant)
 
     changed = {(code.co_name, code.co_firstlineno): code for code in within(mutant.code())}
-    for each in functions:
-        if each.__code__.co_filename == str(mutant.path):
-            each.__code__ = changed[each.__code__.co_name, each.__code__.co_firstlineno]
+    those = [each for each in functions if each.__code__.co_filename == str(mutant.path)]
+    assert those, f"no function of {mutant.path} is loaded"
+    for each in those:
+        each.__code__ = changed[each.__code__.co_name, each.__code__.co_firstlineno]
 
 
 class Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -268,6 +270,8 @@ def forked(work: Callable[..., Any], *args: Any) -> tuple[int, Path]:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         os.write(handle, json.dumps(work(*args)).encode())
+    except BaseException:
+        os.write(handle, json.dumps({"failed": traceback.format_exc()}).encode())
     finally:
         os._exit(0)
     raise AssertionError
@@ -366,6 +370,8 @@ class Budget:
                 if os.waitpid(child, os.WNOHANG)[0]:
                     del going[child]
                     by = answer(out)
+                    if isinstance(by, dict):  # not a test's failure, but this tool's
+                        raise SystemExit(f"{mutant.id}: {by['failed']}")
                     told = "a time limit or a crash" if by is None else by
                     results.add(mutant, "noticed" if told else "survived", told, seconds)
             time.sleep(0.005)
@@ -390,6 +396,7 @@ def work_on(room: str, mutants: list[Mutant], results: Results, budget: Budget) 
         seen = seen_of(found)
         left = [mutant.id for mutant in mutants if "" in seen.runs(mutant)]
         others = [mutant for mutant in mutants if mutant.id not in left]
+        gc.unfreeze()  # conftest has frozen what was imported
         functions = [each for each in gc.get_objects() if isinstance(each, FunctionType)]
         gc.freeze()  # a collection in a child would copy all of the memory
         budget.run(others, seen, results, late, session, functions)
