@@ -119,7 +119,8 @@ def forecast(run: RunConfig) -> Forecast:
 
     Runs that differ only in where encoders and moments are held are traced once.
     """
-    plan = _traced(run.model_copy(update=_HELD).model_dump_json())
+    told = run.model_copy(update=_HELD)  # without a command's own options
+    plan = _traced(told.model_dump_json(include=set(RunConfig.model_fields)))
     if run.offload_encoders:
         plan = replace(plan, encoders=0, encoding=0)
     if run.optimizer == "adamw_8bit":
