@@ -190,7 +190,7 @@ def _strip(row: Judged) -> Strip:
     lines: list[Sequence[Picture]]
     if previews and not isinstance(previews[0], str):
         images = [ink(preview) for preview in previews]
-        lines: list[list[Any]] = [images[::2], images[1::2]]
+        lines = [images[::2], images[1::2]]
     else:
         lines = [[*previews[:half]], [*previews[half:]]]
     label = f"{row.label}, {counted(row.steps or 0, 'step')}"

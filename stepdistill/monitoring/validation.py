@@ -222,5 +222,5 @@ def _jump(
     """The student's x0 (B, C, *S) in one call from x_t at t, as its sampler ends."""
     at = torch.full((x_t.shape[0],), t, dtype=torch.float64, device=x_t.device)
     w = None if spec.w is None else torch.full_like(at, spec.w).float()
-    pred = student(x_t, at, cond, null, spec.guidance, w=w, s=torch.zeros_like(at))
+    pred = student(x_t, at, cond, null, spec.guidance, w=w)
     return boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
