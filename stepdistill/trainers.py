@@ -116,10 +116,10 @@ class DistillationTrainer(Trainer):
     def _export(self, out_dir: Path, num_steps: int | None, form: str) -> None:
         from stepdistill.export.lora import export_lora
         from stepdistill.export.pipeline import export_pipeline
-        from stepdistill.export.reached import sampler_reached
+        from stepdistill.export.sampler_at_stop import sampler_at_stop
 
         role = "ema" if "ema" in self.bank else "student"
-        spec = sampler_reached(self.method, self.step, self.args.max_train_steps, num_steps)
+        spec = sampler_at_stop(self.method, self.step, self.args.max_train_steps, num_steps)
         facts = {**self.facts, "step": self.step, "seconds": round(self.seconds, 1)}
         where = (self.family, self.bank, spec, out_dir, facts, role)
         if form == "pipeline":

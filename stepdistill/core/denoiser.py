@@ -74,7 +74,7 @@ def linear_guidance(cond: Tensor, null: Tensor, guidance: float | Tensor) -> Ten
     return null + g * (cond - null)
 
 
-def _told(guidance: float | Tensor | None, x_t: Tensor) -> Tensor:
+def _embedded(guidance: float | Tensor | None, x_t: Tensor) -> Tensor:
     """(B,) w = g - 1, float32 on the device of x_t (B, ...)."""
     g = torch.as_tensor(guidance, dtype=torch.float32, device=x_t.device)
     return (g - 1.0).expand(x_t.shape[0])
@@ -156,7 +156,7 @@ class Denoiser(ABC):
                 f"denoiser: expected t of shape (B,) = ({x_t.shape[0]},), got {tuple(t.shape)}."
             )
         if self.embeds_guidance and w is None and is_guided(guidance):
-            w, guidance = _told(guidance, x_t), None
+            w, guidance = _embedded(guidance, x_t), None
         if not is_guided(guidance):
             out, feats = self.raw(x_t, t, cond, w, features)
             return Prediction(out, x_t, t, self.path, self.kind, feats)

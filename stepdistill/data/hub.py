@@ -18,7 +18,7 @@ from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.rows import RowStream
 from stepdistill.data.source import Source, decoded
 
-_READ = 64  # rows taken from the library at a time, by all lanes
+_READ = 64  # rows taken from the library at a time, by all substreams
 _THREADS = 16  # that read the footers of parquet files
 
 
@@ -60,7 +60,7 @@ class Columns:
         told = [] if self.key == "none" else [self.caption]
         return told if self.image is None else [self.image, *told]
 
-    def told(self, row: dict[str, Any], name: str) -> dict[str, Any]:
+    def condition(self, row: dict[str, Any], name: str) -> dict[str, Any]:
         """{"prompt"} or {"label"} of a row. Errors: CorruptItemError where it has none."""
         if self.key == "none":
             return {}
@@ -180,9 +180,9 @@ class HubDataset(Source):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def told(self, index: int) -> dict[str, Any]:
+    def condition(self, index: int) -> dict[str, Any]:
         row = {} if self._texts is None else self._texts[index]
-        return self.columns.told(row, f"row {index}")
+        return self.columns.condition(row, f"row {index}")
 
     def image_bytes(self, index: int) -> tuple[bytes, str] | None:
         if self.columns.image is None:
@@ -193,7 +193,7 @@ class HubDataset(Source):
 class HubStream(RowStream):
     """A streamed split.
 
-    Args: buffer: rows of the shuffle buffer, held as bytes; lanes share it.
+    Args: buffer: rows of the shuffle buffer, held as bytes; substreams share it.
     Errors: ValueError where it has no rows, or lacks a column.
     """
 
@@ -217,22 +217,22 @@ class HubStream(RowStream):
             raise ValueError(f"dataset_name: expected at least one row, got none in {split!r}.")
 
     def read(
-        self, shard: int, begin: int, end: int | None, key: int, skip: int, lanes: int
+        self, shard: int, begin: int, end: int | None, key: int, skip: int, substreams: int
     ) -> Iterator[dict[str, Any]]:
         rows = self._found
         if len(self.shards) > 1:
             rows = rows.shard(len(self.shards), shard)
         rows = rows.skip(begin) if begin else rows
         rows = rows if end is None else rows.take(end - begin)
-        buffer, names = max(1, self.buffer // lanes), self.columns.wanted
+        buffer, names = max(1, self.buffer // substreams), self.columns.wanted
         # One shard at a time: several are read by threads, which forked workers can't have.
         rows = rows.shuffle(seed=key, buffer_size=buffer, max_buffer_input_shards=1).skip(skip)
         # `iter` in place of `iter()`: the latter would split the rows among loader workers itself.
-        for part in rows.iter(max(1, _READ // lanes)):
+        for part in rows.iter(max(1, _READ // substreams)):
             for values in zip(*(part[name] for name in names), strict=True):
                 yield dict(zip(names, values, strict=True))
 
     def decode(self, row: dict[str, Any]) -> dict[str, Any]:
-        told = self.columns.told(row, "a row without caption")
+        told = self.columns.condition(row, "a row without caption")
         named = self.columns.image_bytes(row, str(next(iter(told.values()), "an image"))[:40])
         return {**told, **decoded(named, self.size_px, self.known)}

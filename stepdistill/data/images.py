@@ -101,7 +101,7 @@ class ImageFolderDataset(Source):
     def __len__(self) -> int:
         return len(self.items)
 
-    def told(self, index: int) -> dict[str, Any]:
+    def condition(self, index: int) -> dict[str, Any]:
         return {self.key: self.items[index][1]} if self.key else {}
 
     def image_bytes(self, index: int) -> tuple[bytes, str]:

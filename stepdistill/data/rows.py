@@ -1,8 +1,8 @@
 """Data that can only be read from a beginning: shards of rows, split exactly all the same.
 
-A worker of a rank reads the lanes (see lanes.py) that its batches need, as undecoded bytes, and
-decodes its own rows alone. The stream is what it would be in one process, and a resumed run skips
-to its place. A set of one shard is one lane, which every worker of every rank reads.
+A worker of a rank reads the substreams (see substreams.py) that its batches need, as undecoded
+bytes, and decodes its own rows alone. The stream is what it would be in one process, and a resumed
+run skips to its place. A set of one shard is one substream, which every worker of every rank reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from stepdistill.core.context import stable_seed
 from stepdistill.data.corrupt import TOLD, CorruptItemError
-from stepdistill.data.lanes import Lanes
+from stepdistill.data.substreams import Substreams
 
 _TRIES = 100
 Item = tuple[int, dict[str, Any], list[str]]
@@ -38,11 +38,11 @@ class RowStream(ABC):
 
     @abstractmethod
     def read(
-        self, shard: int, begin: int, end: int | None, key: int, skip: int, lanes: int
+        self, shard: int, begin: int, end: int | None, key: int, skip: int, substreams: int
     ) -> Iterator[Any]:
         """Undecoded rows begin..end (None: to the last) of a shard from the skip-th on.
 
-        Args: key: decides on their order. lanes: how many are read at once, to share memory by.
+        Args: key: decides on their order. substreams: how many are read at once, to share memory.
         """
 
     @abstractmethod
@@ -51,23 +51,25 @@ class RowStream(ABC):
 
     def rows(self, seed: int = 0, epoch: int = 0) -> Iterator[Any]:
         """All undecoded rows of an epoch, from one process to itself."""
-        whole = Lanes(self.shards, 1, seed)
-        for lane in range(whole.number):
-            yield from self.stretch(whole, epoch, lane)
+        whole = Substreams(self.shards, 1, seed)
+        for substream in range(whole.number):
+            yield from self.stretch(whole, epoch, substream)
 
-    def stretch(self, lanes: Lanes, epoch: int, lane: int, skip: int = 0) -> Iterator[Any]:
-        """Undecoded rows of a lane in an epoch, from the skip-th on.
+    def stretch(
+        self, substreams: Substreams, epoch: int, substream: int, skip: int = 0
+    ) -> Iterator[Any]:
+        """Undecoded rows of a substream in an epoch, from the skip-th on.
 
         Errors: ValueError where a shard has another number of rows than it said.
         """
-        for shard, begin, end in lanes.pieces(epoch, lane):
+        for shard, begin, end in substreams.pieces(epoch, substream):
             size = end - begin
             if skip >= size:
                 skip -= size
                 continue
             last = end == self.shards[shard]
-            found, key = skip, stable_seed("rows", lanes.seed, epoch, shard, begin)
-            for row in self.read(shard, begin, None if last else end, key, skip, lanes.number):
+            found, key = skip, stable_seed("rows", substreams.seed, epoch, shard, begin)
+            for row in self.read(shard, begin, None if last else end, key, skip, substreams.number):
                 found += 1
                 yield row
             if found != size:
@@ -95,25 +97,27 @@ class RowStream(ABC):
 
 
 class _Lane:
-    """One lane's rows by their positions, read ahead where one can't be read."""
+    """One substream's rows by their positions, read ahead where one can't be read."""
 
-    def __init__(self, source: RowStream, lanes: Lanes, lane: int, start: int) -> None:
-        self._source, self._lanes, self._lane = source, lanes, lane
-        self._rows = self._endless(lanes.before(start, lane))
+    def __init__(
+        self, source: RowStream, substreams: Substreams, substream: int, start: int
+    ) -> None:
+        self._source, self._substreams, self._substream = source, substreams, substream
+        self._rows = self._endless(substreams.before(start, substream))
         self._ahead: deque[tuple[int, Any]] = deque()
 
     def _endless(self, place: int) -> Iterator[tuple[int, Any]]:
         """(position, row) from a place on, epoch after epoch."""
-        lanes, lane = self._lanes, self._lane
-        for epoch in count(lanes.position(place, lane) // lanes.size):
-            first, end = lanes.span(epoch, lane)
-            for row in self._source.stretch(lanes, epoch, lane, place - first):
-                yield lanes.position(place, lane), row
+        substreams, substream = self._substreams, self._substream
+        for epoch in count(substreams.position(place, substream) // substreams.size):
+            first, end = substreams.span(epoch, substream)
+            for row in self._source.stretch(substreams, epoch, substream, place - first):
+                yield substreams.position(place, substream), row
                 place += 1
             assert place == end
 
     def item(self, position: int) -> Item:
-        """(position, item, names of what it stands in for): the next of the lane that can be read.
+        """(position, item, names of what it stands in for): the substream's next readable one.
 
         Errors: ValueError where a hundred in a row can't be read.
         """
@@ -132,7 +136,7 @@ class _Lane:
         )
 
     def _from(self, position: int) -> Iterator[Any]:
-        """The lane's rows from a position on, which stay at hand."""
+        """The substream's rows from a position on, which stay at hand."""
         for index in count():
             while index >= len(self._ahead):
                 found = next(self._rows)
@@ -153,14 +157,14 @@ class _Share(IterableDataset[list[Item]]):
     def __iter__(self) -> Iterator[list[Item]]:
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        lanes = Lanes(self.source.shards, self.batch * self.world_size, self.seed)
+        substreams = Substreams(self.source.shards, self.batch * self.world_size, self.seed)
         open_lanes: dict[int, _Lane] = {}
         for step in count(self.start + own, workers):
             begin = (step * self.world_size + self.rank) * self.batch
             batch = []
             for position in range(begin, begin + self.batch):
-                lane = lanes.at(position)
-                if lane not in open_lanes:
-                    open_lanes[lane] = _Lane(self.source, lanes, lane, position)
-                batch.append(open_lanes[lane].item(position))
+                substream = substreams.at(position)
+                if substream not in open_lanes:
+                    open_lanes[substream] = _Lane(self.source, substreams, substream, position)
+                batch.append(open_lanes[substream].item(position))
             yield batch

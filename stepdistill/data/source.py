@@ -29,7 +29,7 @@ class Source(Dataset[dict[str, Any]], ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def told(self, index: int) -> dict[str, Any]:
+    def condition(self, index: int) -> dict[str, Any]:
         """{"prompt": text}, {"label": number} or nothing: a sample without its image."""
 
     @abstractmethod
@@ -44,7 +44,10 @@ class Source(Dataset[dict[str, Any]], ABC):
         return None
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.told(index), **decoded(self.image_bytes(index), self.size_px, self.known)}
+        return {
+            **self.condition(index),
+            **decoded(self.image_bytes(index), self.size_px, self.known),
+        }
 
 
 def decoded(

@@ -176,7 +176,7 @@ class TarDataset(Source):
         number = index - (self._ends[shard - 1] if shard else 0)
         return self.shards[shard], number, self._indexes[shard][number].tolist()
 
-    def told(self, index: int) -> dict[str, Any]:
+    def condition(self, index: int) -> dict[str, Any]:
         if self.key == "none":
             return {}
         path, number, (_, _, offset, size, kind) = self._row(index)

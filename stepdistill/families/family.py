@@ -255,7 +255,7 @@ class Family(ABC):
         return (config.in_channels, *sides)
 
     @property
-    def own_shape(self) -> tuple[int, ...]:
+    def default_shape(self) -> tuple[int, ...]:
         """(C, *S) of one latent at the model's own size."""
         return self.sample_shape()
 

@@ -90,7 +90,7 @@ class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
         out: Tensor = net(
             hidden_states=self.pack(x_t.to(dtype)),
             timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
-            guidance=self.told_guidance(model_t, w),
+            guidance=self.embedded_guidance(model_t, w),
             pooled_projections=cond["pooled"].to(dtype),
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),

@@ -80,7 +80,7 @@ class Flux2Family(VaeSizedFamily):
     def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
         return packed.transpose(1, 2).unflatten(2, tuple(shape[-2:]))
 
-    def told_guidance(self, model_t: Tensor, w: Tensor | None) -> Tensor | None:
+    def embedded_guidance(self, model_t: Tensor, w: Tensor | None) -> Tensor | None:
         """(B,) the network's guidance input: klein has none."""
         return None
 
@@ -91,7 +91,7 @@ class Flux2Family(VaeSizedFamily):
         out: Tensor = net(
             hidden_states=self.pack(x_t.to(dtype)),
             timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
-            guidance=self.told_guidance(model_t, w),
+            guidance=self.embedded_guidance(model_t, w),
             encoder_hidden_states=embeds,
             txt_ids=self.pipeline._prepare_text_ids(embeds).to(x_t.device),
             img_ids=self.pipeline._prepare_latent_ids(x_t).to(x_t.device),

@@ -40,7 +40,7 @@ class GuidanceToldFamily(Family):
         has_w = tuple(extra_inputs) == ("w",) and self.embeds_guidance
         return super().copy_net(() if has_w else extra_inputs, net)
 
-    def told_guidance(self, model_t: Tensor, w: Tensor | None) -> Tensor | None:
+    def embedded_guidance(self, model_t: Tensor, w: Tensor | None) -> Tensor | None:
         """(B,) the network's guidance input, w + 1; None where it has none."""
         if not self.embeds_guidance:
             self.refuse_w(w)

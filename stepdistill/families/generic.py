@@ -80,7 +80,7 @@ class GenericFamily(Family):
         return self.facts.shape
 
     @property
-    def own_shape(self) -> tuple[int, ...]:
+    def default_shape(self) -> tuple[int, ...]:
         return self._own_shape
 
     def shift_at(self, height: int | None = None, width: int | None = None) -> float:

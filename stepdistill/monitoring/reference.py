@@ -113,7 +113,7 @@ def rms(x: Tensor) -> float:
     return float(x.float().square().mean().sqrt())
 
 
-def kept_reference(
+def saved_reference(
     folder: Path,
     teacher: Denoiser,
     family: Family,

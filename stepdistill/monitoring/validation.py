@@ -30,9 +30,9 @@ from stepdistill.monitoring.reference import (
     BATCH,
     Reference,
     conditions,
-    kept_reference,
     probe_times,
     rms,
+    saved_reference,
     teacher_guidance,
 )
 from stepdistill.monitoring.sample_metrics import (
@@ -105,7 +105,7 @@ class Validator:
         """The teacher's samples and their images (N, 3, H, W), or videos."""
         if not self._args.validation_teacher_steps:
             return None
-        found = kept_reference(
+        found = saved_reference(
             self._folder,
             self._teacher,
             self._bank.family,

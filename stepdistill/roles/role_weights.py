@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from stepdistill.loading.stored_tensors import StoredTensors
 
 
-def whole(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """The tensor itself, or all of one in shards (then call on every process, in one order)."""
     full: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
     return full
@@ -19,7 +19,7 @@ def whole(value: Tensor) -> Tensor:
 
 def to_cpu(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CPU copies of the tensors, contiguous and apart from the live ones."""
-    return {k: whole(v.detach()).cpu().contiguous().clone() for k, v in own.items()}
+    return {k: full_tensor(v.detach()).cpu().contiguous().clone() for k, v in own.items()}
 
 
 @torch.no_grad()

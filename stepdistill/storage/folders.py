@@ -52,7 +52,7 @@ def write_folder(
     try:
         begin(target)
         fill(aside, tensors, documents)
-        seal(target, vouched(aside, aside.iterdir()))
+        seal(target, manifest_entries(aside, aside.iterdir()))
     except (OSError, SafetensorError) as err:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
         raise not_written(target, str(err)) from err
@@ -82,7 +82,7 @@ def fill(
         (folder / f"{stem}.json").write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-def vouched(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def manifest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """The manifest's entries of these files of the folder, which are on the disk then."""
     found = {}
     for path in sorted(files):

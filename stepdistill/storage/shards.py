@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from stepdistill.storage.folders import aside_of, begin, fill, not_written, seal, vouched
+from stepdistill.storage.folders import aside_of, begin, fill, manifest_entries, not_written, seal
 
 _Entries = dict[str, dict[str, Any]]
 
@@ -34,8 +34,8 @@ def write_shards(
     aside, rank = aside_of(target), dist.get_rank()
 
     def own() -> _Entries:
-        entries = vouched(aside, aside.glob(f"*/shard-{rank + 1:05d}-*"))
-        return entries if rank else {**entries, **vouched(aside, aside.glob("*.json"))}
+        entries = manifest_entries(aside, aside.glob(f"*/shard-{rank + 1:05d}-*"))
+        return entries if rank else {**entries, **manifest_entries(aside, aside.glob("*.json"))}
 
     try:
         _agreed(lambda: begin(target) if rank == 0 else None)

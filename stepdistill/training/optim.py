@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from stepdistill.config.run import TrainConfig
-from stepdistill.roles.role_weights import whole
+from stepdistill.roles.role_weights import full_tensor
 from stepdistill.roles.rolebank import RoleBank
 
 BLOCK, SMALLEST_8BIT = 256, 4096  # of bitsandbytes' 8-bit states
@@ -134,7 +134,7 @@ def clip_by_role(
 ) -> dict[str, Tensor]:
     """Clip each role's gradients to its own norm; returns the norms before clipping."""
     return {
-        role: whole(
+        role: full_tensor(
             torch.nn.utils.clip_grad_norm_(bank.members(role).values(), by_role.get(role, default))
         )
         for role in roles

@@ -141,7 +141,7 @@ def test_tars_by_offset_against_the_library(tmp_path) -> None:
 
     def ours() -> int:
         rows = [order[i] for i in range(len(data))]
-        return sum(len(data.image_bytes(i)[0]) + len(data.told(i)["prompt"]) for i in rows)
+        return sum(len(data.image_bytes(i)[0]) + len(data.condition(i)["prompt"]) for i in rows)
 
     def theirs() -> int:
         rows = webdataset.WebDataset(urls, shardshuffle=False)

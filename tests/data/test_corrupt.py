@@ -50,15 +50,15 @@ def test_they_are_counted_and_named(kind, tmp_path) -> None:
 
 
 def test_a_stream_takes_the_next_row(tmp_path) -> None:
-    """Four shards and four samples a batch: each place in a batch is a lane.
+    """Four shards and four samples a batch: each place in a batch is a substream.
 
     There an unreadable row is the next that can be read.
     """
     whole = list(batches(dataset_of("stream", tmp_path / "a"), 12, batch=4))
     rest = list(batches(dataset_of("stream", tmp_path / "b", BAD), 12, batch=4))
-    for lane, found in zip(zip(*whole, strict=True), zip(*rest, strict=True), strict=True):
-        expected, last = [], lane[0]
-        for number in reversed(lane):
+    for substream, found in zip(zip(*whole, strict=True), zip(*rest, strict=True), strict=True):
+        expected, last = [], substream[0]
+        for number in reversed(substream):
             last = last if number in BAD else number
             expected.append(last)
         assert list(found)[:-3] == expected[::-1][:-3]  # the last few look past what was read

@@ -36,7 +36,7 @@ def test_labels_go_with_their_files(tmp_path) -> None:
     data = ImageFolderDataset(root, None, labels=True)
     found = [(path.relative_to(root).as_posix(), label) for path, label in data.items]
     assert found == [("10/a.png", 10), ("10/b.png", 10), ("2/c.png", 2)]
-    assert data.told(2) == {"label": 2}
+    assert data.condition(2) == {"label": 2}
     assert data.image_bytes(0)[1] == "a.png"
 
 

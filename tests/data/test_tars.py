@@ -133,7 +133,7 @@ def test_an_index_is_made_once(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(tars, "index_shard", refuse)
     after = TarDataset(folder, None, index_dir=kept)
-    assert [after.told(i) for i in range(COUNT)] == [before.told(i) for i in range(COUNT)]
+    assert [after.condition(i) for i in range(COUNT)] == [before.condition(i) for i in range(COUNT)]
     write(empty, a__png=png(1), a__txt=b"a")
     with pytest.raises(AssertionError, match=r"9999\.tar was walked"):
         TarDataset(folder, None, index_dir=kept)

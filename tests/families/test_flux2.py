@@ -131,8 +131,8 @@ def test_adapters_reach_the_single_blocks() -> None:
 
 # ------------------------------------------------------------------------------------------- dev
 class Untold(Flux2DevFamily):
-    def told_guidance(self, model_t, w):
-        return super().told_guidance(model_t, None)
+    def embedded_guidance(self, model_t, w):
+        return super().embedded_guidance(model_t, None)
 
 
 def test_check_finds_a_dev_adapter_that_forgets_the_guidance() -> None:

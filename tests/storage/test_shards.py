@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stepdistill.loading.stored_tensors import StoredTensors
-from stepdistill.roles.role_weights import copy_into, to_cpu, whole
+from stepdistill.roles.role_weights import copy_into, full_tensor, to_cpu
 from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.storage.folders import fault_of, write_folder
 from stepdistill.storage.shards import write_shards
@@ -79,7 +79,7 @@ def check_equal(folder: Path, world: int) -> None:
                 value.zero_()
         StoredTensors(folder / name).read_into(live)
         for key, value in live.items():
-            assert torch.equal(whole(value.detach()), expected[key]), f"{name}/{key}"
+            assert torch.equal(full_tensor(value.detach()), expected[key]), f"{name}/{key}"
 
 
 @pytest.mark.parametrize(("written", "read"), [(2, 1), (2, 3), (3, 2)])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from stepdistill.roles.role_weights import to_cpu, whole
+from stepdistill.roles.role_weights import full_tensor, to_cpu
 from stepdistill.trainers import DistillationTrainer
 from stepdistill.training.checkpoint import optimizer_state
 from support.runs import build_trainer
@@ -127,7 +127,7 @@ def _watched(trainer: DistillationTrainer) -> dict[str, Tensor]:
     def recording() -> None:
         for role in trainer.bank.trained_roles:
             new = {
-                f"{role}/{name}": whole(param.grad).clone()
+                f"{role}/{name}": full_tensor(param.grad).clone()
                 for name, param in trainer.bank.members(role).items()
                 if param.grad is not None
             }

@@ -9,7 +9,7 @@ from stepdistill.core.method import Method
 from stepdistill.core.solvers import SamplerSpec
 
 
-def sampler_reached(
+def sampler_at_stop(
     method: Method[Any], step: int, max_steps: int, num_steps: int | None = None
 ) -> SamplerSpec:
     """The sampler of a student after `step` of max_steps updates, in num_steps or its own number.

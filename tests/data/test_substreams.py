@@ -1,4 +1,4 @@
-"""Lanes: every row once an epoch, wherever shards end, and each process reads its own alone."""
+"""Substreams: every row once an epoch, wherever shards end; each process reads its own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from support.samples import COUNT, SHARDS, parquet_folder
 
 from stepdistill.data.hub import HubStream, Streamed, load_rows, shard_rows
-from stepdistill.data.lanes import Lanes
 from stepdistill.data.stream import stream
+from stepdistill.data.substreams import Substreams
 
 SETS = [
     ((5, 9, 3, 7), 4), ((5, 0, 9, 0, 3), 6), ((1,) * 30, 7), ((40,), 8), ((100,) * 33, 64),
@@ -22,38 +22,41 @@ SETS = [
 
 @pytest.mark.parametrize(("shards", "batch"), SETS)
 def test_an_epoch_has_every_row_once(shards, batch) -> None:
-    lanes = Lanes(shards, batch, seed=3)
+    substreams = Substreams(shards, batch, seed=3)
     everything = Counter((s, row) for s, size in enumerate(shards) for row in range(size))
     for epoch in range(4):
         read: Counter[tuple[int, int]] = Counter()
-        for lane in range(lanes.number):
-            pieces = lanes.pieces(epoch, lane)
+        for substream in range(substreams.number):
+            pieces = substreams.pieces(epoch, substream)
             read.update((s, row) for s, begin, end in pieces for row in range(begin, end))
-            first, end = lanes.span(epoch, lane)
+            first, end = substreams.span(epoch, substream)
             assert sum(e - b for _, b, e in pieces) == end - first
         assert read == everything
 
 
 @pytest.mark.parametrize(("shards", "batch"), SETS)
 def test_places_and_positions_are_each_other_s(shards, batch) -> None:
-    lanes = Lanes(shards, batch, seed=0)
+    substreams = Substreams(shards, batch, seed=0)
     places = Counter[int]()
     for position in range(500):
-        lane = lanes.at(position)
-        assert lanes.before(position, lane) == places[lane]
-        assert lanes.position(places[lane], lane) == position
-        places[lane] += 1
-    assert all(lanes.before(500, lane) == places[lane] for lane in range(lanes.number))
+        substream = substreams.at(position)
+        assert substreams.before(position, substream) == places[substream]
+        assert substreams.position(places[substream], substream) == position
+        places[substream] += 1
+    assert all(
+        substreams.before(500, substream) == places[substream]
+        for substream in range(substreams.number)
+    )
 
 
 def test_lanes_are_at_most_as_many_as_shards_and_as_a_process_can_read() -> None:
-    numbers = [Lanes((10,) * count, 64, 0).number for count in (1, 3, 8, 31, 32, 1000)]
+    numbers = [Substreams((10,) * count, 64, 0).number for count in (1, 3, 8, 31, 32, 1000)]
     assert numbers == [1, 2, 8, 16, 32, 32]
 
 
 def test_a_lane_has_other_shards_in_another_epoch_and_run() -> None:
     shards = (10,) * 32
-    found = [Lanes(shards, 8, seed).pieces(epoch, 0) for seed in (0, 1) for epoch in (0, 1)]
+    found = [Substreams(shards, 8, seed).pieces(epoch, 0) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(pieces) for pieces in found}) == 4
 
 
@@ -84,12 +87,12 @@ def test_two_ranks_of_two_workers_read_their_own_shards(tmp_path) -> None:
     """16 shards of 100 rows; 100 batches of 4 a rank are half of an epoch for each."""
     parts = [split(tmp_path, rank, 200, 16) for rank in (0, 1)]
     assert sorted(n for seen, _ in parts for n in seen) == list(range(1600))
-    for _, read in parts:  # both workers of the rank together; one lane would be 3,200
+    for _, read in parts:  # both workers of the rank together; one substream would be 3,200
         assert 800 <= read < 1300
 
 
 def test_resume_opens_no_shard_that_was_gone_through(tmp_path) -> None:
-    """64 shards in 32 lanes of two, 16 of them this rank's: of each the second alone is left."""
+    """64 shards in 32 substreams of two, 16 of them this rank's: of each the second is left."""
     whole, _ = split(tmp_path, 0, 540, 64)
     rest, read = split(tmp_path, 0, 40, 64, start=500)
     assert rest == whole[4 * 500 :]
