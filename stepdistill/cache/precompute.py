@@ -78,7 +78,7 @@ class Prompts(_Task):
         if isinstance(data, PromptDataset):
             texts: Iterable[Any] = data.prompts
         elif isinstance(data, Source):
-            texts = (item["prompt"] for item in self._read(data.told, range(len(data))))
+            texts = (item["prompt"] for item in self._read(data.condition, range(len(data))))
         else:
             texts = (item["prompt"] for item in self._items(data))
         return ((content_key(text), text) for text in texts)
