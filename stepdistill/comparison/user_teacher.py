@@ -20,9 +20,10 @@ import torch
 
 import stepdistill
 from stepdistill.config.files import resolve_method
-from stepdistill.config.flags import merge, read_yaml
+from stepdistill.config.flags import merge
 from stepdistill.config.recipes import Training
 from stepdistill.config.run import RunConfig, TrainConfig
+from stepdistill.config.yaml_files import read_yaml
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.evaluation.features import feature_net

@@ -15,14 +15,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from stepdistill.config.yaml_files import read_yaml
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -61,20 +61,6 @@ def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
         nested = isinstance(old, Mapping) and isinstance(value, Mapping)
         merged[key] = merge(old, value) if nested else value  # type: ignore[arg-type]
     return merged
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Errors: ValueError for a missing file or another shape."""
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"--config: expected a YAML file, got {str(path)!r}, which is not there.")
-    try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ValueError(f"{path}: expected valid YAML, got {' '.join(str(err).split())}.") from err
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: expected a mapping of options, got {type(loaded).__name__}.")
-    return loaded
 
 
 def read_config_files(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from stepdistill.config.files import method_config, parse_run_config
-from stepdistill.config.flags import merge, read_yaml
+from stepdistill.config.flags import merge
+from stepdistill.config.yaml_files import read_yaml
 from stepdistill.methods import METHODS
 
 ROOT = Path(__file__).parents[2]

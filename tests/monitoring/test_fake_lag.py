@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.config.files import method_class
-from stepdistill.config.flags import read_yaml
 from stepdistill.config.watchdog import WatchdogConfig
+from stepdistill.config.yaml_files import read_yaml
 from stepdistill.core.method import FakeFit, Setting
 from stepdistill.core.path import FlowPath
 from stepdistill.core.types import Cond
