@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from stepdistill.config.flags import AT_COMMAS, CommandOptions, merge
+from stepdistill.core.options import Count, Guidance, Seed
 
 if TYPE_CHECKING:
     from stepdistill.comparison.runs import Setups
@@ -29,24 +30,24 @@ class Options(CommandOptions):
     """Of each student: 240s (of one core; on CUDA, of time) or 500steps."""
     methods: Annotated[tuple[str, ...], AT_COMMAS] = ()
     """Which ones; with a teacher of yours also NAME=FILE.yaml."""
-    steps: tuple[int, ...] = ()
+    steps: tuple[Count, ...] = ()
     """Step counts; none means 1 2 4, or a recipe's own."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Training seeds."""
-    processes: int = 1
+    processes: Count = 1
     """Runs side by side."""
-    curve_points: int = 4
+    curve_points: Count = 4
     """Times that a student is judged while it trains, at the end, half, a quarter ... of its
     budget; 1: at the end alone."""
     discard_students: bool = False
     """Keep none of them; else the best seed's pipeline of each method and step count stays in
     OUTPUT_DIR/students."""
 
-    demo_teacher_steps: int | None = None
+    demo_teacher_steps: Count | None = None
     """The demo's teacher: a shorter training of it."""
-    demo_pairs: int | None = None
+    demo_pairs: Count | None = None
     """The demo's teacher: noise-image pairs; none means 4096."""
-    demo_noise_seeds: int | None = None
+    demo_noise_seeds: Count | None = None
     """The demo's teacher: noise seeds to judge from; none means 5."""
 
     teacher: str | None = None
@@ -59,7 +60,7 @@ class Options(CommandOptions):
     """Folder of real images to judge by; none: the teacher's images."""
     features: tuple[str, ...] = ()
     """Feature networks; see stepdistill evaluate."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """null + g (cond - null), for teacher and every method."""
     student: Literal["lora", "full"] | None = None
     """How students store their weights, for every method."""
@@ -67,19 +68,19 @@ class Options(CommandOptions):
     """For every method."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """For every method."""
-    resolution: int | None = Field(default=None, ge=1)
+    resolution: Count | None = Field(default=None, ge=1)
     """Height and width in px."""
-    num_pairs: int = 1024
+    num_pairs: Count = 1024
     """Noise-image pairs of the teacher."""
-    pair_steps: int = 25
+    pair_steps: Count = 25
     """Steps of its solver for them."""
-    teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 50)
+    teacher_steps: tuple[Count, ...] = (1, 2, 4, 8, 50)
     """Step counts that it is judged at."""
-    num_prompts: int | None = None
+    num_prompts: Count | None = None
     """Prompts to judge with; none means all."""
-    num_images_per_prompt: int | None = None
+    num_images_per_prompt: Count | None = None
     """Images to judge with of each prompt."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images drawn at once."""
     settings: dict[str, Any] = Field(default={})
     """Laid over every method's file; of --config files all keys of a run that aren't options

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.core.options import Positive, Seed
 
 
 class Options(CommandOptions):
@@ -12,9 +13,9 @@ class Options(CommandOptions):
     """A method, or snoopi or tscd_one_lora."""
     student: Literal["lora", "full"] = "full"
     """How the student stores its weights."""
-    seconds: float | None = None
+    seconds: Positive | None = None
     """Training budget of each student; none means its recipe's steps."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the students' training."""
     output_dir: str = "demo"
     """Folder of teacher, students and report."""

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.core.options import Count
 
 
 class Options(CommandOptions):
@@ -16,7 +17,7 @@ class Options(CommandOptions):
     """Folder to write."""
     checkpoint: str | None = None
     """best, or checkpoint-N; none means the newest."""
-    num_steps: int | None = None
+    num_steps: Count | None = None
     """A step count of the trained grid."""
     format: Literal["pipeline", "lora", "diffusers", "kohya", "comfyui"] = "pipeline"
     """A whole pipeline or an adapter; diffusers is lora by another name."""

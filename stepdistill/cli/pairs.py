@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stepdistill.config.teacher import TeacherOptions
+from stepdistill.core.options import Count, Guidance, Seed
 
 
 class Options(TeacherOptions):
@@ -12,17 +13,17 @@ class Options(TeacherOptions):
     """Or a folder of real images, inverted to noises (rf++)."""
     pairs_dir: str
     """Folder of the set; a call that was cut off goes on there."""
-    num_pairs: int | None = None
+    num_pairs: Count | None = None
     """Needed with prompts_file; none means all images of invert."""
-    num_steps: int = 50
+    num_steps: Count = 50
     """Steps of the teacher's solver."""
-    guidance: float = 1.0
+    guidance: Guidance = 1.0
     """null + g (cond - null)."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Height and width in px; none means the model's own size."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Pairs solved at once; the last bits of a network depend on it."""
-    seed: int = 0
+    seed: Seed = 0
     """Pair i starts from noise of seed + i."""
 
 

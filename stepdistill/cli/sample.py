@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.core.options import Count, Seed
 
 
 class Options(CommandOptions):
@@ -12,9 +13,9 @@ class Options(CommandOptions):
     """Exported pipeline folder."""
     prompt: list[str]
     """Prompts (or class labels), an image each."""
-    num_steps: int | None = None
+    num_steps: Count | None = None
     """A step count of the trained grid."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the first image's noise; the next ones count on."""
     output_dir: str = "samples"
     """Folder of the images."""

@@ -18,19 +18,18 @@ from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from stepdistill.config.yaml_files import read_yaml
+from stepdistill.core.options import Options
 
 M = TypeVar("M", bound=BaseModel)
 
 
-class CommandOptions(BaseModel):
+class CommandOptions(Options):
     """Base of a command's options; a field's docstring is its help text."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def _at_commas(value: Any) -> Any:

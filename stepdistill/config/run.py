@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     model_validator,
@@ -26,32 +23,27 @@ from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.config.teacher import TeacherOptions
 from stepdistill.config.tuning import Tuning
 from stepdistill.config.watchdog import WatchdogConfig
+from stepdistill.core.options import Options, Positive, Seed
+
+if TYPE_CHECKING:
+    import torch
 
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
 
-_DTYPES = {
-    "no": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of mixed_precision
 
 
 _OF_THE_TEACHER = ("teacher_lora", "single_file_config")
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Options):
     """How to train, whatever the method and the model."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     # ------------------------------------------------------------------ run
     output_dir: str = "runs/default"
     """Folder for checkpoints, logs and validation grids; one run each."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every random number in the run."""
     max_train_steps: int = Field(default=1000, ge=1)
     """Student updates; every method counts these."""
@@ -87,7 +79,7 @@ class TrainConfig(BaseModel):
     # ------------------------------------------------------------ optimiser
     learning_rate: float = Field(default=1e-5, gt=0)
     """Learning rate of the student and of every role without one of its own."""
-    role_learning_rates: dict[str, float] = {}
+    role_learning_rates: dict[str, Positive] = Field(default={})
     """Learning rate by role, e.g. {"fake": 5e-6}."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit keeps its moments in 8 bits and needs bitsandbytes; on CPU and CUDA."""
@@ -105,7 +97,7 @@ class TrainConfig(BaseModel):
     """Student updates of linear warm-up."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient norm each role is clipped to."""
-    role_max_grad_norm: dict[str, float] = {}
+    role_max_grad_norm: dict[str, Positive] = Field(default={})
     """Clipping norm by role."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
     """Decay of an averaged student for validation and export; 0 keeps none."""
@@ -133,7 +125,7 @@ class TrainConfig(BaseModel):
     # ---------------------------------------------------- logs, checkpoints
     logging_steps: int = Field(default=10, ge=1)
     """Student updates between log lines (means over the window)."""
-    report_to: Annotated[list[str], AT_COMMAS] = []
+    report_to: Annotated[list[str], AT_COMMAS] = Field(default=[])
     """Accelerate trackers besides the JSONL log: tensorboard, wandb, ..."""
     disable_progress_bar: bool = False
     """Print no tqdm bar."""
@@ -143,7 +135,7 @@ class TrainConfig(BaseModel):
     """Checkpoints to keep; older ones go after a newer one is whole."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder, or "latest" (starts afresh where there is none yet)."""
-    validation_prompts: list[str] = []
+    validation_prompts: list[str] = Field(default=[])
     """Prompts (or class labels) of the validation grid."""
     validation_steps: int = Field(default=0, ge=0)
     """Student updates between validation grids; 0 makes none."""
@@ -167,8 +159,12 @@ class TrainConfig(BaseModel):
     @property
     def frozen_dtype(self) -> torch.dtype:
         """Of the frozen denoiser's weights: tuning.base_dtype, or what autocast uses."""
+        import torch  # which --help does without
+
         name = self.tuning.base_dtype
-        return _DTYPES[self.mixed_precision if name == "auto" else name]
+        name = _DTYPES[self.mixed_precision] if name == "auto" else name
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
     @classmethod
     def recorded(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,10 +228,9 @@ class TrainConfig(BaseModel):
 _SOURCES = ("prompts_file", "train_data_dir", "pairs_dir", "tar_shards", "dataset_name")
 
 
-class SourceConfig(BaseModel):
+class SourceConfig(Options):
     """One source of data, and how it is read."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
     where: ClassVar[str] = "data"
 
     prompts_file: str | None = None
@@ -317,7 +312,7 @@ class RunConfig(TrainConfig, TeacherOptions):
 
     method: str
     """Distillation method; `stepdistill list` shows them."""
-    method_config: dict[str, Any] = {}
+    method_config: dict[str, Any] = Field(default={})
     """Options of the method; its flags are --method_config.NAME."""
     data: DataConfig = DataConfig()
     """Training data."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from stepdistill.config.flags import CommandOptions
-from stepdistill.loading.source import ModelSource
+
+if TYPE_CHECKING:
+    from stepdistill.loading.source import ModelSource
 
 
 class TeacherOptions(CommandOptions):
@@ -23,6 +27,8 @@ class TeacherOptions(CommandOptions):
     @property
     def source(self) -> ModelSource:
         """The teacher."""
+        from stepdistill.loading.source import ModelSource  # Diffusers: --help needs none
+
         return ModelSource(
             self.pretrained_model_name_or_path,
             self.revision,

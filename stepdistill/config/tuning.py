@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from stepdistill.config.flags import AT_COMMAS
+from stepdistill.core.options import Options
 
 Quantization = Literal["none", "int8", "nf4"]  # here, so that reading options imports no network
 Layout = Literal["lora", "full"]
 
 
-class Tuning(BaseModel):
+class Tuning(Options):
     """How trained roles hold weights: an adapter on the one frozen base, or a copy of their own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True)
 
     student: Layout = "lora"
     """Student weights: "lora" (adapter on the frozen base) or "full" (own copy)."""

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from stepdistill.core.options import Options
 
 Action = Literal["off", "warn", "back_off", "stop"]
 
 
-class WatchdogConfig(BaseModel):
+class WatchdogConfig(Options):
     """What watches over a run. Checks of samples run at validations, the others at log lines."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     nonfinite: Literal["back_off", "stop"] = "stop"
     """Non-finite loss or gradient. back_off skips that update (reading the gradient norm before

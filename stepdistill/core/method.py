@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.options import Options
 from stepdistill.core.path import NoisePath, PredictionType
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
@@ -132,10 +133,10 @@ class FakeFit:
     last_step: bool = False
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Options):
     """Base of every method's Config: unknown keys are errors, values are checked once."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True)
 
 
 C = TypeVar("C", bound=MethodConfig)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, model_validator
 
 from stepdistill.config.flags import CommandOptions
-from stepdistill.loading.source import ModelSource
+from stepdistill.core.options import Guidance, Seed
 
 from .presets import preset
+
+if TYPE_CHECKING:
+    from stepdistill.loading.source import ModelSource
 
 
 class Options(CommandOptions):
@@ -45,15 +48,15 @@ class Options(CommandOptions):
     """2 or more for diversity."""
     num_reference: int | None = None
     """The first images by name; none means all."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Noise seeds, a whole set of images each."""
     batch_size: int = 8
     """Images drawn at once; changes times alone."""
     shard_images: int = 64  # few enough for processes to share a small evaluation
     """Images between files, which processes share."""
-    guidance: float | None = None
+    guidance: Guidance | None = None
     """Of the teacher, null + g (cond - null)."""
-    student_guidance: float = 1.0
+    student_guidance: Guidance = 1.0
     """Of students without distillation.json."""
     teacher_lora: tuple[str, ...] = ()
     """path[:scale] of each LoRA merged into the teacher."""
@@ -89,6 +92,8 @@ class Options(CommandOptions):
     @property
     def source(self) -> ModelSource:
         """The teacher."""
+        from stepdistill.loading.source import ModelSource  # Diffusers: --help needs none
+
         return ModelSource.of(
             self.teacher,
             teacher_lora=self.teacher_lora,

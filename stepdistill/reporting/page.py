@@ -64,7 +64,6 @@ def page(title: str, body: str, head: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'  # or a browser asks for one
         f"<title>{escape(title)}</title><style>{STYLE}</style>{head}</head>\n"
         f"<body>{body}</body></html>\n"
     )

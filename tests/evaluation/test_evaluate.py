@@ -337,7 +337,7 @@ def test_other_photos_of_the_same_names_and_sizes_are_read(teacher, prompts, tmp
         ({"shard_images": 0}, "shard_images: expected 1 or more, got 0"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt: expected 1 or more, got 0"),
         ({"nearest_k": 0}, "nearest_k: expected 1 or more, got 0"),
-        ({"teacher_steps": [0, 2]}, r"teacher_steps: expected 1 or more, got \[0, 2\]"),
+        ({"teacher_steps": [0, 2]}, r"teacher_steps: expected 1 or more, got \(0, 2\)"),
         ({"num_reference": -1}, "num_reference: expected 1 or more, got -1"),
         ({"num_previews": -1}, "num_previews: expected 0 or more, got -1"),
         ({"num_images_per_prompt": 1, "num_prompts": 1}, "two images or more to measure a spread"),

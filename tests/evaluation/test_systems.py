@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from stepdistill.evaluation.systems import (
     teacher_sources,
     with_distinct_labels,
 )
+from stepdistill.loading.source import ModelSource
 
 LOADING = Loading(torch.device("cpu"))
 PROMPTS = ["a red cube", "a blue ball"]
@@ -73,7 +73,7 @@ def test_pipeline_lora_and_run_are_one_student(run, tmp_path) -> None:
 def test_a_student_differs_from_its_teacher(run, tmp_path, tmp_path_factory) -> None:
     teacher = str(teacher_dir("sd_v", tmp_path_factory))
     loading = Loading(torch.device("cpu"), guidance=1.0)
-    (base,) = teacher_sources(teacher, [2], loading)
+    (base,) = teacher_sources(ModelSource(teacher), [2], loading)
     (student,) = sources(run / "pipeline", tmp_path)
     assert float((images(base) - images(student)).abs().max()) > 1e-2
     assert base.settings["weights"] != student.settings["weights"]
@@ -120,10 +120,11 @@ def test_what_an_image_depends_on_is_told(run, tmp_path, tmp_path_factory) -> No
     shutil.copytree(teacher_dir("sd_v", tmp_path_factory), teacher)
     style = tmp_path / "style"
     shutil.copytree(run / "lora", style)
-    loading = replace(LOADING, teacher_lora=(str(style),))
 
     def settings() -> Any:
-        return teacher_sources(str(teacher), [2], loading)[0].settings
+        return teacher_sources(ModelSource.of(teacher, teacher_lora=(str(style),)), [2], LOADING)[
+            0
+        ].settings
 
     before = settings()
     assert settings() == before
@@ -138,7 +139,7 @@ def test_what_an_image_depends_on_is_told(run, tmp_path, tmp_path_factory) -> No
 
 def test_the_last_of_the_teacher_s_rows_lets_it_go(tmp_path_factory) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory)
-    one, two = teacher_sources(str(teacher), [1, 2], LOADING)
+    one, two = teacher_sources(ModelSource.of(teacher), [1, 2], LOADING)
     net = weakref.ref(one.load().net)
     one.release()
     assert two.load().net is net()

@@ -17,7 +17,7 @@ from support.runs import THOROUGH, TinyData, build_trainer, teacher_dir
 from stepdistill import TrainConfig, Tuning, load_pipeline
 from stepdistill.export.hub import files_to_push
 from stepdistill.export.pipeline import RECORD
-from stepdistill.families.registry import load_family, load_setting
+from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.trainers import TrajectorySegmentedTrainer, trainer_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -220,14 +220,15 @@ def test_tcd_on_flow_exports_with_its_scheduler_beside_it(
     ours = load_pipeline(out)
     assert type(stock.scheduler).__module__ != type(ours.scheduler).__module__
     torch.testing.assert_close(image(stock), image(ours), rtol=0, atol=1e-5)
-    assert load_setting(out).shift == scheduler["shift"], "it can be a teacher again"
+    assert teacher_facts(out).setting.shift == scheduler["shift"], "it can be a teacher again"
 
 
 def test_a_lora_of_a_tcd_flow_student_carries_the_scheduler(tmp_path, tmp_path_factory) -> None:
     trainer = trained("sd3", tmp_path_factory, tmp_path / "run", "tscd", recipe())
     out = trainer.export(tmp_path / "out", format="lora")
     card = (out / "README.md").read_text()
-    assert "from tcd_flow_match_scheduler import FlowMatchTCDScheduler" in card
+    assert "FlowMatchTCDScheduler = get_class_from_dynamic_module(" in card
+    assert "'tcd_flow_match_scheduler.py', 'scheduler', 'FlowMatchTCDScheduler'" in card
     assert (out / "scheduler" / "tcd_flow_match_scheduler.py").is_file()
     assert "scheduler/tcd_flow_match_scheduler.py" in files_to_push(out)
     (out / "scheduler" / "tcd_flow_match_scheduler.py").write_text("print()")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ChromaTransformer2DModel
-from stepdistill.testing.tiny_transformers import tiny_pixart
 from torch import Tensor, nn
 
 from stepdistill.roles.checkpointing import (
@@ -155,7 +154,7 @@ def test_the_check_finds_a_lost_argument(monkeypatch) -> None:
             block.forward = partial(losing, block.forward)
 
     monkeypatch.setattr("stepdistill.roles.rolebank.checkpoint_blocks", lossy)
-    found = [name for name, value in check_family(tiny_pixart()) if not value < LIMIT]
+    found = [name for name, value in check_family(TINY["pixart"]()) if not value < LIMIT]
     assert found == ["checkpointing: output and gradients"]
 
 

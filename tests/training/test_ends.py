@@ -117,7 +117,7 @@ def test_a_run_that_has_not_begun_leaves_the_records_alone(run, tmp_path, monkey
     run(max_train_steps=1).train()
     before = (tmp_path / "events.jsonl").read_bytes()
     again = run(resume_from_checkpoint="latest")
-    monkeypatch.setattr("stepdistill.training.trainer.prepare_cache", lambda *_: 1 / 0)
+    monkeypatch.setattr("stepdistill.training.feed.prepare_cache", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         again.train()
     assert (tmp_path / "events.jsonl").read_bytes() == before

@@ -1,0 +1,18 @@
+"""What all options have in common: unknown names are refused, and numbers are finite."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every random number generator here takes
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Guidance = Annotated[float, Field(ge=0)]  # g of null + g (cond - null)
+
+
+class Options(BaseModel):
+    """Base of every group of options; a field's docstring is its help text."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
