@@ -55,6 +55,10 @@ class TrajectoryMethod(Method[T]):
         self.grid = SolverGrid(setting, config.num_grid, "none")
         self.segments = Segments(self.grid)
 
+    @property
+    def teacher_guidance(self) -> float:
+        return super().teacher_guidance * self.config.inference_guidance  # one of the two is 1
+
     @abstractmethod
     def num_segments(self, step: int, max_steps: int) -> int:
         """k at student step `step`; a pure function of the position."""
