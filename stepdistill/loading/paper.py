@@ -42,15 +42,28 @@ def check_on_paper(
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             continue
         where = f"{model}/{name}/config.json"
+        state = _state(Path(model) / name, cls)
+        if state and state in _PASSED:
+            continue
         stock = library == "diffusers"
         config = _config(cls, stock, model, name, hub, where)
         check_numbers(config, where)
         net = _on_meta(cls, stock, config, where)
         if "quantization_config" not in config:
             _check_shapes(net, Path(model) / name, where)
+        if state:
+            _PASSED.add(state)
 
 
 _BUILT = ("diffusers", "transformers")
+_PASSED: set[tuple[Any, ...]] = set()  # parts that this process has looked at: one is loaded often
+
+
+def _state(folder: Path, cls: type[Any]) -> tuple[Any, ...]:
+    """What tells a local part's files from others; () for a Hub id's."""
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return (cls.__name__, *facts) if facts else ()
 
 
 def _within(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
