@@ -30,11 +30,11 @@ class Options(CommandOptions):
     """Of each student: 240s (of one core; on CUDA, of time) or 500steps."""
     methods: Annotated[tuple[str, ...], AT_COMMAS] = ()
     """Which ones; with a teacher of yours also NAME=FILE.yaml."""
-    steps: tuple[Count, ...] = ()
+    steps: tuple[int, ...] = ()
     """Step counts; none means 1 2 4, or a recipe's own."""
     seeds: tuple[Seed, ...] = (0,)
     """Training seeds."""
-    processes: Count = 1
+    processes: int = 1
     """Runs side by side."""
     curve_points: Count = 4
     """Times that a student is judged while it trains, at the end, half, a quarter ... of its
