@@ -312,7 +312,7 @@ def test_nf4_bases_train_adapters_too(flux: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Stock, "validate_environment", lambda *args, **kwargs: None)
     monkeypatch.setattr(Stock, "update_device_map", lambda *args: {"": "cpu"})
-    monkeypatch.setattr("stepdistill.families.registry.check_quantization", lambda kind: None)
+    monkeypatch.setattr("stepdistill.loading.source.check_quantization", lambda kind: None)
     family = load_family(ModelSource.of(flux, base_quantization="nf4", base_dtype=torch.float32))
     for module in family.net.modules():
         if isinstance(module, bnb.nn.Linear4bit):
