@@ -161,9 +161,8 @@ class TrainConfig(Options):
         """Of the frozen denoiser's weights: tuning.base_dtype, or what autocast uses."""
         import torch  # which --help does without
 
-        name = self.tuning.base_dtype
-        name = _DTYPES[self.mixed_precision] if name == "auto" else name
-        dtype: torch.dtype = getattr(torch, name)
+        own = self.tuning.base_dtype
+        dtype: torch.dtype = getattr(torch, _DTYPES[self.mixed_precision] if own == "auto" else own)
         return dtype
 
     @classmethod
