@@ -81,9 +81,10 @@ def test_it_trains_resumes_exports_and_is_planned_and_compared(installed, tmp_pa
     shutil.rmtree(tmp_path / "out" / "pipeline")
 
     compare = (
-        "compare --teacher model --prompts_file prompts.txt --features digits --methods pull "
-        "--budget 1steps --steps 1 --output_dir compared --teacher_steps 1 "
-        "--num_images_per_prompt 2 --curve_points 1"
+        "compare --teacher model --prompts_file prompts.txt --features elsewhere.colours:Colours "
+        "--methods pull --budget 1steps --steps 1 --output_dir compared "
+        "--teacher_steps 1 "
+        "--num_images_per_prompt 2 --curve_points 1 --resolution 16"  # the stock call says 1024
     )
     again = f"train {given} --resume_from_checkpoint latest"
     told = run(tmp_path, installed, again, "export out lora --format lora", compare)
