@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepdistill.losses.rewards import ClampedCLIPConfig, clamped_reward_loss
+from stepdistill.losses.rewards import ClampedCLIPConfig, LPIPSOptions, clamped_reward_loss
 
 
 def test_a_score_costs_what_it_lacks_of_tau() -> None:
@@ -25,3 +25,11 @@ def test_the_weight_goes_linearly_to_its_end() -> None:
 @pytest.mark.parametrize(("first", "last"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)])
 def test_a_weight_at_either_end_turns_it_on(first, last) -> None:
     assert ClampedCLIPConfig(weight=first, weight_end=last).enabled == (first + last > 0)
+
+
+def test_a_limit_of_resizing_stands_beside_a_size() -> None:
+    with pytest.raises(ValueError, match="expected resize beside it, got 256 alone"):
+        LPIPSOptions(resize=None, resize_below=256)
+    assert LPIPSOptions(resize=224, resize_below=256).resize_below == 256
+    assert LPIPSOptions(resize=224, resize_below=None).resize == 224
+    assert LPIPSOptions(resize=None, resize_below=None).resize is None

@@ -7,7 +7,7 @@ import torch
 
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.types import Cond
-from stepdistill.losses.score import denoising_loss, dmd_gradient, surrogate
+from stepdistill.losses.score import denoising_loss, denoising_weight, dmd_gradient, surrogate
 from stepdistill.testing.analytic import GaussianTeacher
 
 VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2)
@@ -165,3 +165,14 @@ def test_native_flow_loss_is_finite_at_time_zero() -> None:
 
     pred = Still(path, 1.0, "flow")(path.add_noise(x0, eps, t), t, Cond({"mean": x0}))
     torch.testing.assert_close(denoising_loss(pred, x0, eps), (eps - x0).square().mean())
+
+
+def test_weights_of_the_denoising_error() -> None:
+    alpha, sigma = torch.tensor([0.6, 1.0]).double(), torch.tensor([0.8, 2.0]).double()
+    assert denoising_weight("none", (alpha, sigma)) is None
+    squared = denoising_weight("alpha2", (alpha, sigma))
+    assert squared is not None
+    assert squared.tolist() == pytest.approx([0.36, 1.0])
+    edm = denoising_weight("edm", (alpha, sigma), sigma_data=0.4)
+    assert edm is not None
+    assert edm.tolist() == pytest.approx([0.5625 + 6.25, 0.25 + 6.25])
