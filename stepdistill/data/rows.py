@@ -96,7 +96,7 @@ class RowStream(ABC):
         return _Share(self, batch, seed, rank, world_size, start)
 
 
-class _Lane:
+class _Substream:
     """One substream's rows by their positions, read ahead where one can't be read."""
 
     def __init__(
@@ -158,13 +158,15 @@ class _Share(IterableDataset[list[Item]]):
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         substreams = Substreams(self.source.shards, self.batch * self.world_size, self.seed)
-        open_lanes: dict[int, _Lane] = {}
+        open_substreams: dict[int, _Substream] = {}
         for step in count(self.start + own, workers):
             begin = (step * self.world_size + self.rank) * self.batch
             batch = []
             for position in range(begin, begin + self.batch):
                 substream = substreams.at(position)
-                if substream not in open_lanes:
-                    open_lanes[substream] = _Lane(self.source, substreams, substream, position)
-                batch.append(open_lanes[substream].item(position))
+                if substream not in open_substreams:
+                    open_substreams[substream] = _Substream(
+                        self.source, substreams, substream, position
+                    )
+                batch.append(open_substreams[substream].item(position))
             yield batch

@@ -79,7 +79,7 @@ class Substreams:
     def pieces(self, epoch: int, substream: int) -> list[Piece]:
         """The stretches of shards that a substream reads in an epoch, in order."""
         shards = _order(len(self.shards), "shards", self.seed, epoch)
-        substreams = _order(self.number, "substreams", self.seed, epoch)
+        substreams = _order(self.number, "lanes", self.seed, epoch)  # its first name: runs go on
         begin = 0
         for other in substreams[: substreams.index(substream)]:
             first, end = self.span(epoch, other)

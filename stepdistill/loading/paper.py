@@ -24,18 +24,15 @@ MAX_TIMESTEPS = 100_000  # of a noise table
 MAX_LAYERS = 10_000
 
 
-def check_on_paper(
-    model: str | Path, index: Mapping[str, Any], left_out: Mapping[str, Any], **hub: Any
-) -> None:
+def check_on_paper(model: str | Path, index: Mapping[str, Any], **hub: Any) -> None:
     """Errors: ValueError for a part whose configuration describes nothing that can be built, or
     another network than its weights are of; it names the file and the value.
 
-    Args: index: model_index.json, looked through (see `check_index`). left_out: parts that are not
-        loaded.
+    Args: index: of model_index.json, looked through (see `check_index`), the parts to be loaded.
     """
     for name, entry in index.items():
         named = isinstance(entry, list | tuple) and len(entry) == 2
-        if name.startswith("_") or name in left_out or not named:
+        if name.startswith("_") or not named:
             continue
         library, cls_name = entry
         cls = getattr(import_module(library), cls_name, None) if library in _BUILT else None

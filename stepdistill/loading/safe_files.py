@@ -154,8 +154,7 @@ def load_stock(model: str | Path, index: Mapping[str, Any], **options: Any) -> A
     named = getattr(diffusers, index["_class_name"], None)
     known = isinstance(named, type) and issubclass(named, DiffusionPipeline)
     if "scheduler" not in options:
-        hub = {"revision": options["revision"]} if "revision" in options else {}
-        options = {**project_parts(model, index, **hub), **options}
+        options = {**project_parts(model, index, **_hub(options)), **options}
     return _load_checked(named if known else DiffusionPipeline, model, index, options)
 
 
@@ -166,14 +165,20 @@ def load_part(model: str | Path, index: Mapping[str, Any], name: str, **options:
     return _load_checked(net_cls, model, index, {"subfolder": name, **options})
 
 
+def _hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a loader's options those that its parts are looked up with."""
+    return {"revision": options["revision"]} if options.get("revision") else {}
+
+
 def _load_checked(
     cls: Any, model: str | Path, index: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Any:
+    only = options.get("subfolder")  # one part, or all that are not handed over
+    read = {k: v for k, v in index.items() if k not in options and only in (None, k)}
     if Path(model).exists():
         check_index(index, Path(model) / "model_index.json")
-        check_weights(Path(model), {k: v for k, v in index.items() if k not in options})
-    hub = {"revision": options["revision"]} if options.get("revision") else {}
-    check_on_paper(model, index, options, **hub)
+        check_weights(Path(model), read)
+    check_on_paper(model, read, **_hub(options))
     try:
         with no_pickles("pretrained_model_name_or_path"):
             return cls.from_pretrained(str(model), use_safetensors=True, **options)

@@ -49,12 +49,12 @@ def test_places_and_positions_are_each_other_s(shards, batch) -> None:
     )
 
 
-def test_lanes_are_at_most_as_many_as_shards_and_as_a_process_can_read() -> None:
+def test_substreams_are_at_most_as_many_as_shards_and_as_a_process_can_read() -> None:
     numbers = [Substreams((10,) * count, 64, 0).number for count in (1, 3, 8, 31, 32, 1000)]
     assert numbers == [1, 2, 8, 16, 32, 32]
 
 
-def test_a_lane_has_other_shards_in_another_epoch_and_run() -> None:
+def test_a_substream_has_other_shards_in_another_epoch_and_run() -> None:
     shards = (10,) * 32
     found = [Substreams(shards, 8, seed).pieces(epoch, 0) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(pieces) for pieces in found}) == 4
@@ -117,3 +117,10 @@ def test_other_shards_are_counted_or_taken_as_one(tmp_path) -> None:
     stated = datasets.SplitDict({"train": datasets.SplitInfo("train", num_examples=COUNT)})
     rows.info.splits = stated
     assert shard_rows(Streamed(rows), "train", "text") == [COUNT]
+
+
+def test_the_order_is_the_one_of_earlier_versions() -> None:
+    """Runs that began before go on where they were: a new name in the code changes no draw."""
+    substreams = Substreams((3,) * 8, 8, 0)
+    first = [substreams.pieces(1, k) for k in range(substreams.number)]
+    assert first == [[(shard, 0, 3)] for shard in (2, 3, 5, 1, 7, 4, 6, 0)]
