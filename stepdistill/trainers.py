@@ -31,6 +31,7 @@ from stepdistill.monitoring.watchdog import WatchdogStop
 from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
 from stepdistill.storage.files import read_json
 from stepdistill.training.checkpoint import named_checkpoint
+from stepdistill.training.checks import teacher_is_here
 from stepdistill.training.sources import open_dataset, open_gan_dataset
 from stepdistill.training.trainer import Trainer
 
@@ -72,6 +73,7 @@ class DistillationTrainer(Trainer):
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
         """The trainer a RunConfig describes, its data source opened."""
+        teacher_is_here(run, run.source)
         return trainer_class(run.method)(
             model=run.source,
             args=run.train_config(),

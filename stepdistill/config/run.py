@@ -135,6 +135,9 @@ class TrainConfig(Options):
     """Checkpoints to keep; older ones go after a newer one is whole."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder, or "latest" (starts afresh where there is none yet)."""
+    data_changed: Literal["refuse", "ok"] = "refuse"
+    """Whether a resumed run may go on with other data than it was begun with; where ok, run.json
+    and the model card say so."""
     validation_prompts: list[str] = Field(default=[])
     """Prompts (or class labels) of the validation grid."""
     validation_steps: int = Field(default=0, ge=0)

@@ -105,6 +105,22 @@ def size_text(record: Mapping[str, Any]) -> str:
     return "the model's own" if height is None else f"{height} px, not the model's own"
 
 
+def data_text(data: Mapping[str, Any] | None) -> str | None:
+    """A dataset by its facts (data.fingerprint)."""
+    if not data:
+        return None
+    return f"{data['source']}, {data['items']} items, sha256 `{data['sha256'] or 'unknown'}`"
+
+
+def changed_data(run: Mapping[str, Any]) -> str | None:
+    """At which updates the run went on with other data (--data_changed ok), and its data before."""
+    changes = (
+        f"update {change['step']}, before: {data_text(change['before'])}"
+        for change in run.get("data_changed", ())
+    )
+    return "; ".join(changes) or None
+
+
 def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, name: str) -> None:
     """README.md with Hub metadata, the snippet and the facts of the run."""
     base = record["base_model"]
@@ -128,6 +144,7 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
         f"| seed | {run.get('seed', '?')} |\n"
         f"| times | {record['times']} |\n"
         f"| size | {size_text(record)} |\n"
+        + (f"| data changed at | {changed} |\n" if (changed := changed_data(run)) else "")
         + "".join(
             f"| merged into the teacher | `{lora_file(lora)}` at scale {lora['scale']:g} |\n"
             for lora in teacher_loras(record)

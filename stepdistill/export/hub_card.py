@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stepdistill.export.base_model import BaseModel, base_model
+from stepdistill.export.card import changed_data, data_text
 
 SAMPLES = "samples.png"  # a grid that training wrote beside the export
 METRICS = "metrics.json"  # {"dataset": name, "metrics": {name: number}}
@@ -100,13 +101,6 @@ def _metadata(
     )
 
 
-def _told(data: Mapping[str, Any] | None) -> str | None:
-    """A dataset by its facts (data.fingerprint)."""
-    if not data:
-        return None
-    return f"{data['source']}, {data['items']} items, sha256 `{data['sha256'] or 'unknown'}`"
-
-
 def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
     run = record["run"]
     data = run.get("data") or {}
@@ -124,8 +118,9 @@ def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
         "guidance": "none" if scale is None else f"{scale:g}",
         "weights": f"averaged over training (EMA, decay {decay:g})" if decay else "last",
         "student updates": run.get("step", "unknown"),
-        "training data": _told(data) or "not recorded",
-        "real images of the GAN": _told(data.get("gan")),
+        "training data": data_text(data) or "not recorded",
+        "data changed": changed_data(run),
+        "real images of the GAN": data_text(data.get("gan")),
         "seed": run.get("seed", "unknown"),
         "wall time": "unknown" if seconds is None else f"{seconds:g} s",
         "settings": f"sha256 `{record['run_sha256']}`",

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepdistill.export.card import load_arguments, lora_file, saving_code, teacher_loras
+from stepdistill.export.card import (
+    changed_data,
+    load_arguments,
+    lora_file,
+    saving_code,
+    teacher_loras,
+)
 from stepdistill.loading.source import ModelSource
 
 
@@ -106,6 +112,8 @@ def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None) -
             "The teacher was the base with these LoRAs merged in. This file does not hold them: "
             f"load them beside it.\n\n{beside}\n"
         )
+    if changed := changed_data(record["run"]):
+        text += f"Its data changed while it was trained, at {changed}.\n\n"
     if code is not None:
         text += f"```python\n{code}\n```\n\n"
     if record["lora"]["format"] in ("kohya", "comfyui"):

@@ -68,6 +68,11 @@ def _header(path: Path) -> dict[str, torch.Tensor]:
         ) from err
 
 
+def is_whole(path: str | Path) -> bool:
+    """Whether the file holds the parts beside the denoiser too."""
+    return any(name.startswith(_OTHER_PARTS) for name in _header(Path(path)))
+
+
 def _recognised(path: Path) -> str:
     """The Hub id of the base that Diffusers takes a checkpoint for."""
     repo: str = fetch_diffusers_config(_header(path))["pretrained_model_name_or_path"]
@@ -96,9 +101,8 @@ def load_single_file(
         not to load.
     Errors: ValueError where the file has not the weights that the configuration describes.
     """
-    whole = any(name.startswith(_OTHER_PARTS) for name in _header(Path(path)))
     try:
-        if whole:
+        if is_whole(path):
             cls: Any = getattr(diffusers, index["_class_name"])
             with no_pickles("single_file_config"):  # the parts that the file lacks
                 return cls.from_single_file(str(path), config=config, dtype=torch_dtype, **parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from safetensors import SafetensorError
 from torch import nn
 
+from stepdistill.loading.identity import HUB_ID, absolute, commit_of
 from stepdistill.loading.safe_files import no_pickles
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.safetensors)?")
+_FILE_OF_HUB_ID = re.compile(rf"{HUB_ID.pattern}(/[\w./-]+\.safetensors)?")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def parse_lora(text: str) -> LoraSource:
         a pickled file, or a folder with no or several LoRA files.
     """
     path, scale = _split_scale(text)
-    found = Path(path).expanduser()
+    found = Path(absolute(path))
     if found.is_file():
         if found.suffix != ".safetensors":
             raise ValueError(
@@ -62,7 +63,7 @@ def parse_lora(text: str) -> LoraSource:
         return LoraSource(str(found.parent), found.name, scale)
     if found.is_dir():
         return LoraSource(str(found), _file_in(found), scale)
-    if not _HUB_ID.fullmatch(path):
+    if not _FILE_OF_HUB_ID.fullmatch(path):
         raise ValueError(
             f"teacher_lora: expected a .safetensors file, a folder or a Hub id (user/name), got "
             f"{path!r}, which is not there."
@@ -107,7 +108,7 @@ def _file_in(folder: Path) -> str | None:
 
 
 def lora_facts(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """What identifies each LoRA: source, scale, and the hash of a local file."""
+    """What identifies each LoRA: source, scale, and the hash of local files or the Hub's commit."""
     facts = []
     for text in texts:
         lora = parse_lora(text)
@@ -116,10 +117,38 @@ def lora_facts(texts: Sequence[str]) -> list[dict[str, Any]]:
             "weight_name": lora.weight_name,
             "scale": lora.scale,
         }
-        if lora.file is not None:
-            fact["sha256"] = hashlib.sha256(lora.file.read_bytes()).hexdigest()
+        folder = Path(lora.place)
+        if folder.is_dir():
+            names = [lora.weight_name] if lora.weight_name else [PEFT_CONFIG, PEFT_FILE]
+            fact["sha256"] = _sha256([folder / name for name in names])
+        elif commit := commit_of(lora.place, None):
+            fact["commit"] = commit
         facts.append(fact)
     return facts
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    sha = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                sha.update(block)
+    return sha.hexdigest()
+
+
+def same_lora(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two of `lora_facts` are one LoRA at one scale, wherever its files lie."""
+    for key in ("sha256", "commit"):
+        if key in was and key in now:
+            return bool(was[key] == now[key] and was["scale"] == now["scale"])
+    places = [(absolute(f["source"]), f.get("weight_name"), f["scale"]) for f in (was, now)]
+    return places[0] == places[1]
+
+
+def lora_text(fact: Mapping[str, Any]) -> str:
+    """`path:scale` of one of `lora_facts`: `parse_lora` undone."""
+    source, name = fact["source"], fact.get("weight_name")
+    return f"{source}/{name}:{fact['scale']!r}" if name else f"{source}:{fact['scale']!r}"
 
 
 @torch.no_grad()

@@ -38,7 +38,8 @@ def digest(value: object) -> str:
 class PairSettings:
     """What made a pair set: everything its tensors depend on.
 
-    model, model_hash: id of the teacher and a hash of its weights ("" where unknown).
+    model, model_hash: id of the teacher, and a hash of what it is ("" where unknown) by which it
+                       is known wherever it lies.
     solver, times:     deterministic solver and its descending times in (0, 1]; after the last, x0.
     guidance:          g of null + g (cond - null), baked into x0.
     seed:              pair i starts from noise of seed + i.
@@ -76,7 +77,10 @@ class PairSettings:
 
     @property
     def fingerprint(self) -> str:
-        return digest(asdict(self))
+        settings = asdict(self)
+        if self.model_hash:
+            del settings["model"]
+        return digest(settings)
 
     def num_shards(self, num_pairs: int) -> int:
         return -(-num_pairs // self.shard_size)

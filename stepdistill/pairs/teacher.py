@@ -16,10 +16,14 @@ from stepdistill.core.types import Cond
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.loading.identity import differing
 from stepdistill.loading.source import ModelSource
+from stepdistill.loading.teacher_lora import lora_facts
 from stepdistill.pairs.dataset import generate_pairs
+from stepdistill.pairs.files import MANIFEST
 from stepdistill.pairs.inverted import invert_pairs
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.files import read_json
 
 
 def make_pairs(
@@ -66,6 +70,7 @@ def make_pairs(
         prompts = list(LabelFileDataset.from_file(str(prompts_file)).labels)
     else:
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
+    teacher = _same_teacher(Path(pairs_dir), source)
     state = PartialState(cpu=not torch.cuda.is_available())
     family = load_family(source)
     bank = RoleBank(family, {"teacher": Role()}, Tuning())
@@ -80,6 +85,7 @@ def make_pairs(
     common: dict[str, Any] = {
         "shape": family.sample_shape(resolution, resolution),
         "model": str(source),
+        "teacher": teacher,
         "guidance": guidance,
         "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
         "batch_size": batch_size,
@@ -97,3 +103,27 @@ def make_pairs(
         generate_pairs(denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common)
     state.wait_for_everyone()
     return Path(pairs_dir)
+
+
+def _same_teacher(folder: Path, source: ModelSource) -> dict[str, Any]:
+    """What the teacher is: its files by hash, and the LoRAs merged into it.
+
+    Errors: ValueError where the folder holds pairs of another one under the same settings.
+    """
+    loras = [
+        {key: fact[key] for key in fact if key not in ("source", "weight_name")}
+        if fact.keys() & {"sha256", "commit"}
+        else fact
+        for fact in lora_facts(source.teacher_lora)
+    ]
+    now = {"files": source.identity(), "teacher_lora": loras}
+    manifest = folder / MANIFEST
+    was = read_json(manifest).get("teacher") if manifest.is_file() else None
+    odd = differing(was["files"], now["files"]) if was else None
+    if odd:
+        raise ValueError(
+            f"pairs: expected the teacher that {folder} was made with, got another content of "
+            f"{odd[0] or 'its file'} in {source.model}. Put the earlier files back, or use a new "
+            "folder."
+        )
+    return now

@@ -77,10 +77,14 @@ class Resumable:
                 self.accelerator.print("resume: no whole checkpoint yet, starting at step 0")
                 return
         assert folder is not None
-        checks.resume_fits(
-            read_state(folder), self.args, self.accelerator.num_processes, self.facts
-        )
+        state = read_state(folder)
+        checks.resume_fits(state, self.args, self.accelerator.num_processes, self.facts)
         self.restore(folder)
+        before = state["facts"].get("data")
+        if not checks.same_data(before, self.facts.get("data"), allowed=True):
+            told = {"step": self.step, "before": before}
+            self.facts.setdefault("data_changed", []).append(told)
+            self.accelerator.print(f"resume: other data from step {self.step} on (data_changed)")
         self.accelerator.print(f"resume: continuing {folder.name} at step {self.step}")
 
     def restore(self, folder: Path) -> None:
@@ -94,4 +98,6 @@ class Resumable:
             self.gan_feed.seen = state.get("gan_batches_seen", 0)
         self.seconds = state["seconds"]
         self.facts.setdefault("data", state["facts"].get("data"))
+        if "data_changed" in state["facts"]:
+            self.facts["data_changed"] = list(state["facts"]["data_changed"])
         self.log.load_state_dict(state.get("log", {}))

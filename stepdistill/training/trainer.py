@@ -89,16 +89,18 @@ class Trainer(Resumable):
     def _check(self, config: MethodConfig, scorers: Mapping[str, Scorer]) -> None:
         """What can be said against the run before a weight is loaded."""
         args, cls = self.args, method_class(self.method_name)
+        checks.teacher_is_here(args, self.teacher)
         facts = teacher_facts(self.teacher)
         if self.dataset is not None:
             args.check_best_metric()
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset)
             checks.method_fits(cls, config, facts, *data)
         checks.student_fits(cls, args.tuning, self.teacher)
-        self.facts = checks.run_facts(self.teacher, self.method_name, config, args)
-        if self.dataset is not None:
+        training = self.dataset is not None
+        check_start(args, facts, training)
+        self.facts = checks.run_facts(self.teacher, self.method_name, config, args, training)
+        if training:
             self.facts["data"] = data_facts(self.dataset)
-        check_start(args, facts, training=self.dataset is not None)
         self.resume_from = checks.output_dir_is_ours(args, self.facts)
 
     def _start_processes(self) -> None:
