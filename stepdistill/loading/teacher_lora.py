@@ -1,8 +1,4 @@
-"""Teachers that are a base plus LoRAs: read `path[:scale]`, merge them into the loaded pipeline.
-
-W <- W + sum_i scale_i * (alpha_i / rank_i) * B_i A_i, in the dtype of W, by Diffusers' own loader
-(load_lora_weights, fuse_lora, unload_lora_weights) or by PEFT for a folder that PEFT wrote.
-"""
+"""Teachers that are a base plus LoRAs: which files `path[:scale]` says, and what they are."""
 
 from __future__ import annotations
 
@@ -14,17 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
-from safetensors import SafetensorError
-from torch import nn
 
 from stepdistill.loading.identity import HUB_ID, absolute, commit_of
-from stepdistill.loading.safe_files import no_pickles
 
 _FILE_OF_HUB_ID = re.compile(rf"{HUB_ID.pattern}(/[\w./-]+\.safetensors)?")
 
@@ -149,60 +139,3 @@ def lora_text(fact: Mapping[str, Any]) -> str:
     """`path:scale` of one of `lora_facts`: `parse_lora` undone."""
     source, name = fact["source"], fact.get("weight_name")
     return f"{source}/{name}:{fact['scale']!r}" if name else f"{source}:{fact['scale']!r}"
-
-
-@torch.no_grad()
-def merge_loras(pipeline: Any, net_name: str, texts: Sequence[str]) -> None:
-    """Merge the LoRAs into the pipeline's weights, in order; no adapter is left behind.
-
-    Args: net_name: the denoiser's component. texts: see `parse_lora`.
-    Errors: ValueError for a pipeline without a LoRA loader, or a file that fits no module of it.
-    """
-    for lora in [parse_lora(text) for text in texts]:
-        if lora.weight_name is None:
-            with no_pickles("teacher_lora"):
-                _merge_peft(pipeline, net_name, lora)
-        elif isinstance(pipeline, LoraBaseMixin):
-            with no_pickles("teacher_lora"):
-                _merge_stock(pipeline, lora)
-        else:
-            raise ValueError(
-                f"teacher_lora: expected a pipeline with load_lora_weights, got "
-                f"{type(pipeline).__name__}, to which Diffusers gives none. Use an adapter saved "
-                "by PEFT (adapter_config.json), or merge it into the base beforehand."
-            )
-
-
-def _merge_stock(pipeline: Any, lora: LoraSource) -> None:
-    name = "teacher"
-    try:
-        pipeline.load_lora_weights(
-            lora.place, weight_name=lora.weight_name, adapter_name=name, use_safetensors=True
-        )
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as err:
-        raise _misfit(pipeline, lora, str(err)) from err
-    holders = [part for part, names in pipeline.get_list_adapters().items() if name in names]
-    if not holders:  # the stock loader only logs it
-        raise _misfit(pipeline, lora, "no key of it names a module there")
-    pipeline.set_adapters([name], [lora.scale])
-    pipeline.fuse_lora(components=holders, adapter_names=[name])
-    pipeline.unload_lora_weights()
-
-
-def _merge_peft(pipeline: Any, net_name: str, lora: LoraSource) -> None:
-    net: nn.Module = getattr(pipeline, net_name)
-    try:
-        adapted: Any = PeftModel.from_pretrained(net, lora.place)
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as err:
-        raise _misfit(pipeline, lora, str(err)) from err
-    for layer in adapted.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.scale_layer(lora.scale)
-    pipeline.register_modules(**{net_name: adapted.merge_and_unload()})
-
-
-def _misfit(pipeline: Any, lora: LoraSource, why: str) -> ValueError:
-    file = f"{lora.place}/{lora.weight_name}" if lora.weight_name else lora.place
-    return ValueError(
-        f"teacher_lora: expected a LoRA of {type(pipeline).__name__}, got {file}: {why[:300]}."
-    )
