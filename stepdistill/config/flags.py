@@ -258,9 +258,17 @@ def _decoded(annotation: Any, value: Any, where: str) -> Any:
 def _json_or(other: Any, text: str) -> Any:
     """What the text is as JSON, where it is some."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError):
         return other
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Errors: TypeError for a key said twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise TypeError(f"flags: expected each key once, got {[key for key, _ in pairs]}.")
+    return found
 
 
 def _mapping(texts: Sequence[str], where: str) -> dict[str, Any]:
@@ -271,7 +279,9 @@ def _mapping(texts: Sequence[str], where: str) -> dict[str, Any]:
         value = _json_or(None, text)
         if not isinstance(value, dict):
             if not equals:
-                raise ValueError(f"{where}: expected KEY=VALUE or a JSON object, got {text!r}.")
+                raise ValueError(
+                    f"{where}: expected KEY=VALUE or a JSON object, got {text[:100]!r}."
+                )
             value = _nested(key, _json_or(rest, rest))
         found = merge(found, value)
     return found

@@ -46,7 +46,7 @@ class Traced(Tensor):
 
 def traced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, each made of its own entry."""
-    made, numbers = {}, set[str]()
+    made, numbers = dict[str, Tensor](), set[str]()
     for name, value in tensors.items():
         one = value.as_subclass(Traced)
         one.names, one.numbers = frozenset({name}), numbers

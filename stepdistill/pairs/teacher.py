@@ -70,7 +70,7 @@ def make_pairs(
         prompts = list(LabelFileDataset.from_file(str(prompts_file)).labels)
     else:
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
-    teacher = _same_teacher(Path(pairs_dir), source)
+    known_by = _same_teacher(Path(pairs_dir), source)
     state = PartialState(cpu=not torch.cuda.is_available())
     family = load_family(source)
     bank = RoleBank(family, {"teacher": Role()}, Tuning())
@@ -85,7 +85,7 @@ def make_pairs(
     common: dict[str, Any] = {
         "shape": family.sample_shape(resolution, resolution),
         "model": str(source),
-        "teacher": teacher,
+        "teacher": known_by,
         "guidance": guidance,
         "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
         "batch_size": batch_size,
@@ -116,14 +116,14 @@ def _same_teacher(folder: Path, source: ModelSource) -> dict[str, Any]:
         else fact
         for fact in lora_facts(source.teacher_lora)
     ]
-    now = {"files": source.identity(), "teacher_lora": loras}
+    files = source.identity()
     manifest = folder / MANIFEST
     was = read_json(manifest).get("teacher") if manifest.is_file() else None
-    odd = differing(was["files"], now["files"]) if was else None
+    odd = differing(was["files"], files) if was else None
     if odd:
         raise ValueError(
             f"pairs: expected the teacher that {folder} was made with, got another content of "
             f"{odd[0] or 'its file'} in {source.model}. Put the earlier files back, or use a new "
             "folder."
         )
-    return now
+    return {"files": files, "teacher_lora": loras}
