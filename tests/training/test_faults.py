@@ -5,29 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.faults import findings
+from support.processes import run
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill.storage.checkpoints import list_checkpoints
 
-SCRIPT = Path(__file__).parents[1] / "support" / "faults.py"
-
 
 def told(tmp_path_factory: Any, *parts: str) -> dict[str, Any]:
+    """From a process of its own, which none of this one's trainings has changed."""
     out = tmp_path_factory.mktemp("faults")
-    command = [sys.executable, str(SCRIPT), str(teacher_dir("sd_v", tmp_path_factory)), str(out)]
-    done = subprocess.run(
-        [*command, *parts],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
+    teacher = teacher_dir("sd_v", tmp_path_factory)
+
+    def work() -> None:
+        print(json.dumps(findings(teacher, out, *parts)))
+
+    done = run(work, limit_s=580, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
