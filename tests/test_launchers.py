@@ -70,7 +70,7 @@ PORT = ("--main_process_port", str(29000 + os.getpid() % 400))
 @pytest.mark.parametrize("processes", [1, 2])
 def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> None:
     kind = ("--cpu",) if processes == 1 else ("--multi_gpu", *PORT)
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
     done = launch(teacher, tmp_path, *kind, "--num_processes", str(processes))
     assert done.returncode == 0, done.stderr[-3000:]
     assert_trained(tmp_path / "run", processes)
@@ -78,7 +78,7 @@ def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> N
 
 def test_two_processes_train_and_export(tmp_path, tmp_path_factory) -> None:
     """The script as the launchers start it on two processes."""
-    argv = words(teacher_dir("sd_v", tmp_path_factory), tmp_path)
+    argv = words(teacher_dir("sd3", tmp_path_factory), tmp_path)
     children = forked_ranks(2, lambda _: run_script(*argv), tmp_path)
     statuses = [status_of(child) for child in children]
     assert statuses == [0, 0], (tmp_path / "rank0.txt").read_text()[-3000:]
@@ -93,14 +93,14 @@ def test_two_processes_train_and_export(tmp_path, tmp_path_factory) -> None:
 )
 def test_shipped_launcher_configs_give_two_ranks(launcher, tmp_path, tmp_path_factory) -> None:
     config = str(ROOT / "configs" / "accelerate" / f"{launcher[0]}.yaml")
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
     done = launch(teacher, tmp_path, "--config_file", config, *launcher[1:], *PORT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_trained(tmp_path / "run", 2)
 
 
 def test_a_mistake_is_one_line(tmp_path, tmp_path_factory) -> None:
-    argv = words(teacher_dir("sd_v", tmp_path_factory), tmp_path, "--max_train_stepz", "3")
+    argv = words(teacher_dir("sd3", tmp_path_factory), tmp_path, "--max_train_stepz", "3")
     done = run(partial(run_script, *argv))
     assert done.returncode == 1
     assert "error: flags: expected known options" in done.stderr

@@ -25,7 +25,7 @@ from stepdistill.storage.folders import write_folder
 
 @pytest.fixture
 def teacher(tmp_path_factory):
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 def watchdog(folder="nowhere", scaler=None, **options) -> Watchdog:

@@ -18,7 +18,7 @@ from stepdistill.storage.checkpoints import list_checkpoints
 def told(tmp_path_factory: Any, *parts: str) -> dict[str, Any]:
     """From a process of its own, which none of this one's trainings has changed."""
     out = tmp_path_factory.mktemp("faults")
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
 
     def work() -> None:
         print(json.dumps(findings(teacher, out, *parts)))
@@ -74,7 +74,7 @@ def test_the_resumed_run_is_the_run_that_was_not_signalled(thorough) -> None:
 def test_a_signal_ends_a_run_at_the_step_boundary_and_is_handed_back(
     number, tmp_path, tmp_path_factory, monkeypatch
 ) -> None:
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
     trainer = build_trainer("cd", teacher, "lora", tmp_path, max_train_steps=10**6)
     before, update = signal.getsignal(number), trainer._update
 
