@@ -80,7 +80,7 @@ def test_the_gradient_scaler_goes_on_where_it_was(
     whole, update, tmp_path, tmp_path_factory
 ) -> None:
     """While it still falls and skips updates, and when it has begun to rise."""
-    teacher = teacher_dir("sd3", tmp_path_factory)
+    teacher = teacher_dir("sd_v", tmp_path_factory)
     cut_off(scaled(teacher, tmp_path / "cut"), update)
     again = scaled(teacher, tmp_path / "cut", resume_from_checkpoint="latest")
     again.train()
