@@ -7,11 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from support.processes import run
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
@@ -88,13 +90,7 @@ def test_every_room_of_the_tree_exists() -> None:
     "command", [["--help"], ["demo", "--help"], ["train", "--help"], ["list"]], ids=" ".join
 )
 def test_commands_answer(command) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "stepdistill.cli", *command],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "COLUMNS": "200"},
-    )
+    done = run(partial(main, command), COLUMNS="200")
     assert done.returncode == 0, done.stderr[-2000:]
     if command == ["list"]:
         assert all(name in done.stdout for name in METHODS)
@@ -189,16 +185,5 @@ def test_plan_of_sdxl_runs(capsys) -> None:
 
 
 def test_check_command_passes_on_a_tiny_pipeline(tmp_path_factory) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "stepdistill.cli",
-            "check",
-            str(teacher_dir("sd_v", tmp_path_factory)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run(partial(main, ["check", str(teacher_dir("sd_v", tmp_path_factory))]))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -7,8 +7,7 @@ counts and noise rules, with adapters moved off zero so that nothing passes by d
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from safetensors import safe_open
+from support.processes import run, run_without_package
 from support.runs import THOROUGH, build_trainer, teacher_dir
 
 from stepdistill.core.solvers import SamplerSpec
@@ -259,7 +259,7 @@ def test_trained_student_round_trips(family, tmp_path, tmp_path_factory) -> None
     assert (trainer.export(tmp_path / "out") / RECORD).is_file()
 
 
-def test_fresh_process_needs_diffusers_alone(tmp_path, tmp_path_factory) -> None:
+def test_reload_needs_diffusers_alone(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory)
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")
     trainer.train()
@@ -271,7 +271,5 @@ def test_fresh_process_needs_diffusers_alone(tmp_path, tmp_path_factory) -> None
         "assert not [m for m in sys.modules if m.startswith('stepdistill')]\n"
         "print(image.size)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=200
-    )
+    done = run(partial(run_without_package, script), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

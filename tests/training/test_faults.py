@@ -5,29 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.faults import findings
+from support.processes import run
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill.storage.checkpoints import list_checkpoints
 
-SCRIPT = Path(__file__).parents[1] / "support" / "faults.py"
-
 
 def told(tmp_path_factory: Any, *parts: str) -> dict[str, Any]:
+    """From a process of its own, which none of this one's trainings has changed."""
     out = tmp_path_factory.mktemp("faults")
-    command = [sys.executable, str(SCRIPT), str(teacher_dir("sd_v", tmp_path_factory)), str(out)]
-    done = subprocess.run(
-        [*command, *parts],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
+    teacher = teacher_dir("sd3", tmp_path_factory)
+
+    def work() -> None:
+        print(json.dumps(findings(teacher, out, *parts)))
+
+    done = run(work, limit_s=580, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -78,7 +74,7 @@ def test_the_resumed_run_is_the_run_that_was_not_signalled(thorough) -> None:
 def test_a_signal_ends_a_run_at_the_step_boundary_and_is_handed_back(
     number, tmp_path, tmp_path_factory, monkeypatch
 ) -> None:
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
     trainer = build_trainer("cd", teacher, "lora", tmp_path, max_train_steps=10**6)
     before, update = signal.getsignal(number), trainer._update
 
