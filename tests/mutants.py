@@ -8,8 +8,9 @@ of the file's room (tests/core for stepdistill/core) those that run the changed 
 one fails: those named like the file first, then the quick ones. Every mutant has a process of its
 own, forked from one that has collected the room's tests, and the functions of the file get their
 changed code there. Which tests run which line is found by a run without any mutant, the room being
-imported with a note before each statement, and stands beside the results (a survey, by test file). What runs while the room is imported can't be changed so late: such a mutant's
-process is forked from one that has imported the libraries alone, and imports the room itself.
+imported with a note before each statement, and stands beside the results (a survey, by test file).
+What runs while the room is imported can't be changed so late: such a mutant's process is forked
+from one that has imported the libraries alone, and imports the room itself.
 
 Results are lines of JSON in --results. A run that was stopped goes on there; a change of the file
 (or, for survivors, of the room's tests) makes a result old, and it is made again. Survivors that no
@@ -26,6 +27,7 @@ import functools
 import gc
 import hashlib
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -166,8 +168,19 @@ def swap(mutant: Mutant, functions: list[FunctionType]) -> None:
         each.__code__ = changed[each.__code__.co_name, each.__code__.co_firstlineno]
 
 
-class Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports files of the package with other code, under their own names and paths."""
+class Loader(importlib.machinery.SourceFileLoader):
+    """Loads a file with other code, under its own name and path."""
+
+    def __init__(self, name: str, path: Path, code: CodeType) -> None:
+        super().__init__(name, str(path))
+        self.code = code
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.code
+
+
+class Importer(importlib.abc.MetaPathFinder):
+    """Imports these files of the package with other code."""
 
     def __init__(self, codes: dict[Path, CodeType]) -> None:
         self.codes = codes
@@ -176,14 +189,9 @@ class Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         stem = ROOT.joinpath(*name.split("."))
         for where in (stem.with_suffix(".py"), stem / "__init__.py"):
             if where in self.codes:
-                inner = [str(stem)] if where.stem == "__init__" else None
-                return importlib.util.spec_from_file_location(
-                    name, where, loader=self, submodule_search_locations=inner
-                )
+                loader = Loader(name, where, self.codes[where])
+                return importlib.util.spec_from_file_location(name, where, loader=loader)
         return None
-
-    def exec_module(self, module: Any) -> None:
-        exec(self.codes[Path(module.__file__)], module.__dict__)
 
 
 # ------------------------------------------------------------------------------------ the tests

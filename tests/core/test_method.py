@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 from pydantic import Field
 
@@ -35,7 +37,7 @@ class Guided(Method[Options]):
 
 class Derived(Guided):
     name = "derived"
-    aliases = {"other": {}}
+    aliases: ClassVar = {"other": {}}
 
 
 def test_facts_that_a_class_states_are_its_own_and_no_derived_class_s() -> None:
