@@ -412,7 +412,7 @@ def work_on(room: str, mutants: list[Mutant], results: Results, budget: Budget) 
     watch = Watch(room)
 
     def work(session: pytest.Session) -> dict[str, Any]:
-        surveys = Surveys(results.file.with_suffix(".survey.json"), room)
+        surveys = Surveys(results.file.with_suffix(".survey.json"), room, mutants)
         tests = [item.nodeid for item in session.items if not surveys.current(file_of(item.nodeid))]
 
         def survey() -> dict[str, Any]:
@@ -453,19 +453,22 @@ def seen_of(survey: dict[str, Any]) -> Seen:
 
 
 class Surveys:
-    """What was seen of each test file of a room, good while that file and the room stay."""
+    """What was seen of each test file of a room, good while that file and the mutated ones stay."""
 
-    def __init__(self, file: Path, room: str) -> None:
-        self.file = file
+    def __init__(self, file: Path, room: str, mutants: list[Mutant]) -> None:
+        self.file, self.room = file, room
         self.by_file = json.loads(file.read_text()) if file.exists() else {}
         sources = sorted((ROOT / "stepdistill" / room).rglob("*.py"))
-        self.room, self.sources = room, "".join(path.read_text() for path in sources)
-
-    def digest(self, name: str) -> str:
-        return digest(self.sources + (ROOT / name).read_text())
+        self.sources = {path.name: digest(path.read_text()) for path in sources}
+        self.mutated = {mutant.path.name for mutant in mutants}
 
     def current(self, name: str) -> bool:
-        return name in self.by_file and self.by_file[name]["digest"] == self.digest(name)
+        one = self.by_file.get(name)
+        return (
+            one is not None
+            and one["test"] == digest((ROOT / name).read_text())
+            and all(one["sources"].get(each) == self.sources[each] for each in self.mutated)
+        )
 
     def add(self, files: set[str], survey: dict[str, Any]) -> None:
         """Write down the survey's part of each of these test files."""
@@ -475,8 +478,9 @@ class Surveys:
                 line: [test for test in runs if file_of(test) in ("", name)]
                 for line, runs in survey["lines"].items()
             }
-            one = {"digest": self.digest(name), "seconds": seconds}
-            self.by_file[name] = one | {"lines": {k: v for k, v in lines.items() if v}}
+            one = {"test": digest((ROOT / name).read_text()), "sources": self.sources}
+            one |= {"seconds": seconds, "lines": {k: v for k, v in lines.items() if v}}
+            self.by_file[name] = one
         self.file.write_text(json.dumps(self.by_file))
 
     def merged(self) -> dict[str, Any]:
