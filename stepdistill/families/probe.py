@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,12 +122,33 @@ def hear(
     return heard
 
 
+def image_input(net: Any, inputs: Collection[str]) -> str:
+    """The name of a denoiser's image input. Errors: ValueError where its signature is another."""
+    images = [name for name in IMAGE_INPUTS if name in inputs]
+    if not {"timestep", TEXT} <= set(inputs) or not images:
+        raise ValueError(
+            f"generic: expected a denoiser of (hidden_states or sample, timestep, "
+            f"encoder_hidden_states, ...), got {type(net).__name__} of {sorted(inputs)}. It needs "
+            "a family of its own."
+        )
+    return images[0]
+
+
+def side_px(family: Any) -> int | None:
+    """Side of the model's own images: its network's, else its VAE's (as in VaeSizedFamily)."""
+    latent, vae = family.config.get("sample_size"), family.pipeline.vae.config.get("sample_size")
+    side = vae if latent is None else latent
+    if not isinstance(side, int):  # the default of the stock call
+        return None
+    return side if latent is None else side * int(family.pipeline.vae_scale_factor)
+
+
 @dataclass(frozen=True)
 class Facts:
     """What an adapter has to know of a denoiser's call.
 
     shape: (C, H, W). packed: the denoiser and the scheduler see tokens of 2 x 2 latent pixels
-    (see `pack`). slope, offset: told time = slope k + offset at model time k. rows:
+    (`pack`). slope, offset: told time = slope k + offset at model time k. rows:
     names of arguments that belong to a prompt; fixed: all others. mu: of a dynamic shift. The
     output's first C channels are the prediction.
     """
@@ -140,14 +161,17 @@ class Facts:
     mu: float | None = None
     packed: bool = False
 
+    def pack(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H W / 4, 4 C) where packed: a token of 2 x 2 pixels, as in Flux."""
+        return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2) if self.packed else latents
 
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W / 4, 4 C): a token of each 2 x 2 pixels, as Flux has it."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+    def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `pack`. Args: shape: (..., H, W)."""
+        return unpack(packed, shape) if self.packed else packed
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `pack`. Args: shape: (..., H, W)."""
+    """(B, C, H, W) of tokens (B, H W / 4, 4 C). Args: shape: (..., H, W)."""
     rows, columns = (side // 2 for side in shape[-2:])
     return F.pixel_shuffle(packed.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
