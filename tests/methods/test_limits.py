@@ -7,15 +7,19 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 
+from stepdistill.core.method import Setting
+from stepdistill.core.path import FlowPath, VPPath
 from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth
 from stepdistill.methods.dmd import DMDConfig
 from stepdistill.methods.f_distill import FDistillConfig
 from stepdistill.methods.lora_guidance_config import LoRAGuidanceConfig
 from stepdistill.methods.pcm import PCMConfig
 from stepdistill.methods.reflow_config import ReflowConfig
-from stepdistill.methods.rfpp import RFPPConfig
+from stepdistill.methods.rfpp import RFPP, RFPPConfig
 from stepdistill.methods.scores_config import ScoreConfig
+from stepdistill.methods.slimflow import SlimFlow
 from stepdistill.methods.slimflow_config import SlimFlowConfig
 from stepdistill.methods.stages import check_stage_starts, stage_at, stage_begins
 from stepdistill.methods.tscd_config import TSCDConfig
@@ -176,3 +180,14 @@ def test_a_stage_s_weights_are_its_factors() -> None:
         segments=(2, 1), loss_scale=(0.5, 2.0), gan_scale=(0.0, 3.0), gan={"weight_g": 0.25}
     )
     assert [config.weights(stage) for stage in (0, 1)] == [(0.5, 0.0), (2.0, 0.75)]
+
+
+def test_what_hangs_on_a_switch_of_rfpp_and_slimflow() -> None:
+    setting = Setting(VPPath.from_betas(torch.full((10,), 0.1)), "eps")
+    raw, wrapped = (RFPP(RFPPConfig(setup=s, heun=True), setting) for s in ("raw", "wrapped"))
+    assert isinstance(raw.path, FlowPath)
+    assert wrapped.path is setting.path
+    assert [m.roles()["student"].as_flow for m in (raw, wrapped)] == [True, False]
+    assert [wrapped.sampler(n).heun for n in (1, 2)] == [False, True]
+    weights = [SlimFlowConfig(stage="distill", guide_weight=w) for w in (0.0, 0.5)]
+    assert ["teacher" in SlimFlow(c, setting).roles() for c in weights] == [False, True]
