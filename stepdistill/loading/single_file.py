@@ -68,6 +68,11 @@ def _header(path: Path) -> dict[str, torch.Tensor]:
         ) from err
 
 
+def holds_denoiser_alone(path: str | Path) -> bool:
+    """Whether the file has no VAE or text encoder. Errors: ValueError when malformed."""
+    return not any(name.startswith(_OTHER_PARTS) for name in _header(Path(path)))
+
+
 def _recognised(path: Path) -> str:
     """The Hub id of the base that Diffusers takes a checkpoint for."""
     repo: str = fetch_diffusers_config(_header(path))["pretrained_model_name_or_path"]
@@ -96,7 +101,7 @@ def load_single_file(
         not to load.
     Errors: ValueError where the file has not the weights that the configuration describes.
     """
-    whole = any(name.startswith(_OTHER_PARTS) for name in _header(Path(path)))
+    whole = not holds_denoiser_alone(path)
     try:
         if whole:
             cls: Any = getattr(diffusers, index["_class_name"])
