@@ -126,10 +126,10 @@ def _flow(
     total, num = _SIZES["flow" if sd else rules.table], spec.num_steps
     own = 1.0 if sd else (math.exp(rules.shift) if rules.table == "flux" else rules.shift)
     wanted = shift_of_grid(spec.times) if num > 1 else own
-    if rules.table == "flux":  # widgets have two digits
-        wanted = math.exp(round(math.log(wanted), 2)) if wanted > 0.0 else own
+    if rules.table == "flux":  # widgets have two digits and no sign
+        wanted = math.exp(max(0.0, round(math.log(wanted), 2)))
     else:
-        wanted = round(wanted, 2)
+        wanted = max(0.01, round(wanted, 2))
 
     def fits(shift: float) -> bool:
         visited = simple_times(num, total, shift)
