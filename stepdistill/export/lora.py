@@ -79,18 +79,19 @@ def export_lora(
     # A student on a base of its own belongs to that one, not to the teacher.
     own = facts.get("student_base") or facts.get("model")
     record = describe(family, spec, sampler, {**facts, "model": own}, path)
-    adapters = folded(adapters_of(bank.base_of(role), role), getattr(torch, dtype))
+    base: Any = bank.base_of(role)
+    adapters = folded(adapters_of(base, role), getattr(torch, dtype))
     rules, name = tool_rules(family.net, family.reads_image), out_dir.resolve().name
     headers = {} if rules is None else modelspec(rules, record, name)
     out_dir.mkdir(parents=True, exist_ok=True)
-    file = _write(family, bank.base_of(role).peft_config[role], adapters, out_dir, format, headers)
+    file = _write(family, base.peft_config[role], adapters, out_dir, format, headers)
     sampler.scheduler.save_pretrained(out_dir / "scheduler")
     record["custom_code"] = put_code(sampler.scheduler, out_dir / "scheduler")
     record["lora"] = {"format": format, "file": file, "dtype": dtype}
     record["lora"]["read_back"] = check_lora(family, out_dir / file, format, adapters)
     record["lora"]["readers"] = readers(rules, format)
-    opens = "comfyui" in (record["tools"] or {}) and "ComfyUI" in record["lora"]["readers"]
-    if opens:
+    settled = "comfyui" in (record["tools"] or {})
+    if rules is not None and settled and "ComfyUI" in record["lora"]["readers"]:
         opened = json.dumps(workflow(rules, record), indent=1)
         (out_dir / WORKFLOW).write_text(opened + "\n")
     (out_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")

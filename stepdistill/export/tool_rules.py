@@ -56,6 +56,13 @@ _SD = ToolRules(
     a1111=_KOHYA,
     sd_scripts=_KOHYA,
 )
+_WAN = ToolRules(
+    "wan2.1",
+    shift=8.0,
+    clip=("CLIPLoader", "umt5_xxl_fp16.safetensors", "wan", "default"),
+    vae="wan_2.1_vae.safetensors",
+    latent="EmptyHunyuanLatentVideo",
+)
 RULES: dict[str, ToolRules] = {
     "sd": _SD,
     "sd2": replace(
@@ -122,20 +129,8 @@ RULES: dict[str, ToolRules] = {
         vae="qwen_image_vae.safetensors",
         comfyui=_ALL,
     ),
-    "wan": ToolRules(
-        "wan2.1",
-        shift=8.0,
-        clip=("CLIPLoader", "umt5_xxl_fp16.safetensors", "wan", "default"),
-        vae="wan_2.1_vae.safetensors",
-        latent="EmptyHunyuanLatentVideo",
-    ),
-    "wan_i2v": ToolRules(
-        "wan2.1",
-        shift=8.0,
-        clip=("CLIPLoader", "umt5_xxl_fp16.safetensors", "wan", "default"),
-        vae="wan_2.1_vae.safetensors",
-        latent="WanImageToVideo",
-    ),
+    "wan": _WAN,
+    "wan_i2v": replace(_WAN, latent="WanImageToVideo"),
 }
 _KINDS = {
     "SD3Transformer2DModel": "sd3",
@@ -158,11 +153,9 @@ def tool_rules(net: nn.Module, reads_image: bool = False) -> ToolRules | None:
             return RULES["sdxl"]
         return RULES["sd2" if config.cross_attention_dim == _SD2_TEXT_WIDTH else "sd"]
     if kind == "WanTransformer3DModel":
-        rules = RULES["wan_i2v" if reads_image else "wan"]
         if config.out_channels == _WAN22_CHANNELS:
-            rules = replace(rules, vae="wan2.2_vae.safetensors", latent="Wan22ImageToVideoLatent")
-        return rules
-    rules = RULES.get(_KINDS.get(kind, ""))
+            return replace(_WAN, vae="wan2.2_vae.safetensors", latent="Wan22ImageToVideoLatent")
+        return RULES["wan_i2v" if reads_image else "wan"]
     if kind == "SD3Transformer2DModel" and config.qk_norm is not None:
         size = "5-medium" if config.dual_attention_layers else "5-large"
         metadata = {"ss_base_model_version": size}
@@ -176,7 +169,7 @@ def tool_rules(net: nn.Module, reads_image: bool = False) -> ToolRules | None:
             shift_node="ModelSamplingAuraFlow",
             shift=1.0,
         )
-    return rules
+    return RULES.get(_KINDS.get(kind, ""))
 
 
 def readers(rules: ToolRules | None, form: str) -> list[str]:
