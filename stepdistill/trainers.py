@@ -88,6 +88,7 @@ class DistillationTrainer(Trainer):
         out_dir: str | Path,
         num_steps: int | None = None,
         format: Literal["pipeline", "lora", "diffusers", "kohya", "comfyui"] = "pipeline",
+        dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     ) -> Path:
         """Write the distilled student for stock Diffusers; returns the folder.
 
@@ -95,6 +96,7 @@ class DistillationTrainer(Trainer):
             num_steps: a step count of the grid that training reached; none means the run's own.
             format: "pipeline" (for DiffusionPipeline.from_pretrained), "lora" or its other name
                 "diffusers" (load_lora_weights), "kohya" (A1111, sd-scripts, ComfyUI), "comfyui".
+            dtype: of a LoRA file; none means bfloat16. A pipeline has the weights' own.
         Errors: ValueError for steps off the trained grid, an adapter format of a full student, or
             one that the model's network has no keys in.
         """
@@ -106,16 +108,21 @@ class DistillationTrainer(Trainer):
                 f"export: expected a format of {('pipeline', 'diffusers', *LORA_FORMATS)}, got "
                 f"{format!r}."
             )
+        if dtype is not None and form == "pipeline":
+            raise ValueError(
+                f"export: expected dtype with a LoRA format alone, got {dtype} with format "
+                "pipeline, which keeps the weights' own. Load it with torch_dtype."
+            )
         if self.sharded and not (self.output_dir / f"checkpoint-{self.step}").is_dir():
             self.save()
         if self.accelerator.is_main_process:
             # Networks in shards are put together from the checkpoint, on this process alone.
             source = trainer_of_run(self.output_dir) if self.sharded else self
-            source._export(Path(out_dir), num_steps, form)
+            source._export(Path(out_dir), num_steps, form, dtype or "bfloat16")
         self.accelerator.wait_for_everyone()
         return Path(out_dir)
 
-    def _export(self, out_dir: Path, num_steps: int | None, form: str) -> None:
+    def _export(self, out_dir: Path, num_steps: int | None, form: str, dtype: str) -> None:
         from stepdistill.export.lora import export_lora
         from stepdistill.export.pipeline import export_pipeline
         from stepdistill.export.sampler_at_stop import sampler_at_stop
@@ -127,7 +134,7 @@ class DistillationTrainer(Trainer):
         if form == "pipeline":
             export_pipeline(*where)
         else:
-            export_lora(*where, format=form)
+            export_lora(*where, format=form, dtype=dtype)
         self._add_samples(out_dir, spec)
 
     def _add_samples(self, folder: Path, spec: SamplerSpec) -> None:

@@ -17,6 +17,7 @@ from support.processes import run
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
+from stepdistill.export.tool_rules import RULES
 from stepdistill.families.registry import FAMILIES
 from stepdistill.methods import METHODS
 
@@ -64,6 +65,18 @@ def test_table_of_what_is_typed_is_the_package_s(name) -> None:
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|", table, flags=re.MULTILINE)
     told = next((typed for who, typed in rows if f"`{name}`" in who), rows[-1][1])
     assert tuple(re.findall(r"`(num\w+|guid\w+)`", told)) == FAMILIES[name].typed
+
+
+def test_table_of_tools_is_the_package_s() -> None:
+    table = README.split("| files that a tool reads whole |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (`.+`) \| (.*?) \|(.*?)\|(.*?)\|$", table, flags=re.MULTILINE)
+    said = {
+        name: tuple(tuple(re.findall(r"`(\w+)`", cell)) for cell in cells)
+        for names, *cells in rows
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    known = {k: r for k, r in RULES.items() if k != "sd2"}  # a Stable Diffusion to its family
+    assert said == {k: (r.comfyui, r.a1111, r.sd_scripts) for k, r in known.items()}
 
 
 def test_families_without_a_lora_loader_are_told() -> None:

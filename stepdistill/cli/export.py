@@ -21,10 +21,12 @@ class Options(CommandOptions):
     """A step count of the trained grid."""
     format: Literal["pipeline", "lora", "diffusers", "kohya", "comfyui"] = "pipeline"
     """A whole pipeline or an adapter; diffusers is lora by another name."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of a LoRA file; none means bfloat16."""
 
 
 def run(options: Options) -> None:
     from stepdistill.trainers import trainer_of_run
 
     trainer = trainer_of_run(options.run_dir, options.checkpoint)
-    print(trainer.export(options.out_dir, options.num_steps, options.format))
+    print(trainer.export(options.out_dir, options.num_steps, options.format, options.dtype))

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from stepdistill.export.tool_notes import tool_notes
+
 
 def call_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the pipeline's call beside the prompt, from distillation.json."""
@@ -149,4 +151,5 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
             f"| merged into the teacher | `{lora_file(lora)}` at scale {lora['scale']:g} |\n"
             for lora in teacher_loras(record)
         )
+        + f"\n{tool_notes(record)}"
     )

@@ -21,7 +21,13 @@ from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.export.adapter_files import METADATA, AdapterFile, module_of, read_adapters
+from stepdistill.export.adapter_files import (
+    METADATA,
+    AdapterFile,
+    adapter_config,
+    module_of,
+    read_adapters,
+)
 from stepdistill.export.lora_formats import Lora
 from stepdistill.export.merge_pipelines import check_same
 from stepdistill.export.pipeline import RECORD, check_out_dir
@@ -136,19 +142,19 @@ def _write(like: AdapterFile, merged: Adapters, out_dir: Path) -> None:
         tensors[stem + like.sides[0]] = lora.down.contiguous()
         tensors[stem + like.sides[1]] = lora.up.contiguous()
         if like.tells_alpha == "tensors":
-            tensors[f"{stem}.alpha"] = torch.tensor(lora.alpha)
+            tensors[stem + like.alpha_key] = torch.tensor(lora.alpha)
     groups: dict[str, dict[str, Lora]] = {}
     for stem, lora in merged.items():
         component, module = module_of(stem)
         groups.setdefault(component, {})[module] = lora
     if like.tells_alpha == "peft":
-        config = _config(like.config[""], groups[""])
+        config = _widened(like.config[""], groups[""])
         (out_dir / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     elif like.tells_alpha == "metadata":
         told = {
             f"{component}.{key}": value
             for component, adapters in groups.items()
-            for key, value in _config(like.config.get(component, {}), adapters).items()
+            for key, value in _widened(like.config.get(component, {}), adapters).items()
         }
         metadata[METADATA] = json.dumps(told, indent=2, sort_keys=True)
     else:
@@ -157,20 +163,9 @@ def _write(like: AdapterFile, merged: Adapters, out_dir: Path) -> None:
     save_file(tensors, out_dir / own_name, metadata=metadata)
 
 
-def _config(base: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
-    """`base` with the rank and alpha of each module; the commonest ones are the default's."""
-    ranks = {module: lora.down.shape[0] for module, lora in adapters.items()}
-    alphas = {module: lora.alpha for module, lora in adapters.items()}
-    rank, alpha = max(ranks.values()), max(alphas.values())
-    return {
-        **base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
-        "target_modules": sorted(ranks),
-        "use_rslora": False,
-    }
+def _widened(base: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
+    """The config of adapters that may stand on other modules than `base` names."""
+    return {**adapter_config(base, adapters), "target_modules": sorted(adapters)}
 
 
 def _record(files: Sequence[AdapterFile]) -> tuple[Path, dict[str, Any]] | None:

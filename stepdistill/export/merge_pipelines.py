@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.export.lora import LORA_FILE, PEFT_FILE
+from stepdistill.export.lora_formats import LORA_FILE, PEFT_FILE
 from stepdistill.export.pipeline import RECORD, check_out_dir
 from stepdistill.storage.folders import replacing
 

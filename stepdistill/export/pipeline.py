@@ -20,6 +20,7 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.card import write_card
 from stepdistill.export.defaults import settle
 from stepdistill.export.schedulers import StockSampler, stock_sampler
+from stepdistill.export.tool_settings import tools_of
 from stepdistill.export.verify import check_export
 from stepdistill.export.weights import stock_net
 from stepdistill.families.family import Family
@@ -55,7 +56,7 @@ def export_pipeline(
     if quantized:
         denoiser = denoiser.on(net)  # what is written is the student on the base as it was
     like = net if quantized else family.net
-    record = describe(family, spec, sampler, facts)
+    record = describe(family, spec, sampler, facts, denoiser.path)
     pipeline, record["typed"] = settle(family, pipeline, record)
     with replacing(out_dir) as aside:
         pipeline.save_pretrained(aside, safe_serialization=True)
@@ -147,7 +148,11 @@ def size_call(family: Family, resolution: int | None) -> dict[str, Any]:
 
 
 def describe(
-    family: Family, spec: SamplerSpec, sampler: StockSampler, facts: Mapping[str, Any]
+    family: Family,
+    spec: SamplerSpec,
+    sampler: StockSampler,
+    facts: Mapping[str, Any],
+    path: NoisePath,
 ) -> dict[str, Any]:
     """The content of distillation.json."""
     guidance = spec.guidance if spec.w is None else spec.w + 1.0
@@ -158,6 +163,7 @@ def describe(
         "base_model": facts.get("model"),
         "family": family.name,
         "conditioning": family.conditioning,
+        "denoiser": [family.net_name, type(family.net).__name__],
         "output": family.output,
         "reads_image": family.reads_image,
         "prompt_by_name": family.conditioning == "prompt" and _first_argument(family) != "prompt",
@@ -174,6 +180,7 @@ def describe(
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),
         "visited_model_times": list(sampler.visited),
         "teacher_shift": family.shift_at(resolution, resolution),
+        "tools": tools_of(family, path, spec, sampler, resolution),
         "run": dict(facts),
         "run_sha256": hashlib.sha256(
             json.dumps(dict(facts), sort_keys=True, default=str).encode()
