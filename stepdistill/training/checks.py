@@ -17,10 +17,12 @@ from stepdistill.data.stream import provided_fields, sample_item
 from stepdistill.families.family import Family
 from stepdistill.families.registry import TeacherFacts
 from stepdistill.loading.source import ModelSource
+from stepdistill.monitoring.records import FILES
 from stepdistill.rewards import check_scorers
 from stepdistill.roles.student_net import check_student_config
-from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints
+from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints, newest_valid
 from stepdistill.storage.files import read_json
+from stepdistill.storage.owner import refuse_owned
 from stepdistill.training.start import student_base_of
 
 # What must stay the same for a resumed run to be the same run.
@@ -174,8 +176,9 @@ def run_facts(
 def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | None:
     """What to resume from, or None for a fresh run.
 
-    Errors: ValueError where output_dir holds a run and nothing says to resume it, or where it
-    holds another run than the one to resume.
+    Errors: ValueError where output_dir holds a run and nothing says to resume it, where it holds
+    another run than the one to resume or files that it would write on, or where another process
+    writes it now.
     """
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -183,22 +186,40 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"output_dir: expected a writable folder, got {folder}.")
-    saved = folder / RUN_FILE
+    refuse_owned(folder, "output_dir")
+    holds_run = (folder / RUN_FILE).exists() or bool(list_checkpoints(folder))
+    if holds_run and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"output_dir: expected a folder without a run, got {folder}, which holds one. "
+            "Pass --resume_from_checkpoint latest to continue it, or another --output_dir."
+        )
+    theirs = [name for name in FILES if os.path.lexists(folder / name)]
+    if theirs and not holds_run:  # the run would write on them
+        raise ValueError(
+            f"output_dir: expected a folder without {theirs[0]}, got {folder}. Move that file, or "
+            "choose another --output_dir."
+        )
     if args.resume_from_checkpoint is None:
-        if saved.exists() or list_checkpoints(folder):
-            raise ValueError(
-                f"output_dir: expected a folder without a run, got {folder}, which holds one. "
-                "Pass --resume_from_checkpoint latest to continue it, or another --output_dir."
-            )
         return None
     if args.resume_from_checkpoint != "latest" and not Path(args.resume_from_checkpoint).is_dir():
         raise ValueError(
             f'resume_from_checkpoint: expected "latest" or a checkpoint folder, '
             f"got {args.resume_from_checkpoint!r}."
         )
-    if saved.exists():
-        same_run(read_json(saved), facts)
+    known = _saved_facts(folder)
+    if known is not None:
+        same_run(known, facts)
     return args.resume_from_checkpoint
+
+
+def _saved_facts(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder is, by its record, or by its newest checkpoint where that is
+    damaged; None where neither says so."""
+    try:
+        return read_json(folder / RUN_FILE, ("model", "method"))
+    except ValueError:
+        newest, _ = newest_valid(folder)
+    return None if newest is None else dict(read_json(newest / "trainer_state.json")["facts"])
 
 
 def same_run(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

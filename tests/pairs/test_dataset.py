@@ -136,7 +136,7 @@ def test_interrupted_write_leaves_no_shard(tmp_path, monkeypatch):
             make(tmp_path)
     assert not list(tmp_path.glob("shard-*.safetensors"))
     make(tmp_path)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*-tmp"))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "garbage"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepdistill.storage.files import locked
-from stepdistill.storage.folders import replacing
+from stepdistill.storage.folders import old_of, replacing
 
 
 def written(target: Path, text: str) -> None:
@@ -43,9 +43,9 @@ def test_a_failure_leaves_the_earlier_one_alone(tmp_path) -> None:
 
 
 def test_at_no_instant_is_there_neither(tmp_path, monkeypatch) -> None:
-    """Killed before either rename: the earlier folder, whole, by its name or as NAME.old."""
+    """Killed before either rename: the earlier folder, whole, by its name or put aside."""
     rename = os.replace
-    for at, name in enumerate(("out", "out.old")):
+    for at, name in enumerate(("out", old_of(tmp_path / "out").name)):
         written(tmp_path / "out", "one")
         calls: list[object] = []
 
