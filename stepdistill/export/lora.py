@@ -9,7 +9,7 @@ kohya, comfyui   one file with those tools' keys: see lora_formats.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,11 +30,12 @@ from stepdistill.export.lora_formats import (
     read_back,
     write_format,
 )
-from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
+from stepdistill.export.pipeline import RECORD, describe, sampler_of
 from stepdistill.families.family import Family
 from stepdistill.loading.original_layout import has_layout
 from stepdistill.loading.project_code import put_code
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.folders import refuse_foreign, replacing
 from stepdistill.testing.parity import Row, adapted
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -49,10 +50,11 @@ def export_lora(
     facts: Mapping[str, Any],
     role: str = "student",
     format: str = "lora",
+    add: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Write the role's adapter, its scheduler's config and a card; returns the folder.
 
-    Args: format: one of LORA_FORMATS.
+    Args: format: one of LORA_FORMATS; add: see export_pipeline.
     Errors: ValueError for a full student or a format that the family's network has no keys in;
         RuntimeError where the file, read back, does not hold the adapter.
     """
@@ -63,21 +65,25 @@ def export_lora(
         )
     if format in PREFIX:
         check_format(family, format)
-    check_out_dir(out_dir)
+    refuse_foreign(out_dir, "export")
     sampler = sampler_of(family, bank[role].path, spec)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file, adapters = _write(family, bank, role, out_dir, format)
-    sampler.scheduler.save_pretrained(out_dir / "scheduler")
-    code = put_code(sampler.scheduler, out_dir / "scheduler")
-    # A student on a base of its own belongs to that one, not to the teacher.
-    own = facts.get("student_base") or facts.get("model")
-    record = describe(family, spec, sampler, {**facts, "model": own})
-    record["lora"] = {"format": format, "file": file}
-    record["custom_code"] = code
-    record["lora"]["read_back"] = check_lora(family, out_dir / file, format, adapters)
-    (out_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    scheduler = type(sampler.scheduler).__name__
-    write_lora_card(out_dir, record, _code(family, record, scheduler, out_dir.name))
+    with replacing(out_dir, "export") as aside:
+        aside.mkdir()
+        # Other tools call a LoRA by its file name.
+        own_name = f"{out_dir.resolve().name}.safetensors"
+        file, adapters = _write(family, bank, role, aside, format, own_name)
+        sampler.scheduler.save_pretrained(aside / "scheduler")
+        # A student on a base of its own belongs to that one, not to the teacher.
+        own = facts.get("student_base") or facts.get("model")
+        record = describe(family, spec, sampler, {**facts, "model": own})
+        record["lora"] = {"format": format, "file": file}
+        record["custom_code"] = put_code(sampler.scheduler, aside / "scheduler")
+        record["lora"]["read_back"] = check_lora(family, aside / file, format, adapters)
+        (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        scheduler = type(sampler.scheduler).__name__
+        text = _code(family, record, scheduler, out_dir.name)
+        write_lora_card(aside, record, text, out_dir.name)
+        add(aside)
     return out_dir
 
 
@@ -89,19 +95,18 @@ def lora_rows(family: Family) -> list[Row]:
         for form in forms:
             out = Path(folder) / form
             out.mkdir()
-            file, adapters = _write(family, bank, "student", out, form)
+            file, adapters = _write(family, bank, "student", out, form, "student.safetensors")
             found = read_back(family, out / file, form, adapters)
             rows += [(f"lora: {form}, read back by {name}", value) for name, value in found.items()]
     return rows
 
 
 def _write(
-    family: Family, bank: RoleBank, role: str, out_dir: Path, format: str
+    family: Family, bank: RoleBank, role: str, out_dir: Path, format: str, own_name: str
 ) -> tuple[str, dict[str, Lora]]:
-    """(name of the weight file, adapters by stock name)."""
+    """(name of the weight file, adapters by stock name). Args: own_name: of a tool's file."""
     if format in PREFIX:
-        file = f"{out_dir.resolve().name}.safetensors"  # other tools call a LoRA by its file name
-        return file, write_format(bank, role, format, out_dir / file)
+        return own_name, write_format(bank, role, format, out_dir / own_name)
     base: Any = bank.base_of(role)
     pipeline: Any = family.pipeline
     state = get_peft_model_state_dict(base, adapter_name=role)

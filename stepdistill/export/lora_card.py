@@ -8,6 +8,8 @@ from typing import Any
 
 from stepdistill.export.card import load_arguments, lora_file, saving_code, teacher_loras
 from stepdistill.loading.source import ModelSource
+from stepdistill.reporting.markdown import code as as_code
+from stepdistill.reporting.markdown import plain
 
 
 def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[str, str]:
@@ -82,23 +84,27 @@ def tool_notes(record: Mapping[str, Any]) -> str:
     visited = ", ".join(f"{t:g}" for t in record["visited_model_times"])
     noise = record["kind"] == "renoise" and record["num_inference_steps"] > 1
     return (
-        f"Put `{record['lora']['file']}` into the tool's LoRA folder and use it at strength 1 with "
-        f"{record['num_inference_steps']} steps and CFG 1 (none). The student was trained for the "
-        f"model times {visited}, "
+        f"Put {as_code(record['lora']['file'])} into the tool's LoRA folder and use it at strength "
+        f"1 with {record['num_inference_steps']} steps and CFG 1 (none). The student was trained "
+        f"for the model times {visited}, "
         f"{'with new noise at each (an LCM sampler)' if noise else 'without new noise (Euler)'}: "
         "choose a schedule that visits them.\n"
     )
 
 
-def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None) -> None:
-    """README.md. Args: code: Python that uses the file, or None where only other tools read it."""
+def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None, name: str) -> None:
+    """README.md of an export called `name`.
+
+    Args: code: Python that uses the file, or None where only other tools read it.
+    """
     beside = "".join(
-        f"- `{lora_file(lora)}` at scale {lora['scale']:g}\n" for lora in teacher_loras(record)
+        f"- {as_code(lora_file(lora))} at scale {lora['scale']:g}\n"
+        for lora in teacher_loras(record)
     )
     text = (
         "---\nlibrary_name: diffusers\ntags: [diffusers, lora, stepdistill, few-step]\n---\n\n"
-        f"# {folder.name}\n\nLoRA of `{record['base_model']}` for "
-        f"{record['num_inference_steps']} steps ({record['method']}), "
+        f"# {plain(name)}\n\nLoRA of {as_code(record['base_model'])} for "
+        f"{record['num_inference_steps']} steps ({plain(record['method'])}), "
         f"format {record['lora']['format']}.\n\n"
     )
     if beside:

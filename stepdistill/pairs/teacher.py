@@ -20,8 +20,10 @@ from stepdistill.loading.source import ModelSource
 from stepdistill.pairs.dataset import generate_pairs
 from stepdistill.pairs.inverted import invert_pairs
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.ranks import owned_by_first, refusing_together
 
 
+@refusing_together()
 def make_pairs(
     teacher: str | Path | ModelSource,
     prompts_file: str | Path | None,
@@ -66,34 +68,37 @@ def make_pairs(
         prompts = list(LabelFileDataset.from_file(str(prompts_file)).labels)
     else:
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    family = load_family(source)
-    bank = RoleBank(family, {"teacher": Role()}, Tuning())
-    family.pipeline.to(state.device)
+    with owned_by_first(Path(pairs_dir), "pairs_dir"):
+        state = PartialState(cpu=not torch.cuda.is_available())
+        family = load_family(source)
+        bank = RoleBank(family, {"teacher": Role()}, Tuning())
+        family.pipeline.to(state.device)
 
-    def encode(rows: Sequence[Any]) -> Cond:
-        return family.encode(rows).to(state.device)
+        def encode(rows: Sequence[Any]) -> Cond:
+            return family.encode(rows).to(state.device)
 
-    def null(bsz: int) -> Cond:
-        return family.null(bsz).to(state.device)
+        def null(bsz: int) -> Cond:
+            return family.null(bsz).to(state.device)
 
-    common: dict[str, Any] = {
-        "shape": family.sample_shape(resolution, resolution),
-        "model": str(source),
-        "guidance": guidance,
-        "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
-        "batch_size": batch_size,
-        "device": state.device,
-        "rank": state.process_index,
-        "world_size": state.num_processes,
-        "progress": state.is_main_process,
-    }
-    denoiser = bank["teacher"]
-    if images is not None:
-        count = len(images) if num_pairs is None else num_pairs
-        invert_pairs(denoiser, encode, null, family.latents, images, pairs_dir, count, **common)
-    else:
-        assert num_pairs is not None
-        generate_pairs(denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common)
-    state.wait_for_everyone()
-    return Path(pairs_dir)
+        common: dict[str, Any] = {
+            "shape": family.sample_shape(resolution, resolution),
+            "model": str(source),
+            "guidance": guidance,
+            "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
+            "batch_size": batch_size,
+            "device": state.device,
+            "rank": state.process_index,
+            "world_size": state.num_processes,
+            "progress": state.is_main_process,
+        }
+        denoiser = bank["teacher"]
+        if images is not None:
+            count = len(images) if num_pairs is None else num_pairs
+            invert_pairs(denoiser, encode, null, family.latents, images, pairs_dir, count, **common)
+        else:
+            assert num_pairs is not None
+            generate_pairs(
+                denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common
+            )
+        state.wait_for_everyone()
+        return Path(pairs_dir)

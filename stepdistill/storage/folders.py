@@ -2,7 +2,8 @@
 
 A folder has a temporary name (see files.temporary) until its last byte is on the disk; the
 manifest of sizes and hashes is its last file. A folder that stands in the way of a new one is put
-aside until that is in place. So there is no instant at which a kill leaves fewer whole folders than before.
+aside until that is in place. So there is no instant at which a kill leaves fewer whole folders than
+before.
 
 Both names are of our making alone: nothing else is ever deleted. Folders of the kind that needs no
 manifest hold a list of what was written (LEDGER); one with anything else in it is not replaced.
@@ -15,8 +16,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,42 @@ def refuse_foreign(target: Path, where: str) -> None:
             f"{where}: expected a new folder, or one that stepdistill wrote and nobody changed, "
             f"got {target} with {', '.join(found[:3])}{' ...' if found[3:] else ''}. Move "
             f"{'it' if len(found) == 1 else 'them'}, or choose another folder."
+        )
+
+
+def refuse_written_on(folder: Path, names: Iterable[str], where: str) -> None:
+    """Errors: ValueError where a folder that is not ours yet holds one of the files that we write.
+
+    Args: where: the option that names it.
+    """
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise ValueError(
+                f"{where}: expected a folder without {name}, got {folder}. Move that, or choose "
+                "another folder."
+            )
+
+
+def delete_made(folder: Path, patterns: Sequence[str], where: str) -> None:
+    """Delete a folder of ours, where there is one. Errors: see refuse_unlike."""
+    refuse_unlike(folder, patterns, where)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_unlike(folder: Path, patterns: Sequence[str], where: str) -> None:
+    """Errors: ValueError where a folder, or an export in it, holds what we do not write.
+
+    Args: patterns: of fnmatch, of the paths of files that we write; where: names the folder.
+    """
+    names = list(_files(folder)) if folder.is_dir() else []
+    odd = [name for name in names if not any(fnmatch(name, one) for one in patterns)]
+    for ledger in (name for name in names if Path(name).name == LEDGER):
+        export = (folder / ledger).parent
+        odd += [(export / name).relative_to(folder).as_posix() for name in foreign_files(export)]
+    if odd or (os.path.lexists(folder) and not folder.is_dir()):
+        raise ValueError(
+            f"{where}: expected to find nothing in {folder} but what stepdistill wrote, got "
+            f"{', '.join(odd[:3]) or 'a file'}. Move that, or choose another folder."
         )
 
 

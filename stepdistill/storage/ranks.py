@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+from stepdistill.core.stopping import stop_if_orphaned
+from stepdistill.storage.owner import owned
+
 MISTAKES = (ValueError, TypeError, OSError, FloatingPointError)
+_WAIT_SECONDS = 2.0  # between two looks at another process's lock
 _agreed = False  # whether the processes have told each other once that all checks passed or not
 
 
@@ -80,3 +86,38 @@ def refusing_together() -> Iterator[None]:
 
         agreed(refuse)
         raise
+
+
+@contextmanager
+def owned_by_first(
+    folder: Path, where: str, wait: Callable[[str], object] | None = None
+) -> Iterator[None]:
+    """`owned`, by the first process for all of them; call on all processes.
+
+    Args: wait: wait for another process's end, and say so by this; none: that is an error.
+    """
+    with ExitStack() as stack:
+        while True:
+            try:
+                agreed(lambda: stack.enter_context(owned(folder, where)) if _is_first() else None)
+                break
+            except ValueError as err:
+                if wait is None:
+                    raise
+                wait(f"waiting: {err}")
+                wait = _silent
+                stop_if_orphaned()
+                time.sleep(_WAIT_SECONDS)
+        yield
+
+
+def _is_first() -> bool:
+    if not _together():
+        return True
+    import torch.distributed as dist
+
+    return dist.get_rank() == 0
+
+
+def _silent(_line: str) -> None:
+    """It was said."""

@@ -22,6 +22,7 @@ from stepdistill.rewards import check_scorers
 from stepdistill.roles.student_net import check_student_config
 from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints, newest_valid
 from stepdistill.storage.files import read_json
+from stepdistill.storage.folders import refuse_written_on
 from stepdistill.storage.owner import refuse_owned
 from stepdistill.training.start import student_base_of
 
@@ -193,12 +194,8 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
             f"output_dir: expected a folder without a run, got {folder}, which holds one. "
             "Pass --resume_from_checkpoint latest to continue it, or another --output_dir."
         )
-    theirs = [name for name in FILES if os.path.lexists(folder / name)]
-    if theirs and not holds_run:  # the run would write on them
-        raise ValueError(
-            f"output_dir: expected a folder without {theirs[0]}, got {folder}. Move that file, or "
-            "choose another --output_dir."
-        )
+    if not holds_run:
+        refuse_written_on(folder, FILES, "output_dir")
     if args.resume_from_checkpoint is None:
         return None
     if args.resume_from_checkpoint != "latest" and not Path(args.resume_from_checkpoint).is_dir():

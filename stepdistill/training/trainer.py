@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ from stepdistill.monitoring.logs import RunLog
 from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards import build_scorers
 from stepdistill.storage.files import one_line
-from stepdistill.storage.owner import owned
-from stepdistill.storage.ranks import MISTAKES, agreed
+from stepdistill.storage.ranks import MISTAKES, agreed, owned_by_first
 from stepdistill.training import checks
 from stepdistill.training.batches import batch_maker
 from stepdistill.training.feed import Feed
@@ -167,10 +166,7 @@ class Trainer(Resumable):
             validation comes once the step before it is saved.
             Whatever ends the run is told in events.jsonl and the report.
         """
-        with self.stop.within(), ExitStack() as stack:
-            lock = owned(self.output_dir, "output_dir")
-            main = self.accelerator.is_main_process
-            agreed(lambda: stack.enter_context(lock) if main else None)
+        with self.stop.within(), owned_by_first(self.output_dir, "output_dir"):
             try:
                 return self._train(until)
             except Stopped:  # nothing is in work
