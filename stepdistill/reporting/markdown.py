@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-_ACTIVE = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")  # _ does nothing within a word
+_ACTIVE = re.compile(r"[\\`*|~$]|\](?=\()|(?<![^\W_])_|_(?![^\W_])")  # _ does nothing within a word
 _FIRST = re.compile(r"^(?=[#>+-])|(?<=^\d)(?=[.)])")  # what begins a heading, a quote, a list
 
 

@@ -15,18 +15,21 @@ from support.runs import build_trainer, teacher_dir
 
 from stepdistill.storage.checkpoints import list_checkpoints
 
-SCRIPT = Path(__file__).parents[1] / "support" / "faults.py"
+SCRIPTS = Path(__file__).parents[1] / "support"
 
 
-def told(tmp_path_factory: Any, *parts: str) -> dict[str, Any]:
+def told(
+    tmp_path_factory: Any, *parts: str, script: str = "faults.py", timeout: float = 580
+) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("faults")
-    command = [sys.executable, str(SCRIPT), str(teacher_dir("sd_v", tmp_path_factory)), str(out)]
+    teacher = teacher_dir("sd_v", tmp_path_factory)
+    command = [sys.executable, str(SCRIPTS / script), str(teacher), str(out)]
     done = subprocess.run(
         [*command, *parts],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -99,6 +102,25 @@ def test_fifty_kills_lose_nothing(thorough) -> None:
     found = thorough["kills"]
     assert (found["tries"], found["lost"], found["differ"]) == (50, 0, [])
     assert found["in_save"] > 0
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """Of each kind in attack.PLAN, which see."""
+    return told(tmp_path_factory, script="attack.py", timeout=3000)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [("training", 30), ("saving", 22), ("export", 12), ("cache", 12), ("pairs", 12)],
+)
+def test_a_kill_at_any_instant_loses_nothing_and_the_next_call_ends_alike(
+    attacked, kind, kills
+) -> None:
+    found = attacked[kind]
+    assert (found["kills"], found["lost"], found["differ"]) == (kills, [], [])
+    assert found["compared"] >= kills
 
 
 @pytest.mark.full
