@@ -23,7 +23,6 @@ from stepdistill.roles.student_net import check_student_config
 from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints, newest_valid
 from stepdistill.storage.files import read_json
 from stepdistill.storage.folders import refuse_written_on
-from stepdistill.storage.owner import refuse_owned
 from stepdistill.training.start import student_base_of
 
 # What must stay the same for a resumed run to be the same run.
@@ -177,9 +176,8 @@ def run_facts(
 def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | None:
     """What to resume from, or None for a fresh run.
 
-    Errors: ValueError where output_dir holds a run and nothing says to resume it, where it holds
-    another run than the one to resume or files that it would write on, or where another process
-    writes it now.
+    Errors: ValueError where output_dir holds a run and nothing says to resume it, or where it
+    holds another run than the one to resume, or files that it would write on.
     """
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -187,7 +185,6 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"output_dir: expected a writable folder, got {folder}.")
-    refuse_owned(folder, "output_dir")
     holds_run = (folder / RUN_FILE).exists() or bool(list_checkpoints(folder))
     if holds_run and args.resume_from_checkpoint is None:
         raise ValueError(

@@ -36,6 +36,7 @@ from stepdistill.monitoring.logs import RunLog
 from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards import build_scorers
 from stepdistill.storage.files import one_line
+from stepdistill.storage.owner import refuse_owned
 from stepdistill.storage.ranks import MISTAKES, agreed, owned_by_first
 from stepdistill.training import checks
 from stepdistill.training.batches import batch_maker
@@ -98,6 +99,7 @@ class Trainer(Resumable):
         args, cls = self.args, method_class(self.method_name)
         facts = teacher_facts(self.teacher)
         if self.dataset is not None:
+            refuse_owned(self.output_dir, "output_dir")  # an export may read it meanwhile
             args.check_best_metric()
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset)
             checks.method_fits(cls, config, facts, *data)
