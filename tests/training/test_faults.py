@@ -136,6 +136,21 @@ def test_a_signal_on_one_rank_stops_both(thorough) -> None:
 
 
 @pytest.mark.full
+def test_what_one_rank_does_not_find_is_refused_by_both_soon(tmp_path_factory) -> None:
+    found = told(tmp_path_factory, "refused")["refused"]
+    assert found["statuses"] == [1, 1]
+    assert found["told"][0] == found["told"][1]
+    assert found["told"][0].startswith("error: process 1: ")
+    assert found["seconds"] < 60
+
+
+@pytest.mark.full
+def test_a_run_whose_launcher_is_killed_saves_and_meets_no_other(tmp_path_factory) -> None:
+    found = told(tmp_path_factory, "orphans")["orphans"]
+    assert found == {"meets": 1, "state": "preempted", "saved": True}
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
 def test_the_watchdogs_verdict_is_that_of_both_ranks(wrapping, tmp_path_factory) -> None:
     """The first process alone makes the samples that are judged."""
