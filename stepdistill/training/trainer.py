@@ -364,6 +364,8 @@ class Trainer(Resumable):
                     failure = err
         shared = [self.stop.preempted, None if failure is None else one_line(failure)]
         self.stop.preempted, told = broadcast_object_list(shared)
+        if self.stop.preempted:
+            self.stop.tell(self.accelerator)
         if self.stop.preempted or told is not None:
             self.owes_validation = validates(self.args, self.step)
             failed = None if told is None else RuntimeError(f"validation: {told}")
