@@ -17,8 +17,6 @@ from pydantic import Field, model_validator
 
 from stepdistill.config.flags import AT_COMMAS, CommandOptions, merge
 from stepdistill.core.options import Count, Guidance, Seed
-from stepdistill.storage.folders import refuse_written_on
-from stepdistill.storage.owner import owned
 
 if TYPE_CHECKING:
     from stepdistill.comparison.runs import Setups
@@ -111,6 +109,8 @@ OWN = (
 
 def run(options: Options) -> None:
     """Run what is missing and write the report."""
+    from stepdistill.storage.owner import owned
+
     if options.budget is None:  # a report of what is there, also of a comparison that goes on
         compare(options)
         return
@@ -135,6 +135,7 @@ def compare(args: Options) -> Any:
     """The report.Comparison that the command ends with. Errors: ValueError for wrong options."""
     from stepdistill.comparison import report, runs
     from stepdistill.comparison.students import Budget, left_out
+    from stepdistill.storage.folders import refuse_written_on
 
     _check_numbers(args)
     out = Path(args.output_dir)

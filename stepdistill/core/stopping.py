@@ -56,12 +56,15 @@ def stop_if_orphaned() -> None:
 def handling(
     handler: Callable[[int, FrameType | None], Any], signals: tuple[signal.Signals, ...]
 ) -> Iterator[None]:
-    """Within: these signals go to `handler`. Does nothing beside the main thread, where Python
-    delivers signals and which alone may set handlers."""
+    """Within: these signals go to `handler`, but for a Ctrl-C that this process was told to ignore,
+    as jobs in the background are. Does nothing beside the main thread, where Python delivers
+    signals and which alone may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in signals}
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    heard = [number for number in signals if not (ignored and number == signal.SIGINT)]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:

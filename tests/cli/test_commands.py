@@ -265,7 +265,7 @@ def test_compare_takes_a_run_s_keys_from_files_for_every_method(tmp_path) -> Non
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("command", ["export", "merge", "pairs", "evaluate", "sample"])
 def test_a_signal_ends_a_command_where_it_is_with_one_line(
-    command, number, monkeypatch, capsys
+    command, number, monkeypatch, capsys, ctrl_c
 ) -> None:
     before, reached = signal.getsignal(number), []
 

@@ -101,7 +101,9 @@ def test_a_published_card_is_named_by_the_repository(tmp_path) -> None:
     write_card(folder, RECORD, "StableDiffusionPipeline", folder.name)
     metrics = {"dataset": NAME, "metrics": {NAME: 1.0}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    text = published_card(folder, {**RECORD, "base_model": str(tmp_path / NAME[:9])}, "me/name")
+    base = tmp_path / NAME[:9]
+    base.mkdir()
+    text = published_card(folder, {**RECORD, "base_model": str(base)}, "me/name")
     unharmed(text, ["name", "Metrics", "Provenance"])
     assert "\n# name\n" in text
     assert "from_pretrained('me/name'" in text

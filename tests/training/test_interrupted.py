@@ -170,6 +170,7 @@ def test_a_bad_line_or_report_in_a_going_run_ends_it_not(run, weights, capsys) -
 
 # ---------------------------------------------------------------------- signals
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_in_a_step_saves_it(run, weights, number) -> None:
     trainer = at_step(run(), 1, lambda: signalled(number))
     trainer.train()
@@ -179,6 +180,7 @@ def test_a_signal_in_a_step_saves_it(run, weights, number) -> None:
     assert student(again) == weights
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_is_not_waited_for(run) -> None:
     trainer = at_step(run(), 1, lambda: [signalled(signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
