@@ -237,9 +237,10 @@ def main(teacher: str, output_dir: str, *parts: str) -> None:
         out.mkdir(parents=True)
         if kind in ("training", "saving"):
             told[kind] = runs(kind, Path(teacher), out, int(count))
-            continue
-        made = made or writers(Path(teacher), Path(output_dir))
-        told[kind] = folders(kind, made[kind], out, int(count))
+        else:
+            made = made or writers(Path(teacher), Path(output_dir))
+            told[kind] = folders(kind, made[kind], out, int(count))
+        print(kind, told[kind], file=sys.stderr, flush=True)
     print(json.dumps(told))
 
 
