@@ -220,8 +220,8 @@ def folders(kind: str, write: Callable[[Path], None], out: Path, kills: int) -> 
             found["lost"].append(number)
         done(partial(write, folder))
         after = contents(folder, kinds)
-        left = [p for p in out.rglob("*") if p.name.endswith(("-tmp", "-old", "-lock"))]
-        if after != expected or any(str(number) in p.as_posix() for p in left):
+        left = [p for p in folder.rglob("*") if p.name.endswith(("-tmp", "-old", "-lock"))]
+        if after != expected or left:
             found["differ"].append(number)
         found["compared"] += len(after)
     return found
