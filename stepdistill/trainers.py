@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from stepdistill.config.files import method_class, parse_run_config, resolve_method
 from stepdistill.config.files import method_config as parse_method_config
-from stepdistill.config.flags import mistakes_in_one_line
+from stepdistill.config.flags import ending_early, mistakes_in_one_line
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
@@ -30,6 +30,8 @@ from stepdistill.monitoring.validation import validate
 from stepdistill.monitoring.watchdog import WatchdogStop
 from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
 from stepdistill.storage.files import read_json
+from stepdistill.storage.folders import refuse_foreign
+from stepdistill.storage.ranks import refusing_together
 from stepdistill.training.checkpoint import named_checkpoint
 from stepdistill.training.checks import teacher_is_here
 from stepdistill.training.sources import open_dataset, open_gan_dataset
@@ -131,11 +133,14 @@ class DistillationTrainer(Trainer):
         spec = sampler_at_stop(self.method, self.step, self.args.max_train_steps, num_steps)
         facts = {**self.facts, "step": self.step, "seconds": round(self.seconds, 1)}
         where = (self.family, self.bank, spec, out_dir, facts, role)
+
+        def add(folder: Path) -> None:
+            self._add_samples(folder, spec)
+
         if form == "pipeline":
-            export_pipeline(*where)
+            export_pipeline(*where, add=add)
         else:
-            export_lora(*where, format=form, dtype=dtype)
-        self._add_samples(out_dir, spec)
+            export_lora(*where, format=form, dtype=dtype, add=add)
 
     def _add_samples(self, folder: Path, spec: SamplerSpec) -> None:
         """Put a grid of the validation prompts, and the run's metrics.json, beside an export."""
@@ -239,7 +244,7 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
 
     Exit statuses: those of `stepdistill train`.
     """
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(), ending_early(), refusing_together():
         run: RunConfig = parse_run_config(argv, prog="accelerate launch", method=trainer.default)
         if run.method not in trainer.methods():
             raise ValueError(
@@ -252,8 +257,10 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
 def train_run(run: RunConfig) -> None:
     """Train, export, push when asked.
 
-    Errors: SystemExit 75 where SIGTERM or SIGUSR1 stopped it, saved; 76 where the watchdog did.
+    Errors: SystemExit 75 where a signal stopped it, saved; 76 where the watchdog did.
     """
+    export_dir = Path(run.export_dir or Path(run.output_dir) / "pipeline")
+    refuse_foreign(export_dir, "export_dir")  # not after a week's training
     running = DistillationTrainer.from_config(run)
     try:
         running.train()
@@ -262,7 +269,7 @@ def train_run(run: RunConfig) -> None:
         sys.exit(stop.status)
     if running.stop.preempted:
         sys.exit(running.stop.status)
-    folder = running.export(run.export_dir or Path(run.output_dir) / "pipeline")
+    folder = running.export(export_dir)
     running.accelerator.print(f"exported {folder}")
     if run.push_to_hub and run.hub_model_id:
         running.push_to_hub(run.hub_model_id, folder)

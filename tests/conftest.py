@@ -8,11 +8,12 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -103,6 +104,14 @@ def build_family(name: str) -> Family:
 def make_family() -> Callable[[str], Family]:
     """name in TINY -> a fresh tiny family; RoleBanks change their denoiser, so never share one."""
     return build_family
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """It is heard, though these tests may run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

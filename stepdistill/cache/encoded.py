@@ -105,7 +105,7 @@ class EncodedCache:
         folder = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "encoder.json").is_file():
-            write_text(folder / "encoder.json", text)
+            write_text(folder / "encoder.json", text, shared=True)
         return TensorCache(folder)
 
     def _stores(self) -> list[TensorCache]:

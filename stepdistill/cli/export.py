@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic_settings import CliPositionalArg
@@ -26,7 +27,9 @@ class Options(CommandOptions):
 
 
 def run(options: Options) -> None:
+    from stepdistill.storage.folders import refuse_foreign
     from stepdistill.trainers import trainer_of_run
 
+    refuse_foreign(Path(options.out_dir), "out_dir")
     trainer = trainer_of_run(options.run_dir, options.checkpoint)
     print(trainer.export(options.out_dir, options.num_steps, options.format, options.dtype))

@@ -24,6 +24,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 from stepdistill.config.yaml_files import read_yaml
 from stepdistill.core.options import Options
+from stepdistill.core.stopping import STATUS, STOP_SIGNALS, Stopped, handling, raise_stopped
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -49,6 +50,18 @@ def mistakes_in_one_line() -> Iterator[None]:
         yield
     except (ValueError, TypeError, FloatingPointError, OSError) as err:
         sys.exit("error: " + " ".join(str(err).split()))
+
+
+@contextmanager
+def ending_early() -> Iterator[None]:
+    """Within: a stop signal or Ctrl-C unwinds what runs, and ends the process with status 75."""
+    try:
+        with handling(raise_stopped, STOP_SIGNALS):
+            yield
+    except (Stopped, KeyboardInterrupt) as stop:
+        why = str(stop) or "Ctrl-C"
+        print(f"stopped ({why}): nothing half made stays, the same call goes on.", file=sys.stderr)
+        sys.exit(STATUS)
 
 
 # ------------------------------------------------------------------------------------ files

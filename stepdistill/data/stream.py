@@ -9,6 +9,7 @@ batches go to workers in turn, so nothing depends on their number either.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from stepdistill.core.stopping import STOP_SIGNALS
 from stepdistill.data.corrupt import CorruptLog, first_item, good_item
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.lines import LineFile
@@ -23,8 +25,6 @@ from stepdistill.data.order import EpochOrder
 from stepdistill.data.rows import RowStream
 from stepdistill.data.source import Source
 
-# A cluster that wants its machine back sends these, often to a run's data workers too.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # What a dataset's item keys give a batch.
 FIELDS = {"prompt": "cond", "label": "cond", "image": "x0", "x0": "x0", "noise": "noise"}
 
@@ -161,7 +161,7 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _ignore_stop_signals(_worker: int) -> None:
     """The run ends its workers itself, once it has finished the step and saved."""
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -196,7 +196,17 @@ def stream(
         loader = DataLoader(data, batch_sampler=placed, collate_fn=collate, **options)
     corrupt = CorruptLog() if corrupt is None else corrupt
     corrupt.possible = isinstance(dataset, Source | RowStream)
-    return _counted(iter(loader), corrupt)
+    return _counted(_workers_die_quietly(loader), corrupt)
+
+
+def _workers_die_quietly(loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
+    """The loader's iterator. A worker that is killed is noticed where its batch is asked for: torch
+    would have its signal raise an error wherever the run is, in the midst of an update too."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
+    return batches
 
 
 def _counted(batches: Iterable[dict[str, Any]], corrupt: CorruptLog) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ kohya, comfyui   one file with those tools' keys: see lora_formats.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,12 +36,13 @@ from stepdistill.export.lora_formats import (
     read_back,
     tensors_of,
 )
-from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
+from stepdistill.export.pipeline import RECORD, describe, sampler_of
 from stepdistill.export.tool_rules import kohya_headers, modelspec, readers, tool_rules
 from stepdistill.families.family import Family
 from stepdistill.loading.original_layout import has_layout
 from stepdistill.loading.project_code import put_code
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.folders import refuse_foreign, replacing
 from stepdistill.testing.parity import Row, adapted
 
 LORA_FORMATS = ("lora", *PREFIX)
@@ -56,11 +57,13 @@ def export_lora(
     role: str = "student",
     format: str = "lora",
     dtype: str = "bfloat16",
+    add: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Write the role's adapter, its scheduler's config and a card; returns the folder.
 
     Beside a file that ComfyUI reads lies a workflow for it, workflow.json.
-    Args: format: one of LORA_FORMATS. dtype: of the file, one of DTYPES.
+    Args: format: one of LORA_FORMATS. dtype: of the file, one of DTYPES. add: see
+        export_pipeline.
     Errors: ValueError for a full student, a format that the family's network has no keys in or a
         dtype; RuntimeError where the file, read back, does not hold the adapter in that dtype.
     """
@@ -73,7 +76,7 @@ def export_lora(
         raise ValueError(f"export: expected a dtype of {DTYPES}, got {dtype!r}.")
     if format in PREFIX:
         check_format(family, format)
-    check_out_dir(out_dir)
+    refuse_foreign(out_dir, "export")
     path = bank[role].path
     sampler = sampler_of(family, path, spec)
     # A student on a base of its own belongs to that one, not to the teacher.
@@ -83,20 +86,25 @@ def export_lora(
     adapters = folded(adapters_of(base, role), getattr(torch, dtype))
     rules, name = tool_rules(family.net, family.reads_image), out_dir.resolve().name
     headers = {} if rules is None else modelspec(rules, record, name)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = _write(family, base.peft_config[role], adapters, out_dir, format, headers)
-    sampler.scheduler.save_pretrained(out_dir / "scheduler")
-    record["custom_code"] = put_code(sampler.scheduler, out_dir / "scheduler")
-    record["lora"] = {"format": format, "file": file, "dtype": dtype}
-    record["lora"]["read_back"] = check_lora(family, out_dir / file, format, adapters)
-    record["lora"]["readers"] = readers(rules, format)
-    settled = "comfyui" in (record["tools"] or {})
-    if rules is not None and settled and "ComfyUI" in record["lora"]["readers"]:
-        opened = json.dumps(workflow(rules, record), indent=1)
-        (out_dir / WORKFLOW).write_text(opened + "\n")
-    (out_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    scheduler = type(sampler.scheduler).__name__
-    write_lora_card(out_dir, record, _code(family, record, scheduler, out_dir.name))
+    with replacing(out_dir, "export") as aside:
+        aside.mkdir()
+        # Other tools call a LoRA by its file name.
+        own_name = f"{name}.safetensors"
+        file = _write(family, base.peft_config[role], adapters, aside, format, headers, own_name)
+        sampler.scheduler.save_pretrained(aside / "scheduler")
+        record["custom_code"] = put_code(sampler.scheduler, aside / "scheduler")
+        record["lora"] = {"format": format, "file": file, "dtype": dtype}
+        record["lora"]["read_back"] = check_lora(family, aside / file, format, adapters)
+        record["lora"]["readers"] = readers(rules, format)
+        settled = "comfyui" in (record["tools"] or {})
+        if rules is not None and settled and "ComfyUI" in record["lora"]["readers"]:
+            opened = json.dumps(workflow(rules, record), indent=1)
+            (aside / WORKFLOW).write_text(opened + "\n")
+        (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        scheduler = type(sampler.scheduler).__name__
+        text = _code(family, record, scheduler, out_dir.name)
+        write_lora_card(aside, record, text, out_dir.name)
+        add(aside)
     return out_dir
 
 
@@ -110,7 +118,8 @@ def lora_rows(family: Family) -> list[Row]:
         for form in forms:
             out = Path(folder) / form
             out.mkdir()
-            file = _write(family, base.peft_config["student"], adapters, out, form, {})
+            name = "student.safetensors"
+            file = _write(family, base.peft_config["student"], adapters, out, form, {}, name)
             found = read_back(family, out / file, form, adapters)
             rows += [(f"lora: {form}, read back by {name}", value) for name, value in found.items()]
     return rows
@@ -123,15 +132,18 @@ def _write(
     out_dir: Path,
     format: str,
     headers: Mapping[str, str],
+    own_name: str,
 ) -> str:
-    """The name of the weight file. Args: adapters: see `folded`; headers: of other tools' files."""
+    """The name of the weight file.
+
+    Args: adapters: see `folded`; headers, own_name: of other tools' files.
+    """
     if format in PREFIX:
-        file = f"{out_dir.resolve().name}.safetensors"  # other tools call a LoRA by its file name
         told = {"format": "pt", **headers}
         if format == "kohya":
             told |= kohya_headers(adapters)
-        save_file(tensors_of(adapters, family.net, format), out_dir / file, metadata=told)
-        return file
+        save_file(tensors_of(adapters, family.net, format), out_dir / own_name, metadata=told)
+        return own_name
     state = {}
     for name, lora in adapters.items():
         state[f"{name}.lora_A.weight"] = lora.down.contiguous()

@@ -16,6 +16,8 @@ from stepdistill.export.card import (
 from stepdistill.export.tool_notes import file_note, tool_notes
 from stepdistill.loading.single_file import is_whole
 from stepdistill.loading.source import ModelSource
+from stepdistill.reporting.markdown import code as as_code
+from stepdistill.reporting.markdown import plain
 
 
 def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[list[str], str]:
@@ -91,15 +93,19 @@ def _last(record: Mapping[str, Any], scheduler: str, where: str) -> list[str]:
     ]
 
 
-def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None) -> None:
-    """README.md. Args: code: Python that uses the file, or None where only other tools read it."""
+def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None, name: str) -> None:
+    """README.md of an export called `name`.
+
+    Args: code: Python that uses the file, or None where only other tools read it.
+    """
     beside = "".join(
-        f"- `{lora_file(lora)}` at scale {lora['scale']:g}\n" for lora in teacher_loras(record)
+        f"- {as_code(lora_file(lora))} at scale {lora['scale']:g}\n"
+        for lora in teacher_loras(record)
     )
     text = (
         "---\nlibrary_name: diffusers\ntags: [diffusers, lora, stepdistill, few-step]\n---\n\n"
-        f"# {folder.name}\n\nLoRA of `{record['base_model']}` for "
-        f"{record['num_inference_steps']} steps ({record['method']}), "
+        f"# {plain(name)}\n\nLoRA of {as_code(record['base_model'])} for "
+        f"{record['num_inference_steps']} steps ({plain(record['method'])}), "
         f"format {record['lora']['format']}, {record['lora']['dtype']}.\n\n"
     )
     if beside:

@@ -30,7 +30,9 @@ from stepdistill.export.adapter_files import (
 )
 from stepdistill.export.lora_formats import Lora
 from stepdistill.export.merge_pipelines import check_same
-from stepdistill.export.pipeline import RECORD, check_out_dir
+from stepdistill.export.pipeline import RECORD
+from stepdistill.reporting.markdown import code, plain
+from stepdistill.storage.folders import refuse_foreign, replacing
 
 METHODS = ("cat", "linear")
 
@@ -47,17 +49,18 @@ def merge_adapters(sources: Sequence[str], out_dir: str | Path, method: str = "c
     if len(sources) < 2:
         raise ValueError(f"merge: expected two LoRA files or more, got {list(sources)}.")
     out_dir = Path(out_dir)
-    check_out_dir(out_dir)
+    refuse_foreign(out_dir, "merge")
     places, weights = zip(*(split_weight(text) for text in sources), strict=True)
     files = [read_adapters(Path(place)) for place in places]
     _check_alike(files)
     record = _record(files)
     merge = _cat if method == "cat" else _linear
     merged = merge([file.adapters for file in files], weights)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _write(files[0], merged, out_dir)
     told = [{"file": str(f.path), "weight": w} for f, w in zip(files, weights, strict=True)]
-    _write_record(out_dir, record, {"method": method, "of": told})
+    with replacing(out_dir, "merge") as aside:
+        aside.mkdir()
+        _write(files[0], merged, aside, out_dir.name)
+        _write_record(aside, record, {"method": method, "of": told}, out_dir.name)
     return out_dir
 
 
@@ -135,8 +138,8 @@ def _linear(files: Sequence[Adapters], weights: Sequence[float]) -> dict[str, Lo
 
 
 # -------------------------------------------------------------------- writing
-def _write(like: AdapterFile, merged: Adapters, out_dir: Path) -> None:
-    """The merged adapters as a file of the same kind as `like`."""
+def _write(like: AdapterFile, merged: Adapters, out_dir: Path, name: str) -> None:
+    """The merged adapters as a file of the same kind as `like`, of a merge called `name`."""
     tensors, metadata = {}, dict(like.metadata) or {"format": "pt"}
     for stem, lora in merged.items():
         tensors[stem + like.sides[0]] = lora.down.contiguous()
@@ -159,7 +162,7 @@ def _write(like: AdapterFile, merged: Adapters, out_dir: Path) -> None:
         metadata[METADATA] = json.dumps(told, indent=2, sort_keys=True)
     else:
         metadata = {k: v for k, v in metadata.items() if not k.startswith("ss_network")}
-    own_name = like.path.name if like.tells_alpha != "tensors" else f"{out_dir.name}.safetensors"
+    own_name = like.path.name if like.tells_alpha != "tensors" else f"{name}.safetensors"
     save_file(tensors, out_dir / own_name, metadata=metadata)
 
 
@@ -181,12 +184,15 @@ def _record(files: Sequence[AdapterFile]) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _write_record(
-    out_dir: Path, student: tuple[Path, dict[str, Any]] | None, merged: dict[str, Any]
+    out_dir: Path,
+    student: tuple[Path, dict[str, Any]] | None,
+    merged: dict[str, Any],
+    name: str,
 ) -> None:
     lines = "".join(
-        f"- `{entry['file']}` at weight {entry['weight']:g}\n" for entry in merged["of"]
+        f"- {code(entry['file'])} at weight {entry['weight']:g}\n" for entry in merged["of"]
     )
-    card = f"# {out_dir.name}\n\nLoRAs merged by method {merged['method']}:\n\n{lines}"
+    card = f"# {plain(name)}\n\nLoRAs merged by method {merged['method']}:\n\n{lines}"
     record: dict[str, Any] = {"merged": merged}
     if student is not None:
         folder, record = student[0], {**student[1], "merged": merged}

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from stepdistill.families.family import Family
 from stepdistill.loading.project_code import put_code
 from stepdistill.loading.quantization import is_quantized
 from stepdistill.roles.rolebank import RoleBank
-from stepdistill.storage.folders import replacing
+from stepdistill.storage.folders import refuse_foreign, replacing
 
 RECORD = "distillation.json"
 
@@ -40,14 +40,16 @@ def export_pipeline(
     facts: Mapping[str, Any],
     role: str = "student",
     verify: bool = True,
+    add: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Write the role's network as a pipeline folder; returns it.
 
-    Args: facts: what the run was (model, method, step, ...), kept in distillation.json.
+    Args: facts: what the run was (model, method, step, ...), kept in distillation.json; add:
+        writes more files into the folder before it takes its place.
     Errors: ValueError for an out_dir with anything else in it; RuntimeError where the written
         pipeline does not make the in-memory sampler's image.
     """
-    check_out_dir(out_dir)
+    refuse_foreign(out_dir, "export")
     denoiser: Any = bank[role]
     sampler = sampler_of(family, denoiser.path, spec)
     pipeline, net = copy.copy(family.pipeline), stock_net(bank, role)
@@ -58,7 +60,7 @@ def export_pipeline(
     like = net if quantized else family.net
     record = describe(family, spec, sampler, facts, denoiser.path)
     pipeline, record["typed"] = settle(family, pipeline, record)
-    with replacing(out_dir) as aside:
+    with replacing(out_dir, "export") as aside:
         pipeline.save_pretrained(aside, safe_serialization=True)
         load_alike(aside)
         record["custom_code"] = put_code(sampler.scheduler, aside / "scheduler")
@@ -66,6 +68,7 @@ def export_pipeline(
         write_card(aside, record, type(pipeline).__name__, out_dir.name)
         if verify:
             check_export(aside, record, family, denoiser, spec, like)
+        add(aside)
     return out_dir
 
 
@@ -122,15 +125,6 @@ def missing_parts(pipeline: Any) -> list[str]:
         for name, part in pipeline.components.items()
         if part is None and name not in type(pipeline)._optional_components
     ]
-
-
-def check_out_dir(out_dir: Path) -> None:
-    """Errors: ValueError where out_dir holds anything but an earlier export."""
-    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / RECORD).is_file():
-        raise ValueError(
-            f"export: expected an empty folder or an earlier export, got {out_dir} with other "
-            "files. Choose another folder."
-        )
 
 
 def _first_argument(family: Family) -> str:

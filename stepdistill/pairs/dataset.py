@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import ode_solve
+from stepdistill.core.stopping import stop_if_orphaned
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.data.fingerprint import list_digest
@@ -266,6 +267,7 @@ def write_shards(
     total = sum(len(writer.rows(shard)) for shard in mine)
     with tqdm(total=total, desc="pairs", unit="pair", disable=not progress) as bar:
         for shard in mine:
+            stop_if_orphaned()
             rows = writer.rows(shard)
             if not writer.done(shard):
                 starts = range(0, len(rows), batch_size)

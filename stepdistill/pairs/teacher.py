@@ -24,8 +24,10 @@ from stepdistill.pairs.files import MANIFEST
 from stepdistill.pairs.inverted import invert_pairs
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.files import read_json
+from stepdistill.storage.ranks import owned_by_first, refusing_together
 
 
+@refusing_together()
 def make_pairs(
     teacher: str | Path | ModelSource,
     prompts_file: str | Path | None,
@@ -70,39 +72,42 @@ def make_pairs(
         prompts = list(LabelFileDataset.from_file(str(prompts_file)).labels)
     else:
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
-    known_by = _same_teacher(Path(pairs_dir), source)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    family = load_family(source)
-    bank = RoleBank(family, {"teacher": Role()}, Tuning())
-    family.pipeline.to(state.device)
+    with owned_by_first(Path(pairs_dir), "pairs_dir"):
+        known_by = _same_teacher(Path(pairs_dir), source)
+        state = PartialState(cpu=not torch.cuda.is_available())
+        family = load_family(source)
+        bank = RoleBank(family, {"teacher": Role()}, Tuning())
+        family.pipeline.to(state.device)
 
-    def encode(rows: Sequence[Any]) -> Cond:
-        return family.encode(rows).to(state.device)
+        def encode(rows: Sequence[Any]) -> Cond:
+            return family.encode(rows).to(state.device)
 
-    def null(bsz: int) -> Cond:
-        return family.null(bsz).to(state.device)
+        def null(bsz: int) -> Cond:
+            return family.null(bsz).to(state.device)
 
-    common: dict[str, Any] = {
-        "shape": family.sample_shape(resolution, resolution),
-        "model": str(source),
-        "teacher": known_by,
-        "guidance": guidance,
-        "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
-        "batch_size": batch_size,
-        "device": state.device,
-        "rank": state.process_index,
-        "world_size": state.num_processes,
-        "progress": state.is_main_process,
-    }
-    denoiser = bank["teacher"]
-    if images is not None:
-        count = len(images) if num_pairs is None else num_pairs
-        invert_pairs(denoiser, encode, null, family.latents, images, pairs_dir, count, **common)
-    else:
-        assert num_pairs is not None
-        generate_pairs(denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common)
-    state.wait_for_everyone()
-    return Path(pairs_dir)
+        common: dict[str, Any] = {
+            "shape": family.sample_shape(resolution, resolution),
+            "model": str(source),
+            "teacher": known_by,
+            "guidance": guidance,
+            "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
+            "batch_size": batch_size,
+            "device": state.device,
+            "rank": state.process_index,
+            "world_size": state.num_processes,
+            "progress": state.is_main_process,
+        }
+        denoiser = bank["teacher"]
+        if images is not None:
+            count = len(images) if num_pairs is None else num_pairs
+            invert_pairs(denoiser, encode, null, family.latents, images, pairs_dir, count, **common)
+        else:
+            assert num_pairs is not None
+            generate_pairs(
+                denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common
+            )
+        state.wait_for_everyone()
+        return Path(pairs_dir)
 
 
 def _same_teacher(folder: Path, source: ModelSource) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from stepdistill.families.registry import TeacherFacts
 from stepdistill.loading.identity import absolute, differing, identity_of
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import same_lora
+from stepdistill.monitoring.records import FILES
 from stepdistill.rewards import check_scorers
 from stepdistill.roles.student_net import check_student_config
-from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints
+from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints, newest_valid
 from stepdistill.storage.files import read_json
+from stepdistill.storage.folders import refuse_written_on
 from stepdistill.training.start import student_base_of
 
 # What must stay the same for a resumed run to be the same run.
@@ -184,7 +186,7 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
     """What to resume from, or None for a fresh run.
 
     Errors: ValueError where output_dir holds a run and nothing says to resume it, or where it
-    holds another run than the one to resume.
+    holds another run than the one to resume, or files that it would write on.
     """
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -192,33 +194,44 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"output_dir: expected a writable folder, got {folder}.")
-    saved = folder / RUN_FILE
+    holds_run = (folder / RUN_FILE).exists() or bool(list_checkpoints(folder))
+    if holds_run and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"output_dir: expected a folder without a run, got {folder}, which holds one. "
+            "Pass --resume_from_checkpoint latest to continue it, or another --output_dir."
+        )
+    if not holds_run:
+        refuse_written_on(folder, FILES, "output_dir")
     if args.resume_from_checkpoint is None:
-        if saved.exists() or list_checkpoints(folder):
-            raise ValueError(
-                f"output_dir: expected a folder without a run, got {folder}, which holds one. "
-                "Pass --resume_from_checkpoint latest to continue it, or another --output_dir."
-            )
         return None
     if args.resume_from_checkpoint != "latest" and not Path(args.resume_from_checkpoint).is_dir():
         raise ValueError(
             f'resume_from_checkpoint: expected "latest" or a checkpoint folder, '
             f"got {args.resume_from_checkpoint!r}."
         )
-    if saved.exists():
-        before = read_json(saved)
-        same_run(before, facts)
-        same_data(before.get("data"), facts.get("data"), args.data_changed == "ok")
+    known = _saved_facts(folder)
+    if known is not None:
+        same_run(known, facts)
+        same_data(known.get("data"), facts.get("data"), args.data_changed == "ok")
     return args.resume_from_checkpoint
+
+
+def _saved_facts(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder is, by its record, or by its newest checkpoint where that is
+    damaged; None where neither says so."""
+    try:
+        return read_json(folder / RUN_FILE, ("model", "method"))
+    except ValueError:
+        newest, _ = newest_valid(folder)
+    return None if newest is None else dict(read_json(newest / "trainer_state.json")["facts"])
 
 
 def teacher_is_here(args: TrainConfig, teacher: ModelSource | Family) -> None:
     """Errors: ValueError where a run trained on local files is to go on, and a relative path of
     theirs means nothing in this working directory; it is not looked up on the Hub."""
-    saved = Path(args.output_dir) / RUN_FILE
-    if isinstance(teacher, Family) or not saved.is_file() or Path(teacher.model).exists():
+    if isinstance(teacher, Family) or Path(teacher.model).exists():
         return
-    facts = read_json(saved)
+    facts = _saved_facts(Path(args.output_dir)) or {}
     files = (facts.get("identity") or {}).get("teacher") or {}
     if files and "commit" not in files:
         raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,6 +16,9 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import stable_seed
 from stepdistill.data.corrupt import CorruptLog
 from stepdistill.data.stream import stream
+from stepdistill.storage.files import one_line
+
+_TRIES = 3  # at a batch whose worker process was killed
 
 
 class Feed:
@@ -29,25 +34,50 @@ class Feed:
         self._seed = stable_seed(name, args.seed) if name else args.seed
         self.corrupt = CorruptLog(args.max_corrupt_fraction)
         self.seen = 0
+        self._again: Callable[[int], Iterator[dict[str, Any]]]
         self._batches: Iterator[dict[str, Any]] = iter(())
+        self._ahead: deque[dict[str, Any]] = deque()
 
     def open(self, cache: EncodedCache | None, accelerator: Accelerator) -> None:
         """Begin (again) at `seen`; fills the cache first, where the run has one."""
         args = self._args
-        self._batches = stream(
-            prepare_cache(cache, self.dataset, args, accelerator),
-            args.train_batch_size,
-            self._seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            self.seen,
-            args.dataloader_num_workers,
-            self.corrupt,
-        )
+        dataset = prepare_cache(cache, self.dataset, args, accelerator)
+
+        def again(seen: int) -> Iterator[dict[str, Any]]:
+            return stream(
+                dataset,
+                args.train_batch_size,
+                self._seed,
+                accelerator.process_index,
+                accelerator.num_processes,
+                seen,
+                args.dataloader_num_workers,
+                self.corrupt,
+            )
+
+        self._again, self._batches = again, again(self.seen)
+        self._ahead.clear()
+
+    def read_ahead(self, count: int) -> None:
+        """Have the next `count` batches in memory, so that taking them can't fail."""
+        while len(self._ahead) < count:
+            self._ahead.append(self._read())
+
+    def _read(self) -> dict[str, Any]:
+        for left in reversed(range(_TRIES)):
+            try:
+                return next(self._batches)
+            except RuntimeError as err:  # of torch, where a worker process was killed
+                if "DataLoader worker" not in str(err) or not left:
+                    raise
+                warnings.warn(f"data: {one_line(err)} Its batch is read again.", stacklevel=2)
+                self._batches = self._again(self.seen + len(self._ahead))
+        raise AssertionError("a last try returns or raises")
 
     def __next__(self) -> dict[str, Any]:
+        self.read_ahead(1)
         self.seen += 1
-        return next(self._batches)
+        return self._ahead.popleft()
 
     def logs(self, like: Tensor) -> dict[str, Tensor]:
         """See CorruptLog.logs."""

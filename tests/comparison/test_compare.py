@@ -195,12 +195,12 @@ def test_pairs_are_made_for_those_that_learn_from_them(tmp_path, tmp_path_factor
     assert setup.needs_pairs([Student("lcm", (1,))])  # no images were given
 
 
-def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys) -> None:
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys) -> None:
     def stopped(args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("stepdistill.cli.compare.compare", stopped)
     with pytest.raises(SystemExit) as ended:
-        main(["compare", "--output_dir", "x", "--budget", "1s"])
-    assert ended.value.code == 130
+        main(["compare", "--output_dir", str(tmp_path), "--budget", "1s"])
+    assert ended.value.code == 75
     assert "the same call goes on" in capsys.readouterr().err

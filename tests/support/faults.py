@@ -1,7 +1,8 @@
 """What goes wrong outside the program, done to it: kills and signals at chosen and random instants.
 
-Parts: operations | kills:TRIES | signal:NAME | ranks | stopped:ddp | stopped:fsdp2. Every process
-is forked from one that has imported everything, so a try costs no start.
+Parts: operations | kills:TRIES | signal:NAME | ranks | refused | orphans | stopped:ddp |
+stopped:fsdp2. Every process is forked from one that has imported everything, so a try costs no
+start.
 """
 
 from __future__ import annotations
@@ -237,6 +238,43 @@ def ranks(teacher: Path, out: Path) -> dict[str, Any]:
     return {"statuses": statuses, "world_size": state.get("world_size"), "step": state.get("step")}
 
 
+def refused(teacher: Path, out: Path) -> dict[str, Any]:
+    """Two gloo processes, the second of which does not find the teacher on its machine."""
+
+    def work(number: int) -> None:
+        sys.stderr = (out / f"{number}.txt").open("w", buffering=1)
+        _launched(out / "none" if number else teacher, out / "run")
+
+    began = time.monotonic()
+    statuses = [status_of(child) for child in forked_ranks(2, work, out)]
+    told = [(out / f"{number}.txt").read_text().splitlines()[-1] for number in (0, 1)]
+    return {"statuses": statuses, "told": told, "seconds": time.monotonic() - began}
+
+
+def orphans(teacher: Path, out: Path) -> dict[str, Any]:
+    """A launcher that is killed while its training runs."""
+
+    def launcher() -> None:
+        os.environ["TORCHELASTIC_RUN_ID"] = "x"
+        child = fork(lambda: _launched(teacher, out / "run", "--max_train_steps", "1000000"))
+        (out / "child").write_text(str(child))
+        status_of(child)
+
+    parent = fork(launcher)
+    _wait_for_a_step(out / "run", parent)
+    child = int((out / "child").read_text())
+    again = ("--resume_from_checkpoint", "latest", "--max_train_steps", "1000000")
+    meets = status_of(fork(lambda: _launched(teacher, out / "run", *again)))
+    os.kill(parent, signal.SIGKILL)
+    status_of(parent)
+    ends = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists() and time.monotonic() < ends:
+        time.sleep(0.1)
+    events = (out / "run" / "events.jsonl").read_text().splitlines()
+    end = json.loads(events[-1])
+    return {"meets": meets, "state": end["state"], "saved": step_of(out / "run") == end["step"]}
+
+
 VALIDATED = ("--validation_steps", "1", "--validation_prompts", '["a thing"]')
 # Samples beyond every bound from the second validation on, which the first process alone makes.
 COLLAPSE = ("--learning_rate", "1", "--max_grad_norm", "1e9", "--watchdog.drift", "stop")
@@ -282,5 +320,11 @@ def findings(teacher: Path, out: Path, *parts: str) -> dict[str, Any]:
         elif name == "stopped":
             found[part] = stopped(teacher, folder, option)
         else:
-            found[name] = {"operations": operations, "ranks": ranks}[name](teacher, folder)
+            parts_alone = {
+                "operations": operations,
+                "ranks": ranks,
+                "refused": refused,
+                "orphans": orphans,
+            }
+            found[name] = parts_alone[name](teacher, folder)
     return found
