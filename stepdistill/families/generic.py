@@ -32,6 +32,7 @@ class GenericFamily(Family):
 
     name: ClassVar[str] = NAME
     pipelines: ClassVar[tuple[str, ...]] = ()
+    one_size: ClassVar[bool] = True  # each is listened to, and its rows may tell it
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)

@@ -13,7 +13,9 @@ from stepdistill.cache.precompute import prepare_cache
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import stable_seed
 from stepdistill.data.corrupt import CorruptLog
+from stepdistill.data.source import Source
 from stepdistill.data.stream import stream
+from stepdistill.training.batches import REREAD
 
 
 class Feed:
@@ -47,7 +49,15 @@ class Feed:
 
     def __next__(self) -> dict[str, Any]:
         self.seen += 1
-        return next(self._batches)
+        raw = next(self._batches)
+        return {**raw, REREAD: self._reread} if isinstance(self.dataset, Source) else raw
+
+    def _reread(self, row: int, raw: dict[str, Any]) -> Tensor:
+        """The image (3, H, W) of a row, left out as the cache had its latent, which was damaged."""
+        index = raw["index"][row]
+        size = raw["size"][row] if "size" in raw else self.dataset.size_of(index)
+        image: Tensor = self.dataset.item(index, size)["image"]
+        return image
 
     def logs(self, like: Tensor) -> dict[str, Tensor]:
         """See CorruptLog.logs."""
