@@ -47,12 +47,14 @@ class FolderCaptions(Sequence[Item]):
         elif table.is_file():
             self.rows = Packed(self._table(table))
         else:
-            self.rows = Packed(self._beside())
+            left_out = LeftOut()
+            self.rows = Packed(self._beside(left_out))
             if not self.rows:
                 raise ValueError(
                     f"train_data_dir: expected {lines} with file_name and text, {table.name}, or "
                     "images with a .txt file beside each, got none."
                 )
+            left_out.tell(root)
 
     def _parse(self, line: str | bytes, number: int = 0) -> Item:
         where = f"{self.root / 'metadata.jsonl'}:{number}"
@@ -116,10 +118,9 @@ class FolderCaptions(Sequence[Item]):
                 f"{where}: expected a table as UTF-8 text with commas, got {err}. Save it anew."
             ) from err
 
-    def _beside(self) -> Iterator[bytes]:
-        """A row for each image with a .txt file of its name; others are left out with a word."""
-        left_out = LeftOut()
-        for name in image_names(self.root, left_out=left_out):
+    def _beside(self, left_out: LeftOut) -> Iterator[bytes]:
+        """A row for each image with a .txt file of its name; others are left out."""
+        for name in image_names(self.root, left_out):
             file = (self.root / name).with_suffix(".txt")
             if not file.is_file():
                 left_out.add("without a .txt file beside them", name)
@@ -133,7 +134,6 @@ class FolderCaptions(Sequence[Item]):
                     f"{file}: {err}. Write a caption as UTF-8 text, or take the image out."
                 ) from err
             yield self._packed(name, caption)
-        left_out.tell(self.root)
 
     def _packed(self, name: str, caption: Caption) -> bytes:
         return json.dumps({FILE_COLUMNS[0]: name, self._columns[0]: caption}).encode()

@@ -74,14 +74,14 @@ class LeftOut:
             )
 
 
-def image_names(folder: Path, deep: bool = True, left_out: LeftOut | None = None) -> Iterator[str]:
-    """Names of a folder's images relative to it, in the order of sorted paths.
+def image_names(folder: Path, left_out: LeftOut | None = None) -> Iterator[str]:
+    """Names of the images below a folder, relative to it, in the order of sorted paths.
 
-    Hidden files and folders (._a.png, .ipynb_checkpoints) are left out.
-    Args: deep: also those of its sub-folders, which are not followed through links. left_out: where
-        pictures of other formats are noted.
+    Hidden files and folders (._a.png, .ipynb_checkpoints) are left out; links to folders are not
+    followed.
+    Args: left_out: where pictures of other formats are noted.
     """
-    return _names(folder, "", deep, LeftOut() if left_out is None else left_out)
+    return _names(folder, "", True, LeftOut() if left_out is None else left_out)
 
 
 def _names(folder: Path, below: str, deep: bool, left_out: LeftOut) -> Iterator[str]:
@@ -117,7 +117,7 @@ def labelled_paths(root: Path, num_labels: int | None = None) -> PackedPaths:
         except ValueError as err:
             raise ValueError(f"{sub}: {err}. Rename the folder, or take it out.") from err
     names = (
-        ((f"{sub.name}/{name}", label) for name in image_names(sub, False, left_out))
+        ((name, label) for name in _names(sub, f"{sub.name}/", False, left_out))
         for sub, label in zip(folders, labels, strict=True)
     )
     found = PackedPaths(root, chain.from_iterable(names))
@@ -128,6 +128,6 @@ def labelled_paths(root: Path, num_labels: int | None = None) -> PackedPaths:
 def plain_paths(root: Path) -> PackedPaths:
     """All images below a folder, without labels."""
     left_out = LeftOut()
-    found = PackedPaths(root, ((name, None) for name in image_names(root, left_out=left_out)))
+    found = PackedPaths(root, ((name, None) for name in image_names(root, left_out)))
     left_out.tell(root)
     return found

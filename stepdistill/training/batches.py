@@ -64,17 +64,17 @@ class BatchMaker:
             if self._null is None:
                 self._null = self.family.null(1).to(self.device)
             null = self._null.repeat(cond.bsz)
-        real, shape = None, self._shape(raw)
+        real, x0 = None, self._x0(raw) if with_x0 else None
         if gan is not None:
-            x0 = self._x0(gan, "gan")
-            assert x0 is not None, "the trainer checks what the source has"
-            real = (x0, self._cond(gan)[0])
+            own = self._x0(gan, "gan")
+            assert own is not None, "the trainer checks what the source has"
+            real = (own, self._cond(gan)[0])
         known = {"index", "content", "prompt", "label", "image", "x0", "noise", "size", REREAD}
         return Batch(
             cond=cond,
             null=null,
-            shape=shape,
-            x0=self._x0(raw) if with_x0 else None,
+            shape=self._shape(raw) if x0 is None else tuple(x0.shape[1:]),
+            x0=x0,
             noise=raw["noise"].to(self.device).float() if "noise" in raw else None,
             prompts=tuple(prompts) if "prompt" in raw else None,
             extra={
@@ -86,7 +86,7 @@ class BatchMaker:
         )
 
     def _shape(self, raw: dict[str, Any]) -> tuple[int, ...]:
-        """(C, *S) of a batch's samples: of its bucket where it has one, else of the run."""
+        """(C, *S) of samples that begin from noise: of the bucket, where there is one, or run."""
         if "size" not in raw:
             return self.shape
         (size,) = set(raw["size"])
@@ -137,17 +137,6 @@ class BatchMaker:
             return latents
         if not {"image", "content"} & raw.keys() or self.family.reads_image:
             return None  # of the latter the image is the first frame alone
-        latents = self._encoded(raw, source)
-        shape = self._shape(raw)
-        if tuple(latents.shape[1:]) != shape:
-            raise ValueError(
-                f"train_dataset: expected images whose latents are {shape}, got "
-                f"{tuple(latents.shape[1:])}. Give them the model's size, or set --resolution."
-            )
-        return latents
-
-    def _encoded(self, raw: dict[str, Any], source: str) -> Tensor:
-        """(B, C, *S) latents of a batch's images."""
         images: Any = raw["image"] if "image" in raw else [None] * len(raw["index"])
         uncached = not self._max_latents and (self.disk is None or self.disk.latents is None)
         if uncached and isinstance(images, Tensor):
