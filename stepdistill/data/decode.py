@@ -50,7 +50,7 @@ def decode_image(data: bytes, name: str, size_px: int | Size | None) -> Tensor:
         MAX_PIXELS, or floats outside [0, 1].
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_known()) as image:
+        with Image.open(io.BytesIO(data), formats=known_formats()) as image:
             rows, columns = image.height, image.width
             if rows * columns > MAX_PIXELS:
                 raise ValueError(f"{columns} x {rows} px")
@@ -71,7 +71,7 @@ def picture_size(data: bytes) -> Size:
 
     Errors: OSError, ValueError or another of Pillow's where they tell none.
     """
-    with Image.open(io.BytesIO(data), formats=_known()) as image:
+    with Image.open(io.BytesIO(data), formats=known_formats()) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
 
@@ -94,10 +94,11 @@ def is_picture(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
 
 def readable_suffixes() -> frozenset[str]:
     """Those of IMAGE_SUFFIXES whose format the Pillow that is installed can read."""
-    return frozenset(suffix for name in _known() for suffix in FORMATS[name])
+    return frozenset(suffix for name in known_formats() for suffix in FORMATS[name])
 
 
-def _known() -> list[str]:
+def known_formats() -> list[str]:
+    """Those of FORMATS that the Pillow which is installed can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
