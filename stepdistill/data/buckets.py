@@ -80,9 +80,13 @@ class BucketOrder:
         return int(self._rows[bucket][self._streams[bucket][number * self.batch + place]])
 
     def _load(self, epoch: int) -> None:
-        """The batches of an epoch: (bucket, number in its stream), shuffled."""
-        counts = zip(*(self._before(e) for e in (epoch, epoch + 1)), strict=True)
-        plan = [(b, k) for b, (first, end) in enumerate(counts) for k in range(first, end)]
+        """The batches of an epoch: (bucket, number in its stream), the buckets shuffled."""
+        first, end = (np.asarray(self._before(e)) for e in (epoch, epoch + 1))
+        buckets = np.repeat(np.arange(len(first)), end - first)
         generator = torch.Generator().manual_seed(stable_seed("buckets", self.seed, epoch))
-        order = torch.randperm(len(plan), generator=generator).numpy()
-        self._epoch, self._plan = epoch, np.asarray(plan, dtype=np.int64).reshape(-1, 2)[order]
+        buckets = buckets[torch.randperm(len(buckets), generator=generator).numpy()]
+        numbers = np.empty_like(buckets)
+        for bucket, begin in enumerate(first):
+            own = buckets == bucket
+            numbers[own] = begin + np.arange(own.sum())
+        self._epoch, self._plan = epoch, np.stack([buckets, numbers], axis=1)

@@ -72,7 +72,9 @@ def picture_size(data: bytes) -> Size:
     Errors: OSError, ValueError or another of Pillow's where they tell none.
     """
     with Image.open(io.BytesIO(data), formats=known_formats()) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        # Pillow would decode a whole PNG to look for EXIF data at its end.
+        exif = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()
+        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
