@@ -242,8 +242,7 @@ class HubStream(RowStream):
         num_labels: int | None = None,
     ) -> None:
         names = found.rows.column_names or list(next(iter(found.rows)))
-        told = (found.rows.features, num_labels)
-        self.columns = Columns(names, image, caption, key, *told)
+        self.columns = Columns(names, image, caption, key, found.rows.features, num_labels)
         self.size_px, self.buffer = size_px, buffer
         self._found = undecoded(found.rows, self.columns)
         told = self.columns.wanted[-1]  # the caption where there is one: few bytes a row

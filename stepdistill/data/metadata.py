@@ -148,10 +148,12 @@ class FolderCaptions(Sequence[Item]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._parse(self.rows[index], index + 1)
+        row: str | bytes = self.rows[index]
+        return self._parse(row, index + 1)
 
     def __iter__(self) -> Iterator[Item]:
-        return (self._parse(row, number) for number, row in enumerate(self.rows, 1))
+        rows: Iterator[str | bytes] = iter(self.rows)
+        return (self._parse(row, number) for number, row in enumerate(rows, 1))
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -147,8 +147,11 @@ def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) ->
     shapes = {name: shape for name, (_, shape) in found.layout.items()}
     kinds = {dtype for dtype, _ in found.layout.values()}
     prompts = header.get("prompts")
-    typed = isinstance(prompts, list) and all(type(p) in (str, int) for p in prompts)
-    whole = typed and len(found) == len(prompts) == len(rows)
+    whole = (
+        isinstance(prompts, list)
+        and all(type(p) in (str, int) for p in prompts)
+        and len(found) == len(prompts) == len(rows)
+    )
     if (
         shapes != expected
         or not kinds <= {"F32", "BF16"}
