@@ -24,10 +24,11 @@ from stepdistill.cache.encoded import EncodedCache, image_key
 from stepdistill.cache.tensors import CacheWriter, content_key, missing_keys, row_bytes
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.stopping import Stopped, stop_if_orphaned
+from stepdistill.data.captions import all_captions
 from stepdistill.data.corrupt import CorruptItemError, CorruptLog
 from stepdistill.data.fingerprint import data_facts
 from stepdistill.data.rows import RowStream
-from stepdistill.data.source import Source
+from stepdistill.data.source import Source, fitted, sizes_of
 from stepdistill.data.stream import PromptDataset, sample_item
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_encoders, teacher_facts
@@ -83,7 +84,7 @@ class Prompts(_Task):
             texts = (item["prompt"] for item in self._read(data.condition, range(len(data))))
         else:
             texts = (item["prompt"] for item in self._items(data))
-        return ((content_key(text), text) for text in texts)
+        return ((content_key(text), text) for told in texts for text in all_captions(told))
 
     def encode(self, text: Any) -> dict[str, Tensor]:
         return encode_prompt(self.family, text)
@@ -230,7 +231,7 @@ def prepare_cache(
     """
     if cache is None:
         return dataset
-    told = {**data_facts(dataset), "resolution": args.resolution}
+    told = {**data_facts(dataset), "resolution": args.resolution, "sizes": sizes_of(dataset)}
     seen = cache.seen(told)
     state.wait_for_everyone()  # all have looked before one writes
     say = print if state.is_main_process else (lambda _: None)
@@ -266,5 +267,6 @@ def cache_run(run: RunConfig, *datasets: Any) -> EncodedCache:
     family.place_encoders(run.frozen_dtype, state.device)
     cache = EncodedCache(run.cache_dir, family, run.resolution)
     for dataset in datasets:
-        prepare_cache(cache, dataset, run, state)
+        own = fitted(dataset, family.image_size(run.resolution), family.size_multiple)
+        prepare_cache(cache, own, run, state)
     return cache

@@ -41,6 +41,7 @@ class GenericFamily(Family):
 
     name: ClassVar[str] = NAME
     pipelines: ClassVar[tuple[str, ...]] = ()
+    one_size: ClassVar[bool] = True  # each is listened to, and its rows may tell it
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -95,8 +96,9 @@ class GenericFamily(Family):
         if self._own_shape:  # else asked for while the first call is listened to
             self.sample_shape(height, width)
         mu, config = self.facts.mu if self._own_shape else None, self.pipeline.scheduler.config
-        dynamic = mu is not None and config.get("use_dynamic_shifting")  # else it is not read
-        return shift_of_mu(config, mu) if dynamic else self._fixed_shift
+        if mu is None or not config.get("use_dynamic_shifting"):  # which else is not read
+            return self._fixed_shift
+        return shift_of_mu(config, mu)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:

@@ -181,9 +181,8 @@ def learn(family: Any) -> Facts:
     heard = hear(family, PROBES, 1.0, 2)
     x, shown, coded = heard.x_t[0], heard.shown[0], heard.coded
     packed = coded is not None and coded.ndim == 4 and x.ndim == 3
-    packed = (
-        packed and x.shape[1] * x.shape[2] == coded[0].numel() and x.shape[2] == 4 * coded.shape[1]
-    )
+    if coded is not None and packed:
+        packed = x[0].numel() == coded[0].numel() and x.shape[2] == 4 * coded.shape[1]
     fits = x.ndim == 4 or packed
     expect(family, "latents (B, C, H, W) or tokens of 2 x 2", fits, f"shape {tuple(x.shape)}")
     same = shown.shape == x.shape and torch.equal(shown, x.to(shown.dtype))
@@ -195,7 +194,9 @@ def learn(family: Any) -> Facts:
     expect(family, "an output that is stepped with as it is", fits, "another use of it")
     vae = family.pipeline.vae
     scale, shift = (vae.config.get(key) for key in ("scaling_factor", "shift_factor"))
-    end = unpack(heard.after[-1], coded.shape) if packed else heard.after[-1]
+    end = heard.after[-1]
+    if coded is not None and packed:
+        end = unpack(end, coded.shape)
     z = end / (scale or float("nan")) + (shift or 0.0)
     fits = coded is not None and coded.shape == z.shape and torch.allclose(coded, z, atol=1e-4)
     expect(family, "latents decoded at scaling_factor and shift_factor", fits, "others")

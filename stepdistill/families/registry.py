@@ -187,6 +187,7 @@ class TeacherFacts:
     family, pipeline: the Family class, and the Diffusers class name it was found by.
     conditioning: "prompt", "label" or "none". has_null: whether there is an empty condition to
     guide away from. reads_image: whether the condition holds a first frame beside the prompt.
+    num_labels: how many class labels it knows; None where it reads none.
     """
 
     family: type[Family]
@@ -195,6 +196,7 @@ class TeacherFacts:
     has_null: bool
     reads_image: bool
     setting: Setting
+    num_labels: int | None = None
 
 
 def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
@@ -205,17 +207,19 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
     if isinstance(teacher, Family):
         name = type(teacher.pipeline).__name__
         told = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
-        return TeacherFacts(type(teacher), name, *told)
+        return TeacherFacts(type(teacher), name, *told, teacher.labels_in(teacher.config))
     source = ModelSource.of(teacher)
     cls = family_for(source.pipeline_class)
     _check_parts(source, cls, {})
+    config = _net_config(source, cls) if cls.conditioning == "label" else {}
     return TeacherFacts(
         cls,
         source.pipeline_class,
-        cls.conditioning_in(_net_config(source, cls) if cls.reads_conditioning else {}),
+        cls.conditioning_in(config),
         cls.null_in(source.index),
         cls.reads_image,
         _setting(source),
+        cls.labels_in(config),
     )
 
 

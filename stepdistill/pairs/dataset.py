@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ from stepdistill.pairs.files import (
 from stepdistill.storage.files import write_text
 from stepdistill.storage.shard_files import BrokenShardError, Shard, write_shard
 
+_MOST_TOLD = 1000
 Prompt = str | int  # an int is a class label
 Pairs = tuple[Tensor, Tensor, list[Prompt]]  # noise and x0 (n, C, *S), n prompts
 
@@ -146,11 +148,12 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.folder = Path(folder)
         self.settings, self.num_pairs = read_manifest(self.folder)
         shards = range(self.settings.num_shards(self.num_pairs))
-        names = [shard_name(shard) for shard in shards]
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        absent = (n for n in map(shard_name, shards) if not (self.folder / n).is_file())
+        missing = list(islice(absent, _MOST_TOLD))  # a manifest may state any number
         if missing:
+            count = f"{_MOST_TOLD} or more" if len(missing) == _MOST_TOLD else len(missing)
             raise ValueError(
-                f"pairs: expected {len(names)} shards in {str(folder)!r}, got {len(missing)} "
+                f"pairs: expected {len(shards)} shards in {str(folder)!r}, got {count} "
                 f"missing ({missing[0]} first). Run stepdistill pairs again with the same settings."
             )
         self._handles: dict[int, Shard] = {}

@@ -91,9 +91,17 @@ class PairSettings:
 
     @staticmethod
     def parse(raw: dict[str, Any], where: Path) -> PairSettings:
-        """Settings of a manifest. Errors: ValueError for missing or unknown keys."""
+        """Settings of a manifest. Errors: ValueError for missing or unknown keys, or values of
+        another type."""
         try:
             lists = {key: tuple(raw[key]) for key in ("times", "shape")}
+            for key in ("batch_size", "shard_size", "seed"):
+                if type(raw[key]) is not int:
+                    raise TypeError(f"{key} {raw[key]!r}")
+            if not all(type(side) is int and side > 0 for side in lists["shape"]):
+                raise TypeError(f"shape {raw['shape']!r}")
+            if not all(type(t) in (int, float) and 0.0 < t <= 1.0 for t in lists["times"]):
+                raise TypeError(f"times {str(raw['times'])[:100]}")
             return PairSettings(**{**raw, **lists})
         except (KeyError, TypeError) as err:
             raise ValueError(f"{where}: expected the settings of a pair set, got {err}.") from err
@@ -109,7 +117,10 @@ def read_manifest(folder: Path) -> tuple[PairSettings, int]:
         )
     try:
         raw = json.loads(path.read_text())
-        return PairSettings.parse(raw["settings"], path), int(raw["num_pairs"])
+        count = raw["num_pairs"]
+        if type(count) is not int or count < 1:
+            raise TypeError(f"num_pairs {count!r}")
+        return PairSettings.parse(raw["settings"], path), count
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as err:
         raise ValueError(f"{path}: expected a pair manifest, got {err!r}. Make it anew.") from err
 
@@ -139,12 +150,17 @@ def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) ->
     expected = dict.fromkeys(("noise", "x0"), settings.shape)
     shapes = {name: shape for name, (_, shape) in found.layout.items()}
     kinds = {dtype for dtype, _ in found.layout.values()}
-    whole = len(found) == len(header.get("prompts", [])) == len(rows)
+    prompts = header.get("prompts")
+    whole = (
+        isinstance(prompts, list)
+        and all(type(p) in (str, int) for p in prompts)
+        and len(found) == len(prompts) == len(rows)
+    )
     if (
         shapes != expected
         or not kinds <= {"F32", "BF16"}
         or not whole
-        or header["start"] != rows[0]
+        or header.get("start") != rows[0]
     ):
         raise ValueError(
             f"{path}: expected pairs {rows[0]}..{rows[-1]} of shape {settings.shape}, got "

@@ -22,6 +22,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import ode_invert
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
+from stepdistill.data.captions import one_caption
 from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.pairs.dataset import PairDataset, Pairs, PairWriter, Prompt, write_shards
 from stepdistill.pairs.files import PairSettings, digest
@@ -75,7 +76,7 @@ def invert_pairs(
             raise ValueError(
                 f"pairs: expected images that can be read, got {err}. Repair it or take it out."
             ) from err
-        told: Prompt = found.get("prompt", found.get("label", 0))
+        told: Prompt = one_caption(found, 0, row).get("prompt", found.get("label", 0))
         return found["image"], told
 
     def inverted(rows: Sequence[int]) -> Pairs:

@@ -14,6 +14,7 @@ from stepdistill.core.method import Role
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
+from stepdistill.data.source import fitted
 from stepdistill.data.stream import PromptDataset
 from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.loading.identity import differing
@@ -100,7 +101,8 @@ def make_pairs(
         denoiser = bank["teacher"]
         if images is not None:
             count = len(images) if num_pairs is None else num_pairs
-            invert_pairs(denoiser, encode, null, family.latents, images, pairs_dir, count, **common)
+            sized = fitted(images, family.image_size(resolution), family.size_multiple)
+            invert_pairs(denoiser, encode, null, family.latents, sized, pairs_dir, count, **common)
         else:
             assert num_pairs is not None
             generate_pairs(

@@ -104,6 +104,22 @@ def method_fits(
     check_scorers(method.scorers(), scorers)
 
 
+def buckets_fit(dataset: Any, gan_dataset: Any, teacher: TeacherFacts) -> None:
+    """Errors: ValueError where a dataset in buckets meets a model of one size, or a GAN's own."""
+    if not getattr(dataset, "by_ratio", False):
+        return
+    if teacher.family.one_size or teacher.reads_image:
+        raise ValueError(
+            f"data.buckets: expected a model of several image sizes, got {teacher.family.name}, "
+            "which has one. Leave it out: images are cropped to the model's size."
+        )
+    if gan_dataset is not None:
+        raise ValueError(
+            "data.buckets: expected no gan_dataset (its images have one size, so the discriminator "
+            "would learn sizes), got one. Leave one of them out."
+        )
+
+
 def _without_first_frames(has: frozenset[str], item: Mapping[str, Any]) -> frozenset[str]:
     """The fields that a model which reads an item's image as its first frame still has.
 

@@ -15,10 +15,13 @@ from stepdistill.cache.precompute import prepare_cache
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import stable_seed
 from stepdistill.data.corrupt import CorruptLog
+from stepdistill.data.source import Source
 from stepdistill.data.stream import stream
 from stepdistill.storage.files import one_line
+from stepdistill.training.batches import REREAD
 
 _TRIES = 3  # at a batch whose worker process was killed
+_AHEAD_BYTES = 1 << 30  # of a step's batches, above which the rest is read when it is taken
 
 
 class Feed:
@@ -59,8 +62,11 @@ class Feed:
         self._ahead.clear()
 
     def read_ahead(self, count: int) -> None:
-        """Have the next `count` batches in memory, so that taking them can't fail."""
-        while len(self._ahead) < count:
+        """Have the next `count` batches in memory, so that taking them can't fail; fewer where
+        they are large."""
+        while len(self._ahead) < count and (
+            not self._ahead or len(self._ahead) * _bytes_of(self._ahead[0]) < _AHEAD_BYTES
+        ):
             self._ahead.append(self._read())
 
     def _read(self) -> dict[str, Any]:
@@ -77,9 +83,21 @@ class Feed:
     def __next__(self) -> dict[str, Any]:
         self.read_ahead(1)
         self.seen += 1
-        return self._ahead.popleft()
+        raw = self._ahead.popleft()
+        return {**raw, REREAD: self._reread} if isinstance(self.dataset, Source) else raw
+
+    def _reread(self, row: int, raw: dict[str, Any]) -> Tensor:
+        """The image (3, H, W) of a row, left out as the cache had its latent, which was damaged."""
+        index = raw["index"][row]
+        size = raw["size"][row] if "size" in raw else self.dataset.size_of(index)
+        image: Tensor = self.dataset.item(index, size)["image"]
+        return image
 
     def logs(self, like: Tensor) -> dict[str, Tensor]:
         """See CorruptLog.logs."""
         prefix = f"{self.name}_" if self.name else ""
         return {prefix + name: value for name, value in self.corrupt.logs(like).items()}
+
+
+def _bytes_of(raw: dict[str, Any]) -> int:
+    return sum(value.nbytes for value in raw.values() if isinstance(value, Tensor))

@@ -28,6 +28,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Method, MethodConfig, Phase, Scorer
 from stepdistill.core.stopping import Stopped
 from stepdistill.data.fingerprint import data_facts
+from stepdistill.data.source import fitted
 from stepdistill.data.stream import as_dataset
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family, teacher_facts
@@ -40,6 +41,7 @@ from stepdistill.storage.owner import refuse_owned
 from stepdistill.storage.ranks import MISTAKES, agreed, owned_by_first
 from stepdistill.training import checks
 from stepdistill.training.batches import batch_maker
+from stepdistill.training.by_shape import MethodByShape
 from stepdistill.training.feed import Feed
 from stepdistill.training.memory import keep_freed_memory, with_quantized_base
 from stepdistill.training.optim import (
@@ -52,6 +54,8 @@ from stepdistill.training.setup import make_accelerator, make_bank, prepared
 from stepdistill.training.sharding import gathered, is_sharded
 from stepdistill.training.snapshots import Resumable
 from stepdistill.training.start import check_start
+
+Carried = dict[tuple[int, ...], dict[str, object]]  # shape -> what phases leave for such batches
 
 
 class Trainer(Resumable):
@@ -104,6 +108,7 @@ class Trainer(Resumable):
             args.check_best_metric()
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset)
             checks.method_fits(cls, config, facts, *data)
+            checks.buckets_fit(self.dataset, self.gan_dataset, facts)
         checks.student_fits(cls, args.tuning, self.teacher)
         training = self.dataset is not None
         check_start(args, facts, training)
@@ -143,11 +148,13 @@ class Trainer(Resumable):
         """The position of a run that begins, and what watches it."""
         args = self.args
         self.batches = batch_maker(self.family, self.device, args, self.dataset is not None)
-        self.feed = Feed(self.dataset, args)
+        size = (self.family.image_size(args.resolution), self.family.size_multiple)
+        self.by_shape = MethodByShape(self.method, self.family, args.resolution)
+        self.feed = Feed(fitted(self.dataset, *size), args)
         self.gan_feed: Feed | None = None
         reads_real = self.gan_dataset is not None and "real" in self.method.needs
         if reads_real and self.dataset is not None:
-            self.gan_feed = Feed(self.gan_dataset, args, "gan")
+            self.gan_feed = Feed(fitted(self.gan_dataset, *size), args, "gan")
             self.facts["data"]["gan"] = data_facts(self.gan_dataset)
         self.step = 0
         self.seconds = 0.0
@@ -212,7 +219,7 @@ class Trainer(Resumable):
             self.log.watchdog.scale_rates(self.optimizer)
             anew = self.method.resets(self.step, args.max_train_steps)
             reset_roles(self.bank, self.optimizer, anew)
-            carry: list[dict[str, object]] = [{} for _ in range(args.gradient_accumulation_steps)]
+            carry: list[Carried] = [{} for _ in range(args.gradient_accumulation_steps)]
             for phase in self.method.phases(self.step):
                 for repeat in range(phase.repeat):
                     self._update(phase, repeat, carry)
@@ -285,7 +292,7 @@ class Trainer(Resumable):
             return err
         return None
 
-    def _update(self, phase: Phase, repeat: int, carry: list[dict[str, object]]) -> None:
+    def _update(self, phase: Phase, repeat: int, carry: list[Carried]) -> None:
         """One optimiser update of one phase."""
         args, accelerator = self.args, self.accelerator
         real = phase.reads_real and "real" in self.method.needs
@@ -306,12 +313,12 @@ class Trainer(Resumable):
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 device=self.device,
-                carry=kept,
+                carry=kept.setdefault(batch.shape, {}),
                 mean_over_ranks=self._mean_over_ranks,
             )
             more = micro + 1 < len(carry)
             with accelerator.no_sync(self.module) if more else nullcontext():
-                total, logs = self.module(phase.loss, batch, ctx)
+                total, logs = self.module(self.by_shape.loss(phase, batch), batch, ctx)
                 accelerator.backward(total / len(carry))
             for feed in feeds:
                 logs = {**logs, **feed.logs(total.detach())}
