@@ -325,11 +325,15 @@ def same_data(
     for name, was, got in (("data", saved, now), ("data.gan", saved.get("gan"), now.get("gan"))):
         if was and got:
             hashed = was.get("sha256") and got.get("sha256")
-            keys = ("sha256",) if hashed else ("source", "items")
+            keys = ("buckets", "sha256") if hashed else ("buckets", "source", "items")
             changed += [(name, was, got)] if any(was.get(k) != got.get(k) for k in keys) else []
     if changed and not allowed:
         name, was, got = changed[0]
-        told = [f"{f['source']} of {f['items']} items, sha256 {f['sha256']}" for f in (was, got)]
+        told = [
+            f"{f['source']} of {f['items']} items{' in buckets' * ('buckets' in f)}, "
+            f"sha256 {f['sha256']}"
+            for f in (was, got)
+        ]
         raise ValueError(
             f"{name}: expected the data that the run was begun with ({told[0]}), got {told[1]}. "
             "Give those, or go on with the new ones by --data_changed ok: run.json and the model "
