@@ -39,6 +39,7 @@ PACKAGES = {
     "names": ("emoji-datasource-[0-9]*.tgz", "package/emoji.json"),
 }
 LICENCE_FILES = ("LICENSE", "README.md", "package.json")
+SHIPPED = Path(__file__).with_name("teacher")  # its weights, pictures and judge
 HELD_OUT_FILE = Path(__file__).with_name("held_out.json")
 _LEFT_OUT = {"country-flag", "subdivision-flag", "skin-tone"}
 
@@ -78,7 +79,7 @@ def build_data(source: Path, folder: Path, seed: int = 0) -> None:
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
         names = json.loads(next(_read(source, "names", ".json"))[1])
-        known = {entry_key: entry for entry_key, entry in _known(names)}
+        known = dict(_known(names))
         pictures, entries = [], []
         for style in ("fluent", "noto"):
             for file_name, content in _read(source, style, (".webp", ".png")):

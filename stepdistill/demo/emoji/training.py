@@ -9,7 +9,6 @@ latents that the denoiser knows, as they are.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -20,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -198,7 +196,7 @@ def autoencoder_phase(
     batch = 8
 
     def loss(generator: Generator) -> Tensor:
-        index = torch.multinomial(weights, batch, generator=generator)
+        index = torch.multinomial(weights, batch, True, generator=generator)
         variant = torch.randint(VARIANTS, (batch,), generator=generator)
         real = emoji.images(variant, index)
         with torch.set_grad_enabled(not decoder_only):
@@ -207,7 +205,9 @@ def autoencoder_phase(
             latents = posterior.mean + posterior.std * noise
         made = vae.decode(latents).sample
         total = reconstruction_loss(made, real)
-        return total if decoder_only else total + KL_WEIGHT * posterior.kl().mean() / noise[0].numel()
+        return (
+            total if decoder_only else total + KL_WEIGHT * posterior.kl().mean() / noise[0].numel()
+        )
 
     shown = torch.linspace(0, len(emoji.entries) - 1, 16).long()
 
@@ -230,7 +230,7 @@ def denoiser_phase(
     networks = nn.ModuleList([pipeline.unet, pipeline.text_encoder]).requires_grad_(True)
 
     def loss(generator: Generator) -> Tensor:
-        index = torch.multinomial(weights, batch, generator=generator)
+        index = torch.multinomial(weights, batch, True, generator=generator)
         variant = torch.randint(VARIANTS, (batch,), generator=generator)
         draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
         captions = [
@@ -270,14 +270,17 @@ def encode_all(pipeline: StableDiffusionPipeline, emoji: Emoji) -> Tensor:
     vae, count = pipeline.vae, len(emoji.entries)
     rows = [
         torch.cat(
-            [vae.encode(emoji.images(v, k)).latent_dist.mode() for k in torch.arange(count).split(64)]
+            [
+                vae.encode(emoji.images(v, k)).latent_dist.mode()
+                for k in torch.arange(count).split(64)
+            ]
         )
         for v in range(VARIANTS)
     ]
     latents = torch.stack(rows)
     scale = 1 / float(latents.std())
     vae.register_to_config(scaling_factor=scale)
-    return (latents * scale).half()
+    return (latents * scale).half().contiguous()
 
 
 def train(
@@ -295,8 +298,6 @@ def train(
     pipeline.vae.requires_grad_(False)
     cached = folder / "latents.safetensors"
     if not cached.exists():
-        from safetensors.torch import save_file
-
         latents = encode_all(pipeline, emoji)
         content = {"latents": latents, "scale": torch.tensor(pipeline.vae.config.scaling_factor)}
         write_atomic(cached, lambda path: save_file(content, path))
