@@ -1,4 +1,4 @@
-"""Distil a teacher of handwritten digits to 1 and 4 steps and write a report.
+"""Distil a small text-to-image teacher to 1 and 4 steps and write a report.
 
 `stepdistill demo teacher` makes the teacher of emoji from its source packages.
 """
@@ -13,6 +13,11 @@ from stepdistill.core.options import Count, Positive, Seed
 
 
 class Options(CommandOptions):
+    data: Literal["digits", "emoji"] = "digits"
+    """What the teacher draws: 8 x 8 grey digits, or emoji of 64 x 64 px."""
+    teacher: str | None = None
+    """Folder of the emoji teacher, as `stepdistill demo teacher` makes it; none means the shipped
+    one."""
     method: str = "dmd2"
     """A method, or snoopi or tscd_one_lora."""
     student: Literal["lora", "full"] = "full"

@@ -40,6 +40,7 @@ PACKAGES = {
 }
 LICENCE_FILES = ("LICENSE", "README.md", "package.json")
 SHIPPED = Path(__file__).with_name("teacher")  # its weights, pictures and judge
+ENTRIES = "entries.jsonl"  # beside pictures, what each shows
 HELD_OUT_FILE = Path(__file__).with_name("held_out.json")
 _LEFT_OUT = {"country-flag", "subdivision-flag", "skin-tone"}
 
@@ -91,7 +92,7 @@ def build_data(source: Path, folder: Path, seed: int = 0) -> None:
         order = sorted(range(len(entries)), key=lambda k: entries[k].key)
         np.save(partial / "pictures.npy", np.stack([pictures[k] for k in order], axis=1))
         lines = [json.dumps(asdict(entries[k])) for k in order]
-        (partial / "entries.jsonl").write_text("\n".join(lines) + "\n")
+        (partial / ENTRIES).write_text("\n".join(lines) + "\n")
         for package in PACKAGES:
             for file_name, content in _read(source, package, LICENCE_FILES, licences=True):
                 target = partial / "licences" / f"{package}-{Path(file_name).name}"
@@ -101,9 +102,13 @@ def build_data(source: Path, folder: Path, seed: int = 0) -> None:
 
 def load_data(folder: Path) -> Emoji:
     """The data set that `build_data` wrote; pictures stay on the disk until they are read."""
-    lines = (folder / "entries.jsonl").read_text().splitlines()
     pictures = np.load(folder / "pictures.npy", mmap_mode="r")
-    return Emoji(pictures, [Entry(**json.loads(line)) for line in lines])
+    return Emoji(pictures, read_entries((folder / ENTRIES).read_text()))
+
+
+def read_entries(text: str) -> list[Entry]:
+    """Entries of a text with one in a line."""
+    return [Entry(**json.loads(line)) for line in text.splitlines()]
 
 
 def _read(

@@ -123,14 +123,12 @@ def right_caption_first(
     Args: images (N, 3, 64, 64); shown: what each should show; among: where the others are drawn.
     """
     draw, pictures = random.Random(seed), F.normalize(net.features(images))
-    found = []
+    captions, found = sorted({caption(entry) for entry in among}), []
     for picture, entry in zip(pictures, shown, strict=True):
-        others: list[str] = []
-        while len(others) < CANDIDATES - 1:
-            other = caption(draw.choice(among))
-            if other != caption(entry) and other not in others:
-                others.append(other)
-        scores = F.normalize(net.read([caption(entry), *others])) @ picture
+        right = caption(entry)
+        drawn = draw.sample(captions, min(CANDIDATES, len(captions)))
+        others = [text for text in drawn if text != right][: CANDIDATES - 1]
+        scores = F.normalize(net.read([right, *others])) @ picture
         found.append(bool(scores.argmax() == 0))
     return torch.tensor(found)
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from stepdistill.evaluation.frechet import frechet_distance
 from stepdistill.evaluation.manifold import manifold_scores
-from stepdistill.evaluation.samples import PipelineSampler
+from stepdistill.evaluation.samples import PipelineSampler, Samples
 
 from .captions import TELL_STYLE, TELL_TONE, caption
-from .data import VARIANTS, Emoji, held_out_keys
+from .data import Emoji, held_out_keys
 from .judge import Retrieval, real_score, right_caption_first
 
 LADDER_STEPS = (1, 2, 4, 8, 25, 50)
@@ -52,7 +52,7 @@ def wide_set(emoji: Emoji, count: int, seed: int) -> tuple[list[str], Tensor]:
     """Captions of groups and subgroups, with a real picture of each, (N, 3, 64, 64) in [-1, 1]."""
     generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
     index = torch.multinomial(emoji.weights(), count, replacement=True, generator=generator)
-    variant = torch.randint(VARIANTS, (count,), generator=generator)
+    variant = torch.randint(len(emoji.pictures), (count,), generator=generator)
     captions = []
     for k in index.tolist():
         width = draw.choice(("group", "subgroup"))
@@ -71,12 +71,12 @@ def ladder(
 ) -> Iterator[Rung]:
     """A rung for each of LADDER_STEPS and each guidance, most steps first."""
     captions, real = wide_set(emoji, count, seed)
-    real_features = _features(net, real)
+    real_features = image_features(net, real)
     for guidance in guidances:
         best = None
         for steps in sorted(LADDER_STEPS, reverse=True):
             images = sample(pipeline, captions, steps, guidance, seed)
-            features = _features(net, images)
+            features = image_features(net, images)
             distance = frechet_distance(real_features, features)
             best = distance if best is None else best
             recall = manifold_scores(real_features, features).recall
@@ -85,7 +85,7 @@ def ladder(
 
 def floor(emoji: Emoji, net: Retrieval, count: int = 500, seed: int = 0) -> float:
     """Frechet distance of two draws of real pictures: what a perfect sampler scores."""
-    one, other = (_features(net, wide_set(emoji, count, seed + k)[1]) for k in (0, 1))
+    one, other = (image_features(net, wide_set(emoji, count, seed + k)[1]) for k in (0, 1))
     return frechet_distance(one, other)
 
 
@@ -129,13 +129,27 @@ def sample(
     guidance: float,
     seed: int,
 ) -> Tensor:
-    """(N, 3, 64, 64) in [-1, 1], one for each caption; the noise is the seed's at any steps."""
+    """(N, 3, 64, 64) in [-1, 1]: the images of `draw_samples`."""
+    return draw_samples(pipeline, captions, steps, guidance, seed).images
+
+
+def draw_samples(
+    pipeline: StableDiffusionPipeline,
+    captions: Sequence[str],
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> Samples:
+    """One image for each caption; the noise is the seed's at any number of steps."""
     sampler = PipelineSampler(pipeline, {"num_inference_steps": steps, "guidance_scale": guidance})
     generator = torch.Generator().manual_seed(seed)
     parts = [captions[k : k + _ROWS] for k in range(0, len(captions), _ROWS)]
-    return torch.cat([sampler.draw(part, generator).images for part in parts])
+    made = [sampler.draw(part, generator) for part in parts]
+    images, seconds = torch.cat([one.images for one in made]), sum(one.seconds for one in made)
+    return Samples(images, seconds, made[0].network_calls)
 
 
 @torch.no_grad()
-def _features(net: Retrieval, images: Tensor) -> Tensor:
+def image_features(net: Retrieval, images: Tensor) -> Tensor:
+    """(N, D) features of the judge."""
     return torch.cat([net.features(part) for part in images.split(_ROWS)])

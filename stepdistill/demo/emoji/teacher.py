@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -19,13 +20,21 @@ from stepdistill.storage.files import read_json, write_atomic, write_text
 from stepdistill.storage.folders import replacing
 
 from .captions import caption
-from .data import HELD_OUT_FILE, SHIPPED, Emoji, build_data, load_data
+from .data import (
+    ENTRIES,
+    HELD_OUT_FILE,
+    SHIPPED,
+    Emoji,
+    build_data,
+    load_data,
+    read_entries,
+)
 from .judge import JUDGE_FILE, Retrieval, train_retrieval
 from .ladder import measure
 from .model import build_pipeline
 from .training import Budget, train
 
-PICTURES, MEASURED = "pictures.zip", "measured.json"
+PICTURES, MEASURED, MADE = "pictures.zip", "measured.json", "made.json"
 _WEBP_QUALITY = 70
 _ABOUT = """# Emoji: a small text-to-image teacher
 
@@ -96,7 +105,7 @@ def write_teacher(
         for file in (HELD_OUT_FILE, output_dir / JUDGE_FILE.name, output_dir / MEASURED):
             shutil.copy(file, partial / file.name)
         took = {"budget": asdict(budget), "spent": spent}
-        (partial / "made.json").write_text(json.dumps(took, indent=2) + "\n")
+        (partial / MADE).write_text(json.dumps(took, indent=2) + "\n")
         (partial / "README.md").write_text(_card(spent, read_json(output_dir / MEASURED)))
 
 
@@ -115,7 +124,18 @@ def write_pictures(emoji: Emoji, path: Path, count: int = 2_000, seed: int = 0) 
             image.save(buffer, "WEBP", quality=_WEBP_QUALITY, method=6)
             archive.writestr(name, buffer.getvalue())
             lines.append(json.dumps({"file_name": name, "text": caption(emoji.entries[k])}))
-        archive.writestr("metadata.jsonl", "\n".join(lines) + "\n", zipfile.ZIP_DEFLATED)
+        facts = [json.dumps(asdict(emoji.entries[k])) for k in index]
+        for name, rows in (("metadata.jsonl", lines), (ENTRIES, facts)):
+            archive.writestr(name, "\n".join(rows) + "\n", zipfile.ZIP_DEFLATED)
+
+
+def load_pictures(folder: Path) -> Emoji:
+    """The pictures that `write_pictures` put into a teacher's folder, in one variant."""
+    with zipfile.ZipFile(folder / PICTURES) as archive:
+        entries = read_entries(archive.read(ENTRIES).decode())
+        names = sorted(name for name in archive.namelist() if name.endswith(".webp"))
+        pictures = [np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names]
+    return Emoji(np.stack(pictures)[None], entries)
 
 
 def _card(spent: dict[str, dict[str, float]], measured: dict[str, Any]) -> str:

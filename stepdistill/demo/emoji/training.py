@@ -138,7 +138,7 @@ class Phase:
                 "average": {str(k): p for k, p in enumerate(average)},
                 "optimizer": {f"{k} {n}": v for k, one in state.items() for n, v in one.items()},
             },
-            {"state": {"cpu_seconds": cpu, "pictures": seen * self.batch_size}},
+            {"state": {"cpu_seconds": cpu, "pictures": seen * self.batch_size, "updates": seen}},
         )
         for old in list_checkpoints(folder)[:-1]:
             discard(old)
@@ -174,14 +174,15 @@ class Phase:
 
 
 def reconstruction_loss(made: Tensor, real: Tensor) -> Tensor:
-    """L1 of pixels, of their differences and of 2, 4 and 8 times smaller pictures; the small ones
-    teach colour first, the differences keep edges."""
+    """L1 of pixels, of their differences and of 2, 4 and 8 times smaller pictures; the small ones,
+    whose colour without brightness counts again, teach colour first, the differences keep edges."""
     loss = F.l1_loss(made, real)
     error = made - real
     loss = loss + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     for _ in range(3):
         error = F.avg_pool2d(error, 2)
-        loss = loss + error.abs().mean()
+        colour = error - error.mean(dim=1, keepdim=True)
+        loss = loss + error.abs().mean() + colour.abs().mean()
     return loss
 
 

@@ -68,6 +68,9 @@ def test_a_phase_that_is_done_is_only_read(tmp_path) -> None:
 def test_reconstruction_loss_sees_flat_error_at_every_scale_and_edges_twice() -> None:
     real = torch.zeros(1, 3, 64, 64)
     assert float(reconstruction_loss(real + 0.5, real)) == pytest.approx(4 * 0.5)
+    red = torch.tensor([0.3, 0.0, 0.0]).reshape(1, 3, 1, 1).expand(1, 3, 64, 64)
+    expected = 0.1 + 3 * (0.1 + 0.4 / 3)  # less its mean: 0.2, -0.1, -0.1
+    assert float(reconstruction_loss(real + red, real)) == pytest.approx(expected)
     checks = (torch.arange(64)[:, None] + torch.arange(64)) % 2 - 0.5  # +-0.5: no mean
     assert float(reconstruction_loss(real + checks, real)) == pytest.approx(0.5 + 2 * 1.0)
 
