@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.storage.bundled import project_folder
 
 
 class Options(CommandOptions):
-    """None of its own."""
+    """What is shown."""
+
+    where: bool = False
+    """Print only the folder that holds configs/, pipelines/ and train/:
+    accelerate launch "$(stepdistill list --where)/train/reflow.py" ..."""
 
 
 def run(options: Options) -> None:
+    if options.where:
+        print(project_folder())
+        return
     from rich.console import Console
     from rich.table import Table
 
