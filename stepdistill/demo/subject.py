@@ -71,7 +71,7 @@ class Digits:
         "nine”. The first row is real: training images."
     )
     data = "scikit-learn load_digits: 1,797 real 8 x 8 images, stratified 70 / 30 split"
-    seeds = NOISE_SEEDS
+    seeds: Sequence[int] = NOISE_SEEDS
 
     def __init__(self) -> None:
         self.digits = load_digit_splits()

@@ -167,8 +167,8 @@ def _variants(content: bytes, draw: random.Random) -> NDArray[np.uint8]:
         size = [max(1, round(share * length)) for length in flat.size]
         room = [IMAGE_PX - length for length in size]
         shift = [0, 0] if variant == 0 else [draw.randint(-3, 3), draw.randint(-3, 3)]
-        place = [min(max(r // 2 + s, 0), r) for r, s in zip(room, shift, strict=True)]
+        left, top = (min(max(r // 2 + s, 0), r) for r, s in zip(room, shift, strict=True))
         canvas = Image.new("RGB", (IMAGE_PX, IMAGE_PX), "white")
-        canvas.paste(flat.resize(size, Image.Resampling.LANCZOS), place)
+        canvas.paste(flat.resize(size, Image.Resampling.LANCZOS), (left, top))
         made.append(np.asarray(canvas))
     return np.stack(made)

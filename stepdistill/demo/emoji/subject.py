@@ -112,7 +112,7 @@ class EmojiSubject:
         "“fruit” below. The first row is real."
     )
     data = "Fluent and Noto emoji, 64 x 64 px, with the names of emoji-datasource"
-    seeds = (0, 1)
+    seeds: Sequence[int] = (0, 1)
 
     def __init__(self, source: Path = SHIPPED) -> None:
         emoji_teacher(source)  # says what is missing

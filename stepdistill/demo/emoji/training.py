@@ -76,7 +76,7 @@ class Phase:
         """
         folder = folder / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        parameters = [p for p in self.networks.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in self.networks.parameters() if p.requires_grad]
         average = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(
             parameters, self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
