@@ -52,11 +52,11 @@ class Emoji:
     pictures: NDArray[np.uint8]
     entries: Sequence[Entry]
 
-    def weights(self) -> Tensor:
-        """(N,) how often training draws a picture: held-out ones never, the many tones and genders
-        of one person less than a picture that stands alone."""
+    def weights(self, of_all: bool = False) -> Tensor:
+        """(N,) how often training draws a picture: held-out ones never, the many tones and styles
+        of one thing less than a picture that stands alone. Args: of_all: held-out ones too."""
         count = Counter(entry.base for entry in self.entries)
-        held_out = held_out_keys()
+        held_out = frozenset() if of_all else held_out_keys()
         return torch.tensor(
             [(entry.key not in held_out) / count[entry.base] ** 0.5 for entry in self.entries]
         )

@@ -93,11 +93,11 @@ def train_retrieval(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Retrieval(words).train()
-    steps = -(-pictures // batch_size)
+    steps, weights = -(-pictures // batch_size), emoji.weights(of_all=True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     for _ in range(steps):
-        index = torch.randint(len(emoji.entries), (batch_size,), generator=generator)
+        index = torch.multinomial(weights, batch_size, True, generator=generator)
         variant = torch.randint(_HELD_BACK, (batch_size,), generator=generator)
         texts = [
             caption(emoji.entries[k], style=draw.random() < TELL_STYLE) for k in index.tolist()

@@ -128,6 +128,7 @@ def test_held_out_combinations_are_never_drawn_and_many_tones_count_less(emoji) 
     weights = dict(zip((e.key for e in emoji.entries), emoji.weights().tolist(), strict=True))
     assert weights["1f469-200d-1f692 dark noto"] == 0
     assert weights["1f469-200d-1f692 light noto"] == pytest.approx(4**-0.5)
+    assert emoji.weights(of_all=True)[4] == pytest.approx(4**-0.5)
     assert weights["1f34e no tone noto"] == pytest.approx(2**-0.5)
 
 
