@@ -7,7 +7,6 @@ fresh process that knows only Diffusers -> report. The students train side by si
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +23,24 @@ from stepdistill.demo.report import Report, print_report, write_report
 from stepdistill.demo.subject import Digits, RowJudge, Subject
 from stepdistill.demo.teacher import Teacher, quiet_loading
 from stepdistill.demo.verdict import time_check
+from stepdistill.monitoring.records import FILES
 from stepdistill.reporting.values import counted
 from stepdistill.storage.checkpoints import list_checkpoints
+from stepdistill.storage.folders import (
+    delete_made,
+    refuse_unlike,
+    refuse_written_on,
+    sign,
+)
+from stepdistill.storage.owner import owned, refuse_owned
 
 from ._chains import Chain, Stage, watch
 
 STUDENT_STEPS = (1, 4)
+PAIR_FILES = ("*/manifest.json", "*/shard-*.safetensors", "*/.*")
+_OF_A_RUN = (*FILES, "config.yaml", "output.txt", "checkpoint-*/*", ".checkpoint-*", ".step*",
+             "validation/*.png", "pipeline/*", ".pipeline*")  # fmt: skip
+RUN_FILES = (*_OF_A_RUN, *(f"first/{name}" for name in _OF_A_RUN))
 
 
 def run_demo(
@@ -50,29 +61,48 @@ def run_demo(
             A short one also shortens the training of the digits' teacher.
     Errors: ValueError for an unknown method or an output_dir that is not ours.
     """
-    started, console, out = time.monotonic(), Console(), Path(output_dir)
-    recipe = recipe_for(method, student)
-    sizes = [steps for steps in STUDENT_STEPS if steps in recipe.claims]
-    quiet_loading()
-    torch.set_num_threads(1)  # a second thread saves nothing on networks this small
+    out, recipe = Path(output_dir), recipe_for(method, student)
     subject: Subject
     if data == "emoji":
         subject = EmojiSubject(*([] if teacher is None else [Path(teacher)]))
     else:
         subject = Digits()
-    console.print(f"[bold]1/4[/bold] teacher: a text-to-image pipeline of {data} in {out}/teacher")
+    with owned(out, "output_dir"):
+        return _run(subject, out, recipe, method, student, seconds, seed)
+
+
+def _run(
+    subject: Subject,
+    out: Path,
+    recipe: MethodRecipe,
+    method: str,
+    student: str,
+    seconds: float | None,
+    seed: int,
+) -> Report:
+    started, console = time.monotonic(), Console()
+    sizes = [steps for steps in STUDENT_STEPS if steps in recipe.claims]
+    runs = {steps: out / f"{method}_{student}_{steps}step" for steps in sizes}
+    if not (out / "teacher").is_dir():
+        refuse_written_on(out, ("report.html", "report.png", "data"), "output_dir")
+    for run in runs.values():
+        refuse_owned(run, "output_dir")
+        refuse_unlike(run, RUN_FILES, "output_dir")
+    quiet_loading()
+    torch.set_num_threads(1)  # a second thread saves nothing on networks this small
+    line = f"teacher: a text-to-image pipeline of {subject.name} in {out}/teacher"
+    console.print(f"[bold]1/4[/bold] {line}")
     made_teacher = subject.teacher(out / "teacher", seconds)
     judge = subject.judge()
 
     told = " and ".join(map(str, sizes))
     console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {told} steps")
     subject.write_data(out / "data")
-    runs = {steps: out / f"{method}_{student}_{steps}step" for steps in sizes}
     if recipe.needs_pairs and not made_teacher.cached:
-        shutil.rmtree(out / "pairs", ignore_errors=True)  # another teacher's
+        delete_made(out / "pairs", PAIR_FILES, "output_dir")  # another teacher's
     chains = {}
     for steps, run in runs.items():
-        shutil.rmtree(run, ignore_errors=True)
+        delete_made(run, RUN_FILES, "output_dir")
         stages = _stages(recipe, steps, out, run, seconds, seed)
         for stage in stages:
             line = "  stepdistill " + " ".join(stage.command)
@@ -162,6 +192,7 @@ def _teacher_rows(subject: Subject, judge: RowJudge, teacher: Teacher) -> list[R
         for row in judge.teacher_rows(teacher.folder, subject.seeds)
     ]
     Row.save_all(rows, saved)
+    sign(teacher.folder)
     return rows
 
 

@@ -94,7 +94,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """The same table, verdicts and snippet in the terminal."""
     console = console or Console()
     table = rich.Table(
-        title=report.title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
+        title=escape(report.title), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
     )
     for index, name in enumerate(TERMINAL_COLUMNS):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)

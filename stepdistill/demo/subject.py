@@ -35,9 +35,11 @@ class RowJudge(Protocol):
 
 
 class Subject(Protocol):
-    """title: of the report. prompt: for its code to copy. pictures: what a row's pictures show.
-    note: a line below them. data: where the pictures are from. seeds: of the noise, in judging."""
+    """name: as --data says it. title: of the report. prompt: for its code to copy. pictures: what
+    a row's pictures show. note: a line below them. data: where the pictures are from. seeds: of
+    the noise, in judging."""
 
+    name: str
     title: str
     prompt: str
     pictures: str
@@ -63,6 +65,7 @@ class Subject(Protocol):
 class Digits:
     """Handwritten digits of 8 x 8 px; the teacher is trained here, in a minute."""
 
+    name = "digits"
     title = "Handwritten digits"
     prompt = "a handwritten seven"
     pictures = "digits zero to nine"

@@ -21,6 +21,7 @@ from stepdistill.evaluation.manifold import manifold_scores
 from stepdistill.evaluation.samples import Samples
 from stepdistill.reporting.values import Measured
 from stepdistill.storage.files import read_json, write_text
+from stepdistill.storage.folders import LEDGER, replacing
 
 from .captions import caption
 from .data import SHIPPED, Emoji
@@ -104,6 +105,7 @@ class EmojiJudge:
 class EmojiSubject:
     """See Subject. Args: source: the teacher's folder."""
 
+    name = "emoji"
     title = "Emoji"
     prompt = "slice of pizza in fluent style"
     pictures = "narrow captions above, wide ones below"
@@ -121,7 +123,8 @@ class EmojiSubject:
     def teacher(self, folder: Path, seconds: float | None) -> Teacher:
         """See Subject."""
         if not folder.exists():
-            shutil.copytree(self.source, folder)
+            with replacing(folder, "teacher folder") as partial:
+                shutil.copytree(self.source, partial, ignore=shutil.ignore_patterns(LEDGER))
         spent = read_json(folder / MADE, ["spent"])["spent"]
         total = sum(one["cpu_seconds"] for one in spent.values())
         return Teacher(folder, TrainingRecord(spent["denoiser"]["updates"], total, 0.0), True)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from stepdistill.demo.teacher_training import v_loss
 from stepdistill.reporting.pictures import contact, png
-from stepdistill.storage.checkpoints import discard, list_checkpoints, newest_valid
+from stepdistill.storage.checkpoints import discard, is_users, list_checkpoints, newest_valid
 from stepdistill.storage.files import read_json, write_atomic
 from stepdistill.storage.folders import write_folder
 
@@ -141,7 +141,8 @@ class Phase:
             {"state": {"cpu_seconds": cpu, "pictures": seen * self.batch_size, "updates": seen}},
         )
         for old in list_checkpoints(folder)[:-1]:
-            discard(old)
+            if not is_users(old):
+                discard(old)
 
     def _restore(self, folder, parameters, average, optimizer) -> tuple[int, float]:  # type: ignore
         newest, _ = newest_valid(folder)
