@@ -27,7 +27,7 @@ from .captions import caption
 from .data import SHIPPED, Emoji
 from .judge import JUDGE_FILE, Retrieval, right_caption_first
 from .ladder import draw_samples, image_features, wide_set
-from .teacher import MADE, PICTURES, emoji_teacher, load_pictures
+from .teacher import MADE, PICTURES, emoji_teacher, load_pictures, refuse_missing
 
 ONE_STEP_AIM = 1.5
 WIDE, NARROW = 400, 100  # prompts that ask for a distribution, and for one picture
@@ -117,7 +117,7 @@ class EmojiSubject:
     seeds: Sequence[int] = (0, 1)
 
     def __init__(self, source: Path = SHIPPED) -> None:
-        emoji_teacher(source)  # says what is missing
+        refuse_missing(source)
         self.source = source
 
     def teacher(self, folder: Path, seconds: float | None) -> Teacher:

@@ -46,19 +46,21 @@ seen.
 
 
 def emoji_teacher(folder: Path = SHIPPED) -> StableDiffusionPipeline:
-    """The shipped teacher, or the one in `folder`, in float32.
+    """The shipped teacher, or the one in `folder`, in float32. Errors: see `refuse_missing`."""
+    refuse_missing(folder)
+    pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
+        str(folder), dtype=torch.float32, local_files_only=True
+    )
+    return pipeline
 
-    Errors: FileNotFoundError where there is none.
-    """
+
+def refuse_missing(folder: Path) -> None:
+    """Errors: FileNotFoundError where `folder` holds no teacher."""
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{folder}: expected the emoji teacher, got no model_index.json. Make it: stepdistill "
             "demo teacher --source PACKAGES --output_dir DIR."
         )
-    pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
-        str(folder), torch_dtype=torch.float32, local_files_only=True
-    )
-    return pipeline
 
 
 def make_teacher(
@@ -98,7 +100,7 @@ def write_teacher(
     }
     with replacing(output_dir / "teacher") as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
-        half = StableDiffusionPipeline.from_pretrained(str(partial), torch_dtype=torch.bfloat16)
+        half = StableDiffusionPipeline.from_pretrained(str(partial), dtype=torch.bfloat16)
         half.save_pretrained(partial, safe_serialization=True)
         write_pictures(emoji, partial / PICTURES)
         shutil.copytree(output_dir / "data" / "licences", partial / "licences")
