@@ -131,7 +131,8 @@ RUN_BY = {
     r"ACCELERATE_USE_CPU=true accelerate launch .*cpu2\.yaml": "tests/test_launchers.py",
     r"accelerate launch .*fsdp2\.yaml": "tests/training/test_distributed.py",
     r"stepdistill (evaluate|compare) ": "tests/test_readme_evaluation.py",
-    r"stepdistill (plan|train|export) .*(sdxl|out/lora)": "tests/test_readme.py",
+    r"stepdistill train --recipe ": "tests/config/test_recipe_files.py",
+    r"stepdistill (plan|train|export) (?!--recipe).*(sdxl|out/lora)": "tests/test_readme.py",
     r"stepdistill (cache|train) .*--(cache_dir|data\.(tar|dataset))": (
         "tests/data/test_readme_commands.py"
     ),

@@ -216,8 +216,9 @@ def test_a_recipe_trains_a_tiny_model_and_exports(name: str, tmp_path, tmp_path_
     teacher = teacher_dir(about.family or "sd_v", tmp_path_factory)
     short = (
         f"--recipe {name} --pretrained_model_name_or_path {teacher} "
-        f"--output_dir {tmp_path / 'run'} --max_train_steps 2 --train_batch_size 2 --gradient_accumulation_steps 1 "
-        "--mixed_precision no --tuning.rank 2 --disable_progress_bar"
+        f"--output_dir {tmp_path / 'run'} --max_train_steps 2 --train_batch_size 2 "
+        "--gradient_accumulation_steps 1 --mixed_precision no --tuning.rank 2 "
+        "--disable_progress_bar"
     )
     argv = [*short.split(), *data_of(about.data, teacher, tmp_path)]
     run = parse_run_config(argv)
