@@ -81,7 +81,7 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a file with a block recipe"):
         run_of("--recipe", written(tmp_path / "a.yaml", method="dmd2"))
     odd = {"about": "a", "base": [], "steps": [1], "data": "tapes"}
-    with pytest.raises(ValueError, match="expected a block recipe .* got data"):
+    with pytest.raises(ValueError, match=r"expected a block recipe .* got data"):
         run_of("--recipe", written(tmp_path / "b.yaml", method="dmd2", recipe=odd))
     path = tmp_path / "c.yaml"
     around = {"about": "a", "base": [str(path)], "steps": [1], "data": "prompts"}
