@@ -14,13 +14,15 @@ class Options(CommandOptions):
 
 def run(options: Options) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from stepdistill.config.layers import recipe_files
     from stepdistill.planning.recipes import cards, forecast_gib, method_of, planned, sized
 
     known = {n: forecast_gib(one) for n, one in sized().items()} if options.plan else planned()
-    table = Table("recipe", "model", "method", "steps", "data", "GiB", "fits", "about")
+    table = Table(
+        Column("recipe", no_wrap=True), "model", "method", "steps", "data", "GiB", "fits", "about"
+    )
     table.caption = (
         "stepdistill train --recipe NAME --pretrained_model_name_or_path MODEL --data... GiB of "
         "one process as it stands; fits: cards in GB. Smaller: stepdistill plan --recipe NAME."
