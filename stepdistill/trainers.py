@@ -245,7 +245,9 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
     Exit statuses: those of `stepdistill train`.
     """
     with mistakes_in_one_line(), ending_early(), refusing_together():
-        run: RunConfig = parse_run_config(argv, prog="accelerate launch", method=trainer.default)
+        run: RunConfig = parse_run_config(
+            argv, prog="accelerate launch", method=trainer.default, by_size=True
+        )
         if run.method not in trainer.methods():
             raise ValueError(
                 f"{trainer.__name__}: expected one of {trainer.methods()}, got method "

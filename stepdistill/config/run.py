@@ -333,6 +333,9 @@ class DataConfig(SourceConfig):
 class RunConfig(TrainConfig, TeacherOptions):
     """A whole run: what to distil, with which method, on which data."""
 
+    recipe: str | None = None
+    """Recipe that everything else is laid over: method, model and settings in one name;
+    `stepdistill recipes` lists them."""
     method: str
     """Distillation method; `stepdistill list` shows them."""
     method_config: dict[str, Any] = Field(default={})

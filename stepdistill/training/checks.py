@@ -27,6 +27,7 @@ from stepdistill.storage.files import read_json
 from stepdistill.storage.folders import refuse_written_on
 from stepdistill.training.start import student_base_of
 
+FAR = 1.5  # a side of so many times the model's own is told
 # What must stay the same for a resumed run to be the same run.
 _FIXED = (
     "model",
@@ -131,6 +132,22 @@ def _without_first_frames(has: frozenset[str], item: Mapping[str, Any]) -> froze
             f"{sorted(item)}. Train on images with captions: --data.train_data_dir DIR."
         )
     return has if "x0" in item else has - {"x0"}
+
+
+def size_fits(resolution: int | None, family: Family) -> None:
+    """Warns of a resolution far from the model's own, with what it costs."""
+    own = family.image_size()
+    if resolution is None or not own[0] or not own[1]:
+        return
+    area = resolution**2 / (own[0] * own[1])
+    if not 1 / FAR**2 <= area <= FAR**2:
+        warnings.warn(
+            f"resolution: expected about the model's own {own[0]} x {own[1]} px, got "
+            f"{resolution}: {area:.2g} times the pixels in every call, {area**2:.2g} times the "
+            "work of attention, and a teacher that is not at its best there. Leave it out for the "
+            "model's own.",
+            stacklevel=4,
+        )
 
 
 def student_fits(

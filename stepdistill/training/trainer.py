@@ -131,6 +131,8 @@ class Trainer(Resumable):
             if isinstance(teacher, Family)
             else load_family(with_quantized_base(teacher, args))
         )
+        if self.dataset is not None:
+            checks.size_fits(args.resolution, self.family)
         setting = self.family.setting_at(args.resolution)
         self.method: Method[Any] = method_class(self.method_name)(config, setting)
 

@@ -34,6 +34,7 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "pairs": ([*TEACHER, "--pairs_dir", "p"], "guidance", (2.5, 3.0)),
     "plan": ([*TEACHER, "--method", "dmd2"], "memory_gb", (24.0, 48.0)),
     "push": (["folder", "me/name"], "dry_run", ("a", "b")),
+    "recipes": ([], "", (None, None)),
     "report": (["run"], "", (None, None)),
     "sample": (["dir", "--prompt", "a"], "seed", (1, 2)),
     "train": ([*TEACHER, "--method", "dmd2"], "role_learning_rates", ({"fake": 1e-4}, {"fake": 2})),
