@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from stepdistill.config.flags import CommandOptions
-from stepdistill.storage.bundled import project_folder
 
 
 class Options(CommandOptions):
@@ -16,6 +15,8 @@ class Options(CommandOptions):
 
 def run(options: Options) -> None:
     if options.where:
+        from stepdistill.storage.bundled import project_folder
+
         print(project_folder())
         return
     from rich.console import Console

@@ -78,14 +78,15 @@ def refuse_owned(folder: Path, where: str, beside: bool = False) -> None:
 
 @contextmanager
 def owned(folder: Path, where: str, beside: bool = False) -> Iterator[None]:
-    """Within: this process alone writes the folder, which is made where there is none.
+    """Within: this process alone writes the folder, which is made where there is none, and goes
+    again where nothing was written.
 
     What this process holds already is its own.
     Args: where: the option or command that names the folder, for the error.
     Errors: ValueError naming the process that writes it now.
     """
     lock = lock_of(folder, beside)
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    made = _make(lock.parent)
     mine = json.dumps(_me())
     while True:
         try:
@@ -103,6 +104,16 @@ def owned(folder: Path, where: str, beside: bool = False) -> Iterator[None]:
     finally:
         if _held_by_me(lock):  # not in a fork
             lock.unlink(missing_ok=True)
+            for parent in made:  # whoever failed before writing anything leaves nothing
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """The folders, the innermost first, that were not there."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
 
 
 def _held_by_me(lock: Path) -> bool:

@@ -61,12 +61,15 @@ def _together() -> bool:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not launched and "torch" not in sys.modules:
         return False
+    import torch
     import torch.distributed as dist
 
     if launched and not dist.is_initialized():
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        PartialState()
+        asked = parse_flag_from_env("ACCELERATE_USE_CPU")  # which Accelerator reads, this does not
+        PartialState(cpu=asked or not torch.cuda.is_available())
     return bool(dist.is_initialized()) and dist.get_world_size() > 1
 
 

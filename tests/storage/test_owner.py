@@ -55,6 +55,18 @@ def test_a_second_process_is_told_who_writes(tmp_path, beside) -> None:
     assert list(tmp_path.rglob("*lock*")) == []
 
 
+def test_whoever_fails_before_writing_leaves_no_folder(tmp_path) -> None:
+    with pytest.raises(ValueError, match="a mistake"), owned(tmp_path / "a" / "out", "output_dir"):
+        raise ValueError("a mistake")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "mine").mkdir()
+    with owned(tmp_path / "mine" / "out", "output_dir"):
+        (tmp_path / "mine" / "out" / "file").write_text("")
+    with owned(tmp_path / "mine", "output_dir"):
+        pass
+    assert (tmp_path / "mine" / "out" / "file").exists()
+
+
 def test_what_this_process_holds_is_its_own(tmp_path) -> None:
     with owned(tmp_path, "a"):
         take(tmp_path)
