@@ -38,8 +38,9 @@ from ._chains import Chain, Stage, watch
 
 STUDENT_STEPS = (1, 4)
 PAIR_FILES = ("*/manifest.json", "*/shard-*.safetensors", "*/.*")
-_OF_A_RUN = (*FILES, "config.yaml", "output.txt", "checkpoint-*/*", ".checkpoint-*", ".step*",
-             "validation/*.png", "pipeline/*", ".pipeline*")  # fmt: skip
+# Beside checkpoints and the export, which hold lists of their files.
+_OF_A_RUN = (*FILES, "config.yaml", "output.txt", ".checkpoint-*", ".step*", "validation/*.png",
+             ".*.stepdistill-*")  # fmt: skip
 RUN_FILES = (*_OF_A_RUN, *(f"first/{name}" for name in _OF_A_RUN))
 
 

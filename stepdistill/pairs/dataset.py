@@ -87,7 +87,7 @@ class PairWriter:
         manifest = {"settings": asdict(settings), "num_pairs": num_pairs}
         manifest |= {"teacher": dict(teacher)} if teacher and settings.model_hash else {}
         text = json.dumps(manifest, indent=1) + "\n"
-        write_text(self.folder / MANIFEST, text, shared=True)  # all ranks at once
+        write_text(self.folder / MANIFEST, text)  # all ranks at once
 
     @property
     def num_shards(self) -> int:

@@ -109,7 +109,7 @@ def test_another_process_of_the_same_id_has_not_written(tmp_path) -> None:
 
 
 def test_a_living_one_is_not_taken_over(tmp_path) -> None:
-    state(lock_of(tmp_path), pid=os.getppid(), started=owner._started(os.getppid()))
+    state(lock_of(tmp_path), pid=os.getppid(), started=owner.started(os.getppid()))
     with pytest.raises(ValueError, match=f"process {os.getppid()} on"):
         refuse_owned(tmp_path, "output_dir")
     with pytest.raises(ValueError, match="Wait until it has ended"):
@@ -136,7 +136,7 @@ def test_a_broken_lock_is_nobodys_once_it_is_old(tmp_path, text) -> None:
 def test_a_live_lock_that_was_renamed_by_mistake_is_put_back(tmp_path) -> None:
     """Two take over an ended one's at once, and the first has done so already."""
     lock = lock_of(tmp_path)
-    state(lock, pid=os.getppid(), started=owner._started(os.getppid()))
+    state(lock, pid=os.getppid(), started=owner.started(os.getppid()))
     before = lock.read_text()
     owner._take_away(lock)
     assert lock.read_text() == before
