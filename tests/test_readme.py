@@ -42,7 +42,10 @@ def test_python_example_runs(tmp_path, tmp_path_factory, monkeypatch) -> None:
 
 def test_method_table_is_the_package_s() -> None:
     rows = re.findall(r"^\| `(\w+)` \| .* \| `(\w+)` \| ([^|]+) \|$", README, flags=re.MULTILINE)
-    told = {name: (trainer, status.strip()) for name, trainer, status in rows}
+    trainers = {cls.trainer for cls in METHODS.values()}
+    told = {
+        name: (trainer, status.strip()) for name, trainer, status in rows if trainer in trainers
+    }
     own = {name: (cls.trainer, cls.status) for name, cls in METHODS.items()}
     assert told == own
 

@@ -1,27 +1,13 @@
-"""Memory of the recipes at their models' real size: forecast once, kept in recipes.json beside it.
-
-`python -m stepdistill.planning.recipes` makes the table anew (minutes); a test forecasts every
-recipe again.
-"""
+"""Memory of the recipes at their models' real size, as `plan` forecasts it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from stepdistill.config.layers import Layer, merge, merged, recipe_files
-from stepdistill.storage.files import write_text
 
 CARDS = (12, 16, 24, 48, 80)  # GB
-TABLE = resources.files("stepdistill.planning") / "recipes.json"
-
-
-def planned() -> dict[str, float]:
-    """GiB of one process by recipe, as they are, of those with a model of their own."""
-    read: dict[str, float] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return read
 
 
 def cards(gib: float) -> list[int]:
@@ -36,7 +22,7 @@ def run_of(layers: Sequence[Layer]) -> Any:
     about = layers[-1].recipe
     assert about is not None
     argv = ["--recipe", layers[-1].name, "--pretrained_model_name_or_path", about.model]
-    run = parse_run_config(argv)
+    run: Any = parse_run_config(argv)
     changes: Mapping[str, Any] = about.without
     return run.model_validate(merge(run.model_dump(), changes))
 
@@ -60,8 +46,3 @@ def sized() -> dict[str, list[Layer]]:
 def method_of(layers: Sequence[Layer]) -> str:
     """The method's name that a recipe's files come to."""
     return str(merged(layers)["method"])
-
-
-if __name__ == "__main__":
-    made = {name: forecast_gib(layers) for name, layers in sized().items()}
-    write_text(str(TABLE), json.dumps(made, indent=1) + "\n")
