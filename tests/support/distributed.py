@@ -156,7 +156,8 @@ class Group:
     """Every job on `world` gloo processes, started at once; `seen` waits for them.
 
     torchrun does the same with one more process, which takes seconds to start.
-    Args: runs: where the jobs' run folders are, if not in `out`.
+    Args: runs: where the jobs' run folders are, if not in `out`. cpu: on the CPU, else one GPU
+        each.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Group:
         teachers: Mapping[str, Path],
         out: Path,
         runs: Path | None = None,
+        cpu: bool = True,
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._out, self._jobs = out, jobs
@@ -179,7 +181,7 @@ class Group:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         common = {
-            "ACCELERATE_USE_CPU": "true",
+            "ACCELERATE_USE_CPU": str(cpu).lower(),
             "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
