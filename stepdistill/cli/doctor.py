@@ -1,4 +1,4 @@
-"""Report versions, devices, launcher and a self-check, to paste into a bug; status 1 if it fails."""
+"""Tell versions, devices, launcher and a self-check, to paste into a bug; status 1 if it fails."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
-from stepdistill.config.flags import CommandOptions
+from stepdistill.config.flags import CommandOptions, parse_options
 
 PACKAGES = (
     *("stepdistill", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"),
@@ -34,15 +34,23 @@ GB = 1e9
 
 
 class Options(CommandOptions):
-    as_json: bool = False
-    """Print JSON in place of Markdown."""
+    format: Literal["markdown", "json"] = "markdown"
+    """How it is printed; --json for short."""
     self_check: bool = True
     """Train a tiny model one step, export it and load it again, on the CPU and each CUDA device."""
 
 
+def parse(argv: Sequence[str], prog: str) -> Options:
+    """The options, --json among them (a field of that name would hide pydantic's own)."""
+    spelled = [
+        part for arg in argv for part in (("--format", "json") if arg == "--json" else (arg,))
+    ]
+    return parse_options(Options, spelled, prog, str(__doc__))
+
+
 def run(options: Options) -> int:
     found = report(options.self_check)
-    print(json.dumps(found, indent=2) if options.as_json else markdown(found))
+    print(json.dumps(found, indent=2) if options.format == "json" else markdown(found))
     checks = found["self-check"].values()
     return int(any(not value.startswith("passed") for value in checks))
 
@@ -92,15 +100,12 @@ def devices() -> dict[str, str]:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
     threads = torch.get_num_threads()
-    told = {
-        "cpu": f"{os.cpu_count()} cores, {threads} threads, {free:.1f} of {whole:.1f} GB free"
-    }
+    told = {"cpu": f"{os.cpu_count()} cores, {threads} threads, {free:.1f} of {whole:.1f} GB free"}
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         left, size = (value / GB for value in torch.cuda.mem_get_info(index))
-        told[f"cuda:{index}"] = (
-            f"{facts.name}, capability {facts.major}.{facts.minor}, {left:.1f} of {size:.1f} GB free"
-        )
+        kind = f"{facts.name}, capability {facts.major}.{facts.minor}"
+        told[f"cuda:{index}"] = f"{kind}, {left:.1f} of {size:.1f} GB free"
     if torch.backends.mps.is_available():
         told["mps"] = "available"
     return told
@@ -151,15 +156,15 @@ def checked(device: str) -> str:
 
 
 def self_check(device: str) -> None:
-    """One step of dmd2 on a tiny Stable Diffusion, exported and called by stock Diffusers.
+    """One step of dmd2 on a tiny Stable Diffusion, exported, loaded and called.
 
     Errors: whatever fails; RuntimeError where the image has no values.
     """
     import torch
     from accelerate.state import AcceleratorState
-    from diffusers import DiffusionPipeline
 
     from stepdistill import TrainConfig
+    from stepdistill.export.load import load_pipeline
     from stepdistill.testing.tiny import TINY
     from stepdistill.trainers import DistributionMatchingTrainer
 
@@ -182,7 +187,7 @@ def self_check(device: str) -> None:
             if trainer.device.type != torch.device(device).type:
                 raise RuntimeError(f"expected a run on {device}, got one on {trainer.device}.")
             trainer.export(f"{folder}/out")
-            pipeline = DiffusionPipeline.from_pretrained(f"{folder}/out").to(device)
+            pipeline = load_pipeline(f"{folder}/out").to(device)
             image = pipeline("a photo of a cat", output_type="pt").images
         AcceleratorState._reset_state(True)
     if not bool(torch.isfinite(image).all()):

@@ -18,7 +18,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-
 # Of a run's draws, kept in its facts. 1 (runs that name none): samples come from one draw of the
 # global batch on every process.
 DRAW_LAW = 2

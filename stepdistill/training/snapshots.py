@@ -94,5 +94,7 @@ class Resumable:
             self.gan_feed.seen = state.get("gan_batches_seen", 0)
         self.seconds = state["seconds"]
         self.facts.setdefault("data", state["facts"].get("data"))
-        self.facts["draw_law"] = state["facts"].get("draw_law", 1)  # a run keeps the law it began by
+        self.facts["draw_law"] = state["facts"].get(
+            "draw_law", 1
+        )  # a run keeps the law it began by
         self.log.load_state_dict(state.get("log", {}))

@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState
-from support.runs import build_trainer
 from torch import Tensor, nn
 
 from stepdistill.config.run import RunConfig
@@ -23,6 +22,7 @@ from stepdistill.families.family import Family
 from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.forecast import Forecast, forecast
 from stepdistill.trainers import DistillationTrainer, trainer_class
+from support.runs import build_trainer
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def gradients(
 
 def gradient_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """|got - expected| / |expected| over all tensors together."""
-    assert got.keys() == expected.keys() and expected
+    assert got.keys() == expected.keys() != set()
     squares = [
         ((got[name] - value).square().sum(), value.square().sum())
         for name, value in expected.items()
@@ -98,7 +98,7 @@ def fused_error(device: str) -> float:
 
 
 def random_weights(model: str, dtype: torch.dtype, device: str) -> Family:
-    """A model that `plan` knows, or a folder's, at its true shapes with weights that say nothing."""
+    """A model that `plan` knows, or a folder's, at its true shapes; its weights say nothing."""
     family = blueprint(model, dtype)
     for part in family.pipeline.components.values():
         if isinstance(part, nn.Module):
