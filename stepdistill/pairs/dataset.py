@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from stepdistill.core.context import normal_rows
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import ode_solve
 from stepdistill.core.stopping import stop_if_orphaned
@@ -191,9 +192,7 @@ class PairDataset(Dataset[dict[str, Any]]):
 
 def pair_noise(seed: int, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
     """(B, C, *S) float32 unit noise of the numbered pairs: row i from a CPU generator seed + i."""
-    return torch.stack(
-        [torch.randn(*shape, generator=torch.Generator().manual_seed(seed + i)) for i in rows]
-    )
+    return normal_rows(tuple(shape), [seed + i for i in rows])
 
 
 def generate_pairs(

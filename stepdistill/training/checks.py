@@ -12,6 +12,7 @@ from typing import Any
 
 from stepdistill.config.run import TrainConfig
 from stepdistill.config.tuning import Tuning
+from stepdistill.core.context import DRAW_LAW
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields, sample_item
 from stepdistill.families.family import Family
@@ -210,6 +211,7 @@ def run_facts(
         "method_config": config.model_dump(mode="json"),
         "tuning": args.tuning.model_dump(mode="json"),
         "seed": args.seed,
+        "draw_law": DRAW_LAW,
         "train_config": args.model_dump(mode="json"),
         "versions": {name: _version(name) for name in packages},
     }

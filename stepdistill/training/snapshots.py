@@ -103,4 +103,6 @@ class Resumable:
         self.facts.setdefault("data", state["facts"].get("data"))
         if "data_changed" in state["facts"]:
             self.facts["data_changed"] = list(state["facts"]["data_changed"])
+        # A run keeps the law that it began by.
+        self.facts["draw_law"] = state["facts"].get("draw_law", 1)
         self.log.load_state_dict(state.get("log", {}))

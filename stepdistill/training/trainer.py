@@ -317,6 +317,7 @@ class Trainer(Resumable):
                 device=self.device,
                 carry=kept.setdefault(batch.shape, {}),
                 mean_over_ranks=self._mean_over_ranks,
+                draw_law=self.facts["draw_law"],
             )
             more = micro + 1 < len(carry)
             with accelerator.no_sync(self.module) if more else nullcontext():

@@ -27,6 +27,7 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "check": (["dir"], "base_quantization", ("int8", "nf4")),
     "compare": (["--output_dir", "out"], "processes", (2, 3)),
     "demo": ([], "seconds", (1.5, 2.5)),
+    "doctor": ([], "format", ("json", "markdown")),
     "evaluate": (["--teacher", "t", "--student", "s"], "seeds", ((1, 2), (3,))),
     "export": (["run", "out"], "num_steps", (2, 4)),
     "list": ([], "", (None, None)),
