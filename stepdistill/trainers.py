@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from stepdistill.config.files import method_class, parse_run_config, resolve_method
 from stepdistill.config.files import method_config as parse_method_config
-from stepdistill.config.flags import mistakes_in_one_line
+from stepdistill.config.flags import ending_early, mistakes_in_one_line
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
@@ -30,7 +30,10 @@ from stepdistill.monitoring.validation import validate
 from stepdistill.monitoring.watchdog import WatchdogStop
 from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
 from stepdistill.storage.files import read_json
+from stepdistill.storage.folders import refuse_foreign
+from stepdistill.storage.ranks import refusing_together
 from stepdistill.training.checkpoint import named_checkpoint
+from stepdistill.training.checks import teacher_is_here
 from stepdistill.training.sources import open_dataset, open_gan_dataset
 from stepdistill.training.trainer import Trainer
 
@@ -72,6 +75,7 @@ class DistillationTrainer(Trainer):
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
         """The trainer a RunConfig describes, its data source opened."""
+        teacher_is_here(run, run.source)
         return trainer_class(run.method)(
             model=run.source,
             args=run.train_config(),
@@ -86,6 +90,7 @@ class DistillationTrainer(Trainer):
         out_dir: str | Path,
         num_steps: int | None = None,
         format: Literal["pipeline", "lora", "diffusers", "kohya", "comfyui"] = "pipeline",
+        dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     ) -> Path:
         """Write the distilled student for stock Diffusers; returns the folder.
 
@@ -93,6 +98,7 @@ class DistillationTrainer(Trainer):
             num_steps: a step count of the grid that training reached; none means the run's own.
             format: "pipeline" (for DiffusionPipeline.from_pretrained), "lora" or its other name
                 "diffusers" (load_lora_weights), "kohya" (A1111, sd-scripts, ComfyUI), "comfyui".
+            dtype: of a LoRA file; none means bfloat16. A pipeline has the weights' own.
         Errors: ValueError for steps off the trained grid, an adapter format of a full student, or
             one that the model's network has no keys in.
         """
@@ -104,16 +110,21 @@ class DistillationTrainer(Trainer):
                 f"export: expected a format of {('pipeline', 'diffusers', *LORA_FORMATS)}, got "
                 f"{format!r}."
             )
+        if dtype is not None and form == "pipeline":
+            raise ValueError(
+                f"export: expected dtype with a LoRA format alone, got {dtype} with format "
+                "pipeline, which keeps the weights' own. Load it with torch_dtype."
+            )
         if self.sharded and not (self.output_dir / f"checkpoint-{self.step}").is_dir():
             self.save()
         if self.accelerator.is_main_process:
             # Networks in shards are put together from the checkpoint, on this process alone.
             source = trainer_of_run(self.output_dir) if self.sharded else self
-            source._export(Path(out_dir), num_steps, form)
+            source._export(Path(out_dir), num_steps, form, dtype or "bfloat16")
         self.accelerator.wait_for_everyone()
         return Path(out_dir)
 
-    def _export(self, out_dir: Path, num_steps: int | None, form: str) -> None:
+    def _export(self, out_dir: Path, num_steps: int | None, form: str, dtype: str) -> None:
         from stepdistill.export.lora import export_lora
         from stepdistill.export.pipeline import export_pipeline
         from stepdistill.export.sampler_at_stop import sampler_at_stop
@@ -122,11 +133,14 @@ class DistillationTrainer(Trainer):
         spec = sampler_at_stop(self.method, self.step, self.args.max_train_steps, num_steps)
         facts = {**self.facts, "step": self.step, "seconds": round(self.seconds, 1)}
         where = (self.family, self.bank, spec, out_dir, facts, role)
+
+        def add(folder: Path) -> None:
+            self._add_samples(folder, spec)
+
         if form == "pipeline":
-            export_pipeline(*where)
+            export_pipeline(*where, add=add)
         else:
-            export_lora(*where, format=form)
-        self._add_samples(out_dir, spec)
+            export_lora(*where, format=form, dtype=dtype, add=add)
 
     def _add_samples(self, folder: Path, spec: SamplerSpec) -> None:
         """Put a grid of the validation prompts, and the run's metrics.json, beside an export."""
@@ -230,7 +244,7 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
 
     Exit statuses: those of `stepdistill train`.
     """
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(), ending_early(), refusing_together():
         run: RunConfig = parse_run_config(argv, prog="accelerate launch", method=trainer.default)
         if run.method not in trainer.methods():
             raise ValueError(
@@ -243,8 +257,10 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
 def train_run(run: RunConfig) -> None:
     """Train, export, push when asked.
 
-    Errors: SystemExit 75 where SIGTERM or SIGUSR1 stopped it, saved; 76 where the watchdog did.
+    Errors: SystemExit 75 where a signal stopped it, saved; 76 where the watchdog did.
     """
+    export_dir = Path(run.export_dir or Path(run.output_dir) / "pipeline")
+    refuse_foreign(export_dir, "export_dir")  # not after a week's training
     running = DistillationTrainer.from_config(run)
     try:
         running.train()
@@ -253,7 +269,7 @@ def train_run(run: RunConfig) -> None:
         sys.exit(stop.status)
     if running.stop.preempted:
         sys.exit(running.stop.status)
-    folder = running.export(run.export_dir or Path(run.output_dir) / "pipeline")
+    folder = running.export(export_dir)
     running.accelerator.print(f"exported {folder}")
     if run.push_to_hub and run.hub_model_id:
         running.push_to_hub(run.hub_model_id, folder)

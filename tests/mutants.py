@@ -7,8 +7,10 @@ A mutant is one changed operator of a file (CHANGES), made in memory and never w
 of the file's room (tests/core for stepdistill/core) those that run the changed line are run until
 one fails: those named like the file first, then the quick ones. Every mutant has a process of its
 own, forked from one that has collected the room's tests, and the functions of the file get their
-changed code there. What runs while the room is imported can't be changed so late: such a mutant's
-process is forked from one that has imported the libraries alone, and imports the room itself.
+changed code there. Which tests run which line is found by a run without any mutant, the room being
+imported with a note before each statement, and stands beside the results (a survey, by test file).
+What runs while the room is imported can't be changed so late: such a mutant's process is forked
+from one that has imported the libraries alone, and imports the room itself.
 
 Results are lines of JSON in --results. A run that was stopped goes on there; a change of the file
 (or, for survivors, of the room's tests) makes a result old, and it is made again. Survivors that no
@@ -19,11 +21,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import contextlib
 import functools
 import gc
 import hashlib
 import importlib.abc
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -37,7 +41,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
@@ -46,6 +50,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("core", "losses", "methods")
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.yaml"
+NOTE = "__note_line_of_mutants__"
 OURS = ("stepdistill", "tests", "support", "conftest", "__main__")
 CHANGES: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
@@ -64,7 +69,7 @@ class Mutant:
     path: Path
     source: str = field(repr=False)
     index: int
-    lines: range
+    line: int
     id: str
 
     @property
@@ -81,19 +86,23 @@ class Mutant:
 Place = tuple[Any, str, int | None]  # the node, the field that holds the operator, where in it
 
 
-def operators(tree: ast.AST, name: str = "") -> Iterator[tuple[Place, str]]:
-    """(place, qualified name of the function or class around it), annotations left out."""
+def operators(tree: ast.AST, name: str = "", line: int = 0) -> Iterator[tuple[Place, str, int]]:
+    """(place, qualified name of the function or class around it, line where its statement begins).
+
+    Annotations are left out.
+    """
+    line = tree.lineno if isinstance(tree, ast.stmt) else line
     if isinstance(tree, ast.BinOp | ast.AugAssign | ast.UnaryOp) and type(tree.op) in CHANGES:
-        yield (tree, "op", None), name
+        yield (tree, "op", None), name, line
     if isinstance(tree, ast.Compare):
-        yield from (((tree, "ops", i), name) for i in range(len(tree.ops)))
+        yield from (((tree, "ops", i), name, line) for i in range(len(tree.ops)))
     if isinstance(tree, ast.ClassDef | ast.FunctionDef):
         name = f"{name}.{tree.name}".lstrip(".")
     for key, value in ast.iter_fields(tree):
         if key not in ("annotation", "returns"):
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
-                    yield from operators(child, name)
+                    yield from operators(child, name, line)
 
 
 def change(place: Place, back: ast.AST | None = None) -> ast.AST:
@@ -113,16 +122,35 @@ def mutants_of(path: Path) -> list[Mutant]:
     made: list[Mutant] = []
     seen: Counter[str] = Counter()
     source = path.read_text()
-    for index, (place, name) in enumerate(operators(ast.parse(source))):
+    for index, (place, name, line) in enumerate(operators(ast.parse(source))):
         node, before = place[0], ast.unparse(place[0])
         held = change(place)
         told = f"{path.parent.name}/{path.name} {name}: {before} -> {ast.unparse(node)}"
         change(place, held)
         seen[told] += 1
         again = f" #{seen[told]}" if seen[told] > 1 else ""
-        lines = range(node.lineno, node.end_lineno + 1)
-        made.append(Mutant(path, source, index, lines, told + again))
+        made.append(Mutant(path, source, index, line, told + again))
     return made
+
+
+def noting(path: Path) -> CodeType:
+    """The file's code with a call of NOTE ("FILE:LINE") before each statement."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        for key, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                statements: list[ast.stmt] = []
+                for each in value:
+                    text = isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant)
+                    future = isinstance(each, ast.ImportFrom) and each.module == "__future__"
+                    if not text and not future:  # both have to stand first
+                        note = ast.parse(f"{NOTE}({f'{path}:{each.lineno}'!r})").body[0]
+                        for part in ast.walk(note):
+                            ast.copy_location(part, each)
+                        statements.append(note)
+                    statements.append(each)
+                setattr(node, key, statements)
+    return compile(tree, str(path), "exec", dont_inherit=True)
 
 
 def swap(mutant: Mutant, functions: list[FunctionType]) -> None:
@@ -135,30 +163,35 @@ def swap(mutant: Mutant, functions: list[FunctionType]) -> None:
                 yield from within(constant)
 
     changed = {(code.co_name, code.co_firstlineno): code for code in within(mutant.code())}
-    those = [each for each in functions if each.__code__.co_filename == str(mutant.path)]
-    assert those, f"no function of {mutant.path} is loaded"
-    for each in those:
+    assert functions, f"no function of {mutant.path} is loaded"
+    for each in functions:
         each.__code__ = changed[each.__code__.co_name, each.__code__.co_firstlineno]
 
 
-class Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the mutant's file with its operator changed, under its own name and path."""
+class Loader(importlib.machinery.SourceFileLoader):
+    """Loads a file with other code, under its own name and path."""
 
-    def __init__(self, mutant: Mutant) -> None:
-        self.mutant, stem = mutant, mutant.path.stem
-        self.name = f"stepdistill.{mutant.room}" + (f".{stem}" if stem != "__init__" else "")
+    def __init__(self, name: str, path: Path, code: CodeType) -> None:
+        super().__init__(name, str(path))
+        self.code = code
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.code
+
+
+class Importer(importlib.abc.MetaPathFinder):
+    """Imports these files of the package with other code."""
+
+    def __init__(self, codes: dict[Path, CodeType]) -> None:
+        self.codes = codes
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self.name:
-            return None
-        where = self.mutant.path
-        inner = [str(where.parent)] if where.stem == "__init__" else None
-        return importlib.util.spec_from_file_location(
-            name, where, loader=self, submodule_search_locations=inner
-        )
-
-    def exec_module(self, module: Any) -> None:
-        exec(self.mutant.code(), module.__dict__)
+        stem = ROOT.joinpath(*name.split("."))
+        for where in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if where in self.codes:
+                loader = Loader(name, where, self.codes[where])
+                return importlib.util.spec_from_file_location(name, where, loader=loader)
+        return None
 
 
 # ------------------------------------------------------------------------------------ the tests
@@ -171,8 +204,8 @@ class Seen:
     failed: list[str] = field(default_factory=list)
 
     def runs(self, mutant: Mutant) -> set[str]:
-        """The tests that run its lines; with "" if an import or a shared fixture does."""
-        return set().union(*(self.lines.get(f"{mutant.path}:{n}", ()) for n in mutant.lines))
+        """The tests that run its statement; with "" if an import or a shared fixture does."""
+        return self.lines.get(f"{mutant.path}:{mutant.line}", set())
 
     def tests_of(self, mutant: Mutant) -> list[str]:
         """Those to run, in order."""
@@ -182,19 +215,16 @@ class Seen:
 
 
 class Watch:
-    """A pytest plugin that notes which tests run which lines of a room, from now on."""
+    """A pytest plugin that notes which tests run which statements of a room, imported from now."""
 
     def __init__(self, room: str) -> None:
-        self.seen, self.folder, self.now = Seen(), str(ROOT / "stepdistill" / room), ""
-        sys.settrace(self.trace)
+        self.seen, self.now = Seen(), ""
+        setattr(builtins, NOTE, self.note)
+        files = (ROOT / "stepdistill" / room).rglob("*.py")
+        sys.meta_path.insert(0, Importer({path: noting(path) for path in files}))
 
-    def trace(self, frame: FrameType, _event: str, _arg: Any) -> Any:
-        return self.note if frame.f_code.co_filename.startswith(self.folder) else None
-
-    def note(self, frame: FrameType, event: str, _arg: Any) -> Any:
-        if event == "line":
-            self.seen.lines[f"{frame.f_code.co_filename}:{frame.f_lineno}"].add(self.now)
-        return self.note
+    def note(self, line: str) -> None:
+        self.seen.lines[line].add(self.now)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
@@ -299,21 +329,21 @@ def late(
     tests: list[str],
     limit_s: float,
     session: pytest.Session,
-    functions: list[FunctionType],
+    functions: dict[str, list[FunctionType]],
 ) -> str:
     """The test that notices the mutant where the room is imported."""
     limit(limit_s)
-    swap(mutant, functions)
+    swap(mutant, functions[str(mutant.path)])
     return run_tests(session, tests)
 
 
 def early(mutant: Mutant, tests: list[str], limit_s: float) -> str:
     """The test that notices the mutant, the room being imported with it."""
     limit(limit_s)
-    sys.meta_path.insert(0, Importer(mutant))
+    sys.meta_path.insert(0, Importer({mutant.path: mutant.code()}))
     found: list[str] = []
     loop = Loop(lambda session: found.append(run_tests(session, tests)))
-    collected(list(dict.fromkeys(test.partition("::")[0] for test in tests)), loop)
+    collected(list(dict.fromkeys(file_of(test) for test in tests)), loop)
     return found[0] if found else "the import"
 
 
@@ -382,35 +412,87 @@ def work_on(room: str, mutants: list[Mutant], results: Results, budget: Budget) 
     watch = Watch(room)
 
     def work(session: pytest.Session) -> dict[str, Any]:
-        tests = [item.nodeid for item in session.items]
+        surveys = Surveys(results.file.with_suffix(".survey.json"), room, mutants)
+        tests = [item.nodeid for item in session.items if not surveys.current(file_of(item.nodeid))]
 
         def survey() -> dict[str, Any]:
             run_tests(session, tests)
             lines = {line: sorted(runs) for line, runs in watch.seen.lines.items()}
             return {"seconds": watch.seen.seconds, "lines": lines, "failed": watch.seen.failed}
 
-        found = result_of(*forked(survey))
-        sys.settrace(None)
-        if found is None or found["failed"]:
-            return {"failed": (found or {}).get("failed") or ["a crash"]}
-        seen = seen_of(found)
+        if tests:
+            survey_of_tests = result_of(*forked(survey))
+            if survey_of_tests is None or survey_of_tests["failed"]:
+                return {"failed": (survey_of_tests or {}).get("failed") or ["a crash"]}
+            surveys.add({file_of(test) for test in tests}, survey_of_tests)
+        everything = surveys.merged()
+        seen = seen_of(everything)
         left = [mutant.id for mutant in mutants if "" in seen.runs(mutant)]
         others = [mutant for mutant in mutants if mutant.id not in left]
         gc.unfreeze()  # conftest has frozen what was imported
-        functions = [each for each in gc.get_objects() if isinstance(each, FunctionType)]
+        functions: dict[str, list[FunctionType]] = {str(mutant.path): [] for mutant in mutants}
+        for each in gc.get_objects():
+            if isinstance(each, FunctionType) and each.__code__.co_filename in functions:
+                functions[each.__code__.co_filename].append(each)
         gc.freeze()  # a collection in a child would copy all of the memory
         budget.run(others, seen, results, late, session, functions)
         names = [name for name in sys.modules if name.partition(".")[0] not in OURS]
-        return {**found, "left": left, "libraries": names}
+        return {**everything, "failed": [], "left": left, "libraries": names}
 
     loop = Loop(work)
     collected([f"tests/{room}"], watch, loop)
-    sys.settrace(None)
     return loop.result or {"failed": ["the collection"]}
 
 
-def seen_of(found: dict[str, Any]) -> Seen:
-    return Seen(found["seconds"], {line: set(runs) for line, runs in found["lines"].items()})
+def file_of(test: str) -> str:
+    return test.partition("::")[0]
+
+
+def seen_of(survey: dict[str, Any]) -> Seen:
+    return Seen(survey["seconds"], {line: set(runs) for line, runs in survey["lines"].items()})
+
+
+class Surveys:
+    """What was seen of each test file of a room, good while that file and the mutated ones stay."""
+
+    def __init__(self, file: Path, room: str, mutants: list[Mutant]) -> None:
+        self.file, self.room = file, room
+        self.by_file = json.loads(file.read_text()) if file.exists() else {}
+        sources = sorted((ROOT / "stepdistill" / room).rglob("*.py"))
+        self.sources = {path.name: digest(path.read_text()) for path in sources}
+        self.mutated = {mutant.path.name for mutant in mutants}
+
+    def current(self, name: str) -> bool:
+        one = self.by_file.get(name)
+        return (
+            one is not None
+            and one["test"] == digest((ROOT / name).read_text())
+            and all(one["sources"].get(each) == self.sources[each] for each in self.mutated)
+        )
+
+    def add(self, files: set[str], survey: dict[str, Any]) -> None:
+        """Write down the survey's part of each of these test files."""
+        for name in files:
+            seconds = {test: s for test, s in survey["seconds"].items() if file_of(test) == name}
+            lines = {
+                line: [test for test in runs if file_of(test) in ("", name)]
+                for line, runs in survey["lines"].items()
+            }
+            one = {"test": digest((ROOT / name).read_text()), "sources": self.sources}
+            one |= {"seconds": seconds, "lines": {k: v for k, v in lines.items() if v}}
+            self.by_file[name] = one
+        self.file.write_text(json.dumps(self.by_file))
+
+    def merged(self) -> dict[str, Any]:
+        """The surveys of all test files of the room that are current."""
+        seconds: dict[str, float] = {}
+        lines: dict[str, set[str]] = defaultdict(set)
+        for name in filter(self.current, [n for n in self.by_file if (ROOT / n).exists()]):
+            if Path(name).parent.name == self.room:
+                seconds |= self.by_file[name]["seconds"]
+                for line, runs in self.by_file[name]["lines"].items():
+                    lines[line] |= set(runs)
+        return {"seconds": seconds, "lines": {line: sorted(runs) for line, runs in lines.items()}}
 
 
 # ---------------------------------------------------------------------------------- the command

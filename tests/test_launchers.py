@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from support.processes import forked_ranks, run, run_script, status_of
 from support.runs import teacher_dir
 
 ROOT = Path(__file__).parents[1]
@@ -27,33 +29,27 @@ FLAGS = [
 ]
 
 
-def launch(
-    teacher: Path, tmp_path: Path, *flags: str, processes: int = 1, launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess:
+def words(teacher: Path, tmp_path: Path, *flags: str) -> list[str]:
+    """The script and its options."""
     prompts = tmp_path / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("a\nb\nc\n")
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    if launcher:
-        accelerate += [*launcher, "--main_process_port", str(29000 + os.getpid() % 400)]
-    elif processes > 1:
-        port = str(29000 + os.getpid() % 400)
-        accelerate += [
-            "--multi_gpu",
-            "--num_processes",
-            str(processes),
-            "--main_process_port",
-            port,
-        ]
-    else:
-        accelerate += ["--cpu", "--num_processes", "1"]
-    command = [*accelerate, str(ROOT / "train" / "distribution_matching.py")]
+    command = [str(ROOT / "train" / "distribution_matching.py")]
     command += ["--config", str(ROOT / "configs" / "methods" / "dmd2.yaml")]
     command += ["--pretrained_model_name_or_path", str(teacher)]
     command += ["--data.prompts_file", str(prompts), "--output_dir", str(tmp_path / "run")]
+    return [*command, *FLAGS, *flags]
+
+
+def launch(teacher: Path, tmp_path: Path, *launcher: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *FLAGS, *flags], env=environment, capture_output=True, text=True, timeout=280
+        [*command, *words(teacher, tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
 
 
@@ -61,13 +57,32 @@ def state(run: Path, step: int) -> dict:
     return json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text())
 
 
+def assert_trained(run: Path, processes: int) -> None:
+    assert state(run, 2)["world_size"] == processes
+    assert (run / "pipeline" / "model_index.json").is_file()
+
+
+PORT = ("--main_process_port", str(29000 + os.getpid() % 400))
+
+
 # README's command is the one process's, and tests/test_readme.py runs it.
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [1, 2])
 def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> None:
-    done = launch(teacher_dir("sd_v", tmp_path_factory), tmp_path, processes=processes)
+    kind = ("--cpu",) if processes == 1 else ("--multi_gpu", *PORT)
+    teacher = teacher_dir("sd3", tmp_path_factory)
+    done = launch(teacher, tmp_path, *kind, "--num_processes", str(processes))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert state(tmp_path / "run", 2)["world_size"] == processes
-    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+    assert_trained(tmp_path / "run", processes)
+
+
+def test_two_processes_train_and_export(tmp_path, tmp_path_factory) -> None:
+    """The script as the launchers start it on two processes."""
+    argv = words(teacher_dir("sd3", tmp_path_factory), tmp_path)
+    children = forked_ranks(2, lambda _: run_script(*argv), tmp_path)
+    statuses = [status_of(child) for child in children]
+    assert statuses == [0, 0], (tmp_path / "rank0.txt").read_text()[-3000:]
+    assert_trained(tmp_path / "run", 2)
 
 
 @pytest.mark.full
@@ -78,18 +93,15 @@ def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> N
 )
 def test_shipped_launcher_configs_give_two_ranks(launcher, tmp_path, tmp_path_factory) -> None:
     config = str(ROOT / "configs" / "accelerate" / f"{launcher[0]}.yaml")
-    done = launch(
-        teacher_dir("sd_v", tmp_path_factory),
-        tmp_path,
-        launcher=("--config_file", config, *launcher[1:]),
-    )
+    teacher = teacher_dir("sd3", tmp_path_factory)
+    done = launch(teacher, tmp_path, "--config_file", config, *launcher[1:], *PORT)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert state(tmp_path / "run", 2)["world_size"] == 2
-    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+    assert_trained(tmp_path / "run", 2)
 
 
 def test_a_mistake_is_one_line(tmp_path, tmp_path_factory) -> None:
-    done = launch(teacher_dir("sd_v", tmp_path_factory), tmp_path, "--max_train_stepz", "3")
+    argv = words(teacher_dir("sd3", tmp_path_factory), tmp_path, "--max_train_stepz", "3")
+    done = run(partial(run_script, *argv))
     assert done.returncode == 1
     assert "error: flags: expected known options" in done.stderr
     assert "max_train_steps" in done.stderr

@@ -7,14 +7,17 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from support.processes import run
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
+from stepdistill.export.tool_rules import RULES
 from stepdistill.families.registry import FAMILIES
 from stepdistill.methods import METHODS
 
@@ -64,6 +67,18 @@ def test_table_of_what_is_typed_is_the_package_s(name) -> None:
     assert tuple(re.findall(r"`(num\w+|guid\w+)`", told)) == FAMILIES[name].typed
 
 
+def test_table_of_tools_is_the_package_s() -> None:
+    table = README.split("| files that a tool reads whole |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (`.+`) \| (.*?) \|(.*?)\|(.*?)\|$", table, flags=re.MULTILINE)
+    said = {
+        name: tuple(tuple(re.findall(r"`(\w+)`", cell)) for cell in cells)
+        for names, *cells in rows
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    known = {k: r for k, r in RULES.items() if k != "sd2"}  # a Stable Diffusion to its family
+    assert said == {k: (r.comfyui, r.a1111, r.sd_scripts) for k, r in known.items()}
+
+
 def test_families_without_a_lora_loader_are_told() -> None:
     (said,) = re.findall(r"every family; (.*?), to which", README, flags=re.DOTALL)
     names = {name.lower() for name in re.findall(r"\w+", said)} - {"and"}
@@ -88,13 +103,7 @@ def test_every_room_of_the_tree_exists() -> None:
     "command", [["--help"], ["demo", "--help"], ["train", "--help"], ["list"]], ids=" ".join
 )
 def test_commands_answer(command) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "stepdistill.cli", *command],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "COLUMNS": "200"},
-    )
+    done = run(partial(main, command), COLUMNS="200")
     assert done.returncode == 0, done.stderr[-2000:]
     if command == ["list"]:
         assert all(name in done.stdout for name in METHODS)
@@ -189,16 +198,5 @@ def test_plan_of_sdxl_runs(capsys) -> None:
 
 
 def test_check_command_passes_on_a_tiny_pipeline(tmp_path_factory) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "stepdistill.cli",
-            "check",
-            str(teacher_dir("sd_v", tmp_path_factory)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run(partial(main, ["check", str(teacher_dir("sd_v", tmp_path_factory))]))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

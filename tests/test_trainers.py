@@ -14,7 +14,7 @@ from stepdistill.trainers import trainer_of_run
 
 @pytest.fixture
 def teacher(tmp_path_factory):
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 def test_student_is_the_run_s_and_its_record_stays(teacher, tmp_path) -> None:

@@ -105,8 +105,13 @@ class EncodedCache:
         folder = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "encoder.json").is_file():
-            write_text(folder / "encoder.json", text)
-        return TensorCache(folder)
+            write_text(folder / "encoder.json", text, shared=True)
+        return TensorCache(folder, self._latents_fit if kind == "latents" else bool)
+
+    def _latents_fit(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        channels, *sides = self.family.default_shape
+        shape = shapes.get("x0", ())
+        return set(shapes) == {"x0"} and (shape[:1], len(shape)) == ((channels,), 1 + len(sides))
 
     def _stores(self) -> list[TensorCache]:
         return [store for store in (self.prompts, self.latents) if store is not None]
@@ -133,9 +138,9 @@ class EncodedCache:
     def reopen(self) -> None:
         """See what other processes wrote."""
         if self.prompts is not None:
-            self.prompts = TensorCache(self.prompts.folder)
+            self.prompts = TensorCache(self.prompts.folder, self.prompts.fits)
         if self.latents is not None:
-            self.latents = TensorCache(self.latents.folder)
+            self.latents = TensorCache(self.latents.folder, self.latents.fits)
 
     def prompt(self, prompt: Any) -> Cond | None:
         """The Cond of one prompt, on the CPU, or None where it is missing."""

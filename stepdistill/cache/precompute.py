@@ -23,13 +23,16 @@ from tqdm.auto import tqdm
 from stepdistill.cache.encoded import EncodedCache, image_key
 from stepdistill.cache.tensors import CacheWriter, content_key, missing_keys, row_bytes
 from stepdistill.config.run import RunConfig, TrainConfig
+from stepdistill.core.stopping import Stopped, stop_if_orphaned
+from stepdistill.data.captions import all_captions
 from stepdistill.data.corrupt import CorruptItemError, CorruptLog
 from stepdistill.data.fingerprint import data_facts
 from stepdistill.data.rows import RowStream
-from stepdistill.data.source import Source
+from stepdistill.data.source import Source, fitted, sizes_of
 from stepdistill.data.stream import PromptDataset, sample_item
 from stepdistill.families.family import Family
-from stepdistill.families.registry import load_encoders
+from stepdistill.families.registry import load_encoders, teacher_facts
+from stepdistill.storage.ranks import agreed, owned_by_first, refusing_together
 
 _PROBES = 512  # images looked at to say how many are missing
 
@@ -81,7 +84,7 @@ class Prompts(_Task):
             texts = (item["prompt"] for item in self._read(data.condition, range(len(data))))
         else:
             texts = (item["prompt"] for item in self._items(data))
-        return ((content_key(text), text) for text in texts)
+        return ((content_key(text), text) for told in texts for text in all_captions(told))
 
     def encode(self, text: Any) -> dict[str, Tensor]:
         return encode_prompt(self.family, text)
@@ -171,11 +174,16 @@ def fill(
         for task in tasks:
             writer = CacheWriter(task.store, shard_bytes)
             found = task.read(rank, world_size)
-            for key, value in tqdm(found, desc=f"cache {task.name}") if progress else found:
-                if owner(key, world_size) == rank and key not in writer:
-                    encoded = task.encode(value)
-                    _check_finite(encoded, task.name, value)
-                    writer.add(key, encoded)
+            try:
+                for key, value in tqdm(found, desc=f"cache {task.name}") if progress else found:
+                    stop_if_orphaned()
+                    if owner(key, world_size) == rank and key not in writer:
+                        encoded = task.encode(value)
+                        _check_finite(encoded, task.name, value)
+                        writer.add(key, encoded)
+            except Stopped:
+                writer.flush()
+                raise
             writer.flush()
 
 
@@ -219,10 +227,11 @@ def prepare_cache(
     """Fill a run's cache on all ranks; returns the dataset without the images that it has.
 
     A set that was gone through before is not read again, where the cache has not lost a row since.
+    Where another run fills the same cache, its end is waited for.
     """
     if cache is None:
         return dataset
-    told = {**data_facts(dataset), "resolution": args.resolution}
+    told = {**data_facts(dataset), "resolution": args.resolution, "sizes": sizes_of(dataset)}
     seen = cache.seen(told)
     state.wait_for_everyone()  # all have looked before one writes
     say = print if state.is_main_process else (lambda _: None)
@@ -232,14 +241,17 @@ def prepare_cache(
         rank, world_size = state.process_index, state.num_processes
         progress = state.is_main_process and not args.disable_progress_bar
         shard_bytes = args.cache_shard_mb << 20
-        fill(cache, dataset, state.device, shard_bytes, rank, world_size, say, progress)
-        state.wait_for_everyone()
-        cache.reopen()
-        if state.is_main_process:
-            cache.note(told)
+        with owned_by_first(cache.folder, "cache_dir", wait=say):
+            cache.reopen()
+            fill(cache, dataset, state.device, shard_bytes, rank, world_size, say, progress)
+            state.wait_for_everyone()
+            cache.reopen()
+            if state.is_main_process:
+                cache.note(told)
     return dataset if cache.latents is None else _knowing(dataset, cache.latents.knows)
 
 
+@refusing_together()
 def cache_run(run: RunConfig, *datasets: Any) -> EncodedCache:
     """Fill the cache of a run's own encoders and data, as its trainer would; nothing is trained.
 
@@ -249,10 +261,12 @@ def cache_run(run: RunConfig, *datasets: Any) -> EncodedCache:
     """
     if run.cache_dir is None:
         raise ValueError("cache: expected --cache_dir, a folder to fill, got none.")
+    agreed(lambda: teacher_facts(run.source))
     state = PartialState(cpu=not torch.cuda.is_available())
     family = load_encoders(run.source, state.device)
     family.place_encoders(run.frozen_dtype, state.device)
     cache = EncodedCache(run.cache_dir, family, run.resolution)
     for dataset in datasets:
-        prepare_cache(cache, dataset, run, state)
+        own = fitted(dataset, family.image_size(run.resolution), family.size_multiple)
+        prepare_cache(cache, own, run, state)
     return cache

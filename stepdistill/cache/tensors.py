@@ -14,7 +14,7 @@ import hashlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from stepdistill.storage.shard_files import HASH_BYTES, BrokenShardError, Shard,
 
 KEY_BYTES = 16
 _KEYS, _VALUE = "keys", "value."
+_FOLDER = "folder"  # a fact of a shard: what its rows were encoded with, by the folder's name
 _OPEN = 32  # shards kept open: mapped files, so memory holds what is being read
 
 
@@ -54,12 +55,17 @@ def _sorted(words: NDArray[np.uint64], places: NDArray[np.uint32]) -> _Index:
 class TensorCache:
     """The rows of a folder. Opening it reads the keys alone: 24 bytes of memory a row.
 
-    Shards that are broken are left out with a warning, and their rows count as missing: those cut
-    off when the folder is opened, those of a changed row when it is read.
+    Shards that are broken, or of another folder, are left out with a warning, and their rows count
+    as missing: those cut off when the folder is opened, those of a changed row when it is read.
+    Args: fits: whether rows of these shapes by name may be there; none takes all.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        fits: Callable[[Mapping[str, tuple[int, ...]]], bool] = bool,
+    ) -> None:
+        self.folder, self.fits = Path(folder), fits
         self._paths: list[Path] = []
         self._handles: OrderedDict[int, Shard] = OrderedDict()
         self._parts: list[_Index] = []  # each sorted; joined when they become many
@@ -75,10 +81,17 @@ class TensorCache:
 
     def _read(self, path: Path) -> None:
         try:
-            keys = Shard(path).column(_KEYS).numpy()
+            shard = Shard(path)
+            keys = shard.column(_KEYS).numpy()
             if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
                 raise ValueError(f"keys of {keys.dtype} {keys.shape}")
-        except (ValueError, SafetensorError) as err:
+            values = {n: s for n, (_, s) in shard.layout.items() if n.startswith(_VALUE)}
+            if not self.fits({name[len(_VALUE) :]: shape for name, shape in values.items()}):
+                raise ValueError(f"rows of {values or 'nothing'}")
+            facts = shard.facts or {}
+            if facts.get(_FOLDER, self.folder.name) != self.folder.name:
+                raise ValueError(f"a shard of {facts[_FOLDER]}")
+        except (ValueError, AttributeError, SafetensorError) as err:
             warnings.warn(f"cache_dir: {path} is broken ({err}) and left out.", stacklevel=2)
             return
         rows = np.arange(len(keys), dtype=np.uint32)
@@ -193,7 +206,7 @@ class CacheWriter:
         name = hashlib.sha256(joined).hexdigest()[:32]
         path = self.cache.folder / f"shard-{name}.safetensors"
         try:
-            write_shard(path, tensors)
+            write_shard(path, tensors, {_FOLDER: self.cache.folder.name})
         except (OSError, SafetensorError) as err:
             raise OSError(
                 f"cache_dir: expected to write {path}, got {' '.join(str(err).split())}. Free some "

@@ -12,9 +12,11 @@ import ast
 import difflib
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
+IN_RANKS = ("train", "cache", "pairs", "evaluate")  # that a launcher may start in several processes
 USAGE = "usage: stepdistill COMMAND [--config FILE ...] [--flag value ...]"
 
 
@@ -28,7 +30,8 @@ def commands() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; a user's mistake ends with one line and status 1."""
+    """Entry point of the console script; a user's mistake ends with one line and status 1, a stop
+    signal or Ctrl-C with one line and status 75."""
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     known = commands()
     if name in ("-h", "--help"):
@@ -39,9 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         sys.exit(f"error: expected a command, got {name!r}. Nearest: {', '.join(near)}.")
-    from stepdistill.config.flags import mistakes_in_one_line, parse_options
+    from stepdistill.config.flags import ending_early, mistakes_in_one_line, parse_options
+    from stepdistill.storage.ranks import refusing_together
 
-    with mistakes_in_one_line():
+    together = refusing_together() if name in IN_RANKS else nullcontext()
+    with mistakes_in_one_line(), ending_early(), together:
         module = import_module(f"{__name__}.{name}")
         parse = getattr(module, "parse", None)
         if parse is not None:

@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from stepdistill.core.stopping import PARENT
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -50,6 +52,7 @@ class Chain:
     def _next(self) -> subprocess.Popen[str]:
         self.stage = self._left.pop(0)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        environment[PARENT] = str(os.getpid())
         return subprocess.Popen(
             [sys.executable, "-m", "stepdistill.cli", *self.stage.command],
             env=environment,

@@ -7,7 +7,6 @@ output_dir holds.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -110,14 +109,13 @@ OWN = (
 
 def run(options: Options) -> None:
     """Run what is missing and write the report."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs, too
-    try:
+    from stepdistill.storage.owner import owned
+
+    if options.budget is None:  # a report of what is there, also of a comparison that goes on
         compare(options)
-    except KeyboardInterrupt:
-        print("stopped: the same call goes on.", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return
+    with owned(Path(options.output_dir), "output_dir"):
+        compare(options)
 
 
 def setups() -> Setups:
@@ -137,6 +135,7 @@ def compare(args: Options) -> Any:
     """The report.Comparison that the command ends with. Errors: ValueError for wrong options."""
     from stepdistill.comparison import report, runs
     from stepdistill.comparison.students import Budget, left_out
+    from stepdistill.storage.folders import refuse_written_on
 
     _check_numbers(args)
     out = Path(args.output_dir)
@@ -153,6 +152,8 @@ def compare(args: Options) -> Any:
         raise ValueError(f"steps: expected step counts that the methods claim, got {args.steps}.")
     for student in chosen:
         setup.check_settings(student)
+    if not (out / runs.PLAN).is_file() and not (out / "results").is_dir():
+        refuse_written_on(out, report.FILES, "output_dir")
     runs.check_finished(out, setup, chosen, args.seeds)
     setup.check()
     absent = left_out(setup.steps_served(methods), chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepdistill.config.flags import parse_options
@@ -21,10 +22,17 @@ def parse(argv: Sequence[str], prog: str) -> Options:
 
 def run(options: Options) -> None:
     from stepdistill.demo.classifier import register_digits
+    from stepdistill.evaluation.report import FILES
     from stepdistill.evaluation.run import evaluate
+    from stepdistill.storage.folders import refuse_written_on
+    from stepdistill.storage.ranks import owned_by_first
 
     register_digits()
-    print_report(evaluate(options))
+    out = Path(options.output_dir)
+    if not (out / "features").is_dir():
+        refuse_written_on(out, FILES, "output_dir")
+    with owned_by_first(out, "output_dir"):
+        print_report(evaluate(options))
 
 
 def print_report(report: Report) -> None:

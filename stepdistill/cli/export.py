@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic_settings import CliPositionalArg
@@ -21,10 +22,14 @@ class Options(CommandOptions):
     """A step count of the trained grid."""
     format: Literal["pipeline", "lora", "diffusers", "kohya", "comfyui"] = "pipeline"
     """A whole pipeline or an adapter; diffusers is lora by another name."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of a LoRA file; none means bfloat16."""
 
 
 def run(options: Options) -> None:
+    from stepdistill.storage.folders import refuse_foreign
     from stepdistill.trainers import trainer_of_run
 
+    refuse_foreign(Path(options.out_dir), "out_dir")
     trainer = trainer_of_run(options.run_dir, options.checkpoint)
-    print(trainer.export(options.out_dir, options.num_steps, options.format))
+    print(trainer.export(options.out_dir, options.num_steps, options.format, options.dtype))

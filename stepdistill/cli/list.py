@@ -6,10 +6,19 @@ from stepdistill.config.flags import CommandOptions
 
 
 class Options(CommandOptions):
-    """None of its own."""
+    """What is shown."""
+
+    where: bool = False
+    """Print only the folder that holds configs/, pipelines/ and train/:
+    accelerate launch "$(stepdistill list --where)/train/reflow.py" ..."""
 
 
 def run(options: Options) -> None:
+    if options.where:
+        from stepdistill.storage.bundled import project_folder
+
+        print(project_folder())
+        return
     from rich.console import Console
     from rich.table import Table
 

@@ -1,7 +1,7 @@
 """Train from config files and flags, and export.
 
-Exit statuses: 0 finished; 1 a mistake, told in one line; 75 stopped by SIGTERM or SIGUSR1 and
-saved, start it again; 76 stopped by the watchdog, which names the last good checkpoint.
+Exit statuses: 0 finished; 1 a mistake, told in one line; 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C
+and saved, start it again; 76 stopped by the watchdog, which names the last good checkpoint.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.storage.files import locked
+from stepdistill.storage.files import locked, set_aside
+from stepdistill.storage.folders import foreign_files
 
 STUDENTS = "students"
 
@@ -40,6 +41,8 @@ def keep_best(
             ]
             folder = best_student_folder(out, *key)
             if not folder.is_dir() or _distance(row) < min(others, default=math.inf):
+                if folder.is_dir() and foreign_files(folder):
+                    set_aside(folder)  # somebody has put files there
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.move(exported(row["steps"]), folder)
 

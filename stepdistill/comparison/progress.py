@@ -16,7 +16,7 @@ from typing import Any
 
 from stepdistill.config.recipes import Training
 from stepdistill.storage.checkpoints import newest_valid
-from stepdistill.storage.files import read_json, write_text
+from stepdistill.storage.files import read_json, set_aside, write_text
 from stepdistill.training.checkpoint import read_state
 
 from .teacher_setup import Plain
@@ -51,6 +51,8 @@ class Progress:
             known = read_json(file, ("plan", "legs", "curve"))
             if known["plan"] == plan:
                 return cls(file, [Leg(**leg) for leg in known["legs"]], known["curve"])
+        elif work.is_dir() and any(work.iterdir()):
+            set_aside(work)  # no run's
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         made = cls(file)

@@ -12,6 +12,7 @@ from typing import Any
 
 from stepdistill.reporting import page
 from stepdistill.reporting.blocks import Block, Strip, Text, Verdicts
+from stepdistill.reporting.markdown import plain
 from stepdistill.reporting.pictures import Picture, ink
 from stepdistill.reporting.plots import save_charts
 from stepdistill.reporting.table import Line, Table, write_csv
@@ -22,6 +23,8 @@ from .curves import rows_of
 from .results import Comparison, read
 from .table import Cell, Judged, run_name
 
+FILES = ("table.md", "results.json", "results.csv", "samples.png", "report.html", "curves.csv",
+         "curves.png")  # fmt: skip
 WAY = (
     "Each student as it was at that part of its run, its average where it keeps one; judging is "
     "not counted as time. A line joins the means, dots are seeds. A point is missing where the "
@@ -48,8 +51,8 @@ def markdown(compared: Comparison) -> str:
         "Fréchet distance (recall in brackets), mean ± deviation over training seeds; "
         f"{'; '.join(others)}. {_terms(compared)} {compared.facts}".rstrip()
     )
-    advice = [f"- {line}" for line in compared.advice()]
-    return "\n".join([head, "", Table(["", *columns], lines).markdown(), "", *advice, ""])
+    advice = [f"- {plain(line)}" for line in compared.advice()]
+    return "\n".join([plain(head), "", Table(["", *columns], lines).markdown(), "", *advice, ""])
 
 
 def _terms(compared: Comparison) -> str:

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stepdistill.storage.files import read_json
+from stepdistill.core.stopping import PARENT
+from stepdistill.storage.files import read_json, write_text
 
 from .students import Budget, Student
 from .teacher_setup import TeacherSetup
@@ -58,7 +59,7 @@ def write_plan(
             )
     out.mkdir(parents=True, exist_ok=True)
     setup = {"kind": kind, "options": options}
-    file.write_text(json.dumps({**facts, "ground": setup, **more}, indent=1) + "\n")
+    write_text(file, json.dumps({**facts, "ground": setup, **more}, indent=1) + "\n")
 
 
 def _differing(
@@ -132,6 +133,7 @@ def run_all(
     jobs = [(student, seed) for seed in seeds for student in chosen]
     jobs = [job for job in jobs if not result_file(out, *job).is_file()]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    environment[PARENT] = str(os.getpid())
     running: list[tuple[subprocess.Popen[bytes], Student, int]] = []
     (out / "logs").mkdir(exist_ok=True)
     (out / "failures").mkdir(exist_ok=True)

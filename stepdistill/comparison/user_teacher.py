@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-import stepdistill
 from stepdistill.config.files import resolve_method
 from stepdistill.config.flags import merge
 from stepdistill.config.recipes import Training
@@ -34,11 +33,11 @@ from stepdistill.families.registry import teacher_facts
 from stepdistill.methods import METHODS
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
+from stepdistill.storage.bundled import bundled_file
 
 from .students import StepsServed, Student
 from .teacher_setup import TEACHER_ROWS, Plain, TeacherSetup
 
-CONFIGS = Path(stepdistill.__file__).parents[1] / "configs" / "methods"  # in a checkout
 # What a comparison decides itself, whatever a file says.
 OURS: Mapping[str, Any] = {
     "checkpointing_steps": 0, "resume_from_checkpoint": None, "validation_steps": 0,
@@ -154,10 +153,8 @@ class UserTeacher(TeacherSetup):
     def settings(self, name: str) -> dict[str, Any]:
         """A method's config file under what is the same for all."""
         own, given = self.own, self.own.methods.get(name)
-        file = Path(given) if given else bundled(name)
-        # An installed package has no configs/: the method's own defaults.
-        bare: dict[str, Any] = {"method": name}
-        settings = read_yaml(file) if given or file.is_file() else bare
+        file = given or bundled(name)  # none of a method that others add: its own defaults
+        settings = {"method": name} if file is None else read_yaml(file)
         settings = merge(settings, own.settings)
         settings = {key: value for key, value in settings.items() if key not in ELSEWHERE}
         given_options: Any = settings.get("method_config")
@@ -232,7 +229,7 @@ def split_methods(texts: Sequence[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for text in texts:
         name, _, file = text.partition("=")
-        if not file and not bundled(name).is_file():
+        if not file and bundled(name) is None:
             try:
                 resolve_method(name)
             except ValueError as err:
@@ -244,7 +241,7 @@ def split_methods(texts: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
-def bundled(name: str) -> Path:
-    """Where a checkout has the settings of that name."""
+def bundled(name: str) -> Path | None:
+    """The settings of that name in configs/methods."""
     own = METHODS[name].settings_file if name in METHODS else ""
-    return CONFIGS / f"{own or name}.yaml"
+    return bundled_file(f"configs/methods/{own or name}.yaml")

@@ -24,6 +24,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 from stepdistill.config.yaml_files import read_yaml
 from stepdistill.core.options import Options
+from stepdistill.core.stopping import STATUS, STOP_SIGNALS, Stopped, handling, raise_stopped
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -49,6 +50,18 @@ def mistakes_in_one_line() -> Iterator[None]:
         yield
     except (ValueError, TypeError, FloatingPointError, OSError) as err:
         sys.exit("error: " + " ".join(str(err).split()))
+
+
+@contextmanager
+def ending_early() -> Iterator[None]:
+    """Within: a stop signal or Ctrl-C unwinds what runs, and ends the process with status 75."""
+    try:
+        with handling(raise_stopped, STOP_SIGNALS):
+            yield
+    except (Stopped, KeyboardInterrupt) as stop:
+        why = str(stop) or "Ctrl-C"
+        print(f"stopped ({why}): nothing half made stays, the same call goes on.", file=sys.stderr)
+        sys.exit(STATUS)
 
 
 # ------------------------------------------------------------------------------------ files
@@ -258,9 +271,17 @@ def _decoded(annotation: Any, value: Any, where: str) -> Any:
 def _json_or(other: Any, text: str) -> Any:
     """What the text is as JSON, where it is some."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError):
         return other
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Errors: TypeError for a key said twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise TypeError(f"flags: expected each key once, got {[key for key, _ in pairs]}.")
+    return found
 
 
 def _mapping(texts: Sequence[str], where: str) -> dict[str, Any]:
@@ -271,7 +292,9 @@ def _mapping(texts: Sequence[str], where: str) -> dict[str, Any]:
         value = _json_or(None, text)
         if not isinstance(value, dict):
             if not equals:
-                raise ValueError(f"{where}: expected KEY=VALUE or a JSON object, got {text!r}.")
+                raise ValueError(
+                    f"{where}: expected KEY=VALUE or a JSON object, got {text[:100]!r}."
+                )
             value = _nested(key, _json_or(rest, rest))
         found = merge(found, value)
     return found

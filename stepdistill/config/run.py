@@ -104,7 +104,8 @@ class TrainConfig(Options):
 
     # ----------------------------------------------------------------- data
     resolution: int | None = Field(default=None, ge=1)
-    """Height and width in px; none means the model's own size."""
+    """Height and width in px; none means the model's own size. Images of files are resized and
+    cropped to it, or to the sizes of --data.buckets about it."""
     dataloader_num_workers: int = Field(default=0, ge=0)
     """Worker processes that load data."""
     cache_latents: bool = True
@@ -135,6 +136,9 @@ class TrainConfig(Options):
     """Checkpoints to keep; older ones go after a newer one is whole."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder, or "latest" (starts afresh where there is none yet)."""
+    data_changed: Literal["refuse", "ok"] = "refuse"
+    """Whether a resumed run may go on with other data than it was begun with; where ok, run.json
+    and the model card say so."""
     validation_prompts: list[str] = Field(default=[])
     """Prompts (or class labels) of the validation grid."""
     validation_steps: int = Field(default=0, ge=0)
@@ -235,7 +239,8 @@ class SourceConfig(Options):
     prompts_file: str | None = None
     """Text file, one prompt a line (for class-conditional models: one label a line)."""
     train_data_dir: str | None = None
-    """Image folder with metadata.jsonl (file_name, text) or one sub-folder per class label."""
+    """Image folder with metadata.jsonl or metadata.csv (file_name, text), a .txt caption beside
+    each image, or one sub-folder per class label."""
     pairs_dir: str | None = None
     """Noise-image pairs made by `stepdistill pairs`."""
     tar_shards: str | None = None
@@ -252,7 +257,8 @@ class SourceConfig(Options):
     image_column: str = "image"
     """Column of images in the dataset; where it is not there, prompts alone are read."""
     caption_column: str = "text"
-    """Column of captions (or class labels), and key of captions in a tar's .json."""
+    """Column of captions (or class labels) in the dataset, the folder's metadata, or a tar's .json;
+    where it holds lists of captions, one is drawn each time."""
     streaming: bool = False
     """Read the dataset as a stream and download nothing first. Every worker of every process reads
     all of it; resuming reads up to its place."""
@@ -304,6 +310,24 @@ class DataConfig(SourceConfig):
 
     gan: GANDataConfig = GANDataConfig()
     """Real images with their own captions for the GAN; none means the run's own data."""
+    buckets: bool = False
+    """Resize and crop each image to the nearest of several sizes about the model's area, from 1:2
+    to 2:1, in place of one; every batch is of one size. Reads each picture's size at the start."""
+
+    @model_validator(mode="after")
+    def _buckets_of_images(self) -> Self:
+        if self.buckets and (self.source in (None, "prompts_file", "pairs_dir") or self.streaming):
+            got = f"{self.dataset_name!r} streamed" if self.streaming else self.source
+            raise ValueError(
+                "data.buckets: expected images by number (--data.train_data_dir, .tar_shards, or "
+                f".dataset_name without .streaming), got {got}. Leave it out, or name such a source"
+            )
+        if self.buckets and self.gan.source is not None:
+            raise ValueError(
+                "data.buckets: expected no data.gan (its images have one size, so the "
+                f"discriminator would learn sizes), got {self.gan.source}. Leave one of them out"
+            )
+        return self
 
 
 class RunConfig(TrainConfig, TeacherOptions):

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from stepdistill.storage.bundled import config_file
 from stepdistill.storage.files import one_line
 
 MAX_BYTES = 1 << 20
@@ -34,12 +35,11 @@ _Loader.add_implicit_resolver(_BOOL, re.compile(r"true|True|TRUE|false|False|FAL
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
+    Args: path: of the file, or a name such as dmd2 or sdxl of configs/.
     Errors: ValueError with file and line for a missing file, another shape, a key said twice, or
         more or deeper values than any options have.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"--config: expected a YAML file, got {str(path)!r}, which is not there.")
+    file = config_file(path)
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes, got {file.stat().st_size}.")
     try:

@@ -35,6 +35,7 @@ class Role:
     as_flow: read the output as velocity at (x, num_train_timesteps * t), whatever the teacher
         predicted (InstaFlow's raw set-up).
     features: blocks a head reads, by the family's names ("mid" exists everywhere, ("all",) is all).
+    heads_per_block: logits of each of these blocks, every one by a head of its own.
     """
 
     source: Literal["teacher", "head"] = "teacher"
@@ -43,6 +44,7 @@ class Role:
     extra_inputs: tuple[str, ...] = ()
     as_flow: bool = False
     features: tuple[str, ...] = ()
+    heads_per_block: int = 1
 
 
 class Scorer(Protocol):
@@ -72,7 +74,7 @@ class Nets(Protocol):
     def __getitem__(self, role: str) -> Denoiser: ...
 
     def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
-        """(B, K) logits of a discriminator head on captured features."""
+        """(B, K) logits of a discriminator's heads on captured features."""
         ...
 
     def images(self, latents: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from stepdistill.core.path import NoisePath
+
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
     """t' = k t / (1 + (k - 1) t): noise-to-signal ratio times k (SD3's resolution shift).
@@ -34,6 +36,27 @@ def uniform_grid(num_steps: int, shift: float = 1.0) -> tuple[float, ...]:
         raise ValueError(f"uniform_grid: expected num_steps >= 1, got {num_steps}.")
     grid = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
     return tuple(shift_times(grid, shift).tolist())
+
+
+def snapped_grid(path: NoisePath, num_steps: int, shift: float = 1.0) -> tuple[float, ...]:
+    """`uniform_grid`, each time moved to the nearest one that the teacher knows.
+
+    Errors: ValueError where two of them fall on one, as all below sigma_min do on a VE path.
+    """
+
+    def grid(count: int) -> tuple[float, ...]:
+        times = torch.tensor(uniform_grid(count, shift), dtype=torch.float64)
+        return tuple(path.snap(times).tolist())
+
+    times = grid(num_steps)
+    if len(set(times)) < num_steps:
+        most = next(n for n in range(num_steps - 1, 0, -1) if len(set(grid(n))) == n)
+        raise ValueError(
+            f"num_steps: expected at most {most}, got {num_steps}: of those times "
+            f"{num_steps - len(set(times))} fall on others, as the nearest that the teacher was "
+            f"trained at. Set {most} or fewer."
+        )
+    return times
 
 
 def uniform_times(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

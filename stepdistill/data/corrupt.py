@@ -27,15 +27,17 @@ class CorruptItemError(Exception):
 
 def first_item(dataset: Any) -> dict[str, Any]:
     """The first item that can be read. Errors: ValueError where the first hundred can't."""
+    bad: list[str] = []
     for index in range(min(len(dataset), _TRIES)):
         try:
             item: dict[str, Any] = dataset[index]
-        except CorruptItemError:
+        except CorruptItemError as err:
+            bad.append(str(err))
             continue
         return item
     raise ValueError(
         f"train_dataset: expected readable items, got none among the first {_TRIES} of "
-        f"{type(dataset).__name__}."
+        f"{type(dataset).__name__}: {bad[:TOLD]}."
     )
 
 

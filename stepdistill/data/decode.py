@@ -14,7 +14,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from stepdistill.data.corrupt import CorruptItemError
@@ -22,7 +22,7 @@ from stepdistill.data.corrupt import CorruptItemError
 # Pillow's formats, and the endings of file names that are taken for pictures.
 FORMATS = {
     "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "MPO": (),  # JPEG files of some cameras
     "WEBP": (".webp",),
     "BMP": (".bmp",),
@@ -31,13 +31,18 @@ FORMATS = {
     "AVIF": (".avif",),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# Endings of other pictures, which are left out with a word.
+_OTHER = "heic heif jxl jp2 j2k jpx psd svg eps ico tga ppm pgm pbm pnm pcx dds exr hdr dng cr2 cr3"
+OTHER_SUFFIXES = frozenset(f".{name}" for name in _OTHER.split())
+Size = tuple[int, int]  # height, width in px
 MAX_PIXELS = 8192 * 8192  # 200 MB as RGB; a file of a few kB can claim any size
 BACKGROUND = "white"  # what shows through transparent pixels, as on a page
 _RULES = 2  # version of what is made of a file, part of the names of cached latents
 
 
-def decode_image(data: bytes, name: str, size_px: int | None) -> Tensor:
-    """(3, H, W) float32 in [-1, 1]; with size_px, resized and centre-cropped to a square.
+def decode_image(data: bytes, name: str, size_px: int | Size | None) -> Tensor:
+    """(3, H, W) float32 in [-1, 1]; with size_px (a square's side, or H and W), resized until it
+    covers that size and cropped to its middle.
 
     Turned by its EXIF orientation; 16 bits a channel scaled, floats taken as [0, 1]; transparent
     pixels over BACKGROUND; of an animation the first frame, said once.
@@ -45,7 +50,7 @@ def decode_image(data: bytes, name: str, size_px: int | None) -> Tensor:
         MAX_PIXELS, or floats outside [0, 1].
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_known()) as image:
+        with Image.open(io.BytesIO(data), formats=known_formats()) as image:
             rows, columns = image.height, image.width
             if rows * columns > MAX_PIXELS:
                 raise ValueError(f"{columns} x {rows} px")
@@ -55,23 +60,47 @@ def decode_image(data: bytes, name: str, size_px: int | None) -> Tensor:
     except Exception as err:  # decoders raise whatever broken bytes make them stumble over
         raise CorruptItemError(name) from err
     if size_px is not None:
-        shown = ImageOps.fit(shown, (size_px, size_px), Image.Resampling.LANCZOS)
+        height, width = (size_px, size_px) if isinstance(size_px, int) else size_px
+        shown = ImageOps.fit(shown, (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1).float()
     return pixels / 127.5 - 1.0
 
 
-def image_content(data: bytes, size_px: int | None) -> str:
+def picture_size(data: bytes) -> Size:
+    """(H, W) in px of a picture file as it is shown; the file's first bytes may be enough.
+
+    Errors: OSError, ValueError or another of Pillow's where they tell none.
+    """
+    with Image.open(io.BytesIO(data), formats=known_formats()) as image:
+        # Pillow would decode a whole PNG to look for EXIF data at its end.
+        exif = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()
+        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def image_content(data: bytes, size_px: int | Size | None) -> str:
     """A name for what `decode_image` makes of these bytes."""
-    return hashlib.sha256(data + f"|{size_px}|{_RULES}".encode()).hexdigest()
+    if isinstance(size_px, tuple):
+        height, width = size_px
+        told = str(height) if height == width else f"{height}x{width}"
+    else:
+        told = str(size_px)
+    return hashlib.sha256(data + f"|{told}|{_RULES}".encode()).hexdigest()
 
 
-def is_picture(name: str) -> bool:
+def is_picture(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:
     """Whether a file of that name is taken for a picture: by its ending, hidden ones never."""
     base = name.rpartition("/")[2]
-    return not base.startswith(".") and base[base.rfind(".") :].lower() in IMAGE_SUFFIXES
+    return not base.startswith(".") and base[base.rfind(".") :].lower() in suffixes
 
 
-def _known() -> list[str]:
+def readable_suffixes() -> frozenset[str]:
+    """Those of IMAGE_SUFFIXES whose format the Pillow that is installed can read."""
+    return frozenset(suffix for name in known_formats() for suffix in FORMATS[name])
+
+
+def known_formats() -> list[str]:
+    """Those of FORMATS that the Pillow which is installed can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

@@ -7,12 +7,13 @@ by skipping.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepdistill.data.captions import caption_of, label_of
 from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.rows import RowStream
@@ -37,11 +38,20 @@ class Columns:
     """Which columns of a dataset are its image and its caption or label.
 
     Args: image: column of images; one that is not there means prompts alone. key: what is told
-        beside an image: "prompt", "label" or "none".
-    Errors: ValueError where a column that is needed is not there.
+        beside an image: "prompt", "label" or "none". features: the columns' types where they are
+        known. num_labels: of the model, where it is known.
+    Errors: ValueError where a column that is needed is not there, or has values of another type.
     """
 
-    def __init__(self, names: list[str], image: str, caption: str, key: str) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        image: str,
+        caption: str,
+        key: str,
+        features: Mapping[str, Any] | None = None,
+        num_labels: int | None = None,
+    ) -> None:
         if key == "none" and image not in names:
             raise ValueError(
                 f"image_column: expected one of {sorted(names)}, got {image!r}. "
@@ -52,8 +62,10 @@ class Columns:
                 f"caption_column: expected one of {sorted(names)}, got {caption!r}. "
                 "Name the column of captions (or labels): --data.caption_column."
             )
+        if key != "none" and features is not None:
+            _check_type(caption, features[caption], key)
         self.image = image if image in names else None
-        self.caption, self.key = caption, key
+        self.caption, self.key, self.num_labels = caption, key, num_labels
 
     @property
     def wanted(self) -> list[str]:
@@ -64,12 +76,12 @@ class Columns:
         """{"prompt"} or {"label"} of a row. Errors: CorruptItemError where it has none."""
         if self.key == "none":
             return {}
-        value = row[self.caption]
-        if self.key == "label" and isinstance(value, int):
-            return {"label": value}
-        if self.key == "prompt" and isinstance(value, str) and value.strip():
-            return {"prompt": value.strip()}
-        raise CorruptItemError(name)
+        try:
+            if self.key == "label":
+                return {"label": label_of(row[self.caption], self.num_labels)}
+            return {"prompt": caption_of(row[self.caption])}
+        except ValueError as err:
+            raise CorruptItemError(f"{name} ({self.caption}: {err})") from err
 
     def image_bytes(self, row: dict[str, Any], name: str) -> tuple[bytes, str] | None:
         """The row's image file and its name. Errors: CorruptItemError where it can't be read."""
@@ -82,6 +94,20 @@ class Columns:
             return (found["bytes"] or Path(path).read_bytes()), named
         except (OSError, TypeError, KeyError) as err:
             raise CorruptItemError(name) from err
+
+
+def _check_type(column: str, feature: Any, key: str) -> None:
+    """Errors: ValueError where a column's type holds no captions (or labels)."""
+    inner = getattr(feature, "feature", feature)  # of a list
+    dtype = str(getattr(inner, "dtype", type(inner).__name__))
+    texts, numbers = ("string", "large_string"), dtype.startswith(("int", "uint"))
+    fits = (numbers or dtype in texts) and inner is feature if key == "label" else dtype in texts
+    if not fits and dtype != "null":
+        rule = "class labels" if key == "label" else "texts, or lists of texts"
+        raise ValueError(
+            f"caption_column: expected a column of {rule}, got {column!r} of "
+            f"{' '.join(str(feature).split())[:100]}. Name another: --data.caption_column."
+        )
 
 
 def load_rows(
@@ -165,10 +191,17 @@ class HubDataset(Source):
     """A downloaded split: rows by number, in Arrow files that are mapped and not read."""
 
     def __init__(
-        self, found: Any, size_px: int | None, image: str, caption: str, key: str = "prompt"
+        self,
+        found: Any,
+        size_px: int | None,
+        image: str,
+        caption: str,
+        key: str = "prompt",
+        num_labels: int | None = None,
     ) -> None:
         super().__init__(size_px)
-        self.columns = Columns(found.column_names, image, caption, key)
+        told = (found.features, num_labels)
+        self.columns = Columns(found.column_names, image, caption, key, *told)
         self.rows = undecoded(found, self.columns)
         self._origin = (found.info.dataset_name, found.info.config_name, found._fingerprint)
         self._texts = found.select_columns([caption]) if key != "none" else None
@@ -184,7 +217,7 @@ class HubDataset(Source):
         row = {} if self._texts is None else self._texts[index]
         return self.columns.condition(row, f"row {index}")
 
-    def image_bytes(self, index: int) -> tuple[bytes, str] | None:
+    def image_bytes(self, index: int, most: int = -1) -> tuple[bytes, str] | None:
         if self.columns.image is None:
             return None
         return self.columns.image_bytes(self.rows[index], f"row {index}")
@@ -206,9 +239,10 @@ class HubStream(RowStream):
         key: str = "prompt",
         buffer: int = 4096,
         split: str = "train",
+        num_labels: int | None = None,
     ) -> None:
         names = found.rows.column_names or list(next(iter(found.rows)))
-        self.columns = Columns(names, image, caption, key)
+        self.columns = Columns(names, image, caption, key, found.rows.features, num_labels)
         self.size_px, self.buffer = size_px, buffer
         self._found = undecoded(found.rows, self.columns)
         told = self.columns.wanted[-1]  # the caption where there is one: few bytes a row

@@ -4,79 +4,40 @@
 
 from __future__ import annotations
 
-import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from torch.utils.data import Dataset
 
+from stepdistill.data.captions import label_of
 from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.lines import LineFile
+from stepdistill.data.metadata import FolderCaptions
 from stepdistill.data.paths import labelled_paths, plain_paths
 from stepdistill.data.source import Source
 
 
-class CaptionFile(Sequence[tuple[Path, str]]):
-    """(file, caption) of each line of an image folder's metadata.jsonl, read as they are needed.
-
-    Errors: ValueError for a line that is no object of file_name and text, and for a file that is
-        outside the folder or not there: all lines are looked at when it is opened.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.file = root, root / "metadata.jsonl"
-        if not self.file.is_file():
-            raise ValueError(
-                f"train_data_dir: expected {root}/metadata.jsonl with file_name and text, got none."
-            )
-        self.lines = LineFile(self.file, "train_data_dir")
-        inside = root.resolve()
-        for number, line in enumerate(self.lines, 1):
-            path, _ = self._parse(line, number)
-            if inside not in path.resolve().parents:
-                raise ValueError(f"{self.file}: expected files inside {root}, got {path}.")
-            if not path.is_file():
-                raise ValueError(f"{self.file}: expected every file to exist, got no {path}.")
-
-    def _parse(self, line: str, number: int) -> tuple[Path, str]:
-        try:
-            row = json.loads(line)
-            return self.root / row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError) as err:
-            raise ValueError(
-                f"{self.file}:{number}: expected an object with file_name and text, got {err!r}."
-            ) from err
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[Path, str]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[Path, str]]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._parse(self.lines[index], index + 1)
-
-    def __iter__(self) -> Iterator[tuple[Path, str]]:
-        return (self._parse(line, number) for number, line in enumerate(self.lines, 1))
-
-
 class ImageFolderDataset(Source):
-    """Images with captions (metadata.jsonl: file_name, text), labels (sub-folders) or neither.
+    """Images with captions (see metadata.py), labels (sub-folders) or neither.
 
-    Args: size_px: side of the square crop; None keeps the files' size (all must agree).
-        labels: read sub-folder names as integer class labels instead of captions.
-        plain: take all images below the folder and nothing beside them.
-    Errors: ValueError where the folder has neither form or no image.
+    Args: size_px: see `Source`. labels: read sub-folder names as integer class labels instead of
+        captions. plain: take all images below the folder and nothing beside them. column: of the
+        captions in metadata.jsonl or .csv. num_labels: of the model, where it is known.
+    Errors: ValueError where the folder has neither form or no image, and for the first row that is
+        wrong.
     """
 
     def __init__(
-        self, folder: str | Path, size_px: int | None, labels: bool = False, plain: bool = False
+        self,
+        folder: str | Path,
+        size_px: int | None,
+        labels: bool = False,
+        plain: bool = False,
+        column: str = "text",
+        num_labels: int | None = None,
     ) -> None:
         root = Path(folder)
         if not root.is_dir():
@@ -87,7 +48,9 @@ class ImageFolderDataset(Source):
         if plain:
             self.key, self.items = "", plain_paths(root)
         else:
-            self.items = labelled_paths(root) if labels else CaptionFile(root)
+            self.items = (
+                labelled_paths(root, num_labels) if labels else FolderCaptions(root, column)
+            )
         if not self.items:
             raise ValueError(f"train_data_dir: expected images, got none in {root}.")
 
@@ -104,10 +67,11 @@ class ImageFolderDataset(Source):
     def condition(self, index: int) -> dict[str, Any]:
         return {self.key: self.items[index][1]} if self.key else {}
 
-    def image_bytes(self, index: int) -> tuple[bytes, str]:
+    def image_bytes(self, index: int, most: int = -1) -> tuple[bytes, str]:
         path = self.items[index][0]
         try:
-            return path.read_bytes(), path.name
+            with path.open("rb") as file:
+                return file.read(most), path.name
         except OSError as err:
             raise CorruptItemError(path.name) from err
 
@@ -119,18 +83,22 @@ class LabelFileDataset(Dataset[dict[str, Any]]):
         self.labels = array("q", labels)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> LabelFileDataset:
-        """Errors: ValueError for an empty file or a line that is no integer."""
-        file = Path(path)
-        if not file.is_file():
-            raise ValueError(f"prompts_file: expected a file of class labels, got {str(path)!r}.")
-        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        odd = [line for line in lines if not line.isdigit()]
-        if not lines or odd:
-            raise ValueError(
-                f"prompts_file: expected one integer class label a line, got {odd[:3] or 'none'}."
-            )
-        return cls([int(line) for line in lines])
+    def from_file(cls, path: str | Path, num_labels: int | None = None) -> LabelFileDataset:
+        """Args: num_labels: of the model, where it is known.
+
+        Errors: ValueError for an empty file, or a line that is no label of the model.
+        """
+        file, labels = LineFile(path), array("q")
+        for number, line in file.numbered():
+            try:
+                labels.append(label_of(line, num_labels))
+            except ValueError as err:
+                raise ValueError(
+                    f"{path}:{number}: {err}. Correct the line, or take it out."
+                ) from err
+        if not labels:
+            raise ValueError(f"prompts_file: expected one class label a line, got none in {path}.")
+        return cls(labels)
 
     def fingerprint(self) -> str:
         """sha256 of the labels."""

@@ -1,13 +1,15 @@
 """Lines of a text file by number, without holding the file: every 64th byte offset is kept.
 
-One million prompts of a hundred bytes are 100 MB as text and 125 kB as offsets.
+One million prompts of a hundred bytes are 100 MB as text and 125 kB as offsets. Texts that are no
+lines of one file are packed end to end.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Sequence
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, overload
@@ -15,12 +17,40 @@ from typing import Any, overload
 STRIDE = 64  # lines read for one; the price of an item is a read of some kilobytes
 
 
+class Packed(Sequence[bytes]):
+    """Byte strings end to end, and where each ends: as objects they would take 50 bytes more."""
+
+    def __init__(self, values: Iterable[bytes]) -> None:
+        self._ends, packed = array("Q"), bytearray()
+        for value in values:
+            packed += value
+            self._ends.append(len(packed))
+        self._packed = bytes(packed)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self._packed[self._ends[index - 1] if index else 0 : self._ends[index]]
+
+
 class LineFile(Sequence[str]):
     """The lines of a UTF-8 text file that are not blank, without the space around them.
 
+    A byte order mark before the first is left out.
     Attributes: sha256 of the lines as a JSON list, taken while the offsets are found.
-    Errors: ValueError for a missing file, for bytes that are no UTF-8 (it names the line), and
-        where the file has changed since it was opened.
+    Errors: ValueError for a missing file, for bytes that are no UTF-8, or lines that end with a
+        carriage return alone (it names the line), and where the file has changed since it was
+        opened.
     """
 
     def __init__(self, path: str | Path, where: str = "prompts_file") -> None:
@@ -45,12 +75,18 @@ class LineFile(Sequence[str]):
 
     def _text(self, raw: bytes, number: int) -> str:
         try:
-            return raw.decode("utf-8").strip()
+            text = (raw.removeprefix(BOM_UTF8) if number == 1 else raw).decode("utf-8").strip()
         except UnicodeDecodeError as err:
             raise ValueError(
                 f"{self.where}: expected UTF-8 text, got {err} in line {number} of {self.path}. "
                 "Save the file as UTF-8."
             ) from err
+        if "\r" in text:
+            raise ValueError(
+                f"{self.path}:{number}: expected lines that end with a line feed, got carriage "
+                "returns alone. Save the file with Unix or Windows line ends."
+            )
+        return text
 
     def _stat(self) -> tuple[int, int]:
         told = self.path.stat()
@@ -76,8 +112,8 @@ class LineFile(Sequence[str]):
             )
         with self.path.open("rb") as file:  # opened anew: workers would share one position
             file.seek(self._offsets[block])
-            for raw in file:
-                line = self._text(raw, -1)
+            for number, raw in enumerate(file, 2 if self._offsets[block] else 1):  # 1: the first
+                line = self._text(raw, number)
                 if line:
                     if not left:
                         return line
@@ -85,8 +121,12 @@ class LineFile(Sequence[str]):
         raise AssertionError("an offset past the last line")
 
     def __iter__(self) -> Iterator[str]:
+        return (line for _, line in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, str]]:
+        """(its number in the file, from 1; the line) of all."""
         with self.path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 line = self._text(raw, number)
                 if line:
-                    yield line
+                    yield number, line

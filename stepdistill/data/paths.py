@@ -7,13 +7,19 @@ every data worker would come to copy.
 from __future__ import annotations
 
 import os
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
-from stepdistill.data.decode import is_picture
+from stepdistill.data.captions import label_of
+from stepdistill.data.corrupt import TOLD
+from stepdistill.data.decode import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_picture, readable_suffixes
+from stepdistill.data.lines import Packed
+
+_NOT_OURS = ("@eaDir", "__MACOSX")  # folders of thumbnails and of attributes
 
 
 class PackedPaths(Sequence[tuple[Path, int | None]]):
@@ -23,16 +29,17 @@ class PackedPaths(Sequence[tuple[Path, int | None]]):
     """
 
     def __init__(self, root: Path, names: Iterable[tuple[str, int | None]]) -> None:
-        self.root, packed = root, bytearray()
-        self._ends, self._labels = array("Q"), array("i")
-        for name, label in names:
-            packed += os.fsencode(name)
-            self._ends.append(len(packed))
-            self._labels.append(-1 if label is None else label)
-        self._packed = bytes(packed)
+        self.root, self._labels = root, array("i")
+
+        def encoded() -> Iterator[bytes]:
+            for name, label in names:
+                self._labels.append(-1 if label is None else label)
+                yield os.fsencode(name)
+
+        self._names = Packed(encoded())
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._names)
 
     @overload
     def __getitem__(self, index: int) -> tuple[Path, int | None]: ...
@@ -41,45 +48,86 @@ class PackedPaths(Sequence[tuple[Path, int | None]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        begin = self._ends[index - 1] if index else 0
-        name = os.fsdecode(self._packed[begin : self._ends[index]])
-        label = self._labels[index]
+        name, label = os.fsdecode(self._names[index]), self._labels[index]
         return self.root / name, None if label < 0 else label
 
 
-def image_names(folder: Path, deep: bool = True) -> Iterator[str]:
-    """Names of a folder's images relative to it, in the order of sorted paths.
+class LeftOut:
+    """Pictures that are not read, to be told in one line.
 
-    Hidden files and folders (._a.png, .ipynb_checkpoints) are left out.
-    Args: deep: also those of its sub-folders, which are not followed through links.
+    Attributes: why: reason -> their number and first names.
     """
+
+    def __init__(self) -> None:
+        self.why: dict[str, tuple[int, list[str]]] = {}
+
+    def add(self, why: str, name: str) -> None:
+        count, names = self.why.get(why, (0, []))
+        self.why[why] = count + 1, [*names, name][:TOLD]
+
+    def tell(self, root: Path) -> None:
+        """Warn, where there are any."""
+        for why, (count, names) in self.why.items():
+            warnings.warn(
+                f"train_data_dir: left out {count} pictures in {root} {why} ({', '.join(names)}).",
+                stacklevel=3,
+            )
+
+
+def image_names(folder: Path, left_out: LeftOut | None = None) -> Iterator[str]:
+    """Names of the images below a folder, relative to it, in the order of sorted paths.
+
+    Hidden files and folders (._a.png, .ipynb_checkpoints) are left out; links to folders are not
+    followed.
+    Args: left_out: where pictures of other formats are noted.
+    """
+    return _names(folder, "", True, LeftOut() if left_out is None else left_out)
+
+
+def _names(folder: Path, below: str, deep: bool, left_out: LeftOut) -> Iterator[str]:
+    readable = readable_suffixes()
     with os.scandir(folder) as found:
         entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
     for name, is_folder in entries:
-        if is_folder and deep and not name.startswith("."):
-            yield from (f"{name}/{below}" for below in image_names(folder / name))
-        elif not is_folder and is_picture(name):
-            yield name
+        if is_folder and deep and not name.startswith(".") and name not in _NOT_OURS:
+            yield from _names(folder / name, f"{below}{name}/", deep, left_out)
+        elif not is_folder and is_picture(name, readable):
+            yield below + name
+        elif not is_folder and is_picture(name, OTHER_SUFFIXES | IMAGE_SUFFIXES):
+            left_out.add("of formats that are not read: convert them to PNG or JPEG", below + name)
 
 
-def labelled_paths(root: Path) -> PackedPaths:
-    """Images in sub-folders named by class label. Errors: ValueError for another sub-folder."""
+def labelled_paths(root: Path, num_labels: int | None = None) -> PackedPaths:
+    """Images in sub-folders named by class label.
+
+    Args: num_labels: of the model, where it is known.
+    Errors: ValueError for another sub-folder, or a label that the model has not.
+    """
     folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
-    odd = [p.name for p in folders if not p.name.isdigit()]
+    folders = [p for p in folders if p.name not in _NOT_OURS]
+    odd = [p.name for p in folders if not (p.name.isascii() and p.name.isdigit())]
     if odd:
         raise ValueError(
             f"train_data_dir: expected sub-folders named by class label, got {odd[:3]}."
         )
+    labels, left_out = [], LeftOut()
+    for sub in folders:
+        try:
+            labels.append(label_of(sub.name, num_labels))
+        except ValueError as err:
+            raise ValueError(f"{sub}: {err}. Rename the folder, or take it out.") from err
     names = (
-        ((f"{sub.name}/{name}", int(sub.name)) for name in image_names(sub, deep=False))
-        for sub in folders
+        ((name, label) for name in _names(sub, f"{sub.name}/", False, left_out))
+        for sub, label in zip(folders, labels, strict=True)
     )
-    return PackedPaths(root, chain.from_iterable(names))
+    found = PackedPaths(root, chain.from_iterable(names))
+    left_out.tell(root)
+    return found
 
 
 def plain_paths(root: Path) -> PackedPaths:
     """All images below a folder, without labels."""
-    return PackedPaths(root, ((name, None) for name in image_names(root)))
+    left_out = LeftOut()
+    found = PackedPaths(root, ((name, None) for name in image_names(root, left_out)))
+    left_out.tell(root)
+    return found

@@ -16,7 +16,9 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from stepdistill.core.context import stable_seed
+from stepdistill.data.captions import one_caption
 from stepdistill.data.corrupt import TOLD, CorruptItemError
+from stepdistill.data.decode import Size
 from stepdistill.data.substreams import Substreams
 
 _TRIES = 100
@@ -26,10 +28,12 @@ Item = tuple[int, dict[str, Any], list[str]]
 class RowStream(ABC):
     """Rows that come in an order of their own, the same for the same (seed, epoch).
 
-    Attributes: shards: rows of each shard that can be read by itself. known: as in `Source`.
+    Attributes: shards: rows of each shard that can be read by itself. size_px, known: as in
+        `Source`.
     """
 
     shards: Sequence[int]
+    size_px: int | Size | None = None
     known: Callable[[str], bool] | None = None
 
     def __len__(self) -> int:
@@ -82,12 +86,13 @@ class RowStream(ABC):
 
     def first(self) -> dict[str, Any]:
         """The first item that can be read."""
+        bad: list[str] = []
         for row in self.rows():
             try:
                 return self.decode(row)
-            except CorruptItemError:
-                continue
-        raise ValueError("train_dataset: expected readable items, got none.")
+            except CorruptItemError as err:
+                bad = [*bad, str(err)][:TOLD]
+        raise ValueError(f"train_dataset: expected readable items, got none: {bad}.")
 
     def share(
         self, batch: int, seed: int, rank: int, world_size: int, start: int
@@ -126,7 +131,8 @@ class _Substream:
         bad: list[str] = []
         for row in self._from(position):
             try:
-                return position, self._source.decode(row), bad
+                item = self._source.decode(row)
+                return position, one_caption(item, self._substreams.seed, position), bad
             except CorruptItemError as err:
                 bad.append(str(err))
                 if len(bad) > _TRIES:

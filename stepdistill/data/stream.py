@@ -9,13 +9,18 @@ batches go to workers in turn, so nothing depends on their number either.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from stepdistill.core.stopping import STOP_SIGNALS
+from stepdistill.data.buckets import BucketOrder
+from stepdistill.data.captions import caption_of, one_caption
 from stepdistill.data.corrupt import CorruptLog, first_item, good_item
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.lines import LineFile
@@ -23,19 +28,27 @@ from stepdistill.data.order import EpochOrder
 from stepdistill.data.rows import RowStream
 from stepdistill.data.source import Source
 
-# A cluster that wants its machine back sends these, often to a run's data workers too.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # What a dataset's item keys give a batch.
 FIELDS = {"prompt": "cond", "label": "cond", "image": "x0", "x0": "x0", "noise": "noise"}
 
 
 class PromptDataset(Dataset[dict[str, Any]]):
-    """Prompts (or class labels) only. Errors: ValueError where there is none."""
+    """Prompts (or class labels) only; a list of captions in a prompt's place is drawn from.
+
+    Errors: ValueError where there is none, or one is neither text nor number nor such a list.
+    """
 
     def __init__(self, prompts: Sequence[Any], where: str = "train_dataset") -> None:
         if not len(prompts):
             raise ValueError(f"{where}: expected at least one prompt, got none.")
         self.prompts = prompts if isinstance(prompts, LineFile) else list(prompts)
+        for number, prompt in enumerate(prompts if self.prompts is not prompts else ()):
+            if isinstance(prompt, Integral) or prompt == "":  # labels; the empty prompt
+                continue
+            try:
+                caption_of(prompt)
+            except ValueError as err:
+                raise ValueError(f"{where}: {err}, prompt {number}. Correct it.") from err
 
     @classmethod
     def from_file(cls, path: str | Path) -> PromptDataset:
@@ -80,9 +93,10 @@ def as_dataset(data: Any, where: str = "train_dataset") -> Any:
 
 
 def sample_item(dataset: Any) -> dict[str, Any]:
-    """One readable item of a dataset, without its file's hash."""
+    """One readable item of a dataset, without its file's hash, and of captions the first."""
     item = dataset.first() if isinstance(dataset, RowStream) else first_item(dataset)
-    return {key: value for key, value in item.items() if key != "content"}
+    item = one_caption(item, 0, 0)
+    return {key: value for key, value in item.items() if key not in ("content", "size")}
 
 
 def provided_fields(dataset: Any) -> frozenset[str]:
@@ -106,7 +120,7 @@ class StreamSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
-        order: EpochOrder | None = None,
+        order: EpochOrder | BucketOrder | None = None,
     ) -> None:
         self.batch, self.rank, self.world_size, self.start = batch, rank, world_size, start
         self.order = EpochOrder(size, seed) if order is None else order
@@ -140,7 +154,23 @@ class _Indexed(Dataset[Row]):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, placed: tuple[int, int]) -> Row:  # type: ignore[override]
-        return good_item(self.dataset, placed[1], self.seed, placed[0])
+        position, row = placed
+        data: Any = self.dataset
+        if isinstance(data, Source) and data.has_buckets:
+            data = _OfOneSize(data, data.size_of(row))  # also what may replace the row
+        row, item, bad = good_item(data, row, self.seed, position)
+        return row, one_caption(item, self.seed, position), bad
+
+
+class _OfOneSize:
+    def __init__(self, source: Source, size: Any) -> None:
+        self.source, self.size = source, size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source.item(index, self.size)
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Any]:
@@ -153,6 +183,12 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
     for key in dict.fromkeys(key for _, item, _ in rows for key in item):
         values = [item.get(key) for _, item, _ in rows]
         if all(isinstance(value, torch.Tensor) for value in values) and key != "label":
+            shapes = {tuple(value.shape) for value in values}  # type: ignore[union-attr]
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"train_dataset: expected {key} of one shape in a batch, got {sorted(shapes)}. "
+                    "Give them all one size."
+                )
             raw[key] = torch.stack(values)  # type: ignore[arg-type]
         else:
             raw[key] = values
@@ -161,7 +197,7 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _ignore_stop_signals(_worker: int) -> None:
     """The run ends its workers itself, once it has finished the step and saved."""
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -189,14 +225,26 @@ def stream(
         share = dataset.share(batch, seed, rank, world_size, start)
         loader = DataLoader(share, batch_size=None, collate_fn=collate, **options)
     else:
-        order = dataset.order(seed) if isinstance(dataset, Source) else None
+        order: EpochOrder | BucketOrder | None = None
+        if isinstance(dataset, Source):
+            order = dataset.bucket_order(seed, batch * world_size) or dataset.order(seed)
         sampler = StreamSampler(len(dataset), batch, seed, rank, world_size, start, order)
         placed = _Placed(sampler)
         data = _Indexed(dataset, seed)
         loader = DataLoader(data, batch_sampler=placed, collate_fn=collate, **options)
     corrupt = CorruptLog() if corrupt is None else corrupt
     corrupt.possible = isinstance(dataset, Source | RowStream)
-    return _counted(iter(loader), corrupt)
+    return _counted(_workers_die_quietly(loader), corrupt)
+
+
+def _workers_die_quietly(loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
+    """The loader's iterator. A worker that is killed is noticed where its batch is asked for: torch
+    would have its signal raise an error wherever the run is, in the midst of an update too."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
+    return batches
 
 
 def _counted(batches: Iterable[dict[str, Any]], corrupt: CorruptLog) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ import json
 import tarfile
 import warnings
 from bisect import bisect_right
+from codecs import BOM_UTF8
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -23,18 +24,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stepdistill.data.captions import LONGEST, caption_of, label_of, read_json
 from stepdistill.data.corrupt import TOLD, CorruptItemError
 from stepdistill.data.decode import IMAGE_SUFFIXES
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.order import EpochOrder
 from stepdistill.data.source import Source
-from stepdistill.storage.files import write_atomic, write_text
+from stepdistill.storage.files import one_line, write_atomic, write_text
 
 _CAPTIONS = (".txt", ".json", ".cls")
 # Columns of an index: offset and bytes of the image, of the caption, and which caption it is.
 _COLUMNS = 5
 _UNTOLD = -1
-_LONGEST = 1 << 20  # bytes of a caption
 _EMPTY = 128  # bytes of an array file without rows, which can't be mapped
 
 
@@ -123,9 +124,10 @@ class TarDataset(Source):
         column: str = "text",
         window: int = 4096,
         index_dir: str | Path | None = None,
+        num_labels: int | None = None,
     ) -> None:
         super().__init__(size_px)
-        self.key, self.column, self.window = key, column, window
+        self.key, self.column, self.window, self.num_labels = key, column, window, num_labels
         self.shards = expand_shards(shards)
         self._folder = None if index_dir is None else Path(index_dir)
         found = [self._index(path) for path in self.shards]
@@ -181,21 +183,22 @@ class TarDataset(Source):
             return {}
         path, number, (_, _, offset, size, kind) = self._row(index)
         name = f"{path.name}:{number}"
-        if size > _LONGEST:
-            raise CorruptItemError(name)
         try:
-            text = _read(path, offset, size).decode("utf-8").strip()
-            found = json.loads(text)[self.column] if _CAPTIONS[kind] == ".json" else text
-            if kind == _UNTOLD or not isinstance(found, str | int):
-                raise ValueError(found)
-            return {"label": int(found)} if self.key == "label" else {"prompt": str(found)}
+            if kind == _UNTOLD or size > LONGEST:
+                raise ValueError(f"{size:,} bytes" if size else "none")
+            found: Any = _read(path, offset, size).removeprefix(BOM_UTF8).decode("utf-8")
+            if _CAPTIONS[kind] == ".json":
+                found = read_json(found)[self.column]
+            if self.key == "label":
+                return {"label": label_of(found, self.num_labels)}
+            return {"prompt": caption_of(found)}
         except (OSError, ValueError, KeyError, TypeError) as err:
-            raise CorruptItemError(name) from err
+            raise CorruptItemError(f"{name} (its {self.key}: {one_line(err)})") from err
 
-    def image_bytes(self, index: int) -> tuple[bytes, str]:
+    def image_bytes(self, index: int, most: int = -1) -> tuple[bytes, str]:
         path, number, (offset, size, _, _, _) = self._row(index)
         name = f"{path.name}:{number}"
         try:
-            return _read(path, offset, size), name
+            return _read(path, offset, min(size, most) if most >= 0 else size), name
         except OSError as err:
             raise CorruptItemError(name) from err

@@ -20,7 +20,7 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from stepdistill.storage.folders import replacing
+from stepdistill.storage.folders import refuse_foreign, replacing
 from stepdistill.testing.identity_vae import identity_vae
 
 from .data import IMAGE_PX, Split
@@ -120,6 +120,7 @@ def load_or_train_teacher(
         content = json.loads(marker.read_text())
         if content["key"] == config.key():
             return Teacher(folder, TrainingRecord(**content["record"]), cached=True)
+        refuse_foreign(folder, "teacher folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     return train_teacher(config, train, folder, progress)
 

@@ -18,7 +18,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from stepdistill.data.decode import known_formats
+from stepdistill.data.paths import image_names
+
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,
@@ -90,9 +92,12 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """The images below a folder, sorted by path. Errors: ValueError where there are none."""
+    """The images below a folder, sorted by path, hidden ones left out.
+
+    Errors: ValueError where there are none.
+    """
     root = Path(folder)
-    found = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES]
+    found = [root / name for name in image_names(root)] if root.is_dir() else []
     if not found:
         raise ValueError(f"reference: expected a folder with images, got none in {str(folder)!r}.")
     return found
@@ -101,7 +106,7 @@ def image_files(folder: str | Path) -> list[Path]:
 def open_image(path: Path, where: str = "reference") -> Image.Image:
     """A grey or RGB image. Errors: ValueError naming a file that is none."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=known_formats()) as image:
             return image.convert("L" if image.mode in ("L", "1") else "RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as err:
         raise ValueError(f"{where}: expected an image, got {path} ({err}). Remove it.") from err

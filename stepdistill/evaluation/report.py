@@ -19,6 +19,7 @@ from stepdistill.reporting.values import Measured, counted
 from .metrics import COST, LOOK, METRICS, OVER_TIME, QUALITY, System
 from .protocol import images_text, protocol_line
 
+FILES = ("report.json", "report.csv", "report.html", "report.png")
 REFERENCES = {"real": "real images", "teacher": "the teacher's images"}
 Key = tuple[str, str, str]  # metric, network, reference
 

@@ -19,6 +19,7 @@ from stepdistill.core.method import Scorer
 from stepdistill.data.lines import LineFile
 from stepdistill.families.family import Family
 from stepdistill.families.registry import teacher_facts
+from stepdistill.storage.ranks import agreed, refusing_together
 
 from .collect import Drawing, Lens, draw_into, read_into
 from .features import FEATURES, FeatureNet, feature_net
@@ -35,6 +36,7 @@ from .videos import DEFAULT_FRAMES, check_video, first_frames, shown_of
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@refusing_together()
 def evaluate(
     options: Options,
     nets: Sequence[FeatureNet] | None = None,
@@ -55,6 +57,8 @@ def evaluate(
     check_counts(options, prompts, files)
     if nets is None:
         check_features(options.features)
+    agreed(lambda: None)  # that no process refuses its machine's files
+    if nets is None:
         nets = [feature_net(text, state.device) for text in options.features]
         check_distinct("names", [net.name for net in nets])
     judges = Judges.of(options, scorers or {}, state.device)

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.data.images import CaptionFile
+from stepdistill.data.captions import all_captions
+from stepdistill.data.metadata import FolderCaptions
 
 from .images import open_image
 
@@ -49,7 +50,7 @@ class FirstFrame:
 
 
 def first_frames(folder: str) -> list[FirstFrame]:
-    """Those of a folder's metadata.jsonl (file_name, text).
+    """Those of a folder's metadata.jsonl (file_name, text), of several captions with the first.
 
     Errors: ValueError where there is none, or for a wrong line.
     """
@@ -60,8 +61,8 @@ def first_frames(folder: str) -> list[FirstFrame]:
             f"{folder!r}."
         )
     return [
-        FirstFrame(text, path, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
-        for path, text in CaptionFile(root)
+        FirstFrame(all_captions(told)[0], path, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+        for path, told in FolderCaptions(root)
     ]
 
 

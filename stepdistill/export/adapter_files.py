@@ -13,8 +13,7 @@ from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from stepdistill.export.lora import LORA_FILE, PEFT_FILE
-from stepdistill.export.lora_formats import Lora
+from stepdistill.export.lora_formats import LORA_FILE, PEFT_FILE, Lora, alpha_key_of
 
 METADATA = "lora_adapter_metadata"
 _SIDES = (
@@ -29,6 +28,7 @@ class AdapterFile:
     """One LoRA file: adapters by the stem of their keys, and how the file tells their alpha.
 
     config: LoRA config by component prefix ("" in PEFT's folder), empty where the file has none.
+    alpha_key: what stands behind a stem in the name of its alpha.
     """
 
     path: Path
@@ -36,6 +36,7 @@ class AdapterFile:
     adapters: dict[str, Lora]
     config: dict[str, dict[str, Any]]
     metadata: dict[str, str] = field(default_factory=dict)
+    alpha_key: str = ".alpha"
 
     @property
     def tells_alpha(self) -> str:
@@ -61,10 +62,10 @@ def read_adapters(place: Path) -> AdapterFile:
     sides = next((s for s in _SIDES if any(n.endswith(s[0]) for n in tensors)), None)
     if sides is None:
         raise ValueError(f"merge: expected LoRA keys in {path}, got {sorted(tensors)[:2]}.")
-    adapters = {}
+    adapters, alpha_key = {}, alpha_key_of(tensors)
     for stem in [n.removesuffix(sides[0]) for n in tensors if n.endswith(sides[0])]:
         down, up = tensors.pop(stem + sides[0]), tensors.pop(stem + sides[1], None)
-        alpha = tensors.pop(f"{stem}.alpha", None)
+        alpha = tensors.pop(stem + alpha_key, None)
         if up is None:
             raise ValueError(f"merge: expected both factors of {stem} in {path}, got one.")
         told = _alpha(stem, down.shape[0], config) if alpha is None else float(alpha)
@@ -73,7 +74,7 @@ def read_adapters(place: Path) -> AdapterFile:
         raise ValueError(
             f"merge: expected a plain LoRA in {path}, got {sorted(tensors)[:2]} beside it."
         )
-    return AdapterFile(path, sides, adapters, config, metadata)
+    return AdapterFile(path, sides, adapters, config, metadata, alpha_key)
 
 
 def _file_at(place: Path) -> Path:
@@ -118,3 +119,18 @@ def _alpha(stem: str, rank: int, configs: Mapping[str, dict[str, Any]]) -> float
     pattern = config.get("alpha_pattern") or {}
     alpha = float(pattern.get(get_pattern_key(pattern, module), config["lora_alpha"]))
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def adapter_config(base: Mapping[str, Any], adapters: Mapping[str, Lora]) -> dict[str, Any]:
+    """`base` with the rank and alpha of each module; the commonest ones are the default's."""
+    ranks = {module: lora.down.shape[0] for module, lora in adapters.items()}
+    alphas = {module: lora.alpha for module, lora in adapters.items()}
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    return {
+        **base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+        "use_rslora": False,
+    }

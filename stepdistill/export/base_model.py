@@ -7,16 +7,13 @@ reached, and left None where neither says: nothing is guessed.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import ModelCard, hf_hub_download
 
-_SNAPSHOT = re.compile(r"models--(.+?)--(.+?)/snapshots/([0-9a-f]{40})")
-_UNREACHABLE = (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError)
+from stepdistill.loading.identity import SNAPSHOT, UNREACHABLE, commit_of
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,13 @@ def base_model(model: str | None, revision: str | None = None) -> BaseModel:
         return BaseModel(None, None, None, {})
     path = Path(model)
     if path.exists():
-        cached = _SNAPSHOT.search(path.absolute().as_posix())
+        cached = SNAPSHOT.search(path.absolute().as_posix())
         hub_id = f"{cached[1]}/{cached[2]}" if cached else None
         card = path / "README.md"
         licence = _licence(card) if card.is_file() else {}
         commit = cached[3] if cached else None
         return BaseModel(hub_id, commit, None if commit else weights_sha256(path), licence)
-    return BaseModel(model, _commit(model, revision), None, _hub_licence(model, revision))
+    return BaseModel(model, commit_of(model, revision), None, _hub_licence(model, revision))
 
 
 def weights_sha256(path: Path) -> str | None:
@@ -79,20 +76,5 @@ def _licence(card: Path) -> dict[str, str]:
 def _hub_licence(model: str, revision: str | None) -> dict[str, str]:
     try:
         return _licence(Path(hf_hub_download(model, "README.md", revision=revision)))
-    except _UNREACHABLE:
+    except UNREACHABLE:
         return {}
-
-
-def _commit(model: str, revision: str | None) -> str | None:
-    """The commit of the cached files that training read, else what the Hub says now."""
-    try:
-        file = hf_hub_download(model, "model_index.json", revision=revision, local_files_only=True)
-        found = _SNAPSHOT.search(Path(file).as_posix())
-        if found:
-            return found[3]
-    except _UNREACHABLE:
-        pass
-    try:
-        return HfApi().model_info(model, revision=revision).sha
-    except _UNREACHABLE:
-        return None

@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+from stepdistill.export.tool_notes import tool_notes
+from stepdistill.reporting.markdown import code, plain
+
 
 def call_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the pipeline's call beside the prompt, from distillation.json."""
@@ -105,6 +108,22 @@ def size_text(record: Mapping[str, Any]) -> str:
     return "the model's own" if height is None else f"{height} px, not the model's own"
 
 
+def data_text(data: Mapping[str, Any] | None) -> str | None:
+    """A dataset by its facts (data.fingerprint)."""
+    if not data:
+        return None
+    return f"{data['source']}, {data['items']} items, sha256 `{data['sha256'] or 'unknown'}`"
+
+
+def changed_data(run: Mapping[str, Any]) -> str | None:
+    """At which updates the run went on with other data (--data_changed ok), and its data before."""
+    changes = (
+        f"update {change['step']}, before: {data_text(change['before'])}"
+        for change in run.get("data_changed", ())
+    )
+    return "; ".join(changes) or None
+
+
 def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, name: str) -> None:
     """README.md with Hub metadata, the snippet and the facts of the run."""
     base = record["base_model"]
@@ -116,20 +135,22 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
     run = record["run"]
     folder.joinpath("README.md").write_text(
         f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n\n"
-        f"# {name}\n\n"
-        f"{pipeline_class} distilled from `{base}` to {steps} step{'s' if steps > 1 else ''} with "
-        f"{record['method']} ([stepdistill](https://pypi.org/project/stepdistill)).\n\n"
+        f"# {plain(name)}\n\n"
+        f"{pipeline_class} distilled from {code(base)} to {steps} step{'s' if steps > 1 else ''} "
+        f"with {plain(record['method'])} ([stepdistill](https://pypi.org/project/stepdistill)).\n\n"
         f"```python\n{snippet(record, name)}\n```\n\n"
         f"{_guidance(record)} Trained times: {record['trained_times'] or 'all'}; export refuses "
         "step counts off them.\n"
         f"\n| | |\n|---|---|\n"
-        f"| method | {record['method']} |\n"
+        f"| method | {plain(record['method'])} |\n"
         f"| student updates | {run.get('step', '?')} |\n"
         f"| seed | {run.get('seed', '?')} |\n"
         f"| times | {record['times']} |\n"
         f"| size | {size_text(record)} |\n"
+        + (f"| data changed at | {changed} |\n" if (changed := changed_data(run)) else "")
         + "".join(
-            f"| merged into the teacher | `{lora_file(lora)}` at scale {lora['scale']:g} |\n"
+            f"| merged into the teacher | {code(lora_file(lora))} at scale {lora['scale']:g} |\n"
             for lora in teacher_loras(record)
         )
+        + f"\n{tool_notes(record)}"
     )

@@ -15,6 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stepdistill.export.base_model import BaseModel, base_model
+from stepdistill.export.card import changed_data, data_text
+from stepdistill.reporting.markdown import code, plain
 
 SAMPLES = "samples.png"  # a grid that training wrote beside the export
 METRICS = "metrics.json"  # {"dataset": name, "metrics": {name: number}}
@@ -30,19 +32,19 @@ def published_card(folder: Path, record: Mapping[str, Any], repo_id: str) -> str
     base = base_model(record.get("base_model"), record["run"].get("revision"))
     text = (folder / "README.md").read_text(encoding="utf-8")
     body = _HEADER.sub("", text).strip()
-    body = body.replace(f"# {folder.name}\n", f"# {repo_id.split('/')[-1]}\n", 1)
+    body = body.replace(f"# {plain(folder.name)}\n", f"# {repo_id.split('/')[-1]}\n", 1)
     body = re.sub(
-        r"```python\n.*?```", lambda m: m[0].replace(repr(folder.name), repr(repo_id)), body,
-        flags=re.DOTALL,
+        r"^```python\n.*?^```", lambda m: m[0].replace(repr(folder.name), repr(repo_id)), body,
+        flags=re.DOTALL | re.MULTILINE,
     )  # fmt: skip
     parts = [body]
     if (folder / SAMPLES).is_file():
         parts.append(f"![samples](./{SAMPLES})")
     dataset, metrics = read_metrics(folder / METRICS)
     if metrics:
-        rows = "".join(f"| {name} | {value:g} |\n" for name, value in metrics.items())
+        rows = "".join(f"| {plain(name)} | {value:g} |\n" for name, value in metrics.items())
         parts.append(
-            f"## Metrics\n\nOn {dataset}.\n\n| metric | value |\n|---|---|\n{rows}".strip()
+            f"## Metrics\n\nOn {plain(dataset)}.\n\n| metric | value |\n|---|---|\n{rows}".strip()
         )
     parts.append("## Provenance\n\n" + _provenance(record, base))
     data = _metadata(record, base, repo_id, dataset, metrics, "lora" in record)
@@ -100,13 +102,6 @@ def _metadata(
     )
 
 
-def _told(data: Mapping[str, Any] | None) -> str | None:
-    """A dataset by its facts (data.fingerprint)."""
-    if not data:
-        return None
-    return f"{data['source']}, {data['items']} items, sha256 `{data['sha256'] or 'unknown'}`"
-
-
 def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
     run = record["run"]
     data = run.get("data") or {}
@@ -115,17 +110,18 @@ def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
     seconds = run.get("seconds")
     name = base.hub_id or Path(str(record.get("base_model") or "?")).name  # no machine's paths
     rows = {
-        "base": f"`{name}`" + ("" if base.hub_id else ", a folder that is not on the Hub"),
-        "base revision": f"commit `{base.commit}`" if base.commit else None,
+        "base": code(name) + ("" if base.hub_id else ", a folder that is not on the Hub"),
+        "base revision": f"commit {code(base.commit)}" if base.commit else None,
         "base weights": f"sha256 `{base.sha256}`, when published" if base.sha256 else None,
-        "licence of the base": base.licence.get("license", "not stated in its files"),
-        "method": record["method"],
+        "licence of the base": plain(base.licence.get("license", "not stated in its files")),
+        "method": plain(record["method"]),
         "steps": record["num_inference_steps"],
         "guidance": "none" if scale is None else f"{scale:g}",
         "weights": f"averaged over training (EMA, decay {decay:g})" if decay else "last",
         "student updates": run.get("step", "unknown"),
-        "training data": _told(data) or "not recorded",
-        "real images of the GAN": _told(data.get("gan")),
+        "training data": data_text(data) or "not recorded",
+        "data changed": changed_data(run),
+        "real images of the GAN": data_text(data.get("gan")),
         "seed": run.get("seed", "unknown"),
         "wall time": "unknown" if seconds is None else f"{seconds:g} s",
         "settings": f"sha256 `{record['run_sha256']}`",

@@ -1,43 +1,50 @@
 """Write a LoRA student for stock Diffusers, or for other tools; read it back before it counts.
 
-lora      pytorch_lora_weights.safetensors for load_lora_weights, rank and alpha in its metadata:
-          without it a loader takes alpha = rank, and an adapter trained at another scale loses its
-          strength silently. Pipelines without a LoRA loader (PixArt, DiT) get PEFT's two files.
+lora      pytorch_lora_weights.safetensors for load_lora_weights. Its alpha is the rank, which
+          loaders that read no metadata take it for (ComfyUI): an adapter trained at another scale
+          loses none of its strength. Pipelines without a LoRA loader (PixArt, DiT) get PEFT's two
+          files.
 kohya, comfyui   one file with those tools' keys: see lora_formats.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft.utils import get_peft_model_state_dict
+import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.export.adapter_files import adapter_config
+from stepdistill.export.comfyui_workflow import WORKFLOW, workflow
 from stepdistill.export.lora_card import lora_code, peft_code, write_lora_card
 from stepdistill.export.lora_formats import (
+    DTYPES,
+    LORA_FILE,
     PEFT_FILE,
     PREFIX,
     Lora,
     adapters_of,
     check_format,
     check_lora,
-    diffusers_reads,
+    folded,
     read_back,
-    write_format,
+    tensors_of,
 )
-from stepdistill.export.pipeline import RECORD, check_out_dir, describe, sampler_of
+from stepdistill.export.pipeline import RECORD, describe, sampler_of
+from stepdistill.export.tool_rules import kohya_headers, modelspec, readers, tool_rules
 from stepdistill.families.family import Family
 from stepdistill.loading.original_layout import has_layout
 from stepdistill.loading.project_code import put_code
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.folders import refuse_foreign, replacing
 from stepdistill.testing.parity import Row, adapted
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_FORMATS = ("lora", *PREFIX)
 
 
@@ -49,35 +56,55 @@ def export_lora(
     facts: Mapping[str, Any],
     role: str = "student",
     format: str = "lora",
+    dtype: str = "bfloat16",
+    add: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Write the role's adapter, its scheduler's config and a card; returns the folder.
 
-    Args: format: one of LORA_FORMATS.
-    Errors: ValueError for a full student or a format that the family's network has no keys in;
-        RuntimeError where the file, read back, does not hold the adapter.
+    Beside a file that ComfyUI reads lies a workflow for it, workflow.json.
+    Args: format: one of LORA_FORMATS. dtype: of the file, one of DTYPES. add: see
+        export_pipeline.
+    Errors: ValueError for a full student, a format that the family's network has no keys in or a
+        dtype; RuntimeError where the file, read back, does not hold the adapter in that dtype.
     """
     if role in bank.nets:
         raise ValueError(
             f"export: expected a LoRA student for format {format}, got a full one. "
             "Export format pipeline."
         )
+    if dtype not in DTYPES:
+        raise ValueError(f"export: expected a dtype of {DTYPES}, got {dtype!r}.")
     if format in PREFIX:
         check_format(family, format)
-    check_out_dir(out_dir)
-    sampler = sampler_of(family, bank[role].path, spec)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file, adapters = _write(family, bank, role, out_dir, format)
-    sampler.scheduler.save_pretrained(out_dir / "scheduler")
-    code = put_code(sampler.scheduler, out_dir / "scheduler")
+    refuse_foreign(out_dir, "export")
+    path = bank[role].path
+    sampler = sampler_of(family, path, spec)
     # A student on a base of its own belongs to that one, not to the teacher.
     own = facts.get("student_base") or facts.get("model")
-    record = describe(family, spec, sampler, {**facts, "model": own})
-    record["lora"] = {"format": format, "file": file}
-    record["custom_code"] = code
-    record["lora"]["read_back"] = check_lora(family, out_dir / file, format, adapters)
-    (out_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    scheduler = type(sampler.scheduler).__name__
-    write_lora_card(out_dir, record, _code(family, record, scheduler, out_dir.name))
+    record = describe(family, spec, sampler, {**facts, "model": own}, path)
+    base: Any = bank.base_of(role)
+    adapters = folded(adapters_of(base, role), getattr(torch, dtype))
+    rules, name = tool_rules(family.net, family.reads_image), out_dir.resolve().name
+    headers = {} if rules is None else modelspec(rules, record, name)
+    with replacing(out_dir, "export") as aside:
+        aside.mkdir()
+        # Other tools call a LoRA by its file name.
+        own_name = f"{name}.safetensors"
+        file = _write(family, base.peft_config[role], adapters, aside, format, headers, own_name)
+        sampler.scheduler.save_pretrained(aside / "scheduler")
+        record["custom_code"] = put_code(sampler.scheduler, aside / "scheduler")
+        record["lora"] = {"format": format, "file": file, "dtype": dtype}
+        record["lora"]["read_back"] = check_lora(family, aside / file, format, adapters)
+        record["lora"]["readers"] = readers(rules, format)
+        settled = "comfyui" in (record["tools"] or {})
+        if rules is not None and settled and "ComfyUI" in record["lora"]["readers"]:
+            opened = json.dumps(workflow(rules, record), indent=1)
+            (aside / WORKFLOW).write_text(opened + "\n")
+        (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        scheduler = type(sampler.scheduler).__name__
+        text = _code(family, record, scheduler, out_dir.name)
+        write_lora_card(aside, record, text, out_dir.name)
+        add(aside)
     return out_dir
 
 
@@ -86,41 +113,57 @@ def lora_rows(family: Family) -> list[Row]:
     forms = LORA_FORMATS if has_layout(family.net) else ("lora",)
     rows = []
     with adapted(family) as bank, TemporaryDirectory() as folder:
+        base: Any = bank.base_of("student")
+        adapters = folded(adapters_of(base, "student"), torch.float32)
         for form in forms:
             out = Path(folder) / form
             out.mkdir()
-            file, adapters = _write(family, bank, "student", out, form)
+            name = "student.safetensors"
+            file = _write(family, base.peft_config["student"], adapters, out, form, {}, name)
             found = read_back(family, out / file, form, adapters)
             rows += [(f"lora: {form}, read back by {name}", value) for name, value in found.items()]
     return rows
 
 
 def _write(
-    family: Family, bank: RoleBank, role: str, out_dir: Path, format: str
-) -> tuple[str, dict[str, Lora]]:
-    """(name of the weight file, adapters by stock name)."""
+    family: Family,
+    config: LoraConfig,
+    adapters: Mapping[str, Lora],
+    out_dir: Path,
+    format: str,
+    headers: Mapping[str, str],
+    own_name: str,
+) -> str:
+    """The name of the weight file.
+
+    Args: adapters: see `folded`; headers, own_name: of other tools' files.
+    """
     if format in PREFIX:
-        file = f"{out_dir.resolve().name}.safetensors"  # other tools call a LoRA by its file name
-        return file, write_format(bank, role, format, out_dir / file)
-    base: Any = bank.base_of(role)
-    pipeline: Any = family.pipeline
-    state = get_peft_model_state_dict(base, adapter_name=role)
-    config = base.peft_config[role]
+        told = {"format": "pt", **headers}
+        if format == "kohya":
+            told |= kohya_headers(adapters)
+        save_file(tensors_of(adapters, family.net, format), out_dir / own_name, metadata=told)
+        return own_name
+    state = {}
+    for name, lora in adapters.items():
+        state[f"{name}.lora_A.weight"] = lora.down.contiguous()
+        state[f"{name}.lora_B.weight"] = lora.up.contiguous()
+    told = adapter_config(config.to_dict(), adapters)
     if family.has_lora_loader():
-        type(pipeline).save_lora_weights(
+        type(family.pipeline).save_lora_weights(
             out_dir,
             **{
                 f"{family.net_name}_lora_layers": state,
-                f"{family.net_name}_lora_adapter_metadata": config.to_dict(),
+                f"{family.net_name}_lora_adapter_metadata": told,
             },
             weight_name=LORA_FILE,
             safe_serialization=True,
         )
-        return LORA_FILE, adapters_of(base, role)
-    config.save_pretrained(str(out_dir))
-    named = {f"base_model.model.{name}": value.contiguous() for name, value in state.items()}
+        return LORA_FILE
+    type(config)(**told).save_pretrained(str(out_dir))
+    named = {f"base_model.model.{name}": value for name, value in state.items()}
     save_file(named, out_dir / PEFT_FILE, metadata={"format": "pt"})
-    return PEFT_FILE, adapters_of(base, role)
+    return PEFT_FILE
 
 
 def _code(family: Family, record: Mapping[str, Any], scheduler: str, where: str) -> str | None:
@@ -128,6 +171,6 @@ def _code(family: Family, record: Mapping[str, Any], scheduler: str, where: str)
     pipeline, told = type(family.pipeline).__name__, record["lora"]
     if told["file"] == PEFT_FILE:
         return peft_code(record, pipeline, scheduler, where, family.net_name)
-    if told["format"] == "lora" or diffusers_reads(family.net, told["format"]):
+    if "diffusers" in told["read_back"]:
         return lora_code(record, pipeline, scheduler, where)
     return None

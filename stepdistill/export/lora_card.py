@@ -6,17 +6,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepdistill.export.card import load_arguments, lora_file, saving_code, teacher_loras
+from stepdistill.export.card import (
+    changed_data,
+    load_arguments,
+    lora_file,
+    saving_code,
+    teacher_loras,
+)
+from stepdistill.export.tool_notes import file_note, tool_notes
+from stepdistill.loading.single_file import is_whole
 from stepdistill.loading.source import ModelSource
+from stepdistill.reporting.markdown import code as as_code
+from stepdistill.reporting.markdown import plain
 
 
-def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[str, str]:
-    """(class to import, expression that loads the base)."""
+def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[list[str], str]:
+    """(classes to import, expression that loads the base)."""
     config = ModelSource.of_run(record["run"]).single_file_config
     base, parts = record["base_model"], load_arguments(record)
-    if config is not None:
-        return pipeline, f"{pipeline}.from_single_file({base!r}, config={config!r}{parts})"
-    return "DiffusionPipeline", f"DiffusionPipeline.from_pretrained({base!r}{parts})"
+    if config is None:
+        return ["DiffusionPipeline"], f"DiffusionPipeline.from_pretrained({base!r}{parts})"
+    if is_whole(base):
+        return [pipeline], f"{pipeline}.from_single_file({base!r}, config={config!r}{parts})"
+    name, cls = record["denoiser"]
+    return [pipeline, cls], (
+        f"{pipeline}.from_pretrained(\n    {config!r}{parts},\n    {name}={cls}.from_single_file("
+        f"{base!r}, config={config!r}, subfolder={name!r}),\n)"
+    )
 
 
 def lora_code(record: Mapping[str, Any], pipeline: str, scheduler: str, where: str) -> str:
@@ -54,11 +70,11 @@ def peft_code(
     return "\n".join([*lines, *_last(record, scheduler, where)])
 
 
-def _imports(record: Mapping[str, Any], loader: str, scheduler: str) -> list[str]:
+def _imports(record: Mapping[str, Any], loaders: list[str], scheduler: str) -> list[str]:
     if not record.get("custom_code"):
-        return [f"from diffusers import {loader}, {scheduler}"]
+        return [f"from diffusers import {', '.join([*loaders, scheduler])}"]
     return [
-        f"from diffusers import {loader}",
+        f"from diffusers import {', '.join(loaders)}",
         "from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module",
     ]
 
@@ -77,37 +93,29 @@ def _last(record: Mapping[str, Any], scheduler: str, where: str) -> list[str]:
     ]
 
 
-def tool_notes(record: Mapping[str, Any]) -> str:
-    """What to set by hand in A1111 or ComfyUI."""
-    visited = ", ".join(f"{t:g}" for t in record["visited_model_times"])
-    noise = record["kind"] == "renoise" and record["num_inference_steps"] > 1
-    return (
-        f"Put `{record['lora']['file']}` into the tool's LoRA folder and use it at strength 1 with "
-        f"{record['num_inference_steps']} steps and CFG 1 (none). The student was trained for the "
-        f"model times {visited}, "
-        f"{'with new noise at each (an LCM sampler)' if noise else 'without new noise (Euler)'}: "
-        "choose a schedule that visits them.\n"
-    )
+def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None, name: str) -> None:
+    """README.md of an export called `name`.
 
-
-def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None) -> None:
-    """README.md. Args: code: Python that uses the file, or None where only other tools read it."""
+    Args: code: Python that uses the file, or None where only other tools read it.
+    """
     beside = "".join(
-        f"- `{lora_file(lora)}` at scale {lora['scale']:g}\n" for lora in teacher_loras(record)
+        f"- {as_code(lora_file(lora))} at scale {lora['scale']:g}\n"
+        for lora in teacher_loras(record)
     )
     text = (
         "---\nlibrary_name: diffusers\ntags: [diffusers, lora, stepdistill, few-step]\n---\n\n"
-        f"# {folder.name}\n\nLoRA of `{record['base_model']}` for "
-        f"{record['num_inference_steps']} steps ({record['method']}), "
-        f"format {record['lora']['format']}.\n\n"
+        f"# {plain(name)}\n\nLoRA of {as_code(record['base_model'])} for "
+        f"{record['num_inference_steps']} steps ({plain(record['method'])}), "
+        f"format {record['lora']['format']}, {record['lora']['dtype']}.\n\n"
     )
     if beside:
         text += (
             "The teacher was the base with these LoRAs merged in. This file does not hold them: "
             f"load them beside it.\n\n{beside}\n"
         )
+    if changed := changed_data(record["run"]):
+        text += f"Its data changed while it was trained, at {changed}.\n\n"
     if code is not None:
         text += f"```python\n{code}\n```\n\n"
-    if record["lora"]["format"] in ("kohya", "comfyui"):
-        text += tool_notes(record)
+    text += file_note(record) + tool_notes(record)
     folder.joinpath("README.md").write_text(text)

@@ -2,13 +2,13 @@
 
     kohya     lora_unet_NAME.lora_down.weight, .lora_up.weight, .alpha (a scalar); dots of NAME are
               underscores. A loader adds alpha / rank * up @ down.
-    comfyui   diffusion_model.NAME.lora_down.weight, .lora_up.weight. The scale is inside up: a
-              loader takes a missing alpha for 1, and some readers know no alpha here.
+    comfyui   diffusion_model.NAME.lora_down.weight, .lora_up.weight.
 
-NAME is the authors' (loading/original_layout.py); kohya trains Stable Diffusion 1 and 2, not XL, on
-Diffusers' names. ComfyUI maps `diffusion_model.NAME` onto its own `diffusion_model.NAME.weight`.
-Where the authors hold q, k and v in one matrix, three adapters of rank r become one of rank 3 r:
-down stacks theirs, up is block diagonal, and alpha grows threefold with it, so nothing is lost.
+The scale is inside up in every format and alpha is the rank: what loaders take a missing alpha
+for, and some read none. NAME is the authors' (loading/original_layout.py), but Diffusers' own where
+the tools want it: kohya of Stable Diffusion 1 and 2, comfyui of Z-Image. Where the authors hold
+q, k and v in one matrix, three adapters of rank r become one of rank 3 r: down stacks theirs, up is
+block diagonal, so nothing is lost.
 """
 
 # Shapes: r rank, O rows (outputs), I columns (inputs), *K kernel (of convolutions).
@@ -16,7 +16,8 @@ down stacks theirs, up is block diagonal, and alpha grows threefold with it, so 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stepdistill.families.family import Family
@@ -36,10 +37,14 @@ from stepdistill.loading.original_layout import (
     split,
     swap_halves,
 )
-from stepdistill.roles.rolebank import RoleBank
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 Format = Literal["kohya", "comfyui"]
 PREFIX: dict[str, str] = {"kohya": "lora_unet_", "comfyui": "diffusion_model."}
+DTYPES = ("bfloat16", "float16", "float32")
+# A1111 splits keys of an SD3 file at their last two dots and fails on NAME.alpha; sd-scripts takes
+# any key with "alpha" in it for that of the module before the first dot, and fails where none is.
+_SPLIT_ALPHA = ".lora.alpha"
 TOLERANCE = 1e-5  # of the largest entry of a delta: float32 sums in another order
 # (denoiser class, format) that Diffusers' load_lora_weights converts for any width and any choice
 # of modules. Its Flux converter has the released width written in.
@@ -52,6 +57,7 @@ _DIFFUSERS_READS = {
     ),
 }
 _FLUX_WIDTH = 3072
+_Z_IMAGE_BLOCK = re.compile(r"^(layers|\w+_refiner)\.\d+\.(attention|feed_forward)\.")
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,14 @@ def adapters_of(net: nn.Module, role: str) -> dict[str, Lora]:
     return found
 
 
+def folded(adapters: Mapping[str, Lora], dtype: torch.dtype) -> dict[str, Lora]:
+    """The same in `dtype` with alpha = rank: the scale is in up."""
+    return {
+        name: Lora(lora.down.to(dtype), (lora.up * lora.scale).to(dtype), float(len(lora.down)))
+        for name, lora in adapters.items()
+    }
+
+
 def _rows(net: Any) -> dict[str, int]:
     """Rows of each module's weight by stock name."""
     rows = {}
@@ -100,9 +114,9 @@ def _rows(net: Any) -> dict[str, int]:
 
 def places_of(net: Any, form: str) -> list[Place]:
     """Where the format's names of modules stand. Errors: see `original_layout`."""
-    places = original_layout(net)
-    unet = type(net).__name__ == "UNet2DConditionModel"
-    if form == "kohya" and unet and net.config.addition_embed_type != "text_time":
+    places, kind = original_layout(net), type(net).__name__
+    sd = kind == "UNet2DConditionModel" and net.config.addition_embed_type != "text_time"
+    if (sd and form == "kohya") or (kind == "ZImageTransformer2DModel" and form == "comfyui"):
         return [Place(part, (part,)) for place in places for part in place.parts]
     return places
 
@@ -123,14 +137,14 @@ def to_original(
 ) -> dict[str, Lora]:
     """Adapters by original name, those of one fused matrix made one.
 
-    Args: rows: of every module, also of those without an adapter.
+    Args: adapters: see `folded`. rows: of every module, also of those without an adapter.
     Errors: ValueError for an adapter of a module that the layout does not name.
     """
     out, left = {}, set(adapters)
     for place in places:
-        there = [part for part in place.parts if part in adapters]
+        there = {part: adapters[part] for part in place.parts if part in adapters}
         if there:
-            out[place.name] = _fused(place, adapters, there, rows)
+            out[place.name] = _fused(place, there, rows)
             left -= set(there)
     if left:
         raise ValueError(
@@ -140,52 +154,39 @@ def to_original(
     return out
 
 
-def _fused(
-    place: Place, adapters: Mapping[str, Lora], there: list[str], rows: Mapping[str, int]
-) -> Lora:
-    if place.parts == (there[0],):
-        only = adapters[there[0]]
-        up, alpha = swap_halves(only.up) if place.swapped else only.up, only.alpha
-        if place.name.startswith("final_layer."):
-            # Diffusers' Flux reader forgets alpha there: keep the scale in the weights.
-            up, alpha = up * only.scale, float(only.down.shape[0])
-        return Lora(only.down, up, alpha)
-    down = torch.cat([adapters[part].down for part in there], dim=0)
-    total, scale = down.shape[0], adapters[there[0]].scale
-    up = torch.zeros(sum(rows[part] for part in place.parts), total, *down.shape[2:])
+def _fused(place: Place, there: Mapping[str, Lora], rows: Mapping[str, int]) -> Lora:
+    first = next(iter(there.values()))
+    if len(place.parts) == 1:
+        return Lora(first.down, swap_halves(first.up) if place.swapped else first.up, first.alpha)
+    down = torch.cat([lora.down for lora in there.values()], dim=0)
+    shape = (sum(rows[part] for part in place.parts), len(down), *down.shape[2:])
+    up = torch.zeros(shape, dtype=down.dtype)
     row = column = 0
     for part in place.parts:
-        if part in adapters:
-            own = adapters[part]
-            rank = own.down.shape[0]
-            up[row : row + rows[part], column : column + rank] = own.up * (own.scale / scale)
+        if part in there:
+            rank = len(there[part].down)
+            up[row : row + rows[part], column : column + rank] = there[part].up
             column += rank
         row += rows[part]
-    return Lora(down, swap_halves(up) if place.swapped else up, scale * total)
+    return Lora(down, swap_halves(up) if place.swapped else up, float(len(down)))
 
 
-def write_format(bank: RoleBank, role: str, form: str, path: Path) -> dict[str, Lora]:
-    """Write the role's adapters; returns them by stock name."""
-    net = bank.base_of(role)
-    adapters = adapters_of(net, role)
-    tensors = {}
+def tensors_of(adapters: Mapping[str, Lora], net: Any, form: str) -> dict[str, Tensor]:
+    """What a file of the format holds. Args: adapters: by stock name, see `folded`."""
+    sd3 = type(net).__name__ == "SD3Transformer2DModel"
+    tensors, alpha_key = {}, _SPLIT_ALPHA if sd3 else ".alpha"
     for name, lora in to_original(adapters, places_of(net, form), _rows(net)).items():
         stem = _stem(name, form)
-        up = lora.up if form == "kohya" else lora.up * lora.scale
         tensors[f"{stem}.lora_down.weight"] = lora.down.contiguous()
-        tensors[f"{stem}.lora_up.weight"] = up.contiguous()
+        tensors[f"{stem}.lora_up.weight"] = lora.up.contiguous()
         if form == "kohya":
-            tensors[f"{stem}.alpha"] = torch.tensor(lora.alpha)
-    metadata = {"format": "pt"}
-    if form == "kohya":
-        first = next(iter(adapters.values()))
-        metadata |= {
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(first.down.shape[0]),
-            "ss_network_alpha": f"{first.alpha:g}",
-        }
-    save_file(tensors, path, metadata=metadata)
-    return adapters
+            tensors[stem + alpha_key] = torch.tensor(lora.alpha)
+    return tensors
+
+
+def alpha_key_of(tensors: Iterable[str]) -> str:
+    """What stands behind a module's name in that of its alpha, by a file's keys."""
+    return _SPLIT_ALPHA if any(name.endswith(_SPLIT_ALPHA) for name in tensors) else ".alpha"
 
 
 def _stem(name: str, form: str) -> str:
@@ -199,12 +200,13 @@ def read_format(path: Path, net: Any, form: str) -> dict[str, Tensor]:
     Errors: ValueError for keys that name no module of `net`.
     """
     tensors, rows = load_file(path), _rows(net)
+    alpha_key = alpha_key_of(tensors)
     deltas: dict[str, Tensor] = {}
     for place in places_of(net, form):
         stem = _stem(place.name, form)
         if f"{stem}.lora_up.weight" in tensors:
             down, up = (tensors.pop(f"{stem}.lora_{side}.weight") for side in ("down", "up"))
-            alpha = tensors.pop(f"{stem}.alpha", None)
+            alpha = tensors.pop(stem + alpha_key, None)
             lora = Lora(down, up, float(down.shape[0] if alpha is None else alpha))
             deltas |= split(place, lora.delta(), rows)
     if tensors:
@@ -237,12 +239,16 @@ def read_with_peft(family: Family, path: Path) -> dict[str, Tensor]:
     return {name: lora.delta() for name, lora in adapters_of(empty, "read").items()}
 
 
-def diffusers_reads(net: Any, form: str) -> bool:
-    """Whether Diffusers' own loader converts the format for this network."""
+def diffusers_reads(net: Any, form: str, modules: Iterable[str]) -> bool:
+    """Whether Diffusers' own loader converts the format for these modules of this network."""
     kind = type(net).__name__
+    if form == "lora":
+        return True
+    if kind == "ZImageTransformer2DModel" and form == "kohya":  # knows the blocks' names alone
+        return all(_Z_IMAGE_BLOCK.search(name) for name in modules)
     if kind == "FluxTransformer2DModel":
         return bool(net.inner_dim == _FLUX_WIDTH)
-    return form == "lora" or (kind, form) in _DIFFUSERS_READS
+    return (kind, form) in _DIFFUSERS_READS
 
 
 def read_back(
@@ -252,7 +258,7 @@ def read_back(
     read = {}
     if path.name == PEFT_FILE:
         read["peft"] = read_with_peft(family, path)
-    elif form == "lora" or diffusers_reads(family.net, form):
+    elif diffusers_reads(family.net, form, adapters):
         read["diffusers"] = read_with_diffusers(family, path)
     if form in PREFIX:
         read["inverse"] = read_format(path, family.net, form)

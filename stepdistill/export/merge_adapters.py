@@ -21,10 +21,18 @@ from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.export.adapter_files import METADATA, AdapterFile, module_of, read_adapters
+from stepdistill.export.adapter_files import (
+    METADATA,
+    AdapterFile,
+    adapter_config,
+    module_of,
+    read_adapters,
+)
 from stepdistill.export.lora_formats import Lora
 from stepdistill.export.merge_pipelines import check_same
-from stepdistill.export.pipeline import RECORD, check_out_dir
+from stepdistill.export.pipeline import RECORD
+from stepdistill.reporting.markdown import code, plain
+from stepdistill.storage.folders import refuse_foreign, replacing
 
 METHODS = ("cat", "linear")
 
@@ -41,17 +49,18 @@ def merge_adapters(sources: Sequence[str], out_dir: str | Path, method: str = "c
     if len(sources) < 2:
         raise ValueError(f"merge: expected two LoRA files or more, got {list(sources)}.")
     out_dir = Path(out_dir)
-    check_out_dir(out_dir)
+    refuse_foreign(out_dir, "merge")
     places, weights = zip(*(split_weight(text) for text in sources), strict=True)
     files = [read_adapters(Path(place)) for place in places]
     _check_alike(files)
     record = _record(files)
     merge = _cat if method == "cat" else _linear
     merged = merge([file.adapters for file in files], weights)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _write(files[0], merged, out_dir)
     told = [{"file": str(f.path), "weight": w} for f, w in zip(files, weights, strict=True)]
-    _write_record(out_dir, record, {"method": method, "of": told})
+    with replacing(out_dir, "merge") as aside:
+        aside.mkdir()
+        _write(files[0], merged, aside, out_dir.name)
+        _write_record(aside, record, {"method": method, "of": told}, out_dir.name)
     return out_dir
 
 
@@ -129,48 +138,37 @@ def _linear(files: Sequence[Adapters], weights: Sequence[float]) -> dict[str, Lo
 
 
 # -------------------------------------------------------------------- writing
-def _write(like: AdapterFile, merged: Adapters, out_dir: Path) -> None:
-    """The merged adapters as a file of the same kind as `like`."""
+def _write(like: AdapterFile, merged: Adapters, out_dir: Path, name: str) -> None:
+    """The merged adapters as a file of the same kind as `like`, of a merge called `name`."""
     tensors, metadata = {}, dict(like.metadata) or {"format": "pt"}
     for stem, lora in merged.items():
         tensors[stem + like.sides[0]] = lora.down.contiguous()
         tensors[stem + like.sides[1]] = lora.up.contiguous()
         if like.tells_alpha == "tensors":
-            tensors[f"{stem}.alpha"] = torch.tensor(lora.alpha)
+            tensors[stem + like.alpha_key] = torch.tensor(lora.alpha)
     groups: dict[str, dict[str, Lora]] = {}
     for stem, lora in merged.items():
         component, module = module_of(stem)
         groups.setdefault(component, {})[module] = lora
     if like.tells_alpha == "peft":
-        config = _config(like.config[""], groups[""])
+        config = _widened(like.config[""], groups[""])
         (out_dir / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     elif like.tells_alpha == "metadata":
         told = {
             f"{component}.{key}": value
             for component, adapters in groups.items()
-            for key, value in _config(like.config.get(component, {}), adapters).items()
+            for key, value in _widened(like.config.get(component, {}), adapters).items()
         }
         metadata[METADATA] = json.dumps(told, indent=2, sort_keys=True)
     else:
         metadata = {k: v for k, v in metadata.items() if not k.startswith("ss_network")}
-    own_name = like.path.name if like.tells_alpha != "tensors" else f"{out_dir.name}.safetensors"
+    own_name = like.path.name if like.tells_alpha != "tensors" else f"{name}.safetensors"
     save_file(tensors, out_dir / own_name, metadata=metadata)
 
 
-def _config(base: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
-    """`base` with the rank and alpha of each module; the commonest ones are the default's."""
-    ranks = {module: lora.down.shape[0] for module, lora in adapters.items()}
-    alphas = {module: lora.alpha for module, lora in adapters.items()}
-    rank, alpha = max(ranks.values()), max(alphas.values())
-    return {
-        **base,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
-        "target_modules": sorted(ranks),
-        "use_rslora": False,
-    }
+def _widened(base: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
+    """The config of adapters that may stand on other modules than `base` names."""
+    return {**adapter_config(base, adapters), "target_modules": sorted(adapters)}
 
 
 def _record(files: Sequence[AdapterFile]) -> tuple[Path, dict[str, Any]] | None:
@@ -186,12 +184,15 @@ def _record(files: Sequence[AdapterFile]) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _write_record(
-    out_dir: Path, student: tuple[Path, dict[str, Any]] | None, merged: dict[str, Any]
+    out_dir: Path,
+    student: tuple[Path, dict[str, Any]] | None,
+    merged: dict[str, Any],
+    name: str,
 ) -> None:
     lines = "".join(
-        f"- `{entry['file']}` at weight {entry['weight']:g}\n" for entry in merged["of"]
+        f"- {code(entry['file'])} at weight {entry['weight']:g}\n" for entry in merged["of"]
     )
-    card = f"# {out_dir.name}\n\nLoRAs merged by method {merged['method']}:\n\n{lines}"
+    card = f"# {plain(name)}\n\nLoRAs merged by method {merged['method']}:\n\n{lines}"
     record: dict[str, Any] = {"merged": merged}
     if student is not None:
         folder, record = student[0], {**student[1], "merged": merged}

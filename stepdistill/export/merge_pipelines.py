@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.export.lora import LORA_FILE, PEFT_FILE
-from stepdistill.export.pipeline import RECORD, check_out_dir
-from stepdistill.storage.folders import replacing
+from stepdistill.export.lora_formats import LORA_FILE, PEFT_FILE
+from stepdistill.export.pipeline import RECORD
+from stepdistill.storage.folders import refuse_foreign, replacing
 
 # What two students must share to be sampled as one.
 _SAME = ("base_model", "family", "kind", "heun", "times", "guidance_scale", "guidance_embedded")
@@ -38,13 +38,13 @@ def merge_pipelines(a: str | Path, b: str | Path, out_dir: str | Path, weight: f
     a, b, out_dir = Path(a), Path(b), Path(out_dir)
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"merge: expected a weight in [0, 1], got {weight}.")
-    check_out_dir(out_dir)
+    refuse_foreign(out_dir, "merge")
     records = _records(a, b)
     owners = [_owners(folder) for folder in (a, b)]
     _check_shapes(*owners)
     merged_from = {"a": str(a), "b": str(b), "weight": weight, "run_b": records[1].get("run")}
     record = {**records[0], "merged": merged_from}
-    with replacing(out_dir) as aside:
+    with replacing(out_dir, "merge") as aside:
         shutil.copytree(a, aside, ignore=shutil.ignore_patterns("*.safetensors"))
         for path in sorted(a.rglob("*.safetensors")):
             place = path.relative_to(a)

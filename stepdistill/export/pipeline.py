@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.card import write_card
 from stepdistill.export.defaults import settle
 from stepdistill.export.schedulers import StockSampler, stock_sampler
+from stepdistill.export.tool_settings import tools_of
 from stepdistill.export.verify import check_export
 from stepdistill.export.weights import stock_net
 from stepdistill.families.family import Family
 from stepdistill.loading.project_code import put_code
 from stepdistill.loading.quantization import is_quantized
 from stepdistill.roles.rolebank import RoleBank
-from stepdistill.storage.folders import replacing
+from stepdistill.storage.folders import refuse_foreign, replacing
 
 RECORD = "distillation.json"
 
@@ -39,14 +40,16 @@ def export_pipeline(
     facts: Mapping[str, Any],
     role: str = "student",
     verify: bool = True,
+    add: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Write the role's network as a pipeline folder; returns it.
 
-    Args: facts: what the run was (model, method, step, ...), kept in distillation.json.
+    Args: facts: what the run was (model, method, step, ...), kept in distillation.json; add:
+        writes more files into the folder before it takes its place.
     Errors: ValueError for an out_dir with anything else in it; RuntimeError where the written
         pipeline does not make the in-memory sampler's image.
     """
-    check_out_dir(out_dir)
+    refuse_foreign(out_dir, "export")
     denoiser: Any = bank[role]
     sampler = sampler_of(family, denoiser.path, spec)
     pipeline, net = copy.copy(family.pipeline), stock_net(bank, role)
@@ -55,9 +58,9 @@ def export_pipeline(
     if quantized:
         denoiser = denoiser.on(net)  # what is written is the student on the base as it was
     like = net if quantized else family.net
-    record = describe(family, spec, sampler, facts)
+    record = describe(family, spec, sampler, facts, denoiser.path)
     pipeline, record["typed"] = settle(family, pipeline, record)
-    with replacing(out_dir) as aside:
+    with replacing(out_dir, "export") as aside:
         pipeline.save_pretrained(aside, safe_serialization=True)
         load_alike(aside)
         record["custom_code"] = put_code(sampler.scheduler, aside / "scheduler")
@@ -65,6 +68,7 @@ def export_pipeline(
         write_card(aside, record, type(pipeline).__name__, out_dir.name)
         if verify:
             check_export(aside, record, family, denoiser, spec, like)
+        add(aside)
     return out_dir
 
 
@@ -123,15 +127,6 @@ def missing_parts(pipeline: Any) -> list[str]:
     ]
 
 
-def check_out_dir(out_dir: Path) -> None:
-    """Errors: ValueError where out_dir holds anything but an earlier export."""
-    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / RECORD).is_file():
-        raise ValueError(
-            f"export: expected an empty folder or an earlier export, got {out_dir} with other "
-            "files. Choose another folder."
-        )
-
-
 def _first_argument(family: Family) -> str:
     """Of the pipeline's call, after self: Flux.2's begins with reference images."""
     return list(inspect.signature(type(family.pipeline).__call__).parameters)[1]
@@ -147,7 +142,11 @@ def size_call(family: Family, resolution: int | None) -> dict[str, Any]:
 
 
 def describe(
-    family: Family, spec: SamplerSpec, sampler: StockSampler, facts: Mapping[str, Any]
+    family: Family,
+    spec: SamplerSpec,
+    sampler: StockSampler,
+    facts: Mapping[str, Any],
+    path: NoisePath,
 ) -> dict[str, Any]:
     """The content of distillation.json."""
     guidance = spec.guidance if spec.w is None else spec.w + 1.0
@@ -158,6 +157,7 @@ def describe(
         "base_model": facts.get("model"),
         "family": family.name,
         "conditioning": family.conditioning,
+        "denoiser": [family.net_name, type(family.net).__name__],
         "output": family.output,
         "reads_image": family.reads_image,
         "prompt_by_name": family.conditioning == "prompt" and _first_argument(family) != "prompt",
@@ -174,6 +174,7 @@ def describe(
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),
         "visited_model_times": list(sampler.visited),
         "teacher_shift": family.shift_at(resolution, resolution),
+        "tools": tools_of(family, path, spec, sampler, resolution),
         "run": dict(facts),
         "run_sha256": hashlib.sha256(
             json.dumps(dict(facts), sort_keys=True, default=str).encode()

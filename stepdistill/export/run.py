@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from stepdistill.export.pipeline import RECORD
 from stepdistill.loading.safe_files import load_stock
 from stepdistill.loading.source import ModelSource
 from stepdistill.storage.files import read_json
+from stepdistill.storage.folders import refuse_written_on
+
+INDEX = "metadata.jsonl"
 
 
 def sample_export(
@@ -25,7 +29,8 @@ def sample_export(
 ) -> list[Path]:
     """One PNG (of videos, GIF) for each prompt, named by index; prompts stand in metadata.jsonl.
 
-    Errors: ValueError where the folder is no export, or for steps it was not exported for.
+    Errors: ValueError where the folder is no export, for steps it was not exported for, or where
+        output_dir holds files of these names that are no earlier samples.
     """
     file = Path(folder) / RECORD
     if not file.is_file():
@@ -42,13 +47,14 @@ def sample_export(
             f"sample: expected {steps} steps, which this export is for, got {num_steps}. "
             "Export again: stepdistill export RUN_DIR OUT --num_steps N."
         )
+    out = Path(output_dir)
+    _refuse_others_files(out, len(prompts))
     without = dict.fromkeys(record["load_without"])
     pipe = load_stock(folder, ModelSource.of(folder).index, **without)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    out = Path(output_dir)
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    with (out / "metadata.jsonl").open("w") as index:
+    with (out / INDEX).open("w", encoding="utf-8") as index:
         for i, prompt in enumerate(prompts):
             subject: dict[str, Any] = {"prompt": prompt}
             if record["conditioning"] != "prompt":
@@ -60,20 +66,30 @@ def sample_export(
                 generator=torch.Generator().manual_seed(seed + i),
                 output_type="pil",
             )
-            path = _save(result[0][0], out / f"{i:04d}")
-            index.write(
-                json.dumps({"file_name": path.name, "text": prompt, "seed": seed + i}) + "\n"
-            )
+            made = result[0][0]
+            path = out / f"{i:04d}{'.gif' if isinstance(made, list) else '.png'}"
+            row = {"file_name": path.name, "text": prompt, "seed": seed + i}
+            index.write(json.dumps(row) + "\n")
+            index.flush()  # before the file, which is ours by this line
+            _save(made, path)
             written.append(path)
     return written
 
 
-def _save(made: Any, stem: Path) -> Path:
+def _refuse_others_files(out: Path, count: int) -> None:
+    """Errors: ValueError where files would be written on that this command has not made."""
+    index, ours = out / INDEX, set[str]()
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        rows = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
+        if all(set(row) == {"file_name", "text", "seed"} for row in rows):
+            ours = {INDEX, *(str(row["file_name"]) for row in rows)}
+    names = (f"{i:04d}{kind}" for i in range(count) for kind in (".png", ".gif"))
+    refuse_written_on(out, (name for name in (INDEX, *names) if name not in ours), "output_dir")
+
+
+def _save(made: Any, path: Path) -> None:
     """Write one PIL image, or a video's list of them at 16 frames a second."""
-    if not isinstance(made, list):
-        path = stem.with_suffix(".png")
+    if isinstance(made, list):
+        made[0].save(path, save_all=True, append_images=made[1:], duration=1000 / 16, loop=0)
+    else:
         made.save(path)
-        return path
-    path = stem.with_suffix(".gif")
-    made[0].save(path, save_all=True, append_images=made[1:], duration=1000 / 16, loop=0)
-    return path

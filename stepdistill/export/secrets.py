@@ -11,6 +11,8 @@ from typing import Any
 
 from huggingface_hub import get_token
 
+from stepdistill.reporting.markdown import plain
+
 # Forms as their issuers document them. They are looked for in text, headers and metadata alone.
 SECRETS: dict[str, re.Pattern[bytes]] = {
     "Hugging Face token": re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
@@ -75,7 +77,8 @@ def last_name(path: str) -> str:
 
 def without_paths(text: str, paths: set[str]) -> str:
     """The text with these paths, and what they are from the root on, cut to their last names."""
-    spelt = {form: last_name(path) for path in paths for form in (path, os.path.abspath(path))}
+    plain_forms = ((path, form) for path in paths for form in (path, os.path.abspath(path)))
+    spelt = {form: last_name(path) for path, raw in plain_forms for form in (raw, plain(raw))}
     for form in sorted(spelt, key=len, reverse=True):
         text = text.replace(form, spelt[form])
     return text

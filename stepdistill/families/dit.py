@@ -28,6 +28,7 @@ class DiTFamily(Family):
     tiny = "stepdistill.testing.tiny:tiny_dit"
     net_name: ClassVar[str] = "transformer"
     scales_input: ClassVar[bool] = True
+    one_size: ClassVar[bool] = True  # the position table's
     conditioning: Literal["prompt", "label", "none"] = "label"
 
     def __init__(self, pipeline: Any) -> None:
@@ -54,13 +55,21 @@ class DiTFamily(Family):
         width = self.config.num_attention_heads * self.config.attention_head_dim
         return token_blocks(width, transformer_blocks=self.config.num_layers)
 
+    @classmethod
+    def labels_in(cls, config: Any) -> int | None:
+        return config.get("num_embeds_ada_norm")  # type: ignore[no-any-return]
+
+    @property
+    def latent_px(self) -> int:
+        factor: int = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        return factor
+
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, H, W) of the one size the position table holds.
 
         Errors: ValueError for any other size in px.
         """
-        size = self.config.sample_size
-        factor = 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+        size, factor = self.config.sample_size, self.latent_px
         for pixels in (height, width):
             if pixels is not None and pixels != size * factor:
                 raise ValueError(f"dit: expected {size * factor} px (its only size), got {pixels}.")

@@ -28,7 +28,6 @@ class EDMFamily(UNet2DFamily):
     tiny = "stepdistill.testing.tiny_pixels:tiny_edm"
     variants = {"edm_plain": {"classes": None, "restarts": False}}
     conditioning: Literal["prompt", "label", "none"] = "label"
-    reads_conditioning: ClassVar[bool] = True
     scales_input: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:
@@ -38,6 +37,10 @@ class EDMFamily(UNet2DFamily):
     @classmethod
     def conditioning_in(cls, config: Any) -> Literal["prompt", "label", "none"]:
         return "none" if config.get("num_class_embeds") is None else "label"
+
+    @classmethod
+    def labels_in(cls, config: Any) -> int | None:
+        return config.get("num_class_embeds")  # type: ignore[no-any-return]
 
     def _sigma(self, model_t: Tensor) -> Tensor:
         path = self.path

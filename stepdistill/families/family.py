@@ -78,9 +78,9 @@ class Family(ABC):
     net_name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
     conditioning: Literal["prompt", "label", "none"] = "prompt"
-    reads_conditioning: ClassVar[bool] = False  # whether the denoiser's config decides on it
     has_null: bool = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
+    one_size: ClassVar[bool] = False  # whether network or condition know one image size alone
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
     reads_image: ClassVar[bool] = False  # whether the condition holds a first frame
@@ -140,6 +140,11 @@ class Family(ABC):
     def lora_formats(self) -> tuple[str, ...]:
         """What a LoRA student can be exported as."""
         return ("lora", "kohya", "comfyui") if has_layout(self.net) else ("lora",)
+
+    @classmethod
+    def labels_in(cls, config: Any) -> int | None:
+        """How many class labels a model of that configuration knows; None where it reads none."""
+        return None
 
     @classmethod
     def null_in(cls, index: Any) -> bool:
@@ -258,6 +263,24 @@ class Family(ABC):
     def default_shape(self) -> tuple[int, ...]:
         """(C, *S) of one latent at the model's own size."""
         return self.sample_shape()
+
+    @property
+    def latent_px(self) -> int:
+        """px to a side of one latent."""
+        factor: int = self.pipeline.vae_scale_factor
+        return factor
+
+    @property
+    def size_multiple(self) -> int:
+        """px that sides of images are multiples of: of a patch, or of the UNet's deepest level."""
+        levels, patch = self.config.get("block_out_channels"), self.config.get("patch_size") or 1
+        side = int(patch[-1] if isinstance(patch, list | tuple) else patch)  # of videos: (F, H, W)
+        return self.latent_px * (2 ** (len(levels) - 1) if levels else side)
+
+    def image_size(self, resolution: int | None = None) -> tuple[int, int]:
+        """(height, width) in px of images of that side, or of the model's own."""
+        height, width = (side * self.latent_px for side in self.default_shape[-2:])
+        return (height, width) if resolution is None else (resolution, resolution)
 
     @abstractmethod
     def encode(self, prompts: Sequence[Any]) -> Cond:

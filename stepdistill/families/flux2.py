@@ -69,8 +69,17 @@ class Flux2Family(VaeSizedFamily):
         channels: int = self.config.in_channels
         return channels
 
+    @property
+    def latent_px(self) -> int:
+        factor: int = self.pipeline.vae_scale_factor * PATCH
+        return factor
+
+    @property
+    def size_multiple(self) -> int:
+        return self.latent_px
+
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        factor = self.pipeline.vae_scale_factor * PATCH
+        factor = self.latent_px
         size = self.size_px // factor
         return (self.latent_channels, *(latent_size(px, size, factor) for px in (height, width)))
 

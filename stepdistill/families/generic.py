@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
+from stepdistill.families import probe
 from stepdistill.families.family import Family, check_prompts, net_dtype
 from stepdistill.families.features import FeatureBlock
-from stepdistill.families.probe import IMAGE_INPUTS, hear, joined, learn, learn_null, pick, placed
 from stepdistill.families.schedule import shift_of_mu
 
 NAME = "generic"  # of no entry in FAMILIES: it serves what no family does
@@ -28,26 +28,19 @@ BINNING = "use_resolution_binning"  # of sizes that were released; ours are exac
 
 
 class GenericFamily(Family):
-    """Any pipeline whose latents (B, C, H, W) reach its denoiser as they are."""
+    """Any pipeline whose latents (B, C, H, W) reach its denoiser as they are, or packed 2 x 2."""
 
     name: ClassVar[str] = NAME
     pipelines: ClassVar[tuple[str, ...]] = ()
+    one_size: ClassVar[bool] = True  # each is listened to, and its rows may tell it
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         self._call = inspect.signature(type(pipeline).__call__).parameters
         self._inputs = inspect.signature(self.net.forward).parameters
-        wanted = {"timestep", "encoder_hidden_states"}
-        if not wanted <= set(self._inputs) or not any(n in self._inputs for n in IMAGE_INPUTS):
-            raise ValueError(
-                f"generic: expected a denoiser of (hidden_states or sample, timestep, "
-                f"encoder_hidden_states, ...), got {type(self.net).__name__} of "
-                f"{sorted(self._inputs)}. It needs a family of its own."
-            )
-        side = self.config.get("sample_size")
-        sized = isinstance(side, int) and {"height", "width"} <= set(self._call)
+        self._image = probe.image_input(self.net, self._inputs)
         self._own_shape: tuple[int, ...] = ()
-        self._listen(*[side * self.pipeline.vae_scale_factor if sized else None] * 2)
+        self._listen(*[probe.side_px(self) if {"height", "width"} <= set(self._call) else None] * 2)
         self._own_shape = self.facts.shape
         modules = {n for n, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
         ends = [t for t in type(self).lora_targets if any(n.endswith("." + t) for n in modules)]
@@ -56,18 +49,24 @@ class GenericFamily(Family):
     def _listen(self, height: int | None, width: int | None) -> None:
         """Learn the call at that size in px (the call's own default where None)."""
         self._size = {"height": height, "width": width} if height and width else {}
-        self.facts = learn(self)
-        self._null = Cond(learn_null(self, self.facts.rows))
+        self.facts = probe.learn(self)
+        self._null = Cond(probe.learn_null(self, self.facts.rows))
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
         facts, dtype = self.facts, net_dtype(net)
-        image = next(name for name in IMAGE_INPUTS if name in self._inputs)
-        told = {image: x_t.to(dtype), "timestep": (facts.slope * model_t + facts.offset).float()}
-        fixed = {name: placed(value, x_t.device) for name, value in facts.fixed.items()}
-        out: Any = net(**told, **joined(cond.to(dtype=dtype).tensors, fixed))
-        made: Tensor = out[0] if isinstance(out, tuple) else out.sample
+        time = (facts.slope * model_t + facts.offset).float()
+        told = {self._image: self.pack(x_t.to(dtype)), "timestep": time}
+        fixed = {name: probe.placed(value, x_t.device) for name, value in facts.fixed.items()}
+        out: Any = net(**told, **probe.joined(cond.to(dtype=dtype).tensors, fixed))
+        made = self.unpack(out[0] if isinstance(out, tuple) else out.sample, x_t.shape)
         return made[:, : x_t.shape[1]]  # learned variances are dropped
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return self.facts.pack(latents)
+
+    def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
+        return self.facts.unpack(packed, shape)
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """None: where image tokens stand in a block can't be heard."""
@@ -87,14 +86,16 @@ class GenericFamily(Family):
         """See Family.shift_at: what the stock call was heard to tell its scheduler."""
         if self._own_shape:  # else asked for while the first call is listened to
             self.sample_shape(height, width)
-        mu = self.facts.mu if self._own_shape else None
-        return self._fixed_shift if mu is None else shift_of_mu(self.pipeline.scheduler.config, mu)
+        mu, config = self.facts.mu if self._own_shape else None, self.pipeline.scheduler.config
+        if mu is None or not config.get("use_dynamic_shifting"):  # which else is not read
+            return self._fixed_shift
+        return shift_of_mu(config, mu)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
         """What the stock call tells its denoiser of B prompts, stopped before the denoiser runs."""
-        heard = hear(self, check_prompts(prompts), 1.0, 1, encode=True)
-        return Cond(pick(heard.rest[0], self.facts.rows))
+        heard = probe.hear(self, check_prompts(prompts), 1.0, 1, encode=True)
+        return Cond(probe.pick(heard.rest[0], self.facts.rows))
 
     def null(self, bsz: int) -> Cond:
         return self._null.repeat(bsz)

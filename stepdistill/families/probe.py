@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stepdistill.families.schedule import parity_scheduler
@@ -121,11 +122,33 @@ def hear(
     return heard
 
 
+def image_input(net: Any, inputs: Collection[str]) -> str:
+    """The name of a denoiser's image input. Errors: ValueError where its signature is another."""
+    images = [name for name in IMAGE_INPUTS if name in inputs]
+    if not {"timestep", TEXT} <= set(inputs) or not images:
+        raise ValueError(
+            f"generic: expected a denoiser of (hidden_states or sample, timestep, "
+            f"encoder_hidden_states, ...), got {type(net).__name__} of {sorted(inputs)}. It needs "
+            "a family of its own."
+        )
+    return images[0]
+
+
+def side_px(family: Any) -> int | None:
+    """Side of the model's own images: its network's, else its VAE's (as in VaeSizedFamily)."""
+    latent, vae = family.config.get("sample_size"), family.pipeline.vae.config.get("sample_size")
+    side = vae if latent is None else latent
+    if not isinstance(side, int):  # the default of the stock call
+        return None
+    return side if latent is None else side * int(family.pipeline.vae_scale_factor)
+
+
 @dataclass(frozen=True)
 class Facts:
     """What an adapter has to know of a denoiser's call.
 
-    shape: (C, H, W). slope, offset: told time = slope k + offset at model time k. rows:
+    shape: (C, H, W). packed: the denoiser and the scheduler see tokens of 2 x 2 latent pixels
+    (`pack`). slope, offset: told time = slope k + offset at model time k. rows:
     names of arguments that belong to a prompt; fixed: all others. mu: of a dynamic shift. The
     output's first C channels are the prediction.
     """
@@ -136,13 +159,32 @@ class Facts:
     rows: tuple[str, ...]
     fixed: dict[str, Any]
     mu: float | None = None
+    packed: bool = False
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H W / 4, 4 C) where packed: a token of 2 x 2 pixels, as in Flux."""
+        return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2) if self.packed else latents
+
+    def unpack(self, packed: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `pack`. Args: shape: (..., H, W)."""
+        return unpack(packed, shape) if self.packed else packed
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, C, H, W) of tokens (B, H W / 4, 4 C). Args: shape: (..., H, W)."""
+    rows, columns = (side // 2 for side in shape[-2:])
+    return F.pixel_shuffle(packed.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
 
 def learn(family: Any) -> Facts:
     """The facts of an unguided call of two steps. Errors: ValueError for what does not fit."""
     heard = hear(family, PROBES, 1.0, 2)
-    x, shown = heard.x_t[0], heard.shown[0]
-    expect(family, "latents (B, C, H, W)", x.ndim == 4, f"shape {tuple(x.shape)}")
+    x, shown, coded = heard.x_t[0], heard.shown[0], heard.coded
+    packed = coded is not None and coded.ndim == 4 and x.ndim == 3
+    if coded is not None and packed:
+        packed = x[0].numel() == coded[0].numel() and x.shape[2] == 4 * coded.shape[1]
+    fits = x.ndim == 4 or packed
+    expect(family, "latents (B, C, H, W) or tokens of 2 x 2", fits, f"shape {tuple(x.shape)}")
     same = shown.shape == x.shape and torch.equal(shown, x.to(shown.dtype))
     expect(family, "a denoiser shown x_t as it is", same, f"an input {tuple(shown.shape)}")
     (k0, k1), (told0, told1) = heard.model_t, (float(t.flatten()[0]) for t in heard.told)
@@ -150,9 +192,12 @@ def learn(family: Any) -> Facts:
     raw, out = heard.raw[0][:, : x.shape[1]].float(), heard.out[0].float()
     fits = raw.shape == out.shape and torch.allclose(raw, out)
     expect(family, "an output that is stepped with as it is", fits, "another use of it")
-    vae, coded = family.pipeline.vae, heard.coded
+    vae = family.pipeline.vae
     scale, shift = (vae.config.get(key) for key in ("scaling_factor", "shift_factor"))
-    z = heard.after[-1] / (scale or float("nan")) + (shift or 0.0)
+    end = heard.after[-1]
+    if coded is not None and packed:
+        end = unpack(end, coded.shape)
+    z = end / (scale or float("nan")) + (shift or 0.0)
     fits = coded is not None and coded.shape == z.shape and torch.allclose(coded, z, atol=1e-4)
     expect(family, "latents decoded at scaling_factor and shift_factor", fits, "others")
     rows, fixed = split(family, heard.rest[0], len(PROBES))
@@ -165,16 +210,22 @@ def learn(family: Any) -> Facts:
         fits = all(torch.allclose(alone[n][0].float(), rows[n][i].float(), atol=1e-4) for n in rows)
         expect(family, "rows that do not depend on their batch", fits, "others")
     offset = told0 - slope * k0
-    return Facts(tuple(x.shape[1:]), slope, offset, tuple(sorted(rows)), fixed, heard.mu)
+    names = tuple(sorted(rows))
+    return Facts(tuple(z.shape[1:]), slope, offset, names, fixed, heard.mu, packed)
 
 
 def learn_null(family: Any, names: Sequence[str]) -> dict[str, Tensor]:
-    """The (1, ...) rows of a guided call that belong to no prompt. Errors: see `learn`."""
+    """The (1, ...) rows of a guided call that belong to no prompt. Errors: see `learn`.
+
+    They stand beside the prompts in one pass of the denoiser, or have a pass of their own.
+    """
     bsz = len(PROBES)
     heard, plain = hear(family, PROBES, 3.0, 1), hear(family, PROBES, 1.0, 1, encode=True)
-    count = len(heard.shown[0])
+    count = sum(map(len, heard.shown))
     expect(family, "a null row beside each prompt", count == 2 * bsz, f"{count} rows for {bsz}")
-    both, own = pick(heard.rest[0], names), pick(plain.rest[0], names)[TEXT].float()
+    passes = [pick(rest, names) for rest in heard.rest]
+    both = {name: torch.cat([each[name] for each in passes]) for name in names}
+    own = pick(plain.rest[0], names)[TEXT].float()
     halves = [torch.allclose(half.float(), own, atol=1e-4) for half in both[TEXT].chunk(2)]
     expect(family, "one half of a guided batch to be the prompts", any(halves), "neither")
     first = bsz if halves[0] else 0

@@ -23,13 +23,13 @@ from stepdistill.core.registry import Registry
 from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import read_schedule
-from stepdistill.loading.paper import check_numbers
+from stepdistill.loading.merge_loras import merge_loras
+from stepdistill.loading.paper import check_numbers, part_config
 from stepdistill.loading.project_code import part_class
 from stepdistill.loading.quantization import loader_config, requantized
 from stepdistill.loading.safe_files import load_part, load_stock
-from stepdistill.loading.single_file import load_single_file
+from stepdistill.loading.single_file import load_single_file, schedule_marks
 from stepdistill.loading.source import ModelSource
-from stepdistill.loading.teacher_lora import merge_loras
 from stepdistill.loading.weightless import weightless
 from stepdistill.storage.files import one_line
 
@@ -95,6 +95,8 @@ def load_family(
     if quantized and not made_here:
         parts[cls.net_name] = net(quantization_config=loader_config(kind, dtype))
     if source.is_single_file:
+        if "scheduler" not in parts:
+            parts["scheduler"] = _scheduler(source)
         where = (source.model, index, source.described_at, cls.net_name)
         pipeline = load_single_file(*where, torch_dtype, **parts)
     else:
@@ -128,6 +130,30 @@ def _check_parts(source: ModelSource, cls: type[Family], given: Mapping[str, Any
                 f"{source.described_at}/model_index.json: expected a class for {name}, got "
                 f"{entry!r}. Save the pipeline with it."
             )
+    if cls in FAMILIES.values() and {cls.net_name, "vae"} <= source.index.keys() - given.keys():
+        _check_channels(source, cls.net_name)
+
+
+def _check_channels(source: ModelSource, net_name: str) -> None:
+    """Errors: ValueError for a UNet that reads more channels than the latents' (a mask, an image).
+
+    In the pipelines of our families its input is the noisy latents alone.
+    """
+    entries = [list(source.index[name]) for name in (net_name, "vae")]
+    if entries[0] != ["diffusers", "UNet2DConditionModel"] or entries[1][0] != "diffusers":
+        return
+    configs = [
+        part_config(getattr(diffusers, cls), True, source.described_at, name, source.hub)
+        for name, (_, cls) in zip((net_name, "vae"), entries, strict=True)
+    ]
+    reads, has = configs[0].get("in_channels", 4), configs[1].get("latent_channels", 4)
+    if reads != has:
+        raise ValueError(
+            f"{source.described_at}/{net_name}/config.json: expected in_channels {has} in a "
+            f"{source.pipeline_class} (the channels of its latents), got {reads}. A denoiser that "
+            "also reads a mask or an image (9 and 8 channels) has no family here; use its plain "
+            "text-to-image base."
+        )
 
 
 def load_encoders(model: str | Path | ModelSource, device: torch.device) -> Family:
@@ -161,6 +187,7 @@ class TeacherFacts:
     family, pipeline: the Family class, and the Diffusers class name it was found by.
     conditioning: "prompt", "label" or "none". has_null: whether there is an empty condition to
     guide away from. reads_image: whether the condition holds a first frame beside the prompt.
+    num_labels: how many class labels it knows; None where it reads none.
     """
 
     family: type[Family]
@@ -169,6 +196,7 @@ class TeacherFacts:
     has_null: bool
     reads_image: bool
     setting: Setting
+    num_labels: int | None = None
 
 
 def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
@@ -179,17 +207,19 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
     if isinstance(teacher, Family):
         name = type(teacher.pipeline).__name__
         told = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
-        return TeacherFacts(type(teacher), name, *told)
+        return TeacherFacts(type(teacher), name, *told, teacher.labels_in(teacher.config))
     source = ModelSource.of(teacher)
     cls = family_for(source.pipeline_class)
     _check_parts(source, cls, {})
+    config = _net_config(source, cls) if cls.conditioning == "label" else {}
     return TeacherFacts(
         cls,
         source.pipeline_class,
-        cls.conditioning_in(_net_config(source, cls) if cls.reads_conditioning else {}),
+        cls.conditioning_in(config),
         cls.null_in(source.index),
         cls.reads_image,
         _setting(source),
+        cls.labels_in(config),
     )
 
 
@@ -198,17 +228,42 @@ def _net_config(source: ModelSource, cls: type[Family]) -> Any:
 
 
 def _setting(source: ModelSource) -> Setting:
-    """From the scheduler's config alone."""
-    where = f"{source.described_at}/scheduler"
-    library, name = source.index["scheduler"]
-    scheduler_cls = part_class(library, name)
+    """From the scheduler's config alone, and the marks of a single file."""
     try:
-        config = scheduler_cls.load_config(source.described_at, subfolder="scheduler", **source.hub)
-        check_numbers(config, where)
-        return Setting(*read_schedule(scheduler_cls.from_config(config)))
+        return Setting(*read_schedule(_scheduler(source)))
     except ValueError:
         raise
     except Exception as err:  # whatever a stock class raises at values it can't use
-        raise ValueError(
-            f"{where}: expected a readable scheduler config, got {one_line(err)}."
-        ) from err
+        raise _unreadable(source, err) from err
+
+
+def _scheduler(source: ModelSource) -> Any:
+    """The teacher's scheduler. Errors: ValueError for a config that can't be read, or one that a
+    single file's own marks (schedule_marks) contradict."""
+    where = f"{source.described_at}/scheduler"
+    library, name = source.index["scheduler"]
+    cls = part_class(library, name)
+    try:
+        config = cls.load_config(source.described_at, subfolder="scheduler", **source.hub)
+        check_numbers(config, where)
+        marks = schedule_marks(source.model) if source.is_single_file else {}
+        takes = inspect.signature(cls.__init__).parameters
+        kinds = [c.get("prediction_type", "epsilon") for c in (config, {**config, **marks})]
+        if not marks.keys() <= takes.keys() or (kinds[0] != kinds[1] != "v_prediction"):
+            raise ValueError(
+                f"single_file_config: expected a scheduler that fits {source.model}, which is "
+                f"marked {marks}, got {name} with prediction_type {kinds[0]!r} in {where}. Name a "
+                "pipeline with such a scheduler (DDIMScheduler takes all marks)."
+            )
+        return cls.from_config({**config, **marks})
+    except ValueError:
+        raise
+    except Exception as err:
+        raise _unreadable(source, err) from err
+
+
+def _unreadable(source: ModelSource, err: Exception) -> ValueError:
+    return ValueError(
+        f"{source.described_at}/scheduler: expected a readable scheduler config, got "
+        f"{one_line(err)}."
+    )

@@ -34,6 +34,8 @@ class UNet2DFamily(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("DDPMPipeline", "DDIMPipeline")
     tiny = "stepdistill.testing.tiny_pixels:tiny_unet2d"
     typed = ("num_inference_steps",)
+    one_size: ClassVar[bool] = True
+    latent_px = 1  # its samples are the pixels
     net_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj"),

@@ -25,6 +25,10 @@ class VaeSizedFamily(Family):
         return rows * columns // PATCH**2
 
     @property
+    def size_multiple(self) -> int:
+        return self.latent_px * PATCH
+
+    @property
     @abstractmethod
     def latent_channels(self) -> int:
         """C of one latent."""

@@ -33,6 +33,7 @@ class WanFamily(Family):
     variants = {"wan_tokens": {"expand_timesteps": True}}
     net_name: ClassVar[str] = "transformer"
     output: ClassVar[Literal["images", "frames"]] = "frames"
+    one_size: ClassVar[bool] = True  # of its videos
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("ffn.net.0.proj", "ffn.net.2"),
@@ -52,9 +53,14 @@ class WanFamily(Family):
         frames, height, width = self.pipeline.vae.config.get("sample_size") or STOCK_SIZE
         return frames, height, width
 
+    @property
+    def latent_px(self) -> int:
+        factor: int = self.pipeline.vae_scale_factor_spatial
+        return factor
+
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         frames, *own = self.size
-        factor, patch = self.pipeline.vae_scale_factor_spatial, self.config.patch_size[1]
+        factor, patch = self.latent_px, self.config.patch_size[1]
         sides = (
             latent_size(asked or px, 0, factor, patch)
             for asked, px in zip((height, width), own, strict=True)

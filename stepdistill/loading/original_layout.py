@@ -9,6 +9,7 @@ The tables follow Diffusers' single-file converters, which are the same map read
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -246,8 +247,27 @@ def _wan(config: Any) -> Rows:
         yield _one(f"{block}.ffn.2", f"{block}.ffn.net.2")
 
 
+_Z_IMAGE = (
+    (r"\battention\.to_out\.0$", "attention.out"),
+    (r"\battention\.norm_([qk])$", r"attention.\1_norm"),
+    (r"^all_(x_embedder|final_layer)\.\d+-\d+", r"\1"),
+)
+
+
+def _z_image(net: Any) -> Iterator[Place]:
+    for name in _leaves(net):
+        if name.endswith(".attention.to_q"):
+            block = name.removesuffix("to_q")
+            yield Place(f"{block}qkv", tuple(f"{block}to_{part}" for part in "qkv"))
+        elif not name.endswith((".attention.to_k", ".attention.to_v")):
+            original = name
+            for ours, theirs in _Z_IMAGE:
+                original = re.sub(ours, theirs, original)
+            yield Place(original, (name,))
+
+
 def _same(net: Any) -> Iterator[Place]:
-    """Networks whose tools read Diffusers' own names behind their prefix."""
+    """Networks that keep their authors' names in Diffusers."""
     for name in _leaves(net):
         yield Place(name, (name,))
 
@@ -258,6 +278,6 @@ LAYOUTS: dict[str, Callable[[Any], Iterator[Place]]] = {
     "FluxTransformer2DModel": _table(_flux),
     "Lumina2Transformer2DModel": _table(_lumina2),
     "WanTransformer3DModel": _table(_wan),
-    "ZImageTransformer2DModel": _same,
+    "ZImageTransformer2DModel": _z_image,
     "QwenImageTransformer2DModel": _same,
 }

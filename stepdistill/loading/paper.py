@@ -43,9 +43,9 @@ def check_on_paper(model: str | Path, index: Mapping[str, Any], **hub: Any) -> N
         if state and state in _PASSED:
             continue
         stock = library == "diffusers"
-        config = _config(cls, stock, model, name, hub, where)
+        config = part_config(cls, stock, model, name, hub)
         check_numbers(config, where)
-        net = _on_meta(cls, stock, config, where)
+        net = on_meta(cls, stock, config, where)
         if "quantization_config" not in config:
             _check_shapes(net, Path(model) / name, where)
         if state:
@@ -92,9 +92,12 @@ def check_numbers(config: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: expected {key} to be {rule}, got {value!r}.")
 
 
-def _config(
-    cls: Any, diffusers: bool, model: str | Path, name: str, hub: Any, where: str
+def part_config(
+    cls: Any, diffusers: bool, model: str | Path, name: str, hub: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """A part's config.json. Args: diffusers: else of Transformers. Errors: ValueError for a broken
+    one."""
+    where = f"{model}/{name}/config.json"
     try:
         if diffusers:
             found = cls.load_config(str(model), subfolder=name, **hub)
@@ -109,7 +112,8 @@ def _config(
     return found
 
 
-def _on_meta(cls: Any, diffusers: bool, config: dict[str, Any], where: str) -> nn.Module:
+def on_meta(cls: Any, diffusers: bool, config: dict[str, Any], where: str) -> nn.Module:
+    """The network without memory. Errors: ValueError for a config that describes none."""
     try:
         with torch.device("meta"):
             if diffusers:

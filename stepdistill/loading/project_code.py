@@ -8,38 +8,32 @@ from __future__ import annotations
 
 import shutil
 import sys
-import sysconfig
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
-from diffusers import SchedulerMixin
-
-# In a checkout, and where the wheel puts them.
-_FOLDERS = (
-    Path(__file__).parents[2] / "pipelines",
-    Path(sysconfig.get_path("data")) / "share" / "stepdistill" / "pipelines",
-)
+from stepdistill.storage.bundled import bundled_file
 
 
 def project_file(module: Any) -> Path | None:
     """The file of a scheduler module of pipelines/, None for any other name."""
     if not isinstance(module, str) or not module.isidentifier() or "_scheduler" not in module:
         return None
-    files = (folder / f"{module}.py" for folder in _FOLDERS)
-    return next((file for file in files if file.is_file()), None)
+    return bundled_file(f"pipelines/{module}.py")
 
 
 @cache
 def project_module(module: str) -> Any:
     """That module. Errors: ValueError where the file is missing."""
+    from diffusers import SchedulerMixin  # seconds, which a push can do without
+
     file = project_file(module)
     if file is None:
         raise ValueError(
-            f"{module}.py: expected it in one of {[str(f) for f in _FOLDERS]}, got none. "
-            "Install stepdistill with pip, or run it from its checkout."
+            f"{module}.py: expected it among the project's pipelines, got none. Install "
+            "stepdistill with pip, or run it from its checkout."
         )
     spec = util.spec_from_file_location(module, file)
     assert spec is not None, "a .py file has a loader"

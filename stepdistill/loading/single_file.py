@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from safetensors import SafetensorError, safe_open
 
+from stepdistill.loading.read_whole import check_all_read
 from stepdistill.loading.safe_files import load_stock, no_pickles
 from stepdistill.storage.files import PICKLED
 
@@ -54,10 +55,15 @@ def config_source(model: str | Path, config: str | None) -> str:
     return config if config is not None else _recognised(Path(model))
 
 
-def _header(path: Path) -> dict[str, torch.Tensor]:
-    """name -> empty tensor of that shape: no weight is read. Errors: ValueError when malformed."""
+def _header(path: Path, metadata: dict[str, str] | None = None) -> dict[str, torch.Tensor]:
+    """name -> empty tensor of that shape: no weight is read. Errors: ValueError when malformed.
+
+    Args: metadata: filled with the file's own.
+    """
     try:
         with safe_open(path, framework="pt") as file:
+            if metadata is not None:
+                metadata.update(file.metadata() or {})
             return {
                 name: torch.empty(file.get_slice(name).get_shape(), device="meta")
                 for name in file.keys()  # noqa: SIM118 (not a mapping)
@@ -66,6 +72,27 @@ def _header(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"pretrained_model_name_or_path: expected a whole safetensors file, got {path}: {err}."
         ) from err
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether the file holds the parts beside the denoiser too."""
+    return any(name.startswith(_OTHER_PARTS) for name in _header(Path(path)))
+
+
+def schedule_marks(path: str | Path) -> dict[str, Any]:
+    """What the file says of its noise schedule, as a scheduler's configuration; it knows its
+    weights better than the pipeline that describes their architecture.
+
+    The marks are ComfyUI's empty tensors v_pred and ztsnr, and ModelSpec's prediction_type.
+    """
+    metadata = dict[str, str]()
+    names = _header(Path(path), metadata).keys()
+    said = "v" if "v_pred" in names else metadata.get("modelspec.prediction_type", "")
+    kind = {"v": "v_prediction", "epsilon": "epsilon"}.get(said)
+    return {
+        **({"prediction_type": kind} if kind else {}),
+        **({"rescale_betas_zero_snr": True} if "ztsnr" in names else {}),
+    }
 
 
 def _recognised(path: Path) -> str:
@@ -94,11 +121,12 @@ def load_single_file(
 
     Args: index: model_index.json of `config`. net_name: the denoiser's component. parts: components
         not to load.
-    Errors: ValueError where the file has not the weights that the configuration describes.
+    Errors: ValueError where the file has not the weights that the configuration describes, or has
+        more than are read.
     """
-    whole = any(name.startswith(_OTHER_PARTS) for name in _header(Path(path)))
+    check_all_read(Path(path), _header(Path(path)), index, config)
     try:
-        if whole:
+        if is_whole(path):
             cls: Any = getattr(diffusers, index["_class_name"])
             with no_pickles("single_file_config"):  # the parts that the file lacks
                 return cls.from_single_file(str(path), config=config, dtype=torch_dtype, **parts)

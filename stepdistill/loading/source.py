@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from stepdistill.loading.identity import Identity, absolute, identity_of, is_hub_id
 from stepdistill.loading.quantization import check_quantization
 from stepdistill.loading.safe_files import check_index
-from stepdistill.loading.single_file import config_source, is_single_file
-from stepdistill.loading.teacher_lora import lora_facts, parse_lora
+from stepdistill.loading.single_file import config_source, is_single_file, is_whole
+from stepdistill.loading.teacher_lora import lora_facts, lora_text, parse_lora
 from stepdistill.storage.files import read_json
 
 
@@ -39,7 +40,10 @@ class ModelSource:
     base_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", str(self.model))
+        # A path means the same from every working directory, and never becomes a Hub id.
+        object.__setattr__(self, "model", absolute(str(self.model)))
+        if self.single_file_config is not None:
+            object.__setattr__(self, "single_file_config", absolute(str(self.single_file_config)))
         object.__setattr__(self, "teacher_lora", tuple(self.teacher_lora))
 
     @classmethod
@@ -52,7 +56,7 @@ class ModelSource:
     def of_run(cls, facts: Mapping[str, Any]) -> ModelSource:
         """The teacher that a run's record (run.json, distillation.json) names."""
         earlier = facts.get("train_config", {})
-        merged = [f"{lora['source']}:{lora['scale']:g}" for lora in facts.get("teacher_lora", ())]
+        merged = [lora_text(fact) for fact in facts.get("teacher_lora", ())]
         return cls(
             facts["model"],
             facts.get("revision"),
@@ -86,10 +90,10 @@ class ModelSource:
         where = self.described_at
         folder = Path(where)
         if not folder.exists():
-            if where.startswith(("/", ".", "~")):  # no Hub id does
+            if not is_hub_id(where):
                 raise ValueError(
-                    f"pretrained_model_name_or_path: expected a pipeline folder or a Hub id, got "
-                    f"{where!r}, which is not there."
+                    "pretrained_model_name_or_path: expected a pipeline folder or a Hub id "
+                    f"(user/name), got {where!r}, which is not there."
                 )
             found: dict[str, Any] = DiffusionPipeline.load_config(where, **self.hub)
             check_index(found, where)
@@ -116,6 +120,17 @@ class ModelSource:
         check_quantization(self.base_quantization)
         for text in self.teacher_lora:
             parse_lora(text)
+
+    def identity(self) -> Identity:
+        """Of its files without the LoRAs; see loading/identity.py."""
+        if not self.model:  # a pipeline in memory that came from nowhere
+            return {}
+        own = identity_of(self.model, self.revision, self.variant)
+        if not self.is_single_file:
+            return own
+        described, whole = identity_of(self.described_at), is_whole(self.model)
+        read = (name for name in described if not (whole and name.endswith(".safetensors")))
+        return own | {f"single_file_config/{name}": described[name] for name in read}
 
     def facts(self) -> dict[str, Any]:
         """What identifies the teacher in a run's record. Errors: see `parse_lora`."""

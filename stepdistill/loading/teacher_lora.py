@@ -1,31 +1,22 @@
-"""Teachers that are a base plus LoRAs: read `path[:scale]`, merge them into the loaded pipeline.
-
-W <- W + sum_i scale_i * (alpha_i / rank_i) * B_i A_i, in the dtype of W, by Diffusers' own loader
-(load_lora_weights, fuse_lora, unload_lora_weights) or by PEFT for a folder that PEFT wrote.
-"""
+"""Teachers that are a base plus LoRAs: which files `path[:scale]` says, and what they are."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
-from safetensors import SafetensorError
-from torch import nn
 
-from stepdistill.loading.safe_files import no_pickles
+from stepdistill.loading.identity import HUB_ID, absolute, commit_of
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.safetensors)?")
+_FILE_OF_HUB_ID = re.compile(rf"{HUB_ID.pattern}(/[\w./-]+\.safetensors)?")
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ def parse_lora(text: str) -> LoraSource:
         a pickled file, or a folder with no or several LoRA files.
     """
     path, scale = _split_scale(text)
-    found = Path(path).expanduser()
+    found = Path(absolute(path))
     if found.is_file():
         if found.suffix != ".safetensors":
             raise ValueError(
@@ -62,7 +53,7 @@ def parse_lora(text: str) -> LoraSource:
         return LoraSource(str(found.parent), found.name, scale)
     if found.is_dir():
         return LoraSource(str(found), _file_in(found), scale)
-    if not _HUB_ID.fullmatch(path):
+    if not _FILE_OF_HUB_ID.fullmatch(path):
         raise ValueError(
             f"teacher_lora: expected a .safetensors file, a folder or a Hub id (user/name), got "
             f"{path!r}, which is not there."
@@ -107,7 +98,7 @@ def _file_in(folder: Path) -> str | None:
 
 
 def lora_facts(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """What identifies each LoRA: source, scale, and the hash of a local file."""
+    """What identifies each LoRA: source, scale, and the hash of local files or the Hub's commit."""
     facts = []
     for text in texts:
         lora = parse_lora(text)
@@ -116,64 +107,35 @@ def lora_facts(texts: Sequence[str]) -> list[dict[str, Any]]:
             "weight_name": lora.weight_name,
             "scale": lora.scale,
         }
-        if lora.file is not None:
-            fact["sha256"] = hashlib.sha256(lora.file.read_bytes()).hexdigest()
+        folder = Path(lora.place)
+        if folder.is_dir():
+            names = [lora.weight_name] if lora.weight_name else [PEFT_CONFIG, PEFT_FILE]
+            fact["sha256"] = _sha256([folder / name for name in names])
+        elif commit := commit_of(lora.place, None):
+            fact["commit"] = commit
         facts.append(fact)
     return facts
 
 
-@torch.no_grad()
-def merge_loras(pipeline: Any, net_name: str, texts: Sequence[str]) -> None:
-    """Merge the LoRAs into the pipeline's weights, in order; no adapter is left behind.
-
-    Args: net_name: the denoiser's component. texts: see `parse_lora`.
-    Errors: ValueError for a pipeline without a LoRA loader, or a file that fits no module of it.
-    """
-    for lora in [parse_lora(text) for text in texts]:
-        if lora.weight_name is None:
-            with no_pickles("teacher_lora"):
-                _merge_peft(pipeline, net_name, lora)
-        elif isinstance(pipeline, LoraBaseMixin):
-            with no_pickles("teacher_lora"):
-                _merge_stock(pipeline, lora)
-        else:
-            raise ValueError(
-                f"teacher_lora: expected a pipeline with load_lora_weights, got "
-                f"{type(pipeline).__name__}, to which Diffusers gives none. Use an adapter saved "
-                "by PEFT (adapter_config.json), or merge it into the base beforehand."
-            )
+def _sha256(files: Sequence[Path]) -> str:
+    sha = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                sha.update(block)
+    return sha.hexdigest()
 
 
-def _merge_stock(pipeline: Any, lora: LoraSource) -> None:
-    name = "teacher"
-    try:
-        pipeline.load_lora_weights(
-            lora.place, weight_name=lora.weight_name, adapter_name=name, use_safetensors=True
-        )
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as err:
-        raise _misfit(pipeline, lora, str(err)) from err
-    holders = [part for part, names in pipeline.get_list_adapters().items() if name in names]
-    if not holders:  # the stock loader only logs it
-        raise _misfit(pipeline, lora, "no key of it names a module there")
-    pipeline.set_adapters([name], [lora.scale])
-    pipeline.fuse_lora(components=holders, adapter_names=[name])
-    pipeline.unload_lora_weights()
+def same_lora(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two of `lora_facts` are one LoRA at one scale, wherever its files lie."""
+    for key in ("sha256", "commit"):
+        if key in was and key in now:
+            return bool(was[key] == now[key] and was["scale"] == now["scale"])
+    places = [(absolute(f["source"]), f.get("weight_name"), f["scale"]) for f in (was, now)]
+    return places[0] == places[1]
 
 
-def _merge_peft(pipeline: Any, net_name: str, lora: LoraSource) -> None:
-    net: nn.Module = getattr(pipeline, net_name)
-    try:
-        adapted: Any = PeftModel.from_pretrained(net, lora.place)
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as err:
-        raise _misfit(pipeline, lora, str(err)) from err
-    for layer in adapted.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.scale_layer(lora.scale)
-    pipeline.register_modules(**{net_name: adapted.merge_and_unload()})
-
-
-def _misfit(pipeline: Any, lora: LoraSource, why: str) -> ValueError:
-    file = f"{lora.place}/{lora.weight_name}" if lora.weight_name else lora.place
-    return ValueError(
-        f"teacher_lora: expected a LoRA of {type(pipeline).__name__}, got {file}: {why[:300]}."
-    )
+def lora_text(fact: Mapping[str, Any]) -> str:
+    """`path:scale` of one of `lora_facts`: `parse_lora` undone."""
+    source, name = fact["source"], fact.get("weight_name")
+    return f"{source}/{name}:{fact['scale']!r}" if name else f"{source}:{fact['scale']!r}"

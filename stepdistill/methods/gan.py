@@ -42,7 +42,9 @@ class GANConfig(MethodConfig):
     source: Literal["fake", "teacher"] = "fake"
     """Whose features the head reads: the fake's (trained by it too) or the frozen teacher's."""
     blocks: tuple[str, ...] = Field(default=("mid",), min_length=1)
-    """Feature blocks, by the model family's names, or "all" of them; one logit each."""
+    """Feature blocks, by the model family's names, or "all" of them."""
+    heads_per_block: int = Field(default=1, ge=1)
+    """Logits of each block, every one by a head of its own (PCM's code has 4 on SD1.5)."""
     loss: AdversarialLoss = "softplus"
     """softplus (non-saturating), hinge, or clipped_hinge (the generator's stops at the margin)."""
     r1_weight: float = Field(default=0.0, ge=0)
@@ -62,7 +64,9 @@ class GANConfig(MethodConfig):
 
     def roles(self) -> dict[str, Role]:
         """The head's role, or none where the GAN is off."""
-        head = Role(source="head", train=True, features=self.blocks)
+        head = Role(
+            source="head", train=True, features=self.blocks, heads_per_block=self.heads_per_block
+        )
         return {"disc": head} if self.enabled else {}
 
 

@@ -28,7 +28,10 @@ Answers = Callable[[Tensor, Tensor], Prediction]  # (x_t, t) -> a network's pred
 
 
 def trailing_grid(setting: Setting, num_steps: int) -> tuple[float, ...]:
-    """Descending times 1, ..., 1/N under the shift, on the teacher's table."""
+    """Descending times 1, ..., 1/N under the shift, on the teacher's table.
+
+    Below sigma_min of a VE path a time stands there more than once: steps that change nothing.
+    """
     times = torch.tensor(uniform_grid(num_steps, setting.shift), dtype=torch.float64)
     return tuple(setting.path.snap(times).tolist())
 

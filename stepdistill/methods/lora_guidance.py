@@ -25,10 +25,10 @@ from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Method, Nets, Phase, Role, Setting
 from stepdistill.core.path import VPPath
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.core.times import shift_times
+from stepdistill.core.times import shift_times, snapped_grid
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import squared_error, weighted_mean
-from stepdistill.methods.halving import Answers, halving_loss, roll_out, trailing_grid
+from stepdistill.methods.halving import Answers, halving_loss, roll_out
 from stepdistill.methods.lora_guidance_config import DIGITS, LoRAGuidanceConfig
 
 
@@ -140,10 +140,10 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
     def _sampler(self, last: int, num_steps: int | None) -> SamplerSpec:
         config = self.config
         w = config.guidance - 1.0 if config.embed_guidance else None
-        if not last:
-            count = num_steps or config.teacher_steps
-            return SamplerSpec(trailing_grid(self.setting, count), "ode", w=w, keeps_scheduler=True)
-        if num_steps not in (None, last):
+        if last and num_steps not in (None, last):
             raise ValueError(f"num_steps: expected {last}, the last round's, got {num_steps}.")
-        times = trailing_grid(self.setting, last)
+        count = last or num_steps or config.teacher_steps
+        times = snapped_grid(self.setting.path, count, self.setting.shift)
+        if not last:
+            return SamplerSpec(times, "ode", w=w, keeps_scheduler=True)
         return SamplerSpec(times, "ode", trained_times=times, w=w)

@@ -27,7 +27,7 @@ from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setti
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, full
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.core.times import grid_times, uniform_grid, uniform_times
+from stepdistill.core.times import grid_times, snapped_grid, uniform_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import distance, weighted_mean
 from stepdistill.methods.digits import regression
@@ -125,8 +125,7 @@ class Reflow(Method[ReflowConfig]):
 
     def times(self, num_steps: int) -> tuple[float, ...]:
         """The uniform grid on the student's path, on its table: DDIM's trailing spacing on VP."""
-        grid = torch.tensor(uniform_grid(num_steps), dtype=torch.float64)
-        return tuple(self.path.snap(grid).tolist())
+        return snapped_grid(self.path, num_steps)
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         """Deterministic steps; after stage distill only on the trained grid."""

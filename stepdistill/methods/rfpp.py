@@ -28,7 +28,7 @@ from stepdistill.core.method import Method, MethodConfig, Nets, Phase, Role, Sco
 from stepdistill.core.path import FlowPath, NoisePath, full
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.core.times import u_shaped_times, uniform_grid
+from stepdistill.core.times import snapped_grid, u_shaped_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import sample_huber
 from stepdistill.losses.rewards import LPIPSOptions
@@ -117,8 +117,7 @@ class RFPP(Method[RFPPConfig]):
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         """The uniform grid; both samplers begin alike, with Euler's first step, and end alike."""
-        grid = torch.tensor(uniform_grid(num_steps or self.config.num_steps), dtype=torch.float64)
-        times = tuple(self.path.snap(grid).tolist())
+        times = snapped_grid(self.path, num_steps or self.config.num_steps)
         anchored = self.config.sampler == "anchored" and len(times) > 2
         heun = self.config.heun and len(times) > 1
         return SamplerSpec(times, "anchored" if anchored else "ode", heun=heun)

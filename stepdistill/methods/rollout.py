@@ -22,7 +22,7 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import MethodConfig, Nets, Setting
 from stepdistill.core.path import NoisePath
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.core.times import uniform_grid
+from stepdistill.core.times import snapped_grid
 from stepdistill.core.types import Batch, Cond
 
 MAX_X0_GAIN = 5.0
@@ -74,8 +74,7 @@ class RolloutConfig(MethodConfig):
 
     def uniform(self, setting: Setting, num_steps: int) -> tuple[float, ...]:
         """The shifted uniform grid, each time moved to the nearest one the teacher knows."""
-        grid = torch.tensor(uniform_grid(num_steps, self.shift_of(setting)), dtype=torch.float64)
-        return tuple(setting.path.snap(grid).tolist())
+        return snapped_grid(setting.path, num_steps, self.shift_of(setting))
 
     def trained_times(self, setting: Setting) -> tuple[float, ...]:
         """The student's grid. Errors: ValueError for a student time between table entries."""

@@ -37,8 +37,8 @@ class TSCDConfig(TrajectoryConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TSCDConfig:
-        falls = all(a > b and a % b == 0 for a, b in pairwise(self.segments))
-        if not self.segments or min(self.segments) < 1 or not falls:
+        falls = all(a > b > 0 and a % b == 0 for a, b in pairwise(self.segments))
+        if not self.segments or self.segments[0] < 1 or not falls:
             raise ValueError(
                 f"segments: expected falling counts, each a divisor of the one before, got "
                 f"{self.segments}. Edges of a stage must be edges of the stage before."

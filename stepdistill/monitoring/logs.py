@@ -10,8 +10,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -29,11 +29,12 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.monitoring.best import Best, check_measured, new_best, read_best, write_best
 from stepdistill.monitoring.validation import Validation
 from stepdistill.monitoring.watchdog import Watchdog, WatchdogStop
-from stepdistill.storage.checkpoints import RUN_FILE, discard
-from stepdistill.storage.files import write_text
+from stepdistill.storage.checkpoints import RUN_FILE, discard, is_users
+from stepdistill.storage.files import one_line, write_text
 from stepdistill.storage.folders import fault_of
 
-from .run_report import write_run_report
+from .records import mend
+from .run_report import REPORT, write_run_report
 
 _REPORT_SECONDS = 20.0  # between live reports at log lines; validations always write one
 _SECONDS_IN_A_FILE = 10.0  # between bars where standard error is no terminal
@@ -59,6 +60,7 @@ class RunLog:
         self._open = False  # between start and the end's event
         self._best: Best | None = None
         self._reported = -math.inf
+        self._failed: set[str] = set()  # what could not be written, see _aside
         self._facts = facts
         self._folder = Path(args.output_dir)
         self._file = self._folder / "log.jsonl"
@@ -71,9 +73,9 @@ class RunLog:
         self._open = True
         if self._accelerator.is_main_process:
             self._folder.mkdir(parents=True, exist_ok=True)
+            for line in mend(self._folder, step):
+                self._say(line)
             write_text(self._folder / RUN_FILE, json.dumps(self._facts, indent=2))
-            for name in ("log.jsonl", "validation.jsonl", "events.jsonl"):
-                self._cut(self._folder / name, step)
             self.keep_best()  # a kill may have come between the checkpoint and its pointer
         if self._args.report_to:
             self._accelerator.init_trackers("stepdistill", config={"method": self._facts["method"]})
@@ -86,22 +88,6 @@ class RunLog:
                 unit="step",
                 mininterval=0.1 if sys.stderr.isatty() else _SECONDS_IN_A_FILE,
             )
-
-    @staticmethod
-    def _cut(path: Path, step: int) -> None:
-        """Keep a JSONL file's whole lines up to `step`, but for those an early end added."""
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                try:
-                    told = json.loads(line)
-                except json.JSONDecodeError:  # cut short by a full disk, then written on
-                    continue
-                if told["step"] <= step and not told.get("early") and told.get("kind") != "end":
-                    kept.append(line)
-        write_text(path, "".join(kept))
 
     # ------------------------------------------------------------ every update
     def _collect(self, key: str, value: Tensor) -> None:
@@ -159,7 +145,8 @@ class RunLog:
         if not self._accelerator.is_main_process:
             return
         if self._args.report_to:
-            self._accelerator.log(values, step=step)
+            with self._aside("report_to"):
+                self._accelerator.log(values, step=step)
         if self._bar is not None:
             losses = {
                 k.removeprefix("loss/"): f"{v:.4g}" for k, v in values.items() if "loss/" in k
@@ -195,7 +182,9 @@ class RunLog:
             self._append("validation.jsonl", told if planned else {**told, "early": True})
             self.image("validation", found.grid, step)
             if self._args.report_to:
-                self._accelerator.log({f"validation/{k}": v for k, v in finite.items()}, step=step)
+                told = {f"validation/{k}": v for k, v in finite.items()}
+                with self._aside("report_to"):
+                    self._accelerator.log(told, step=step)
         shared: list[Any] = [None if found is None else found.metrics]
         metrics = broadcast_object_list(shared)[0]
         if planned:
@@ -219,8 +208,13 @@ class RunLog:
         write_best(self._folder, best)
         if before is not None and before.extra and before.step < best.step:
             old = self._folder / before.checkpoint
-            if old.is_dir():
+            if old.is_dir() and not is_users(old):
                 discard(old)
+
+    def protected(self) -> set[str]:
+        """Names of checkpoints that are not to be deleted."""
+        best = set() if self._best is None else {self._best.checkpoint}
+        return {*self.watchdog.protected(), *best}
 
     # ------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:
@@ -248,26 +242,42 @@ class RunLog:
     # ----------------------------------------------------------------- outputs
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if self._accelerator.is_main_process:
-            with (self._folder / name).open("a") as handle:
+            with self._aside(name), (self._folder / name).open("a") as handle:
                 handle.write(json.dumps(record) + "\n")
+
+    @contextmanager
+    def _aside(self, what: str) -> Iterator[None]:
+        """Within: what goes wrong ends no run; it is said once of each `what`."""
+        try:
+            yield
+        except Exception as err:
+            if what not in self._failed:
+                self._say(f"{what}: not written, the run goes on. {one_line(err)}")
+            self._failed.add(what)
+
+    @staticmethod
+    def _say(line: str) -> None:
+        tqdm.write(line)
 
     def _tell_alarms(self) -> None:
         """Alarms since the last time: a line each on the terminal and in events.jsonl."""
         for alarm in self.watchdog.take_alarms():
             self._append("events.jsonl", {"kind": "alarm", **alarm})
             if self._accelerator.is_main_process:
-                tqdm.write(alarm["line"])
+                self._say(alarm["line"])
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Send a picture to the trackers that take one."""
         for tracker in self._accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
+                with self._aside("report_to"):
+                    tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
 
     def report(self) -> None:
         """Write report.html as the run stands."""
-        write_run_report(self._folder, write_text)
+        with self._aside(REPORT):
+            write_run_report(self._folder, write_text)
         self._reported = time.monotonic()
 
     def close(self, step: int, state: str = "finished", why: str = "") -> None:
@@ -275,6 +285,11 @@ class RunLog:
         self._end(step, state, why)
         if self._args.report_to:
             self._accelerator.end_training()
+
+    def preempted(self, step: int) -> None:
+        """End the logs of a run that a signal ends between its steps, if it has begun."""
+        if self._open:
+            self.close(step, "preempted")
 
     def broken_off(self, step: int, err: BaseException) -> None:
         """End the logs of a run that `err` ends, if it has begun and not ended; hides no `err`.

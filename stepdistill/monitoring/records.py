@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepdistill.storage.checkpoints import RUN_FILE
+from stepdistill.storage.files import free_name, one_line, read_json, set_aside, write_text
+
+from .best import BEST_FILE
+
+LINES = ("log.jsonl", "validation.jsonl", "events.jsonl")
+FILES = (RUN_FILE, BEST_FILE, *LINES, "report.html")
 Record = dict[str, Any]
 Points = list[tuple[float, float]]
 
@@ -32,6 +41,62 @@ def read_lines(path: Path) -> list[Record]:
             raise ValueError(f"{path}: expected an object in line {number}, got {line[:40]!r}.")
         records.append(record)
     return records
+
+
+def mend(folder: Path, step: int) -> list[str]:
+    """Make the records of a run that begins (again) at `step` fit to be written on.
+
+    Lines past it belong to a run that was cut off, and go. What is damaged or of another kind is
+    set aside as it is: nothing that a run needs lies in it.
+    Returns: a line of what was set aside, for each such record.
+    """
+    told = []
+    for name in LINES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        kept, damaged = _cut(path.read_bytes(), step)
+        if damaged:
+            told.append(f"{name}: {damaged} damaged lines left out, as it was: {_copy(path)}")
+        write_text(path, kept)
+    for name in (RUN_FILE, BEST_FILE):
+        path = folder / name
+        try:
+            if path.is_file():
+                read_json(path)
+        except ValueError as err:
+            told.append(f"{one_line(err)} Set aside as {set_aside(path).name}.")
+    for name in FILES:
+        path = folder / name
+        if os.path.lexists(path) and not path.is_file():
+            told.append(f"{path}: in the way of a record, set aside as {set_aside(path).name}.")
+    return told
+
+
+def _cut(raw: bytes, step: int) -> tuple[str, int]:
+    """(a JSONL file's whole lines up to `step`, but for those an early end added; how many lines
+    were damaged). A last one that was cut short is none of these."""
+    kept, damaged = [], 0
+    for line in raw.split(b"\n")[:-1]:
+        try:
+            text = line.decode("utf-8")
+            record = json.loads(text)
+            at = record["step"]
+            if not isinstance(at, int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged += bool(line.strip())
+            continue
+        if at <= step and not record.get("early") and record.get("kind") != "end":
+            kept.append(text + "\n")
+    return "".join(kept), damaged
+
+
+def _copy(path: Path) -> str:
+    """The name of a copy beside it."""
+    free = free_name(path)
+    shutil.copyfile(path, free)
+    return free.name
 
 
 @dataclass(frozen=True)

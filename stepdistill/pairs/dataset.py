@@ -11,8 +11,9 @@ share the work. The files are described in files.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from stepdistill.core.context import normal_rows
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import ode_solve
+from stepdistill.core.stopping import stop_if_orphaned
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.data.fingerprint import list_digest
@@ -41,6 +43,7 @@ from stepdistill.pairs.files import (
 from stepdistill.storage.files import write_text
 from stepdistill.storage.shard_files import BrokenShardError, Shard, write_shard
 
+_MOST_TOLD = 1000
 Prompt = str | int  # an int is a class label
 Pairs = tuple[Tensor, Tensor, list[Prompt]]  # noise and x0 (n, C, *S), n prompts
 
@@ -48,19 +51,30 @@ Pairs = tuple[Tensor, Tensor, list[Prompt]]  # noise and x0 (n, C, *S), n prompt
 class PairWriter:
     """Writes a pair set shard by shard; opening an unfinished one goes on where it stopped.
 
-    Args: num_pairs: size of the whole set; an existing set may grow, never shrink.
+    Args: num_pairs: size of the whole set; an existing set may grow, never shrink. teacher: what
+        model_hash is of (see teacher.py), to say what differs.
     Errors: ValueError where the folder holds pairs of other settings.
     """
 
-    def __init__(self, folder: str | Path, settings: PairSettings, num_pairs: int) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: PairSettings,
+        num_pairs: int,
+        teacher: Mapping[str, Any] | None = None,
+    ) -> None:
         if num_pairs < 1:
             raise ValueError(f"pairs: expected num_pairs >= 1, got {num_pairs}.")
         self.folder, self.settings, self.num_pairs = Path(folder), settings, num_pairs
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).exists():
             old, size = read_manifest(self.folder)
+            if not old.model_hash:  # an earlier set, whose teacher is known by its name alone
+                self.settings = settings = replace(settings, model_hash="")
             new_values, old_values = asdict(settings), asdict(old)
             changed = [key for key, value in old_values.items() if new_values[key] != value]
+            if old.model_hash and "model_hash" not in changed:
+                changed = [key for key in changed if key != "model"]  # it was moved
             if changed:
                 told = ", ".join(f"{k} {old_values[k]!r}, now {new_values[k]!r}" for k in changed)
                 raise ValueError(
@@ -72,6 +86,7 @@ class PairWriter:
         elif any(self.folder.glob("shard-*.safetensors")):
             raise ValueError(f"pairs: {str(folder)!r} holds shards but no {MANIFEST}. Empty it.")
         manifest = {"settings": asdict(settings), "num_pairs": num_pairs}
+        manifest |= {"teacher": dict(teacher)} if teacher and settings.model_hash else {}
         text = json.dumps(manifest, indent=1) + "\n"
         write_text(self.folder / MANIFEST, text, shared=True)  # all ranks at once
 
@@ -134,11 +149,12 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.folder = Path(folder)
         self.settings, self.num_pairs = read_manifest(self.folder)
         shards = range(self.settings.num_shards(self.num_pairs))
-        names = [shard_name(shard) for shard in shards]
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        absent = (n for n in map(shard_name, shards) if not (self.folder / n).is_file())
+        missing = list(islice(absent, _MOST_TOLD))  # a manifest may state any number
         if missing:
+            count = f"{_MOST_TOLD} or more" if len(missing) == _MOST_TOLD else len(missing)
             raise ValueError(
-                f"pairs: expected {len(names)} shards in {str(folder)!r}, got {len(missing)} "
+                f"pairs: expected {len(shards)} shards in {str(folder)!r}, got {count} "
                 f"missing ({missing[0]} first). Run stepdistill pairs again with the same settings."
             )
         self._handles: dict[int, Shard] = {}
@@ -189,7 +205,7 @@ def generate_pairs(
     *,
     shape: Sequence[int],
     model: str,
-    model_hash: str = "",
+    teacher: Mapping[str, Any] | None = None,
     guidance: float = 1.0,
     times: tuple[float, ...] = uniform_grid(25),
     seed: int = 0,
@@ -206,6 +222,7 @@ def generate_pairs(
     Source: Liu et al. 2023 (InstaFlow), arXiv:2309.06380, stage 1 (25 deterministic steps).
     Args:
         encode, null: Family.encode and Family.null, or the like. Pair i has prompt i modulo theirs.
+        teacher: JSON by which the teacher is known wherever it lies; None: by `model` alone.
         shape: (C, *S) of one latent. times: descending, from t = 1 where x is the prior.
         rank, world_size: this process makes every world_size-th shard, from shard `rank`.
     Returns: the finished set; None where other ranks' shards are still missing.
@@ -214,7 +231,7 @@ def generate_pairs(
         raise ValueError("pairs: expected at least one prompt, got none.")
     settings = PairSettings(
         model=model,
-        model_hash=model_hash,
+        model_hash=digest(teacher) if teacher else "",
         times=tuple(times),
         guidance=guidance,
         seed=seed,
@@ -231,7 +248,8 @@ def generate_pairs(
         x0 = ode_solve(denoiser, noise.to(device), encode(texts), end, guidance, settings.times)
         return noise, x0.cpu(), texts
 
-    return write_shards(PairWriter(folder, settings, num_pairs), solved, rank, world_size, progress)
+    writer = PairWriter(folder, settings, num_pairs, teacher)
+    return write_shards(writer, solved, rank, world_size, progress)
 
 
 def write_shards(
@@ -251,6 +269,7 @@ def write_shards(
     total = sum(len(writer.rows(shard)) for shard in mine)
     with tqdm(total=total, desc="pairs", unit="pair", disable=not progress) as bar:
         for shard in mine:
+            stop_if_orphaned()
             rows = writer.rows(shard)
             if not writer.done(shard):
                 starts = range(0, len(rows), batch_size)

@@ -38,7 +38,8 @@ def digest(value: object) -> str:
 class PairSettings:
     """What made a pair set: everything its tensors depend on.
 
-    model, model_hash: id of the teacher and a hash of its weights ("" where unknown).
+    model, model_hash: id of the teacher, and a hash of what it is ("" where unknown) by which it
+                       is known wherever it lies.
     solver, times:     deterministic solver and its descending times in (0, 1]; after the last, x0.
     guidance:          g of null + g (cond - null), baked into x0.
     seed:              pair i starts from noise of seed + i.
@@ -76,7 +77,10 @@ class PairSettings:
 
     @property
     def fingerprint(self) -> str:
-        return digest(asdict(self))
+        settings = asdict(self)
+        if self.model_hash:
+            del settings["model"]
+        return digest(settings)
 
     def num_shards(self, num_pairs: int) -> int:
         return -(-num_pairs // self.shard_size)
@@ -87,9 +91,17 @@ class PairSettings:
 
     @staticmethod
     def parse(raw: dict[str, Any], where: Path) -> PairSettings:
-        """Settings of a manifest. Errors: ValueError for missing or unknown keys."""
+        """Settings of a manifest. Errors: ValueError for missing or unknown keys, or values of
+        another type."""
         try:
             lists = {key: tuple(raw[key]) for key in ("times", "shape")}
+            for key in ("batch_size", "shard_size", "seed"):
+                if type(raw[key]) is not int:
+                    raise TypeError(f"{key} {raw[key]!r}")
+            if not all(type(side) is int and side > 0 for side in lists["shape"]):
+                raise TypeError(f"shape {raw['shape']!r}")
+            if not all(type(t) in (int, float) and 0.0 < t <= 1.0 for t in lists["times"]):
+                raise TypeError(f"times {str(raw['times'])[:100]}")
             return PairSettings(**{**raw, **lists})
         except (KeyError, TypeError) as err:
             raise ValueError(f"{where}: expected the settings of a pair set, got {err}.") from err
@@ -105,7 +117,10 @@ def read_manifest(folder: Path) -> tuple[PairSettings, int]:
         )
     try:
         raw = json.loads(path.read_text())
-        return PairSettings.parse(raw["settings"], path), int(raw["num_pairs"])
+        count = raw["num_pairs"]
+        if type(count) is not int or count < 1:
+            raise TypeError(f"num_pairs {count!r}")
+        return PairSettings.parse(raw["settings"], path), count
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as err:
         raise ValueError(f"{path}: expected a pair manifest, got {err!r}. Make it anew.") from err
 
@@ -135,12 +150,17 @@ def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) ->
     expected = dict.fromkeys(("noise", "x0"), settings.shape)
     shapes = {name: shape for name, (_, shape) in found.layout.items()}
     kinds = {dtype for dtype, _ in found.layout.values()}
-    whole = len(found) == len(header.get("prompts", [])) == len(rows)
+    prompts = header.get("prompts")
+    whole = (
+        isinstance(prompts, list)
+        and all(type(p) in (str, int) for p in prompts)
+        and len(found) == len(prompts) == len(rows)
+    )
     if (
         shapes != expected
         or not kinds <= {"F32", "BF16"}
         or not whole
-        or header["start"] != rows[0]
+        or header.get("start") != rows[0]
     ):
         raise ValueError(
             f"{path}: expected pairs {rows[0]}..{rows[-1]} of shape {settings.shape}, got "

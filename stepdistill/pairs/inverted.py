@@ -10,7 +10,7 @@ Source: Lee et al. 2024, arXiv:2405.20320, Sec. 4; 128 network calls there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import ode_invert
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
+from stepdistill.data.captions import one_caption
 from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.pairs.dataset import PairDataset, Pairs, PairWriter, Prompt, write_shards
 from stepdistill.pairs.files import PairSettings, digest
@@ -43,6 +44,7 @@ def invert_pairs(
     *,
     shape: Sequence[int],
     model: str,
+    teacher: Mapping[str, Any] | None = None,
     guidance: float = 1.0,
     times: tuple[float, ...] = uniform_grid(64),
     batch_size: int = 16,
@@ -57,7 +59,7 @@ def invert_pairs(
     Args:
         encode, null, latents: Family's, or the like. images: items of "image" (3, H, W) in [-1, 1]
             and "prompt" or "label" (neither for models that are told nothing).
-        times: descending, see `ode_invert`.
+        teacher: see `generate_pairs`. times: descending, see `ode_invert`.
     Returns: the finished set; None where other ranks' shards are still missing.
     Errors: ValueError for more pairs than images, an unreadable image, or latents of another shape.
     """
@@ -74,7 +76,7 @@ def invert_pairs(
             raise ValueError(
                 f"pairs: expected images that can be read, got {err}. Repair it or take it out."
             ) from err
-        told: Prompt = found.get("prompt", found.get("label", 0))
+        told: Prompt = one_caption(found, 0, row).get("prompt", found.get("label", 0))
         return found["image"], told
 
     def inverted(rows: Sequence[int]) -> Pairs:
@@ -93,7 +95,7 @@ def invert_pairs(
     content = [[image_digest(image), told] for image, told in map(item, range(num_pairs))]
     settings = PairSettings(
         model=model,
-        model_hash="",
+        model_hash=digest(teacher) if teacher else "",
         times=tuple(times),
         guidance=guidance,
         seed=0,
@@ -103,5 +105,5 @@ def invert_pairs(
         shard_size=shard_size,
         solver="heun, real images inverted",
     )
-    writer = PairWriter(folder, settings, num_pairs)
+    writer = PairWriter(folder, settings, num_pairs, teacher)
     return write_shards(writer, inverted, rank, world_size, progress)

@@ -14,14 +14,21 @@ from stepdistill.core.method import Role
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
+from stepdistill.data.source import fitted
 from stepdistill.data.stream import PromptDataset
 from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.loading.identity import differing
 from stepdistill.loading.source import ModelSource
+from stepdistill.loading.teacher_lora import lora_facts
 from stepdistill.pairs.dataset import generate_pairs
+from stepdistill.pairs.files import MANIFEST
 from stepdistill.pairs.inverted import invert_pairs
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.files import read_json
+from stepdistill.storage.ranks import owned_by_first, refusing_together
 
 
+@refusing_together()
 def make_pairs(
     teacher: str | Path | ModelSource,
     prompts_file: str | Path | None,
@@ -66,34 +73,64 @@ def make_pairs(
         prompts = list(LabelFileDataset.from_file(str(prompts_file)).labels)
     else:
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    family = load_family(source)
-    bank = RoleBank(family, {"teacher": Role()}, Tuning())
-    family.pipeline.to(state.device)
+    with owned_by_first(Path(pairs_dir), "pairs_dir"):
+        known_by = _same_teacher(Path(pairs_dir), source)
+        state = PartialState(cpu=not torch.cuda.is_available())
+        family = load_family(source)
+        bank = RoleBank(family, {"teacher": Role()}, Tuning())
+        family.pipeline.to(state.device)
 
-    def encode(rows: Sequence[Any]) -> Cond:
-        return family.encode(rows).to(state.device)
+        def encode(rows: Sequence[Any]) -> Cond:
+            return family.encode(rows).to(state.device)
 
-    def null(bsz: int) -> Cond:
-        return family.null(bsz).to(state.device)
+        def null(bsz: int) -> Cond:
+            return family.null(bsz).to(state.device)
 
-    common: dict[str, Any] = {
-        "shape": family.sample_shape(resolution, resolution),
-        "model": str(source),
-        "guidance": guidance,
-        "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
-        "batch_size": batch_size,
-        "device": state.device,
-        "rank": state.process_index,
-        "world_size": state.num_processes,
-        "progress": state.is_main_process,
-    }
-    denoiser = bank["teacher"]
-    if images is not None:
-        count = len(images) if num_pairs is None else num_pairs
-        invert_pairs(denoiser, encode, null, family.latents, images, pairs_dir, count, **common)
-    else:
-        assert num_pairs is not None
-        generate_pairs(denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common)
-    state.wait_for_everyone()
-    return Path(pairs_dir)
+        common: dict[str, Any] = {
+            "shape": family.sample_shape(resolution, resolution),
+            "model": str(source),
+            "teacher": known_by,
+            "guidance": guidance,
+            "times": uniform_grid(num_steps, family.shift_at(resolution, resolution)),
+            "batch_size": batch_size,
+            "device": state.device,
+            "rank": state.process_index,
+            "world_size": state.num_processes,
+            "progress": state.is_main_process,
+        }
+        denoiser = bank["teacher"]
+        if images is not None:
+            count = len(images) if num_pairs is None else num_pairs
+            sized = fitted(images, family.image_size(resolution), family.size_multiple)
+            invert_pairs(denoiser, encode, null, family.latents, sized, pairs_dir, count, **common)
+        else:
+            assert num_pairs is not None
+            generate_pairs(
+                denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common
+            )
+        state.wait_for_everyone()
+        return Path(pairs_dir)
+
+
+def _same_teacher(folder: Path, source: ModelSource) -> dict[str, Any]:
+    """What the teacher is: its files by hash, and the LoRAs merged into it.
+
+    Errors: ValueError where the folder holds pairs of another one under the same settings.
+    """
+    loras = [
+        {key: fact[key] for key in fact if key not in ("source", "weight_name")}
+        if fact.keys() & {"sha256", "commit"}
+        else fact
+        for fact in lora_facts(source.teacher_lora)
+    ]
+    files = source.identity()
+    manifest = folder / MANIFEST
+    was = read_json(manifest).get("teacher") if manifest.is_file() else None
+    odd = differing(was["files"], files) if was else None
+    if odd:
+        raise ValueError(
+            f"pairs: expected the teacher that {folder} was made with, got another content of "
+            f"{odd[0] or 'its file'} in {source.model}. Put the earlier files back, or use a new "
+            "folder."
+        )
+    return {"files": files, "teacher_lora": loras}

@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .markdown import plain
+
 
 @dataclass(frozen=True)
 class Line:
@@ -44,15 +46,10 @@ class Table:
     def markdown(self) -> str:
         """A row whose cells are fewer than the columns is filled up with empty ones."""
         rows = [self.columns, *(line.cells for line in self.lines)]
-        lines = ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows]
+        lines = ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
         for index, row in enumerate(rows):
             lines[index] += " |" * (len(self.columns) - len(row))
         return "\n".join([lines[0], "|---" * len(self.columns) + "|", *lines[1:]])
-
-
-def markdown_cell(text: str) -> str:
-    """The text within a table's cell: a line break or a bar would end it."""
-    return " ".join(text.split("\n")).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Discriminator heads on a denoiser's hidden states: one logit per block and sample.
+"""Discriminator heads on a denoiser's hidden states: one logit per head and sample.
 
 Size-agnostic forms of DMD2's head (Yin et al. 2024, arXiv:2405.14867, released code: strided 4x4
 convolutions, GroupNorm, SiLU down to one logit). Differs from the release: the spatial mean
@@ -65,18 +65,21 @@ class TokenHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """K blocks' features -> (B, K) logits."""
+    """Blocks' features -> (B, K) logits, `per_block` of each block, neighbours together."""
 
-    def __init__(self, heads: Sequence[nn.Module]) -> None:
+    def __init__(self, heads: Sequence[nn.Module], per_block: int = 1) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(heads)
+        self.heads, self.per_block = nn.ModuleList(heads), per_block
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         dtype = next(self.parameters()).dtype
-        logits = [head(f.to(dtype)) for head, f in zip(self.heads, features, strict=True)]
+        each = [f.to(dtype) for f in features for _ in range(self.per_block)]
+        logits = [head(f) for head, f in zip(self.heads, each, strict=True)]
         return torch.cat(logits, dim=1)
 
 
-def make_head(blocks: Sequence[Block]) -> Heads:
-    """A head for each block, by its layout."""
-    return Heads([MapHead(b.dim) if b.layout == "map" else TokenHead(b.dim) for b in blocks])
+def make_head(blocks: Sequence[Block], per_block: int = 1) -> Heads:
+    """That many heads for each block, by its layout."""
+    each = [b for b in blocks for _ in range(per_block)]
+    heads = [MapHead(b.dim) if b.layout == "map" else TokenHead(b.dim) for b in each]
+    return Heads(heads, per_block)

@@ -88,7 +88,8 @@ class RoleBank(nn.Module):
             self._add_adapter(role)
         for role, spec in self.roles.items():
             if spec.source == "head":
-                self.heads[role] = make_head([*chosen_blocks(spec.features, blocks).values()])
+                chosen = [*chosen_blocks(spec.features, blocks).values()]
+                self.heads[role] = make_head(chosen, spec.heads_per_block)
             elif role not in self._net_of:
                 self._net_of[role], self._adapter_of[role] = BASE, None
         self._tuner_layers = [m for m in self.nets.modules() if isinstance(m, BaseTunerLayer)]
@@ -208,7 +209,7 @@ class RoleBank(nn.Module):
         return role in self.roles
 
     def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
-        """(B, K) logits, one column per block the head reads."""
+        """(B, K) logits: of each block that is read, a column per head on it."""
         names = chosen_blocks(self.roles[role].features, self.family.feature_blocks())
         logits: Tensor = self.heads[role]([features[name] for name in names])
         forget_graphless_casts()

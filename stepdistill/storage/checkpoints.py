@@ -7,10 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
-from stepdistill.storage.folders import fault_of
+from stepdistill.storage.files import temporary
+from stepdistill.storage.folders import fault_of, holds_more
 
 RUN_FILE = "run.json"  # beside the checkpoints: what the run is
-_NAME = re.compile(r"checkpoint-(\d+)(\.old)?")
+# The second form is folders.old_of; the last is an earlier version's, and perhaps a user's copy.
+_NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.stepdistill-old|checkpoint-(\d+)\.old")
 
 
 def is_checkpoint(name: str) -> bool:
@@ -19,15 +21,18 @@ def is_checkpoint(name: str) -> bool:
 
 
 def order_of(folder: Path) -> tuple[int, bool]:
-    """Sorts checkpoint-N folders by step; checkpoint-N.old comes before its heir."""
+    """Sorts checkpoints by step; one that was put aside comes before its heir."""
     found = _NAME.fullmatch(folder.name)
     assert found is not None
-    return int(found[1]), found[2] is None
+    return int(next(filter(None, found.groups()))), found[1] is not None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """checkpoint-N folders, oldest first, whole or not; checkpoint-N.old comes before its heir."""
-    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    """checkpoint-N folders, oldest first, whole or not, and those put aside before their heirs."""
+    try:
+        found = [p for p in output_dir.iterdir() if is_checkpoint(p.name) and p.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return sorted(found, key=order_of)
 
 
@@ -49,7 +54,21 @@ def step_of(folder: Path) -> int:
 
 def discard(folder: Path) -> None:
     """Delete a checkpoint; a kill meanwhile leaves no half of one."""
-    gone = folder.with_name(folder.name + ".tmp")  # half a folder is no checkpoint
+    gone = temporary(folder)  # half a folder is no checkpoint
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def is_users(folder: Path) -> bool:
+    """Whether a user may have put the checkpoint there, or a file into it: never deleted."""
+    return folder.name.endswith(".old") or holds_more(folder)
+
+
+def clear_left(output_dir: Path) -> None:
+    """Delete what killed saves and deletions left, and predecessors of whole checkpoints."""
+    for left in output_dir.glob(".checkpoint-*.stepdistill-tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    for old in output_dir.glob(".checkpoint-*.stepdistill-old"):
+        if fault_of(output_dir / f"checkpoint-{step_of(old)}") is None:
+            shutil.rmtree(old, ignore_errors=True)

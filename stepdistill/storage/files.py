@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
+def temporary(path: Path, by: str = "") -> Path:
+    """Where a file or folder is until it is whole: a name that nobody else gives to a thing, so
+    that what is found there is a killed writer's. Args: by: told apart writers at one time."""
+    return path.with_name(f".{path.name}{by}.stepdistill-tmp")
+
+
+def free_name(path: Path) -> Path:
+    """NAME.aside (-2, ...), where nothing lies yet."""
+    names = (f"{path.name}.aside{f'-{n}' if n > 1 else ''}" for n in count(1))
+    return next(path.with_name(name) for name in names if not os.path.lexists(path.parent / name))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged or in the way to its `free_name`, which is returned."""
+    free = free_name(path)
+    os.replace(path, free)
+    return free
+
+
 def write_atomic(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
     """Write beside `path` under a temporary name, flush to the disk, rename.
 
@@ -53,17 +73,17 @@ def write_atomic(path: Path, write: Callable[[Path], object], shared: bool = Fal
     Args: shared: several processes may write this file at once, so each under a name of its own;
         else the name is always the same, so that a later call clears what a kill left.
     """
-    temporary = path.with_name(path.name + (f".{os.getpid()}.tmp" if shared else ".tmp"))
+    aside = temporary(path, f".{os.getpid()}" if shared else "")
     try:
-        write(temporary)
-        flush(temporary)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk gets its room back
+        write(aside)
+        flush(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # a full disk gets its room back
         raise
-    os.replace(temporary, path)
     flush(path.parent)
 
 
 def write_text(path: Path, text: str, shared: bool = False) -> None:
     """`write_atomic` of a text."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), shared)
+    write_atomic(path, lambda aside: aside.write_text(text, encoding="utf-8"), shared)

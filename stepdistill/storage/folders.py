@@ -1,8 +1,12 @@
 """Files and folders that are written whole or not at all, and known to be whole when read back.
 
-A folder is NAME.tmp until its last byte is on the disk; the manifest of sizes and hashes is its
-last file. A folder that stands in the way of a new NAME is NAME.old until the new one is in place.
-So there is no instant at which a kill leaves fewer whole folders than before.
+A folder has a temporary name (see files.temporary) until its last byte is on the disk; the
+manifest of sizes and hashes is its last file. A folder that stands in the way of a new one is put
+aside until that is in place. So there is no instant at which a kill leaves fewer whole folders than
+before.
+
+Both names are of our making alone: nothing else is ever deleted. Folders of the kind that needs no
+manifest hold a list of what was written (LEDGER); one with anything else in it is not replaced.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.storage.files import PICKLED, flush, read_json
+from stepdistill.storage.files import PICKLED, flush, free_name, read_json, temporary
+from stepdistill.storage.owner import owned
 
 MANIFEST = "manifest.json"
+LEDGER = ".stepdistill.json"  # file -> its bytes and hash; hidden, so that it is not published
+_EDITED_BYTES = 1 << 20  # no text that a person edits is larger
 _NAME = re.compile(r"([\w-]+/)?[\w-][\w.-]*")  # of a file in the folder, or in one within it
 
 
@@ -37,7 +45,12 @@ def _digest(path: Path) -> str:
 
 def aside_of(target: Path) -> Path:
     """Where a folder is until it is whole."""
-    return target.with_name(target.name + ".tmp")
+    return temporary(target)
+
+
+def old_of(target: Path) -> Path:
+    """Where a folder is while its heir takes its place."""
+    return target.with_name(f".{target.name}.stepdistill-old")
 
 
 def write_folder(
@@ -53,9 +66,11 @@ def write_folder(
         begin(target)
         fill(aside, tensors, documents)
         seal(target, manifest_entries(aside, aside.iterdir()))
-    except (OSError, SafetensorError) as err:
+    except BaseException as err:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
-        raise not_written(target, str(err)) from err
+        if isinstance(err, OSError | SafetensorError):
+            raise not_written(target, str(err)) from err
+        raise
 
 
 def not_written(target: Path, why: str) -> OSError:
@@ -94,7 +109,7 @@ def manifest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str,
 
 def seal(target: Path, manifest: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the manifest, which vouches for all files beside it, and put the folder in place."""
-    aside, old = aside_of(target), target.with_name(target.name + ".old")
+    aside, old = aside_of(target), old_of(target)
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     for path in [aside / MANIFEST, *(p for p in aside.iterdir() if p.is_dir()), aside]:
         flush(path)
@@ -104,30 +119,139 @@ def seal(target: Path, manifest: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _put_in_place(target: Path) -> None:
-    """Rename NAME.tmp, which is on the disk, to NAME; what was there is NAME.old meanwhile."""
-    old = target.with_name(target.name + ".old")
+    """Rename what is aside and on the disk to NAME; what was there is put aside meanwhile."""
+    old = old_of(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
     os.replace(aside_of(target), target)
     flush(target.parent)
+    if old.exists() and (old / MANIFEST).is_file() and holds_more(old):
+        os.replace(old, free_name(target))  # a user's file lies in it
     shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, where: str = "output") -> Iterator[Path]:
     """Within: a path to write a folder at, which then takes the place of `target`, all or nothing;
-    of the kind that needs no manifest, as others read it."""
+    of the kind that needs no manifest, as others read it.
+
+    Args: where: see refuse_foreign.
+    Errors: ValueError where `target` holds what was not written so, or another process writes it.
+    """
     aside = aside_of(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        yield aside
-        for path in sorted(aside.rglob("*")):
-            flush(path)
-    except Exception:
+    with owned(target, where, beside=True):
+        refuse_foreign(target, where)
+        if not target.exists() and old_of(target).is_dir():
+            os.replace(old_of(target), target)  # killed between the two renames
         shutil.rmtree(aside, ignore_errors=True)
-        raise
-    _put_in_place(target)
+        try:
+            yield aside
+            sign(aside)
+            for path in sorted(aside.rglob("*")):
+                flush(path)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        _put_in_place(target)
+
+
+def sign(folder: Path) -> None:
+    """List what the folder holds as written by us."""
+    entries = {name: _entry(folder / name) for name in sorted(_files(folder)) if name != LEDGER}
+    (folder / LEDGER).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Every file and link in it, by its path from there."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
+            yield path.relative_to(folder).as_posix()
+
+
+def _entry(path: Path) -> list[Any]:
+    """[bytes, sha256]; of a large file, which nobody edits, no hash."""
+    size = path.stat().st_size
+    return [size, _digest(path) if size <= _EDITED_BYTES else None]
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What a folder holds that `replacing` has not written, or that was changed since."""
+    try:
+        entries = read_json(folder / LEDGER)
+    except ValueError:
+        entries = {}
+    names = (name for name in _files(folder) if name != LEDGER)
+    return sorted(
+        name
+        for name in names
+        if name not in entries
+        or (folder / name).is_symlink()
+        or entries[name] != _entry(folder / name)
+    )
+
+
+def refuse_foreign(target: Path, where: str) -> None:
+    """Errors: ValueError where `target` is there and holds anything that is not ours to delete.
+
+    Args: where: the option or command that names it.
+    """
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise ValueError(f"{where}: expected a folder to write, got {target}, which is none.")
+    found = foreign_files(target)
+    if found:
+        raise ValueError(
+            f"{where}: expected a new folder, or one that stepdistill wrote and nobody changed, "
+            f"got {target} with {', '.join(found[:3])}{' ...' if found[3:] else ''}. Move "
+            f"{'it' if len(found) == 1 else 'them'}, or choose another folder."
+        )
+
+
+def refuse_written_on(folder: Path, names: Iterable[str], where: str) -> None:
+    """Errors: ValueError where a folder that is not ours yet holds one of the files that we write.
+
+    Args: where: the option that names it.
+    """
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise ValueError(
+                f"{where}: expected a folder without {name}, got {folder}. Move that, or choose "
+                "another folder."
+            )
+
+
+def delete_made(folder: Path, patterns: Sequence[str], where: str) -> None:
+    """Delete a folder of ours, where there is one. Errors: see refuse_unlike."""
+    refuse_unlike(folder, patterns, where)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_unlike(folder: Path, patterns: Sequence[str], where: str) -> None:
+    """Errors: ValueError where a folder, or an export in it, holds what we do not write.
+
+    Args: patterns: of fnmatch, of the paths of files that we write; where: names the folder.
+    """
+    names = list(_files(folder)) if folder.is_dir() else []
+    odd = [name for name in names if not any(fnmatch(name, one) for one in patterns)]
+    for ledger in (name for name in names if Path(name).name == LEDGER):
+        export = (folder / ledger).parent
+        odd += [(export / name).relative_to(folder).as_posix() for name in foreign_files(export)]
+    if odd or (os.path.lexists(folder) and not folder.is_dir()):
+        raise ValueError(
+            f"{where}: expected to find nothing in {folder} but what stepdistill wrote, got "
+            f"{', '.join(odd[:3]) or 'a file'}. Move that, or choose another folder."
+        )
+
+
+def holds_more(folder: Path) -> bool:
+    """Whether a folder with a manifest holds a file that was not written with it, or has none."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except ValueError:
+        return True
+    return any(name not in manifest and name != MANIFEST for name in _files(folder))
 
 
 def fault_of(folder: Path, hashes: bool = True) -> str | None:

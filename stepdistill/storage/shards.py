@@ -9,7 +9,7 @@ one file system.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stepdistill.storage.folders import aside_of, begin, fill, manifest_entries, not_written, seal
+from stepdistill.storage.ranks import agreed
 
 _Entries = dict[str, dict[str, Any]]
 
@@ -38,15 +39,15 @@ def write_shards(
         return entries if rank else {**entries, **manifest_entries(aside, aside.glob("*.json"))}
 
     try:
-        _agreed(lambda: begin(target) if rank == 0 else None)
+        agreed(lambda: begin(target) if rank == 0 else None, (OSError,))
         for stem, state in tensors.items():
             place = str(aside / stem)
             writer = dcp.HuggingFaceStorageWriter(place, save_distributed=True)
             dcp.save(dict(state), storage_writer=writer)
-        _agreed(lambda: fill(aside, {}, documents) if rank == 0 else None)
-        told = _agreed(own)
+        agreed(lambda: fill(aside, {}, documents) if rank == 0 else None, (OSError,))
+        told = agreed(own, (OSError,))
         manifest = {name: entry for entries in told for name, entry in entries.items()}
-        _agreed(lambda: _sealed(target, manifest) if rank == 0 else None)
+        agreed(lambda: _sealed(target, manifest) if rank == 0 else None, (OSError,))
     except (OSError, RuntimeError, CheckpointException) as err:  # torch tells a lost peer so
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -65,18 +66,3 @@ def _sealed(target: Path, manifest: _Entries) -> None:
             "output_dir has to be on a file system that all machines share"
         )
     seal(target, manifest)
-
-
-def _agreed(work: Callable[[], Any]) -> list[Any]:
-    """What each process's work returned. Errors: OSError on all where one has raised it."""
-    mine: tuple[Any, str | None]
-    try:
-        mine = work(), None
-    except OSError as err:
-        mine = None, f"process {dist.get_rank()}: {err}"
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    faults = [fault for _, fault in told if fault is not None]
-    if faults:
-        raise OSError("; ".join(faults))
-    return [result for result, _ in told]

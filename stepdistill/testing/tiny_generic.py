@@ -75,6 +75,25 @@ HUNYUAN_DIT = {
     "feature_extractor": None,
     "requires_safety_checker": False,
 }
+# Packed flow latents, a null pass of its own, a mask over text and image.
+CHROMA = {
+    "text_encoder": "t5",
+    "transformer": {
+        "_class_name": "ChromaTransformer2DModel",
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": (4, 6, 6),
+        "approximator_num_channels": 16,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    },
+    "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    "vae": {**VAE, "shift_factor": 0.1159},
+}
 # Told 1 - t and a guided batch always: the generic family refuses it.
 LUMINA = {
     "text_encoder": "gemma",
@@ -95,6 +114,7 @@ LUMINA = {
 tiny_lumina = partial(assemble, "LuminaPipeline", LUMINA)
 TINY_GENERIC: dict[str, Callable[[], Any]] = {
     "aura_flow": partial(assemble, "AuraFlowPipeline", AURA_FLOW),
+    "chroma": partial(assemble, "ChromaPipeline", CHROMA),
     "cogview3": partial(assemble, "CogView3PlusPipeline", COGVIEW3),
     "hunyuan_dit": partial(assemble, "HunyuanDiTPipeline", HUNYUAN_DIT),
 }

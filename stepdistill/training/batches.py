@@ -20,6 +20,7 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.core.types import Batch, Cond
 from stepdistill.families.family import Family
 
+REREAD = "reread"  # (row of a raw batch, the batch) -> its image, which the source left out
 _PIXELS_AT_ONCE = 2**20  # of images encoded in one call: what one of 1024 x 1024 px takes
 
 
@@ -63,17 +64,17 @@ class BatchMaker:
             if self._null is None:
                 self._null = self.family.null(1).to(self.device)
             null = self._null.repeat(cond.bsz)
-        real = None
+        real, x0 = None, self._x0(raw) if with_x0 else None
         if gan is not None:
-            x0 = self._x0(gan, "gan")
-            assert x0 is not None, "the trainer checks what the source has"
-            real = (x0, self._cond(gan)[0])
-        known = {"index", "content", "prompt", "label", "image", "x0", "noise"}
+            own = self._x0(gan, "gan")
+            assert own is not None, "the trainer checks what the source has"
+            real = (own, self._cond(gan)[0])
+        known = {"index", "content", "prompt", "label", "image", "x0", "noise", "size", REREAD}
         return Batch(
             cond=cond,
             null=null,
-            shape=self.shape,
-            x0=self._x0(raw) if with_x0 else None,
+            shape=self._shape(raw) if x0 is None else tuple(x0.shape[1:]),
+            x0=x0,
             noise=raw["noise"].to(self.device).float() if "noise" in raw else None,
             prompts=tuple(prompts) if "prompt" in raw else None,
             extra={
@@ -83,6 +84,13 @@ class BatchMaker:
             },
             gan=real,
         )
+
+    def _shape(self, raw: dict[str, Any]) -> tuple[int, ...]:
+        """(C, *S) of samples that begin from noise: of the bucket, where there is one, or run."""
+        if "size" not in raw:
+            return self.shape
+        (size,) = set(raw["size"])
+        return self.family.sample_shape(*size)
 
     def _cond(self, raw: dict[str, Any]) -> tuple[Cond, list[Any]]:
         """The Cond of a collated dict, and what it was told by: prompts, labels or nothing."""
@@ -139,11 +147,20 @@ class BatchMaker:
         for row, image in enumerate(images):
             content = raw["content"][row] if "content" in raw else None
             key = (source, raw["index"][row]) if content is None else content
-            parts.append(self._latent(key, content, image).to(self.device))
+            latent = self._latent(key, content, image)
+            if latent is None and REREAD in raw:
+                latent = self._latent(key, content, raw[REREAD](row, raw))
+            if latent is None:
+                raise ValueError(
+                    f"cache_dir: expected the latent of {key!r}, got a shard that was broken and "
+                    "is deleted. Start again with --resume_from_checkpoint latest: it is made anew."
+                )
+            parts.append(latent.to(self.device))
         return torch.stack(parts)
 
-    def _latent(self, key: Any, content: str | None, image: Tensor | None) -> Tensor:
-        """(C, *S) of an image (3, H, W), which may be missing where the disk has its latent."""
+    def _latent(self, key: Any, content: str | None, image: Tensor | None) -> Tensor | None:
+        """(C, *S) of an image (3, H, W), which may be missing where the disk has its latent; None
+        where both are."""
         if self.disk is not None and self.disk.latents is not None:
             told = {"image": image} if content is None else {"content": content}
             found = self.disk.latent(image_key(told))
@@ -153,10 +170,7 @@ class BatchMaker:
             self._latents.move_to_end(key)
             return self._latents[key]
         if image is None:  # a source leaves out what the disk had when the run began
-            raise ValueError(
-                f"cache_dir: expected the latent of {key!r}, got a shard that was broken and is "
-                "deleted. Start again with --resume_from_checkpoint latest: it is made anew."
-            )
+            return None
         fresh = self.family.latents(image.unsqueeze(0))[0].float()  # one by one, where the VAE is
         if self._max_latents:
             self._latents[key] = fresh.cpu()

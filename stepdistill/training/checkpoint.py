@@ -7,7 +7,6 @@ networks in shards each process writes its own (see shards.py); both kinds are r
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -23,11 +22,14 @@ from stepdistill.monitoring.best import read_best
 from stepdistill.roles.role_weights import to_cpu
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.checkpoints import (
+    clear_left,
     discard,
     is_checkpoint,
+    is_users,
     list_checkpoints,
     newest_valid,
     order_of,
+    step_of,
 )
 from stepdistill.storage.files import read_json
 from stepdistill.storage.folders import MANIFEST, fault_of, write_folder
@@ -66,17 +68,13 @@ def prune(newest: Path, limit: int | None, protect: Collection[str] = ()) -> Non
     """Delete what is older than the newest `limit` whole checkpoints up to `newest`.
 
     What a killed save or deletion left lying goes too, and the predecessors of whole checkpoints.
-    The best (see best.py) and the names in `protect` stay, and do not count.
+    The best (see best.py), the names in `protect` and what may be a user's stay, and do not count.
 
     Args: newest: the checkpoint just written, which is whole.
     Notes: damaged folders don't count towards the limit, and nothing newer is touched: a damaged
         checkpoint-100 must not push the good checkpoint-60 out. Sizes are compared, not hashes.
     """
-    for left in newest.parent.glob("checkpoint-*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
-    for old in newest.parent.glob("checkpoint-*.old"):
-        if fault_of(old.with_suffix("")) is None:
-            shutil.rmtree(old, ignore_errors=True)
+    clear_left(newest.parent)
     if limit is None:
         return
     best = read_best(newest.parent)
@@ -84,12 +82,12 @@ def prune(newest: Path, limit: int | None, protect: Collection[str] = ()) -> Non
     older = [
         p
         for p in list_checkpoints(newest.parent)
-        if order_of(p) < order_of(newest) and p.name.removesuffix(".old") not in stays
+        if order_of(p) < order_of(newest) and f"checkpoint-{step_of(p)}" not in stays
     ]
     whole = [p for p in older if fault_of(p, hashes=False) is None]
     kept = [*whole, newest][-limit:]
     for folder in older:
-        if order_of(folder) < order_of(kept[0]):
+        if order_of(folder) < order_of(kept[0]) and not is_users(folder):
             discard(folder)
 
 

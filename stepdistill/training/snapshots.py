@@ -33,6 +33,7 @@ class Resumable:
     log: RunLog
     sharded: bool
     step: int
+    owes_validation: bool
     feed: Feed
     gan_feed: Feed | None
     seconds: float
@@ -55,6 +56,7 @@ class Resumable:
                 "world_size": accelerator.num_processes,
                 "global_batch": accelerator.num_processes * args.train_batch_size,
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
+                "owes_validation": self.owes_validation,
                 "grad_scaler": scaler.state_dict() if scaler is not None else {},
                 "facts": self.facts,
                 "log": log_state,
@@ -62,7 +64,7 @@ class Resumable:
             buffers = self.method.state_dict()
             save_checkpoint(folder, self.bank, self.optimizer, buffers, state, self.sharded)
         if main:
-            prune(folder, args.checkpoints_total_limit, self.log.watchdog.protected())
+            prune(folder, args.checkpoints_total_limit, self.log.protected())
         accelerator.wait_for_everyone()
         return folder
 
@@ -77,10 +79,14 @@ class Resumable:
                 self.accelerator.print("resume: no whole checkpoint yet, starting at step 0")
                 return
         assert folder is not None
-        checks.resume_fits(
-            read_state(folder), self.args, self.accelerator.num_processes, self.facts
-        )
+        state = read_state(folder)
+        checks.resume_fits(state, self.args, self.accelerator.num_processes, self.facts)
         self.restore(folder)
+        before = state["facts"].get("data")
+        if not checks.same_data(before, self.facts.get("data"), allowed=True):
+            told = {"step": self.step, "before": before}
+            self.facts.setdefault("data_changed", []).append(told)
+            self.accelerator.print(f"resume: other data from step {self.step} on (data_changed)")
         self.accelerator.print(f"resume: continuing {folder.name} at step {self.step}")
 
     def restore(self, folder: Path) -> None:
@@ -93,8 +99,10 @@ class Resumable:
         if self.gan_feed is not None:
             self.gan_feed.seen = state.get("gan_batches_seen", 0)
         self.seconds = state["seconds"]
+        self.owes_validation = state.get("owes_validation", False)
         self.facts.setdefault("data", state["facts"].get("data"))
-        self.facts["draw_law"] = state["facts"].get(
-            "draw_law", 1
-        )  # a run keeps the law it began by
+        # A run keeps the law of draws that it began by.
+        self.facts["draw_law"] = state["facts"].get("draw_law", 1)
+        if "data_changed" in state["facts"]:
+            self.facts["data_changed"] = list(state["facts"]["data_changed"])
         self.log.load_state_dict(state.get("log", {}))

@@ -9,19 +9,23 @@ from stepdistill.data.hub import HubDataset, HubStream, load_rows
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.stream import EmptyRows, PromptDataset
 from stepdistill.data.tars import TarDataset
-from stepdistill.families.registry import teacher_facts
+from stepdistill.families.registry import TeacherFacts, teacher_facts
 
 
 def open_dataset(run: RunConfig) -> Any:
     """The dataset of a RunConfig's one data source. Errors: ValueError where there is none."""
-    told = teacher_facts(run.source).conditioning  # refuses unserved classes first
+    facts = teacher_facts(run.source)  # refuses unserved classes first
+    told = facts.conditioning
     if told == "none" and run.data.prompts_file is not None:
         raise ValueError(
             "data: expected images or no data for an unconditional model, got a prompts_file. "
             "Leave it out, or give --data.train_data_dir."
         )
     if run.data.source is not None:
-        return _open(run.data, told, run)
+        dataset = _open(run.data, facts, run)
+        if run.data.buckets:
+            dataset.by_ratio = True
+        return dataset
     if told == "none":
         return EmptyRows()
     raise ValueError(
@@ -34,31 +38,37 @@ def open_gan_dataset(run: RunConfig) -> Any:
     """The dataset of --data.gan, or None where the run has none."""
     if run.data.gan.source is None:
         return None
-    return _open(run.data.gan, teacher_facts(run.source).conditioning, run)
+    return _open(run.data.gan, teacher_facts(run.source), run)
 
 
-def _open(data: SourceConfig, told: str, run: RunConfig) -> Any:
-    by_label = told == "label"
+def _open(data: SourceConfig, facts: TeacherFacts, run: RunConfig) -> Any:
+    told, by_label = facts.conditioning, facts.conditioning == "label"
     if data.prompts_file is not None:
-        source = LabelFileDataset if by_label else PromptDataset
-        return source.from_file(data.prompts_file)
+        if by_label:
+            return LabelFileDataset.from_file(data.prompts_file, facts.num_labels)
+        return PromptDataset.from_file(data.prompts_file)
     if data.train_data_dir is not None:
-        return ImageFolderDataset(data.train_data_dir, run.resolution, by_label, told == "none")
+        options = (by_label, told == "none", data.caption_column, facts.num_labels)
+        return ImageFolderDataset(data.train_data_dir, run.resolution, *options)
     if data.pairs_dir is not None:
         from stepdistill.pairs.dataset import PairDataset
 
         return PairDataset(data.pairs_dir)
-    return open_shards(data, told, run.resolution, run.cache_dir)
+    return open_shards(data, told, run.resolution, run.cache_dir, facts.num_labels)
 
 
 def open_shards(
-    data: SourceConfig, told: str, resolution: int | None, index_dir: str | None
+    data: SourceConfig,
+    told: str,
+    resolution: int | None,
+    index_dir: str | None,
+    num_labels: int | None = None,
 ) -> TarDataset | HubDataset | HubStream:
     """The dataset of tar shards, or of the `datasets` library."""
     column = data.caption_column
     if data.tar_shards is not None:
-        window = data.shuffle_buffer
-        return TarDataset(data.tar_shards, resolution, told, column, window, index_dir)
+        options = (data.shuffle_buffer, index_dir, num_labels)
+        return TarDataset(data.tar_shards, resolution, told, column, *options)
     assert data.dataset_name is not None
     found = load_rows(
         data.dataset_name,
@@ -69,5 +79,5 @@ def open_shards(
     )
     columns = (resolution, data.image_column, column, told)
     if data.streaming:
-        return HubStream(found, *columns, data.shuffle_buffer, data.dataset_split)
-    return HubDataset(found, *columns)
+        return HubStream(found, *columns, data.shuffle_buffer, data.dataset_split, num_labels)
+    return HubDataset(found, *columns, num_labels)

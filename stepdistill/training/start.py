@@ -6,7 +6,6 @@ student takes its weights, a LoRA student sits on them.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.families.decoder import decoder_config
 from stepdistill.families.family import Family
 from stepdistill.families.registry import TeacherFacts, teacher_facts
+from stepdistill.loading.identity import absolute, is_hub_id
 from stepdistill.loading.safe_files import no_pickles
 from stepdistill.loading.stored_tensors import StoredTensors
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.checkpoint import saved_student
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_pipeline(source: str) -> bool:
@@ -30,7 +28,7 @@ def is_pipeline(source: str) -> bool:
     folder = Path(source)
     if folder.exists():
         return (folder / "model_index.json").is_file()
-    return _HUB_ID.fullmatch(source) is not None
+    return is_hub_id(source)
 
 
 def check_start(args: TrainConfig, teacher: TeacherFacts, training: bool) -> None:
@@ -70,7 +68,7 @@ def student_base_of(args: TrainConfig) -> str | None:
     """
     source = args.init_student_from
     lora = args.tuning.student == "lora"
-    return source if lora and source is not None and is_pipeline(source) else None
+    return absolute(source) if lora and source is not None and is_pipeline(source) else None
 
 
 def load_student_base(family: Family, source: str, dtype: torch.dtype) -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from stepdistill.config.files import method_class, method_config
@@ -25,7 +26,9 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Method, MethodConfig, Phase, Scorer
+from stepdistill.core.stopping import Stopped
 from stepdistill.data.fingerprint import data_facts
+from stepdistill.data.source import fitted
 from stepdistill.data.stream import as_dataset
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family, teacher_facts
@@ -33,8 +36,12 @@ from stepdistill.loading.source import ModelSource
 from stepdistill.monitoring.logs import RunLog
 from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards import build_scorers
+from stepdistill.storage.files import one_line
+from stepdistill.storage.owner import refuse_owned
+from stepdistill.storage.ranks import MISTAKES, agreed, owned_by_first
 from stepdistill.training import checks
 from stepdistill.training.batches import batch_maker
+from stepdistill.training.by_shape import MethodByShape
 from stepdistill.training.feed import Feed
 from stepdistill.training.memory import keep_freed_memory, with_quantized_base
 from stepdistill.training.optim import (
@@ -47,6 +54,8 @@ from stepdistill.training.setup import make_accelerator, make_bank, prepared
 from stepdistill.training.sharding import gathered, is_sharded
 from stepdistill.training.snapshots import Resumable
 from stepdistill.training.start import check_start
+
+Carried = dict[tuple[int, ...], dict[str, object]]  # shape -> what phases leave for such batches
 
 
 class Trainer(Resumable):
@@ -80,7 +89,10 @@ class Trainer(Resumable):
         self.gan_dataset = None if gan_dataset is None else as_dataset(gan_dataset, "gan_dataset")
         config = method_config(method, method_options or {})
 
-        self._check(config, scorers or {})
+        if self.dataset is None:  # perhaps in one process of several
+            self._check(config, scorers or {})
+        else:
+            agreed(lambda: self._check(config, scorers or {}))
         self._start_processes()
         self._load(config)
         self._build(scorers or {})
@@ -89,16 +101,20 @@ class Trainer(Resumable):
     def _check(self, config: MethodConfig, scorers: Mapping[str, Scorer]) -> None:
         """What can be said against the run before a weight is loaded."""
         args, cls = self.args, method_class(self.method_name)
+        checks.teacher_is_here(args, self.teacher)
         facts = teacher_facts(self.teacher)
         if self.dataset is not None:
+            refuse_owned(self.output_dir, "output_dir")  # an export may read it meanwhile
             args.check_best_metric()
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset)
             checks.method_fits(cls, config, facts, *data)
+            checks.buckets_fit(self.dataset, self.gan_dataset, facts)
         checks.student_fits(cls, args.tuning, self.teacher)
-        self.facts = checks.run_facts(self.teacher, self.method_name, config, args)
-        if self.dataset is not None:
+        training = self.dataset is not None
+        check_start(args, facts, training)
+        self.facts = checks.run_facts(self.teacher, self.method_name, config, args, training)
+        if training:
             self.facts["data"] = data_facts(self.dataset)
-        check_start(args, facts, training=self.dataset is not None)
         self.resume_from = checks.output_dir_is_ours(args, self.facts)
 
     def _start_processes(self) -> None:
@@ -132,14 +148,17 @@ class Trainer(Resumable):
         """The position of a run that begins, and what watches it."""
         args = self.args
         self.batches = batch_maker(self.family, self.device, args, self.dataset is not None)
-        self.feed = Feed(self.dataset, args)
+        size = (self.family.image_size(args.resolution), self.family.size_multiple)
+        self.by_shape = MethodByShape(self.method, self.family, args.resolution)
+        self.feed = Feed(fitted(self.dataset, *size), args)
         self.gan_feed: Feed | None = None
         reads_real = self.gan_dataset is not None and "real" in self.method.needs
         if reads_real and self.dataset is not None:
-            self.gan_feed = Feed(self.gan_dataset, args, "gan")
+            self.gan_feed = Feed(fitted(self.gan_dataset, *size), args, "gan")
             self.facts["data"]["gan"] = data_facts(self.gan_dataset)
         self.step = 0
         self.seconds = 0.0
+        self.owes_validation = False  # a signal came before it or in it
         self.stop = StopRequest()
         self.log = RunLog(self.accelerator, args, self.facts)
         self.validator = Validator(self.bank, self.method, args)
@@ -147,17 +166,25 @@ class Trainer(Resumable):
 
     # ------------------------------------------------------------------ loop
     def train(self, until: int | None = None) -> dict[str, float]:
-        """Run to max_train_steps, max_train_seconds, SIGTERM or SIGUSR1; returns the last means.
+        """Run to max_train_steps, max_train_seconds or a signal (SIGTERM, SIGUSR1, Ctrl-C); returns
+        the last means.
 
         Args: until: pause after that many updates in all, saved; the next call goes on, and what is
             planned over max_train_steps (learning rates, stages) does not notice.
         Errors: WatchdogStop (a FloatingPointError) for a non-finite loss or gradient, or where
             another check of args.watchdog stops the run; it names the last good checkpoint.
-            Whatever ends the run, Ctrl-C too, is told in events.jsonl and the report.
+            ValueError where another process trains in output_dir. An error of the data or of a
+            validation comes once the step before it is saved.
+            Whatever ends the run is told in events.jsonl and the report.
         """
-        with self.stop:
+        with self.stop.within(), owned_by_first(self.output_dir, "output_dir"):
             try:
                 return self._train(until)
+            except Stopped:  # nothing is in work
+                self.stop.preempted = True
+                self.stop.tell(self.accelerator)
+                self.log.preempted(self.step)
+                return self.log.last
             except BaseException as err:
                 self.log.broken_off(self.step, err)
                 raise
@@ -167,23 +194,32 @@ class Trainer(Resumable):
         end = args.max_train_steps if until is None else min(until, args.max_train_steps)
         if self.dataset is None:
             raise ValueError("train: expected a train_dataset, got None (enough only to export).")
-        if self.resume_from is not None:
-            self.resume(self.resume_from)
-            self.resume_from = None
-        for feed in self.feeds:
-            feed.open(self.batches.disk, self.accelerator)
+        with self.stop.at_once():
+            if self.resume_from is not None:
+                self.resume(self.resume_from)
+                self.resume_from = None
+            for feed in self.feeds:
+                feed.open(self.batches.disk, self.accelerator)
+            agreed(lambda: self._read_ahead(end), (*MISTAKES, RuntimeError))
         started, before = time.monotonic(), self.seconds
         self.log.start(self.step, self.seconds)
         last_saved = self.step
-        if args.validation_steps and self.step == 0:
-            self.validate()  # the student before training, which later ones are held against
+        if args.validation_steps and (self.step == 0 or self.owes_validation):
+            # The student before training, which later ones are held against, or what a signal cut.
+            better, failure = self._validate()
+            if failure is not None:
+                raise failure
+            if better:
+                self.log.keep_best()
+            if self.stop.preempted:
+                raise Stopped
         while self.step < end:
             scale = self.method.learning_rate_scale(self.step, args.max_train_steps)
             set_learning_rate(self.optimizer, args, self.step, self.seconds, scale)
             self.log.watchdog.scale_rates(self.optimizer)
             anew = self.method.resets(self.step, args.max_train_steps)
             reset_roles(self.bank, self.optimizer, anew)
-            carry: list[dict[str, object]] = [{} for _ in range(args.gradient_accumulation_steps)]
+            carry: list[Carried] = [{} for _ in range(args.gradient_accumulation_steps)]
             for phase in self.method.phases(self.step):
                 for repeat in range(phase.repeat):
                     self._update(phase, repeat, carry)
@@ -192,21 +228,35 @@ class Trainer(Resumable):
                 # Early steps average over fewer, as the zero-th would otherwise never be forgotten.
                 self.bank.ema_update("ema", min(args.ema_decay, (1 + self.step) / (10 + self.step)))
             self.step += 1
+            failure = self._next_failure(end)
             stopping, self.seconds = self.stop.agreed(
-                before + time.monotonic() - started, args.max_train_seconds, self.accelerator
+                before + time.monotonic() - started,
+                args.max_train_seconds,
+                self.accelerator,
+                failure is not None,
             )
+            cut_off = self.stop.preempted or self.stop.failed
             last = self.step >= end or stopping
             if self.log.due(self.step) or last:
                 self.log.write(self.step, self.seconds, self._learning_rates())
-            better = False
-            if args.validation_steps and (self.step % args.validation_steps == 0 or last):
-                better = self.validate()
+            better, planned = False, validates(args, self.step)
+            self.owes_validation = planned and cut_off
+            if (planned or (args.validation_steps and last)) and not cut_off:
+                better, failure = self._validate()
+                stopping = stopping or self.stop.preempted or failure is not None
             due = args.checkpointing_steps and self.step % args.checkpointing_steps == 0
-            if (due or last or better) and self.step > last_saved:
+            if (due or last or better or stopping) and self.step > last_saved:
                 self.save()
                 last_saved = self.step
             if better:
                 self.log.keep_best()
+            if failure is not None:
+                raise failure
+            if self.stop.failed:
+                raise RuntimeError(
+                    "data: expected every process to read its next batch, got another one's error, "
+                    "which it has told. The run is saved."
+                )
             if stopping:
                 break
         done = "paused" if end < args.max_train_steps else "finished"
@@ -221,11 +271,32 @@ class Trainer(Resumable):
         """The run's data sources."""
         return [self.feed] if self.gan_feed is None else [self.feed, self.gan_feed]
 
-    def _update(self, phase: Phase, repeat: int, carry: list[dict[str, object]]) -> None:
+    def _gan_feed_of(self, phase: Phase) -> Feed | None:
+        """Where a phase's real samples come from, if not from the run's own data."""
+        return self.gan_feed if phase.reads_real and "real" in self.method.needs else None
+
+    def _read_ahead(self, end: int) -> None:
+        """Have the batches of a whole step in memory: where one can't be read, no phase of the step
+        has changed anything yet, and the step before it can be saved."""
+        if self.step >= end:
+            return
+        for feed in self.feeds:
+            phases = self.method.phases(self.step)
+            taken = [p.repeat for p in phases if feed is self.feed or self._gan_feed_of(p)]
+            feed.read_ahead(sum(taken) * self.args.gradient_accumulation_steps)
+
+    def _next_failure(self, end: int) -> Exception | None:
+        try:
+            self._read_ahead(end)
+        except Exception as err:
+            return err
+        return None
+
+    def _update(self, phase: Phase, repeat: int, carry: list[Carried]) -> None:
         """One optimiser update of one phase."""
         args, accelerator = self.args, self.accelerator
         real = phase.reads_real and "real" in self.method.needs
-        gan_feed = self.gan_feed if real else None
+        gan_feed = self._gan_feed_of(phase)
         with_x0 = phase.reads_x0 or (real and gan_feed is None)
         feeds = [self.feed] if gan_feed is None else [self.feed, gan_feed]
         self.bank.train_only(phase.trains)
@@ -242,13 +313,13 @@ class Trainer(Resumable):
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 device=self.device,
-                carry=kept,
+                carry=kept.setdefault(batch.shape, {}),
                 mean_over_ranks=self._mean_over_ranks,
                 draw_law=self.facts["draw_law"],
             )
             more = micro + 1 < len(carry)
             with accelerator.no_sync(self.module) if more else nullcontext():
-                total, logs = self.module(phase.loss, batch, ctx)
+                total, logs = self.module(self.by_shape.loss(phase, batch), batch, ctx)
                 accelerator.backward(total / len(carry))
             for feed in feeds:
                 logs = {**logs, **feed.logs(total.detach())}
@@ -278,12 +349,42 @@ class Trainer(Resumable):
 
     def validate(self) -> bool:
         """Grid and metrics of this step (main process); returns whether it is the best so far."""
+        better, failure = self._validate()
+        if failure is not None:
+            raise failure
+        return better
+
+    def _validate(self) -> tuple[bool, Exception | None]:
+        """Grid and metrics of this step (main process); call on all ranks.
+
+        Returns: whether it is the best so far; what went wrong, on all ranks. Where a signal cut it
+        short, on the main process, stop.preempted is set and a resumed run validates first.
+        """
         self.accelerator.wait_for_everyone()
-        found = None
+        found, failure, self.owes_validation = None, None, False
         with gathered(self.module):
             if self.accelerator.is_main_process:
                 spec = self.method.sampler_at(self.step, self.args.max_train_steps)
-                found = self.validator.run(self.student(), spec, self.step)
+                try:
+                    with self.stop.at_once():
+                        found = self.validator.run(self.student(), spec, self.step)
+                except Stopped:
+                    self.stop.preempted = True
+                except Exception as err:
+                    failure = err
+        shared = [self.stop.preempted, None if failure is None else one_line(failure)]
+        self.stop.preempted, told = broadcast_object_list(shared)
+        if self.stop.preempted:
+            self.stop.tell(self.accelerator)
+        if self.stop.preempted or told is not None:
+            self.owes_validation = validates(self.args, self.step)
+            failed = None if told is None else RuntimeError(f"validation: {told}")
+            return False, failure or failed
         better = self.log.validation(found, self.step, self.seconds)
         self.accelerator.wait_for_everyone()
-        return better
+        return better, None
+
+
+def validates(args: TrainConfig, step: int) -> bool:
+    """Whether a validation is planned there."""
+    return bool(args.validation_steps) and step % args.validation_steps == 0

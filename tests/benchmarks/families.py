@@ -113,7 +113,7 @@ def line_of(name: str, out: Path, python: str) -> Line:
     folders, formats = [trainer.export(root / "pipeline")], []
     for form in FORMATS:
         try:
-            made = trainer.export(root / form, format=form)
+            made = trainer.export(root / form, format=form, dtype="float32")
         except ValueError as err:
             print(f"{name}, {form}: {err}", file=sys.stderr)
             continue

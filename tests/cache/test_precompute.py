@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from support.faults import fork, status_of
 from support.runs import fingerprint, teacher_dir
-from support.samples import COUNT, caption, dataset_of, image_folder
+from support.samples import COUNT, caption, dataset_of, image_folder, png
 
 from stepdistill import ConsistencyTrainer, DistributionMatchingTrainer, TrainConfig, Tuning
 from stepdistill.cache.encoded import EncodedCache, encoder_facts
@@ -68,6 +68,23 @@ def test_prompts_are_the_encoder_s_bits(family, tmp_path) -> None:
         found, fresh = cache.prompt(prompt), family.encode([prompt])
         assert found is not None
         assert fingerprint(found.tensors) == fingerprint(fresh.tensors)
+
+
+def test_every_caption_of_a_list_is_there(family, tmp_path) -> None:
+    """Whichever is drawn later."""
+    told = [["a", "b"], "c", ["a", "d", "e"]]
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.png").write_bytes(png(i))
+    rows = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(told)]
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(rows))
+    for name, data in (
+        ("p", PromptDataset(told)),
+        ("i", ImageFolderDataset(tmp_path / "in", RESOLUTION)),
+    ):
+        cache = open_and_fill(tmp_path / name, family, data)
+        assert len(cache.prompts or ()) == 5
+        assert all(cache.prompt(text) is not None for text in "abcde")
 
 
 def test_latents_are_the_autoencoder_s_bits(family, tmp_path) -> None:

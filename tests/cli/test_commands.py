@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -259,3 +261,24 @@ def test_compare_takes_a_run_s_keys_from_files_for_every_method(tmp_path) -> Non
     options = parse_options(compare_command.Options, flags, "compare")
     assert options.processes == 3
     assert options.settings == {"learning_rate": 0.5, "tuning": {"rank": 4}, "seed": 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("command", ["export", "merge", "pairs", "evaluate", "sample"])
+def test_a_signal_ends_a_command_where_it_is_with_one_line(
+    command, number, monkeypatch, capsys, ctrl_c
+) -> None:
+    before, reached = signal.getsignal(number), []
+
+    def run(_options: object) -> None:
+        os.kill(os.getpid(), number)
+        reached.append(True)
+
+    monkeypatch.setattr(f"stepdistill.cli.{command}.run", run)
+    with pytest.raises(SystemExit) as ended:
+        main([command, *CALLS[command][0]])
+    assert (ended.value.code, reached) == (75, [])
+    told = capsys.readouterr().err
+    assert told.startswith("stopped (")
+    assert told.count("\n") == 1
+    assert signal.getsignal(number) == before

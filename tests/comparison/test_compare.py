@@ -39,7 +39,7 @@ def test_digits_from_teacher_to_report(tmp_path, capsys) -> None:
 def test_a_teacher_of_one_s_own_and_a_method_that_fails(
     tmp_path, tmp_path_factory, capsys, monkeypatch
 ) -> None:
-    teacher, clip = teacher_dir("sd_v", tmp_path_factory), save_tiny(tmp_path / "clip")
+    teacher, clip = teacher_dir("sd3", tmp_path_factory), save_tiny(tmp_path / "clip")
     prompts, bad = tmp_path / "prompts.txt", tmp_path / "bad.yaml"
     prompts.write_text("a red cube\na blue ball\na cat\na dog\n")
     bad.write_text("method: dmd2\ninit_student_from: /no/such/run\n")
@@ -74,7 +74,7 @@ def test_a_teacher_of_one_s_own_and_a_method_that_fails(
 
 
 def own(tmp_path: Path, tmp_path_factory, **more) -> UserTeacher:
-    given = {"teacher": str(teacher_dir("sd_v", tmp_path_factory)), "prompts_file": "p.txt"}
+    given = {"teacher": str(teacher_dir("sd3", tmp_path_factory)), "prompts_file": "p.txt"}
     return UserTeacher(tmp_path, UserOptions(**given, features=["digits"], **more))
 
 
@@ -166,7 +166,7 @@ def test_a_mistake_is_told_before_anything_is_made(tmp_path, tmp_path_factory, f
     bad, prompts, out = tmp_path / "bad.yaml", tmp_path / "prompts.txt", tmp_path / "out"
     bad.write_text("method: dmd2\nmethod_config: {nonsense: 1}\n")
     prompts.write_text("a red cube\n")
-    command = [*COMMAND, "--teacher", str(teacher_dir("sd_v", tmp_path_factory))]
+    command = [*COMMAND, "--teacher", str(teacher_dir("sd3", tmp_path_factory))]
     command += ["--prompts_file", str(prompts), "--features", "digits", "--output_dir", str(out)]
     command += [flag.format(bad=bad, no=tmp_path / "no") for flag in flags]
     with pytest.raises(SystemExit, match=f"error: .*{told}"):
@@ -195,12 +195,12 @@ def test_pairs_are_made_for_those_that_learn_from_them(tmp_path, tmp_path_factor
     assert setup.needs_pairs([Student("lcm", (1,))])  # no images were given
 
 
-def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys) -> None:
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys) -> None:
     def stopped(args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("stepdistill.cli.compare.compare", stopped)
     with pytest.raises(SystemExit) as ended:
-        main(["compare", "--output_dir", "x", "--budget", "1s"])
-    assert ended.value.code == 130
+        main(["compare", "--output_dir", str(tmp_path), "--budget", "1s"])
+    assert ended.value.code == 75
     assert "the same call goes on" in capsys.readouterr().err

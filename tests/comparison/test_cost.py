@@ -61,7 +61,7 @@ def test_updates_that_fill_a_time_count_the_first_epoch_by_its_own_cost() -> Non
 def test_first_reading_is_measured_apart_and_saving_not_at_all(
     counted: None, tmp_path: Path, tmp_path_factory: Any
 ) -> None:
-    setup = Many(tmp_path, teacher_dir("sd_v", tmp_path_factory))
+    setup = Many(tmp_path, teacher_dir("sd3", tmp_path_factory))
     training = setup.trainings(STUDENT)[0]
     found = measure(setup, training, tmp_path / "probe")
     # A step is an update of the student and one of the fake score, each of two prompts.
@@ -78,5 +78,5 @@ def test_a_set_that_no_memory_keeps_is_read_anew_for_ever(
     counted: None, tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Many, "size", 5000)
-    setup = Many(tmp_path, teacher_dir("sd_v", tmp_path_factory))
+    setup = Many(tmp_path, teacher_dir("sd3", tmp_path_factory))
     assert measure(setup, setup.trainings(STUDENT)[0], tmp_path / "probe").epoch == math.inf

@@ -63,7 +63,7 @@ class Tiny(TeacherSetup):
         ]
 
     def judge(self, label: str, steps: int, folder: Path) -> dict[str, Any]:
-        weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
         value = sum(float(w.double().square().sum()) for w in weights.values())
         spread = {"mean": value, "std": 0.0}
         return {"label": label, "steps": steps, "frechet": spread, "recall": None, "group": "x"}
@@ -81,7 +81,7 @@ def values(result: dict) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from stepdistill.comparison.students import (
     served_by_recipes,
     students,
 )
-from stepdistill.comparison.user_teacher import CONFIGS, split_methods
+from stepdistill.comparison.user_teacher import bundled, split_methods
 from stepdistill.config.recipes import recipes
 from stepdistill.methods import METHODS
 
@@ -56,7 +56,9 @@ def test_an_unknown_method_is_refused_with_the_choices(tmp_path) -> None:
 
 
 def test_a_method_of_one_s_own_file_keeps_its_name(tmp_path) -> None:
-    assert CONFIGS.is_dir()
+    assert bundled("lcm").name == "lcm.yaml"
+    assert bundled("reflow").name == "reflow_distill.yaml"  # in place of its first stage's
+    assert bundled("mine") is None
     assert split_methods(["lcm", "mine=a.yaml"]) == {"lcm": None, "mine": "a.yaml"}
 
 

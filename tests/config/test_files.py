@@ -11,6 +11,7 @@ from stepdistill.config.files import method_config, parse_run_config
 from stepdistill.config.flags import merge
 from stepdistill.config.yaml_files import read_yaml
 from stepdistill.methods import METHODS
+from stepdistill.storage.bundled import bundled_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +53,27 @@ def test_every_model_config_file_is_valid(path) -> None:
     parse_run_config(
         ["--config", str(path), "--method", "dmd2", "--pretrained_model_name_or_path", "x"]
     )
+
+
+def test_files_are_named_by_what_they_are(tmp_path, monkeypatch) -> None:
+    """Wherever one stands; a file of one's own at that path wins."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--pretrained_model_name_or_path", "x"]
+    named = parse_run_config(["--config", "dmd2", "sdxl", *flags])
+    files = [str(ROOT / "configs" / f"{name}.yaml") for name in ("methods/dmd2", "models/sdxl")]
+    assert named == parse_run_config(["--config", *files, *flags])
+    assert (named.method, named.resolution) == ("dmd2", 1024)
+    write(tmp_path / "sdxl", resolution=64)
+    assert parse_run_config(["--config", "dmd2", "sdxl", *flags]).resolution == 64
+    with pytest.raises(ValueError, match=r"got 'dmd3'.*Nearest: \['dmd', 'dmd2'"):
+        parse_run_config(["--config", "dmd3", *flags])
+    with pytest.raises(ValueError, match=r"got 'configs/dmd2.yaml'.*Nearest: \['dmd2'"):
+        parse_run_config(["--config", "configs/dmd2.yaml", *flags])
+
+
+def test_no_two_config_files_share_a_name() -> None:
+    names = [name for folder in ("methods", "models", "recipes") for name in bundled_names(folder)]
+    assert len(names) == len(set(names)) > 40
 
 
 def test_every_method_has_a_config_file() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stepdistill.config.files import parse_run_config
 from stepdistill.config.yaml_files import read_yaml
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -77,3 +78,19 @@ def test_what_is_right_is_read(tmp_path) -> None:
     assert read_yaml(written(tmp_path, text)) == expected
     assert read_yaml(written(tmp_path, "")) == {}
     assert read_yaml(written(tmp_path, "# nothing\n")) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[" * 100_000, "expected KEY=VALUE or a JSON object"),
+        ('{"a": ' * 100_000, "expected KEY=VALUE or a JSON object"),
+        ('{"guidance": 1, "guidance": 2}', "expected each key once, got"),
+        ('{"gan": {"weight_g": 1, "weight_g": 2}}', "expected each key once, got"),
+    ],
+    ids=["brackets", "objects", "twice", "twice inside"],
+)
+def test_json_of_a_flag_is_read_with_the_same_suspicion(text, line) -> None:
+    with pytest.raises((ValueError, TypeError), match=line) as refused:
+        parse_run_config(["--method", "vsd", "--method_config", text], prog="train")
+    assert len(str(refused.value)) < 500

@@ -37,6 +37,8 @@ def test_ranks_concatenated_equal_one_process() -> None:
         lambda c, n: c.randn((n, 2, 2)),
         lambda c, n: c.rand(n),
         lambda c, n: c.randint(0, 1000, n),
+        lambda c, n: c.host_rand(n),
+        lambda c, n: c.between((2.0, 6.0), n),
     ):
         assert torch.equal(torch.cat([draw(c, 2) for c in ranks]), draw(one, 6))
 
@@ -58,6 +60,12 @@ def test_randint_covers_its_range_uniformly() -> None:
     counts = torch.bincount(draws, minlength=5)
     assert counts[:2].sum() == 0
     assert (counts[2:] - 2000).abs().max() < 200  # 5 standard deviations
+
+
+def test_between_maps_the_uniform_draw_onto_its_bounds() -> None:
+    expected = 2.0 + 4.0 * Ctx(seed=4).rand(5)
+    assert torch.equal(Ctx(seed=4).between((2.0, 6.0), 5), expected)
+    assert Ctx().between((3.0, 3.0), 5) == 3.0
 
 
 def test_randint_of_a_draw_that_rounds_to_one_is_the_last() -> None:

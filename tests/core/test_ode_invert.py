@@ -57,7 +57,7 @@ def test_two_steps_are_heun_s(path: NoisePath) -> None:
 
 def test_no_time_below_sigma_min_is_asked() -> None:
     path = VEPath(sigma_min=0.1)
-    lowest = float(path.time_of_sigma(torch.tensor(0.1)))
+    lowest = path.lowest
     net = Linear(path)
     ode_invert(net, X0, Cond({"x": X0}), times=(1.0, lowest, 0.99 * lowest))
     assert net.times == [lowest, lowest, 1.0]

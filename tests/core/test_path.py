@@ -311,3 +311,26 @@ def test_travel_starts_at_the_scaled_time_on_continuous_paths() -> None:
     assert torch.equal(FlowPath().before_travel(t, 0.25), 0.75 * t)
     for path in (sd_path(), FlowPath(), VEPath()):
         assert torch.equal(path.before_travel(t, 0.0), t)
+
+
+@pytest.mark.parametrize("start", [1.0, 0.4])
+def test_the_line_to_the_prior_ends_there_and_is_one_line(path: NoisePath, start: float) -> None:
+    x0, noise = draws(4)
+    t = torch.tensor([0.2, 0.3, start, 1.0], dtype=torch.float64)
+    x_t, eps = path.line_to_prior(x0, noise, t, start)
+    prior = path.prior(noise)
+    alpha, sigma = (float(c[0]) for c in path.coeffs(torch.tensor([start], dtype=torch.float64)))
+    assert (alpha * x0 + sigma * eps - prior).abs().max() < 1e-10 * sigma
+    assert torch.equal(x_t[2:], prior[2:]), "from `start` on the prior itself"
+    for row in (0, 1):
+        a, s = (float(c[row]) for c in path.coeffs(t))
+        assert (x_t[row] - (a * x0[row] + s * eps[row])).abs().max() < 1e-10
+
+
+def test_pure_noise_is_trained_at_from_time_1_alone(path: NoisePath) -> None:
+    x0, noise = draws(4)
+    t = torch.tensor([1.0, 1.0 - 1e-9, 0.999, 0.3], dtype=torch.float64)
+    x_t, prior = path.noised(x0, noise, t), path.prior(noise)
+    assert torch.equal(x_t[:2], prior[:2])
+    assert torch.equal(x_t[2:], path.add_noise(x0, noise, t)[2:])
+    assert (x_t[2] - prior[2]).abs().max() > 1e-4

@@ -6,6 +6,7 @@ difference is the scheduler's.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from support.fixed import EMPTY, SHAPE, STOCK_KIND, Fixed, network
 from torch import Tensor
 
 from stepdistill.core.path import FlowPath, NoisePath, VPPath
-from stepdistill.core.solvers import SamplerSpec, boundary_coeffs, sample_x0
+from stepdistill.core.solvers import SamplerSpec, boundary_coeffs, cd_boundary_coeffs, sample_x0
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 
@@ -221,3 +222,23 @@ def test_the_specs_guidance_is_used_unless_overridden() -> None:
     spec = SamplerSpec((1.0,), "ode", guidance=3.0)
     assert sample_x0(teacher, spec, noise, cond, null)[0].item() == pytest.approx(0.2 + 3.0 * 0.8)
     assert sample_x0(teacher, spec, noise, cond, null, 1.0)[0].item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("sigma", "lowest"), [(3.0, 0.2), (0.7, 0.3), (80.0, 0.002)])
+def test_cd_boundary_is_the_shifted_preconditioning_of_the_same_network(sigma, lowest) -> None:
+    """F is read from D = c_skip x + c_out F and put into c_skip x + c_out F, shifted."""
+    data = 0.5
+    c_skip, c_out = data**2 / (sigma**2 + data**2), sigma * data / math.sqrt(sigma**2 + data**2)
+    shifted_skip = data**2 / ((sigma - lowest) ** 2 + data**2)
+    shifted_out = (sigma - lowest) * data / math.sqrt(sigma**2 + data**2)
+    x, denoised = 1.7, -0.4
+    expected = shifted_skip * x + shifted_out * (denoised - c_skip * x) / c_out
+    skip, out = cd_boundary_coeffs(torch.tensor([sigma], dtype=torch.float64), lowest)
+    assert float(skip * x + out * denoised) == pytest.approx(expected, rel=1e-12)
+    assert float(out) == pytest.approx(1.0 - lowest / sigma, rel=1e-12)
+
+
+def test_cd_boundary_gives_back_its_input_at_sigma_min() -> None:
+    sigma = torch.tensor([0.002, 80.0], dtype=torch.float64)
+    assert [c[0].item() for c in cd_boundary_coeffs(sigma, 0.002)] == pytest.approx([1.0, 0.0])
+    assert [c[1].item() for c in cd_boundary_coeffs(sigma, 0.0)] == pytest.approx([0.0, 1.0])

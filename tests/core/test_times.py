@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stepdistill.core.path import VPPath
+from stepdistill.core.path import FlowPath, VEPath, VPPath
 from stepdistill.core.times import (
     grid_times,
     shift_times,
+    snapped_grid,
     u_shaped_times,
     uniform_grid,
     uniform_times,
@@ -70,3 +71,27 @@ def test_uniform_and_grid_laws() -> None:
     drawn, index = grid_times(u, (1.0, 0.75, 0.5, 0.25))
     assert drawn.tolist() == [1.0, 0.75, 0.25]
     assert index.tolist() == [0, 1, 3]
+
+
+def test_a_grid_s_times_are_the_nearest_that_the_teacher_knows() -> None:
+    assert snapped_grid(FlowPath(), 4, 3.0) == uniform_grid(4, 3.0)
+    table = VPPath.from_betas(torch.full((10,), 0.1))
+    assert snapped_grid(table, 4) == pytest.approx((1.0, 0.8, 0.5, 0.2))  # halves round to even
+    assert snapped_grid(table, 10) == pytest.approx(uniform_grid(10))
+    edm = VEPath()
+    assert snapped_grid(edm, 9)[-2:] == (pytest.approx(2 / 9), edm.lowest)
+
+
+@pytest.mark.parametrize(
+    ("path", "shift", "num_steps", "most"),
+    [
+        (VEPath(), 1.0, 10, 9),
+        (VEPath(), 1.0, 50, 9),
+        (VPPath.from_betas(torch.full((10,), 0.1)), 1.0, 11, 10),
+    ],
+)
+def test_a_grid_that_holds_a_time_twice_names_the_largest_that_does_not(
+    path, shift, num_steps, most
+):
+    with pytest.raises(ValueError, match=f"at most {most}, got {num_steps}"):
+        snapped_grid(path, num_steps, shift)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepdistill.core.types import Batch, Cond
+from stepdistill.core.types import Batch, Cond, Losses
 
 
 def cond(*rows: float) -> Cond:
@@ -65,3 +65,17 @@ def test_real_samples_are_the_discriminator_s_own_where_it_has_some() -> None:
     own = (torch.ones(2, 1), cond(2, 3))
     assert replace(batch, gan=own).real == own
     assert replace(batch, gan=own, x0=None).has() == {"cond", "null", "real"}
+
+
+def test_prompt_dropout_takes_the_null_condition_in_its_rows_alone() -> None:
+    batch = Batch(cond(1, 2, 3), cond(7, 8, 9), (1,)).nulled(torch.tensor([False, True, True]))
+    assert rows(batch.cond) == [1, 8, 9]
+    assert rows(batch.null) == [7, 8, 9]
+
+
+def test_a_further_term_is_added_with_its_weight() -> None:
+    total = torch.tensor(10.0, requires_grad=True)
+    losses = Losses(total, {"a": torch.tensor(1.0)}).plus(0.5, torch.tensor(4.0), b=total)
+    assert losses.total.item() == 12.0
+    assert {name: value.item() for name, value in losses.logs.items()} == {"a": 1.0, "b": 10.0}
+    assert not losses.logs["b"].requires_grad

@@ -125,7 +125,7 @@ def test_a_killed_evaluation_draws_only_what_is_missing(
     before = features(report, "student_1")
     (folder,) = (report.folder / "features").glob("student_1-*")
     (folder / "shard_0000004.safetensors").unlink()
-    (folder / "shard_0000004.safetensors.1.tmp").write_text("half")
+    (folder / ".shard_0000004.safetensors.1.stepdistill-tmp").write_text("half")
     drawn = []
     stock = PipelineSampler.draw
 

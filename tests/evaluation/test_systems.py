@@ -46,7 +46,7 @@ def run(tmp_path_factory) -> Path:
     )
     trainer.train()
     trainer.export(folder / "pipeline")
-    trainer.export(folder / "lora", format="lora")
+    trainer.export(folder / "lora", format="lora", dtype="float32")
     return folder
 
 

@@ -95,7 +95,9 @@ def runs(tmp_path_factory: Any) -> tuple[Path, dict[str, Image.Image], dict[str,
         export_pipeline(trainer.family, trainer.bank, spec, root / name, facts)
         if name in LORA_CASES:
             images[f"{name}_lora"] = images[name]
-            export_lora(trainer.family, trainer.bank, spec, root / f"{name}_lora", facts)
+            export_lora(
+                trainer.family, trainer.bank, spec, root / f"{name}_lora", facts, dtype="float32"
+            )
     for name in images:
         card = (root / name / "README.md").read_text()
         codes[name] = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # type: ignore[index]

@@ -172,7 +172,7 @@ def run(tmp_path_factory) -> dict[str, Path]:
     """
     root = tmp_path_factory.mktemp("published")
     teacher = root / "teacher"
-    shutil.copytree(teacher_dir("sd_v", tmp_path_factory), teacher)
+    shutil.copytree(teacher_dir("sd3", tmp_path_factory), teacher)
     (teacher / "README.md").write_text(
         "---\nlicense: other\nlicense_name: openrail\nlicense_link: https://example.org/l\n---\n# T"
     )

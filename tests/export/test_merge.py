@@ -66,7 +66,7 @@ def test_frozen_parts_stay_as_they_are_and_the_folder_loads(students, tmp_path) 
     assert record["merged"]["weight"] == 0.5
     assert record["merged"]["run_b"]["step"] == 1
     assert record["run"]["step"] == 0
-    assert not (tmp_path / "out.tmp").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_shards_of_another_layout_are_found_by_name(students, tmp_path) -> None:
@@ -121,7 +121,7 @@ def test_students_that_do_not_fit_are_refused(how, said, students, tmp_path) -> 
     with pytest.raises(ValueError, match=said):
         merge_pipelines(students[0], altered(students[1], tmp_path, how), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.tmp").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_weight_outside_zero_to_one_is_refused(students, tmp_path) -> None:

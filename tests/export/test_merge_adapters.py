@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.runs import build_trainer, teacher_dir
 
@@ -37,7 +38,9 @@ def student(family, form, seed, out, tmp_path_factory, **tuning):
     for param in trainer.bank.members("student").values():
         param.data = 0.15 * torch.randn(param.shape, generator=generator)
     spec = trainer.method.sampler()
-    folder = export_lora(trainer.family, trainer.bank, spec, out / "lora", FACTS, format=form)
+    folder = export_lora(
+        trainer.family, trainer.bank, spec, out / "lora", FACTS, "student", form, "float32"
+    )
     deltas = {n: x.delta() for n, x in adapters_of(trainer.family.net, "student").items()}
     return folder, deltas, trainer
 
@@ -159,6 +162,16 @@ def test_the_command(pair, tmp_path, capsys) -> None:
     assert_sum(read, first, second, (0.5, 0.5))
 
 
+def at_alpha(folder: Path, alpha: float) -> None:
+    """As a file says whose scale is not in its weights."""
+    path, told = folder / LORA_FILE, {}
+    with safe_open(path, "pt") as file:
+        told = dict(file.metadata())
+    config = json.loads(told["lora_adapter_metadata"])
+    told["lora_adapter_metadata"] = json.dumps({**config, "unet.lora_alpha": alpha})
+    save_file(load_file(path), path, metadata=told)
+
+
 def refused(sources, out: Path, match: str, method: str = "cat") -> None:
     with pytest.raises(ValueError, match=match):
         merge_adapters([str(s) for s in sources], out, method)
@@ -172,6 +185,7 @@ def test_what_does_not_fit_is_refused(pair, tmp_path, tmp_path_factory) -> None:
     refused([a, f"{b}:much"], out, "with a finite weight")
     refused([f"{a}:0", f"{b}:0"], out, "weight other than 0")
     refused([a, b], out, "sum to 1", "linear")
+    at_alpha(b, 1.0)
     refused([f"{a}:0.5", f"{b}:0.5"], out, "same modules, rank and alpha", "linear")
     refused([a, tmp_path / "nowhere"], out, "file or its folder")
     refused([a, b], out, "a method of", "svd")

@@ -158,7 +158,7 @@ def test_one_adapter_file_makes_the_exported_images_on_the_stock_teacher(
 ) -> None:
     """Teacher + load_lora_weights + TCDScheduler: the images of the four exports, by one file."""
     trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", recipe(), steps=4)
-    lora = trainer.export(tmp_path / "lora", format="lora")
+    lora = trainer.export(tmp_path / "lora", format="lora", dtype="float32")
     stock = DiffusionPipeline.from_pretrained(teacher_dir("sd_v", tmp_path_factory))
     stock.load_lora_weights(str(lora))
 

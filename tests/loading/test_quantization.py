@@ -256,7 +256,7 @@ def test_the_lora_export_on_the_plain_base_makes_the_pipeline_exports_image(
     trained: DistributionMatchingTrainer, flux: Path, tmp_path: Path
 ) -> None:
     whole = trained.export(tmp_path / "pipeline")
-    lora = trained.export(tmp_path / "lora", format="lora")
+    lora = trained.export(tmp_path / "lora", format="lora", dtype="float32")
     merged = DiffusionPipeline.from_pretrained(whole)
     adapted = DiffusionPipeline.from_pretrained(flux)
     adapted.scheduler = type(merged.scheduler).from_pretrained(lora / "scheduler")
@@ -292,7 +292,7 @@ def test_the_loss_of_a_student_on_an_int8_base_falls(flux: Path, tmp_path: Path)
     lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss/student"] for line in lines]
     assert losses[-1] < 0.8 * losses[0]
-    lora = made.export(tmp_path / "lora", format="lora")
+    lora = made.export(tmp_path / "lora", format="lora", dtype="float32")
     with made.bank["student"].in_pipeline() as quantised:  # type: ignore[attr-defined]
         there = images(quantised)
     plain = DiffusionPipeline.from_pretrained(flux)

@@ -158,7 +158,7 @@ def test_the_export_holds_the_merged_weights(run, tmp_path) -> None:
 
 def test_a_lora_export_names_the_lora_that_belongs_beside_it(run, tmp_path) -> None:
     """The card's code, with the teacher's LoRA and the student's, makes the merged student."""
-    lora = run.export(tmp_path / "lora", format="lora")
+    lora = run.export(tmp_path / "lora", format="lora", dtype="float32")
     code = (lora / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "set_adapters(['teacher_0', 'student'], [0.5, 1.0])" in code
     scope: dict = {}

@@ -33,3 +33,9 @@ def test_a_limit_of_resizing_stands_beside_a_size() -> None:
     assert LPIPSOptions(resize=224, resize_below=256).resize_below == 256
     assert LPIPSOptions(resize=224, resize_below=None).resize == 224
     assert LPIPSOptions(resize=None, resize_below=None).resize is None
+
+
+def test_tau_may_be_any_cosine_above_the_lowest() -> None:
+    assert ClampedCLIPConfig(tau=-0.5).tau == -0.5
+    with pytest.raises(ValueError, match="tau"):
+        ClampedCLIPConfig(tau=-1.0)

@@ -281,6 +281,7 @@ def role_grads(bank: RoleBank) -> dict[str, list[Tensor]]:
     }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", ["lora", "full"])
 @pytest.mark.parametrize("source", ["fake", "teacher"])
 def test_gan_phases_of_real_networks_reach_their_roles_only(

@@ -154,6 +154,7 @@ def test_bins_span_the_times_that_are_drawn(name: str, shift: float) -> None:
     assert method.high - 0.01 * span < t.max() <= method.high
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("divergence", ["js", "kl"])
 def test_a_linear_generator_recovers_the_teachers_mean_and_covariance(
     path: NoisePath, divergence: str

@@ -16,8 +16,10 @@ from support.score import (
 )
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.path import FlowPath, NoisePath
+from stepdistill.core.method import Setting
+from stepdistill.core.path import FlowPath, NoisePath, VEPath
 from stepdistill.core.solvers import sample_x0
+from stepdistill.methods import METHODS
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 
@@ -200,3 +202,14 @@ def test_eps_students_at_high_noise_are_warned_of() -> None:
         make(VP, "v")
         make(VP, "eps", student_times=(0.4,))
         make(FlowPath(), "flow")
+
+
+@pytest.mark.parametrize("method", ["reflow", "rfpp", "dmd2", "lora_guidance"])
+def test_a_grid_finer_than_an_edm_teacher_s_is_refused_with_the_largest_count(method):
+    cls = METHODS[method]
+    options = {"guidance": 3.0} if method == "lora_guidance" else {}
+    made = cls(cls.Config(**options), Setting(VEPath(), "x0"))
+    if method != "dmd2":  # there the trained grid is met first
+        assert made.sampler(9).times[-1] == VEPath().lowest
+    with pytest.raises(ValueError, match="num_steps: expected at most 9, got 10"):
+        made.sampler(10)

@@ -85,7 +85,7 @@ def run(tmp_path, tmp_path_factory, monkeypatch):
 
     def build(**options):
         return build_trainer(
-            "dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path,
+            "dmd2", teacher_dir("sd3", tmp_path_factory), "lora", tmp_path,
             **{
                 "max_train_steps": 5, "checkpointing_steps": 0, "validation_steps": 1,
                 "validation_prompts": ["a"], "num_validation_images": 2,
@@ -197,7 +197,7 @@ def test_a_metric_that_the_method_never_measures_is_refused_before_loading(
 ) -> None:
     with pytest.raises(ValueError, match=r"reflow measures .*, got trajectory_rmse.*teacher_rmse"):
         build_trainer(
-            "reflow_raw", teacher_dir("sd_v", tmp_path_factory), "full", tmp_path,
+            "reflow_raw", teacher_dir("sd3", tmp_path_factory), "full", tmp_path,
             **OPTIONS, best_metric="trajectory_rmse",
         )  # fmt: skip
 
@@ -207,7 +207,7 @@ def test_a_metric_that_the_method_never_measures_is_refused_before_loading(
 def test_nobody_trains_by_what_an_earlier_version_took(tmp_path, tmp_path_factory) -> None:
     with pytest.raises(ValueError, match="'fake_lag', which has no best value"):
         build_trainer(
-            "dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path,
+            "dmd2", teacher_dir("sd3", tmp_path_factory), "lora", tmp_path,
             **OPTIONS, best_metric="fake_lag", best_mode="max",
         )  # fmt: skip
 

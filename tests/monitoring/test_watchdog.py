@@ -25,7 +25,7 @@ from stepdistill.storage.folders import write_folder
 
 @pytest.fixture
 def teacher(tmp_path_factory):
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 def watchdog(folder="nowhere", scaler=None, **options) -> Watchdog:
@@ -334,10 +334,11 @@ def test_guidance_50_is_stopped_as_drift(teacher, tmp_path, monkeypatch) -> None
     assert not (tmp_path / f"checkpoint-{trainer.step}").exists()
 
 
-def test_a_healthy_run_raises_nothing(teacher, tmp_path) -> None:
+def test_a_healthy_run_raises_nothing(tmp_path, tmp_path_factory) -> None:
     build_trainer(
-        "dmd2", teacher, "lora", tmp_path, max_train_steps=6, learning_rate=1e-4,
-        validation_prompts=["a"], num_validation_images=2, validation_steps=2,
+        "dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path,
+        max_train_steps=6, learning_rate=1e-4, validation_prompts=["a"],
+        num_validation_images=2, validation_steps=2,
         validation_teacher_steps=2,
     ).train()  # fmt: skip
     assert [event["kind"] for event in lines(tmp_path, "events.jsonl")] == ["end"]

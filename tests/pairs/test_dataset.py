@@ -126,7 +126,7 @@ def test_finished_shards_are_not_solved_again(tmp_path):
 
 def test_interrupted_write_leaves_no_shard(tmp_path, monkeypatch):
     def half(path: Path) -> None:
-        if path.name.startswith("shard-"):
+        if path.name.startswith(".shard-"):  # as it is called until it is whole
             path.write_bytes(b"half of it")
             raise KeyboardInterrupt
 
@@ -136,7 +136,7 @@ def test_interrupted_write_leaves_no_shard(tmp_path, monkeypatch):
             make(tmp_path)
     assert not list(tmp_path.glob("shard-*.safetensors"))
     make(tmp_path)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*-tmp"))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "garbage"])

@@ -34,9 +34,14 @@ def run_config(model: str | Path, **options: Any) -> RunConfig:
     return RunConfig(pretrained_model_name_or_path=str(model), **options)
 
 
+# Averaged alike; a configuration that two tests share is traced once.
+LORA: dict[str, Any] = {"tuning": {"rank": 2}, "ema_decay": 0.9}
+FULL: dict[str, Any] = {"tuning": {"student": "full", "fake": "full"}, "ema_decay": 0.9}
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)  # the fewest operations of those with prompts
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -119,25 +124,25 @@ def test_held_bytes_are_those_of_the_real_parts(teacher: Path) -> None:
     pipeline = load_family(teacher).pipeline
     size = {
         name: sum(4 * p.numel() for p in getattr(pipeline, name).parameters())
-        for name in ("unet", "vae", "text_encoder")
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
     }
-    plan = forecast(run_config(teacher, tuning={"student": "full", "fake": "full"}, ema_decay=0.9))
-    assert plan.frozen == size["unet"]
-    assert plan.trained == {"student": size["unet"], "fake": size["unet"]}
-    assert plan.averaged == size["unet"]
-    assert plan.optimizer == 4 * size["unet"]
-    assert plan.encoders == size["vae"] + size["text_encoder"]
+    plan = forecast(run_config(teacher, **FULL))
+    net = size.pop("transformer")
+    assert plan.frozen == net
+    assert plan.trained == {"student": net, "fake": net}
+    assert plan.averaged == net
+    assert plan.optimizer == 4 * net
+    assert plan.encoders == sum(size.values())
 
 
 def test_offloaded_encoders_cost_nothing(teacher: Path) -> None:
-    here, away = (forecast(run_config(teacher, offload_encoders=x)) for x in (False, True))
+    here, away = (forecast(run_config(teacher, **LORA, offload_encoders=x)) for x in (False, True))
     assert here.peak - away.peak >= here.encoders > 0
     assert away.encoders == away.encoding == 0
 
 
 def test_adapters_cost_less_than_copies(teacher: Path) -> None:
-    lora = forecast(run_config(teacher, tuning={"rank": 2}))
-    full = forecast(run_config(teacher, tuning={"student": "full", "fake": "full"}))
+    lora, full = (forecast(run_config(teacher, **options)) for options in (LORA, FULL))
     assert sum(lora.trained.values()) < sum(full.trained.values()) / 4
     assert lora.peak < full.peak
 

@@ -64,7 +64,7 @@ class TestInATrainer:
 
     @pytest.fixture
     def teacher(self, tmp_path_factory):
-        return teacher_dir("sd_v", tmp_path_factory)
+        return teacher_dir("sd3", tmp_path_factory)
 
     def test_missing_weights_are_said_before_the_teacher_loads(
         self, teacher, tmp_path, monkeypatch

@@ -9,7 +9,8 @@ import torch
 
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
-from stepdistill.families.features import FeatureBlock
+from stepdistill.families.features import FeatureBlock, chosen_blocks
+from stepdistill.methods.gan import GANConfig
 from stepdistill.roles.heads import make_head
 from stepdistill.roles.rolebank import RoleBank
 
@@ -115,6 +116,22 @@ def test_one_logit_column_for_each_block_in_order() -> None:
     both = head(features)
     alone = [one(f) for one, f in zip(head.heads, features, strict=True)]
     assert torch.equal(both, torch.cat(alone, dim=1))
+
+
+def test_several_heads_of_a_block_stand_side_by_side() -> None:
+    head = make_head([FeatureBlock("a", 8, "tokens"), FeatureBlock("b", 4, "map")], per_block=2)
+    features = [torch.randn(2, 3, 8), torch.randn(2, 4, 5, 5)]
+    alone = [one(features[i // 2]) for i, one in enumerate(head.heads)]
+    assert torch.equal(head(features), torch.cat(alone, dim=1))
+    assert len({round(float(logit[0].detach()), 6) for logit in alone}) == 4, "no two are one"
+
+
+def test_a_bank_has_a_method_s_number_of_heads_on_each_block(make_family) -> None:
+    family = make_family("sd")
+    gan = GANConfig(weight_g=0.1, blocks=("all",), heads_per_block=4)
+    bank = RoleBank(family, {**ROLES, **gan.roles()}, Tuning(student="lora", rank=4))
+    blocks = chosen_blocks(("all",), family.feature_blocks())
+    assert len(bank.heads["disc"].heads) == 4 * len(blocks)
 
 
 @pytest.mark.parametrize("layout", ["map", "tokens"])

@@ -31,6 +31,18 @@ def build(family: Family, student: str = "lora", fake: str = "lora", roles=ROLES
     return bank
 
 
+_LENT: dict[str, RoleBank] = {}
+
+
+@pytest.fixture
+def lent(request, family) -> RoleBank:
+    """A bank with two adapters that tests of one family share: they only read it."""
+    name = request.node.callspec.params["family"]
+    if name not in _LENT:
+        _LENT[name] = build(family)
+    return _LENT[name]
+
+
 def inputs(family: Family, bsz: int = 2) -> tuple[Tensor, Tensor, Cond]:
     generator = torch.Generator().manual_seed(2)
     x_t = torch.randn(bsz, *family.sample_shape(), generator=generator)
@@ -64,20 +76,21 @@ def test_each_layout_stores_what_it_says(make_family, student, fake) -> None:
     assert adapters == {"student", "fake"} - copies
 
 
-def test_a_second_adapter_does_not_wrap_the_first(family) -> None:
+def test_a_second_adapter_does_not_wrap_the_first(make_family, request, lent) -> None:
+    plain_family = make_family(request.node.callspec.params["family"])
     plain = sum(
-        f".{name}".endswith(tuple(f".{t}" for t in family.lora_targets))
-        for name, _ in family.net.named_modules()
+        f".{name}".endswith(tuple(f".{t}" for t in plain_family.lora_targets))
+        for name, _ in plain_family.net.named_modules()
     )
-    bank = build(family)
+    bank = lent
     names = [name for name, _ in bank.nets[BASE].named_modules()]
     assert not any("base_layer.base_layer" in name for name in names)
     assert len(bank._tuner_layers) == plain
     assert all(set(layer.lora_A) == {"student", "fake"} for layer in bank._tuner_layers)
 
 
-def test_members_bear_stock_names(family) -> None:
-    bank = build(family)
+def test_members_bear_stock_names(lent) -> None:
+    bank = lent
     assert set(bank.members("student")) == set(bank.members("fake"))
     assert all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in bank.members("student"))
     assert bank.members("teacher") == {}
@@ -291,8 +304,8 @@ def test_features_alone_are_those_of_a_whole_call(family, checkpointing) -> None
     assert bank._active is None
 
 
-def test_features_are_of_the_conditional_half(family) -> None:
-    bank = build(family)
+def test_features_are_of_the_conditional_half(family, lent) -> None:
+    bank = lent
     x_t, t, cond = inputs(family)
     names = tuple(family.feature_blocks())
     with torch.no_grad():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.processes import run, run_without_package
 from support.runs import build_trainer, fingerprint, teacher_dir
 
 from stepdistill import TrainConfig, Tuning
@@ -193,9 +193,7 @@ def test_dmd2_with_a_smaller_student_exports_to_stock_diffusers(tmp_path, tmp_pa
     noise = torch.randn(1, *trainer.family.sample_shape(), generator=torch.manual_seed(3))
     np.save(tmp_path / "noise.npy", noise.numpy())
     files = [folder, tmp_path / "noise.npy", tmp_path / "image.npy"]
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, *map(str, files)], capture_output=True, text=True, check=False
-    )
+    done = run(partial(run_without_package, FRESH, *map(str, files)))
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) == size(trainer.bank, "ema")
     image = np.load(tmp_path / "image.npy")

@@ -32,7 +32,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (UNET, {"sample_size": 10**9}, f"{UNET}: expected sample_size to be {SIDE}, got 1000000000"),
     (UNET, {"sample_size": "big"}, f"{UNET}: expected sample_size to be {SIDE}, got 'big'"),
     (UNET, {"sample_size": [8, -8]}, f"{UNET}: expected sample_size to be {SIDE}, got [8, -8]"),
-    (UNET, {"in_channels": 10**9}, f"{UNET}: expected the network of diffusion_pytorch_model"),
+    (UNET, {"out_channels": 10**9}, f"{UNET}: expected the network of diffusion_pytorch_model"),
+    (UNET, {"in_channels": 10**9}, f"{UNET}: expected in_channels 4 in a StableDiffusionPipeline"),
+    (UNET, {"in_channels": 9}, "the channels of its latents), got 9. A denoiser that also reads a"),
+    (UNET, {"in_channels": 8}, "expected in_channels 4 in a StableDiffusionPipeline"),
+    (VAE, {"latent_channels": 16}, "expected in_channels 16 in a StableDiffusionPipeline (the ch"),
     (UNET, {"block_out_channels": [10**8] * 2}, "got a description of one with (100000000,"),
     (UNET, {"cross_attention_dim": None}, f"{UNET}: expected a config that UNet2DConditionModel"),
     (VAE, {"scaling_factor": 0}, "expected scaling_factor to be a finite number other than 0"),
@@ -65,6 +69,7 @@ def test_on_paper(teacher, monkeypatch, file, values, line) -> None:
     with pytest.raises(ValueError) as refused:  # noqa: PT011 (the line is data)
         load_family(teacher)
     assert line in str(refused.value)
+    assert "\n" not in str(refused.value)
     assert str(teacher) in str(refused.value) or file == SCHEDULER
 
 

@@ -186,7 +186,7 @@ def test_no_operation_of_one_process_can_be_killed_to_lose_one(victim, tmp_path)
         tries += 1
     assert tries > 5
     assert newest_valid(tmp_path) == (tmp_path / "checkpoint-2", [])
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*-tmp"))
 
 
 def _on_a_full_disk(folder: Path, rank: int) -> None:
@@ -204,4 +204,4 @@ def test_a_full_disk_of_one_is_told_by_all(tmp_path) -> None:
     told = (out / "0.txt").read_text().splitlines()[-1]  # what the other one says has no room
     assert "checkpoint-2: expected to write it, got process 1: [Errno 27] File too large" in told
     assert newest_valid(tmp_path) == (good, [])
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*-tmp"))

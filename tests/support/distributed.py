@@ -1,18 +1,14 @@
-"""Trainings on several gloo processes, described as jobs, and what each process saw of them.
-
-As a script it is what each process runs: distributed.py TEACHERS JOBS OUTPUT_DIR RUNS_DIR.
-"""
+"""Trainings on several gloo processes, described as jobs, and what each process saw of them."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +17,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from stepdistill.roles.role_weights import full_tensor, to_cpu
 from stepdistill.trainers import DistillationTrainer
 from stepdistill.training.checkpoint import optimizer_state
+from support.processes import forked_ranks
 from support.runs import build_trainer
 
 GLOBAL_BATCH = 6  # divides by one, two and three
@@ -157,7 +152,7 @@ class Group:
 
     torchrun does the same with one more process, which takes seconds to start.
     Args: runs: where the jobs' run folders are, if not in `out`. cpu: on the CPU, else one GPU
-        each.
+        each, from a process that has touched none.
     """
 
     def __init__(
@@ -171,57 +166,44 @@ class Group:
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._out, self._jobs = out, jobs
-        args = [
-            json.dumps({name: str(path) for name, path in teachers.items()}),
-            json.dumps([asdict(job) for job in jobs]),
-            str(out),
-            str(runs or out),
-        ]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {
-            "ACCELERATE_USE_CPU": str(cpu).lower(),
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-        }
-        self._processes = []
-        for rank in range(world):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with (out / f"rank{rank}.txt").open("w") as told:
-                self._processes.append(
-                    subprocess.Popen(
-                        [sys.executable, __file__, *args],
-                        env={**os.environ, **common, **own},
-                        stdout=told,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+        work = partial(_train_all, jobs, teachers, out, runs or out, world)
+        place = {"ACCELERATE_USE_CPU": str(cpu).lower()}
+        self._processes = forked_ranks(world, work, out, limit_s=3600, **place)
 
     def seen(self, timeout: float = 280) -> list[list[Seen]]:
         """By job, then by rank. Fails where a process fails, and ends the others."""
         ends = time.monotonic() + timeout
-        codes: list[int | None] = [None]
-        while None in codes and not any(codes) and time.monotonic() < ends:
+        codes: dict[int, int] = {}
+        while len(codes) < len(self._processes) and not any(codes.values()):
             time.sleep(0.05)
-            codes = [process.poll() for process in self._processes]
-        for process in self._processes:
-            process.kill()
-            process.wait()
-        told = [(self._out / f"rank{r}.txt").read_text() for r in range(len(codes))]
-        first = next((t for t, code in zip(told, codes, strict=True) if code), told[0])
-        assert not any(code != 0 for code in codes), f"exit codes {codes}: {first[-4000:]}"
-        ranks = range(len(codes))
-        return [[_read(self._out, i, rank) for rank in ranks] for i in range(len(self._jobs))]
+            late = signal.SIGKILL if time.monotonic() > ends else 0
+            codes |= _ended(set(self._processes) - set(codes), late)
+        codes |= _ended(set(self._processes) - set(codes), signal.SIGKILL, wait=True)
+        statuses = [codes[process] for process in self._processes]
+        texts = [(self._out / f"rank{r}.txt").read_text() for r in range(len(statuses))]
+        first = next((t for t, code in zip(texts, statuses, strict=True) if code), texts[0])
+        assert not any(statuses), f"exit codes {statuses}: {first[-4000:]}"
+        ranks = range(len(statuses))
+        return [[seen_by(self._out, i, rank) for rank in ranks] for i in range(len(self._jobs))]
+
+
+def _ended(processes: set[int], kill: int, wait: bool = False) -> dict[int, int]:
+    """Statuses of those that have ended. Args: kill: the signal that all get, 0 for none."""
+    codes = {}
+    for number in processes:
+        if kill:
+            os.kill(number, kill)
+        done, status = os.waitpid(number, 0 if wait else os.WNOHANG)
+        if done:
+            codes[number] = os.waitstatus_to_exitcode(status)
+    return codes
 
 
 _PARTS = ("gradients", "weights", "optimizer")
 
 
-def _read(out: Path, index: int, rank: int) -> Seen:
+def seen_by(out: Path, index: int, rank: int) -> Seen:
+    """What one process saw of one job, as it wrote it down."""
     tensors = [load_file(out / f"{index}-{rank}-{part}.safetensors") for part in _PARTS]
     return Seen(*tensors, json.loads((out / f"{index}-{rank}.json").read_text()))
 
@@ -254,18 +236,17 @@ def equal(one: Seen, other: Seen) -> bool:
     )
 
 
-def main(teachers_json: str, jobs_json: str, output_dir: str, runs: str) -> None:
-    torch.set_num_threads(1)
-    teachers, out = json.loads(teachers_json), Path(output_dir)
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    for index, fields in enumerate(json.loads(jobs_json)):
-        job = Job(**fields)
-        seen = train(job, Path(teachers[job.family]), Path(runs), world)
+def _train_all(
+    jobs: Sequence[Job],
+    teachers: Mapping[str, Path],
+    out: Path,
+    runs: Path,
+    world: int,
+    rank: int,
+) -> None:
+    for index, job in enumerate(jobs):
+        seen = train(job, teachers[job.family], runs, world)
         for part in _PARTS:
             tensors = {name: value.contiguous() for name, value in getattr(seen, part).items()}
             save_file(tensors, out / f"{index}-{rank}-{part}.safetensors")
         (out / f"{index}-{rank}.json").write_text(json.dumps(seen.facts))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

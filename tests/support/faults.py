@@ -1,8 +1,8 @@
 """What goes wrong outside the program, done to it: kills and signals at chosen and random instants.
 
-Usage: faults.py TEACHER OUTPUT_DIR PART...; prints a JSON line {PART: findings}.
-Parts: operations | kills:TRIES | signal:NAME | ranks | stopped:ddp | stopped:fsdp2. A child is
-forked from a process that has imported everything and trained nothing, so a try costs no start.
+Parts: operations | kills:TRIES | signal:NAME | ranks | refused | orphans | stopped:ddp |
+stopped:fsdp2. Every process is forked from one that has imported everything, so a try costs no
+start.
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ import random
 import select
 import shutil
 import signal
-import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
@@ -31,34 +26,10 @@ from stepdistill.loading.safe_files import read_tensors
 from stepdistill.storage.checkpoints import list_checkpoints, newest_valid
 from stepdistill.storage.folders import write_folder
 from stepdistill.training.checkpoint import fault_of, prune
+from support.processes import fork, forked_ranks, status_of
 from support.runs import build_trainer
 
 STEPS_A_TRY = 4  # a kill comes within this many steps of the first
-
-
-def fork(work: Callable[[], None]) -> int:
-    """The id of a child that does the work, and leaves with 0, its SystemExit's code or 1."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-        if status == 1:
-            print(stop.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
-
-
-def status_of(child: int) -> int:
-    """Exit status, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def step_of(output_dir: Path) -> int:
@@ -254,26 +225,10 @@ def signalled(teacher: Path, out: Path, name: str) -> dict[str, Any]:
     }
 
 
-def _on_two(work: Callable[[int], None], sharded: bool = False) -> list[int]:
-    """Ids of two children that are the ranks of one gloo group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-
-    def rank(number: int) -> None:
-        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        place |= {"ACCELERATE_USE_FSDP": str(sharded).lower(), "FSDP_VERSION": "2"}
-        os.environ.update(place)
-        work(number)
-
-    return [fork(partial(rank, number)) for number in (0, 1)]
-
-
 def ranks(teacher: Path, out: Path) -> dict[str, Any]:
     """Two gloo processes, of which the second alone is signalled."""
-    children = _on_two(
-        lambda _: _launched(teacher, out / "run", "--max_train_steps", "1000000"),
+    children = forked_ranks(
+        2, lambda _: _launched(teacher, out / "run", "--max_train_steps", "1000000"), out
     )
     _wait_for_a_step(out / "run", children[0])
     os.kill(children[1], signal.SIGTERM)
@@ -281,6 +236,43 @@ def ranks(teacher: Path, out: Path) -> dict[str, Any]:
     found, _ = newest_valid(out / "run")
     state = json.loads((found / "trainer_state.json").read_text()) if found else {}
     return {"statuses": statuses, "world_size": state.get("world_size"), "step": state.get("step")}
+
+
+def refused(teacher: Path, out: Path) -> dict[str, Any]:
+    """Two gloo processes, the second of which does not find the teacher on its machine."""
+
+    def work(number: int) -> None:
+        sys.stderr = (out / f"{number}.txt").open("w", buffering=1)
+        _launched(out / "none" if number else teacher, out / "run")
+
+    began = time.monotonic()
+    statuses = [status_of(child) for child in forked_ranks(2, work, out)]
+    told = [(out / f"{number}.txt").read_text().splitlines()[-1] for number in (0, 1)]
+    return {"statuses": statuses, "told": told, "seconds": time.monotonic() - began}
+
+
+def orphans(teacher: Path, out: Path) -> dict[str, Any]:
+    """A launcher that is killed while its training runs."""
+
+    def launcher() -> None:
+        os.environ["TORCHELASTIC_RUN_ID"] = "x"
+        child = fork(lambda: _launched(teacher, out / "run", "--max_train_steps", "1000000"))
+        (out / "child").write_text(str(child))
+        status_of(child)
+
+    parent = fork(launcher)
+    _wait_for_a_step(out / "run", parent)
+    child = int((out / "child").read_text())
+    again = ("--resume_from_checkpoint", "latest", "--max_train_steps", "1000000")
+    meets = status_of(fork(lambda: _launched(teacher, out / "run", *again)))
+    os.kill(parent, signal.SIGKILL)
+    status_of(parent)
+    ends = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists() and time.monotonic() < ends:
+        time.sleep(0.1)
+    events = (out / "run" / "events.jsonl").read_text().splitlines()
+    end = json.loads(events[-1])
+    return {"meets": meets, "state": end["state"], "saved": step_of(out / "run") == end["step"]}
 
 
 VALIDATED = ("--validation_steps", "1", "--validation_prompts", '["a thing"]')
@@ -301,7 +293,8 @@ def stopped(teacher: Path, out: Path, wrapping: str) -> dict[str, Any]:
             sys.stderr = (out / f"{name}-{number}.txt").open("w", buffering=1)
             _launched(teacher, out / name, *VALIDATED, *flags)
 
-        children = _on_two(work, sharded=wrapping == "fsdp2")
+        sharded = {"ACCELERATE_USE_FSDP": str(wrapping == "fsdp2").lower(), "FSDP_VERSION": "2"}
+        children = forked_ranks(2, work, out, **sharded)
         statuses = [status_of(child) for child in children]
         told = [(out / f"{name}-{number}.txt").read_text() for number in (0, 1)]
         found[name] = {
@@ -313,23 +306,25 @@ def stopped(teacher: Path, out: Path, wrapping: str) -> dict[str, Any]:
     return found
 
 
-def main(teacher: str, output_dir: str, *parts: str) -> None:
-    torch.set_num_threads(1)
-    told: dict[str, Any] = {}
+def findings(teacher: Path, out: Path, *parts: str) -> dict[str, Any]:
+    """By part, what was found."""
+    found: dict[str, Any] = {}
     for part in parts:
         name, _, option = part.partition(":")
-        out = Path(output_dir) / name / option
-        out.mkdir(parents=True)
+        folder = out / name / option
+        folder.mkdir(parents=True)
         if name == "kills":
-            told[name] = kills(Path(teacher), out, int(option))
+            found[name] = kills(teacher, folder, int(option))
         elif name == "signal":
-            told[part] = signalled(Path(teacher), out, option)
+            found[part] = signalled(teacher, folder, option)
         elif name == "stopped":
-            told[part] = stopped(Path(teacher), out, option)
+            found[part] = stopped(teacher, folder, option)
         else:
-            told[name] = {"operations": operations, "ranks": ranks}[name](Path(teacher), out)
-    print(json.dumps(told))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+            parts_alone = {
+                "operations": operations,
+                "ranks": ranks,
+                "refused": refused,
+                "orphans": orphans,
+            }
+            found[name] = parts_alone[name](teacher, folder)
+    return found

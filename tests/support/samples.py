@@ -113,3 +113,26 @@ def told(raw: dict[str, Any]) -> list[int]:
 def batches(dataset: Any, count: int, batch: int = 2, **options: Any) -> Iterator[list[int]]:
     """The first `count` batches of a stream, as numbers."""
     return (told(raw) for raw in islice(stream(dataset, batch, 7, **options), count))
+
+
+# Height and width in px of pictures for the buckets of a model of 16 px: square, wide and high.
+SHAPES = ((16, 16), (16, 32), (32, 16))
+
+
+def picture(number: int, shape: tuple[int, int], kind: str = "png", **options: Any) -> bytes:
+    """A plain image of that grey level, (height, width) in px."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((*shape, 3), number, np.uint8)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def sized_folder(folder: Path, shapes: Sequence[tuple[int, int]], bad: Sequence[int] = ()) -> Path:
+    """A folder of pictures of these shapes with metadata.jsonl."""
+    folder.mkdir()
+    rows = []
+    for i, shape in enumerate(shapes):
+        data = picture(i, shape)
+        (folder / f"{i:03d}.png").write_bytes(data[:-30] if i in bad else data)
+        rows.append(json.dumps({"file_name": f"{i:03d}.png", "text": caption(i)}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder

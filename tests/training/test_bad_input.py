@@ -17,7 +17,7 @@ from stepdistill.storage.checkpoints import newest_valid
 
 @pytest.fixture
 def teacher(tmp_path_factory):
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 @pytest.mark.usefixtures("no_loading")

@@ -70,10 +70,10 @@ HOST = {
     ("context.py", "shared_randint"),
     ("context.py", "shared_rand"),
     ("times.py", "uniform_grid"),
+    ("times.py", "grid"),  # of snapped_grid
     ("scores_config.py", "draw_times"),
     ("warm_start.py", "warm_start_loss"),
     ("halving.py", "trailing_grid"),
-    ("reflow.py", "times"),
     ("slimflow.py", "trained_times"),
     ("order.py", "_permutation"),
     ("path.py", "renoise"),  # on the CPU alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from stepdistill.storage.checkpoints import list_checkpoints, newest_valid
 from stepdistill.storage.files import write_text
-from stepdistill.storage.folders import fault_of, write_folder
+from stepdistill.storage.folders import aside_of, fault_of, old_of, write_folder
 from stepdistill.training.checkpoint import prune, read_state, save_checkpoint, saved_student
 
 
@@ -32,7 +33,7 @@ def test_order_is_by_number(run) -> None:
 
 
 def test_no_temporary_folder_stays(run) -> None:
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.glob(".*"))
 
 
 def test_newest_whole_one_is_taken(run) -> None:
@@ -64,7 +65,7 @@ def test_damaged_ones_are_skipped_by_name(run, damage) -> None:
 
 
 def test_a_folder_still_being_written_is_no_checkpoint(run) -> None:
-    (run / "checkpoint-11.tmp").mkdir()
+    aside_of(run / "checkpoint-11").mkdir()
     assert newest_valid(run)[0] == run / "checkpoint-10"
 
 
@@ -97,20 +98,34 @@ def test_a_damaged_older_one_does_not_count(run) -> None:
 
 
 def test_one_put_aside_counts_until_its_heir_is_there(run) -> None:
-    (run / "checkpoint-10").rename(run / "checkpoint-10.old")
-    assert newest_valid(run) == (run / "checkpoint-10.old", [])
+    old = old_of(run / "checkpoint-10")
+    (run / "checkpoint-10").rename(old)
+    assert newest_valid(run) == (old, [])
     write_folder(run / "checkpoint-10", {}, {"s": {"n": 2}})
     assert names(run) == ["checkpoint-1", "checkpoint-10", "checkpoint-2"]
 
 
 def test_a_damaged_heir_does_not_cost_the_good_one_put_aside(run) -> None:
     write_folder(run / "kept", {}, {"s": {"n": 0}})
-    (run / "kept").rename(run / "checkpoint-10.old")
+    (run / "kept").rename(old_of(run / "checkpoint-10"))
     spoil(run / "checkpoint-10")
-    (run / "checkpoint-10.tmp").write_text("in the way of the folder")
+    aside_of(run / "checkpoint-10").write_text("in the way of the folder")
     with pytest.raises(OSError, match="checkpoint-10: expected to write it"):
         write_folder(run / "checkpoint-10", {}, {"s": {"n": 2}})
-    assert newest_valid(run)[0] == run / "checkpoint-10.old"
+    assert newest_valid(run)[0] == old_of(run / "checkpoint-10")
+
+
+@pytest.mark.parametrize("name", ["checkpoint-1.old", "checkpoint-1.tmp", "checkpoint-1/note.txt"])
+def test_what_a_user_put_there_is_never_deleted(run, name) -> None:
+    """A copy by another name, or a file in a checkpoint that is due to go."""
+    if "/" not in name:
+        shutil.copytree(run / "checkpoint-1", run / name)
+    else:
+        (run / name).write_text("mine")
+    prune(run / "checkpoint-10", 1)
+    write_folder(run / "checkpoint-1", {}, {"s": {"n": 2}})
+    prune(run / "checkpoint-10", 1)
+    assert (run / name).exists() or (run / "checkpoint-1.aside" / "note.txt").exists()
 
 
 class NoBank:

@@ -17,7 +17,7 @@ def run(tmp_path, tmp_path_factory):
 
     def build(folder=tmp_path, **options):
         return build_trainer(
-            "dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", folder,
+            "dmd2", teacher_dir("sd3", tmp_path_factory), "lora", folder,
             **{"max_train_steps": 4, "checkpointing_steps": 1, **options},
         )  # fmt: skip
 

@@ -5,29 +5,29 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support import attack
+from support.faults import findings
+from support.processes import run
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill.storage.checkpoints import list_checkpoints
 
-SCRIPT = Path(__file__).parents[1] / "support" / "faults.py"
 
-
-def told(tmp_path_factory: Any, *parts: str) -> dict[str, Any]:
+def told(
+    tmp_path_factory: Any, *parts: str, find: Callable[..., Any] = findings, limit_s: int = 580
+) -> dict[str, Any]:
+    """From a process of its own, which none of this one's trainings has changed."""
     out = tmp_path_factory.mktemp("faults")
-    command = [sys.executable, str(SCRIPT), str(teacher_dir("sd_v", tmp_path_factory)), str(out)]
-    done = subprocess.run(
-        [*command, *parts],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
+    teacher = teacher_dir("sd3", tmp_path_factory)
+
+    def work() -> None:
+        print(json.dumps(find(teacher, out, *parts)))
+
+    done = run(work, limit_s=limit_s, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -78,7 +78,7 @@ def test_the_resumed_run_is_the_run_that_was_not_signalled(thorough) -> None:
 def test_a_signal_ends_a_run_at_the_step_boundary_and_is_handed_back(
     number, tmp_path, tmp_path_factory, monkeypatch
 ) -> None:
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
     trainer = build_trainer("cd", teacher, "lora", tmp_path, max_train_steps=10**6)
     before, update = signal.getsignal(number), trainer._update
 
@@ -101,6 +101,25 @@ def test_fifty_kills_lose_nothing(thorough) -> None:
     assert found["in_save"] > 0
 
 
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """Of each kind in attack.PLAN, which see."""
+    return told(tmp_path_factory, find=attack.findings, limit_s=3000)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [("training", 30), ("saving", 22), ("export", 12), ("cache", 12), ("pairs", 12)],
+)
+def test_a_kill_at_any_instant_loses_nothing_and_the_next_call_ends_alike(
+    attacked, kind, kills
+) -> None:
+    found = attacked[kind]
+    assert (found["kills"], found["lost"], found["differ"]) == (kills, [], [])
+    assert found["compared"] >= kills
+
+
 @pytest.mark.full
 def test_sigusr1_does_the_same(thorough) -> None:
     found = thorough["signal:SIGUSR1"]
@@ -111,6 +130,21 @@ def test_sigusr1_does_the_same(thorough) -> None:
 def test_a_signal_on_one_rank_stops_both(thorough) -> None:
     assert thorough["ranks"]["statuses"] == [75, 75]
     assert thorough["ranks"]["world_size"] == 2
+
+
+@pytest.mark.full
+def test_what_one_rank_does_not_find_is_refused_by_both_soon(tmp_path_factory) -> None:
+    found = told(tmp_path_factory, "refused")["refused"]
+    assert found["statuses"] == [1, 1]
+    assert found["told"][0] == found["told"][1]
+    assert found["told"][0].startswith("error: process 1: ")
+    assert found["seconds"] < 60
+
+
+@pytest.mark.full
+def test_a_run_whose_launcher_is_killed_saves_and_meets_no_other(tmp_path_factory) -> None:
+    found = told(tmp_path_factory, "orphans")["orphans"]
+    assert found == {"meets": 1, "state": "preempted", "saved": True}
 
 
 @pytest.mark.full

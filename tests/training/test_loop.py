@@ -16,7 +16,7 @@ from stepdistill.training.optim import lr_factor
 
 @pytest.fixture
 def teacher(tmp_path_factory):
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 def test_one_group_per_role_with_its_own_rate(teacher, tmp_path) -> None:

@@ -137,12 +137,12 @@ def test_resume_inside_a_round_and_across_the_switch_is_exact(
     layout, tmp_path, tmp_path_factory
 ) -> None:
     args = {"max_train_steps": 4, "checkpointing_steps": 1, "layout": layout}
-    first = trainer_of("sd_v", tmp_path_factory, tmp_path / "run", ROUNDS, **args)
+    first = trainer_of("sd3", tmp_path_factory, tmp_path / "run", ROUNDS, **args)
     first.train()
     for checkpoint in (1, 2, 3):
         where = str(tmp_path / "run" / f"checkpoint-{checkpoint}")
         again = trainer_of(
-            "sd_v", tmp_path_factory, tmp_path / "run", ROUNDS, resume_from_checkpoint=where, **args
+            "sd3", tmp_path_factory, tmp_path / "run", ROUNDS, resume_from_checkpoint=where, **args
         )
         again.train()
         for role in ("student", "target"):
@@ -154,7 +154,7 @@ def test_a_round_s_teacher_is_the_student_that_finished_the_one_before(
     tmp_path, tmp_path_factory
 ) -> None:
     args = {"max_train_steps": 4, "checkpointing_steps": 1}
-    trainer = trainer_of("sd_v", tmp_path_factory, tmp_path / "run", ROUNDS, **args)
+    trainer = trainer_of("sd3", tmp_path_factory, tmp_path / "run", ROUNDS, **args)
     trainer.train()
     target, student = (fingerprint(trainer.bank.members(r)) for r in ("target", "student"))
     assert target != student

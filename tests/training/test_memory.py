@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
+from support.processes import run
 from torch import nn
 
 from stepdistill import TrainConfig
 from stepdistill.config.files import parse_run_config
-from stepdistill.training.memory import AUTO_PARAMETERS, checkpoints_activations, keep_freed_memory
+from stepdistill.training.memory import (
+    AUTO_PARAMETERS,
+    MMAP_THRESHOLD,
+    checkpoints_activations,
+    keep_freed_memory,
+)
 
 
 def net(count: int) -> nn.Module:
@@ -62,27 +68,27 @@ def test_the_switch_is_a_flag_or_takes_a_value(flags: list[str], expected: bool 
 
 
 # ------------------------------------------------------------------------------ memory of the CPU
-FAULTS = """
-import ctypes, resource, torch
-from stepdistill.training.memory import MMAP_THRESHOLD, keep_freed_memory
-ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**17)  # else what is at its heap's end decides
-def faults():
+def _faults() -> int:
+    """Pages that the system maps for twenty rounds of the same tensors, once three have passed."""
     for _ in range(3):
         [torch.ones(2**20) for _ in range(8)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         [torch.ones(2**20) for _ in range(8)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), keep_freed_memory(torch.device("cpu")), faults())
-"""
+
+
+def _before_and_after() -> None:
+    for name in [n for n in os.environ if n.startswith(("MALLOC_", "GLIBC_"))]:
+        del os.environ[name]
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**17)  # else what is at its heap's end decides
+    print(_faults(), keep_freed_memory(torch.device("cpu")), _faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tunes glibc's malloc")
 def test_a_run_on_the_cpu_maps_its_pages_once() -> None:
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS], env=plain, capture_output=True, text=True, check=True
-    )
+    done = run(_before_and_after)
+    assert done.returncode == 0, done.stderr
     before, kept, after = done.stdout.split()
     assert kept == "True"
     assert int(before) > 10_000

@@ -10,7 +10,7 @@ from support.runs import build_trainer, teacher_dir
 @pytest.mark.filterwarnings("ignore:export. training stopped at update")
 @pytest.mark.parametrize("case", ["dmd2", pytest.param("tscd", marks=pytest.mark.full)])
 def test_pauses_and_exports_change_nothing(case, tmp_path, tmp_path_factory) -> None:
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
     options = {"max_train_steps": 4, "lr_scheduler": "cosine", "logging_steps": 3}
     options |= {"ema_decay": 0.9}
     whole = build_trainer(case, teacher, "lora", tmp_path / "whole", **options)
@@ -24,7 +24,7 @@ def test_pauses_and_exports_change_nothing(case, tmp_path, tmp_path_factory) -> 
 
 
 def test_a_pause_is_saved_and_resumes_in_another_trainer(tmp_path, tmp_path_factory) -> None:
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
     whole = build_trainer("lcm", teacher, "full", tmp_path / "whole", max_train_steps=3)
     whole.train()
     build_trainer("lcm", teacher, "full", tmp_path / "cut", max_train_steps=3).train(until=2)

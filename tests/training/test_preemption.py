@@ -25,12 +25,25 @@ def ranks(*told: list[float]) -> Any:
 
 @pytest.mark.parametrize(("limit", "stops"), [(None, False), (11.0, True), (11.5, False)])
 def test_time_is_the_ranks_mean(limit, stops) -> None:
-    assert StopRequest().agreed(10.0, limit, ranks([0.0, 12.0])) == (stops, 11.0)
+    assert StopRequest().agreed(10.0, limit, ranks([0.0, 12.0, 0.0])) == (stops, 11.0)
 
 
 def test_one_signalled_rank_stops_all() -> None:
     stop = StopRequest()
-    assert stop.agreed(1.0, None, ranks([1.0, 1.0], [0.0, 1.0])) == (True, 1.0)
+    assert stop.agreed(1.0, None, ranks([1.0, 1.0, 0.0], [0.0, 1.0, 0.0])) == (True, 1.0)
+    assert stop.preempted
+
+
+def test_a_failed_rank_stops_all_and_no_signal_did() -> None:
+    stop = StopRequest()
+    assert stop.agreed(1.0, None, ranks([0.0, 1.0, 1.0])) == (True, 1.0)
+    assert (stop.failed, stop.preempted) == (True, False)
+
+
+def test_a_rank_without_its_launcher_stops_all(monkeypatch) -> None:
+    monkeypatch.setattr("stepdistill.training.preemption.orphaned", lambda: True)
+    stop = StopRequest()
+    assert stop.agreed(1.0, None, ranks([0.0, 1.0, 0.0])) == (True, 1.0)
     assert stop.preempted
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from support.runs import TinyData, build_trainer, fingerprint, teacher_dir
 
@@ -18,9 +20,17 @@ OPTIONS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def first(teacher, tmp_path_factory):
+    """Four steps, the second stage from step 2 on, with a checkpoint of each."""
+    trainer = trainer_of(teacher, tmp_path_factory.mktemp("first") / "run")
+    trainer.train()
+    return trainer
 
 
 def trainer_of(teacher, output_dir, max_train_steps=4, **options):
@@ -44,18 +54,17 @@ def adam_steps(trainer, role) -> set[int]:
     return {int(state[p]["step"]) for p in trainer.bank.members(role).values()}
 
 
-def test_adam_starts_anew_at_the_stage_switch(teacher, tmp_path) -> None:
-    """Four steps, the second stage from step 2 on: two Adam steps since, not four."""
-    trainer = trainer_of(teacher, tmp_path / "run")
-    trainer.train()
-    assert adam_steps(trainer, "student") == {2}
-    assert adam_steps(trainer, "disc") == {2}
+def test_adam_starts_anew_at_the_stage_switch(first) -> None:
+    """Two Adam steps since, not four."""
+    assert adam_steps(first, "student") == {2}
+    assert adam_steps(first, "disc") == {2}
 
 
 @pytest.mark.parametrize("checkpoint", [1, 2, 3])
-def test_resume_before_at_and_after_the_switch_is_exact(teacher, tmp_path, checkpoint) -> None:
-    first = trainer_of(teacher, tmp_path / "run")
-    first.train()
+def test_resume_before_at_and_after_the_switch_is_exact(
+    first, teacher, tmp_path, checkpoint
+) -> None:
+    shutil.copytree(first.args.output_dir, tmp_path / "run")
     where = str(tmp_path / "run" / f"checkpoint-{checkpoint}")
     again = trainer_of(teacher, tmp_path / "run", resume_from_checkpoint=where)
     again.train()

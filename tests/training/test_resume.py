@@ -62,11 +62,11 @@ def scaled(teacher, folder, **options):
     return in_fp16(trainer, init_scale=2.0**28, growth_interval=2)
 
 
-@pytest.mark.parametrize("update", [2, 6])
-def test_the_gradient_scaler_goes_on_where_it_was(update, tmp_path, tmp_path_factory) -> None:
-    """While it still falls and skips updates, and when it has begun to rise."""
-    teacher = teacher_dir("sd_v", tmp_path_factory)
-    whole, scales = scaled(teacher, tmp_path / "whole"), []
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing cuts off, whose scale falls at first and rises then."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    whole, scales = scaled(teacher_dir("sd_v", tmp_path_factory), folder), []
     after = whole.method.after
 
     def note(bank, step) -> None:
@@ -77,6 +77,15 @@ def test_the_gradient_scaler_goes_on_where_it_was(update, tmp_path, tmp_path_fac
     whole.train()
     assert scales[0] > scales[1] > scales[2]  # updates that were skipped
     assert max(b / a for a, b in pairwise(scales)) == 2.0
+    return whole
+
+
+@pytest.mark.parametrize("update", [2, 6])
+def test_the_gradient_scaler_goes_on_where_it_was(
+    whole, update, tmp_path, tmp_path_factory
+) -> None:
+    """While it still falls and skips updates, and when it has begun to rise."""
+    teacher = teacher_dir("sd_v", tmp_path_factory)
     cut_off(scaled(teacher, tmp_path / "cut"), update)
     again = scaled(teacher, tmp_path / "cut", resume_from_checkpoint="latest")
     again.train()
