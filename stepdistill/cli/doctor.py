@@ -163,7 +163,7 @@ def self_check(device: str) -> None:
     import torch
     from accelerate.state import AcceleratorState
 
-    from stepdistill import TrainConfig
+    from stepdistill.config.run import TrainConfig
     from stepdistill.export.load import load_pipeline
     from stepdistill.testing.tiny import TINY
     from stepdistill.trainers import DistributionMatchingTrainer

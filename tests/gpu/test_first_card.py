@@ -7,6 +7,9 @@ allocator. tests/training/test_device_checks.py runs the same checks on the CPU.
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from support.device_checks import fused_error, gradient_error, gradients, held_and_peak
-from support.distributed import Group, Job, alone, equal
+from support.distributed import Job, alone, equal, seen_by
 from support.distributed import gradient_error as role_error
 from support.runs import teacher_dir
 
@@ -116,14 +119,26 @@ def test_the_allocators_peak_is_what_plan_says(model, tmp_path) -> None:
     assert plan.peak == pytest.approx(peak, rel=0.15)  # kernels' workspaces are nobody's tensors
 
 
+TWO = """
+import sys
+from pathlib import Path
+from support.distributed import Group, Job
+teacher, out, wrapping = sys.argv[1:]
+job = Job("dmd2_gan", "lora", wrapping, "dit")
+Group(2, [job], {"dit": Path(teacher)}, Path(out), cpu=False).seen()
+"""
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
 def test_two_cards_equal_one(wrapping, tmp_path: Path, tmp_path_factory) -> None:
-    teacher = teacher_dir("dit", tmp_path_factory)
-    job = Job("dmd2_gan", "lora", wrapping, "dit")
-    group = Group(2, [job], {"dit": teacher}, tmp_path / "two", cpu=False)
-    one = alone(job, teacher, tmp_path / "one")
-    ((first, second),) = group.seen()
+    """In a process of their own: none can be forked from one that has used a card."""
+    teacher, out = teacher_dir("dit", tmp_path_factory), tmp_path / "two"
+    code = [sys.executable, "-c", TWO, str(teacher), str(out), wrapping]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(code, check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
+    first, second = (seen_by(out, 0, rank) for rank in (0, 1))
+    one = alone(Job("dmd2_gan", "lora", wrapping, "dit"), teacher, tmp_path / "one")
     assert equal(first, second), "ranks differ"
     assert first.facts["sharded"] == (wrapping == "fsdp2")
     assert role_error(one, first) < 1e-3
