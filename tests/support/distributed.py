@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -155,7 +152,7 @@ class Group:
 
     torchrun does the same with one more process, which takes seconds to start.
     Args: runs: where the jobs' run folders are, if not in `out`. cpu: on the CPU, else one GPU
-        each.
+        each, from a process that has touched none.
     """
 
     def __init__(
@@ -169,11 +166,9 @@ class Group:
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._out, self._jobs = out, jobs
-        if cpu:
-            work = partial(_train_all, jobs, teachers, out, runs or out, world)
-            self._processes = forked_ranks(world, work, out, limit_s=3600)
-        else:
-            self._processes = _spawned(jobs, teachers, out, runs or out, world)
+        work = partial(_train_all, jobs, teachers, out, runs or out, world)
+        place = {"ACCELERATE_USE_CPU": str(cpu).lower()}
+        self._processes = forked_ranks(world, work, out, limit_s=3600, **place)
 
     def seen(self, timeout: float = 280) -> list[list[Seen]]:
         """By job, then by rank. Fails where a process fails, and ends the others."""
@@ -189,39 +184,7 @@ class Group:
         first = next((t for t, code in zip(texts, statuses, strict=True) if code), texts[0])
         assert not any(statuses), f"exit codes {statuses}: {first[-4000:]}"
         ranks = range(len(statuses))
-        return [[_read(self._out, i, rank) for rank in ranks] for i in range(len(self._jobs))]
-
-
-def _spawned(
-    jobs: Sequence[Job], teachers: Mapping[str, Path], out: Path, runs: Path, world: int
-) -> list[int]:
-    """Ids of processes on a GPU each; CUDA does not outlive a fork, so each starts anew."""
-    code = "import sys; from support.distributed import of_a_file; of_a_file(sys.argv[1])"
-    told = {"jobs": [asdict(job) for job in jobs], "out": str(out), "runs": str(runs)}
-    told["teachers"] = {name: str(path) for name, path in teachers.items()}
-    (out / "work.json").write_text(json.dumps(told))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    place |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    tests = str(Path(__file__).parents[1])
-    place["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", code, str(out / "work.json")]
-    found = []
-    for rank in range(world):
-        env = {**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (out / f"rank{rank}.txt").open("w") as said:
-            found.append(subprocess.Popen(command, env=env, stdout=said, stderr=said).pid)
-    return found
-
-
-def of_a_file(file: str) -> None:
-    """The work of this rank that the file describes."""
-    told = json.loads(Path(file).read_text())
-    jobs = [Job(**job) for job in told["jobs"]]
-    teachers = {name: Path(path) for name, path in told["teachers"].items()}
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    _train_all(jobs, teachers, Path(told["out"]), Path(told["runs"]), world, rank)
+        return [[seen_by(self._out, i, rank) for rank in ranks] for i in range(len(self._jobs))]
 
 
 def _ended(processes: set[int], kill: int, wait: bool = False) -> dict[int, int]:
@@ -239,7 +202,8 @@ def _ended(processes: set[int], kill: int, wait: bool = False) -> dict[int, int]
 _PARTS = ("gradients", "weights", "optimizer")
 
 
-def _read(out: Path, index: int, rank: int) -> Seen:
+def seen_by(out: Path, index: int, rank: int) -> Seen:
+    """What one process saw of one job, as it wrote it down."""
     tensors = [load_file(out / f"{index}-{rank}-{part}.safetensors") for part in _PARTS]
     return Seen(*tensors, json.loads((out / f"{index}-{rank}.json").read_text()))
 
