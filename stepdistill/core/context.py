@@ -69,7 +69,7 @@ class Ctx:
     carry: dict[str, object] = field(default_factory=dict)
     mean_over_ranks: Callable[[Tensor], Tensor] = _identity
     draw_law: int = DRAW_LAW
-    draws: int = 0
+    draws: int = field(default=0, init=False)  # a replaced Ctx draws from its key's first on
 
     def _key(self) -> tuple[object, ...]:
         return (self.seed, self.step, self.phase, self.repeat, self.micro)

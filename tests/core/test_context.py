@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,3 +174,10 @@ def test_draws_on_the_meta_device_have_shapes_alone() -> None:
     assert ctx.rand(2).is_meta
     assert ctx.stratified(4).shape == (4,)
     assert ctx.host_rand(2).device.type == "cpu"
+
+
+def test_a_replaced_context_draws_from_its_own_first() -> None:
+    """As a method does that gives a part of its loss draws of its own."""
+    ctx = Ctx(phase="student")
+    ctx.randn((2, 3))
+    assert torch.equal(replace(ctx, phase="dm").randn((2, 3)), Ctx(phase="dm").randn((2, 3)))
