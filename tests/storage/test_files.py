@@ -12,7 +12,7 @@ from support.faults import killed_at
 from support.processes import fork, status_of
 
 from stepdistill.storage import files
-from stepdistill.storage.files import temporary, write_text
+from stepdistill.storage.files import clear_left, temporary, write_text
 
 
 def killed(path: Path, at: int) -> None:
@@ -80,3 +80,13 @@ def test_two_at_once_write_the_file_whole(tmp_path) -> None:
     assert [status_of(child) for child in [fork(partial(work, x)) for x in "ab"]] == [0, 0]
     assert path.read_text() in ("a" * 10_000, "b" * 10_000)
     assert names(tmp_path) == ["a.json"]
+
+
+def test_whoever_begins_a_long_work_clears_what_was_left_since(tmp_path) -> None:
+    """Once a process has written in a folder, its later writes do not look through it again."""
+    write_text(tmp_path / "a.json", "a")
+    killed(tmp_path / "b.json", 3)
+    write_text(tmp_path / "c.json", "c")
+    assert len(names(tmp_path)) == 3
+    clear_left(tmp_path)
+    assert names(tmp_path) == ["a.json", "c.json"]
