@@ -33,7 +33,7 @@ from stepdistill.storage.files import read_json
 from stepdistill.storage.folders import refuse_foreign
 from stepdistill.storage.ranks import refusing_together
 from stepdistill.training.checkpoint import named_checkpoint
-from stepdistill.training.checks import teacher_is_here
+from stepdistill.training.run_identity import teacher_is_here
 from stepdistill.training.sources import open_dataset, open_gan_dataset
 from stepdistill.training.trainer import Trainer
 

@@ -39,7 +39,7 @@ from stepdistill.rewards import build_scorers
 from stepdistill.storage.files import one_line
 from stepdistill.storage.owner import refuse_owned
 from stepdistill.storage.ranks import MISTAKES, agreed, owned_by_first
-from stepdistill.training import checks
+from stepdistill.training import checks, run_identity
 from stepdistill.training.batches import batch_maker
 from stepdistill.training.by_shape import MethodByShape
 from stepdistill.training.feed import Feed
@@ -101,7 +101,7 @@ class Trainer(Resumable):
     def _check(self, config: MethodConfig, scorers: Mapping[str, Scorer]) -> None:
         """What can be said against the run before a weight is loaded."""
         args, cls = self.args, method_class(self.method_name)
-        checks.teacher_is_here(args, self.teacher)
+        run_identity.teacher_is_here(args, self.teacher)
         facts = teacher_facts(self.teacher)
         if self.dataset is not None:
             refuse_owned(self.output_dir, "output_dir")  # an export may read it meanwhile
@@ -112,10 +112,10 @@ class Trainer(Resumable):
         checks.student_fits(cls, args.tuning, self.teacher)
         training = self.dataset is not None
         check_start(args, facts, training)
-        self.facts = checks.run_facts(self.teacher, self.method_name, config, args, training)
+        self.facts = run_identity.run_facts(self.teacher, self.method_name, config, args, training)
         if training:
             self.facts["data"] = data_facts(self.dataset)
-        self.resume_from = checks.output_dir_is_ours(args, self.facts)
+        self.resume_from = run_identity.output_dir_is_ours(args, self.facts)
 
     def _start_processes(self) -> None:
         self.accelerator = make_accelerator(self.args)
