@@ -20,6 +20,7 @@ from stepdistill.storage.writers import machine, runs
 
 _OF_WRITER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.stepdistill-tmp$")
 _ELSEWHERE_SECONDS = 86400.0  # no file takes longer, on machines that can't be asked
+EXPORT_RECORD = "distillation.json"  # in an exported folder: what it is, and of which run
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -39,6 +40,16 @@ def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
         got = f"no {missing[0]!r}" if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{path}: expected an object with {list(required)}, got {got}.")
     return found
+
+
+def sha256_of(*paths: Path) -> str:
+    """Of the files' bytes, end to end. Errors: OSError where one can't be read."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                sha.update(block)
+    return sha.hexdigest()
 
 
 def locked(path: Path) -> FileLock:
@@ -71,8 +82,13 @@ def _machine_mark() -> str:
 
 
 @cache
-def _clear_left(folder: Path, _process: int) -> None:
-    """Delete the temporary files of writers that have ended; once a folder and process."""
+def _clear_once(folder: Path, _process: int) -> None:
+    clear_left(folder)
+
+
+def clear_left(folder: Path) -> None:
+    """Delete the temporary files of writers that have ended; `write_atomic` does so once a folder
+    and process, as it lists the folder."""
     for path in folder.glob(".*.stepdistill-tmp"):
         writer = _OF_WRITER.search(path.name)
         with suppress(OSError):
@@ -103,7 +119,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     A reader, or a kill at any instant, sees the old file or the new one. Several processes may
     write one file at once. The next process that writes in the folder clears what a kill left.
     """
-    _clear_left(path.parent, os.getpid())
+    _clear_once(path.parent, os.getpid())
     aside = temporary(path, of_writer=True)
     try:
         write(aside)

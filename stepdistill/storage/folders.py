@@ -12,7 +12,6 @@ of an earlier version, which wrote no list, gives its place and stays, under ano
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -28,7 +27,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.storage.files import PICKLED, flush, free_name, read_json, temporary
+from stepdistill.storage.files import (
+    EXPORT_RECORD,
+    PICKLED,
+    flush,
+    free_name,
+    read_json,
+    sha256_of,
+    temporary,
+)
 from stepdistill.storage.owner import owned
 
 MANIFEST = "manifest.json"
@@ -36,21 +43,13 @@ LEDGER = ".stepdistill.json"  # file -> its bytes and hash; hidden, so that it i
 _EDITED_BYTES = 1 << 20  # no text that a person edits is larger
 # What earlier versions, which wrote no ledger, marked an export or a demo's teacher with, and what
 # else they wrote there: all names of files beside it, by their paths.
-_RECORDS = ("distillation.json", "demo_teacher.json")
+_RECORDS = (EXPORT_RECORD, "demo_teacher.json")
 _EARLIER = re.compile(
     r"README\.md|samples\.png|pipeline_\w+\.py|[\w.-]+\.safetensors|"
     r"(model_index|distillation|demo_teacher|workflow|adapter_config)\.json|"
     r"\w+/([\w.-]+\.(json|safetensors|model|jinja|py)|merges\.txt|vocab\.txt)"
 )
 _NAME = re.compile(r"([\w-]+/)?[\w-][\w.-]*")  # of a file in the folder, or in one within it
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def aside_of(target: Path) -> Path:
@@ -113,7 +112,7 @@ def manifest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str,
     for path in sorted(files):
         flush(path)
         name = path.relative_to(folder).as_posix()
-        found[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        found[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return found
 
 
@@ -206,7 +205,7 @@ def _files(folder: Path) -> Iterator[str]:
 def _entry(path: Path) -> list[Any]:
     """[bytes, sha256]; of a large file, which nobody edits, no hash."""
     size = path.stat().st_size
-    return [size, _digest(path) if size <= _EDITED_BYTES else None]
+    return [size, sha256_of(path) if size <= _EDITED_BYTES else None]
 
 
 def _entries(file: Path) -> dict[str, Any]:
@@ -351,7 +350,7 @@ def fault_of(folder: Path, hashes: bool = True) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != facts["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
-            if hashes and _digest(path) != facts["sha256"]:
+            if hashes and sha256_of(path) != facts["sha256"]:
                 return f"{name} has another sha256 than the manifest"
     except OSError as err:  # a failing disk, or no leave to read
         return f"it can't be read ({err})"

@@ -133,3 +133,13 @@ def test_processes_on_cpus_meet_as_accelerate_has_them(tmp_path) -> None:
     assert [status_of(child) for child in children] == [0, 0]
     said = [(tmp_path / f"rank{rank}.txt").read_text().split()[-2:] for rank in (0, 1)]
     assert said == [["0", "2"], ["1", "2"]]
+
+
+@pytest.mark.parametrize(("asked", "cpu"), [("true", True), ("false", False)])
+def test_whoever_asks_for_the_cpu_gets_it_beside_a_gpu(monkeypatch, asked, cpu) -> None:
+    given = []
+    monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: given.append(cpu))
+    ranks.process_state()
+    assert given == [cpu]

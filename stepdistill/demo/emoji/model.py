@@ -10,12 +10,13 @@ import json
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
+from stepdistill.demo.teacher import assembled
 from stepdistill.demo.text import WORD_END, clip_tokenizer, demo_text_encoder
 
 from .captions import STYLES, TONES, Entry
@@ -55,26 +56,8 @@ def build_pipeline(entries: Sequence[Entry], seed: int = 0) -> StableDiffusionPi
             attention_head_dim=4,  # this class reads it as the NUMBER of heads
         )
         text_encoder = demo_text_encoder(tokenizer, TEXT_WIDTH, layers=2)
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        rescale_betas_zero_snr=True,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,
-    )
-    return StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    networks = (vae.eval(), text_encoder.eval(), tokenizer, unet.eval())
+    return assembled(*networks, "squaredcos_cap_v2")
 
 
 def _silence_branches(vae: nn.Module) -> None:

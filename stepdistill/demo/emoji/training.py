@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from stepdistill.core.context import stable_seed
 from stepdistill.demo.teacher_training import v_loss
 from stepdistill.reporting.pictures import contact, png
 from stepdistill.storage.checkpoints import discard, is_users, list_checkpoints, newest_valid
@@ -91,7 +92,7 @@ class Phase:
             left = (steps - seen) / (FINAL_PART * steps)
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * min(1, (seen + 1) / 200, left)
-            generator = Generator().manual_seed(hash((seed, self.pictures_key(), seen)) % 2**63)
+            generator = Generator().manual_seed(stable_seed(seed, self.name, seen))
             loss = self.loss(generator)
             optimizer.zero_grad()
             loss.backward()
@@ -124,10 +125,6 @@ class Phase:
         with torch.no_grad():
             torch._foreach_copy_(parameters, average)
         return seen >= steps
-
-    def pictures_key(self) -> int:
-        """Tells the phases' batches apart."""
-        return sum(map(ord, self.name))
 
     def _save(self, folder, parameters, average, optimizer, seen, cpu) -> None:  # type: ignore
         state = optimizer.state_dict()["state"]
