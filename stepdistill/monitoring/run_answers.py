@@ -9,7 +9,7 @@ import shlex
 from typing import Any
 
 from stepdistill.config.watchdog import WatchdogConfig
-from stepdistill.reporting.values import short
+from stepdistill.reporting.values import counted, short
 
 from .records import RunRecords, series
 
@@ -71,7 +71,7 @@ def _looks(run: RunRecords) -> Answer:
         told.append(f"diversity {short(diversity)} of the teacher's")
     if saturation > limits.max_saturation:
         told.append(f"{saturation:.0%} more values at black or white than the teacher's")
-    told.append(f"{len(run.alarms)} alarms" if run.alarms else "no alarm")
+    told.append(counted(len(run.alarms), "alarm") if run.alarms else "no alarm")
     bad = saturation > limits.max_saturation or (diversity or 1.0) < limits.min_diversity
     if bad or run.alarms:
         return "bad", "look", question, ", ".join(told)
