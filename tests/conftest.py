@@ -125,9 +125,14 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`family`: each tiny family in turn; further configurations of one with `-m full` alone."""
+    """`family`: each tiny family in turn; further configurations of one with `-m full` alone.
+
+    Not where a test names the families itself, or its file has a fixture of that name.
+    """
     marks = metafunc.definition.iter_markers("parametrize")
     given = {name for mark in marks for name in str(mark.args[0]).replace("'", " ").split()}
+    if hasattr(metafunc.module, "family"):
+        return
     if "family" in metafunc.fixturenames and "family" not in given:
         from stepdistill.families.registry import FAMILIES
         from stepdistill.testing.tiny import TINY
