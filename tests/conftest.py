@@ -45,16 +45,29 @@ def pytest_collection(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`."""
+    """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`.
+
+    sampled(family=("sd3", ...)): a sample of those values alone; sampled(pairs=False): one that
+    meets values and no pairs.
+    """
     sweeps: dict[str, dict[str, Any]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
             sweeps.setdefault(item.nodeid.partition("[")[0], {})[item.nodeid] = item
     for sweep in sweeps.values():
-        default = [name for name, item in sweep.items() if not item.get_closest_marker("full")]
-        met = {name: pairs_of(sweep[name].callspec.params) for name in default}
-        kept = covering(default, met.__getitem__)
-        for name in set(default) - set(kept):
+        limits = dict(next(iter(sweep.values())).get_closest_marker("sampled").kwargs)
+        pairs = limits.pop("pairs", True)
+        params = {
+            name: item.callspec.params
+            for name, item in sweep.items()
+            if not item.get_closest_marker("full")
+        }
+        met = {
+            name: pairs_of(given, pairs)
+            for name, given in params.items()
+            if all(given[key] in values for key, values in limits.items())
+        }
+        for name in params.keys() - covering(met, met.__getitem__):
             sweep[name].add_marker("full")
 
 

@@ -30,8 +30,8 @@ def covering(cells: Iterable[Cell], met: Callable[[Cell], set[Any]]) -> list[Cel
     return chosen
 
 
-def pairs_of(params: Mapping[str, Any]) -> set[Any]:
+def pairs_of(params: Mapping[str, Any], pairs: bool = True) -> set[Any]:
     """What one set of a test's parameters meets: values by name, and pairs of those of PAIRED."""
     values = {(name, str(value)) for name, value in params.items()}
-    paired = sorted(value for value in values if value[0] in PAIRED)
+    paired = sorted(value for value in values if pairs and value[0] in PAIRED)
     return values | set(combinations(paired, 2))
