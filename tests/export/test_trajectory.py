@@ -67,6 +67,7 @@ def test_tscd_exports_deterministically_at_every_step_count(
         assert scheduler["_class_name"] == expected
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("num_phases", [1, 2, 4, 8])
 @pytest.mark.parametrize("family", THOROUGH)
 def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory) -> None:

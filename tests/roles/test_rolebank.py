@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from support.runs import NETWORKS
 from torch import Tensor
 
 from stepdistill.config.tuning import Tuning
@@ -103,7 +104,7 @@ def test_rank_and_alpha_set_the_scale(make_family) -> None:
         assert layer.scaling == {"student": 1.5, "fake": 3.0}
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(family=NETWORKS)
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_teacher_is_the_untouched_base_bit_for_bit(family, student, fake) -> None:
     untouched = copy.deepcopy(family.net)
@@ -117,6 +118,7 @@ def test_teacher_is_the_untouched_base_bit_for_bit(family, student, fake) -> Non
         assert (outs[a] - outs[b]).abs().max() > 1e-4, (a, b)
 
 
+@pytest.mark.sampled(family=NETWORKS)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_roles_start_at_the_teacher(family, layout) -> None:
     bank = RoleBank(family, ROLES, Tuning(student=layout, fake=layout, rank=4))
@@ -140,6 +142,7 @@ def test_half_precision_base_keeps_float32_adapters(make_family) -> None:
 
 
 # ---------------------------------------------------------------------------------------- switching
+@pytest.mark.sampled(family=NETWORKS)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_calls_of_other_roles_before_backward_change_no_gradient(family, layout) -> None:
     alone = build(family, layout, roles={"student": Role(train=True)})
@@ -216,7 +219,7 @@ def mixed_loss(bank: RoleBank, family: Family) -> Tensor:
     return out.raw.square().mean() + out.features["mid"].square().mean()
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(family=NETWORKS)
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_checkpointing_changes_no_gradient(family, student, fake) -> None:
     bank = build(family, student, fake)

@@ -21,6 +21,9 @@ from stepdistill.trainers import DistillationTrainer, trainer_class
 
 # Of each kind of teacher one, for what is tested in every layout: eps, v and flow, prompts, labels.
 THOROUGH = ("sd", "sd_v", "sd3", "dit")
+# Of each kind of network one, for what no family has of its own: what each has is met by the
+# matrix and by `stepdistill check`, which tests/families/test_families.py makes of all.
+NETWORKS = ("sd", "sd3", "dit", "edm", "wan_i2v")
 _TEACHERS: dict[str, Path] = {}
 _SHAPES: dict[str, tuple[int, ...]] = {}  # of a teacher's latents by its folder
 
@@ -262,6 +265,8 @@ METHOD_CASES |= {
     for name, cls in METHODS.items()
     if name not in {case.method for case in METHOD_CASES.values()}
 }
+# Of each method its first case.
+FIRST = tuple({case.method: name for name, case in reversed(METHOD_CASES.items())}.values())
 
 
 def unguided(spec: MethodCase) -> dict[str, Any]:
