@@ -34,7 +34,7 @@ BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 
 @pytest.fixture
 def teacher(tmp_path_factory):
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 class Real(TinyData):

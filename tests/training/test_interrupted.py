@@ -21,7 +21,7 @@ from stepdistill.storage.owner import lock_of
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 @pytest.fixture
