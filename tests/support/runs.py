@@ -329,7 +329,10 @@ def build_trainer(
 def _load_denoiser(model: str | ModelSource) -> Family:
     """load_family; text encoders and autoencoders, which stay as they are, are loaded once."""
     folder = str(ModelSource.of(model).model)
-    family = load_family(model, **_PARTS.get(folder, {}))
+    parts = _PARTS.get(folder, {})
+    if any(next(part.parameters()).device.type != "cpu" for part in parts.values()):
+        parts = {}  # a run has moved them
+    family = load_family(model, **parts)
     _PARTS[folder] = {
         name: part
         for name, part in family.pipeline.components.items()
