@@ -168,7 +168,9 @@ SMALL = ["--resolution", "32", "--tuning.rank", "2", "--train_batch_size", "1"]
 SHORT = ["--max_train_steps", "1", "--gradient_accumulation_steps", "1", "--mixed_precision", "no"]
 
 
-def test_recipe_for_a_fine_tune_runs(tmp_path, tmp_path_factory, monkeypatch) -> None:
+@pytest.fixture
+def fine_tune(tmp_path, tmp_path_factory, monkeypatch) -> list[str]:
+    """README's commands for a fine-tune, in a folder that has what they name."""
     teacher = teacher_dir("sdxl", tmp_path_factory).resolve()
     monkeypatch.chdir(tmp_path)
     Path("DIR").symlink_to(teacher)
@@ -178,10 +180,18 @@ def test_recipe_for_a_fine_tune_runs(tmp_path, tmp_path_factory, monkeypatch) ->
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     pipe.save_lora_weights("style", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
     next(Path("style").iterdir()).rename("style.safetensors")
-    plan, train, export = [c for c in COMMANDS if "sdxl.yaml" in c or "out/lora" in c]
+    return [c for c in COMMANDS if "sdxl.yaml" in c or "out/lora" in c]
+
+
+@pytest.mark.full
+def test_plan_of_a_fine_tune_runs(fine_tune) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_here(plan, *SMALL)
+        run_here(fine_tune[0], *SMALL)
     assert ended.value.code == 0
+
+
+def test_recipe_for_a_fine_tune_runs(fine_tune) -> None:
+    _, train, export = fine_tune
     run_here(train, *SMALL, *SHORT)
     run_here(export)
     assert Path("out/lora/pytorch_lora_weights.safetensors").is_file()

@@ -86,7 +86,7 @@ OPTIONS = {
 def validated(tmp_path_factory):
     """A trainer that has validated before and after two updates."""
     folder = tmp_path_factory.mktemp("run")
-    teacher = teacher_dir("sd3", tmp_path_factory)
+    teacher = teacher_dir("sd_v", tmp_path_factory)
     trainer = build_trainer("dmd2", teacher, "lora", folder, report_to=["tensorboard"], **OPTIONS)
     trainer.train()
     return trainer
@@ -163,7 +163,7 @@ def test_a_resumed_run_reads_the_teachers_samples(validated, monkeypatch) -> Non
 def vsd(tmp_path_factory):
     """A vsd run after two updates, teacher and fake guided alike."""
     folder = tmp_path_factory.mktemp("vsd")
-    teacher = teacher_dir("sd3", tmp_path_factory)
+    teacher = teacher_dir("sd_v", tmp_path_factory)
     trainer = build_trainer("vsd", teacher, "lora", folder, **OPTIONS)
     trainer.train()
     return trainer
@@ -255,7 +255,7 @@ def test_without_teacher_samples_there_is_a_grid_and_little_else(validated, tmp_
 @pytest.mark.parametrize("case", ["dmd2", "cd"])
 def test_the_metrics_to_choose_by_are_measured(case, tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer(
-        case, teacher_dir("sd3", tmp_path_factory), "lora", tmp_path, **OPTIONS
+        case, teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path, **OPTIONS
     )  # fmt: skip
     found = trainer.validator.run(trainer.student(), trainer.method.sampler(), 0).metrics
     assert set(BEST_METRICS) <= set(found) <= set(METRICS)

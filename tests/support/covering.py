@@ -21,9 +21,10 @@ def covering(cells: Iterable[Cell], met: Callable[[Cell], set[Any]]) -> list[Cel
     wanted, chosen = set().union(*left.values()), []
     used: Counter[Any] = Counter()
     while wanted:
-        best = max(
-            left, key=lambda c: (len(left[c] & wanted), -sum(used[part] for part in left[c]))
-        )
+        gains = {cell: len(met & wanted) for cell, met in left.items()}
+        most = max(gains.values())
+        equals = (cell for cell, gain in gains.items() if gain == most)
+        best = min(equals, key=lambda cell: sum(used[part] for part in left[cell]))
         chosen.append(best)
         used.update(left[best])
         wanted -= left.pop(best)
