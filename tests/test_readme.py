@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from support.processes import run
+from support.processes import run, run_script
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
@@ -197,19 +197,23 @@ def test_recipe_for_a_fine_tune_runs(fine_tune) -> None:
     assert Path("out/lora/pytorch_lora_weights.safetensors").is_file()
 
 
-def test_first_launch_runs(tmp_path, tmp_path_factory) -> None:
+@pytest.mark.parametrize("starts", ["here", pytest.param("launcher", marks=pytest.mark.full)])
+def test_first_launch_runs(starts, tmp_path, tmp_path_factory) -> None:
     (tmp_path / "DIR").symlink_to(teacher_dir("sd", tmp_path_factory).resolve())
     for name in ("configs", "train"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     (command,) = [c for c in COMMANDS if c.startswith("accelerate launch train/")]
-    words = shlex.split(command)[2:]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
-         *words, *SMALL, *SHORT],
-        cwd=tmp_path, capture_output=True, text=True, timeout=280,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
+    words = [*shlex.split(command)[2:], *SMALL, *SHORT]
+    if starts == "here":
+        done = run(partial(run_script, *words), cwd=tmp_path, ACCELERATE_USE_CPU="true")
+    else:
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+        done = subprocess.run(
+            [*launch, "--num_processes", "1", *words],
+            cwd=tmp_path, capture_output=True, text=True, timeout=280,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
 

@@ -110,19 +110,20 @@ def test_sd_keeps_its_class_at_other_step_counts(steps, tmp_path, tmp_path_facto
     assert index["_class_name"] == "StableDiffusionPipeline"
 
 
-def test_guidance_typed_by_habit_changes_nothing(tmp_path, tmp_path_factory) -> None:
+@pytest.mark.sampled(family=("sdxl", "flux"))
+@pytest.mark.parametrize(("family", "limit"), [("sdxl", 0.0), ("flux", 0.0), ("flux2_dev", 1e-4)])
+def test_guidance_typed_by_habit_changes_nothing(family, limit, tmp_path, tmp_path_factory) -> None:
     """A user who types the teacher's guidance still gets the student's image, by one pass."""
-    for family, limit in (("sdxl", 0.0), ("flux", 0.0), ("flux2_dev", 1e-4)):
-        teacher = teacher_dir(family, tmp_path_factory)
-        trainer = moved(build_trainer("dmd2", teacher, "full", tmp_path / family))
-        spec = SamplerSpec((1.0,), "ode")
-        out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / f"{family}_out", FACTS)
-        pipe = DiffusionPipeline.from_pretrained(out)
-        pipe.set_progress_bar_config(disable=True)
-        extras = trainer.family.call_extras
-        plain, _ = image_of(pipe, "a test", num_inference_steps=1, **extras)
-        habit, _ = image_of(pipe, "a test", num_inference_steps=1, guidance_scale=9.0, **extras)
-        assert float((plain - habit).abs().max()) <= limit
+    teacher = teacher_dir(family, tmp_path_factory)
+    trainer = moved(build_trainer("dmd2", teacher, "full", tmp_path / "run"))
+    spec = SamplerSpec((1.0,), "ode")
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    pipe = DiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    extras = trainer.family.call_extras
+    plain, _ = image_of(pipe, "a test", num_inference_steps=1, **extras)
+    habit, _ = image_of(pipe, "a test", num_inference_steps=1, guidance_scale=9.0, **extras)
+    assert float((plain - habit).abs().max()) <= limit
 
 
 def test_guided_student_keeps_its_guidance(tmp_path, tmp_path_factory) -> None:

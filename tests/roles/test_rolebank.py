@@ -77,6 +77,7 @@ def test_each_layout_stores_what_it_says(make_family, student, fake) -> None:
     assert adapters == {"student", "fake"} - copies
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_a_second_adapter_does_not_wrap_the_first(make_family, request, lent) -> None:
     plain_family = make_family(request.node.callspec.params["family"])
     plain = sum(
@@ -90,6 +91,7 @@ def test_a_second_adapter_does_not_wrap_the_first(make_family, request, lent) ->
     assert all(set(layer.lora_A) == {"student", "fake"} for layer in bank._tuner_layers)
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_members_bear_stock_names(lent) -> None:
     bank = lent
     assert set(bank.members("student")) == set(bank.members("fake"))
@@ -265,7 +267,7 @@ def test_a_call_without_gradients_leaves_later_gradients_whole(make_family, layo
 
 
 # --------------------------------------------------------------------------- features, as_flow, w
-@pytest.mark.sampled
+@pytest.mark.sampled(family=(*NETWORKS, "flux", "lumina2", "qwen_image", "sana"))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_features_alone_are_those_of_a_whole_call(family, checkpointing) -> None:
     """Same values and gradients, by a network that stops behind the last block it reads."""
@@ -307,6 +309,7 @@ def test_features_alone_are_those_of_a_whole_call(family, checkpointing) -> None
     assert bank._active is None
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_features_are_of_the_conditional_half(family, lent) -> None:
     bank = lent
     x_t, t, cond = inputs(family)

@@ -12,10 +12,14 @@ Cell = TypeVar("Cell")
 PAIRED = ("method", "case", "family", "layout", "student", "fake")
 
 
-def covering(cells: Iterable[Cell], met: Callable[[Cell], set[Any]]) -> list[Cell]:
+def covering(
+    cells: Iterable[Cell],
+    met: Callable[[Cell], set[Any]],
+    cost: Callable[[Cell], int] = lambda cell: 0,
+) -> list[Cell]:
     """Cells that meet all that `cells` meet: again and again the one that adds most.
 
-    Of equals, the first of those whose parts are in least cells so far.
+    Of equals one of least cost; of these, the first of those whose parts are in least cells so far.
     """
     left = {cell: met(cell) for cell in cells}
     wanted, chosen = set().union(*left.values()), []
@@ -24,7 +28,7 @@ def covering(cells: Iterable[Cell], met: Callable[[Cell], set[Any]]) -> list[Cel
         gains = {cell: len(met & wanted) for cell, met in left.items()}
         most = max(gains.values())
         equals = (cell for cell, gain in gains.items() if gain == most)
-        best = min(equals, key=lambda cell: sum(used[part] for part in left[cell]))
+        best = min(equals, key=lambda c: (cost(c), sum(used[part] for part in left[c])))
         chosen.append(best)
         used.update(left[best])
         wanted -= left.pop(best)
