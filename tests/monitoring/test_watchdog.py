@@ -336,7 +336,7 @@ def test_guidance_50_is_stopped_as_drift(teacher, tmp_path, monkeypatch) -> None
 
 def test_a_healthy_run_raises_nothing(tmp_path, tmp_path_factory) -> None:
     build_trainer(
-        "dmd2", teacher_dir("sd3", tmp_path_factory), "lora", tmp_path,
+        "dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path,
         max_train_steps=6, learning_rate=1e-4, validation_prompts=["a"],
         num_validation_images=2, validation_steps=2,
         validation_teacher_steps=2,

@@ -19,7 +19,7 @@ from stepdistill.storage.checkpoints import newest_valid
 
 @pytest.fixture
 def teacher(tmp_path_factory):
-    yield teacher_dir("sd3", tmp_path_factory)
+    yield teacher_dir("sd_v", tmp_path_factory)
     AcceleratorState._reset_state()
 
 
