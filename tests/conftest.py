@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import pytest
-from support.covering import covering, pairs_of
+from support.covering import sample
 
 if TYPE_CHECKING:
     from stepdistill.families.family import Family
@@ -55,19 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("sampled"):
             sweeps.setdefault(item.nodeid.partition("[")[0], {})[item.nodeid] = item
     for sweep in sweeps.values():
-        limits = dict(next(iter(sweep.values())).get_closest_marker("sampled").kwargs)
-        pairs = limits.pop("pairs", True)
         params = {
             name: item.callspec.params
             for name, item in sweep.items()
             if not item.get_closest_marker("full")
         }
-        met = {
-            name: pairs_of(given, pairs)
-            for name, given in params.items()
-            if all(given[key] in values for key, values in limits.items())
-        }
-        for name in params.keys() - covering(met, met.__getitem__):
+        limits = next(iter(sweep.values())).get_closest_marker("sampled").kwargs
+        for name in params.keys() - sample(params, **limits):
             sweep[name].add_marker("full")
 
 

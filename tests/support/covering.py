@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import combinations
 from typing import Any, TypeVar
 
@@ -40,3 +40,18 @@ def pairs_of(params: Mapping[str, Any], pairs: bool = True) -> set[Any]:
     values = {(name, str(value)) for name, value in params.items()}
     paired = sorted(value for value in values if pairs and value[0] in PAIRED)
     return values | set(combinations(paired, 2))
+
+
+def sample(
+    params: Mapping[str, Mapping[str, Any]], pairs: bool = True, **limits: Collection[Any]
+) -> list[str]:
+    """Of a sweep's cells by name those that meet what it meets, or that part of it.
+
+    Args: pairs: False where values are enough. limits: by a parameter's name the values to meet.
+    """
+    met = {
+        name: pairs_of(given, pairs)
+        for name, given in params.items()
+        if all(given[key] in values for key, values in limits.items())
+    }
+    return covering(met, met.__getitem__)
