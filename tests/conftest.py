@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import pytest
-from support.covering import covering, pairs_of
+from support.covering import sample
 
 if TYPE_CHECKING:
     from stepdistill.families.family import Family
@@ -45,16 +45,23 @@ def pytest_collection(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`."""
+    """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`.
+
+    sampled(family=("sd3", ...)): a sample of those values alone; sampled(pairs=False): one that
+    meets values and no pairs.
+    """
     sweeps: dict[str, dict[str, Any]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
             sweeps.setdefault(item.nodeid.partition("[")[0], {})[item.nodeid] = item
     for sweep in sweeps.values():
-        default = [name for name, item in sweep.items() if not item.get_closest_marker("full")]
-        met = {name: pairs_of(sweep[name].callspec.params) for name in default}
-        kept = covering(default, met.__getitem__)
-        for name in set(default) - set(kept):
+        params = {
+            name: item.callspec.params
+            for name, item in sweep.items()
+            if not item.get_closest_marker("full")
+        }
+        limits = next(iter(sweep.values())).get_closest_marker("sampled").kwargs
+        for name in params.keys() - sample(params, **limits):
             sweep[name].add_marker("full")
 
 
@@ -125,9 +132,14 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`family`: each tiny family in turn; further configurations of one with `-m full` alone."""
+    """`family`: each tiny family in turn; further configurations of one with `-m full` alone.
+
+    Not where a test names the families itself, or its file has a fixture of that name.
+    """
     marks = metafunc.definition.iter_markers("parametrize")
     given = {name for mark in marks for name in str(mark.args[0]).replace("'", " ").split()}
+    if hasattr(metafunc.module, "family"):
+        return
     if "family" in metafunc.fixturenames and "family" not in given:
         from stepdistill.families.registry import FAMILIES
         from stepdistill.testing.tiny import TINY

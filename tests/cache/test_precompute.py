@@ -37,7 +37,7 @@ RESOLUTION = 32
 
 @pytest.fixture
 def teacher(tmp_path_factory):
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 @pytest.fixture
@@ -385,7 +385,7 @@ def test_command_opens_no_file_of_the_denoiser(teacher, tmp_path) -> None:
     """There is none, and the cache is the one that is made with it."""
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     shutil.copytree(teacher, tmp_path / "model")
-    for path in (tmp_path / "model" / "unet").glob("*.safetensors"):
+    for path in (tmp_path / "model" / "transformer").glob("*.safetensors"):
         path.unlink()
     for name, model in (("with", teacher), ("without", tmp_path / "model")):
         flags = ["--pretrained_model_name_or_path", str(model), "--data.prompts_file"]

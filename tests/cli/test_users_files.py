@@ -20,7 +20,7 @@ RECORD = {"num_inference_steps": 1, "load_without": [], "conditioning": "prompt"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
     build_trainer("vsd", teacher, "lora", folder, max_train_steps=1).train()
     return folder
 

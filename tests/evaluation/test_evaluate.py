@@ -49,7 +49,7 @@ def brightness(images: Tensor, by: Sequence[str]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_the_protocol_tells_how_the_images_were_drawn(teacher, prompts, tmp_path
 def test_a_student_of_no_numbers_is_named(teacher, prompts, tmp_path, tmp_path_factory) -> None:
     broken = tmp_path_factory.mktemp("broken") / "student"
     pipeline = DiffusionPipeline.from_pretrained(teacher)
-    for param in pipeline.unet.parameters():
+    for param in pipeline.transformer.parameters():
         param.data.fill_(float("nan"))
     pipeline.save_pretrained(broken)
     with pytest.raises(ValueError, match="student at 1 steps: expected finite images, got NaN"):

@@ -17,7 +17,7 @@ from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import uniform_grid
 from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.families.flux_guidance import fold_guidance
-from stepdistill.families.registry import family_for, load_family
+from stepdistill.families.registry import FAMILIES, family_for, load_family
 from stepdistill.testing.parity import listen
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 
@@ -60,7 +60,7 @@ def in_memory(trainer, spec, subject):
 
 # Where the denoiser's config decides what it is told, a variant may be told nothing.
 TOLD = [
-    name
+    pytest.param(name, marks=[] if name in (*FAMILIES, "sd_v") else [pytest.mark.full])
     for name, family in TINY_FAMILY.items()
     if family.conditioning != "none"
     and (name == family.name or "conditioning_in" not in vars(family))
@@ -98,10 +98,10 @@ def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) ->
             assert next(iter(told.values())).shape[0] == 1, "a null pass was made"
 
 
-@pytest.mark.parametrize("steps", [1, 2, 8])
+@pytest.mark.parametrize("steps", [1, 2, pytest.param(8, marks=pytest.mark.full)])
 def test_sd_keeps_its_class_at_other_step_counts(steps, tmp_path, tmp_path_factory) -> None:
     trainer = moved(
-        build_trainer("dmd2", teacher_dir("sd", tmp_path_factory), "lora", tmp_path / "run")
+        build_trainer("dmd2", teacher_dir("sd", tmp_path_factory), "full", tmp_path / "run")
     )
     spec = SamplerSpec(uniform_grid(steps), "renoise")
     out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
@@ -110,19 +110,20 @@ def test_sd_keeps_its_class_at_other_step_counts(steps, tmp_path, tmp_path_facto
     assert index["_class_name"] == "StableDiffusionPipeline"
 
 
-def test_guidance_typed_by_habit_changes_nothing(tmp_path, tmp_path_factory) -> None:
+@pytest.mark.sampled(family=("sdxl", "flux"))
+@pytest.mark.parametrize(("family", "limit"), [("sdxl", 0.0), ("flux", 0.0), ("flux2_dev", 1e-4)])
+def test_guidance_typed_by_habit_changes_nothing(family, limit, tmp_path, tmp_path_factory) -> None:
     """A user who types the teacher's guidance still gets the student's image, by one pass."""
-    for family, limit in (("sdxl", 0.0), ("flux", 0.0), ("flux2_dev", 1e-4)):
-        teacher = teacher_dir(family, tmp_path_factory)
-        trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / family))
-        spec = SamplerSpec((1.0,), "ode")
-        out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / f"{family}_out", FACTS)
-        pipe = DiffusionPipeline.from_pretrained(out)
-        pipe.set_progress_bar_config(disable=True)
-        extras = trainer.family.call_extras
-        plain, _ = image_of(pipe, "a test", num_inference_steps=1, **extras)
-        habit, _ = image_of(pipe, "a test", num_inference_steps=1, guidance_scale=9.0, **extras)
-        assert float((plain - habit).abs().max()) <= limit
+    teacher = teacher_dir(family, tmp_path_factory)
+    trainer = moved(build_trainer("dmd2", teacher, "full", tmp_path / "run"))
+    spec = SamplerSpec((1.0,), "ode")
+    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    pipe = DiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    extras = trainer.family.call_extras
+    plain, _ = image_of(pipe, "a test", num_inference_steps=1, **extras)
+    habit, _ = image_of(pipe, "a test", num_inference_steps=1, guidance_scale=9.0, **extras)
+    assert float((plain - habit).abs().max()) <= limit
 
 
 def test_guided_student_keeps_its_guidance(tmp_path, tmp_path_factory) -> None:

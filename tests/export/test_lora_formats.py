@@ -321,6 +321,7 @@ def test_stock_converters_of_lora_keys(case, form, rank) -> None:
 
 
 # -------------------------------------------------------------- fusing and stacking
+@pytest.mark.sampled(family=("sd3",))
 @pytest.mark.parametrize("family", ["sd_v", "sd3"])
 def test_fused_is_unfused(family, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)
@@ -332,6 +333,7 @@ def test_fused_is_unfused(family, tmp_path, tmp_path_factory) -> None:
     assert_the_student(trainer, plain.net)
 
 
+@pytest.mark.sampled(family=("sd3",))
 @pytest.mark.parametrize("family", ["sd_v", "sd3"])
 def test_a_style_stacks_at_its_weight(family, tmp_path, tmp_path_factory) -> None:
     """set_adapters([student, style], [1, 0.5]) adds both deltas to the base, scaled."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,34 +25,48 @@ FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def student(family, form, seed, out, tmp_path_factory, **tuning):
-    """(folder, deltas) of an exported student with random factors."""
-    trainer = build_trainer(
-        "dmd2",
-        teacher_dir(family, tmp_path_factory),
-        "lora",
-        out / "run",
-        alpha=tuning.pop("alpha", 7.0),
-        **tuning,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for param in trainer.bank.members("student").values():
-        param.data = 0.15 * torch.randn(param.shape, generator=generator)
-    spec = trainer.method.sampler()
-    folder = export_lora(
-        trainer.family, trainer.bank, spec, out / "lora", FACTS, "student", form, "float32"
-    )
-    deltas = {n: x.delta() for n, x in adapters_of(trainer.family.net, "student").items()}
-    return folder, deltas, trainer
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """student(family, form, seed, alpha, **tuning), each of them exported once."""
+    students = {}
+
+    def make(family, form, seed, alpha, **tuning):
+        key = (family, form, seed, alpha, *tuning.items())
+        if key not in students:
+            out = tmp_path_factory.mktemp("student")
+            teacher = teacher_dir(family, tmp_path_factory)
+            trainer = build_trainer("dmd2", teacher, "lora", out / "run", alpha=alpha, **tuning)
+            generator = torch.Generator().manual_seed(seed)
+            for param in trainer.bank.members("student").values():
+                param.data = 0.15 * torch.randn(param.shape, generator=generator)
+            spec, dtype = trainer.method.sampler(), "float32"
+            folder = export_lora(
+                trainer.family, trainer.bank, spec, out / "lora", FACTS, "student", form, dtype
+            )
+            adapters = adapters_of(trainer.family.net, "student")
+            students[key] = folder, {n: x.delta() for n, x in adapters.items()}, trainer
+        return students[key]
+
+    return make
 
 
 @pytest.fixture
-def pair(tmp_path, tmp_path_factory):
+def student(made, tmp_path):
+    """(its folder, to write in; deltas; trainer) of an exported student with random factors."""
+
+    def copied(family, form, seed, alpha=7.0, **tuning):
+        folder, deltas, trainer = made(family, form, seed, alpha, **tuning)
+        copy = tmp_path / f"{family}-{form}-{seed}" / folder.name
+        shutil.copytree(folder, copy)
+        return copy, deltas, trainer
+
+    return copied
+
+
+@pytest.fixture
+def pair(student):
     """Two LoRA students of one teacher with different alphas."""
-    return [
-        student("sd_v", "lora", i, tmp_path / str(i), tmp_path_factory, alpha=alpha)
-        for i, alpha in enumerate((7.0, 1.0))
-    ]
+    return [student("sd_v", "lora", i, alpha) for i, alpha in enumerate((7.0, 1.0))]
 
 
 def assert_sum(read, first, second, weights) -> None:
@@ -71,10 +86,9 @@ def test_cat_is_the_weighted_sum_of_deltas(weights, pair, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("form", ["kohya", "comfyui"])
-def test_cat_of_other_tools_files(form, tmp_path, tmp_path_factory) -> None:
+def test_cat_of_other_tools_files(form, student, tmp_path) -> None:
     (a, first, trainer), (b, second, _) = (
-        student("sd3", form, i, tmp_path / str(i), tmp_path_factory, alpha=alpha)
-        for i, alpha in enumerate((7.0, 1.0))
+        student("sd3", form, i, alpha) for i, alpha in enumerate((7.0, 1.0))
     )
     out = merge_adapters([str(a), f"{b}:0.5"], tmp_path / "both")
     read = read_format(out / "both.safetensors", trainer.family.net, form)
@@ -82,10 +96,8 @@ def test_cat_of_other_tools_files(form, tmp_path, tmp_path_factory) -> None:
     assert_sum(read, first, second, (1.0, 0.5))
 
 
-def test_cat_of_peft_folders(tmp_path, tmp_path_factory) -> None:
-    (a, first, trainer), (b, second, _) = (
-        student("pixart", "lora", i, tmp_path / str(i), tmp_path_factory) for i in range(2)
-    )
+def test_cat_of_peft_folders(student, tmp_path) -> None:
+    (a, first, trainer), (b, second, _) = (student("pixart", "lora", i) for i in range(2))
     out = merge_adapters([str(a), f"{b}:0.5"], tmp_path / "both")
     plain = load_family(trainer.teacher).net
     base = {name: value.clone() for name, value in plain.state_dict().items()}
@@ -94,7 +106,7 @@ def test_cat_of_peft_folders(tmp_path, tmp_path_factory) -> None:
     assert_sum(read, first, second, (1.0, 0.5))
 
 
-def test_adapters_of_different_modules_and_ranks_add_up(tmp_path, tmp_path_factory) -> None:
+def test_adapters_of_different_modules_and_ranks_add_up(student, tmp_path) -> None:
     from stepdistill import Tuning
 
     (a, first, trainer), (b, second, _) = (
@@ -102,8 +114,6 @@ def test_adapters_of_different_modules_and_ranks_add_up(tmp_path, tmp_path_facto
             "sd_v",
             "lora",
             i,
-            tmp_path / str(i),
-            tmp_path_factory,
             tuning=Tuning(rank=rank, alpha=3.0, target_modules=targets),
         )
         for i, (rank, targets) in enumerate(((2, ("to_q", "to_k")), (3, ("to_k", "conv1"))))
@@ -117,8 +127,8 @@ def test_adapters_of_different_modules_and_ranks_add_up(tmp_path, tmp_path_facto
 
 
 @pytest.mark.parametrize(("weights", "which"), [((1, 0), 0), ((0, 1), 1)])
-def test_linear_has_the_files_as_ends(weights, which, tmp_path, tmp_path_factory) -> None:
-    folders = [student("sd_v", "lora", i, tmp_path / str(i), tmp_path_factory)[0] for i in range(2)]
+def test_linear_has_the_files_as_ends(weights, which, student, tmp_path) -> None:
+    folders = [student("sd_v", "lora", i)[0] for i in range(2)]
     sources = [f"{f}:{w}" for f, w in zip(folders, weights, strict=True)]
     out = merge_adapters(sources, tmp_path / "out", "linear")
     ours, theirs = load_file(out / LORA_FILE), load_file(folders[which] / LORA_FILE)
@@ -126,8 +136,8 @@ def test_linear_has_the_files_as_ends(weights, which, tmp_path, tmp_path_factory
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_linear_averages_the_factors(tmp_path, tmp_path_factory) -> None:
-    folders = [student("sd_v", "lora", i, tmp_path / str(i), tmp_path_factory)[0] for i in range(2)]
+def test_linear_averages_the_factors(student, tmp_path) -> None:
+    folders = [student("sd_v", "lora", i)[0] for i in range(2)]
     out = merge_adapters([f"{folders[0]}:0.25", f"{folders[1]}:0.75"], tmp_path / "out", "linear")
     ours, a, b = (load_file(folder / LORA_FILE) for folder in (out, *folders))
     for name in ours:
@@ -178,7 +188,7 @@ def refused(sources, out: Path, match: str, method: str = "cat") -> None:
     assert not out.exists()
 
 
-def test_what_does_not_fit_is_refused(pair, tmp_path, tmp_path_factory) -> None:
+def test_what_does_not_fit_is_refused(pair, student, tmp_path) -> None:
     (a, _, _), (b, _, _) = pair
     out = tmp_path / "out"
     refused([a], out, "two LoRA files or more")
@@ -189,9 +199,9 @@ def test_what_does_not_fit_is_refused(pair, tmp_path, tmp_path_factory) -> None:
     refused([f"{a}:0.5", f"{b}:0.5"], out, "same modules, rank and alpha", "linear")
     refused([a, tmp_path / "nowhere"], out, "file or its folder")
     refused([a, b], out, "a method of", "svd")
-    other, _, _ = student("sd3", "lora", 0, tmp_path / "sd3", tmp_path_factory)
+    other, _, _ = student("sd3", "lora", 0)
     refused([a, other], out, "one format and model")
-    kohya, _, _ = student("sd_v", "kohya", 0, tmp_path / "kohya", tmp_path_factory)
+    kohya, _, _ = student("sd_v", "kohya", 0)
     refused([a, kohya], out, "one format and model")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"\xff" * 64)

@@ -45,7 +45,7 @@ CASES = [(f, layout, *s) for f in THOROUGH for layout in ("lora", "full") for s 
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(family=THOROUGH)  # the others' by test_defaults.py
 @pytest.mark.parametrize(("family", "layout", "steps", "kind"), CASES)
 def test_stock_image_equals_in_memory(
     family, layout, steps, kind, tmp_path, tmp_path_factory
@@ -147,7 +147,7 @@ def test_one_velocity_step_elsewhere_is_exported(family, tmp_path, tmp_path_fact
 
 
 def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
-    trainer = build_trainer("dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path / "run")
+    trainer = build_trainer("dmd2", teacher_dir("sd3", tmp_path_factory), "lora", tmp_path / "run")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"with thesis\.txt\. Move it"):
@@ -158,6 +158,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
 WITH_LORA_LOADER = [name for name, family in TINY_FAMILY.items() if family.has_lora_loader()]
 
 
+@pytest.mark.sampled(family=("sd_v", "sdxl", "flux"))  # and the formats of test_lora_formats.py
 @pytest.mark.parametrize("family", WITH_LORA_LOADER)
 def test_lora_file_keeps_the_strength_of_alpha(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
@@ -186,11 +187,12 @@ def test_lora_file_keeps_the_strength_of_alpha(family, tmp_path, tmp_path_factor
 
 
 def test_lora_of_a_full_student_is_refused(tmp_path, tmp_path_factory) -> None:
-    trainer = build_trainer("dmd2", teacher_dir("sd_v", tmp_path_factory), "full", tmp_path / "run")
+    trainer = build_trainer("dmd2", teacher_dir("sd3", tmp_path_factory), "full", tmp_path / "run")
     with pytest.raises(ValueError, match="LoRA student"):
         trainer.export(tmp_path / "out", format="lora")
 
 
+@pytest.mark.sampled(family=("dit", "pixart"))
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITH_LORA_LOADER])
 def test_lora_without_a_loader_is_a_peft_adapter(family, tmp_path, tmp_path_factory) -> None:
     """Diffusers gives these classes no LoRA loader; PEFT reads the folder, alpha included."""
@@ -216,14 +218,19 @@ def test_lora_without_a_loader_is_a_peft_adapter(family, tmp_path, tmp_path_fact
     assert float((first - untouched).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (4, 3.0)])
-def test_flux_scheduler_visits_the_trained_sigmas(steps, shift, tmp_path, tmp_path_factory) -> None:
-    """The Flux call hands its scheduler linspace(1, 1/N, N) and mu: neither may move the grid."""
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    """A trainer whose student is as it starts."""
     teacher = teacher_dir("flux", tmp_path_factory)
-    trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")
+    return build_trainer("dmd2", teacher, "full", tmp_path_factory.mktemp("flux"))
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (4, 3.0)])
+def test_flux_scheduler_visits_the_trained_sigmas(steps, shift, flux, tmp_path) -> None:
+    """The Flux call hands its scheduler linspace(1, 1/N, N) and mu: neither may move the grid."""
     grid = uniform_grid(steps, shift)
     spec = SamplerSpec(grid, "ode", trained_times=grid)
-    out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
+    out = export_pipeline(flux.family, flux.bank, spec, tmp_path / "out", FACTS)
     assert json.loads((out / RECORD).read_text())["call"] == {}
     saved = FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler")
     assert saved.config.use_dynamic_shifting is False
@@ -252,6 +259,7 @@ def test_a_guided_qwen_image_student_names_its_negative_prompt(tmp_path, tmp_pat
     assert call == {"true_cfg_scale": 3.0, "negative_prompt": " "}
 
 
+@pytest.mark.sampled(family=("flux", "wan"))  # others train in the matrix, export untrained
 @pytest.mark.parametrize("family", FURTHER)
 def test_trained_student_round_trips(family, tmp_path, tmp_path_factory) -> None:
     """Two steps of DMD2 with LoRA, exported; export_pipeline compares the reloaded image."""
@@ -262,7 +270,7 @@ def test_trained_student_round_trips(family, tmp_path, tmp_path_factory) -> None
 
 def test_reload_needs_diffusers_alone(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory)
-    trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")
+    trainer = build_trainer("dmd2", teacher, "full", tmp_path / "run")
     trainer.train()
     out = trainer.export(tmp_path / "out")
     script = (

@@ -67,6 +67,7 @@ def test_tscd_exports_deterministically_at_every_step_count(
         assert scheduler["_class_name"] == expected
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("num_phases", [1, 2, 4, 8])
 @pytest.mark.parametrize("family", THOROUGH)
 def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory) -> None:
@@ -106,6 +107,7 @@ def test_a_run_that_the_clock_stops_is_exported_on_the_edges_it_trained(
         assert saved(again.export(tmp_path / "again"))[0]["times"] == record["times"]
 
 
+@pytest.mark.sampled(family=("sd3",))
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_lcm_on_flow_exports_without_typed_sigmas(family, tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer(
@@ -154,6 +156,7 @@ def test_one_run_exports_all_step_counts_with_tcd(tmp_path, tmp_path_factory) ->
     assert saved(tmp_path / "default")[0]["num_inference_steps"] == 4
 
 
+@pytest.mark.full  # by default test_fresh_process.py, of a card's code
 def test_one_adapter_file_makes_the_exported_images_on_the_stock_teacher(
     tmp_path, tmp_path_factory
 ) -> None:
@@ -193,6 +196,7 @@ def test_no_stock_tcd_no_export(tmp_path, tmp_path_factory) -> None:
 
 
 # ------------------------------------------------------------ TCD on flow: a scheduler of our own
+@pytest.mark.sampled(family=("sd3",))
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_tcd_on_flow_exports_with_its_scheduler_beside_it(
     family, tmp_path, tmp_path_factory

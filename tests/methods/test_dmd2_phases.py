@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from support.runs import NETWORKS
 from support.score import (
     BSZ,
     PATHS,
@@ -281,7 +282,7 @@ def role_grads(bank: RoleBank) -> dict[str, list[Tensor]]:
     }
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(family=NETWORKS)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 @pytest.mark.parametrize("source", ["fake", "teacher"])
 def test_gan_phases_of_real_networks_reach_their_roles_only(
@@ -302,6 +303,7 @@ def test_gan_phases_of_real_networks_reach_their_roles_only(
         assert got == set(phase.trains)
 
 
+@pytest.mark.sampled(family=NETWORKS)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_a_fresh_fake_is_the_teacher_so_the_first_gradient_is_zero(
     family: Family, layout: str

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.runs import METHOD_CASES, build_trainer, teacher_dir
+from support.runs import FIRST, METHOD_CASES, build_trainer, teacher_dir
 
 from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.core.solvers import SamplerSpec
@@ -198,6 +198,7 @@ def test_features_of_ones_own_are_taken(validated) -> None:
     assert found.metrics["frechet_diagonal"] == 0.0
 
 
+@pytest.mark.sampled(case=FIRST)
 @pytest.mark.parametrize(
     ("case", "layout"),
     [

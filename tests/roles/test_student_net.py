@@ -203,6 +203,7 @@ def test_dmd2_with_a_smaller_student_exports_to_stock_diffusers(tmp_path, tmp_pa
         found.export(tmp_path / "lora", format="lora")
 
 
+@pytest.mark.sampled(family=("sd3", "sd_v"))
 @pytest.mark.parametrize(
     ("case", "family"), [("cd", "sd3"), ("vsd", "sd"), ("reflow_raw", "sd_v"), ("lcm_w", "sd")]
 )

@@ -299,6 +299,7 @@ def reseal(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("damage", [*DAMAGE, integers, other_shapes], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("file", ["role_student", "optimizer_student"])
 def test_broken_tensors_in_a_resealed_checkpoint(run, tmp_path, capsys, damage, file) -> None:
@@ -442,7 +443,7 @@ def test_prompts_never_become_paths(tmp_path, tmp_path_factory, trained, capsys)
     assert [p.name for p in written] == [f"{i:04d}.png" for i in range(len(PROMPTS))]
     rows = (tmp_path / "samples" / "metadata.jsonl").read_text().splitlines()
     assert [json.loads(row)["text"] for row in rows] == PROMPTS
-    teacher = teacher_dir("sd_v", tmp_path_factory)
+    teacher = teacher_dir("sd3", tmp_path_factory)
     build_trainer(
         "dmd2", teacher, "lora", tmp_path / "run", max_train_steps=1, validation_steps=1,
         validation_prompts=PROMPTS, num_validation_images=1,

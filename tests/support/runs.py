@@ -7,22 +7,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import FIELDS, Scorer
+from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for, load_family, teacher_facts
+from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.trainers import DistillationTrainer, trainer_class
+from stepdistill.training import trainer as training
 
 # Of each kind of teacher one, for what is tested in every layout: eps, v and flow, prompts, labels.
 THOROUGH = ("sd", "sd_v", "sd3", "dit")
+# Of each kind of network one, for what no family has of its own: what each has is met by the
+# matrix and by `stepdistill check`, which tests/families/test_families.py makes of all.
+NETWORKS = ("sd", "sd3", "dit", "edm", "wan_i2v")
 _TEACHERS: dict[str, Path] = {}
 _SHAPES: dict[str, tuple[int, ...]] = {}  # of a teacher's latents by its folder
+_PARTS: dict[str, dict[str, nn.Module]] = {}  # of it what no run in float32 changes
 
 
 def teacher_dir(family: str, tmp_path_factory: Any) -> Path:
@@ -262,6 +270,8 @@ METHOD_CASES |= {
     for name, cls in METHODS.items()
     if name not in {case.method for case in METHOD_CASES.values()}
 }
+# Of each method its first case.
+FIRST = tuple({case.method: name for name, case in reversed(METHOD_CASES.items())}.values())
 
 
 def unguided(spec: MethodCase) -> dict[str, Any]:
@@ -301,15 +311,34 @@ def build_trainer(
     if gan_dataset is None and spec.gan_fields:
         told = (facts.conditioning, spec.gan_fields, facts.reads_image)
         gan_dataset = TinyData(_latent_shape(teacher), *told, seed=1)
-    return trainer_class(spec.method)(
-        str(teacher),
-        args,
-        data,
-        method=spec.method,
-        method_config=spec.options if facts.has_null else unguided(spec),
-        scorers=spec.scorers if scorers is None else scorers,
-        gan_dataset=gan_dataset,
-    )
+    load = training.load_family
+    if load is load_family and args.frozen_dtype == torch.float32 and str(teacher) in _SHAPES:
+        load = _load_denoiser
+    with patch.object(training, "load_family", load):
+        return trainer_class(spec.method)(
+            str(teacher),
+            args,
+            data,
+            method=spec.method,
+            method_config=spec.options if facts.has_null else unguided(spec),
+            scorers=spec.scorers if scorers is None else scorers,
+            gan_dataset=gan_dataset,
+        )
+
+
+def _load_denoiser(model: str | ModelSource) -> Family:
+    """load_family; text encoders and autoencoders, which stay as they are, are loaded once."""
+    folder = str(ModelSource.of(model).model)
+    parts = _PARTS.get(folder, {})
+    if any(next(part.parameters()).device.type != "cpu" for part in parts.values()):
+        parts = {}  # a run has moved them
+    family = load_family(model, **parts)
+    _PARTS[folder] = {
+        name: part
+        for name, part in family.pipeline.components.items()
+        if isinstance(part, nn.Module) and name != family.net_name
+    }
+    return family
 
 
 def _latent_shape(teacher: Path) -> tuple[int, ...]:

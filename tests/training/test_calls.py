@@ -139,8 +139,9 @@ def observed(monkeypatch: pytest.MonkeyPatch, seen: Iteration) -> Iterator[None]
 
 def iteration(case: str, monkeypatch: Any, tmp_path: Any, factory: Any) -> Iteration:
     """The second of two updates."""
+    family = "sd3" if METHOD_CASES[case].fits("sd3", "lora") else "sd"
     trainer: Any = build_trainer(
-        case, teacher_dir("sd", factory), "lora", tmp_path / "run",
+        case, teacher_dir(family, factory), "lora", tmp_path / "run",
         logging_steps=100, checkpointing_steps=0,
     )  # fmt: skip
     seen, update = Iteration(), trainer._update
@@ -188,7 +189,7 @@ def test_images_are_encoded_for_losses_that_read_them(
     )  # fmt: skip
     options = {"num_steps": 1, "critic_steps": 2, "gan": {"weight_g": 1e-2}, "rollout": rollout}
     trainer: Any = DistributionMatchingTrainer(
-        teacher_dir("sd", tmp_path_factory), args, Pictures(), method="dmd2", method_config=options
+        teacher_dir("sd3", tmp_path_factory), args, Pictures(), method="dmd2", method_config=options
     )
     counts: Counter[str] = Counter()
     update, latents = trainer._update, trainer.family.latents

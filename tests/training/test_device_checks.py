@@ -33,7 +33,7 @@ def test_fused_adamw() -> None:
 
 def test_what_is_held_is_what_plan_says(tmp_path, tmp_path_factory) -> None:
     run = RunConfig(
-        pretrained_model_name_or_path=str(teacher_dir("sd", tmp_path_factory)),
+        pretrained_model_name_or_path=str(teacher_dir("sd3", tmp_path_factory)),
         method="dmd2",
         method_config={"num_steps": 1, "critic_steps": 1},
         output_dir=str(tmp_path / "run"),

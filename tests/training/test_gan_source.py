@@ -34,7 +34,7 @@ BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 
 @pytest.fixture
 def teacher(tmp_path_factory):
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 class Real(TinyData):
@@ -254,6 +254,7 @@ def test_a_saved_config_repeats_itself() -> None:
     assert type(run).model_validate_json(run.model_dump_json()).data == run.data
 
 
+@pytest.mark.full
 def test_the_plan_counts_the_same_work(tmp_path_factory) -> None:
     told = ["--pretrained_model_name_or_path", str(teacher_dir("sd3", tmp_path_factory))]
     told += ["--method", "dmd2", "--method_config.num_steps", "1"]

@@ -21,7 +21,7 @@ from stepdistill.storage.owner import lock_of
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    return teacher_dir("sd_v", tmp_path_factory)
+    return teacher_dir("sd3", tmp_path_factory)
 
 
 @pytest.fixture
@@ -191,6 +191,18 @@ def test_a_second_ctrl_c_is_not_waited_for(run) -> None:
 VALIDATED = {"validation_steps": 2, "validation_prompts": ["a"], "num_validation_images": 2}
 
 
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory, teacher) -> Any:
+    """The run with validations that nobody touched."""
+    trainer = build_trainer(
+        "dmd2", teacher, "lora", tmp_path_factory.mktemp("validated"), max_train_steps=4,
+        dataset=PromptDataset([f"thing {i}" for i in range(6)]), best_metric="teacher_rmse",
+        **VALIDATED,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
 def validations(trainer: Any) -> list[dict[str, Any]]:
     rows = [
         json.loads(r)
@@ -200,9 +212,8 @@ def validations(trainer: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["signal in it", "signal before it", "error"])
-def test_a_validation_that_is_cut_short_is_made_up_for(run, tmp_path, weights, kind) -> None:
-    whole = run(tmp_path / "whole", **VALIDATED, best_metric="teacher_rmse")
-    whole.train()
+def test_a_validation_that_is_cut_short_is_made_up_for(run, validated, weights, kind) -> None:
+    whole = validated
     trainer = run(**VALIDATED, best_metric="teacher_rmse")
     going = trainer.validator.run
 

@@ -185,6 +185,7 @@ def pushed(trainer):
     return trainer
 
 
+@pytest.mark.sampled(pairs=False)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 @pytest.mark.parametrize("family", ["sd", "sd3", "dit"])
 def test_export_keeps_the_teacher_s_scheduler(family, layout, tmp_path, tmp_path_factory) -> None:

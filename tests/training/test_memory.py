@@ -71,11 +71,11 @@ def test_the_switch_is_a_flag_or_takes_a_value(flags: list[str], expected: bool 
 
 # ------------------------------------------------------------------------------ memory of the CPU
 def _faults() -> int:
-    """Pages that the system maps for twenty rounds of the same tensors, once three have passed."""
+    """Pages that the system maps for three rounds of the same tensors, once three have passed."""
     for _ in range(3):
         [torch.ones(2**20) for _ in range(8)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(3):
         [torch.ones(2**20) for _ in range(8)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 

@@ -150,10 +150,14 @@ def test_anchored_students_of_flow_models_export_in_two_steps(tmp_path, tmp_path
 @pytest.mark.parametrize(
     ("family", "options", "name"),
     [
-        ("sd3", {"sampler": "anchored"}, "AnchoredFlowMatchScheduler"),
+        pytest.param(
+            "sd3", {"sampler": "anchored"}, "AnchoredFlowMatchScheduler", marks=pytest.mark.full
+        ),
         ("sd3", {"heun": True}, "HeunFlowMatchScheduler"),
         ("sd", {"setup": "raw", "sampler": "anchored", "heun": True}, "AnchoredHeunFlow"),
-        ("sd", {"sampler": "anchored"}, "AnchoredDDIMScheduler"),
+        pytest.param(
+            "sd", {"sampler": "anchored"}, "AnchoredDDIMScheduler", marks=pytest.mark.full
+        ),
         pytest.param("flux", {"heun": True}, "HeunFlowMatchScheduler", marks=pytest.mark.full),
         pytest.param("dit", {"setup": "raw", "heun": True}, "HeunFlow", marks=pytest.mark.full),
         pytest.param("dit", {"heun": True}, "HeunDDIMScheduler", marks=pytest.mark.full),

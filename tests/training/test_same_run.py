@@ -16,19 +16,19 @@ from stepdistill.loading.source import ModelSource
 from stepdistill.trainers import trainer_of_run
 from stepdistill.training.run_identity import same_data, same_run, teacher_is_here
 
-UNET = "unet/diffusion_pytorch_model.safetensors"
+NET = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def write_other_weights(folder: Path) -> None:
-    state = load_file(folder / UNET)
-    save_file({name: value + 0.01 for name, value in state.items()}, folder / UNET)
+    state = load_file(folder / NET)
+    save_file({name: value + 0.01 for name, value in state.items()}, folder / NET)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with a teacher and a run of one step on it."""
     root = tmp_path_factory.mktemp("same_run")
-    shutil.copytree(teacher_dir("sd_v", tmp_path_factory), root / "teacher")
+    shutil.copytree(teacher_dir("sd3", tmp_path_factory), root / "teacher")
     build_trainer("vsd", root / "teacher", "lora", root / "run", max_train_steps=1).train()
     return root
 
@@ -57,7 +57,7 @@ def resume(root: Path, teacher: str = "teacher", **options: Any) -> Any:
 
 def test_weights_replaced_in_place_are_another_teacher(root, no_weights) -> None:
     write_other_weights(root / "teacher")
-    line = rf"the teacher that the run was trained with, got another content of {UNET} in {root}"
+    line = rf"the teacher that the run was trained with, got another content of {NET} in {root}"
     with pytest.raises(ValueError, match=line):
         resume(root)
     with pytest.raises(ValueError, match=line):  # what export begins with
@@ -75,7 +75,7 @@ def test_a_moved_teacher_is_the_same(root) -> None:
 def test_a_relative_teacher_serves_from_every_working_directory(
     tmp_path, tmp_path_factory, monkeypatch
 ) -> None:
-    shutil.copytree(teacher_dir("sd_v", tmp_path_factory), tmp_path / "here" / "t")
+    shutil.copytree(teacher_dir("sd3", tmp_path_factory), tmp_path / "here" / "t")
     monkeypatch.chdir(tmp_path / "here")
     build_trainer("vsd", Path("t"), "lora", tmp_path / "run", max_train_steps=1).train()
     (tmp_path / "elsewhere").mkdir()
