@@ -218,7 +218,7 @@ _SHAPED: dict[Any, Any] = {}  # by an operation and what it was given: the layou
 
 
 def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """func(*args, **kwargs); one that makes tensors of its own is asked once for each of its shapes.
+    """func(*args, **kwargs); one that makes tensors of its own is asked once for each shape.
 
     meta works them out in Python, which is most of a run's time.
     """
