@@ -123,6 +123,10 @@ SCHEDULERS: tuple[tuple[str, dict[str, Any], Any], ...] = (
       for name in RESCALED),
     *((name, ZERO_SNR, "expected v_prediction with zero terminal SNR, got epsilon")
       for name in RESCALED),
+    # Those that know no such option are told it for another's table.
+    *((name, {**LINE, **ZERO_SNR}, "expected v_prediction with zero terminal SNR, got epsilon")
+      for name in ("PNDMScheduler", HEUN, "DEISMultistepScheduler", "DDPMScheduler",
+                   "LCMScheduler", "TCDScheduler", "DDIMParallelScheduler")),
     (DDIM, {"trained_betas": [0.5, 1 - 1e-13], "num_train_timesteps": 2}, "zero terminal SNR, got"),
     # ---------------------------------------------------------------- accepted, by value
     *((name, LINE, SD_LAST) for name in TABLES),
