@@ -42,6 +42,8 @@ _RULES: dict[str, Rule] = {
     "timestep_spacing": _one_of("leading", "linspace", "trailing"),
     "interpolation_type": _one_of("linear", "log_linear"),
 }
+# What stock classes look at themselves, and read in each other's files: solvers by other names.
+_TRANSLATED = {"algorithm_type", "beta_schedule", "solver_type", "variance_type"}
 _ADVICE = "Correct it, or save the pipeline with its scheduler anew."
 
 
@@ -60,11 +62,13 @@ def check_scheduler(cls: type[Any], config: Mapping[str, Any], where: str) -> No
         value, default = config[key], parameter.default
         # Some hints know neither None nor the numbers that their classes read.
         known = value == default or (default is None and is_finite(value))
-        if key in hints and not known and not _fits(hints[key], value):
+        looked_at = known or key not in hints or key in _TRANSLATED
+        if not looked_at and not _fits(hints[key], value):
             raise ValueError(
                 f"{where}: expected {key} to be {_rule(hints[key])}, got {value!r}. {_ADVICE}"
             )
-    _check_together({k: p.default for k, p in parameters.items()} | dict(config), where)
+    read = {k: config.get(k, p.default) for k, p in parameters.items()}
+    _check_together(read, where)
 
 
 def _parameters(cls: type[Any]) -> Mapping[str, inspect.Parameter]:

@@ -73,7 +73,7 @@ SCHEDULERS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     (DPM, {"solver_order": -1}, "expected solver_order to be a whole number from 1 to 3, got -1"),
     (DPM, {"solver_order": 9}, "expected solver_order to be a whole number from 1 to 3, got 9"),
     (UNIPC, {"disable_corrector": "x"}, "expected disable_corrector to be a list, got 'x'"),
-    (DDIM, {"beta_schedule": 3}, "expected beta_schedule to be a text, got 3"),
+    (DDIM, {"beta_schedule": 3}, "expected a readable scheduler config, got 3 is not"),
     (DDIM, {"beta_schedule": "odd"}, "expected a readable scheduler config, got odd is not"),
     *((name, {"rescale_betas_zero_snr": "no"}, "to be true or false, got 'no'")
       for name in (DDIM, EULER, UNIPC, DPM)),
@@ -132,6 +132,12 @@ SCHEDULERS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     *((name, LINE, SD_LAST) for name in TABLES),
     (DDIM, {**LINE, "steps_offset": 1}, SD_LAST),
     (DDIM, {**LINE, "_class_name": "PNDMScheduler"}, ("eps", 1.0, SD_END, None, None)),
+    # Files that were made of another solver's, as from_config does.
+    (DPM, {**LINE, "variance_type": "fixed_small"}, SD_LAST),
+    (DPM, {**LINE, "algorithm_type": "deis", "solver_type": "logrho"}, SD_LAST),
+    (UNIPC, {**LINE, "solver_type": "midpoint"}, SD_LAST),
+    ("DEISMultistepScheduler", {**LINE, "algorithm_type": "dpmsolver++"}, SD_LAST),
+    (FLOW, {"sigma_min": 80.0, "sigma_max": 0.002}, ("flow", 1.0, 0.0, 1.0, 0.5)),
     (DDIM, {**LINE, "clip_sample": None}, ("eps", 1.0, SD_END, None, None)),
     *((name, {"beta_start": 0.1, "beta_end": 0.1, "num_train_timesteps": 4},
        ("eps", 1.0, 0.9**2, math.sqrt(1 - 0.9**4), 0.9)) for name in TABLES),
