@@ -9,20 +9,27 @@ family and layout, and both ways of running.
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchvision
+from rewards.test_clip import save_tiny
+from safetensors.torch import save_file
 from support.covering import covering
 from support.runs import METHOD_CASES, build_trainer, teacher_dir
 from torch import Tensor
 
 from stepdistill.families.registry import FAMILIES
-from stepdistill.losses.rewards import LPIPSOptions
+from stepdistill.losses.rewards import CLIPOptions, LPIPSOptions
 from stepdistill.methods import METHODS
 from stepdistill.monitoring.logs import RunLog
 from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards.base import FrozenScorer
+from stepdistill.rewards.clip import CLIPScorer
+from stepdistill.rewards.perceptual import LPIPSScorer
+from stepdistill.rewards.preference import AestheticOptions, AestheticScorer
 from stepdistill.testing.pretend_device import PretendDeviceError, pretend_device
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.training.snapshots import Resumable
@@ -142,9 +149,54 @@ class TinyScorer(FrozenScorer):
         return (self.net(images) - self.net(by)).square().mean(dim=(1, 2, 3))
 
 
-def test_a_loss_of_images(tmp_path, tmp_path_factory) -> None:
-    scorers = {"lpips": TinyScorer()}
-    run_step("cd_lpips", "sd", "lora", tmp_path, tmp_path_factory, scorers, **WAYS["half"])
+@pytest.mark.parametrize(
+    ("case", "family"),
+    [
+        ("cd_lpips", "sd"),
+        *(
+            pytest.param(*c, marks=pytest.mark.full)
+            for c in (("reflow_lpips", "sd3"), ("rfpp", "sd"))
+        ),
+        pytest.param("vsd_clip", "sd3", marks=pytest.mark.full),
+    ],
+)
+def test_a_loss_of_images(case, family, tmp_path, tmp_path_factory) -> None:
+    scorers = {"lpips": TinyScorer()} if case != "vsd_clip" else {"clip": a_clip(tmp_path)}
+    run_step(case, family, "lora", tmp_path, tmp_path_factory, scorers, **WAYS["half"])
+
+
+def a_clip(folder: Path) -> FrozenScorer:
+    return CLIPScorer(CLIPOptions(model=f"local-dir:{save_tiny(folder)}", pretrained=None))
+
+
+def an_aesthetic_head(folder: Path) -> FrozenScorer:
+    save_file(torch.nn.Linear(8, 1).state_dict(), folder / "head.safetensors")
+    options = {"model": f"local-dir:{save_tiny(folder)}", "pretrained": None}
+    return AestheticScorer(AestheticOptions(head=str(folder / "head.safetensors"), **options))
+
+
+def an_lpips(folder: Path) -> FrozenScorer:
+    with torch.device("meta"):
+        layers = torchvision.models.alexnet().features.state_dict()
+    values = {f"features.{k}": torch.zeros(v.shape) for k, v in layers.items()}
+    save_file(values, folder / "alex.safetensors")
+    return LPIPSScorer(LPIPSOptions(backbone="alex", weights=str(folder / "alex.safetensors")))
+
+
+@pytest.mark.parametrize("judge", [a_clip, an_aesthetic_head, an_lpips])
+def test_a_judge_there_scores_in_float32_within_autocast(judge, tmp_path) -> None:
+    scorer = judge(tmp_path).requires_grad_(False)
+    with pretend_device() as device:
+        scorer.to(device)
+        images = torch.ones(2, 3, 64, 64, device=device, requires_grad=True)
+        by = images.detach() if judge is an_lpips else ["a cat", "a dog"]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            assert (images @ images).dtype == torch.bfloat16
+            values = scorer(images, by)
+        values.sum().backward()
+        assert (values.shape, values.dtype, values.is_meta) == ((2,), torch.float32, True)
+        assert images.grad is not None
+        assert images.grad.is_meta
 
 
 @pytest.mark.parametrize("fault", ["wait", "side"])

@@ -15,6 +15,7 @@ import warnings
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from stepdistill.data.corrupt import CorruptItemError
@@ -37,7 +38,8 @@ OTHER_SUFFIXES = frozenset(f".{name}" for name in _OTHER.split())
 Size = tuple[int, int]  # height, width in px
 MAX_PIXELS = 8192 * 8192  # 200 MB as RGB; a file of a few kB can claim any size
 BACKGROUND = "white"  # what shows through transparent pixels, as on a page
-_RULES = 2  # version of what is made of a file, part of the names of cached latents
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257  # tags of the stored picture
+_RULES = 3  # version of what is made of a file, part of the names of cached latents
 
 
 def decode_image(data: bytes, name: str, size_px: int | Size | None) -> Tensor:
@@ -75,7 +77,10 @@ def picture_size(data: bytes) -> Size:
         # Pillow would decode a whole PNG to look for EXIF data at its end.
         exif = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()
         turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return (image.width, image.height) if turned else (image.height, image.width)
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # some Pillows have turned its size by now
+            width, height = (image.tag_v2[tag] for tag in (_TIFF_WIDTH, _TIFF_HEIGHT))
+        return (width, height) if turned else (height, width)
 
 
 def image_content(data: bytes, size_px: int | Size | None) -> str:
@@ -108,7 +113,10 @@ def known_formats() -> list[str]:
 def _rgb(image: Image.Image) -> Image.Image:
     """The picture in RGB, eight bits a channel."""
     if image.mode.startswith("I"):  # 16-bit grey, in 16 or 32 bits
-        return _grey(np.asarray(image).astype(np.float64) / 65535.0)
+        values = np.asarray(image).astype(np.float64) / 65535.0
+        if "transparency" in image.info:  # the one value that is
+            values[np.asarray(image) == image.info["transparency"]] = 1.0  # BACKGROUND
+        return _grey(values)
     if image.mode == "F":
         return _grey(np.asarray(image).astype(np.float64))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):

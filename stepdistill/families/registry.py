@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import UNet2DModel
+from diffusers import SchedulerMixin, UNet2DModel
 
 from stepdistill.core.method import Setting
 from stepdistill.core.registry import Registry
@@ -24,10 +24,11 @@ from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import read_schedule
 from stepdistill.loading.merge_loras import merge_loras
-from stepdistill.loading.paper import check_numbers, part_config
+from stepdistill.loading.paper import part_config
 from stepdistill.loading.project_code import part_class
 from stepdistill.loading.quantization import loader_config, requantized
 from stepdistill.loading.safe_files import load_part, load_stock
+from stepdistill.loading.scheduler_config import check_scheduler
 from stepdistill.loading.single_file import load_single_file, schedule_marks
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.weightless import weightless
@@ -240,25 +241,28 @@ def _setting(source: ModelSource) -> Setting:
 def _scheduler(source: ModelSource) -> Any:
     """The teacher's scheduler. Errors: ValueError for a config that can't be read, or one that a
     single file's own marks (schedule_marks) contradict."""
-    where = f"{source.described_at}/scheduler"
+    where = f"{source.described_at}/scheduler/scheduler_config.json"
     library, name = source.index["scheduler"]
-    cls = part_class(library, name)
     try:
+        cls = part_class(library, name)
+        if not issubclass(cls, SchedulerMixin):
+            raise TypeError(f"{name}, which is no scheduler")
         config = cls.load_config(source.described_at, subfolder="scheduler", **source.hub)
-        check_numbers(config, where)
-        marks = schedule_marks(source.model) if source.is_single_file else {}
-        takes = inspect.signature(cls.__init__).parameters
-        kinds = [c.get("prediction_type", "epsilon") for c in (config, {**config, **marks})]
-        if not marks.keys() <= takes.keys() or (kinds[0] != kinds[1] != "v_prediction"):
-            raise ValueError(
-                f"single_file_config: expected a scheduler that fits {source.model}, which is "
-                f"marked {marks}, got {name} with prediction_type {kinds[0]!r} in {where}. Name a "
-                "pipeline with such a scheduler (DDIMScheduler takes all marks)."
-            )
+    except Exception as err:  # whatever broken files make the stock reader stumble over
+        raise _unreadable(source, err) from err
+    check_scheduler(cls, config, where)
+    marks = schedule_marks(source.model) if source.is_single_file else {}
+    takes = inspect.signature(cls.__init__).parameters
+    kinds = [c.get("prediction_type", "epsilon") for c in (config, {**config, **marks})]
+    if not marks.keys() <= takes.keys() or (kinds[0] != kinds[1] != "v_prediction"):
+        raise ValueError(
+            f"single_file_config: expected a scheduler that fits {source.model}, which is "
+            f"marked {marks}, got {name} with prediction_type {kinds[0]!r} in {where}. Name a "
+            "pipeline with such a scheduler (DDIMScheduler takes all marks)."
+        )
+    try:
         return cls.from_config({**config, **marks})
-    except ValueError:
-        raise
-    except Exception as err:
+    except Exception as err:  # whatever a stock class raises at values that do not go together
         raise _unreadable(source, err) from err
 
 

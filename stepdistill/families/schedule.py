@@ -62,6 +62,11 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
         shift = config.get("shift", config.get("flow_shift", 1.0))
         if config.get("use_dynamic_shifting"):
             shift = dynamic_shift(config, config.max_image_seq_len)
+        if not 0 < shift < 1000:
+            raise ValueError(
+                f"scheduler: expected a shift between 0 and 1000, got {shift:g}. Look at shift, "
+                "base_shift and max_shift."
+            )
         return FlowPath(config.num_train_timesteps), "flow", float(shift)
     if type(scheduler).__name__.startswith(("EDM", "CMStochastic")):
         scale = 0.25 if type(scheduler).__name__.startswith("EDM") else 250.0
@@ -79,9 +84,12 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
             f"scheduler {type(scheduler).__name__}: expected a table of alphas_cumprod in [0, 1], "
             "got other values. Look at beta_start, beta_end and trained_betas."
         )
-    path = VPPath(alphas)
-    # Euler, EulerA and UniPC end such a table at 2^-24 in place of 0.
+    # Euler, EulerA and UniPC end such a table at 2^-24 in place of 0, which may be above the entry
+    # before it.
     ends_at_zero = config.get("rescale_betas_zero_snr", False)
+    if ends_at_zero and bool(alphas[-1] > alphas[-2]):
+        alphas = torch.cat([alphas[:-1], alphas.new_zeros(1)])
+    path = VPPath(alphas)
     if kinds[name] == "eps" and (ends_at_zero or float(path.coeffs(torch.ones(1))[0]) < 1e-6):
         raise ValueError(
             "scheduler: expected v_prediction with zero terminal SNR, got epsilon: one step from "

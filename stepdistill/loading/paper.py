@@ -20,7 +20,6 @@ from torch import nn
 from stepdistill.storage.files import one_line
 
 MAX_SIDE = 16384  # of a sample, in latents or px
-MAX_TIMESTEPS = 100_000  # of a noise table
 MAX_LAYERS = 10_000
 
 
@@ -63,29 +62,36 @@ def _state(folder: Path, cls: type[Any]) -> tuple[Any, ...]:
     return (cls.__name__, *facts) if facts else ()
 
 
-def _within(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+Rule = tuple[Callable[[Any], bool], str]  # what holds for a value, and so in words
+
+
+def whole_number(low: int, high: int) -> Rule:
+    """The rule of whole numbers from low to high."""
     rule = f"a whole number from {low} to {high}"
     return lambda v: type(v) is int and low <= v <= high, rule
 
 
-def _finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether it is a number (not true or false), and neither NaN nor infinite."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
-_FRACTION = (lambda v: _finite(v) and 0 < v < 1, "a number between 0 and 1")
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("sample_size", "sample_height", "sample_width"), _within(1, MAX_SIDE)),
-    "num_train_timesteps": _within(1, MAX_TIMESTEPS),
-    "num_hidden_layers": _within(0, MAX_LAYERS),
-    "scaling_factor": (lambda v: _finite(v) and v != 0, "a finite number other than 0"),
-    "shift_factor": (_finite, "a finite number"),
-    **dict.fromkeys(("beta_start", "beta_end"), _FRACTION),
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("sample_size", "sample_height", "sample_width"), whole_number(1, MAX_SIDE)),
+    "num_hidden_layers": whole_number(0, MAX_LAYERS),
+    "scaling_factor": (lambda v: is_finite(v) and v != 0, "a finite number other than 0"),
+    "shift_factor": (is_finite, "a finite number"),
 }
 
 
-def check_numbers(config: Mapping[str, Any], where: str) -> None:
-    """Errors: ValueError for a value that no stock class looks at before it is used."""
-    for key, (holds, rule) in _RULES.items():
+def check_numbers(
+    config: Mapping[str, Any], where: str, rules: Mapping[str, Rule] = _RULES
+) -> None:
+    """Errors: ValueError for a value that no stock class looks at before it is used.
+
+    Args: rules: of the values by key, for each one of a list; none of them looks at null.
+    """
+    for key, (holds, rule) in rules.items():
         value = config.get(key)
         every = value if isinstance(value, list | tuple) else [value]
         if value is not None and not all(holds(one) for one in every):
@@ -109,7 +115,32 @@ def part_config(
         ) from err
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected an object, got {type(found).__name__}.")
+    _check_class(cls, diffusers, found, where)
     return found
+
+
+# Of files that were saved by a former class of the same network.
+_FORMER = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
+
+
+def _check_class(cls: Any, diffusers: bool, config: Mapping[str, Any], where: str) -> None:
+    """Errors: ValueError for a configuration of another class than model_index.json names."""
+    if diffusers:
+        key, expected = "_class_name", cls.__name__
+        named = config.get(key, expected)
+        saved = named.removeprefix("Flax") if isinstance(named, str) else None
+        right = saved == expected or expected in _FORMER.get(saved or "", ())
+    else:
+        key, expected = "model_type", cls.config_class.model_type
+        named = config.get(key, expected)
+        parts = [v for v in config.values() if isinstance(v, dict)]  # one may be the network's own
+        right = named == expected or expected in [v.get(key) for v in parts]
+        right = right or cls.config_class.base_config_key in config
+    if not right:
+        raise ValueError(
+            f"{where}: expected {key} {expected}, as model_index.json names {cls.__name__}, got "
+            f"{named!r}. Save the pipeline anew, or correct the one that is wrong."
+        )
 
 
 def on_meta(cls: Any, diffusers: bool, config: dict[str, Any], where: str) -> nn.Module:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 _aten = torch.ops.aten
 # A device hands these to the host, which waits for all that it was given to do.
@@ -141,7 +141,7 @@ class _Rules(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         if not any(x.is_meta for x in tensors):
             return func(*args, **kwargs)
         packet, first = func.overloadpacket, args[0]
@@ -152,7 +152,7 @@ class _Rules(TorchDispatchMode):
                 else "device" in kwargs and torch.device(kwargs["device"]).type == "cpu"
             )
             if not to_host:
-                return func(*args, **kwargs)
+                return _shaped(func, args, kwargs)
             self._may_read(f"a copy of {_told(args[-1])} to the CPU")
             like = first if packet is _aten.copy_ else torch.empty(first.shape, device="cpu")
             return like.fill_(1).to(kwargs.get("dtype") or first.dtype)
@@ -166,7 +166,7 @@ class _Rules(TorchDispatchMode):
         elif packet in _READS or _unknown_length(packet, args, kwargs):
             self._may_read(f"{func} of {_told(first)}")
             return _answer(packet, first)
-        return func(*args, **kwargs)
+        return _shaped(func, args, kwargs)
 
     def _may_read(self, what: str) -> None:
         if not any(frame.f_code in self._readers for frame in _frames()):
@@ -203,6 +203,59 @@ class _Autocast(TorchFunctionMode):
 def _told(x: Any) -> str:
     """A tensor by its side and shape."""
     return f"{'device' if x.is_meta else 'CPU'} {tuple(x.shape)} {x.dtype}".replace("torch.", "")
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those of an operation's arguments, in lists too."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from _tensors(x)
+
+
+_SHAPED: dict[Any, Any] = {}  # by an operation and what it was given: the layout of what it made
+
+
+def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """func(*args, **kwargs); one that makes tensors of its own is asked once for each shape.
+
+    meta works them out in Python, which is most of a run's time.
+    """
+    if func not in _PLAIN:
+        _PLAIN[func] = _makes_its_own(func)
+    if not _PLAIN[func]:
+        return func(*args, **kwargs)
+    key = func, _layout(args), _layout(tuple(kwargs.items()))
+    try:
+        shaped = _SHAPED.get(key)
+    except TypeError:  # something that can't be a key
+        return func(*args, **kwargs)
+    if shaped is None:
+        made = func(*args, **kwargs)
+        every = made if isinstance(made, list | tuple) else [made]
+        if all(x is None or (isinstance(x, Tensor) and x.is_meta) for x in every):
+            layouts = [x if x is None else (x.shape, x.stride(), x.dtype) for x in every]
+            _SHAPED[key] = type(made) if every is made else None, layouts
+        return made
+    kind, layouts = shaped
+    again = [x and torch.empty_strided(x[0], x[1], dtype=x[2], device="meta") for x in layouts]
+    return again[0] if kind is None else kind(again)
+
+
+_PLAIN: dict[Any, bool] = {}
+
+
+def _makes_its_own(func: Any) -> bool:
+    """Whether its results share memory with none of its arguments, which it leaves alone."""
+    return not any(x.alias_info for x in (*func._schema.arguments, *func._schema.returns))
+
+
+def _layout(x: Any) -> Any:
+    """What of an argument decides the shapes of the results."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.is_meta, x.is_conj()
+    return tuple(map(_layout, x)) if isinstance(x, list | tuple) else (type(x), x)
 
 
 def _unknown_length(packet: Any, args: Any, kwargs: dict[str, Any]) -> bool:

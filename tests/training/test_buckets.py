@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.processes import forked_ranks, status_of
 from support.resume import cut_off, differences, everything
-from support.runs import build_trainer, teacher_dir
+from support.runs import build_trainer, fingerprint, teacher_dir
 from support.samples import SHAPES, sized_folder
 
 from stepdistill.data.images import ImageFolderDataset
@@ -48,6 +50,82 @@ def test_a_run_is_resumed_exactly_with_and_without_the_cache(tmp_path, tmp_path_
     own = {again.feed.dataset.size_of(i) for i in range(11)}
     assert sizes == {again.family.sample_shape(*size) for size in own}
     assert len(sizes) == 3
+
+
+def _watched(out: Path, facts: dict[str, Any], *args: Any, **options: Any) -> Any:
+    """A run whose facts gain the shapes of its micro-batches, one by one."""
+    trainer, shapes = run(*args, out, **options), facts.setdefault(out.name, [])
+    forward = trainer.module.forward
+
+    def noted(loss: Any, batch: Any, ctx: Any) -> Any:
+        shapes.append([batch.bsz, *batch.shape])
+        return forward(loss, batch, ctx)
+
+    trainer.module.forward = noted
+    return trainer
+
+
+def _whole_and_cut(teacher: Path, data: Any, out: Path, world: int) -> dict[str, Any]:
+    """Of a run that nobody touches, and one that is cut off within its fourth update."""
+    facts: dict[str, Any] = {}
+    whole = _watched(out / "whole", facts, "lcm", teacher, data, **_options(world))
+    whole.train()
+    cut_off(_watched(out / "cut", facts, "lcm", teacher, data, **_options(world)), 3)
+    return facts | {"steps": whole.step, "logs": everything(whole)["logs"], "end": _end(whole)}
+
+
+def _resumed(teacher: Path, data: Any, out: Path, world: int) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    options = {**_options(world), "resume_from_checkpoint": "latest"}
+    again = _watched(out / "cut", facts, "lcm", teacher, data, **options)
+    again.train()
+    return facts | {"steps": again.step, "logs": everything(again)["logs"], "end": _end(again)}
+
+
+def _options(world: int) -> dict[str, Any]:
+    options = {"gradient_accumulation_steps": 2, "checkpointing_steps": 1, "ema_decay": 0.9}
+    return {**options, "train_batch_size": 2 // world}
+
+
+def _end(trainer: Any) -> Any:
+    """Processes, and hashes of weights and optimiser state."""
+    states = {k: v for k, v in everything(trainer).items() if isinstance(v, torch.Tensor)}
+    return [trainer.accelerator.num_processes, fingerprint(states)]
+
+
+@pytest.mark.full
+def test_two_processes_have_batches_of_one_shape_and_resume_exactly(
+    tmp_path, tmp_path_factory
+) -> None:
+    """As one process with the same global batch has them, step by step; gloo."""
+    teacher, data = teacher_dir("sd_v", tmp_path_factory), images(tmp_path / "in")
+    seen = {}
+    for name, work in (("begun", _whole_and_cut), ("resumed", _resumed)):
+        out = tmp_path / name
+        out.mkdir()
+
+        def ranked(rank: int, work: Any = work, out: Path = out) -> None:
+            facts = work(teacher, data, tmp_path / "two", 2)
+            (out / f"{rank}.json").write_text(json.dumps(facts))
+
+        statuses = [status_of(child) for child in forked_ranks(2, ranked, out)]
+        assert statuses == [0, 0], (out / "rank0.txt").read_text()[-3000:]
+        first, second = (json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1))
+        assert first == second
+        seen[name] = first
+    begun, resumed = seen["begun"], seen["resumed"]
+    assert begun["end"] == resumed["end"]
+    assert begun["end"][0] == 2
+    assert begun["logs"] == resumed["logs"]
+    assert (begun["steps"], resumed["steps"]) == (4, 4)
+    one = _whole_and_cut(teacher, data, tmp_path / "one", 1)
+    assert {size for size, *_ in begun["whole"]} == {1}  # of a global batch of two
+    assert [shape for _, *shape in begun["whole"]] == [shape for _, *shape in one["whole"]]
+    assert len({tuple(shape) for shape in begun["whole"]}) == 3
+    assert begun["cut"] == begun["whole"][: len(begun["cut"])]
+    assert resumed["cut"] == begun["whole"][-len(resumed["cut"]) :]
+    for mine, theirs in zip(begun["logs"], one["logs"], strict=True):
+        assert mine["loss/student"] == pytest.approx(theirs["loss/student"], rel=1e-4)
 
 
 def _shapes(path: Path) -> list[tuple[int, ...]]:
