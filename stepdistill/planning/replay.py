@@ -34,9 +34,9 @@ _PLAIN = (
     *(bool, int, float, str, type(None)),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 )
-# No part of a block's structure: a module's bookkeeping, and its number among its like, by which a
-# cache of keys knows it (and what a cache keeps is no block's to play back).
-_LEFT_OUT = {*vars(nn.Module()), "layer_idx", "layer_id"} - {"training"}
+# No part of a block's structure: a module's bookkeeping, its path in peft's layers, and its number
+# among its like, by which a cache knows it (and what a cache keeps is no block's to play back).
+_LEFT_OUT = {*vars(nn.Module()), "target_name", "layer_idx", "layer_id"} - {"training"}
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,7 @@ class Replay:
         """What makes blocks alike but for the numbers in them."""
         parts = []
         for name, module in block.named_modules():
-            facts = {k: v for k, v in vars(module).items() if k not in _LEFT_OUT}
-            if module is block:
-                facts.pop("forward", None)
+            facts = {k: v for k, v in vars(module).items() if module is not block or k != "forward"}
             parts.append((name, type(module), self._plain(facts, None)))
         tensors = (*block.named_parameters(), *block.named_buffers())
         return (tuple(parts), tuple((n, t.shape, t.stride(), t.dtype) for n, t in tensors))
@@ -179,7 +177,8 @@ class Replay:
             inputs.append(value)
             return kind
         if isinstance(value, Mapping):
-            return (kind, *((name, self._plain(one, inputs)) for name, one in value.items()))
+            items = ((n, x) for n, x in value.items() if inputs is not None or n not in _LEFT_OUT)
+            return (kind, *((name, self._plain(one, inputs)) for name, one in items))
         if kind in (tuple, list):
             return (kind, *(self._plain(one, inputs) for one in value))
         if id(value) not in self._objects:
