@@ -1,4 +1,4 @@
-"""Show the recipes: model, method, steps, data, and with --plan the memory they take."""
+"""Show the recipes: model, method, steps, data, and the memory they take at real size."""
 
 from __future__ import annotations
 
@@ -8,35 +8,46 @@ from stepdistill.config.flags import CommandOptions
 class Options(CommandOptions):
     """What is shown."""
 
-    plan: bool = False
-    """Forecast the memory of one process at the models' real size; takes minutes a model."""
+    refresh: bool = False
+    """Forecast the memory anew, as `plan` does, and write the file that the table is read from."""
 
 
 def run(options: Options) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Column, Table
 
     from stepdistill.config.layers import recipe_files
-    from stepdistill.planning.recipes import cards, forecast_gib, method_of, sized
+    from stepdistill.planning.recipes import CARDS, known, method_of, refresh, sized, verdict
 
-    known = {n: forecast_gib(one) for n, one in sized().items()} if options.plan else {}
-    memory = ("GiB", "fits") if options.plan else ()
+    if options.refresh:
+        refresh(sized())
     table = Table(
-        Column("recipe", no_wrap=True), "model", "method", "steps", "data", *memory, "about"
+        *(Column(name, no_wrap=True) for name in ("recipe", "model", "method")),
+        "steps",
+        "data",
+        *(Column(name, no_wrap=True, justify="right") for name in ("GiB", *map(str, CARDS))),
+        Column("what it makes", min_width=24),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.caption = (
+        "GiB: peak of one process as the recipe stands, by `plan`; does it fit a card of "
+        f"{', '.join(map(str, CARDS))} GB (tight: above 90 % of it). `stepdistill plan --recipe "
+        "NAME` tells what makes it fit.\n"
         "stepdistill train --recipe NAME --pretrained_model_name_or_path MODEL --data..."
     )
-    if options.plan:
-        table.caption += " GiB of one process as it stands; fits: cards in GB."
+    sizes = known()
     for name, layers in recipe_files().items():
         about = layers[-1].recipe
         if about is None:
             continue
-        model = "< 50 M parameters" if about.size == "small" else about.model
-        size = known.get(name)
-        fits = "" if size is None else ", ".join(map(str, cards(size))) or "none"
-        held = ("" if size is None else f"{size:g}", fits) if options.plan else ()
+        model = "below 50 M" if about.size == "small" else about.model
+        memory = ["-"] * (1 + len(CARDS))
+        if name in sizes:
+            peak = sizes[name]["peak"]
+            memory = [f"{peak / 2**30:.1f}", *(verdict(peak, card * 1e9) for card in CARDS)]
         steps = ", ".join(map(str, about.steps)) or "-"
-        table.add_row(name, model, method_of(layers), steps, about.data, *held, about.about)
-    Console().print(table)
+        table.add_row(name, model, method_of(layers), steps, about.data, *memory, about.about)
+    console = Console()
+    Console(width=console.width if console.is_terminal else 150).print(table)

@@ -22,9 +22,12 @@ from stepdistill.core.method import Method
 from stepdistill.core.types import Batch
 from stepdistill.families.family import Family
 from stepdistill.planning.blueprint import blueprint
+from stepdistill.planning.fakes import fresh
 from stepdistill.planning.quantized import pack
+from stepdistill.planning.replay import Replay
 from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
+from stepdistill.roles.checkpointing import checkpointed_blocks
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.memory import checkpoints_activations
 from stepdistill.training.optim import moment_bytes
@@ -129,7 +132,8 @@ def forecast(run: RunConfig) -> Forecast:
 
 
 @lru_cache(maxsize=8)
-def _traced(run_json: str) -> Forecast:
+def _traced(run_json: str, replay: bool = True) -> Forecast:
+    """Args: replay: whether blocks and operations that are alike are run once."""
     run = RunConfig.model_validate_json(run_json)
     dtype = run.frozen_dtype
     config = method_config(run.method, run.method_config)
@@ -160,7 +164,13 @@ def _traced(run_json: str) -> Forecast:
     recomputes = checkpoints_activations(run, family.net)
     if recomputes:
         bank.enable_gradient_checkpointing()
-    plan = _measure(run, method, family, bank, encoders, fake)
+    tracker = CostTracker(remember=replay)
+    if replay:
+        for net in bank.nets.values():
+            Replay(tracker, fake, bank).wrap(checkpointed_blocks(net))
+        for part in encoders:
+            Replay(tracker, fake).wrap(_entries(part))
+    plan = _measure(run, method, family, bank, encoders, fake, tracker)
     return replace(plan, num_parameters=count, checkpointing=recomputes)
 
 
@@ -171,11 +181,11 @@ def _measure(
     bank: RoleBank,
     encoders: list[nn.Module],
     fake: FakeTensorMode,
+    tracker: CostTracker,
 ) -> Forecast:
     own = {id(p) for role in bank.roles for p in bank.members(role).values()}
     trained = {r: _size(bank.members(r).values()) for r in bank.trained_roles}
     averaged = sum(_size(bank.members(r).values()) for r, s in bank.roles.items() if s.ema_of)
-    tracker = CostTracker()
     held: list[Tensor] = [*bank.parameters(), *bank.buffers()]
     for part in encoders:
         held += [*part.parameters(), *part.buffers()]
@@ -238,8 +248,7 @@ def _batch(
     encoding = tracker.peak - start
 
     def made() -> Tensor:
-        with fake:
-            return torch.empty((bsz, *shape))
+        return fresh(fake, (bsz, *shape), torch.float32)
 
     own = "real" in method.needs and run.data.gan.source is not None
     x0 = "x0" in method.needs or ("real" in method.needs and not own)
@@ -271,6 +280,13 @@ def _size(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _entries(module: nn.Module) -> list[nn.Module]:
+    """The entries of a network's outermost module lists."""
+    if isinstance(module, nn.ModuleList):
+        return [*module]
+    return [entry for child in module.children() for entry in _entries(child)]
+
+
 def _to_fake(module: nn.Module, fake: FakeTensorMode) -> None:
     """Replace meta tensors by fake ones that claim to be on the CPU; shared ones stay shared.
 
@@ -284,8 +300,7 @@ def _to_fake(module: nn.Module, fake: FakeTensorMode) -> None:
         if not isinstance(old, Tensor) or old.device.type != "meta":
             return old
         if id(old) not in made:
-            with fake:
-                new = torch.empty(old.shape, dtype=old.dtype)
+            new = fresh(fake, old.shape, old.dtype)
             is_param = isinstance(old, nn.Parameter)
             made[id(old)] = nn.Parameter(new, old.requires_grad) if is_param else new
         return made[id(old)]

@@ -1,18 +1,29 @@
-"""Memory of the recipes at their models' real size, as `plan` forecasts it."""
+"""Memory of the recipes at their models' real size, as `plan` forecasts it.
+
+The forecasts stand in index.json, so that a table of them needs neither torch nor minutes; written
+by `stepdistill recipes --refresh` alone, and held against the recipes by tests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from stepdistill.config.layers import Layer, merge, merged, recipe_files
+from stepdistill.storage.files import read_json, write_text
 
 CARDS = (12, 16, 24, 48, 80)  # GB
+TIGHT = 0.9  # the share of a memory above which fragments and other programs may be too much
+INDEX = Path(str(resources.files("stepdistill.planning"))) / "index.json"
 
 
-def cards(gib: float) -> list[int]:
-    """The cards, in GB, that hold so much."""
-    return [card for card in CARDS if gib * 2**30 <= card * 1e9]
+def verdict(peak: float, memory: float) -> str:
+    """fits, tight or no: of that many bytes in that memory."""
+    return "no" if peak > memory else "tight" if peak > TIGHT * memory else "fits"
 
 
 def run_of(layers: Sequence[Layer]) -> Any:
@@ -27,13 +38,6 @@ def run_of(layers: Sequence[Layer]) -> Any:
     return run.model_validate(merge(run.model_dump(), changes))
 
 
-def forecast_gib(layers: Sequence[Layer]) -> float:
-    """GiB of one process, as `plan` forecasts it."""
-    from stepdistill.planning.forecast import forecast
-
-    return round(forecast(run_of(layers)).peak / 2**30, 1)
-
-
 def sized() -> dict[str, list[Layer]]:
     """The recipes that are made for a model, not for a size."""
     return {
@@ -46,3 +50,34 @@ def sized() -> dict[str, list[Layer]]:
 def method_of(layers: Sequence[Layer]) -> str:
     """The method's name that a recipe's files come to."""
     return str(merged(layers)["method"])
+
+
+def settings_hash(layers: Sequence[Layer]) -> str:
+    """Of all that a recipe's files and its model's description say; a forecast is of those."""
+    about = layers[-1].recipe
+    assert about is not None
+    model = INDEX.parent / "models" / f"{about.model}.json"
+    said = [merged(layers), about.without, json.loads(model.read_text(encoding="utf-8"))]
+    text = json.dumps(said, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def forecast_of(layers: Sequence[Layer]) -> dict[str, Any]:
+    """The recipe's entry in the index. peak: bytes of one process as `plan` forecasts it."""
+    from stepdistill.planning.forecast import forecast
+
+    return {"settings": settings_hash(layers), "peak": forecast(run_of(layers)).peak}
+
+
+def known() -> dict[str, dict[str, Any]]:
+    """The index: recipe -> its entry."""
+    return read_json(INDEX) if INDEX.is_file() else {}
+
+
+def refresh(names: Iterable[str]) -> None:
+    """Forecast these recipes anew and write the index after each; others' entries stay."""
+    recipes = sized()
+    for name in names:
+        entries = {**known(), name: forecast_of(recipes[name])}
+        text = json.dumps({n: entries[n] for n in sorted(entries) if n in recipes}, indent=1)
+        write_text(INDEX, text + "\n")

@@ -239,6 +239,11 @@ class RoleBank(nn.Module):
         torch._foreach_lerp_([p.data for p in mine.values()], source, 1.0 - decay)
 
     # ------------------------------------------------------------ switching
+    @property
+    def active(self) -> str | None:
+        """The adapter that the base answers with now; None means plain."""
+        return self._active
+
     def _activate(self, adapter: str | None) -> None:
         # Private peft flags on purpose: the public set_adapter also flips requires_grad.
         for layer in self._tuner_layers:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from stepdistill.families.registry import FAMILIES
 from stepdistill.methods import METHODS
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.planning.blueprint import bundled
-from stepdistill.planning.recipes import CARDS, cards, forecast_gib, sized
+from stepdistill.planning.recipes import CARDS, forecast_of, known, settings_hash, sized, verdict
 from stepdistill.storage.bundled import bundled_names
 from stepdistill.testing.tiny import TINY
 from stepdistill.trainers import train_run
@@ -173,16 +175,41 @@ def test_a_small_model_gets_its_recipe_and_is_told(tmp_path_factory) -> None:
 
 
 # --------------------------------------------------------------------------------- real sizes
-def test_cards_hold_what_fits() -> None:
-    assert cards(10.0) == [12, 16, 24, 48, 80]
-    assert cards(79.0) == []
-    assert CARDS == (12, 16, 24, 48, 80)
+def test_above_nine_tenths_of_a_card_is_tight() -> None:
+    assert [verdict(share * 12e9, 12e9) for share in (0.9, 0.91, 1.0, 1.01)] == [
+        *("fits", "tight", "tight", "no")
+    ]
+
+
+def test_the_index_is_of_the_recipes_as_they_stand() -> None:
+    """Its figures themselves are computed again below; here that no file has changed since."""
+    settings = {name: entry["settings"] for name, entry in known().items()}
+    assert settings == {name: settings_hash(layers) for name, layers in sized().items()}
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", sized())
 def test_a_recipe_is_planned_at_its_real_size(name: str) -> None:
-    assert forecast_gib(RECIPES[name]) > 1.0
+    assert forecast_of(RECIPES[name]) == known()[name]
+
+
+def test_the_table_shows_memory_and_needs_no_torch() -> None:
+    code = """
+import sys, time
+start = time.process_time()
+from stepdistill.cli import main
+main(["recipes"])
+print(time.process_time() - start < 2.0, sorted({"torch", "diffusers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, last = done.stdout.splitlines()
+    assert last == "True []"
+    rows = {line.split()[0]: line for line in lines if line.strip()}
+    assert {*RECIPES} <= {*rows}
+    for name, entry in known().items():
+        words = [f"{entry['peak'] / 2**30:.1f}"]
+        words += [verdict(entry["peak"], card * 1e9) for card in CARDS]
+        assert words == rows[name].split(ABOUT[name].data, 1)[1].split()[: 1 + len(CARDS)]
 
 
 # --------------------------------------------------------------------------------- tiny models
