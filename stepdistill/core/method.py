@@ -257,6 +257,11 @@ class Method(ABC, Generic[C]):
         return 0.5 * sum(self.guidance_of(self.config)) if w is None else w + 1.0
 
     @property
+    def reads_null(self) -> str:
+        """The option by which a network is called under the null condition alone; "" for none."""
+        return ""
+
+    @property
     def skip_layers(self) -> tuple[str, ...]:
         """Blocks that the teacher's null passes leave out (`Denoiser.skipping`)."""
         return ()

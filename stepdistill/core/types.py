@@ -67,6 +67,15 @@ class Cond:
         """The given rows, in that order."""
         return self._map(lambda v: v[torch.as_tensor(rows, device=v.device)])
 
+    def where_not(self, rows: Tensor, other: Cond) -> Cond:
+        """These rows, but `other`'s where the mask `rows` (B,), on the CPU, is true."""
+
+        def mixed(name: str, own: Tensor) -> Tensor:
+            mask = rows.to(own.device).view(-1, *([1] * (own.ndim - 1)))
+            return torch.where(mask, other[name], own)
+
+        return Cond({name: mixed(name, value) for name, value in self.tensors.items()})
+
     def repeat(self, times: int) -> Cond:
         """Each row `times` times, neighbours together (row 0, row 0, row 1, ...)."""
         return self._map(lambda v: v.repeat_interleave(times, dim=0))
@@ -110,12 +119,7 @@ class Batch:
 
     def nulled(self, rows: Tensor) -> Batch:
         """The batch with the null condition in `rows`, a mask (B,) on the CPU: prompt dropout."""
-
-        def mixed(name: str, own: Tensor) -> Tensor:
-            mask = rows.to(own.device).view(-1, *([1] * (own.ndim - 1)))
-            return torch.where(mask, self.null[name], own)
-
-        return replace(self, cond=Cond({k: mixed(k, v) for k, v in self.cond.tensors.items()}))
+        return replace(self, cond=self.cond.where_not(rows, self.null))
 
     @property
     def real(self) -> tuple[Tensor, Cond]:

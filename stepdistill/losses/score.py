@@ -67,6 +67,23 @@ def surrogate(x: Tensor, grad: Tensor) -> Tensor:
     return 0.5 * ((x - x.detach()) + full(grad).detach()).square().mean()
 
 
+def score_identity(x0: Tensor, real: Tensor, fake: Tensor, alpha: float = 1.0) -> Tensor:
+    """SiD's loss of each sample (Zhou et al. 2024, arXiv:2404.04057, and its released code).
+
+        mean (real - fake) ((real - x0) - alpha (real - fake)) / max(1e-5, mean |x0 - real|)
+
+    The denominator has no gradient, all else has: real and fake must come with their graph to x0,
+    or the gradient is dmd_gradient's for any alpha. With an exact fake the mean is (1 - alpha)
+    E|real - fake|^2 over the denominator: zero is no sign of convergence at alpha 1.
+    Args:    x0, real, fake: (B, C, *S).
+    Returns: (B,) float32 (float64 of float64); exactly zero where fake == real.
+    """
+    x0, real, fake = (full(x) for x in (x0, real, fake))
+    dims, gap = tuple(range(1, x0.ndim)), real - fake
+    norm = (x0 - real).detach().abs().mean(dim=dims).clamp_min(1e-5)
+    return (gap * ((real - x0) - alpha * gap)).mean(dim=dims) / norm
+
+
 def denoising_target(pred: Prediction, x0: Tensor, eps: Tensor, space: PredictionType) -> Tensor:
     """What a perfect denoiser of the pair (x0, eps) predicts in `space`, (B, C, *S).
 

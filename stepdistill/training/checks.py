@@ -43,6 +43,11 @@ def method_fits(
         teacher.family.refuse_one_step(teacher.pipeline, as_flow, spec.num_steps)
     if not teacher.has_null:
         _without_guidance(cls, config)
+        if method.reads_null:
+            raise ValueError(
+                f"{cls.name}: expected no option that reads a null condition (the model has none), "
+                f"got {method.reads_null}. Leave it out."
+            )
     always = frozenset({"cond"} if teacher.conditioning == "none" else ())
 
     def fields(data: Any) -> frozenset[str]:

@@ -181,6 +181,16 @@ METHOD_CASES: dict[str, MethodCase] = {
     "f_distill": MethodCase(
         "f_distill", {"critic_steps": 1, "ratio_ema": 0.5, "gan": {"weight_g": 1e-2}}, ("x0",)
     ),
+    "sid": MethodCase("sid", {"num_steps": 2, "alpha": 1.2}),
+    "sid_long_short": MethodCase(
+        "sid",
+        {"guidance": 2.0, "fake_guidance": "long_short", "null_probability": 0.5},
+        (),
+        _two_with_prompts,
+    ),
+    "sid_zero_cfg": MethodCase(
+        "sid", {"guidance": 1.0, "fake_guidance": "zero_cfg"}, (), _two_with_prompts
+    ),
     "vsd": MethodCase(
         "vsd", {"guidance_range": (0.5, 4.0), "null_probability": 0.5}, (), _null_has_words
     ),
