@@ -111,9 +111,9 @@ class Batch:
     def nulled(self, rows: Tensor) -> Batch:
         """The batch with the null condition in `rows`, a mask (B,) on the CPU: prompt dropout."""
 
-        def mixed(name: str, own: Tensor) -> Tensor:
-            mask = rows.to(own.device).view(-1, *([1] * (own.ndim - 1)))
-            return torch.where(mask, self.null[name], own)
+        def mixed(name: str, value: Tensor) -> Tensor:
+            mask = rows.to(value.device).view(-1, *([1] * (value.ndim - 1)))
+            return torch.where(mask, self.null[name], value)
 
         return replace(self, cond=Cond({k: mixed(k, v) for k, v in self.cond.tensors.items()}))
 
@@ -143,5 +143,5 @@ class Losses:
 
     def plus(self, weight: float, term: Tensor, **logs: Tensor) -> Losses:
         """These losses and `weight` times a further term, with further values to log."""
-        told = {name: value.detach() for name, value in logs.items()}
-        return Losses(self.total + weight * term, {**self.logs, **told})
+        detached = {name: value.detach() for name, value in logs.items()}
+        return Losses(self.total + weight * term, {**self.logs, **detached})

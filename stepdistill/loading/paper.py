@@ -100,16 +100,16 @@ def part_config(
     where = f"{model}/{name}/config.json"
     try:
         if diffusers:
-            found = cls.load_config(str(model), subfolder=name, **hub)
+            config = cls.load_config(str(model), subfolder=name, **hub)
         else:
-            found = cls.config_class.get_config_dict(str(model), subfolder=name, **hub)[0]
+            config = cls.config_class.get_config_dict(str(model), subfolder=name, **hub)[0]
     except Exception as err:  # whatever broken files make the stock readers stumble over
         raise ValueError(
             f"{where}: expected a readable configuration, got {one_line(err)}"
         ) from err
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: expected an object, got {type(found).__name__}.")
-    return found
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: expected an object, got {type(config).__name__}.")
+    return config
 
 
 def on_meta(cls: Any, diffusers: bool, config: dict[str, Any], where: str) -> nn.Module:
