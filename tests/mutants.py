@@ -5,16 +5,19 @@
 
 A mutant is one changed operator of a file (CHANGES), made in memory and never written. Of the tests
 of the file's room (tests/core for stepdistill/core) those that run the changed line are run until
-one fails: those named like the file first, then the quick ones. Every mutant has a process of its
-own, forked from one that has collected the room's tests, and the functions of the file get their
-changed code there. Which tests run which line is found by a run without any mutant, the room being
-imported with a note before each statement, and stands beside the results (a survey, by test file).
-What runs while the room is imported can't be changed so late: such a mutant's process is forked
-from one that has imported the libraries alone, and imports the room itself.
+one fails: the quick ones first, where those named like the file count as ten times as quick. Every
+mutant has a process of its own, forked from one that has collected the room's tests, and the
+functions of the file get their changed code there. Which tests run which line is found by a run
+without any mutant, the room being imported with a note before each statement, and stands beside the
+results (a survey, by test file). What runs while the room is imported can't be changed so late:
+such a mutant's process is forked from one that has imported the libraries alone, and imports the
+room itself.
 
 Results are lines of JSON in --results. A run that was stopped goes on there; a change of the file
-(or, for survivors, of the room's tests) makes a result old, and it is made again. Survivors that no
-test could notice stand with their reason in equivalent_mutants.yaml.
+(or, for survivors, of the room's tests) makes a result old, and it is made again. A survivor costs
+all the tests that run its line: with --tests-seconds the later ones are left out, and a mutant that
+passes the others is listed as undecided. Survivors that no test could notice stand with their
+reason in equivalent_mutants.yaml.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -207,11 +211,14 @@ class Seen:
         """The tests that run its statement; with "" if an import or a shared fixture does."""
         return self.lines.get(f"{mutant.path}:{mutant.line}", set())
 
-    def tests_of(self, mutant: Mutant) -> list[str]:
-        """Those to run, in order."""
+    def tests_of(self, mutant: Mutant, seconds: float) -> tuple[list[str], bool]:
+        """(those to run, in order, as many as take that long; whether these are all)."""
         runs, named = self.runs(mutant), f"/test_{mutant.path.stem}"
         tests = [test for test in self.seconds if test in runs or "" in runs]
-        return sorted(tests, key=lambda test: (named not in test, self.seconds[test]))
+        tests.sort(key=lambda test: self.seconds[test] * (0.1 if named in test else 1.0))
+        sums = accumulate(self.seconds[test] for test in tests)
+        first = [test for test, until in zip(tests, sums, strict=True) if until <= seconds]
+        return first or tests[:1], len(first) == len(tests)
 
 
 class Watch:
@@ -364,11 +371,19 @@ class Results:
         old = self.found.get(mutant.id)
         if old is None or old["file"] != digest(mutant.source):
             return False
-        return bool(old["result"] == "noticed" or old["tests"] == tests_of_room(mutant.room))
+        if old["result"] == "survived":
+            return bool(old["tests"] == tests_of_room(mutant.room))
+        return bool(old["result"] == "noticed")
 
-    def add(self, mutant: Mutant, result: str, by: str, seconds: float) -> None:
+    def add(self, mutant: Mutant, result: str, by: str, seconds: float, usage: Any = None) -> None:
+        """usage: resources that its process took; `seconds` are on the clock."""
+        cpu = usage.ru_utime + usage.ru_stime if usage else 0.0
         one = {"id": mutant.id, "result": result, "by": by, "seconds": round(seconds, 1)}
-        one |= {"file": digest(mutant.source), "tests": tests_of_room(mutant.room)}
+        one |= {
+            "cpu": round(cpu, 1),
+            "file": digest(mutant.source),
+            "tests": tests_of_room(mutant.room),
+        }
         with self.file.open("a") as stream:
             stream.write(json.dumps(one) + "\n")
 
@@ -377,33 +392,37 @@ class Results:
 class Budget:
     jobs: int
     until: float
+    tests_seconds: float
 
     def run(
         self, mutants: list[Mutant], seen: Seen, results: Results, attempt: Any, *args: Any
     ) -> None:
         """`attempt` each mutant in a process of its own; none is begun after `until`."""
         waiting = list(mutants)
-        going: dict[int, tuple[Mutant, Path, float, float]] = {}
+        going: dict[int, tuple[Mutant, Path, float, float, bool]] = {}
         while going or (waiting and time.time() < self.until):
             while waiting and len(going) < self.jobs and time.time() < self.until:
                 mutant = waiting.pop(0)
-                if not (tests := seen.tests_of(mutant)):
+                tests, everything = seen.tests_of(mutant, self.tests_seconds)
+                if not tests:
                     results.add(mutant, "survived", "no test runs it", 0)
                     continue
                 limit_s = 20 + 4 * sum(seen.seconds[test] for test in tests)
                 child, out = forked(attempt, mutant, tests, limit_s, *args)
-                going[child] = (mutant, out, time.time(), limit_s)
-            for child, (mutant, out, start, limit_s) in list(going.items()):
+                going[child] = (mutant, out, time.time(), limit_s, everything)
+            for child, (mutant, out, start, limit_s, everything) in list(going.items()):
                 seconds = time.time() - start
                 if seconds > 20 * limit_s:  # it waits for something
                     os.killpg(child, signal.SIGKILL)
-                if os.waitpid(child, os.WNOHANG)[0]:
+                ended, _, usage = os.wait4(child, os.WNOHANG)
+                if ended:
                     del going[child]
                     by = answer(out)
                     if isinstance(by, dict):  # not a test's failure, but this tool's
                         raise SystemExit(f"{mutant.id}: {by['failed']}")
                     told = "a time limit or a crash" if by is None else by
-                    results.add(mutant, "noticed" if told else "survived", told, seconds)
+                    passed = "survived" if everything else "undecided"
+                    results.add(mutant, "noticed" if told else passed, told, seconds, usage)
             time.sleep(0.005)
 
 
@@ -530,7 +549,7 @@ def summary(mutants: list[Mutant], found: dict[str, dict[str, Any]]) -> str:
     done = [mutant for mutant in mutants if mutant.id in found]
     for room in [*ROOMS, "all"]:
         ids = [m.id for m in mutants if room in (m.room, "all")]
-        ran = [each for each in ids if each in found]
+        ran = [each for each in ids if each in found and found[each]["result"] != "undecided"]
         noticed = [each for each in ran if found[each]["result"] == "noticed"]
         told += [
             f"{room}: {len(noticed)} of {len(ran)} noticed ({len(noticed) / max(len(ran), 1):.1%})"
@@ -538,8 +557,8 @@ def summary(mutants: list[Mutant], found: dict[str, dict[str, Any]]) -> str:
         ]
     for mutant in done:
         result, by = found[mutant.id]["result"], found[mutant.id]["by"]
-        if result == "survived" and mutant.id not in known:
-            told.append(f"survived: {mutant.id}" + f" ({by})" * bool(by))
+        if result != "noticed" and mutant.id not in known:
+            told.append(f"{result}: {mutant.id}" + f" ({by})" * bool(by))
         if result == "noticed" and mutant.id in known:
             told.append(f"listed as equivalent, but noticed by {by}: {mutant.id}")
     return "\n".join(told)
@@ -549,6 +568,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("where", nargs="*", default=list(ROOMS), help="rooms or files")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after this")
+    parser.add_argument(
+        "--tests-seconds", type=float, default=float("inf"), help="of each mutant's tests at most"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--results", type=Path, default=Path(tempfile.gettempdir(), "mutants.jsonl")
@@ -559,7 +581,7 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    budget = Budget(args.jobs, start + args.seconds)
+    budget = Budget(args.jobs, start + args.seconds, args.tests_seconds)
     results.read()
     left = [mutant for mutant in mutants if not results.current(mutant)]
     later: list[tuple[Seen, list[Mutant]]] = []

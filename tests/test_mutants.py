@@ -48,6 +48,17 @@ def test_each_operator_and_comparison_once(tmp_path: Path) -> None:
     )
 
 
+def test_quick_tests_come_first_and_the_slow_ones_may_be_left_out(tmp_path: Path) -> None:
+    mutant = mutants.Mutant(tmp_path / "core" / "some.py", "", 0, 3, "id")
+    seconds = {"test_a.py::slow": 9.0, "test_a.py::quick": 1.0, "d/test_some.py::named": 5.0}
+    seen = mutants.Seen({**seconds, "test_a.py::elsewhere": 0.1})
+    seen.lines[f"{mutant.path}:3"] = set(seconds)
+    order = ["d/test_some.py::named", "test_a.py::quick", "test_a.py::slow"]
+    assert seen.tests_of(mutant, float("inf")) == (order, True)
+    assert seen.tests_of(mutant, 6.5) == (order[:2], False)
+    assert seen.tests_of(mutant, 0.5) == (order[:1], False)
+
+
 def test_equivalent_mutants_are_still_there_and_have_a_reason() -> None:
     there = {
         mutant.id for path in mutants.files_of(list(mutants.ROOMS))

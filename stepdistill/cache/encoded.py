@@ -38,12 +38,12 @@ def _part_digest(part: Any) -> str:
     sha = hashlib.sha256(type(part).__name__.encode())
     if isinstance(part, nn.Module):
         config = getattr(part, "config", None)
-        told = (
+        settings = (
             {} if config is None else dict(config if isinstance(config, dict) else config.to_dict())
         )
         for key in ("_name_or_path", "_diffusers_version", "transformers_version"):
-            told.pop(key, None)
-        sha.update(json.dumps(told, sort_keys=True, default=str).encode())
+            settings.pop(key, None)
+        sha.update(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, value in sorted(part.state_dict().items()):
             sha.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
             sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -59,9 +59,9 @@ def _settled(path: Path) -> bytes:
     """A tokenizer's file without what its last call left in it."""
     if path.name != "tokenizer.json":
         return path.read_bytes()
-    told = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in told.items() if key not in ("truncation", "padding")}
-    return json.dumps(kept, sort_keys=True).encode()
+    config = json.loads(path.read_text(encoding="utf-8"))
+    lasting = {key: value for key, value in config.items() if key not in ("truncation", "padding")}
+    return json.dumps(lasting, sort_keys=True).encode()
 
 
 def encoder_facts(family: Family, resolution: int | None, latents: bool) -> dict[str, Any]:
@@ -117,23 +117,23 @@ class EncodedCache:
         return [store for store in (self.prompts, self.latents) if store is not None]
 
     @staticmethod
-    def _mark(store: TensorCache, told: Mapping[str, Any]) -> Path:
-        text = json.dumps(dict(told), sort_keys=True)
+    def _mark(store: TensorCache, facts: Mapping[str, Any]) -> Path:
+        text = json.dumps(dict(facts), sort_keys=True)
         return store.folder / f"seen-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
-    def seen(self, told: Mapping[str, Any]) -> bool:
+    def seen(self, facts: Mapping[str, Any]) -> bool:
         """Whether a dataset of these facts was encoded whole and no row was lost since."""
-        marks = [(store, self._mark(store, told)) for store in self._stores()]
-        return told["sha256"] is not None and all(
+        marks = [(store, self._mark(store, facts)) for store in self._stores()]
+        return facts["sha256"] is not None and all(
             mark.is_file() and read_json(mark, ("rows",))["rows"] <= len(store)
             for store, mark in marks
         )
 
-    def note(self, told: Mapping[str, Any]) -> None:
+    def note(self, facts: Mapping[str, Any]) -> None:
         """Note that a dataset was encoded whole."""
-        for store in self._stores() if told["sha256"] is not None else ():
-            text = json.dumps({"rows": len(store), **told}, indent=1)
-            write_text(self._mark(store, told), text)
+        for store in self._stores() if facts["sha256"] is not None else ():
+            text = json.dumps({"rows": len(store), **facts}, indent=1)
+            write_text(self._mark(store, facts), text)
 
     def reopen(self) -> None:
         """See what other processes wrote."""
@@ -144,10 +144,10 @@ class EncodedCache:
 
     def prompt(self, prompt: Any) -> Cond | None:
         """The Cond of one prompt, on the CPU, or None where it is missing."""
-        found = self.prompts.get(content_key(prompt)) if self.prompts is not None else None
-        return None if found is None else Cond({k: v.unsqueeze(0) for k, v in found.items()})
+        tensors = self.prompts.get(content_key(prompt)) if self.prompts is not None else None
+        return None if tensors is None else Cond({k: v.unsqueeze(0) for k, v in tensors.items()})
 
     def latent(self, key: bytes) -> Tensor | None:
         """The latent (C, *S) of an image's key, or None where it is missing."""
-        found = self.latents.get(key) if self.latents is not None else None
-        return None if found is None else found["x0"]
+        tensors = self.latents.get(key) if self.latents is not None else None
+        return None if tensors is None else tensors["x0"]

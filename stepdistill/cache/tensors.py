@@ -131,10 +131,10 @@ class TensorCache:
 
     def get(self, key: bytes) -> dict[str, Tensor] | None:
         """The row's tensors by name, or None where it is missing."""
-        found = self._find(key)
-        if found is None:
+        place = self._find(key)
+        if place is None:
             return None
-        shard, row = found
+        shard, row = place
         try:
             if shard not in self._handles:
                 self._handles[shard] = Shard(self._paths[shard])

@@ -124,9 +124,9 @@ class Ctx:
         Each sample alone is uniform; together they cover the range, so a mean over times has less
         variance. Source: Kingma et al. 2021 (VDM), arXiv:2107.00630, Appendix I.1.
         """
-        count, own = bsz * self.world_size, self._generator
-        order = torch.randperm(count, device=self.device, generator=own)
-        jitter = torch.rand(count, device=self.device, dtype=torch.float64, generator=own)
+        count, generator = bsz * self.world_size, self._generator
+        order = torch.randperm(count, device=self.device, generator=generator)
+        jitter = torch.rand(count, device=self.device, dtype=torch.float64, generator=generator)
         return self._rows((order + jitter) / count)
 
     def randint(self, low: int, high: int, bsz: int) -> Tensor:

@@ -252,9 +252,9 @@ class FlowPath(NoisePath):
     def model_time(self, t: Tensor) -> Tensor:
         return t.double() * self.num_train_timesteps
 
-    def time_of(self, told: float | Tensor) -> Tensor:
+    def time_of(self, model_time: float | Tensor) -> Tensor:
         """The time t at which the network is told that (inverse of model_time)."""
-        return torch.as_tensor(told).double() / self.num_train_timesteps
+        return torch.as_tensor(model_time).double() / self.num_train_timesteps
 
 
 class VEPath(NoisePath):
@@ -292,9 +292,9 @@ class VEPath(NoisePath):
     def prior(self, noise: Tensor) -> Tensor:
         return self.sigma_max * noise
 
-    def time_of(self, told: float | Tensor) -> Tensor:
+    def time_of(self, model_time: float | Tensor) -> Tensor:
         """The time t at which the network is told that (inverse of model_time)."""
-        return self.time_of_sigma((torch.as_tensor(told).double() / self.time_scale).exp())
+        return self.time_of_sigma((torch.as_tensor(model_time).double() / self.time_scale).exp())
 
     def time_of_sigma(self, sigma: Tensor) -> Tensor:
         return (sigma.double() / self.sigma_max) ** (1.0 / self.rho)

@@ -63,9 +63,7 @@ class SamplerSpec:
                 f"SamplerSpec: expected heun with kind ode or anchored and plain x0, got {self}."
             )
         if self.trained_times is not None:
-            extra = [
-                t for t in self.times if min(abs(t - own) for own in self.trained_times) > 1e-6
-            ]
+            extra = [t for t in self.times if min(abs(t - u) for u in self.trained_times) > 1e-6]
             if extra:
                 raise ValueError(
                     f"SamplerSpec: expected times from the trained grid {self.trained_times}, "

@@ -147,5 +147,5 @@ class Losses:
 
     def plus(self, weight: float, term: Tensor, **logs: Tensor) -> Losses:
         """These losses and `weight` times a further term, with further values to log."""
-        told = {name: value.detach() for name, value in logs.items()}
-        return Losses(self.total + weight * term, {**self.logs, **told})
+        detached = {name: value.detach() for name, value in logs.items()}
+        return Losses(self.total + weight * term, {**self.logs, **detached})

@@ -32,12 +32,12 @@ def bucket_sizes(size: Size, multiple: int) -> tuple[Size, ...]:
     Args: multiple: what sides are multiples of in any case.
     """
     step = multiple * max(1, math.ceil(math.sqrt(math.prod(size)) / _STEPS / multiple))
-    area, found = math.prod(size), {size: None}
+    area, sizes = math.prod(size), {size: None}
     for height in range(step, int(math.sqrt(area * MOST_RATIO)) + 1, step):
         width = max(1, round(area / height / step)) * step
         if max(height / width, width / height) <= MOST_RATIO:
-            found |= {(height, width): None, (width, height): None}
-    return tuple(found)
+            sizes |= {(height, width): None, (width, height): None}
+    return tuple(sizes)
 
 
 def nearest(sizes: Sequence[Size], shape: Size) -> int:
@@ -87,6 +87,6 @@ class BucketOrder:
         buckets = buckets[torch.randperm(len(buckets), generator=generator).numpy()]
         numbers = np.empty_like(buckets)
         for bucket, begin in enumerate(first):
-            own = buckets == bucket
-            numbers[own] = begin + np.arange(own.sum())
+            in_bucket = buckets == bucket
+            numbers[in_bucket] = begin + np.arange(in_bucket.sum())
         self._epoch, self._plan = epoch, np.stack([buckets, numbers], axis=1)

@@ -72,9 +72,9 @@ def read_json(text: str) -> Any:
         raise ValueError("JSON that is nested too deep") from err
 
 
-def all_captions(told: Any) -> tuple[Any, ...]:
+def all_captions(captions: Any) -> tuple[Any, ...]:
     """Every caption that may be drawn of an item's prompt."""
-    return tuple(told) if isinstance(told, list | tuple) else (told,)
+    return tuple(captions) if isinstance(captions, list | tuple) else (captions,)
 
 
 def one_caption(item: dict[str, Any], seed: int, position: int) -> dict[str, Any]:
@@ -83,11 +83,11 @@ def one_caption(item: dict[str, Any], seed: int, position: int) -> dict[str, Any
 
     Errors: ValueError for a prompt that is neither text nor a label, nor a list of texts.
     """
-    told = item.get("prompt", "")
-    if isinstance(told, str | Integral) and not isinstance(told, bool):
+    prompt = item.get("prompt", "")
+    if isinstance(prompt, str | Integral) and not isinstance(prompt, bool):
         return item
     try:
-        texts = caption_of(told)
+        texts = caption_of(prompt)
     except ValueError as err:
         raise ValueError(f"train_dataset: {err}, the prompt of an item. Correct it.") from err
     return {**item, "prompt": texts[stable_seed("caption", seed, position) % len(texts)]}

@@ -87,10 +87,10 @@ def image_content(data: bytes, size_px: int | Size | None) -> str:
     """A name for what `decode_image` makes of these bytes."""
     if isinstance(size_px, tuple):
         height, width = size_px
-        told = str(height) if height == width else f"{height}x{width}"
+        size = str(height) if height == width else f"{height}x{width}"
     else:
-        told = str(size_px)
-    return hashlib.sha256(data + f"|{told}|{_RULES}".encode()).hexdigest()
+        size = str(size_px)
+    return hashlib.sha256(data + f"|{size}|{_RULES}".encode()).hexdigest()
 
 
 def is_picture(name: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> bool:

@@ -69,8 +69,8 @@ class Columns:
 
     @property
     def wanted(self) -> list[str]:
-        told = [] if self.key == "none" else [self.caption]
-        return told if self.image is None else [self.image, *told]
+        captions = [] if self.key == "none" else [self.caption]
+        return captions if self.image is None else [self.image, *captions]
 
     def condition(self, row: dict[str, Any], name: str) -> dict[str, Any]:
         """{"prompt"} or {"label"} of a row. Errors: CorruptItemError where it has none."""
@@ -88,10 +88,10 @@ class Columns:
         if self.image is None:
             return None
         try:
-            found = row[self.image]
-            path = found["path"]
+            image = row[self.image]
+            path = image["path"]
             named = Path(path).name if path else name
-            return (found["bytes"] or Path(path).read_bytes()), named
+            return (image["bytes"] or Path(path).read_bytes()), named
         except (OSError, TypeError, KeyError) as err:
             raise CorruptItemError(name) from err
 
@@ -127,11 +127,11 @@ def load_rows(
     saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     try:
         if saved:
-            found = datasets.load_from_disk(name)
-            found = found[split] if isinstance(found, dict) else found
+            dataset = datasets.load_from_disk(name)
+            dataset = dataset[split] if isinstance(dataset, dict) else dataset
             if not streaming:
-                return found
-            return Streamed(found.to_iterable_dataset(num_shards=min(len(found), 64) or 1))
+                return dataset
+            return Streamed(dataset.to_iterable_dataset(num_shards=min(len(dataset), 64) or 1))
         if not streaming:
             return datasets.load_dataset(name, config, split=split, revision=revision)
         builder = datasets.load_dataset_builder(name, config, revision=revision)
@@ -158,20 +158,20 @@ def _parquet_rows(file: str) -> int:
     from pyarrow.parquet import ParquetFile
 
     with fsspec.open(file, "rb") as opened:
-        found: int = ParquetFile(opened).metadata.num_rows
-    return found
+        num_rows: int = ParquetFile(opened).metadata.num_rows
+    return num_rows
 
 
-def shard_rows(found: Streamed, split: str, column: str) -> list[int]:
+def shard_rows(streamed: Streamed, split: str, column: str) -> list[int]:
     """Rows of each shard, or of all as one where only their sum can be known without reading them.
 
     Parquet files tell theirs in their footers. Of other formats, the dataset's own statement is the
     sum; without one the rows are counted. Args: column: of few bytes, to count by.
     """
-    rows, number = found.rows, found.rows.num_shards
-    if len(found.files) == number and all(name.endswith(".parquet") for name in found.files):
+    rows, number = streamed.rows, streamed.rows.num_shards
+    if len(streamed.files) == number and all(name.endswith(".parquet") for name in streamed.files):
         with ThreadPoolExecutor(min(_THREADS, number)) as pool:
-            return list(pool.map(_parquet_rows, found.files))
+            return list(pool.map(_parquet_rows, streamed.files))
     stated = (rows.info.splits or {}).get(split)
     if stated is not None and stated.num_examples:
         return [stated.num_examples]
@@ -179,12 +179,12 @@ def shard_rows(found: Streamed, split: str, column: str) -> list[int]:
     return [sum(len(part[column]) for part in shard.iter(1000)) for shard in shards]
 
 
-def undecoded(found: Any, columns: Columns) -> Any:
+def undecoded(rows: Any, columns: Columns) -> Any:
     """Only the columns that are read, images as bytes."""
-    found = found.select_columns(columns.wanted)
+    rows = rows.select_columns(columns.wanted)
     if columns.image is not None:
-        found = found.cast_column(columns.image, _library().Image(decode=False))
-    return found
+        rows = rows.cast_column(columns.image, _library().Image(decode=False))
+    return rows
 
 
 class HubDataset(Source):
@@ -192,7 +192,7 @@ class HubDataset(Source):
 
     def __init__(
         self,
-        found: Any,
+        rows: Any,
         size_px: int | None,
         image: str,
         caption: str,
@@ -200,11 +200,11 @@ class HubDataset(Source):
         num_labels: int | None = None,
     ) -> None:
         super().__init__(size_px)
-        told = (found.features, num_labels)
-        self.columns = Columns(found.column_names, image, caption, key, *told)
-        self.rows = undecoded(found, self.columns)
-        self._origin = (found.info.dataset_name, found.info.config_name, found._fingerprint)
-        self._texts = found.select_columns([caption]) if key != "none" else None
+        label_facts = (rows.features, num_labels)
+        self.columns = Columns(rows.column_names, image, caption, key, *label_facts)
+        self.rows = undecoded(rows, self.columns)
+        self._origin = (rows.info.dataset_name, rows.info.config_name, rows._fingerprint)
+        self._texts = rows.select_columns([caption]) if key != "none" else None
 
     def fingerprint(self) -> str:
         """sha256 of the library's own hash of what the rows are and where they came from."""
@@ -232,7 +232,7 @@ class HubStream(RowStream):
 
     def __init__(
         self,
-        found: Streamed,
+        streamed: Streamed,
         size_px: int | None,
         image: str,
         caption: str,
@@ -241,19 +241,19 @@ class HubStream(RowStream):
         split: str = "train",
         num_labels: int | None = None,
     ) -> None:
-        names = found.rows.column_names or list(next(iter(found.rows)))
-        self.columns = Columns(names, image, caption, key, found.rows.features, num_labels)
+        names = streamed.rows.column_names or list(next(iter(streamed.rows)))
+        self.columns = Columns(names, image, caption, key, streamed.rows.features, num_labels)
         self.size_px, self.buffer = size_px, buffer
-        self._found = undecoded(found.rows, self.columns)
-        told = self.columns.wanted[-1]  # the caption where there is one: few bytes a row
-        self.shards: Sequence[int] = shard_rows(found, split, told)
+        self._rows = undecoded(streamed.rows, self.columns)
+        column = self.columns.wanted[-1]  # the caption where there is one: few bytes a row
+        self.shards: Sequence[int] = shard_rows(streamed, split, column)
         if not len(self):
             raise ValueError(f"dataset_name: expected at least one row, got none in {split!r}.")
 
     def read(
         self, shard: int, begin: int, end: int | None, key: int, skip: int, substreams: int
     ) -> Iterator[dict[str, Any]]:
-        rows = self._found
+        rows = self._rows
         if len(self.shards) > 1:
             rows = rows.shard(len(self.shards), shard)
         rows = rows.skip(begin) if begin else rows
@@ -267,6 +267,6 @@ class HubStream(RowStream):
                 yield dict(zip(names, values, strict=True))
 
     def decode(self, row: dict[str, Any]) -> dict[str, Any]:
-        told = self.columns.condition(row, "a row without caption")
-        named = self.columns.image_bytes(row, str(next(iter(told.values()), "an image"))[:40])
-        return {**told, **decoded(named, self.size_px, self.known)}
+        condition = self.columns.condition(row, "a row without caption")
+        named = self.columns.image_bytes(row, str(next(iter(condition.values()), "an image"))[:40])
+        return {**condition, **decoded(named, self.size_px, self.known)}

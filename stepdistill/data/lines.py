@@ -102,8 +102,8 @@ class LineFile(Rows[str]):
         return text
 
     def _stat(self) -> tuple[int, int]:
-        told = self.path.stat()
-        return told.st_size, told.st_mtime_ns
+        stat = self.path.stat()
+        return stat.st_size, stat.st_mtime_ns
 
     def __len__(self) -> int:
         return self._count

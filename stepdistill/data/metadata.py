@@ -72,9 +72,9 @@ class FolderCaptions(Rows[Item]):
         names = [_first(row, names) for names in columns] if isinstance(row, dict) else [None]
         if None in names:
             got = f"columns {sorted(row)[:9]}" if isinstance(row, dict) else shown(row)
-            told = " and ".join(names[0] for names in columns)
+            wanted = " and ".join(names[0] for names in columns)
             raise ValueError(
-                f"{where}: expected an object with {told}, got {got}. Name the caption's column: "
+                f"{where}: expected an object with {wanted}, got {got}. Name the caption's column: "
                 "--data.caption_column."
             )
         name, caption = (row[name] for name in names)

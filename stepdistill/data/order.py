@@ -61,11 +61,11 @@ class EpochOrder:
             order = _permutation(len(self._sizes), *key, "shards")
             begins = np.cumsum(self._sizes[order]) - self._sizes[order]
             windows = begins // self.window  # a shard belongs to the window that it begins in
-            found = windows[np.searchsorted(begins, place, side="right") - 1]
-            first, last = np.searchsorted(windows, found), np.searchsorted(windows, found, "right")
+            window = windows[np.searchsorted(begins, place, side="right") - 1]
+            first, last = (np.searchsorted(windows, window, side) for side in ("left", "right"))
             end = int(begins[last]) if last < len(begins) else self.size
             rows = [self._starts[s] + np.arange(self._sizes[s]) for s in order[first:last]]
             joined = np.concatenate(rows)
             self._part = (int(begins[first]), end)
-            self._rows = joined[_permutation(len(joined), *key, int(found))]
+            self._rows = joined[_permutation(len(joined), *key, int(window))]
         self._epoch = epoch

@@ -80,8 +80,8 @@ def image_names(folder: Path, left_out: LeftOut | None = None) -> Iterator[str]:
 
 def _names(folder: Path, below: str, deep: bool, left_out: LeftOut) -> Iterator[str]:
     readable = readable_suffixes()
-    with os.scandir(folder) as found:
-        entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
+    with os.scandir(folder) as listing:
+        entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in listing)
     for name, is_folder in entries:
         if is_folder and deep and not name.startswith(".") and name not in _NOT_OURS:
             yield from _names(folder / name, f"{below}{name}/", deep, left_out)
@@ -114,14 +114,14 @@ def labelled_paths(root: Path, num_labels: int | None = None) -> PackedPaths:
         ((name, label) for name in _names(sub, f"{sub.name}/", False, left_out))
         for sub, label in zip(folders, labels, strict=True)
     )
-    found = PackedPaths(root, chain.from_iterable(names))
+    paths = PackedPaths(root, chain.from_iterable(names))
     left_out.tell(root)
-    return found
+    return paths
 
 
 def plain_paths(root: Path) -> PackedPaths:
     """All images below a folder, without labels."""
     left_out = LeftOut()
-    found = PackedPaths(root, ((name, None) for name in image_names(root, left_out)))
+    paths = PackedPaths(root, ((name, None) for name in image_names(root, left_out)))
     left_out.tell(root)
-    return found
+    return paths

@@ -72,13 +72,13 @@ class RowStream(ABC):
                 skip -= size
                 continue
             last = end == self.shards[shard]
-            found, key = skip, stable_seed("rows", substreams.seed, epoch, shard, begin)
+            num_read, key = skip, stable_seed("rows", substreams.seed, epoch, shard, begin)
             for row in self.read(shard, begin, None if last else end, key, skip, substreams.number):
-                found += 1
+                num_read += 1
                 yield row
-            if found != size:
+            if num_read != size:
                 raise ValueError(
-                    f"data: expected {end} rows in shard {shard}, got {begin + found} in epoch "
+                    f"data: expected {end} rows in shard {shard}, got {begin + num_read} in epoch "
                     f"{epoch}. The dataset changed or states a wrong number: load it without "
                     "streaming."
                 )
@@ -145,9 +145,9 @@ class _Substream:
         """The substream's rows from a position on, which stay at hand."""
         for index in count():
             while index >= len(self._ahead):
-                found = next(self._rows)
-                if found[0] >= position:
-                    self._ahead.append(found)
+                row = next(self._rows)
+                if row[0] >= position:
+                    self._ahead.append(row)
             yield self._ahead[index][1]
 
 
@@ -162,10 +162,10 @@ class _Share(IterableDataset[list[Item]]):
 
     def __iter__(self) -> Iterator[list[Item]]:
         worker = get_worker_info()
-        own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         substreams = Substreams(self.source.shards, self.batch * self.world_size, self.seed)
         open_substreams: dict[int, _Substream] = {}
-        for step in count(self.start + own, workers):
+        for step in count(self.start + worker_id, workers):
             begin = (step * self.world_size + self.rank) * self.batch
             batch = []
             for position in range(begin, begin + self.batch):

@@ -90,8 +90,8 @@ class Source(Dataset[dict[str, Any]], ABC):
             raise ValueError("data.buckets: expected a source of images, got prompts alone.")
         made = copy(self)
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = pool.map(lambda index: self._bucket(index, sizes), range(len(self)))
-            made._sizes, made._buckets = sizes, np.fromiter(found, np.int16, len(self))
+            buckets = pool.map(lambda index: self._bucket(index, sizes), range(len(self)))
+            made._sizes, made._buckets = sizes, np.fromiter(buckets, np.int16, len(self))
         return made
 
     def _bucket(self, index: int, sizes: Sequence[Size]) -> int:
@@ -134,14 +134,14 @@ def sizes_of(dataset: Any) -> Any:
 
 
 def decoded(
-    found: tuple[bytes, str] | None,
+    named_bytes: tuple[bytes, str] | None,
     size_px: int | Size | None,
     known: Callable[[str], bool] | None,
 ) -> dict[str, Any]:
     """{"image", "content"} of an image's (bytes, name), without the image where it is known."""
-    if found is None:
+    if named_bytes is None:
         return {}
-    content = image_content(found[0], size_px)
+    content = image_content(named_bytes[0], size_px)
     if known is not None and known(content):
         return {"content": content}
-    return {"image": decode_image(*found, size_px), "content": content}
+    return {"image": decode_image(*named_bytes, size_px), "content": content}

@@ -29,8 +29,8 @@ Piece = tuple[int, int, int]  # shard, first row, row past the last
 
 def _order(size: int, *key: object) -> list[int]:
     generator = torch.Generator().manual_seed(stable_seed(*key))
-    found: list[int] = torch.randperm(size, generator=generator).tolist()
-    return found
+    order: list[int] = torch.randperm(size, generator=generator).tolist()
+    return order
 
 
 class Substreams:
@@ -87,11 +87,11 @@ class Substreams:
         first, end = self.span(epoch, substream)
         end += begin - first
         ends = list(accumulate(self.shards[s] for s in shards))
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         index = bisect_right(ends, begin)
         while begin < end:
             start, until = ends[index] - self.shards[shards[index]], min(end, ends[index])
             if begin < until:
-                found.append((shards[index], begin - start, until - start))
+                pieces.append((shards[index], begin - start, until - start))
             begin, index = max(begin, until), index + 1
-        return found
+        return pieces

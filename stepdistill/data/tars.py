@@ -74,14 +74,14 @@ def index_shard(path: Path) -> tuple[NDArray[np.int64], list[str]]:
 
     Errors: ValueError for a file that is no whole tar.
     """
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
                 key, dot, _ = name.name.partition(".")
                 if member.isreg() and key and dot:
-                    kinds = found.setdefault(str(name.parent / key), {})
+                    kinds = samples.setdefault(str(name.parent / key), {})
                     kinds[name.suffix.lower()] = (member.offset_data, member.size)
             end = tar.offset
         if _read(path, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -89,13 +89,13 @@ def index_shard(path: Path) -> tuple[NDArray[np.int64], list[str]]:
     except (tarfile.TarError, OSError, ValueError, EOFError) as err:
         raise ValueError(f"{path}: expected a whole tar file, got {err}. Fetch it again.") from err
     rows, left_out = [], []
-    for key, kinds in found.items():
+    for key, kinds in samples.items():
         image = next((kinds[kind] for kind in kinds if kind in IMAGE_SUFFIXES), None)
-        told = [i for i, kind in enumerate(_CAPTIONS) if kind in kinds]
+        captions = [i for i, kind in enumerate(_CAPTIONS) if kind in kinds]
         if image is None:
             left_out.append(key)
-        elif told:
-            rows.append((*image, *kinds[_CAPTIONS[told[0]]], told[0]))
+        elif captions:
+            rows.append((*image, *kinds[_CAPTIONS[captions[0]]], captions[0]))
         else:
             rows.append((*image, 0, 0, _UNTOLD))
     return np.asarray(rows, dtype=np.int64).reshape(-1, _COLUMNS), left_out
@@ -130,9 +130,9 @@ class TarDataset(Source):
         self.key, self.column, self.window, self.num_labels = key, column, window, num_labels
         self.shards = expand_shards(shards)
         self._folder = None if index_dir is None else Path(index_dir)
-        found = [self._index(path) for path in self.shards]
-        self._indexes = [index for index, _ in found]
-        left_out = [name for _, names in found for name in names]
+        indexed = [self._index(path) for path in self.shards]
+        self._indexes = [index for index, _ in indexed]
+        left_out = [name for _, names in indexed for name in names]
         self._ends = list(accumulate(len(index) for index in self._indexes))
         if not len(self):
             raise ValueError(
@@ -149,17 +149,17 @@ class TarDataset(Source):
         """The index of one shard: from the disk where it is there, mapped and not read."""
         if self._folder is None:
             return index_shard(path)
-        told = path.stat()
-        facts = [str(path.resolve()), told.st_size, told.st_mtime_ns]
+        stat = path.stat()
+        facts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-        kept, names = self._folder / f"tar-{name}.npy", self._folder / f"tar-{name}.json"
-        if not (kept.is_file() and names.is_file()):
+        index_file, names = self._folder / f"tar-{name}.npy", self._folder / f"tar-{name}.json"
+        if not (index_file.is_file() and names.is_file()):
             index, left_out = index_shard(path)
             self._folder.mkdir(parents=True, exist_ok=True)
             write_text(names, json.dumps(left_out))
-            write_atomic(kept, lambda p: _save(p, index))
-        mapped: Literal["r"] | None = "r" if kept.stat().st_size > _EMPTY else None
-        return np.load(kept, mmap_mode=mapped), json.loads(names.read_text())
+            write_atomic(index_file, lambda p: _save(p, index))
+        mapped: Literal["r"] | None = "r" if index_file.stat().st_size > _EMPTY else None
+        return np.load(index_file, mmap_mode=mapped), json.loads(names.read_text())
 
     def fingerprint(self) -> str:
         """sha256 of the shards' names and sizes in bytes."""
@@ -186,12 +186,12 @@ class TarDataset(Source):
         try:
             if kind == _UNTOLD or size > LONGEST:
                 raise ValueError(f"{size:,} bytes" if size else "none")
-            found: Any = _read(path, offset, size).removeprefix(BOM_UTF8).decode("utf-8")
+            value: Any = _read(path, offset, size).removeprefix(BOM_UTF8).decode("utf-8")
             if _CAPTIONS[kind] == ".json":
-                found = read_json(found)[self.column]
+                value = read_json(value)[self.column]
             if self.key == "label":
-                return {"label": label_of(found, self.num_labels)}
-            return {"prompt": caption_of(found)}
+                return {"label": label_of(value, self.num_labels)}
+            return {"prompt": caption_of(value)}
         except (OSError, ValueError, KeyError, TypeError) as err:
             raise CorruptItemError(f"{name} (its {self.key}: {one_line(err)})") from err
 

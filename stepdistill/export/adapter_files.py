@@ -68,8 +68,8 @@ def read_adapters(place: Path) -> AdapterFile:
         alpha = tensors.pop(stem + alpha_key, None)
         if up is None:
             raise ValueError(f"merge: expected both factors of {stem} in {path}, got one.")
-        told = _alpha(stem, down.shape[0], config) if alpha is None else float(alpha)
-        adapters[stem] = Lora(down, up, told)
+        lora_alpha = _alpha(stem, down.shape[0], config) if alpha is None else float(alpha)
+        adapters[stem] = Lora(down, up, lora_alpha)
     if tensors:
         raise ValueError(
             f"merge: expected a plain LoRA in {path}, got {sorted(tensors)[:2]} beside it."
@@ -82,10 +82,10 @@ def _file_at(place: Path) -> Path:
         for name in (LORA_FILE, PEFT_FILE):
             if (place / name).is_file():
                 return place / name
-        found = sorted(place.glob("*.safetensors"))
-        if len(found) == 1:
-            return found[0]
-        raise ValueError(f"merge: expected one LoRA file in {place}, got {len(found)}.")
+        files = sorted(place.glob("*.safetensors"))
+        if len(files) == 1:
+            return files[0]
+        raise ValueError(f"merge: expected one LoRA file in {place}, got {len(files)}.")
     if not place.is_file() or place.suffix != ".safetensors":
         raise ValueError(f"merge: expected a .safetensors file or its folder, got {place}.")
     return place

@@ -22,17 +22,17 @@ def call_options(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def typed_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `call_options` that the exported pipeline's own defaults do not give."""
-    found: dict[str, Any] = record.get("typed", call_options(record))
-    return found
+    options: dict[str, Any] = record.get("typed", call_options(record))
+    return options
 
 
 def call_code(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     """The call's arguments as code, by `typed_options`."""
-    told = (
+    arguments = (
         f", {key}={value:g}" if isinstance(value, float) else f", {key}={value!r}"
         for key, value in typed_options(record).items()
     )
-    return (subject(record, prompt) + "".join(told)).removeprefix(", ")
+    return (subject(record, prompt) + "".join(arguments)).removeprefix(", ")
 
 
 def teacher_loras(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -40,10 +40,10 @@ def teacher_loras(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
     A folder here is named in full: the card's code runs from any other.
     """
-    found: Sequence[Mapping[str, Any]] = record["run"].get("teacher_lora", ())
+    loras: Sequence[Mapping[str, Any]] = record["run"].get("teacher_lora", ())
     return [
         {**lora, "source": str(Path(lora["source"]).resolve())} if "sha256" in lora else lora
-        for lora in found
+        for lora in loras
     ]
 
 
@@ -96,10 +96,10 @@ def _guidance(record: Mapping[str, Any]) -> str:
     scale = f"`guidance_scale={record['guidance_scale']:g}`"
     if record["guided"]:
         return f"Made for guidance: keep {scale}."
-    told = "told to the network" if record["guidance_embedded"] else "folded in"
+    guidance = "told to the network" if record["guidance_embedded"] else "folded in"
     if "guidance_scale" in typed_options(record):
-        return f"Guidance is {told}: keep {scale}."
-    return f"Guidance is {told}; the defaults are right."
+        return f"Guidance is {guidance}: keep {scale}."
+    return f"Guidance is {guidance}; the defaults are right."
 
 
 def size_text(record: Mapping[str, Any]) -> str:

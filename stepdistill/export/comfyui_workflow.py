@@ -74,7 +74,7 @@ def workflow(rules: ToolRules, record: Mapping[str, Any]) -> dict[str, Any]:
     Files of the base stand by the names that they are commonly kept under.
     """
     tools, graph = record["tools"], _Graph()
-    told, (height, width) = tools["comfyui"], tools["size"]
+    comfy, (height, width) = tools["comfyui"], tools["size"]
     base = Path(str(record["base_model"] or "")).name or "base"
     base = base if base.endswith(".safetensors") else f"{base}.safetensors"
     if rules.whole:
@@ -86,12 +86,12 @@ def workflow(rules: ToolRules, record: Mapping[str, Any]) -> dict[str, Any]:
     if rules.clip is not None:
         clip = graph.add(rules.clip[0], rules.clip[1:])
     model = graph.add("LoraLoaderModelOnly", [record["lora"]["file"], 1.0], model=model)
-    if told["node"] is not None:
-        model = graph.add(*told["node"], model=model)
+    if comfy["node"] is not None:
+        model = graph.add(*comfy["node"], model=model)
     positive = graph.add("CLIPTextEncode", [rules.before_prompt + "a prompt"], clip=clip)
     negative = graph.add("CLIPTextEncode", [""], clip=clip)
-    if told.get("flux_guidance") is not None:
-        positive = graph.add("FluxGuidance", [told["flux_guidance"]], conditioning=positive)
+    if comfy.get("flux_guidance") is not None:
+        positive = graph.add("FluxGuidance", [comfy["flux_guidance"]], conditioning=positive)
     size = [width, height, *([tools["frames"]] if record["output"] == "frames" else []), 1]
     images: dict[str, Output | None] = {}
     if record["reads_image"]:
@@ -106,16 +106,20 @@ def workflow(rules: ToolRules, record: Mapping[str, Any]) -> dict[str, Any]:
     if rules.latent == "WanImageToVideo":
         positive, negative, latent = latent, (latent[0], 1), (latent[0], 2)
     ends = {"model": model, "positive": positive, "negative": negative, "latent_image": latent}
-    if told["scheduler"] is not None:
-        names = (told["sampler"], told["scheduler"])
+    if comfy["scheduler"] is not None:
+        names = (comfy["sampler"], comfy["scheduler"])
         samples = graph.add(
-            "KSampler", [0, "fixed", told["steps"], told["cfg"], *names, 1.0], **ends
+            "KSampler", [0, "fixed", comfy["steps"], comfy["cfg"], *names, 1.0], **ends
         )
     else:
-        sampler = graph.add("KSamplerSelect", [told["sampler"]])
-        sigmas = graph.add("ManualSigmas", [told["sigmas"]])
+        sampler = graph.add("KSamplerSelect", [comfy["sampler"]])
+        sigmas = graph.add("ManualSigmas", [comfy["sigmas"]])
         samples = graph.add(
-            "SamplerCustom", [True, 0, "fixed", told["cfg"]], sampler=sampler, sigmas=sigmas, **ends
+            "SamplerCustom",
+            [True, 0, "fixed", comfy["cfg"]],
+            sampler=sampler,
+            sigmas=sigmas,
+            **ends,
         )
     pictures = graph.add("VAEDecode", samples=samples, vae=vae)
     if record["output"] == "frames":

@@ -49,8 +49,8 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 def _typed(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that differ from the defaults of the class's call."""
-    own = _defaults(cls)
-    return {name: value for name, value in options.items() if own.get(name) != value}
+    defaults = _defaults(cls)
+    return {name: value for name, value in options.items() if defaults.get(name) != value}
 
 
 def _serves(cls: type, pipeline: Any, options: Mapping[str, Any]) -> bool:

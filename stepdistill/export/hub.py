@@ -55,17 +55,17 @@ def files_to_push(folder: str | Path) -> list[str]:
             f"push: expected an exported folder with {RECORD}, got {root}. "
             "Make one: stepdistill export RUN_DIR OUT."
         )
-    found = sorted(p for p in root.rglob("*") if p.is_file() and not _is_hidden(p, root))
-    outside = [p for p in found if root.resolve() not in p.resolve().parents]
+    files = sorted(p for p in root.rglob("*") if p.is_file() and not _is_hidden(p, root))
+    outside = [p for p in files if root.resolve() not in p.resolve().parents]
     if outside:
         raise ValueError(f"push: expected files inside {root}, got the link {outside[0]}.")
-    sent = (p.suffix.lower() in SENT or is_project_code(p) for p in found)
-    odd = [p.relative_to(root).as_posix() for p, ok in zip(found, sent, strict=True) if not ok]
+    sent = (p.suffix.lower() in SENT or is_project_code(p) for p in files)
+    odd = [p.relative_to(root).as_posix() for p, ok in zip(files, sent, strict=True) if not ok]
     if odd:
         raise ValueError(
             f"push: expected safetensors and text only, got {odd[:3]}. Export into a new folder."
         )
-    return [p.relative_to(root).as_posix() for p in found]
+    return [p.relative_to(root).as_posix() for p in files]
 
 
 def _is_hidden(path: Path, root: Path) -> bool:
@@ -115,10 +115,10 @@ def refuse_secrets(sent: Mapping[str, bytes | Path]) -> None:
                 )
         elif kind in _TEXT:
             data = content.read_bytes() if isinstance(content, Path) else content
-        found = secret_in(data)
-        if found is not None:
+        secret = secret_in(data)
+        if secret is not None:
             raise ValueError(
-                f"push: expected no secret in any file, got one in {name} ({found}). Remove it "
+                f"push: expected no secret in any file, got one in {name} ({secret}). Remove it "
                 "there, and revoke it where others could read it."
             )
 

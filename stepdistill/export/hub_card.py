@@ -127,5 +127,5 @@ def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
         "settings": f"sha256 `{record['run_sha256']}`",
         "versions": ", ".join(f"{k} {v}" for k, v in record["versions"].items()),
     }
-    told = "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value is not None)
-    return f"| | |\n|---|---|\n{told}".strip()
+    lines = "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value is not None)
+    return f"| | |\n|---|---|\n{lines}".strip()

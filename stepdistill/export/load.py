@@ -92,5 +92,5 @@ def _record(model: str | Path, revision: str | None) -> dict[str, Any]:
             f"load_pipeline: expected a pipeline export with {RECORD}, got {str(model)!r}. "
             "Load other pipelines with DiffusionPipeline.from_pretrained."
         )
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record

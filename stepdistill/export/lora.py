@@ -80,8 +80,8 @@ def export_lora(
     path = bank[role].path
     sampler = sampler_of(family, path, spec)
     # A student on a base of its own belongs to that one, not to the teacher.
-    own = facts.get("student_base") or facts.get("model")
-    record = describe(family, spec, sampler, {**facts, "model": own}, path)
+    student_model = facts.get("student_base") or facts.get("model")
+    record = describe(family, spec, sampler, {**facts, "model": student_model}, path)
     base: Any = bank.base_of(role)
     adapters = folded(adapters_of(base, role), getattr(torch, dtype))
     rules, name = tool_rules(family.net, family.reads_image), out_dir.resolve().name
@@ -120,8 +120,8 @@ def lora_rows(family: Family) -> list[Row]:
             out.mkdir()
             name = "student.safetensors"
             file = _write(family, base.peft_config["student"], adapters, out, form, {}, name)
-            found = read_back(family, out / file, form, adapters)
-            rows += [(f"lora: {form}, read back by {name}", value) for name, value in found.items()]
+            gaps = read_back(family, out / file, form, adapters)
+            rows += [(f"lora: {form}, read back by {name}", value) for name, value in gaps.items()]
     return rows
 
 
@@ -139,28 +139,28 @@ def _write(
     Args: adapters: see `folded`; headers, own_name: of other tools' files.
     """
     if format in PREFIX:
-        told = {"format": "pt", **headers}
+        metadata = {"format": "pt", **headers}
         if format == "kohya":
-            told |= kohya_headers(adapters)
-        save_file(tensors_of(adapters, family.net, format), out_dir / own_name, metadata=told)
+            metadata |= kohya_headers(adapters)
+        save_file(tensors_of(adapters, family.net, format), out_dir / own_name, metadata=metadata)
         return own_name
     state = {}
     for name, lora in adapters.items():
         state[f"{name}.lora_A.weight"] = lora.down.contiguous()
         state[f"{name}.lora_B.weight"] = lora.up.contiguous()
-    told = adapter_config(config.to_dict(), adapters)
+    lora_config = adapter_config(config.to_dict(), adapters)
     if family.has_lora_loader():
         type(family.pipeline).save_lora_weights(
             out_dir,
             **{
                 f"{family.net_name}_lora_layers": state,
-                f"{family.net_name}_lora_adapter_metadata": told,
+                f"{family.net_name}_lora_adapter_metadata": lora_config,
             },
             weight_name=LORA_FILE,
             safe_serialization=True,
         )
         return LORA_FILE
-    type(config)(**told).save_pretrained(str(out_dir))
+    type(config)(**lora_config).save_pretrained(str(out_dir))
     named = {f"base_model.model.{name}": value for name, value in state.items()}
     save_file(named, out_dir / PEFT_FILE, metadata={"format": "pt"})
     return PEFT_FILE
@@ -168,9 +168,9 @@ def _write(
 
 def _code(family: Family, record: Mapping[str, Any], scheduler: str, where: str) -> str | None:
     """Python that uses the file in folder `where`; None where Diffusers does not read it."""
-    pipeline, told = type(family.pipeline).__name__, record["lora"]
-    if told["file"] == PEFT_FILE:
+    pipeline, lora = type(family.pipeline).__name__, record["lora"]
+    if lora["file"] == PEFT_FILE:
         return peft_code(record, pipeline, scheduler, where, family.net_name)
-    if "diffusers" in told["read_back"]:
+    if "diffusers" in lora["read_back"]:
         return lora_code(record, pipeline, scheduler, where)
     return None

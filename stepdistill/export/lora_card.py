@@ -81,13 +81,13 @@ def _imports(record: Mapping[str, Any], loaders: list[str], scheduler: str) -> l
 
 def _last(record: Mapping[str, Any], scheduler: str, where: str) -> list[str]:
     code = record.get("custom_code")
-    own = [
+    loading = [
         f"{scheduler} = get_class_from_dynamic_module(",
         f"    {where!r}, '{code}.py', 'scheduler', {scheduler!r}, trust_remote_code=True",
         ")",
     ]
     return [
-        *(own if code else ()),
+        *(loading if code else ()),
         f"pipe.scheduler = {scheduler}.from_pretrained({where!r}, subfolder='scheduler')",
         saving_code(record),
     ]

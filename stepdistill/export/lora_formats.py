@@ -80,15 +80,15 @@ class Lora:
 
 def adapters_of(net: nn.Module, role: str) -> dict[str, Lora]:
     """The adapters of that name on `net` by the stock name of their module, float32 on the CPU."""
-    found = {}
+    adapters = {}
     for name, layer in net.named_modules():
         if isinstance(layer, BaseTunerLayer) and role in layer.lora_A:
             down, up = (
                 part[role].weight.detach().float().cpu().contiguous()
                 for part in (layer.lora_A, layer.lora_B)
             )
-            found[name] = Lora(down, up, float(layer.scaling[role]) * down.shape[0])
-    return found
+            adapters[name] = Lora(down, up, float(layer.scaling[role]) * down.shape[0])
+    return adapters
 
 
 def folded(adapters: Mapping[str, Lora], dtype: torch.dtype) -> dict[str, Lora]:

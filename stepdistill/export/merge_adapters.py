@@ -56,11 +56,11 @@ def merge_adapters(sources: Sequence[str], out_dir: str | Path, method: str = "c
     record = _record(files)
     merge = _cat if method == "cat" else _linear
     merged = merge([file.adapters for file in files], weights)
-    told = [{"file": str(f.path), "weight": w} for f, w in zip(files, weights, strict=True)]
+    listed = [{"file": str(f.path), "weight": w} for f, w in zip(files, weights, strict=True)]
     with replacing(out_dir, "merge") as aside:
         aside.mkdir()
         _write(files[0], merged, aside, out_dir.name)
-        _write_record(aside, record, {"method": method, "of": told}, out_dir.name)
+        _write_record(aside, record, {"method": method, "of": listed}, out_dir.name)
     return out_dir
 
 
@@ -108,10 +108,10 @@ def _cat(files: Sequence[Adapters], weights: Sequence[float]) -> dict[str, Lora]
         raise ValueError(f"merge: expected a weight other than 0, got {list(weights)}.")
     out = {}
     for stem in dict.fromkeys(stem for file in files for stem in file):
-        found = [(f[stem], w) for f, w in zip(files, weights, strict=True) if stem in f and w]
-        if found:
-            down = torch.cat([lora.down.float() for lora, _ in found], dim=0)
-            up = torch.cat([w * lora.scale * lora.up.float() for lora, w in found], dim=1)
+        weighted = [(f[stem], w) for f, w in zip(files, weights, strict=True) if stem in f and w]
+        if weighted:
+            down = torch.cat([lora.down.float() for lora, _ in weighted], dim=0)
+            up = torch.cat([w * lora.scale * lora.up.float() for lora, w in weighted], dim=1)
             out[stem] = Lora(down, up, float(down.shape[0]))
     return out
 
@@ -154,12 +154,12 @@ def _write(like: AdapterFile, merged: Adapters, out_dir: Path, name: str) -> Non
         config = _widened(like.config[""], groups[""])
         (out_dir / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     elif like.tells_alpha == "metadata":
-        told = {
+        configs = {
             f"{component}.{key}": value
             for component, adapters in groups.items()
             for key, value in _widened(like.config.get(component, {}), adapters).items()
         }
-        metadata[METADATA] = json.dumps(told, indent=2, sort_keys=True)
+        metadata[METADATA] = json.dumps(configs, indent=2, sort_keys=True)
     else:
         metadata = {k: v for k, v in metadata.items() if not k.startswith("ss_network")}
     own_name = like.path.name if like.tells_alpha != "tensors" else f"{name}.safetensors"
@@ -173,14 +173,14 @@ def _widened(base: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
 
 def _record(files: Sequence[AdapterFile]) -> tuple[Path, dict[str, Any]] | None:
     """(folder, distillation.json) of the first student among the sources."""
-    found = [
+    records = [
         (file.path.parent, json.loads((file.path.parent / RECORD).read_text()))
         for file in files
         if (file.path.parent / RECORD).is_file()
     ]
-    for _, record in found[1:]:
-        check_same([found[0][1], record])
-    return found[0] if found else None
+    for _, record in records[1:]:
+        check_same([records[0][1], record])
+    return records[0] if records else None
 
 
 def _write_record(

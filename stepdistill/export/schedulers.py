@@ -206,8 +206,8 @@ def _table(config: Any, path: VPPath) -> dict[str, Any]:
     table = {key: config[key] for key in _TABLE if key in config}
     times = torch.arange(1, path.num_steps + 1, dtype=torch.float64) / path.num_steps
     if table.get("trained_betas") is not None or table.get("beta_schedule") in _BETA_SCHEDULES:
-        found = DDIMScheduler(**table).alphas_cumprod.double().clamp_min(0.0).sqrt()
-        if np.allclose(found, path.coeffs(times)[0], atol=1e-5):
+        alphas = DDIMScheduler(**table).alphas_cumprod.double().clamp_min(0.0).sqrt()
+        if np.allclose(alphas, path.coeffs(times)[0], atol=1e-5):
             return table
     return {
         "num_train_timesteps": path.num_steps,
@@ -288,10 +288,10 @@ def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
     if spec.boundary_sigma is not None:
         return _consistency_model(teacher, path, spec, spec.boundary_sigma)
     num, config = spec.num_steps, teacher.config
-    told = isinstance(teacher, CMStochasticIterativeScheduler)
-    gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind] if num > 1 else float(told)
-    if gamma != float(told) or spec.boundary_scale is not None:
-        wanted = "kind renoise (its scheduler restarts)" if told else "kind ode (Euler)"
+    is_cm = isinstance(teacher, CMStochasticIterativeScheduler)
+    gamma = {"ode": 0.0, "renoise": 1.0, "tcd": spec.gamma}[spec.kind] if num > 1 else float(is_cm)
+    if gamma != float(is_cm) or spec.boundary_scale is not None:
+        wanted = "kind renoise (its scheduler restarts)" if is_cm else "kind ode (Euler)"
         raise ValueError(
             f"export: expected {wanted} and plain x0 beside {type(teacher).__name__}, got {spec}. "
             "Sample with stepdistill.sampling."
@@ -304,7 +304,7 @@ def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
             f"never trained, got {float(sigmas[-1]):.1e} at the last of {num} steps. Use fewer."
         )
     made: Any
-    if told:
+    if is_cm:
         table = 120 // num * num  # a sigma_min whose square float32 holds
         made = CMStochasticIterativeScheduler(
             **shared,

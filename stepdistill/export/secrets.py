@@ -35,8 +35,8 @@ def secret_in(data: bytes) -> str | None:
     for kind, form in SECRETS.items():
         if form.search(data):
             return kind
-    own = [get_token() or "", *(os.environ.get(name, "") for name in _VARIABLES)]
-    if any(len(value) >= _SHORTEST and value.encode() in data for value in own):
+    secrets = [get_token() or "", *(os.environ.get(name, "") for name in _VARIABLES)]
+    if any(len(value) >= _SHORTEST and value.encode() in data for value in secrets):
         return "token of this machine"
     return None
 
@@ -104,7 +104,7 @@ def header_of(file: Path) -> bytes:
 def metadata_of(file: Path) -> dict[str, str]:
     """The metadata of a safetensors file; {} where its header can't be read."""
     try:
-        found = json.loads(header_of(file)).get("__metadata__") or {}
+        metadata = json.loads(header_of(file)).get("__metadata__") or {}
     except (ValueError, AttributeError, RecursionError):
         return {}
-    return {str(key): str(value) for key, value in found.items()}
+    return {str(key): str(value) for key, value in metadata.items()}

@@ -12,12 +12,12 @@ _LONG = "`--format kohya` (A1111, ComfyUI, sd-scripts) or `--format comfyui`"
 
 def usage(record: Mapping[str, Any]) -> str:
     """The numbers in one line."""
-    told = (record["tools"] or {}).get("comfyui")
+    comfy = (record["tools"] or {}).get("comfyui")
     steps = f"{record['num_inference_steps']} steps"
-    if told is None:
+    if comfy is None:
         return steps
-    scheduler = told["scheduler"] or "ManualSigmas"
-    return f"{steps}, sampler {told['sampler']}, scheduler {scheduler}, CFG {told['cfg']:g}"
+    scheduler = comfy["scheduler"] or "ManualSigmas"
+    return f"{steps}, sampler {comfy['sampler']}, scheduler {scheduler}, CFG {comfy['cfg']:g}"
 
 
 def file_note(record: Mapping[str, Any]) -> str:
@@ -44,26 +44,26 @@ def tool_notes(record: Mapping[str, Any]) -> str:
         return ""
     if "why" in tools:
         return f"**Other tools.** {tools['why']}\n"
-    told, visited = tools["comfyui"], record["visited_model_times"]
-    rows = [f"- ComfyUI: {_numbers(told['sampler'], told['scheduler'], told)}{_shift(told)}"]
-    if told.get("flux_guidance") is not None:
+    comfy, visited = tools["comfyui"], record["visited_model_times"]
+    rows = [f"- ComfyUI: {_numbers(comfy['sampler'], comfy['scheduler'], comfy)}{_shift(comfy)}"]
+    if comfy.get("flux_guidance") is not None:
         rows.append(
             f"- ComfyUI tells a Flux guidance 3.5 unless a node `FluxGuidance` stands behind the "
-            f"prompt: set it to {told['flux_guidance']:g}. That is not cfg."
+            f"prompt: set it to {comfy['flux_guidance']:g}. That is not cfg."
         )
-    if told["node"] is not None and told["node"][0] == "ModelSamplingDiscrete":
-        prediction, zero_snr = told["node"][1]
+    if comfy["node"] is not None and comfy["node"][0] == "ModelSamplingDiscrete":
+        prediction, zero_snr = comfy["node"][1]
         rows.append(
             f"- Node `ModelSamplingDiscrete` with {prediction}, zsnr {str(zero_snr).lower()}, "
             "where the checkpoint does not say so itself."
         )
     rows.append(
         "- ComfyUI, the trained times themselves: `SamplerCustom` with `ManualSigmas`: "
-        f"`{told['sigmas']}`"
+        f"`{comfy['sigmas']}`"
     )
     a1111 = tools["a1111"]
     if a1111 is not None:
-        line = f"- A1111: {_numbers(a1111['sampler'], a1111['scheduler'], told)}"
+        line = f"- A1111: {_numbers(a1111['sampler'], a1111['scheduler'], comfy)}"
         if a1111["visits"] != visited:
             line += f"; that visits {_times(a1111['visits'])} of the model's 1000 times"
         rows.append(line)
@@ -71,18 +71,18 @@ def tool_notes(record: Mapping[str, Any]) -> str:
     return "**Other tools.** " + trained + "\n\n" + "\n".join(rows) + "\n"
 
 
-def _numbers(sampler: str, scheduler: str | None, told: Mapping[str, Any]) -> str:
+def _numbers(sampler: str, scheduler: str | None, settings: Mapping[str, Any]) -> str:
     named = f"scheduler `{scheduler}`" if scheduler else "no scheduler visits the trained times"
-    return f"sampler `{sampler}`, {named}, steps {told['steps']}, cfg {told['cfg']:g}"
+    return f"sampler `{sampler}`, {named}, steps {settings['steps']}, cfg {settings['cfg']:g}"
 
 
-def _shift(told: Mapping[str, Any]) -> str:
-    if told["shift"] is None:
+def _shift(settings: Mapping[str, Any]) -> str:
+    if settings["shift"] is None:
         return ""
-    if told["node"] is None:
-        return f", shift {told['shift']:g} (its own)"
-    name, widgets = told["node"]
-    return f", shift {told['shift']:g}: node `{name}` at {widgets[0]:g}"
+    if settings["node"] is None:
+        return f", shift {settings['shift']:g} (its own)"
+    name, widgets = settings["node"]
+    return f", shift {settings['shift']:g}: node `{name}` at {widgets[0]:g}"
 
 
 def _times(times: Any) -> str:

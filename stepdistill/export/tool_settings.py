@@ -59,13 +59,13 @@ def tools_of(
         return None
     pipeline, shape, video = family.pipeline, family.sample_shape(px, px), family.output == "frames"
     factor = pipeline.vae_scale_factor_spatial if video else pipeline.vae_scale_factor
-    found = tool_settings(rules, path, spec, sampler.scheduler.config, family.net_name == "unet")
-    if "comfyui" in found and family.config.get("guidance_embeds"):
+    settings = tool_settings(rules, path, spec, sampler.scheduler.config, family.net_name == "unet")
+    if "comfyui" in settings and family.config.get("guidance_embeds"):
         # Told a node's absence, ComfyUI takes 3.5.
-        found["comfyui"]["flux_guidance"] = spec.guidance if spec.w is None else spec.w + 1.0
-        found["comfyui"]["cfg"] = 1.0
+        settings["comfyui"]["flux_guidance"] = spec.guidance if spec.w is None else spec.w + 1.0
+        settings["comfyui"]["cfg"] = 1.0
     return {
-        **found,
+        **settings,
         "size": [int(side * factor) for side in shape[-2:]],
         "frames": (shape[1] - 1) * pipeline.vae_scale_factor_temporal + 1 if video else None,
         "reads_clip_vision": family.reads_image and family.config.image_dim is not None,
@@ -124,8 +124,8 @@ def _flow(
     rules: ToolRules, path: NoisePath, spec: SamplerSpec, scheduler: Mapping[str, Any], sd: bool
 ) -> dict[str, Any]:
     total, num = _SIZES["flow" if sd else rules.table], spec.num_steps
-    own = 1.0 if sd else (math.exp(rules.shift) if rules.table == "flux" else rules.shift)
-    wanted = shift_of_grid(spec.times) if num > 1 else own
+    stock_shift = 1.0 if sd else (math.exp(rules.shift) if rules.table == "flux" else rules.shift)
+    wanted = shift_of_grid(spec.times) if num > 1 else stock_shift
     if rules.table == "flux":  # widgets have two digits and no sign
         wanted = math.exp(max(0.0, round(math.log(wanted), 2)))
     else:
@@ -135,9 +135,9 @@ def _flow(
         visited = simple_times(num, total, shift)
         return all(abs(a - b) <= TOLERANCE for a, b in zip(visited, spec.times, strict=True))
 
-    shift = own if fits(own) else wanted
+    shift = stock_shift if fits(stock_shift) else wanted
     simple, node = fits(shift), None
-    if sd or (simple and shift != own):
+    if sd or (simple and shift != stock_shift):
         k = shift if simple else 1.0
         name = "ModelSamplingSD3" if sd else rules.shift_node
         node = [name, [k]]
@@ -159,11 +159,11 @@ def _vp(
     indices = [round(n) for n in path.model_time(times).tolist()]
     zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
     prediction = _PREDICTIONS[scheduler.get("prediction_type", "epsilon")]
-    told = prediction != "eps" or zero_snr
+    states_prediction = prediction != "eps" or zero_snr
     return {
         "scheduler": "simple" if indices == simple_indices(spec.num_steps) else None,
         "shift": None,
-        "node": ["ModelSamplingDiscrete", [prediction, zero_snr]] if told else None,
+        "node": ["ModelSamplingDiscrete", [prediction, zero_snr]] if states_prediction else None,
         "sigmas": listed((sigma / alpha).clamp_max(_ZERO_SNR_SIGMA).tolist()),
     }
 

@@ -43,16 +43,16 @@ def check_export(
     names = {"prompt": "prompt", "label": "class_labels"}
     subject = {names[family.conditioning]: [prompt]} if family.conditioning in names else {}
     size = {n: v for n, v in record["call"].items() if n in ("height", "width")}
-    told = typed_options(record)
+    options = typed_options(record)
     if family.reads_image:  # its frame is of the model's own size
-        told, size = {n: v for n, v in told.items() if n not in size}, {}
+        options, size = {n: v for n, v in options.items() if n not in size}, {}
     devices = [net.device] if net.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         # The default generator serves the pipelines that pass theirs on and those that don't.
         torch.manual_seed(0)
         result = stock(
             **subject,
-            **{**family.call_extras, **told},
+            **{**family.call_extras, **options},
             generator=torch.default_generator,
             output_type="pt",
         )

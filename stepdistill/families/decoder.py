@@ -38,11 +38,11 @@ def load_decoder(source: str, channels: int, device: torch.device | str = "cpu")
 
     Errors: ValueError where it was made for others.
     """
-    own = decoder_config(source)["latent_channels"]
-    if own != channels:
+    its_channels = decoder_config(source)["latent_channels"]
+    if its_channels != channels:
         raise ValueError(
-            f"decoder: expected one for latents of {channels} channels, got {source!r} for {own}. "
-            "Each latent space has its own: taesd, taesdxl, taesd3, taef1."
+            f"decoder: expected one for latents of {channels} channels, got {source!r} for "
+            f"{its_channels}. Each latent space has its own: taesd, taesdxl, taesd3, taef1."
         )
     with no_pickles("decoder"):
         decoder: Any = AutoencoderTiny.from_pretrained(source, use_safetensors=True)

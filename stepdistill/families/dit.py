@@ -85,8 +85,8 @@ class DiTFamily(Family):
 
     def _class_id(self, prompt: Any) -> int:
         if isinstance(prompt, str):
-            found: int = self.pipeline.get_label_ids([prompt])[0]
-            return found
+            class_id: int = self.pipeline.get_label_ids([prompt])[0]
+            return class_id
         count = self.config.num_embeds_ada_norm
         if not isinstance(prompt, Integral) or not 0 <= int(prompt) < count:
             raise ValueError(f"dit: expected a label name or an id 0..{count - 1}, got {prompt!r}.")

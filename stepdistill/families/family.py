@@ -255,8 +255,8 @@ class Family(ABC):
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, *S) of one latent for height x width px (the model's own size where None)."""
         config, factor = self.config, self.pipeline.vae_scale_factor
-        own, patch = config.sample_size, config.patch_size
-        sides = (latent_size(pixels, own, factor, patch) for pixels in (height, width))
+        default_size, patch = config.sample_size, config.patch_size
+        sides = (latent_size(pixels, default_size, factor, patch) for pixels in (height, width))
         return (config.in_channels, *sides)
 
     @property
@@ -353,8 +353,8 @@ class Family(ABC):
     @classmethod
     def images_in(cls, result: Any) -> Tensor:
         """(B, C, H, W) or (B, C, F, H, W) in [0, 1] of what a stock call returned as "pt"."""
-        found: Tensor = getattr(result, cls.output)
-        return found.transpose(1, 2) if cls.output == "frames" else found
+        images: Tensor = getattr(result, cls.output)
+        return images.transpose(1, 2) if cls.output == "frames" else images
 
     def stock_call(
         self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator

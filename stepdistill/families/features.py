@@ -38,8 +38,8 @@ def token_blocks(width: int, item: int = 0, **counts: int) -> dict[str, FeatureB
 def unet_blocks(widths: Sequence[int]) -> dict[str, FeatureBlock]:
     """ "mid", "down.i" and "up.i" of a UNet with these block_out_channels, all maps."""
     blocks = {"mid": FeatureBlock("mid_block", widths[-1], "map")}
-    for side, own in (("down", list(widths)), ("up", list(reversed(widths)))):
-        for i, width in enumerate(own):
+    for side, side_widths in (("down", list(widths)), ("up", list(reversed(widths)))):
+        for i, width in enumerate(side_widths):
             blocks[f"{side}.{i}"] = FeatureBlock(f"{side}_blocks.{i}", width, "map")
     return blocks
 
@@ -99,21 +99,21 @@ def capture(
         only: nothing but the features is wanted: the call within ends, and this block with it, as
             soon as all are found, so what lies behind them is neither run nor kept for backward.
     """
-    found: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
     handles = []
     for name, block in blocks.items():
 
         def hook(
             _m: nn.Module, _args: Any, out: Any, name: str = name, item: int = block.item
         ) -> None:
-            found[name] = out[item] if isinstance(out, tuple) else out
-            if only and len(found) == len(blocks):
+            features[name] = out[item] if isinstance(out, tuple) else out
+            if only and len(features) == len(blocks):
                 raise _AllFound
 
         handles.append(net.get_submodule(block.module).register_forward_hook(hook))
     try:
         with suppress(_AllFound):
-            yield found
+            yield features
     finally:
         for handle in handles:
             handle.remove()

@@ -52,8 +52,8 @@ class GuidanceToldFamily(Family):
 def fold_guidance(net: Any, guidance: float) -> nn.Module:
     """A Flux.1 transformer without guidance input that answers as `net` told `guidance`."""
     embedder = net.time_text_embed
-    told = torch.full((1,), guidance, device=net.device, dtype=net.dtype) * 1000
-    constant = embedder.guidance_embedder(embedder.time_proj(told).to(net.dtype))[0]
+    model_guidance = torch.full((1,), guidance, device=net.device, dtype=net.dtype) * 1000
+    constant = embedder.guidance_embedder(embedder.time_proj(model_guidance).to(net.dtype))[0]
     prefix = "time_text_embed."
     state = {k: v for k, v in net.state_dict().items() if not k.startswith(prefix + EMBEDDER)}
     state[prefix + BIAS] = state[prefix + BIAS] + constant
@@ -84,10 +84,10 @@ def constant_projection(time_proj: Any) -> Tensor | None:
 
     Ridge regression on a grid finer than the fastest sinusoid.
     """
-    told = torch.linspace(0.0, MAX_GUIDANCE, 8001)
-    rows = time_proj(1000.0 * told).double()
+    guidances = torch.linspace(0.0, MAX_GUIDANCE, 8001)
+    rows = time_proj(1000.0 * guidances).double()
     ones = rows.new_ones(len(rows))
     gram = rows.T @ rows / len(rows) + RIDGE * torch.eye(rows.shape[1], dtype=rows.dtype)
-    found = torch.linalg.solve(gram, rows.T @ ones / len(rows))
-    deviation = float((rows @ found - 1.0).abs().max())
-    return found if deviation < MAX_DEVIATION else None
+    projection = torch.linalg.solve(gram, rows.T @ ones / len(rows))
+    deviation = float((rows @ projection - 1.0).abs().max())
+    return projection if deviation < MAX_DEVIATION else None

@@ -56,9 +56,9 @@ class GenericFamily(Family):
         """See Family.run."""
         facts, dtype = self.facts, net_dtype(net)
         time = (facts.slope * model_t + facts.offset).float()
-        told = {self._image: self.pack(x_t.to(dtype)), "timestep": time}
+        inputs = {self._image: self.pack(x_t.to(dtype)), "timestep": time}
         fixed = {name: probe.placed(value, x_t.device) for name, value in facts.fixed.items()}
-        out: Any = net(**told, **probe.joined(cond.to(dtype=dtype).tensors, fixed))
+        out: Any = net(**inputs, **probe.joined(cond.to(dtype=dtype).tensors, fixed))
         made = self.unpack(out[0] if isinstance(out, tuple) else out.sample, x_t.shape)
         return made[:, : x_t.shape[1]]  # learned variances are dropped
 
@@ -111,18 +111,18 @@ def generic_family(pipeline_class: str) -> type[GenericFamily]:
 
     Errors: ValueError where the class is none of Diffusers or not of that kind.
     """
-    found: Any = getattr(diffusers, pipeline_class, None)
-    is_pipeline = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
-    parts = set(inspect.signature(found.__init__).parameters) if is_pipeline else set()
+    cls: Any = getattr(diffusers, pipeline_class, None)
+    is_pipeline = isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)
+    parts = set(inspect.signature(cls.__init__).parameters) if is_pipeline else set()
     nets = [name for name in ("transformer", "unet") if name in parts]
-    call = set(inspect.signature(found.__call__).parameters) if parts else set()
+    call = set(inspect.signature(cls.__call__).parameters) if parts else set()
     wanted = {"prompt", "guidance_scale", "num_inference_steps", "generator", "output_type"}
     if len(nets) != 1 or not {"vae", "scheduler"} <= parts or not wanted <= call or "image" in call:
         raise ValueError(
             f"generic: expected a Diffusers pipeline from text with one transformer or unet, a vae "
             f"and guidance_scale, got {pipeline_class!r}."
         )
-    source = inspect.getsource(found.__call__)
+    source = inspect.getsource(cls.__call__)
     uncommented = "\n".join(line.split("#")[0] for line in source.splitlines())
     options = {
         "net_name": nets[0],

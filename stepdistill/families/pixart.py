@@ -66,10 +66,10 @@ class PixArtFamily(MaskedTokensFamily):
         if not self.pipeline.transformer.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (side * self.pipeline.vae_scale_factor for side in x_t.shape[-2:])
-        told = {"resolution": [height, width], "aspect_ratio": [height / width]}
+        conditions = {"resolution": [height, width], "aspect_ratio": [height / width]}
         return {
             name: torch.tensor([value], dtype=dtype, device=x_t.device).expand(len(x_t), -1)
-            for name, value in told.items()
+            for name, value in conditions.items()
         }
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:

@@ -39,7 +39,7 @@ class Heard:
     """
 
     shown: list[Tensor] = field(default_factory=list)
-    told: list[Tensor] = field(default_factory=list)
+    timestep: list[Tensor] = field(default_factory=list)
     rest: list[dict[str, Any]] = field(default_factory=list)
     raw: list[Tensor] = field(default_factory=list)
     out: list[Tensor] = field(default_factory=list)
@@ -56,7 +56,7 @@ def listening(pipeline: Any, net: Any, scheduler: Any, only_encode: bool) -> Ite
 
     Args: only_encode: stop at the first denoiser call (EnoughHeard), before it computes.
     """
-    heard, own = Heard(), pipeline.scheduler
+    heard, scheduler_before = Heard(), pipeline.scheduler
     signature, step, set_timesteps, decode = (
         inspect.signature(net.forward),
         scheduler.step,
@@ -68,7 +68,7 @@ def listening(pipeline: Any, net: Any, scheduler: Any, only_encode: bool) -> Ite
         rest = dict(signature.bind(*args, **kwargs).arguments)
         image = next(name for name in IMAGE_INPUTS if name in rest)
         heard.shown.append(rest.pop(image).detach().clone())
-        heard.told.append(torch.as_tensor(rest.pop("timestep")).detach().clone())
+        heard.timestep.append(torch.as_tensor(rest.pop("timestep")).detach().clone())
         heard.rest.append(rest)
         if only_encode:
             raise EnoughHeard
@@ -104,7 +104,7 @@ def listening(pipeline: Any, net: Any, scheduler: Any, only_encode: bool) -> Ite
     try:
         yield heard
     finally:
-        pipeline.scheduler, pipeline._progress_bar_config = own, bar
+        pipeline.scheduler, pipeline._progress_bar_config = scheduler_before, bar
         del pipeline.vae.decode
         for handle in handles:
             handle.remove()
@@ -187,8 +187,8 @@ def learn(family: Any) -> Facts:
     expect(family, "latents (B, C, H, W) or tokens of 2 x 2", fits, f"shape {tuple(x.shape)}")
     same = shown.shape == x.shape and torch.equal(shown, x.to(shown.dtype))
     expect(family, "a denoiser shown x_t as it is", same, f"an input {tuple(shown.shape)}")
-    (k0, k1), (told0, told1) = heard.model_t, (float(t.flatten()[0]) for t in heard.told)
-    slope = (told1 - told0) / (k1 - k0)
+    (k0, k1), (time0, time1) = heard.model_t, (float(t.flatten()[0]) for t in heard.timestep)
+    slope = (time1 - time0) / (k1 - k0)
     raw, out = heard.raw[0][:, : x.shape[1]].float(), heard.out[0].float()
     fits = raw.shape == out.shape and torch.allclose(raw, out)
     expect(family, "an output that is stepped with as it is", fits, "another use of it")
@@ -209,7 +209,7 @@ def learn(family: Any) -> Facts:
         expect(family, "every prompt encoded to one length", fits, f"{shapes[TEXT]} for one of two")
         fits = all(torch.allclose(alone[n][0].float(), rows[n][i].float(), atol=1e-4) for n in rows)
         expect(family, "rows that do not depend on their batch", fits, "others")
-    offset = told0 - slope * k0
+    offset = time0 - slope * k0
     names = tuple(sorted(rows))
     return Facts(tuple(z.shape[1:]), slope, offset, names, fixed, heard.mu, packed)
 
@@ -225,8 +225,8 @@ def learn_null(family: Any, names: Sequence[str]) -> dict[str, Tensor]:
     expect(family, "a null row beside each prompt", count == 2 * bsz, f"{count} rows for {bsz}")
     passes = [pick(rest, names) for rest in heard.rest]
     both = {name: torch.cat([each[name] for each in passes]) for name in names}
-    own = pick(plain.rest[0], names)[TEXT].float()
-    halves = [torch.allclose(half.float(), own, atol=1e-4) for half in both[TEXT].chunk(2)]
+    cond = pick(plain.rest[0], names)[TEXT].float()
+    halves = [torch.allclose(half.float(), cond, atol=1e-4) for half in both[TEXT].chunk(2)]
     expect(family, "one half of a guided batch to be the prompts", any(halves), "neither")
     first = bsz if halves[0] else 0
     return {name: both[name][first : first + 1] for name in names}

@@ -100,18 +100,18 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
 
 def parity_scheduler(family: Any) -> Any:
     """The stock scheduler that takes the deterministic first-order step of our solver."""
-    own: Any = family.pipeline.scheduler
-    config = own.config
-    if isinstance(own, FlowMatchEulerDiscreteScheduler):
+    stock: Any = family.pipeline.scheduler
+    config = stock.config
+    if isinstance(stock, FlowMatchEulerDiscreteScheduler):
         # One step under shift_terminal (Qwen-Image) divides by zero: no call here needs it.
         return FlowMatchEulerDiscreteScheduler.from_config(config, shift_terminal=None)
     if isinstance(family.path, VEPath):
-        if not isinstance(own, CMStochasticIterativeScheduler):
+        if not isinstance(stock, CMStochasticIterativeScheduler):
             return EDMEulerScheduler.from_config(config)
         # Without fresh noise, and with EDM's own scalings: those of a boundary at sigma_min = 0.
         tiny = float(torch.tensor(config.sigma_max * config.num_train_timesteps**-config.rho))
         options = {"s_noise": 0.0, "sigma_min": tiny, "clip_denoised": False}
-        return type(own).from_config(config, **options)
+        return type(stock).from_config(config, **options)
     if not isinstance(family.path, VPPath):
         return FlowMatchEulerDiscreteScheduler(shift=family.shift)
     first_order: dict[str, Any] = {
@@ -121,9 +121,9 @@ def parity_scheduler(family: Any) -> Any:
         "thresholding": False,
     }
     known = inspect.signature(DDIMScheduler.__init__).parameters
-    kept = {name: config[name] for name in config if name in known}
-    made: Any = DDIMScheduler(**{**kept, **first_order})
-    if made.alphas_cumprod.shape == own.alphas_cumprod.shape:
+    table = {name: config[name] for name in config if name in known}
+    made: Any = DDIMScheduler(**{**table, **first_order})
+    if made.alphas_cumprod.shape == stock.alphas_cumprod.shape:
         # The table itself: its betas' name does not give it where a scheduler shifts the SNR.
-        made.alphas_cumprod = own.alphas_cumprod.clone()
+        made.alphas_cumprod = stock.alphas_cumprod.clone()
     return made

@@ -62,9 +62,9 @@ class UNet2DFamily(Family):
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
-        told = self.scale_input(x_t, model_t).to(net_dtype(net))
+        scaled = self.scale_input(x_t, model_t).to(net_dtype(net))
         out: Tensor = net(
-            told, model_t.float(), class_labels=cond.get("class_labels"), return_dict=False
+            scaled, model_t.float(), class_labels=cond.get("class_labels"), return_dict=False
         )[0]
         return self.from_raw(out, x_t, model_t)
 
@@ -79,11 +79,11 @@ class UNet2DFamily(Family):
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C, H, W) of the one size the stock call makes. Errors: ValueError for another."""
         size = self.config.sample_size
-        own = (size, size) if isinstance(size, int) else tuple(size)
-        for pixels, side in zip((height, width), own, strict=True):
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        for pixels, side in zip((height, width), sides, strict=True):
             if pixels not in (None, side):
-                raise ValueError(f"{self.name}: expected {own} px (its only size), got {pixels}.")
-        return (self.config.in_channels, *own)
+                raise ValueError(f"{self.name}: expected {sides} px (its only size), got {pixels}.")
+        return (self.config.in_channels, *sides)
 
     def encode(self, prompts: Sequence[Any]) -> Cond:
         """B rows without content, whatever the prompts."""

@@ -59,9 +59,9 @@ def with_guidance_input(net: Any) -> nn.Module:
     if net.config.time_cond_proj_dim is not None:  # an LCM teacher has the input already
         twin: nn.Module = copy.deepcopy(net)
         return twin
-    own: nn.Module = type(net).from_config(net.config, time_cond_proj_dim=GUIDANCE_EMBED_DIM)
-    missing, unexpected = own.load_state_dict(net.state_dict(), strict=False)
+    guided_net: nn.Module = type(net).from_config(net.config, time_cond_proj_dim=GUIDANCE_EMBED_DIM)
+    missing, unexpected = guided_net.load_state_dict(net.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"], missing
     assert not unexpected, unexpected
-    nn.init.zeros_(own.get_parameter("time_embedding.cond_proj.weight"))
-    return own.to(net.device).type(net.dtype).eval()
+    nn.init.zeros_(guided_net.get_parameter("time_embedding.cond_proj.weight"))
+    return guided_net.to(net.device).type(net.dtype).eval()

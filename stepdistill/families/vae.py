@@ -21,8 +21,8 @@ def encode_images(vae: Any, images: Tensor, generator: torch.Generator | None = 
     """
     video = is_video_vae(vae)
     if images.ndim not in ((4, 5) if video else (4,)) or images.shape[1] != 3:
-        told = "images (B, 3, H, W)" + (" or videos (B, 3, F, H, W)" if video else "")
-        raise ValueError(f"latents: expected {told}, got {tuple(images.shape)}.")
+        shapes = "images (B, 3, H, W)" + (" or videos (B, 3, F, H, W)" if video else "")
+        raise ValueError(f"latents: expected {shapes}, got {tuple(images.shape)}.")
     if vae.config.get("in_channels") == 1:
         images = images.mean(dim=1, keepdim=True)
     single = video and images.ndim == 4

@@ -59,11 +59,11 @@ class WanFamily(Family):
         return factor
 
     def sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        frames, *own = self.size
+        frames, *trained_size = self.size
         factor, patch = self.latent_px, self.config.patch_size[1]
         sides = (
             latent_size(asked or px, 0, factor, patch)
-            for asked, px in zip((height, width), own, strict=True)
+            for asked, px in zip((height, width), trained_size, strict=True)
         )
         num_latents = (frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
         return (self.pipeline.vae.config.z_dim, num_latents, *sides)

@@ -114,8 +114,8 @@ class WanImageToVideoFamily(WanFamily):
             rows["frame"].append(made[1])
             if "frame_tokens" in rows:
                 rows["frame_tokens"].append(pipe.encode_image(picture, at))
-        found = {name: torch.cat(values).to(device) for name, values in rows.items()}
-        return Cond({"prompt_embeds": cond["prompt_embeds"], **found})
+        image_conditions = {name: torch.cat(values).to(device) for name, values in rows.items()}
+        return Cond({"prompt_embeds": cond["prompt_embeds"], **image_conditions})
 
     # -------------------------------------------------------------- checking
     def from_raw(self, out: Tensor, x_t: Tensor, model_t: Tensor) -> Tensor:

@@ -67,21 +67,21 @@ def _merge_stock(pipeline: Any, lora: LoraSource) -> None:
     name, file = "teacher", lora.file or Path(hf_hub_download(lora.place, str(lora.weight_name)))
     tensors, scaled_by_header = read_tensors(file), LORA_ADAPTER_METADATA_KEY in _header(file)
     try:
-        own = tensors if scaled_by_header else _without_alphas(tensors)
+        tensors_alone = tensors if scaled_by_header else _without_alphas(tensors)
         where = {"weight_name": file.name, "use_safetensors": True} if scaled_by_header else {}
-        given = str(file.parent) if scaled_by_header else own
+        given = str(file.parent) if scaled_by_header else tensors_alone
         with _converting(pipeline) as conversions:
             pipeline.load_lora_weights(given, adapter_name=name, **where)
-        converted, told = conversions[-1]
+        converted, options = conversions[-1]
         holders = [part for part, names in pipeline.get_list_adapters().items() if name in names]
         if not holders:  # the stock loader only logs it
             raise ValueError("no key of it names a module there")
         nets = [getattr(pipeline, part) for part in holders]
         unread = _not_loaded(converted, nets, name)
-        traces = traced(own)
-        again = pipeline.lora_state_dict(dict(traces), **told)[0]
+        traces = traced(tensors_alone)
+        again = pipeline.lora_state_dict(dict(traces), **options)[0]
         read = used(traces, (value for key, value in again.items() if key not in unread))
-        check_all_used({key: value for key, value in own.items() if key not in read})
+        check_all_used({key: value for key, value in tensors_alone.items() if key not in read})
     except IndexError as err:  # Diffusers' loader takes the rank of the first module it finds
         why = "all its keys for one part (denoiser or a text encoder) name no module there"
         raise _misfit(pipeline, lora, why) from err
@@ -106,17 +106,17 @@ def _without_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Errors: ValueError for a factor without the other, an alpha without either.
     """
-    left, own = dict(tensors), dict[str, Tensor]()
-    for down, found in [(key, match) for key in tensors if (match := _DOWN.fullmatch(key))]:
-        up = f"{found['stem']}{_UP[found['side']]}{found['rest']}"
-        alpha = left.pop(f"{found['stem'].rstrip('._')}.alpha", None)
+    left, scaled = dict(tensors), dict[str, Tensor]()
+    for down, parts in [(key, match) for key in tensors if (match := _DOWN.fullmatch(key))]:
+        up = f"{parts['stem']}{_UP[parts['side']]}{parts['rest']}"
+        alpha = left.pop(f"{parts['stem'].rstrip('._')}.alpha", None)
         if up not in left:
             raise ValueError(f"{down} stands without {up}")
-        own[down], own[up] = left.pop(down), left.pop(up)
+        scaled[down], scaled[up] = left.pop(down), left.pop(up)
         if alpha is not None:
-            scale = float(alpha) / own[down].shape[0]
-            own[up] = own[up] if scale == 1.0 else own[up].float() * scale
-    return own | left
+            scale = float(alpha) / scaled[down].shape[0]
+            scaled[up] = scaled[up] if scale == 1.0 else scaled[up].float() * scale
+    return scaled | left
 
 
 @contextmanager
@@ -183,8 +183,8 @@ def _merge_peft(pipeline: Any, net_name: str, lora: LoraSource) -> None:
     try:
         adapted: Any = PeftModel.from_pretrained(net, lora.place)
         # Loaded once more, as this says what from_pretrained keeps to itself.
-        told = adapted.load_adapter(lora.place, "default").unexpected_keys
-        unread = {key.replace(".default", "") for key in told}  # PEFT's names in the network
+        unexpected = adapted.load_adapter(lora.place, "default").unexpected_keys
+        unread = {key.replace(".default", "") for key in unexpected}  # PEFT's names in the network
         tensors = read_tensors(Path(lora.place) / PEFT_FILE)
         check_all_used({k: v for k, v in tensors.items() if {k, f"{k}.weight"} & unread})
     except (ValueError, KeyError, RuntimeError, SafetensorError) as err:

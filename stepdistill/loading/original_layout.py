@@ -94,8 +94,8 @@ _UNET = {
 def _leaves(net: nn.Module) -> Iterator[str]:
     """Stock names of modules that hold a weight; an adapter's own and its wrapper are no names."""
     for name, module in net.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if "weight" in own and ".lora_" not in f".{name}":
+        parameters = dict(module.named_parameters(recurse=False))
+        if "weight" in parameters and ".lora_" not in f".{name}":
             yield name.removesuffix(".base_layer")
 
 

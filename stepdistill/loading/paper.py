@@ -106,17 +106,17 @@ def part_config(
     where = f"{model}/{name}/config.json"
     try:
         if diffusers:
-            found = cls.load_config(str(model), subfolder=name, **hub)
+            config = cls.load_config(str(model), subfolder=name, **hub)
         else:
-            found = cls.config_class.get_config_dict(str(model), subfolder=name, **hub)[0]
+            config = cls.config_class.get_config_dict(str(model), subfolder=name, **hub)[0]
     except Exception as err:  # whatever broken files make the stock readers stumble over
         raise ValueError(
             f"{where}: expected a readable configuration, got {one_line(err)}"
         ) from err
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: expected an object, got {type(found).__name__}.")
-    _check_class(cls, diffusers, found, where)
-    return found
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: expected an object, got {type(config).__name__}.")
+    _check_class(cls, diffusers, config, where)
+    return config
 
 
 # Of files that were saved by a former class of the same network.

@@ -83,9 +83,9 @@ def _networks(
         if not issubclass(cls, nn.Module):
             continue
         stock, where = entry[0] == "diffusers", f"{config}/{name}/config.json"
-        told = part_config(cls, stock, config, name, {})
-        check_numbers(told, where)
-        yield name, (cls, told, on_meta(cls, stock, told, where))
+        part = part_config(cls, stock, config, name, {})
+        check_numbers(part, where)
+        yield name, (cls, part, on_meta(cls, stock, part, where))
 
 
 def _converted(
@@ -112,14 +112,14 @@ def _converted(
 
 def _text(names: set[str], net: Any) -> Iterator[str]:
     """The entries of a text encoder: Transformers' names, or OpenCLIP's, behind a prefix."""
-    own = {name.removeprefix("text_model.") for name in net.state_dict()}
+    text_names = {name.removeprefix("text_model.") for name in net.state_dict()}
     layers = getattr(net.config, "num_hidden_layers", 0)
     for name in names:
         prefix = _TEXT.match(name)
         if prefix is None:
             continue
         rest = name[prefix.end() :]
-        if prefix["kind"] == "transformer" and rest.removeprefix("text_model.") in own:
+        if prefix["kind"] == "transformer" and rest.removeprefix("text_model.") in text_names:
             yield name
         known = _OPEN_CLIP.fullmatch(rest) if prefix["kind"] == "model" else None
         # Stable Diffusion 2 reads the layer before the last, and its configuration ends there.

@@ -49,26 +49,26 @@ class StoredTensors:
         self._reader = dcp.HuggingFaceStorageReader(str(source))
         self._reader.fs = _Only(files)
         try:
-            found = self._reader.read_metadata().state_dict_metadata
+            metadata = self._reader.read_metadata().state_dict_metadata
         except (KeyError, TypeError, ValueError) as err:
             raise self._malformed(f"none that can be read ({type(err).__name__}: {err})") from err
         self.facts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name, told in found.items():
-            assert isinstance(told, TensorStorageMetadata)
-            held = sum(prod(chunk.sizes) for chunk in told.chunks)
-            if held != prod(told.size):
-                raise self._malformed(f"{held} of the {prod(told.size)} numbers of {name}")
-            self.facts[name] = (tuple(told.size), told.properties.dtype)
+        for name, stored in metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            held = sum(prod(chunk.sizes) for chunk in stored.chunks)
+            if held != prod(stored.size):
+                raise self._malformed(f"{held} of the {prod(stored.size)} numbers of {name}")
+            self.facts[name] = (tuple(stored.size), stored.properties.dtype)
 
     def _malformed(self, what: str) -> ValueError:
         return ValueError(f"{self.source}: expected every shard of its tensors, got {what}.")
 
-    def read_into(self, own: Mapping[str, Tensor]) -> None:
+    def read_into(self, live: Mapping[str, Tensor]) -> None:
         """Fill tensors, or parts of them, of these names and shapes. Errors: ValueError."""
         try:  # each process alone reads what it needs, so none can hang on another
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(dict(own), storage_reader=self._reader, no_dist=True)
+                dcp.load(dict(live), storage_reader=self._reader, no_dist=True)
         except CheckpointException as err:
-            told = "; ".join(str(failure) for failure, _ in err.failures.values())
-            raise self._malformed(f"an error ({' '.join(told.split())[:300]})") from err
+            failures = "; ".join(str(failure) for failure, _ in err.failures.values())
+            raise self._malformed(f"an error ({' '.join(failures.split())[:300]})") from err

@@ -56,8 +56,8 @@ def traced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def origin(value: Any) -> frozenset[str]:
     """The entries that went into a converter's result; none into what it made up itself."""
-    found: frozenset[str] = getattr(value, "names", frozenset())
-    return found
+    names: frozenset[str] = getattr(value, "names", frozenset())
+    return names
 
 
 def used(given: Mapping[str, Tensor], results: Iterable[Any]) -> set[str]:

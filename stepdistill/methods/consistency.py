@@ -127,8 +127,8 @@ class Consistency(Method[ConsistencyConfig]):
     def sampler_at(self, step: int, max_steps: int, num_steps: int | None = None) -> SamplerSpec:
         """See Method.sampler_at: on the grid reached, in as many steps as it has at most."""
         grid = self.grid_at(step - 1) if step else self.grid
-        own = min(self.config.num_steps, len(grid.starts))
-        return self._sampler(grid, own if num_steps is None else num_steps)
+        default_steps = min(self.config.num_steps, len(grid.starts))
+        return self._sampler(grid, default_steps if num_steps is None else num_steps)
 
     def _sampler(self, grid: SolverGrid, num_steps: int) -> SamplerSpec:
         embedded = self.config.embed_guidance

@@ -67,9 +67,9 @@ class SolverGrid:
         self, setting: Setting, num_grid: int, boundary: Boundary = "auto", scale: float = 10.0
     ) -> None:
         self.path = path = setting.path
-        own, low, ends = "none", 0.0, {"none": 0.0}
+        path_boundary, low, ends = "none", 0.0, {"none": 0.0}
         if isinstance(path, VPPath):
-            own, ends["lcm"] = "lcm", 1.0 / path.num_steps
+            path_boundary, ends["lcm"] = "lcm", 1.0 / path.num_steps
             if path.num_steps % num_grid:
                 raise ValueError(
                     f"num_grid: expected a divisor of the {path.num_steps}-step table, "
@@ -77,8 +77,8 @@ class SolverGrid:
                 )
         elif isinstance(path, VEPath):
             low = (path.sigma_min / path.sigma_max) ** (1.0 / path.rho)
-            own, ends["cd"] = "cd", low
-        self.boundary = own if boundary == "auto" else boundary
+            path_boundary, ends["cd"] = "cd", low
+        self.boundary = path_boundary if boundary == "auto" else boundary
         if self.boundary not in ends:
             raise ValueError(
                 f"boundary: expected 'auto' or one of {sorted(ends)} on a {type(path).__name__}, "

@@ -118,10 +118,10 @@ class Reflow(Method[ReflowConfig]):
 
     def trained_times(self) -> tuple[float, ...]:
         """Stage distill's grid, on the table of a VP path."""
-        own = self.config.student_times
-        if own is None:
+        student_times = self.config.student_times
+        if student_times is None:
             return self.times(self.config.num_steps)
-        return tuple(self.path.snap(torch.tensor(own, dtype=torch.float64)).tolist())
+        return tuple(self.path.snap(torch.tensor(student_times, dtype=torch.float64)).tolist())
 
     def times(self, num_steps: int) -> tuple[float, ...]:
         """The uniform grid on the student's path, on its table: DDIM's trailing spacing on VP."""

@@ -93,8 +93,8 @@ class RolloutConfig(MethodConfig):
     def spec(self, setting: Setting, num_steps: int | None = None) -> SamplerSpec:
         """The matching sampler. Errors: ValueError where num_steps leaves the trained grid."""
         trained = self.trained_times(setting)
-        own = num_steps is None or num_steps == len(trained)
-        times = trained if own or num_steps is None else self.uniform(setting, num_steps)
+        as_trained = num_steps is None or num_steps == len(trained)
+        times = trained if as_trained or num_steps is None else self.uniform(setting, num_steps)
         return SamplerSpec(times, self.sampler, trained_times=trained)
 
 

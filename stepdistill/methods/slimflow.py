@@ -69,8 +69,8 @@ class SlimFlow(Reflow):
 
     def trained_times(self) -> tuple[float, ...]:
         """See Reflow.trained_times: in stage distill start_time alone."""
-        own = self.path.snap(torch.tensor([self.config.start_time], dtype=torch.float64))
-        return tuple(own.tolist()) if self.config.stage == "distill" else super().trained_times()
+        start = self.path.snap(torch.tensor([self.config.start_time], dtype=torch.float64))
+        return tuple(start.tolist()) if self.config.stage == "distill" else super().trained_times()
 
     def annealing(self, step: int) -> float:
         """b at a student update: 1 new noise alone, 0 the pair's own."""
@@ -115,14 +115,14 @@ class SlimFlow(Reflow):
 
     @torch.no_grad()
     def two_steps(
-        self, teacher: Denoiser, own: Tensor, start: Tensor, middle: Tensor, batch: Batch
+        self, teacher: Denoiser, first_x0: Tensor, start: Tensor, middle: Tensor, batch: Batch
     ) -> Tensor:
         """x0 (B, C, *S) by one Euler step from start to times middle (B,), one more to 0.
 
-        Args: own: (B, C, *S) the student's x0 at start.
+        Args: first_x0: (B, C, *S) the student's x0 at start.
         """
         guidance, first = self.config.guidance, torch.ones_like(middle) * self.trained_times()[0]
         if self.config.guide_first == "teacher":
-            own = teacher(start, first, batch.cond, batch.null, guidance).x0
-        x_t = teacher.path.step(own, start, first, middle)
+            first_x0 = teacher(start, first, batch.cond, batch.null, guidance).x0
+        x_t = teacher.path.step(first_x0, start, first, middle)
         return teacher(x_t, middle, batch.cond, batch.null, guidance).x0

@@ -71,7 +71,7 @@ class TrajectoryMethod(Method[T]):
         """Weights of the distance and of the adversarial term now."""
         return 1.0, self.config.gan.weight_g
 
-    def _told(self, batch: Batch, ctx: Ctx) -> Batch:
+    def _with_prompt_dropout(self, batch: Batch, ctx: Ctx) -> Batch:
         """The batch after prompt dropout."""
         share = self.config.null_probability
         return batch.nulled(ctx.host_rand(batch.bsz) < share) if share > 0.0 else batch
@@ -130,7 +130,7 @@ class TrajectoryMethod(Method[T]):
 
     def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """The distance of the jumps, and what the head thinks of the student's."""
-        config, batch = self.config, self._told(batch, ctx)
+        config, batch = self.config, self._with_prompt_dropout(batch, ctx)
         both, (scale, weight) = self.jumps(nets, batch, ctx), self.weights(ctx)
         loss = weighted_mean(distance(config.loss, both.estimate, both.target, config.huber_c))
         logs, total = {"loss": loss}, scale * loss
@@ -142,7 +142,7 @@ class TrajectoryMethod(Method[T]):
 
     def disc_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """The head's loss on jumps without graph."""
-        batch = self._told(batch, ctx)
+        batch = self._with_prompt_dropout(batch, ctx)
         with torch.no_grad():
             both = self.jumps(nets, batch, ctx)
         sides, gan = self.carry(both, batch, ctx), self.config.gan

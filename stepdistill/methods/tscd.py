@@ -78,10 +78,10 @@ class TSCD(TrajectoryMethod[TSCDConfig]):
 
     def _sampler(self, k: int, num_steps: int | None) -> SamplerSpec:
         config = self.config
-        own = config.num_steps or k
-        own = own if own % k == 0 else k
+        default_steps = config.num_steps or k
+        default_steps = default_steps if default_steps % k == 0 else k
         return SamplerSpec(
-            self.segments.visit(own if num_steps is None else num_steps, k),
+            self.segments.visit(default_steps if num_steps is None else num_steps, k),
             config.sampler,
             trained_times=tuple(self.grid.starts.flip(0).tolist()),
             guidance=config.inference_guidance,

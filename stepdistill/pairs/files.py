@@ -138,23 +138,23 @@ def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) ->
     if not path.is_file():
         raise FileNotFoundError(path)
     try:
-        found = Shard(path)
+        opened = Shard(path)
     except BrokenShardError as err:
         raise damaged(err) from err
-    header = found.facts if isinstance(found.facts, dict) else {}
+    header = opened.facts if isinstance(opened.facts, dict) else {}
     if header.get("fingerprint") != settings.fingerprint:
         raise ForeignShardError(
             f"{path}: expected a shard of the set in {MANIFEST}, got one of other settings. "
             "Two sets were mixed in one folder; make them apart."
         )
     expected = dict.fromkeys(("noise", "x0"), settings.shape)
-    shapes = {name: shape for name, (_, shape) in found.layout.items()}
-    kinds = {dtype for dtype, _ in found.layout.values()}
+    shapes = {name: shape for name, (_, shape) in opened.layout.items()}
+    kinds = {dtype for dtype, _ in opened.layout.values()}
     prompts = header.get("prompts")
     whole = (
         isinstance(prompts, list)
         and all(type(p) in (str, int) for p in prompts)
-        and len(found) == len(prompts) == len(rows)
+        and len(opened) == len(prompts) == len(rows)
     )
     if (
         shapes != expected
@@ -164,9 +164,9 @@ def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) ->
     ):
         raise ValueError(
             f"{path}: expected pairs {rows[0]}..{rows[-1]} of shape {settings.shape}, got "
-            f"{len(found)} from {header.get('start')} of {found.layout}. {AGAIN}"
+            f"{len(opened)} from {header.get('start')} of {opened.layout}. {AGAIN}"
         )
-    return found
+    return opened
 
 
 def damaged(err: BrokenShardError) -> ValueError:

@@ -71,28 +71,28 @@ def invert_pairs(
 
     def item(row: int) -> tuple[Tensor, Prompt]:
         try:
-            found = images[row]
+            image = images[row]
         except CorruptItemError as err:
             raise ValueError(
                 f"pairs: expected images that can be read, got {err}. Repair it or take it out."
             ) from err
-        told: Prompt = one_caption(found, 0, row).get("prompt", found.get("label", 0))
-        return found["image"], told
+        prompt: Prompt = one_caption(image, 0, row).get("prompt", image.get("label", 0))
+        return image["image"], prompt
 
     def inverted(rows: Sequence[int]) -> Pairs:
-        found = [item(row) for row in rows]
-        texts = [told for _, told in found]
-        x0 = latents(torch.stack([image for image, _ in found]).to(device)).to(device)
+        items = [item(row) for row in rows]
+        texts = [prompt for _, prompt in items]
+        x0 = latents(torch.stack([image for image, _ in items]).to(device)).to(device)
         if tuple(x0.shape[1:]) != tuple(shape):
             raise ValueError(
                 f"pairs: expected latents of {tuple(shape)}, got {tuple(x0.shape[1:])} of images "
-                f"{tuple(found[0][0].shape[1:])}. Give --resolution."
+                f"{tuple(items[0][0].shape[1:])}. Give --resolution."
             )
         noise = ode_invert(denoiser, x0, encode(texts), null(len(rows)), guidance, tuple(times))
         return noise.cpu(), x0.cpu(), texts
 
     # What the pairs depend on: every image and its prompt, read once before the first network call.
-    content = [[image_digest(image), told] for image, told in map(item, range(num_pairs))]
+    content = [[image_digest(image), prompt] for image, prompt in map(item, range(num_pairs))]
     settings = PairSettings(
         model=model,
         model_hash=digest(teacher) if teacher else "",

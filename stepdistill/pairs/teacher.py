@@ -62,8 +62,8 @@ def make_pairs(
     prompts: list[Any] = []
     images: ImageFolderDataset | None = None
     if train_data_dir is not None:
-        told = facts.conditioning
-        images = ImageFolderDataset(train_data_dir, resolution, told == "label", told == "none")
+        kind = facts.conditioning
+        images = ImageFolderDataset(train_data_dir, resolution, kind == "label", kind == "none")
     elif num_pairs is None:
         raise ValueError("pairs: expected --num_pairs with --prompts_file, got none.")
     elif facts.conditioning == "label":

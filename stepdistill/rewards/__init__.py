@@ -34,8 +34,8 @@ def scorer_class(kind: str) -> type[FrozenScorer]:
             f"{near or 'none'}. Pass an object of your own as scorers={{NAME: object}}."
         )
     module, _, name = SCORERS[kind].partition(":")
-    found: type[FrozenScorer] = getattr(import_module(module), name)
-    return found
+    scorer: type[FrozenScorer] = getattr(import_module(module), name)
+    return scorer
 
 
 def check_scorers(specs: Mapping[str, ScorerSpec], given: Mapping[str, Scorer]) -> None:

@@ -30,11 +30,11 @@ class FrozenScorer(nn.Module, ABC):
         try:
             return cls.Options(**options)
         except ValidationError as err:
-            told = "; ".join(
+            faults = "; ".join(
                 f"{'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}"
                 for item in err.errors()
             )
-            raise ValueError(f"scorer {cls.kind}: {told}.") from err
+            raise ValueError(f"scorer {cls.kind}: {faults}.") from err
 
     @classmethod
     def check(cls, options: Any) -> None:

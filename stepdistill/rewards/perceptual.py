@@ -113,13 +113,15 @@ def load_backbone(net: nn.Module, options: LPIPSOptions) -> None:
     else:
         state = read_tensors(options.weights)
     # "slice2.5.weight" here is "features.5.weight" there.
-    own = {f"features.{name.partition('.')[2]}": value for name, value in net.state_dict().items()}
-    wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
+    wanted = {
+        f"features.{name.partition('.')[2]}": value for name, value in net.state_dict().items()
+    }
+    wrong = [k for k, v in wanted.items() if k not in state or state[k].shape != v.shape]
     if wrong:
         raise ValueError(
             f"scorer lpips: expected torchvision's {options.backbone} weights, got a file without "
             f"{wrong[:3]} of the right shape."
         )
     with torch.no_grad():
-        for name, value in own.items():
+        for name, value in wanted.items():
             value.copy_(state[name])

@@ -109,8 +109,8 @@ def linear_head(state: dict[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
     try:
         for name in names:
             weight = state[name].float()
-            own = state[name.removesuffix("weight") + "bias"].float()
-            offset = weight @ offset + own if folded is not None else own
+            bias = state[name.removesuffix("weight") + "bias"].float()
+            offset = weight @ offset + bias if folded is not None else bias
             folded = weight if folded is None else weight @ folded
     except (KeyError, RuntimeError) as err:
         raise ValueError(f"{where}: expected linear layers in order, got {err}.") from err

@@ -17,31 +17,31 @@ def full_tensor(value: Tensor) -> Tensor:
     return full
 
 
-def to_cpu(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_cpu(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CPU copies of the tensors, contiguous and apart from the live ones."""
-    return {k: full_tensor(v.detach()).cpu().contiguous().clone() for k, v in own.items()}
+    return {k: full_tensor(v.detach()).cpu().contiguous().clone() for k, v in live.items()}
 
 
 @torch.no_grad()
 def copy_into(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor] | StoredTensors, whose: str
+    live: Mapping[str, Tensor], state: Mapping[str, Tensor] | StoredTensors, whose: str
 ) -> None:
     """Copy saved tensors over live ones; stored ones over live ones in shards, too.
 
     Errors: ValueError naming what is missing, unexpected, or of another shape or kind.
     """
     if isinstance(state, StoredTensors):
-        found = state.facts
+        saved = state.facts
     else:
-        found = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
-    if set(own) != set(found):
-        missing, extra = sorted(set(own) - set(found))[:3], sorted(set(found) - set(own))[:3]
+        saved = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+    if set(live) != set(saved):
+        missing, extra = sorted(set(live) - set(saved))[:3], sorted(set(saved) - set(live))[:3]
         raise ValueError(
             f"{whose}: expected the saved tensors of this layout, got missing {missing} "
             f"and unexpected {extra}. Was it saved with another tuning or target_modules?"
         )
-    for name, (shape, dtype) in found.items():
-        mine = own[name]
+    for name, (shape, dtype) in saved.items():
+        mine = live[name]
         # copy_ would spread a smaller tensor and round integers without a word.
         if (shape, dtype.is_floating_point) != (tuple(mine.shape), mine.is_floating_point()):
             raise ValueError(
@@ -49,7 +49,7 @@ def copy_into(
                 f"{shape} {dtype}."
             )
     if isinstance(state, StoredTensors):
-        state.read_into(own)
+        state.read_into(live)
         return
     for name, value in state.items():
-        own[name].copy_(value)
+        live[name].copy_(value)

@@ -151,13 +151,13 @@ class RoleBank(nn.Module):
 
     def _stored(self, layout: str) -> list[str]:
         """Teacher-sourced roles with weights of their own in that layout, trained ones first."""
-        own = [
+        roles = [
             role
             for role, spec in self.roles.items()
             if spec.source == "teacher" and (spec.train or spec.ema_of is not None)
         ]
-        own.sort(key=lambda role: self.roles[role].ema_of is not None)
-        return [r for r in own if self.tuning.layout(r, self.roles[r].ema_of) == layout]
+        roles.sort(key=lambda role: self.roles[role].ema_of is not None)
+        return [r for r in roles if self.tuning.layout(r, self.roles[r].ema_of) == layout]
 
     def _add_adapter(self, role: str) -> None:
         rank, scale = self.tuning.lora(self.roles[role].ema_of or role)
@@ -222,8 +222,8 @@ class RoleBank(nn.Module):
         """
         (decoder,) = self._decoder
         with torch.autocast(latents.device.type, enabled=False):
-            found = decode_latents(decoder, latents) if decoder else self.family.images(latents)
-        return found if found.ndim == 4 else found[:, :, found.shape[2] // 2]
+            images = decode_latents(decoder, latents) if decoder else self.family.images(latents)
+        return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
 
     def scorer(self, name: str) -> Scorer:
         """See Nets.scorer."""

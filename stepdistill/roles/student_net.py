@@ -39,11 +39,11 @@ def merged_config(cls: Any, base: Mapping[str, Any], given: Mapping[str, Any]) -
     Errors: ValueError for another class, an unknown key, or a changed key of the interface.
     """
     where = "tuning.student_config"
-    told = given.get("_class_name", cls.__name__)
-    if told != cls.__name__:
+    class_name = given.get("_class_name", cls.__name__)
+    if class_name != cls.__name__:
         raise ValueError(
             f"{where}: expected a config of {cls.__name__}, the teacher's denoiser class, got one "
-            f"of {told}."
+            f"of {class_name}."
         )
     changes = {key: value for key, value in given.items() if not key.startswith("_")}
     known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
@@ -67,8 +67,8 @@ def merged_config(cls: Any, base: Mapping[str, Any], given: Mapping[str, Any]) -
             f"{where}: expected the teacher's latents and conditioning, got other values of "
             f"{listed}. Leave these keys out: teacher and student share prompts and latents."
         )
-    kept = {key: value for key, value in base.items() if not key.startswith("_")}
-    return {**kept, **changes}
+    options = {key: value for key, value in base.items() if not key.startswith("_")}
+    return {**options, **changes}
 
 
 def _plain(value: Any) -> Any:

@@ -22,18 +22,18 @@ def is_checkpoint(name: str) -> bool:
 
 def order_of(folder: Path) -> tuple[int, bool]:
     """Sorts checkpoints by step; one that was put aside comes before its heir."""
-    found = _NAME.fullmatch(folder.name)
-    assert found is not None
-    return int(next(filter(None, found.groups()))), found[1] is not None
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(next(filter(None, match.groups()))), match[1] is not None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """checkpoint-N folders, oldest first, whole or not, and those put aside before their heirs."""
     try:
-        found = [p for p in output_dir.iterdir() if is_checkpoint(p.name) and p.is_dir()]
+        folders = [p for p in output_dir.iterdir() if is_checkpoint(p.name) and p.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(found, key=order_of)
+    return sorted(folders, key=order_of)
 
 
 def newest_valid(output_dir: Path) -> tuple[Path | None, list[str]]:

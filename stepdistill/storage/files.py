@@ -32,14 +32,14 @@ def one_line(err: object) -> str:
 def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
     """The object in a JSON file. Errors: ValueError for another content or a missing key."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as err:
         raise ValueError(f"{path}: expected valid JSON, got {one_line(err)}.") from err
-    missing = required if not isinstance(found, dict) else [k for k in required if k not in found]
-    if not isinstance(found, dict) or missing:
-        got = f"no {missing[0]!r}" if isinstance(found, dict) else type(found).__name__
+    missing = required if not isinstance(value, dict) else [k for k in required if k not in value]
+    if not isinstance(value, dict) or missing:
+        got = f"no {missing[0]!r}" if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"{path}: expected an object with {list(required)}, got {got}.")
-    return found
+    return value
 
 
 def sha256_of(*paths: Path) -> str:

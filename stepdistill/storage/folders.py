@@ -108,12 +108,12 @@ def fill(
 
 def manifest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """The manifest's entries of these files of the folder, which are on the disk then."""
-    found = {}
+    entries = {}
     for path in sorted(files):
         flush(path)
         name = path.relative_to(folder).as_posix()
-        found[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    return found
+        entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return entries
 
 
 def seal(target: Path, manifest: Mapping[str, Mapping[str, Any]]) -> None:
@@ -249,12 +249,12 @@ def refuse_foreign(target: Path, where: str) -> None:
         return
     if target.is_symlink() or not target.is_dir():
         raise ValueError(f"{where}: expected a folder to write, got {target}, which is none.")
-    found = foreign_files(target)
-    if found and not _is_earlier(target):
+    foreign = foreign_files(target)
+    if foreign and not _is_earlier(target):
         raise ValueError(
             f"{where}: expected a new folder, or one that stepdistill wrote and nobody changed, "
-            f"got {target} with {', '.join(found[:3])}{' ...' if found[3:] else ''}. Move "
-            f"{'it' if len(found) == 1 else 'them'}, or choose another folder."
+            f"got {target} with {', '.join(foreign[:3])}{' ...' if foreign[3:] else ''}. Move "
+            f"{'it' if len(foreign) == 1 else 'them'}, or choose another folder."
         )
 
 

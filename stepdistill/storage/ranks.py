@@ -41,18 +41,18 @@ def agreed(work: Callable[[], Any], kinds: tuple[type[Exception], ...] = MISTAKE
         mine = work(), "", ""
     except kinds as err:
         mine, cause = (None, str(err), _kind(err, kinds).__name__), err
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, mine)
     _agreed = True
-    faults = {rank: (text, kind) for rank, (_, text, kind) in enumerate(told) if kind}
+    faults = {rank: (text, kind) for rank, (_, text, kind) in enumerate(results) if kind}
     if faults:
         texts = {text for text, _ in faults.values()}
         named = [f"process {rank}: {text}" for rank, (text, _) in faults.items()]
-        everyone = len(faults) == len(told) and len(texts) == 1
+        everyone = len(faults) == len(results) and len(texts) == 1
         name = next(iter(faults.values()))[1]
         kind = next(kind for kind in kinds if kind.__name__ == name)
         raise kind(texts.pop() if everyone else "; ".join(named)) from cause
-    return [result for result, _, _ in told]
+    return [result for result, _, _ in results]
 
 
 def process_state() -> PartialState:

@@ -77,16 +77,16 @@ class Shard:
             counts = {shape[:1] for shape in shapes.values()}
             if len(counts) != 1 or counts == {()}:
                 raise ValueError(f"tensors of {shapes}, not of one number of rows")
-            told = json.loads(header.get(_HEADER, "null"))
-            if told is None:
+            record = json.loads(header.get(_HEADER, "null"))
+            if record is None:
                 earlier = (header[key] for key in _EARLIER if key in header)
                 self.facts = json.loads(next(earlier, "null"))
             else:
-                self.facts = told["facts"]
-                if told["sha256"] != _facts_hash(self.facts):
+                self.facts = record["facts"]
+                if record["sha256"] != _facts_hash(self.facts):
                     raise ValueError("other facts than were written")
             hashed = _HASHES in shapes
-            if hashed != (told is not None) or (hashed and shapes[_HASHES][1:] != (HASH_BYTES,)):
+            if hashed != (record is not None) or (hashed and shapes[_HASHES][1:] != (HASH_BYTES,)):
                 raise ValueError("no hashes of its rows")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as err:
             raise BrokenShardError(
@@ -110,16 +110,16 @@ class Shard:
 
     def row(self, index: int) -> dict[str, Tensor]:
         """Every tensor of a row. Errors: BrokenShardError where it is not as it was written."""
-        found = {name: one[index].clone() for name, one in self._slices.items()}
-        self._compare(index, found)
-        return found
+        row = {name: one[index].clone() for name, one in self._slices.items()}
+        self._compare(index, row)
+        return row
 
     def read(self) -> dict[str, Tensor]:
         """Every tensor, (n, ...). Errors: BrokenShardError where a row is not as it was written."""
-        found = {name: self.column(name) for name in self._slices}
+        columns = {name: self.column(name) for name in self._slices}
         for index in range(self._rows):
-            self._compare(index, {name: value[index] for name, value in found.items()})
-        return found
+            self._compare(index, {name: value[index] for name, value in columns.items()})
+        return columns
 
     def _compare(self, index: int, row: Mapping[str, Tensor]) -> None:
         if self._hashes is not None and not torch.equal(self._hashes[index], _row_hash(row)):

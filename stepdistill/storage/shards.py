@@ -34,7 +34,7 @@ def write_shards(
     """
     aside, rank = aside_of(target), dist.get_rank()
 
-    def own() -> _Entries:
+    def written() -> _Entries:
         entries = manifest_entries(aside, aside.glob(f"*/shard-{rank + 1:05d}-*"))
         return entries if rank else {**entries, **manifest_entries(aside, aside.glob("*.json"))}
 
@@ -45,8 +45,8 @@ def write_shards(
             writer = dcp.HuggingFaceStorageWriter(place, save_distributed=True)
             dcp.save(dict(state), storage_writer=writer)
         agreed(lambda: fill(aside, {}, documents) if rank == 0 else None, (OSError,))
-        told = agreed(own, (OSError,))
-        manifest = {name: entry for entries in told for name, entry in entries.items()}
+        gathered = agreed(written, (OSError,))
+        manifest = {name: entry for entries in gathered for name, entry in entries.items()}
         agreed(lambda: _sealed(target, manifest) if rank == 0 else None, (OSError,))
     except (OSError, RuntimeError, CheckpointException) as err:  # torch tells a lost peer so
         if rank == 0:

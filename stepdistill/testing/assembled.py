@@ -31,13 +31,13 @@ def assemble(pipeline: str, parts: Mapping[str, Any], seed: int = 0) -> Any:
     """
     made: dict[str, Any] = {}
     with seeded(seed):
-        for name, told in parts.items():
-            if isinstance(told, str):
-                made[name.replace("text_encoder", "tokenizer")], made[name] = TEXT[told](TEXT_WIDTH)
-            elif isinstance(told, Mapping):
-                options = dict(told)
+        for name, part in parts.items():
+            if isinstance(part, str):
+                made[name.replace("text_encoder", "tokenizer")], made[name] = TEXT[part](TEXT_WIDTH)
+            elif isinstance(part, Mapping):
+                options = dict(part)
                 kind = options.pop("_class_name")
                 made[name] = PARTS.get(kind, getattr(diffusers, kind))(**options)
             else:
-                made[name] = told
+                made[name] = part
         return getattr(diffusers, pipeline)(**made)

@@ -111,8 +111,8 @@ class Stock:
         def observed(out: Tensor, t: Any, x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
             unpacked = (self.family.unpack(value, shape) for value in (x_t, out))
             x, raw = unpacked
-            told = torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
-            self.steps.append(Step(float(t), x, self.family.from_raw(raw, x, told)))
+            times = torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
+            self.steps.append(Step(float(t), x, self.family.from_raw(raw, x, times)))
             made = step(out, t, x_t, *args, **kwargs)
             if replace is not None:
                 packed = self.family.pack(replace)
@@ -188,7 +188,7 @@ def check_family(model: Any) -> list[Row]:
     ]
 
 
-def _told(family: Family, call: Call) -> bool:
+def _sends_guidance(family: Family, call: Call) -> bool:
     """Whether the stock call tells the denoiser the guidance, were it through an idle input."""
     return family.embeds_guidance or "timestep_cond" in call.cond
 
@@ -199,8 +199,8 @@ def _call_rows(family: Family, prompts: list[Any]) -> list[Row]:
     images, calls = stock.run(prompts, guidance=1.0, num_steps=1)
     first = stock.steps[0]
     device = first.x_t.device
-    w = torch.zeros(bsz) if _told(family, calls[0]) else None
-    with listen(family.net) as own:
+    w = torch.zeros(bsz) if _sends_guidance(family, calls[0]) else None
+    with listen(family.net) as heard:
         out = family.forward(
             family.net,
             first.x_t,
@@ -210,7 +210,7 @@ def _call_rows(family: Family, prompts: list[Any]) -> list[Row]:
         )
     decoded = (family.images(stock.final) / 2 + 0.5).clamp(0, 1)
     return [
-        ("encode: tensors the denoiser gets", cond_gap(own[0], calls[0])),
+        ("encode: tensors the denoiser gets", cond_gap(heard[0], calls[0])),
         ("denoiser: one call", gap(out, first.out)),
         ("vae: decoded image", gap(decoded, images)),
     ]
@@ -224,8 +224,8 @@ def _sampling_rows(family: Family, prompts: list[Any]) -> list[Row]:
     path: Any = family.path
     times = tuple(float(path.time_of(step.model_t)) for step in stock.steps)
     noise = stock.steps[0].x_t[:bsz].float() / float(path.prior(torch.ones(())))
-    told = _told(family, calls[0])
-    w, guidance = (scale - 1.0, 1.0) if told else (None, scale)
+    embedded = _sends_guidance(family, calls[0])
+    w, guidance = (scale - 1.0, 1.0) if embedded else (None, scale)
     restarts = isinstance(family.pipeline.scheduler, CMStochasticIterativeScheduler)
     spec = SamplerSpec(times, "renoise" if restarts else "ode", w=w)
     teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
@@ -250,8 +250,8 @@ def _vae_rows(family: Family) -> list[Row]:
     decoded, _ = stock.run(prompt, 1.0, 1, replace=family.latents(images))
     if "vae" not in family.pipeline.components:  # pixels are the latents
         mean = images.mean(1, keepdim=True)
-        own = (mean if decoded.shape[1] == 1 else images) / 2 + 0.5
-        return [("pixels: encode, then stock decode", gap(own, decoded))]
+        pixels = (mean if decoded.shape[1] == 1 else images) / 2 + 0.5
+        return [("pixels: encode, then stock decode", gap(pixels, decoded))]
     vae = family.pipeline.vae
     grey = images.mean(1, keepdim=True) if vae.config.get("in_channels") == 1 else images
     frames = grey.unsqueeze(2) if is_video_vae(vae) and grey.ndim == 4 else grey
@@ -291,9 +291,9 @@ def _gradient_row(family: Family, prompts: list[Any]) -> Row:
         def graded() -> list[Tensor]:
             raw = bank["student"](x_t, t, cond).raw
             wrt = [x_t, *params]
-            found = torch.autograd.grad((raw.float() * weight).sum(), wrt, allow_unused=True)
-            to_params = [g.float().flatten() for g in found[1:] if g is not None]
-            return [raw.detach(), found[0], torch.cat(to_params)]
+            grads = torch.autograd.grad((raw.float() * weight).sum(), wrt, allow_unused=True)
+            to_params = [g.float().flatten() for g in grads[1:] if g is not None]
+            return [raw.detach(), grads[0], torch.cat(to_params)]
 
         plain = graded()
         bank.enable_gradient_checkpointing()

@@ -72,9 +72,9 @@ def pretend_device(readers: Sequence[Callable[..., Any]] = ()) -> Iterator[torch
     codes = frozenset(reader.__code__ for reader in readers)
 
     def restore(values: Sequence[dict[str, Any]]) -> None:
-        for state, own in zip(states, values, strict=True):
+        for state, state_before in zip(states, values, strict=True):
             state._shared_state.clear()
-            state._shared_state.update(own)
+            state._shared_state.update(state_before)
 
     # Moved to a device, a parameter stays the same object; to meta, by this switch alone.
     swapped = torch.__future__.get_swap_module_params_on_conversion()
@@ -153,18 +153,18 @@ class _Rules(TorchDispatchMode):
             )
             if not to_host:
                 return _shaped(func, args, kwargs)
-            self._may_read(f"a copy of {_told(args[-1])} to the CPU")
+            self._may_read(f"a copy of {_shown(args[-1])} to the CPU")
             like = first if packet is _aten.copy_ else torch.empty(first.shape, device="cpu")
             return like.fill_(1).to(kwargs.get("dtype") or first.dtype)
         if packet in _INDEXING and first.is_meta:
             masks = [x for x in tensors[1:] if x.is_meta and x.dtype is torch.bool]
             if masks:
-                self._may_read(f"a mask {_told(masks[0])} as an index (its number of rows)")
+                self._may_read(f"a mask {_shown(masks[0])} as an index (its number of rows)")
         elif any(not x.is_meta and (x.ndim or packet in _JOINS) for x in tensors):
-            told = ", ".join(_told(x) for x in tensors[:6])
-            raise _refuse("tensors of one device", f"{func} of {told}", "Move what the run made.")
+            listed = ", ".join(_shown(x) for x in tensors[:6])
+            raise _refuse("tensors of one device", f"{func} of {listed}", "Move what the run made.")
         elif packet in _READS or _unknown_length(packet, args, kwargs):
-            self._may_read(f"{func} of {_told(first)}")
+            self._may_read(f"{func} of {_shown(first)}")
             return _answer(packet, first)
         return _shaped(func, args, kwargs)
 
@@ -195,12 +195,12 @@ class _Autocast(TorchFunctionMode):
 
             args, kwargs = tree_map(cast, (args, kwargs))
         elif func in (Tensor.numpy, Tensor.__array__, Tensor.tolist) and args[0].is_meta:
-            self._rules._may_read(f"{_told(args[0])} as values")
+            self._rules._may_read(f"{_shown(args[0])} as values")
             args = (torch.ones(args[0].shape, dtype=args[0].dtype), *args[1:])
         return func(*args, **kwargs)
 
 
-def _told(x: Any) -> str:
+def _shown(x: Any) -> str:
     """A tensor by its side and shape."""
     return f"{'device' if x.is_meta else 'CPU'} {tuple(x.shape)} {x.dtype}".replace("torch.", "")
 

@@ -160,19 +160,19 @@ def tiny_dit(seed: int = 0) -> DiTPipeline:
 
 def build(family: type[Family], variant: Mapping[str, Any], seed: int = 0, **changes: Any) -> Any:
     """A family's tiny pipeline, of a variant, with further changes like a variant's."""
-    told = merge(variant, changes)
+    options = merge(variant, changes)
     if isinstance(family.tiny, str):
         module, _, function = family.tiny.partition(":")
-        return getattr(import_module(module), function)(**told, seed=seed)
-    pipeline = told.pop("pipeline", family.pipelines[0])
-    return assemble(pipeline, merge(family.tiny, told), seed)
+        return getattr(import_module(module), function)(**options, seed=seed)
+    pipeline = options.pop("pipeline", family.pipelines[0])
+    return assemble(pipeline, merge(family.tiny, options), seed)
 
 
 TINY_FAMILY: dict[str, type[Family]] = {
     name: family
-    for own, family in FAMILIES.items()
+    for family_name, family in FAMILIES.items()
     if family.tiny
-    for name in (own, *family.variants)
+    for name in (family_name, *family.variants)
 }
 """The family of each tiny pipeline by its name, which is the family's or a variant's."""
 TINY: dict[str, Callable[..., Any]] = {

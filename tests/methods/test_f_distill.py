@@ -214,14 +214,22 @@ def test_a_lone_sample_without_memory_warns_and_has_weight_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "bsz"),
-    [({"ratio_ema": 0.5, "divergence": "kl"}, 1), ({"divergence": "kl"}, 2)],
+    ("options", "bsz", "world_size"),
+    [
+        ({"ratio_ema": 0.5, "divergence": "kl"}, 1, 1),
+        ({"divergence": "kl"}, 2, 1),
+        ({"divergence": "kl"}, 1, 2),
+        ({"divergence": "kl"}, 2, 2),
+        ({"divergence": "rkl"}, 1, 1),
+    ],
 )
-def test_no_warning_with_memory_or_a_batch(options: dict[str, object], bsz: int) -> None:
+def test_no_warning_with_memory_or_a_batch(
+    options: dict[str, object], bsz: int, world_size: int
+) -> None:
     t = torch.full((bsz,), 0.5, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make(VP, **options).sample_weights(Ctx(), t, torch.zeros(bsz, 1))
+        make(VP, **options).sample_weights(Ctx(world_size=world_size), t, torch.zeros(bsz, 1))
 
 
 # ------------------------------------------------------------------------------ ranks and state

@@ -20,6 +20,7 @@ from stepdistill.core.types import Cond
 from stepdistill.losses.progressive import progressive_target
 from stepdistill.methods.halving import trailing_grid
 from stepdistill.methods.lora_guidance import LoRAGuidance, LoRAGuidanceConfig
+from stepdistill.methods.lora_guidance_config import DIGITS
 from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
@@ -164,7 +165,8 @@ def test_data_times_are_the_table_s_entries_uniformly() -> None:
     index = torch.cat([t for _, t, _ in student.seen]) * 1000
     assert torch.equal(index, index.round())
     assert abs(float(index.mean()) - 500.5) < 25
-    assert float(index.min()) >= 1
+    assert 1 <= float(index.min()) < 4
+    assert float(index.max()) == 1000
 
 
 def test_data_times_of_a_flow_path_are_the_shifted_draws() -> None:
@@ -267,6 +269,24 @@ def test_halving_a_linear_denoiser_is_exact_in_the_limit(setting) -> None:
     assert errors[1] < 0.5 * errors[0], errors
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_round_s_trajectory_states_are_its_teacher_s_at_the_student_s_times(setting) -> None:
+    """A point mass makes every step exact, as above; the student is asked at every other time."""
+    method = make(setting, num_steps=(4,), guidance_stage=False, states="trajectory")
+    path, times = method.setting.path, set()
+    for seed in range(24):
+        student = Student(path, 0.0, G)
+        loss_of(method, student, std=0.0, seed=seed)
+        ((x_u, u, _),) = student.seen
+        noise = Ctx64(seed=seed, max_steps=1000).randn((64, *SHAPE))
+        guided = Cond({"mean": G * batch().cond["mean"]})
+        start = path.prior(noise), torch.ones_like(u)
+        exact = GaussianTeacher(path, 0.0).flow_map(*start, u, guided)
+        torch.testing.assert_close(x_u, exact, rtol=0, atol=1e-9)
+        times.add(float(u[0]))
+    assert times == set(trailing_grid(method.setting, 8)[::2])
+
+
 def test_later_rounds_pass_w_to_teacher_and_student_and_call_no_null() -> None:
     method = make(num_steps=(4,), embed_guidance=True, guidance_range=(1.0, 5.0))
     student, target = Student(VP, 0.5), Student(VP, 0.5)
@@ -287,6 +307,14 @@ def test_a_round_begins_at_the_prior_where_sampling_does() -> None:
     assert 0 < int(first.sum()) < 64
     assert torch.equal(x_u[first], noise[first])
     assert set(u.tolist()) == {1.0, 0.5}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_digits_rounds_halve_from_eight_to_the_student_s_steps(steps) -> None:
+    options = DIGITS.settings["method_config"] | DIGITS.by_steps[steps]["method_config"]
+    method = LoRAGuidance(LoRAGuidanceConfig(**options), Setting(VP, "v"))
+    assert method.config.num_steps[0] == 8
+    assert method.sampler().num_steps == steps
 
 
 # ------------------------------------------------------------------------------- the contract
@@ -340,11 +368,12 @@ def test_a_run_cut_short_is_sampled_as_its_stage_is() -> None:
         method.sampler_at(3, 6, 4)
 
 
-@pytest.mark.parametrize("steps", [(4, 2), (4, 2, 1)])
+@pytest.mark.parametrize("steps", [(4, 2), (4, 2, 1), (8, 4, 2)])
 def test_eps_students_stop_at_four_steps(steps) -> None:
     make(kind="eps", num_steps=(8, 4))
+    make(kind="eps", num_steps=(4,))
     make(kind="v", num_steps=steps)
-    with pytest.raises(ValueError, match="Stop at 4"):
+    with pytest.raises(ValueError, match=f"got {steps[-1]}: .* Stop at 4"):
         make(kind="eps", num_steps=steps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -293,6 +294,15 @@ def test_the_fakes_guided_prediction_may_be_the_one_that_is_fitted(path: NoisePa
     )
 
 
+# ------------------------------------------------------------------------------- skip_layers
+def test_without_guidance_there_is_nothing_to_leave_a_block_out_of() -> None:
+    with pytest.warns(UserWarning, match="skip_layers .* has no effect: guidance 1"):
+        make(Plain, VP, guidance=1.0, skip_layers=("block.7",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(Plain, VP, guidance=3.0, skip_layers=("block.7",))
+
+
 # ------------------------------------------------------------------------------- warm start
 def exact_nets(path: NoisePath) -> AnalyticNets:
     """A teacher N(1, 0.6^2) in each of two dimensions, and a student that answers as it does."""
@@ -338,6 +348,20 @@ def test_the_warm_start_ends_and_the_fake_is_fitted_through_it() -> None:
     method.phases(0)[0].loss(nets, batch_of(), ctx)
     losses = fake_loss(method, nets, batch_of(), Ctx(phase="fake", carry=ctx.carry))  # type: ignore[arg-type]
     assert losses.logs["fake"] > 0  # of a sample of its own: the warm start leaves none
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_the_warm_starts_teacher_stops_at_the_students_own_time(step: int) -> None:
+    """Three teacher steps pass by 1/2: the student's input there is the teacher's state there."""
+    path = FlowPath()
+    method = make(Plain, path, num_steps=2, warm_start={"updates": 9, "teacher_steps": 3})
+    nets = exact_nets(path)
+    method.phases(0)[0].loss(nets, batch_of(), Ctx(step=step, phase="student"))
+    ((x_t, t, *_),) = nets["student"].calls  # type: ignore[attr-defined]
+    states = {float(call[1][0]): call[0] for call in nets["teacher"].calls}  # type: ignore[attr-defined]
+    stops = [1.0, 2 / 3, 1 / 3] if t[0] == 1.0 else [1.0, 2 / 3, 0.5, 1 / 3]
+    assert list(states) == pytest.approx(stops)
+    assert torch.equal(x_t, states[float(t[0])])
 
 
 def test_the_warm_start_follows_the_guided_teacher() -> None:

@@ -84,6 +84,7 @@ def test_noise_and_image_are_mirrored_together(flip):
     shares = set()
     for seed in range(8):
         x0, noise = method.endpoints(data, Ctx64(seed=seed))
+        assert x0.shape == noise.shape == data.x0.shape
         torch.testing.assert_close(x0, MU + 0.5 * noise)  # still the pair it was
         mirrored = (noise == data.noise.flip(-1)).flatten(1).all(1)
         kept = (noise == data.noise).flatten(1).all(1)

@@ -248,6 +248,16 @@ def test_the_head_s_update_gives_the_student_nothing():
     assert head.w.grad is not None
 
 
+def test_the_head_s_loss_counts_with_its_weight():
+    method = make(gan={"weight_g": 1.0, "weight_d": 0.25})
+    nets = AnalyticNets(
+        {"teacher": GaussianTeacher(FLOW, 0.5), "student": GaussianTeacher(FLOW, 0.3)},
+        {"disc": Linear()},
+    )
+    losses = method.disc_loss(nets, batch(std=0.5), Ctx64(max_steps=1000))
+    torch.testing.assert_close(losses.total, 0.25 * losses.logs["gan_d"], rtol=1e-9, atol=0)
+
+
 def test_head_cannot_tell_an_exact_student_under_one_noise():
     method = make(gan={"weight_g": 1.0, "same_noise": True})
     student = ExactJumper(FLOW, 0.0, method.end_of)

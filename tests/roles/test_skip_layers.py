@@ -60,11 +60,6 @@ def test_only_transformer_blocks_can_be_left_out(
         bank["teacher"].skipping((block,))(x_t, t, cond, null, 3.0)
 
 
-def test_without_guidance_there_is_nothing_to_leave_a_block_out_of() -> None:
-    with pytest.warns(UserWarning, match="skip_layers .* has no effect: guidance 1"):
-        make(VP, guidance=1.0, skip_layers=("block.7",))
-
-
 class Skipped(GaussianTeacher):
     """Without its block a conditional mean is twice as far out."""
 

@@ -54,7 +54,7 @@ def plain_subgroup(text: str) -> str:
 
 def caption(entry: Entry, width: str = "name", tone: bool = True, style: bool = True) -> str:
     """The caption of an entry. Args: width: a field of Entry; tone, style: told where known."""
-    return _told(entry, getattr(entry, width), tone, style)
+    return _completed(entry, getattr(entry, width), tone, style)
 
 
 def random_caption(entry: Entry, draw: random.Random) -> str:
@@ -65,9 +65,9 @@ def random_caption(entry: Entry, draw: random.Random) -> str:
         return caption(entry, width, tone, style)
     words = [word for word in entry.name.split() if word not in _FILLERS] or [entry.name]
     chosen = sorted(draw.sample(range(len(words)), min(len(words), draw.choice((1, 1, 2)))))
-    return _told(entry, " ".join(words[k] for k in chosen), tone, style)
+    return _completed(entry, " ".join(words[k] for k in chosen), tone, style)
 
 
-def _told(entry: Entry, text: str, tone: bool, style: bool) -> str:
+def _completed(entry: Entry, text: str, tone: bool, style: bool) -> str:
     tone_text = f" with {entry.tone} skin" if tone and entry.tone else ""
     return f"{text}{tone_text}{f' in {entry.style} style' if style else ''}"

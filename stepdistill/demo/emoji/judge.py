@@ -123,14 +123,14 @@ def right_caption_first(
     Args: images (N, 3, 64, 64); shown: what each should show; among: where the others are drawn.
     """
     draw, pictures = random.Random(seed), F.normalize(net.features(images))
-    captions, found = sorted({caption(entry) for entry in among}), []
+    captions, correct = sorted({caption(entry) for entry in among}), []
     for picture, entry in zip(pictures, shown, strict=True):
         right = caption(entry)
         drawn = draw.sample(captions, min(CANDIDATES, len(captions)))
         others = [text for text in drawn if text != right][: CANDIDATES - 1]
         scores = F.normalize(net.read([right, *others])) @ picture
-        found.append(bool(scores.argmax() == 0))
-    return torch.tensor(found)
+        correct.append(bool(scores.argmax() == 0))
+    return torch.tensor(correct)
 
 
 def real_score(net: Retrieval, emoji: Emoji, count: int = 500, seed: int = 0) -> float:
