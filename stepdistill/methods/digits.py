@@ -34,6 +34,11 @@ def jumps(max_train_steps: int, **options: Any) -> dict[str, Any]:
     return {"max_train_steps": max_train_steps, "method_config": options}
 
 
+def residual_recipe(max_train_steps: int = 1200, **options: Any) -> dict[str, Any]:
+    """The flow map's residual along the teacher's trajectory."""
+    return {"max_train_steps": max_train_steps, "method_config": {"guidance": 1.0, **options}}
+
+
 # The gradient reaches the last step alone: matching each step's own x0 trains the fake on a mixture
 # whose blurry first steps push the last one too far.
 FEW = {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.method import Setting
-from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, full
+from stepdistill.core.path import NoisePath, VEPath, VPPath, full
 from stepdistill.core.solvers import boundary_x0
 from stepdistill.core.times import shift_times
 from stepdistill.core.types import Cond
@@ -41,17 +41,14 @@ def flow_time(path: NoisePath, t: Tensor) -> Tensor:
 def path_time(path: NoisePath, tau: Tensor) -> Tensor:
     """(B,) float64 path time of equal noise-to-signal ratio tau / (1 - tau), on the table.
 
-    Inverse of `flow_time`, which grows with t on every path, by bisection; beyond the path's range
-    the nearest end (SD's table reaches 0.028 to 0.936).
+    Inverse of `flow_time`, which grows with t on every path; beyond the path's range the nearest
+    end (SD's table reaches 0.028 to 0.936).
     """
-    if isinstance(path, FlowPath):
-        return tau.double()
-    low, high = torch.zeros_like(tau), torch.ones_like(tau)
-    for _ in range(50):
-        middle = 0.5 * (low + high)
-        below = flow_time(path, middle) < tau
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return path.snap(high)
+    if isinstance(path, VPPath):
+        return path.snap(path.time_of_angle(torch.atan2(tau, 1.0 - tau)))
+    if isinstance(path, VEPath):
+        return path.snap(path.time_of_sigma(tau / (1.0 - tau)).clamp(0.0, 1.0))
+    return tau.double()
 
 
 class SolverGrid:
