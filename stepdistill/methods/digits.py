@@ -10,6 +10,8 @@ from typing import Any
 from stepdistill.core.recipe import First
 
 UNGUIDED: dict[str, Any] = {"guidance_range": [1.0, 1.0]}
+# Consistency training of a started model: from its own answers, in an unsquared norm.
+ECT = {"solver": "data", "target": "self", "boundary": "none", "loss": "norm", **UNGUIDED}
 
 
 def score(**options: Any) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import math
 import warnings
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from stepdistill.core.times import logit_normal_times
+from stepdistill.methods.grid import LOWEST
 from stepdistill.methods.scores_config import ScoreConfig
 
-LOWEST = 1e-3  # no rectified-flow time below it is drawn or called: FastGen's clamp
 # What distribution matching alone reads.
 MATCHING = (
     *("order", "critic_steps", "dm_t_range", "fake_t_range", "weight", "fake_space"),
@@ -90,6 +90,5 @@ class MeanFlowConfig(ScoreConfig):
 
     def law(self, u: Tensor) -> Tensor:
         """(B,) rectified-flow times from u ~ U(0, 1), within [LOWEST, 1 - LOWEST]."""
-        normal = torch.special.ndtri(u.double())
-        tau = (self.time_mean + self.time_std * normal).sigmoid()
+        tau = logit_normal_times(u, self.time_mean, self.time_std)
         return tau.clamp(LOWEST, 1.0 - LOWEST)

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.core.denoiser import Prediction
-from stepdistill.core.path import NoisePath, VPPath, expand, full
-from stepdistill.methods.grid import flow_time, path_time
-from stepdistill.methods.meanflow_config import LOWEST, MeanFlowConfig
+from stepdistill.core.path import expand, full
+from stepdistill.methods.grid import earlier_time, flow_time
+from stepdistill.methods.meanflow_config import MeanFlowConfig
 
 Average = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> u (B, C, *S), at a fixed r
 
@@ -35,14 +35,6 @@ def scm_weight(tau: Tensor) -> Tensor:
     Source: Lu and Song 2024, arXiv:2410.11081, Eq. 8, with sigma_data 1.
     """
     return (1.0 - tau) / tau * (tau**2 + (1.0 - tau) ** 2).sqrt()
-
-
-def earlier_time(path: NoisePath, t: Tensor, r: Tensor, span: Tensor) -> Tensor:
-    """(B,) the time `span` in tau before t, not before r, and of a table another entry than t's."""
-    s = path_time(path, (flow_time(path, t) - span).clamp_min(LOWEST))
-    if isinstance(path, VPPath):
-        s = torch.minimum(s, (t - 1.0 / path.num_steps).clamp_min(1.0 / path.num_steps))
-    return torch.maximum(s, r)
 
 
 @torch.no_grad()
@@ -63,7 +55,7 @@ def residual(
     s = earlier_time(path, t, r, span)
     share = (tau - flow_time(path, s)) / gap.clamp_min(1e-9)  # h / (tau - rho), as the table has it
     inverse = torch.where(share > 0.0, 1.0 / share.clamp_min(1e-9), 0.0)
-    factor = (inverse - 1.0).clamp_min(0.0) if interpolates else k * inverse
+    factor = (inverse - 1.0) * (span < gap) if interpolates else k * inverse
     return v - u - expand(factor, u) * (u - average(real.step(s), s))
 
 
