@@ -2,7 +2,8 @@
 
 f(x_t, t) jumps from any point of the teacher's trajectory to its clean end. With x_s one guided
 teacher step from x_t along a grid:  loss = d( f_student(x_t, t), stopgrad f_target(x_s, s) ).
-Sources: Song et al. 2023, arXiv:2303.01469; Luo et al. 2023, arXiv:2310.04378 and 2311.05556.
+Sources: Song et al. 2023, arXiv:2303.01469; Luo et al. 2023, arXiv:2310.04378 and 2311.05556;
+Geng et al. 2024 (ECT), arXiv:2406.14548; Lee et al. 2024 (TCM), arXiv:2410.14895.
 Differs from the papers: guidance is g of null + g (cond - null), where LCM's w = g - 1; LPIPS
 judges decoded images; at t = 1 the student sees pure noise, as in sampling.
 """

@@ -88,13 +88,15 @@ class Shrinking(MethodConfig):
         share = 1.0 - (1.0 + 8.0 * (-now).sigmoid()) / self.q ** (stage + 1)
         later = now * share.clamp(0.0, self.max_ratio)
         span, ends = flow_time(path, t) - later / (1.0 + later), torch.full_like(t, end)
-        return t, torch.where(later > 0.0, earlier_time(path, t, ends, span), ends)
+        s = earlier_time(path, t, ends, span)
+        return t, torch.where((later > 0.0) & (s < t), s, ends)
 
     def weights(self, path: NoisePath, t: Tensor, s: Tensor) -> Tensor:
         """(B,) factors on the distances of pairs (t, s)."""
         now, weight = noise_ratio(path, t), torch.ones_like(t)
         if self.weight == "inverse_span":
-            weight = 1.0 / (now - noise_ratio(path, s))
+            between = now - noise_ratio(path, s)
+            weight = torch.where(between > 0.0, 1.0 / between.clamp_min(1e-9), 0.0)  # at sigma_min
         elif self.weight == "c_out":
             weight = 1.0 / now**2 + 4.0
         if not self.truncate_at:

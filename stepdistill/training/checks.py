@@ -144,12 +144,17 @@ def roles_fit(
             f"{method.name}: expected a model that can be told where a jump ends, got one of "
             f"{family.name}. Set --method_config.r zero or phases."
         )
-    if method.forward_mode and (args.compile or not family.forward_mode):
-        raise ValueError(
-            f"{method.name}: expected a model that can be differentiated forward (jvp), got "
-            f"{'a compiled one' if args.compile else f'one of {family.name}'}. Set "
-            "--method_config.estimator backward."
-        )
+    quantized, forward = args.tuning.base_quantization, method.forward_mode
+    for what, is_so in (
+        ("--compile", args.compile),
+        (f"--tuning.base_quantization {quantized}", quantized != "none"),
+        (f"a model of {family.name}", not family.forward_mode),
+    ):
+        if forward and is_so:
+            raise ValueError(
+                f"{method.name}: expected networks that can be differentiated forward (jvp), got "
+                f"{what}. Set --method_config.estimator backward."
+            )
 
 
 def _quietly(cls: type[Method[Any]], config: MethodConfig, teacher: TeacherFacts) -> Method[Any]:
