@@ -51,11 +51,13 @@ def residual(
     if config.estimator == "jvp":
         return v - u - expand(k * gap, u) * forward_derivative(average, real)
     interpolates = config.estimator == "alphaflow"
-    span = config.ratio(step) * gap if interpolates else gap.clamp_max(config.h)
+    span = config.ratio(step) * gap if interpolates else (0.5 * gap).clamp_max(config.h)
     s = earlier_time(path, t, r, span)
-    share = (tau - flow_time(path, s)) / gap.clamp_min(1e-9)  # h / (tau - rho), as the table has it
-    inverse = torch.where(share > 0.0, 1.0 / share.clamp_min(1e-9), 0.0)
-    factor = (inverse - 1.0) * (span < gap) if interpolates else k * inverse
+    share = (tau - flow_time(path, s)) / gap.clamp_min(1e-9)  # h / (tau - rho), on the table
+    # No difference without a time between t and r: at r, the edge of a phase, the student already
+    # answers for the phase below.
+    inverse = torch.where((share > 0.0) & (s > r), 1.0 / share.clamp_min(1e-9), 0.0)
+    factor = (inverse - 1.0).clamp_min(0.0) * (span < gap) if interpolates else k * inverse
     return v - u - expand(factor, u) * (u - average(real.step(s), s))
 
 

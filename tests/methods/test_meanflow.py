@@ -106,6 +106,19 @@ def test_difference_at_the_exact_average_is_of_first_order(setting, estimator):
     assert abs(errors[0] / errors[1] - 2.0) < (0.15 if setting == "vp" else 0.05), errors
 
 
+@pytest.mark.parametrize("estimator", ["backward", "alphaflow"])
+@pytest.mark.parametrize("setting", PATHS)
+def test_differences_stay_inside_their_phase(setting, estimator):
+    """At an edge the student answers for the phase below: no difference may reach over it."""
+    sizes = []
+    for span in (0.04, 0.02):
+        method = make(setting, num_steps=4, estimator=estimator, h=span, alpha=span, time_std=1.6)
+        student = Student(PATHS[setting][0], end_of=phase_end(method))
+        sizes.append(rms(residual_of(method, student)))
+    assert sizes[1] < 0.012
+    assert sizes[0] < 0.03
+
+
 @pytest.mark.parametrize("setting", SMOOTH)
 def test_three_estimators_agree_off_the_solution(setting):
     """To the exact derivative at a wrong student: error ratio 2 per halving of h, and of alpha."""
