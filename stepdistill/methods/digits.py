@@ -38,7 +38,8 @@ def jumps(max_train_steps: int, **options: Any) -> dict[str, Any]:
 
 def residual_recipe(max_train_steps: int = 1200, **options: Any) -> dict[str, Any]:
     """The flow map's residual along the teacher's trajectory."""
-    return {"max_train_steps": max_train_steps, "method_config": {"guidance": 1.0, **options}}
+    options = {"guidance": 1.0, "time_mean": 0.0, "time_std": 1.5, **options}
+    return {"max_train_steps": max_train_steps, "method_config": options}
 
 
 # The gradient reaches the last step alone: matching each step's own x0 trains the fake on a mixture

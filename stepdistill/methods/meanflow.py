@@ -29,7 +29,7 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import per_sample
 from stepdistill.losses.score import surrogate
-from stepdistill.methods.digits import residual_recipe
+from stepdistill.methods.digits import residual_recipe, score
 from stepdistill.methods.grid import flow_time, path_time
 from stepdistill.methods.meanflow_config import MeanFlowConfig
 from stepdistill.methods.residual import residual, scm_weight
@@ -48,7 +48,11 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
     aliases = {"scm": SCM, "rcm": {**SCM, "matching": 1.0}}
     trainer = "ConsistencyTrainer"
     data = "images"
-    digits = (Recipe("meanflow", residual_recipe()),)
+    digits = (
+        Recipe("meanflow", residual_recipe()),
+        Recipe("scm", residual_recipe(**SCM)),
+        Recipe("rcm", score(guidance=1.0, **SCM, time_mean=0.0, time_std=1.5, matching=1.0)),
+    )
 
     def __init__(self, config: MeanFlowConfig, setting: Setting) -> None:
         super().__init__(config, setting)
