@@ -227,8 +227,8 @@ def sample_x0(
     x = first = path.prior(noise)
     ends = (*spec.times[1:], 0.0)
     for i, (t, s) in enumerate(zip(spec.times, ends, strict=True)):
-        end = at(s) if spec.tells_end else None
-        pred = denoiser(x, at(t), cond, null, guidance, w=w, s=end)
+        ends_at = at(s) if spec.tells_end else None
+        pred = denoiser(x, at(t), cond, null, guidance, w=w, s=ends_at)
         x0 = boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
         if s == 0.0:
             return x0

@@ -69,7 +69,8 @@ def logit_normal_times(u: Tensor, mean: float, std: float) -> Tensor:
 
     Source: Esser et al. 2024, arXiv:2403.03206, Sec. 3.1; as EDM's law of sigma = t / (1 - t).
     """
-    return (mean + std * torch.special.ndtri(u.double())).sigmoid()
+    normal: Tensor = torch.special.ndtri(u.double())
+    return (mean + std * normal).sigmoid()
 
 
 def u_shaped_times(u: Tensor, sharpness: float, low: float = 0.0, high: float = 1.0) -> Tensor:

@@ -31,13 +31,13 @@ def time_embedders(net: nn.Module) -> list[Any]:
 
 def with_end_input(net: nn.Module) -> nn.Module:
     """The network itself, its time embedders reading t - s from now on. Errors: ValueError."""
-    found = time_embedders(net)
-    if not found or any(module.cond_proj is not None for module in found):
+    embedders = time_embedders(net)
+    if not embedders or any(module.cond_proj is not None for module in embedders):
         raise ValueError(
             f"{type(net).__name__}: expected a time embedder free to read where a jump ends, got "
-            f"{'one that reads guidance' if found else 'none'}. Set r: zero or phases."
+            f"{'one that reads guidance' if embedders else 'none'}. Set r: zero or phases."
         )
-    for module in found:
+    for module in embedders:
         like = module.linear_1.weight
         module.cond_proj = nn.Linear(
             GUIDANCE_EMBED_DIM, module.linear_1.in_features, False, like.device, like.dtype

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from stepdistill.methods.meanflow_config import MeanFlowConfig
 from stepdistill.methods.residual import residual, scm_weight
 from stepdistill.methods.scores import ScoreDistillation
 
-SCM = {"r": "zero", "sampler": "renoise"}
+SCM: dict[str, Any] = {"r": "zero", "sampler": "renoise"}
 
 
 class MeanFlow(ScoreDistillation[MeanFlowConfig]):
