@@ -168,7 +168,7 @@ class DistillationTrainer(Trainer):
 
 
 class ConsistencyTrainer(DistillationTrainer):
-    """Consistency distillation and latent consistency models (CD, LCM, LCM-LoRA)."""
+    """Consistency models of discrete (CD, LCM, ECT) and continuous time (MeanFlow, sCM, rCM)."""
 
     default = "consistency"
 

@@ -1,10 +1,16 @@
-"""Consistency distillation (CD, LCM, LCM-LoRA).
+"""Consistency in discrete time (CD, LCM, LCM-LoRA, ECT) and in continuous (MeanFlow, sCM, rCM).
 
 One GPU (or a CPU):
     accelerate launch train/consistency.py \
         --config configs/methods/lcm_lora.yaml configs/models/sd15.yaml \
         --pretrained_model_name_or_path DIR --data.train_data_dir IMAGES \
         --output_dir runs/consistency
+
+MeanFlow:
+    accelerate launch train/consistency.py \
+        --config configs/methods/meanflow.yaml configs/models/sd3.yaml \
+        --pretrained_model_name_or_path DIR --data.train_data_dir IMAGES \
+        --output_dir runs/meanflow
 
 Two processes on one machine without a GPU (gloo):
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 \

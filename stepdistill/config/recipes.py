@@ -13,7 +13,7 @@ from stepdistill.core.recipe import Recipe
 from stepdistill.methods import METHODS
 
 # Options that count student updates: they keep their share of a run that is longer or shorter.
-COUNTED_OPTIONS = ("anneal_steps",)
+COUNTED_OPTIONS = ("anneal_steps", "warmup_steps")
 
 COMMON: dict[str, Any] = {
     "train_batch_size": 64,

@@ -92,6 +92,7 @@ class Denoiser(ABC):
     embeds_guidance: bool = False
     has_null: bool = True
     null_skips: tuple[str, ...] = ()  # blocks that the null pass of guidance leaves out
+    end: Tensor | None = None  # (B,) where this call's jump ends
 
     def skipping(self, blocks: Sequence[str]) -> Denoiser:
         """The same with skip-layer guidance: null passes without these blocks, in a call apart.
@@ -142,6 +143,7 @@ class Denoiser(ABC):
         guidance: float | Tensor | None = None,
         w: Tensor | None = None,
         features: Sequence[str] = (),
+        s: Tensor | None = None,
     ) -> Prediction:
         """The prediction at x_t, guided where `guidance` is not None or 1.
 
@@ -150,7 +152,13 @@ class Denoiser(ABC):
             guidance: g of null + g (cond - null), a number or (B,).
             w: (B,) guidance told to the network itself (LCM's embedding, w = g - 1).
             features: names of blocks whose hidden states the Prediction should carry.
+            s: (B,) time at which the jump from t ends, told to a role with that extra input;
+                without guidance.
         """
+        if s is not None:
+            ending = copy.copy(self)
+            ending.end = s
+            return ending(x_t, t, cond, w=w, features=features)
         if t.ndim != 1 or t.shape[0] != x_t.shape[0]:
             raise ValueError(
                 f"denoiser: expected t of shape (B,) = ({x_t.shape[0]},), got {tuple(t.shape)}."

@@ -31,7 +31,7 @@ class Role:
     source: "teacher" starts at the teacher's weights; "head" is a discriminator head.
     train: whether some phase trains it. A frozen teacher-sourced role is the teacher itself.
     ema_of: the role it follows by `nets.ema_update`; a decay never applied is a snapshot.
-    extra_inputs: inputs the stock network lacks: "w" (guidance embedding).
+    extra_inputs: inputs the stock network lacks: "w" (guidance embedding), "s" (end of a jump).
     as_flow: read the output as velocity at (x, num_train_timesteps * t), whatever the teacher
         predicted (InstaFlow's raw set-up).
     features: blocks a head reads, by the family's names ("mid" exists everywhere, ("all",) is all).
@@ -265,6 +265,11 @@ class Method(ABC, Generic[C]):
     def skip_layers(self) -> tuple[str, ...]:
         """Blocks that the teacher's null passes leave out (`Denoiser.skipping`)."""
         return ()
+
+    @property
+    def forward_mode(self) -> bool:
+        """Whether its losses differentiate a network in forward mode (a JVP)."""
+        return False
 
     @property
     def fake_fit(self) -> FakeFit | None:

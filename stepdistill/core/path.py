@@ -238,6 +238,14 @@ class VPPath(NoisePath):
         """The time t of table index n (inverse of model_time)."""
         return (torch.as_tensor(index).double() + 1.0) / self.num_steps
 
+    def time_of_angle(self, angle: Tensor) -> Tensor:
+        """(B,) the time, between table entries too, whose atan2(sigma, alpha) is `angle`."""
+        table, angle = self._angle.to(angle.device), angle.double()
+        high = torch.searchsorted(table, angle).clamp(1, self.num_steps)
+        low, span = table[high - 1], table[high] - table[high - 1]
+        part = ((angle - low) / span.clamp_min(1e-300)).clamp(0.0, 1.0)
+        return (high - 1 + part) / self.num_steps
+
 
 class FlowPath(NoisePath):
     """Rectified-flow path: alpha = 1 - t, sigma = t; the network is told 1000 t."""

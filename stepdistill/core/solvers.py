@@ -42,6 +42,7 @@ class SamplerSpec:
     boundary_sigma: CD's sigma_min (VE paths), where its skip/out blend ends and noise travel
            begins; None for plain x0.
     keeps_scheduler: the student serves the teacher's own scheduler, and export leaves it in place.
+    tells_end: the network is told where each step ends, which no stock pipeline does.
     """
 
     times: tuple[float, ...]
@@ -54,6 +55,7 @@ class SamplerSpec:
     boundary_sigma: float | None = None
     keeps_scheduler: bool = False
     heun: bool = False
+    tells_end: bool = False
 
     def __post_init__(self) -> None:
         if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
@@ -223,7 +225,8 @@ def sample_x0(
     x = first = path.prior(noise)
     ends = (*spec.times[1:], 0.0)
     for i, (t, s) in enumerate(zip(spec.times, ends, strict=True)):
-        pred = denoiser(x, at(t), cond, null, guidance, w=w)
+        ends_at = at(s) if spec.tells_end else None
+        pred = denoiser(x, at(t), cond, null, guidance, w=w, s=ends_at)
         x0 = boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
         if s == 0.0:
             return x0

@@ -64,6 +64,15 @@ def uniform_times(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     return low + (high - low) * u.double()
 
 
+def logit_normal_times(u: Tensor, mean: float, std: float) -> Tensor:
+    """t / (1 - t) is log-normal: sigmoid(mean + std n). u at 0 or 1 gives that end itself.
+
+    Source: Esser et al. 2024, arXiv:2403.03206, Sec. 3.1; as EDM's law of sigma = t / (1 - t).
+    """
+    normal: Tensor = torch.special.ndtri(u.double())
+    return (mean + std * normal).sigmoid()
+
+
 def u_shaped_times(u: Tensor, sharpness: float, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Density proportional to e^(a t) + e^(a (1 - t)), a = sharpness, mapped onto [low, high].
 

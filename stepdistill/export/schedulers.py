@@ -89,6 +89,12 @@ def stock_sampler(
         scales_input: its loop calls the scheduler's scale_model_input.
     Errors: ValueError for a spec no stock scheduler samples in that pipeline.
     """
+    if spec.tells_end:
+        raise ValueError(
+            "export: expected a student that is told its time alone, got one that is told where "
+            "each step ends: no stock pipeline says that. Sample with stepdistill.sampling, or "
+            "train with method_config.r: zero or phases."
+        )
     if _RULES.get((spec.kind, spec.heun)) and isinstance(path, VEPath):
         raise ValueError(
             f"export: expected a sampler that a scheduler has on a VE path, got kind {spec.kind}, "

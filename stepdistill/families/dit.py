@@ -26,6 +26,7 @@ class DiTFamily(Family):
     name: ClassVar[str] = "dit"
     pipelines: ClassVar[tuple[str, ...]] = ("DiTPipeline",)
     tiny = "stepdistill.testing.tiny:tiny_dit"
+    supports_s: ClassVar[bool] = False  # each block embeds the time anew
     net_name: ClassVar[str] = "transformer"
     scales_input: ClassVar[bool] = True
     one_size: ClassVar[bool] = True  # the position table's

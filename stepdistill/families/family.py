@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from stepdistill.core.denoiser import linear_guidance
 from stepdistill.core.method import Setting
 from stepdistill.core.types import Cond
+from stepdistill.families.end_input import with_end_input
 from stepdistill.families.features import FeatureBlock
 from stepdistill.families.schedule import dynamic_shift, read_schedule
 from stepdistill.families.vae import decode_latents, encode_images, latent_size
@@ -80,6 +81,8 @@ class Family(ABC):
     conditioning: Literal["prompt", "label", "none"] = "prompt"
     has_null: bool = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
+    supports_s: ClassVar[bool] = True  # whether a copy can be told where its jump ends (end_input)
+    forward_mode: ClassVar[bool] = True  # whether its denoiser can be differentiated forward (JVP)
     one_size: ClassVar[bool] = False  # whether network or condition know one image size alone
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
@@ -201,12 +204,15 @@ class Family(ABC):
         Args: net: what to copy; none means the teacher's own.
         Errors: ValueError where the stock class has no such input.
         """
+        twin = copy.deepcopy(self.net if net is None else net)
+        if tuple(extra_inputs) == ("s",) and self.supports_s:
+            return with_end_input(twin)
         if extra_inputs:
             raise ValueError(
                 f"{self.name}: expected extra inputs the stock network has, got {extra_inputs}. "
                 "Set embed_guidance: false."
             )
-        return copy.deepcopy(self.net if net is None else net)
+        return twin
 
     def forward(
         self,

@@ -31,6 +31,7 @@ class WanFamily(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
     tiny = "stepdistill.testing.tiny_video:tiny_wan"
     variants = {"wan_tokens": {"expand_timesteps": True}}
+    supports_s: ClassVar[bool] = False  # some embed a time for each token
     net_name: ClassVar[str] = "transformer"
     output: ClassVar[Literal["images", "frames"]] = "frames"
     one_size: ClassVar[bool] = True  # of its videos

@@ -47,6 +47,7 @@ class ZImageFamily(VaeSizedFamily):
         "vae": {"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159},
     }
     dynamic_shift = True
+    supports_s: ClassVar[bool] = False
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (

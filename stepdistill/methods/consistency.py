@@ -2,7 +2,8 @@
 
 f(x_t, t) jumps from any point of the teacher's trajectory to its clean end. With x_s one guided
 teacher step from x_t along a grid:  loss = d( f_student(x_t, t), stopgrad f_target(x_s, s) ).
-Sources: Song et al. 2023, arXiv:2303.01469; Luo et al. 2023, arXiv:2310.04378 and 2311.05556.
+Sources: Song et al. 2023, arXiv:2303.01469; Luo et al. 2023, arXiv:2310.04378 and 2311.05556;
+Geng et al. 2024 (ECT), arXiv:2406.14548; Lee et al. 2024 (TCM), arXiv:2410.14895.
 Differs from the papers: guidance is g of null + g (cond - null), where LCM's w = g - 1; LPIPS
 judges decoded images; at t = 1 the student sees pure noise, as in sampling.
 """
@@ -22,10 +23,10 @@ from stepdistill.core.path import VPPath
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec, teacher_step
 from stepdistill.core.types import Batch, Losses
-from stepdistill.losses.regression import distance, weighted_mean
 from stepdistill.methods.consistency_config import ConsistencyConfig
-from stepdistill.methods.digits import UNGUIDED, jumps
-from stepdistill.methods.grid import SolverGrid, heun_step
+from stepdistill.methods.digits import ECT, UNGUIDED, jumps
+from stepdistill.methods.grid import SolverGrid, heun_step, rows
+from stepdistill.methods.perceptual import pair_distance
 
 
 class Consistency(Method[ConsistencyConfig]):
@@ -41,11 +42,13 @@ class Consistency(Method[ConsistencyConfig]):
         "ct": {"solver": "data", **UNGUIDED},
         "lcm": {"loss": "huber"},
         "lcm_lora": {"loss": "huber", "target": "self"},
+        "ect": {**ECT, "shrink": {}},
+        "tcm": {**ECT, "shrink": {"truncate_at": 1.0, "q": 1000.0, "stages": 1}},
     }
     trainer = "ConsistencyTrainer"
     data = "images"
     one_student = True
-    digits = (Recipe("consistency", jumps(1200)),)
+    digits = (Recipe("consistency", jumps(1200)), Recipe("ect", jumps(1200, **ECT, shrink={})))
 
     def __init__(self, config: ConsistencyConfig, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -72,6 +75,8 @@ class Consistency(Method[ConsistencyConfig]):
             roles["teacher"] = Role()
         if self.config.target == "ema":
             roles["target"] = Role(ema_of="student", extra_inputs=extra)
+        if self.config.truncated:  # never updated: the student that this run began with
+            roles["reference"] = Role(ema_of="student", extra_inputs=extra)
         return roles
 
     def scorers(self) -> dict[str, ScorerSpec]:
@@ -95,13 +100,17 @@ class Consistency(Method[ConsistencyConfig]):
         """d( f_student(x_t, t), stopgrad f_target(x_s, s) ), every grid interval alike."""
         config, x0 = self.config, batch.x0
         assert x0 is not None, "the trainer checks `needs`"
-        grid = self.grid_at(ctx.step)
-        t, s = grid.pair(ctx.randint(0, len(grid.starts), batch.bsz))
+        grid, path, weight = self.grid_at(ctx.step), self.setting.path, None
+        if config.shrink is None:
+            t, s = grid.pair(ctx.randint(0, len(grid.starts), batch.bsz))
+        else:
+            t, s = config.shrink.pair(ctx, batch.bsz, path, grid.end)
+            weight = config.shrink.weights(path, t, s)
         g = ctx.between(config.guidance_range, batch.bsz)
         w = None
         if config.embed_guidance:
             w = torch.as_tensor(g, dtype=torch.float32, device=t.device).expand(batch.bsz) - 1.0
-        path, noise = self.setting.path, ctx.randn(tuple(x0.shape))
+        noise = ctx.randn(tuple(x0.shape))
         x_t = path.noised(x0, noise, t)
         estimate = grid.blend(nets["student"](x_t, t, batch.cond, w=w))
         if config.solver == "data":  # the same x0 and noise
@@ -109,15 +118,14 @@ class Consistency(Method[ConsistencyConfig]):
         else:
             x_s = self.solve(nets, batch, x_t, t, s, g)
         with torch.no_grad():
-            target = grid.blend(
-                nets["target" if config.target == "ema" else "student"](x_s, s, batch.cond, w=w)
-            )
-        if config.loss == "lpips":
-            with torch.no_grad():
-                reference = nets.images(target)
-            total = nets.scorer("lpips")(nets.images(estimate), reference).mean()
-        else:
-            total = weighted_mean(distance(config.loss, estimate, target, config.huber_c))
+            name = "target" if config.target == "ema" else "student"
+            target = grid.blend(nets[name](x_s, s, batch.cond, w=w))
+            if config.shrink is not None and config.truncated:
+                below = rows(s < config.shrink.edge(path, s) - 1e-9, target)
+                frozen = grid.blend(nets["reference"](x_s, s, batch.cond, w=w))
+                target = torch.where(below, frozen, target)
+        values = pair_distance(nets, config.loss, estimate, target, config.huber_c)
+        total = values.mean() if weight is None else (weight.to(values.dtype) * values).mean()
         return Losses(total, {"loss": total.detach()})
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:

@@ -52,7 +52,7 @@ class CriticMethod(Method[S], Generic[S]):
     def critic_phase(self) -> Phase:
         """critic_steps updates of the fake and, where there is one, the head."""
         trained = ("fake", *self.config.gan.roles())
-        reads = ("x0" in self.needs, "real" in self.needs)
+        reads = (self.config.rollout == "data", "real" in self.needs)
         return Phase("fake", self.fake_loss, trained, self.config.critic_steps, *reads)
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:

@@ -10,6 +10,8 @@ from typing import Any
 from stepdistill.core.recipe import First
 
 UNGUIDED: dict[str, Any] = {"guidance_range": [1.0, 1.0]}
+# Consistency training of a started model: from its own answers, in an unsquared norm.
+ECT = {"solver": "data", "target": "self", "boundary": "none", "loss": "norm", **UNGUIDED}
 
 
 def score(**options: Any) -> dict[str, Any]:
@@ -31,6 +33,12 @@ def regression(max_train_steps: int = 2000, **options: Any) -> dict[str, Any]:
 def jumps(max_train_steps: int, **options: Any) -> dict[str, Any]:
     """Along the teacher's trajectory, against an average of the student."""
     options = {**UNGUIDED, "target": "ema", **options}
+    return {"max_train_steps": max_train_steps, "method_config": options}
+
+
+def residual_recipe(max_train_steps: int = 1200, **options: Any) -> dict[str, Any]:
+    """The flow map's residual along the teacher's trajectory."""
+    options = {"guidance": 1.0, "time_mean": 0.0, "time_std": 1.5, **options}
     return {"max_train_steps": max_train_steps, "method_config": options}
 
 

@@ -19,15 +19,16 @@ from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.method import Setting
-from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, full
+from stepdistill.core.path import NoisePath, VEPath, VPPath, full
 from stepdistill.core.solvers import boundary_x0
 from stepdistill.core.times import shift_times
 from stepdistill.core.types import Cond
 
 Boundary = Literal["auto", "lcm", "cd", "none"]
+LOWEST = 1e-3  # of rectified-flow times drawn from laws on all of (0, 1), as FastGen clamps them
 
 
-def _rows(mask: Tensor, like: Tensor) -> Tensor:
+def rows(mask: Tensor, like: Tensor) -> Tensor:
     """(B,) mask shaped to broadcast over `like`."""
     return mask.view(-1, *([1] * (like.ndim - 1)))
 
@@ -41,17 +42,22 @@ def flow_time(path: NoisePath, t: Tensor) -> Tensor:
 def path_time(path: NoisePath, tau: Tensor) -> Tensor:
     """(B,) float64 path time of equal noise-to-signal ratio tau / (1 - tau), on the table.
 
-    Inverse of `flow_time`, which grows with t on every path, by bisection; beyond the path's range
-    the nearest end (SD's table reaches 0.028 to 0.936).
+    Inverse of `flow_time`, which grows with t on every path; beyond the path's range the nearest
+    end (SD's table reaches 0.028 to 0.936).
     """
-    if isinstance(path, FlowPath):
-        return tau.double()
-    low, high = torch.zeros_like(tau), torch.ones_like(tau)
-    for _ in range(50):
-        middle = 0.5 * (low + high)
-        below = flow_time(path, middle) < tau
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return path.snap(high)
+    if isinstance(path, VPPath):
+        return path.snap(path.time_of_angle(torch.atan2(tau, 1.0 - tau)))
+    if isinstance(path, VEPath):
+        return path.snap(path.time_of_sigma(tau / (1.0 - tau)).clamp(0.0, 1.0))
+    return tau.double()
+
+
+def earlier_time(path: NoisePath, t: Tensor, r: Tensor, span: Tensor) -> Tensor:
+    """(B,) the time `span` in tau before t, not before r, and of a table another entry than t's."""
+    s = path_time(path, (flow_time(path, t) - span).clamp_min(LOWEST))
+    if isinstance(path, VPPath):
+        s = torch.minimum(s, (t - 1.0 / path.num_steps).clamp_min(1.0 / path.num_steps))
+    return torch.maximum(s, r)
 
 
 class SolverGrid:
@@ -118,7 +124,7 @@ class SolverGrid:
     def blend(self, pred: Prediction) -> Tensor:
         """f (B, C, *S) of the consistency function; bit-exactly x_t at the end time."""
         f = boundary_x0(pred, self.scale, self.sigma_min)
-        return torch.where(_rows(pred.t <= self.end, f), full(pred.x_t), f)
+        return torch.where(rows(pred.t <= self.end, f), full(pred.x_t), f)
 
 
 @torch.no_grad()
@@ -145,4 +151,4 @@ def heun_step(
     later = teacher(euler, torch.where(clean, t, s), cond, null, guidance)
     mean = 0.5 * (pred.as_type(slope) + later.as_type(slope))
     heun = path.step(path.to_x0(mean, x_t, t, slope), x_t, t, s)
-    return torch.where(_rows(clean, heun), euler, heun)
+    return torch.where(rows(clean, heun), euler, heun)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType
 from stepdistill.core.types import Cond
+from stepdistill.families.end_input import told_end
 from stepdistill.families.family import Family
 from stepdistill.families.features import capture, chosen_blocks, leave_out
 
@@ -84,7 +85,8 @@ class RoleDenoiser(Denoiser):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
         family = self._family
-        with self._capturing(features) as feats:
+        interval = None if self.end is None else t - self.end
+        with self._capturing(features) as feats, told_end(self._net, interval):
             out = family.forward(self._net, x_t, self.path.model_time(t), cond, w=w)
         forget_graphless_casts()
         return out, family.image_features(feats, x_t, cond)

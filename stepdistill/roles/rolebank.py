@@ -137,7 +137,7 @@ class RoleBank(nn.Module):
                 raise ValueError(
                     f"role {role!r}: expected tuning 'full' with extra inputs {spec.extra_inputs} "
                     "(an adapter has no place for new weights), got 'lora'. "
-                    f"Set --tuning.{role} full, or turn the guidance embedding off."
+                    f"Set --tuning.{role} full, or turn off what asks for them."
                 )
 
     def _origin(self, role: str) -> Role:

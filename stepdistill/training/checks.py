@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from stepdistill.config.run import TrainConfig
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields, sample_item
@@ -30,9 +31,7 @@ def method_fits(
     """Errors: ValueError where the datasets lack a field the method's losses read, where a scorer
     they call can't be had (see `rewards.check_scorers`), or where no run of the method measures
     best_metric. Warns of a gan_dataset that no loss reads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the trainer builds it again and warns then
-        method = cls(config, teacher.setting)
+    method = _quietly(cls, config, teacher)
     spec, as_flow = method.sampler(), method.roles()["student"].as_flow
     if as_flow and best_metric == "trajectory_rmse":
         raise ValueError(
@@ -131,6 +130,43 @@ def size_fits(resolution: int | None, family: Family) -> None:
             "model's own.",
             stacklevel=4,
         )
+
+
+def roles_fit(
+    cls: type[Method[Any]], config: MethodConfig, args: TrainConfig, teacher: TeacherFacts
+) -> None:
+    """Errors: ValueError for roles that the model, or an adapter on it, cannot have."""
+    method, family = _quietly(cls, config, teacher), teacher.family
+    student = method.roles()["student"]
+    if student.extra_inputs and args.tuning.layout("student") == "lora":
+        raise ValueError(
+            f"tuning.student: expected full of a student with extra inputs {student.extra_inputs} "
+            "(an adapter has no place for new weights), got lora. Set --tuning.student full, or "
+            "turn off what asks for them."
+        )
+    if "s" in student.extra_inputs and not family.supports_s:
+        raise ValueError(
+            f"{method.name}: expected a model that can be told where a jump ends, got one of "
+            f"{family.name}. Set --method_config.r zero or phases."
+        )
+    quantized, forward = args.tuning.base_quantization, method.forward_mode
+    for what, is_so in (
+        ("--compile", args.compile),
+        (f"--tuning.base_quantization {quantized}", quantized != "none"),
+        (f"a model of {family.name}", not family.forward_mode),
+    ):
+        if forward and is_so:
+            raise ValueError(
+                f"{method.name}: expected networks that can be differentiated forward (jvp), got "
+                f"{what}. Set --method_config.estimator backward."
+            )
+
+
+def _quietly(cls: type[Method[Any]], config: MethodConfig, teacher: TeacherFacts) -> Method[Any]:
+    """The method; the trainer builds it again and warns then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cls(config, teacher.setting)
 
 
 def student_fits(

@@ -110,6 +110,7 @@ class Trainer(Resumable):
             checks.method_fits(cls, config, facts, *data)
             checks.buckets_fit(self.dataset, self.gan_dataset, facts)
         checks.student_fits(cls, args.tuning, self.teacher)
+        checks.roles_fit(cls, config, args, facts)
         training = self.dataset is not None
         check_start(args, facts, training)
         self.facts = run_identity.run_facts(self.teacher, self.method_name, config, args, training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from stepdistill.core.solvers import (
 from stepdistill.core.types import Batch, Cond
 from stepdistill.methods import METHODS
 from stepdistill.methods.consistency import Consistency
-from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth
+from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth, noise_ratio
 from stepdistill.methods.grid import SolverGrid, heun_step
 from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
@@ -471,6 +472,152 @@ def test_a_growing_grid_on_a_table_takes_its_divisors():
     assert all(a <= b for a, b in pairwise(sizes))
 
 
+# ----------------------------------------------------------------------------------- ECT and TCM
+def ect(path=FLOW, shrink=None, **options) -> Consistency:
+    options = {"solver": "data", "boundary": "none", "loss": "norm", **options}
+    return make(path, shrink=shrink or {}, **options)
+
+
+VP_LOWEST = float(noise_ratio(VP, torch.tensor([1e-3], dtype=torch.float64)))
+
+
+def drawn(method: Consistency, step: int = 0, max_steps: int = 8, bsz: int = 4096):
+    """(t, r) as EDM's sigma, and the path times (t, s)."""
+    shrink, path = method.config.shrink, method.setting.path
+    ctx = Ctx64(step=step, max_steps=max_steps)
+    t, s = shrink.pair(ctx, bsz, path, method.grid.end)
+    return noise_ratio(path, t), noise_ratio(path, s), t, s
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_pairs_follow_ect_s_law_and_narrow_by_stages(path):
+    method, shares = ect(PATHS[path], boundary="auto" if path == "ve" else "none"), []
+    lowest = {"flow": 1 / 999, "vp": VP_LOWEST, "ve": 0.002 + 1e-9}[path]
+    for stage in range(8):
+        now, later, t, s = drawn(method, stage)
+        assert bool((s < t)[now > lowest].all())
+        wanted = (1 - (1 + 8 * (-now).sigmoid()) / 2 ** (stage + 1)).clamp(0, 0.999)
+        wanted = torch.where(wanted > 0, wanted.clamp_min(lowest / now), wanted)[now > 0.2]
+        share = (later / now)[now > 0.2]  # below it a table's entries are far apart
+        if path == "ve":  # it ends at sigma_min, not at 0
+            wanted = wanted.clamp_min(lowest / now[now > 0.2])
+        shares.append(share)
+        close = {"flow": 1e-6, "ve": 1e-6, "vp": 2e-2}[path]
+        torch.testing.assert_close(share, wanted, rtol=0, atol=close)
+    assert all(float(a.mean()) < float(b.mean()) for a, b in pairwise(shares))
+    if path == "flow":  # stage 0: diffusion training for all t below about 1.95
+        now, later, *_ = drawn(method)
+        assert not later[now < 1.9].any()
+        assert bool((later[now > 2.0] > 0).all())
+        log = now.log()
+        assert float(log.mean()) == pytest.approx(-1.1, abs=0.03)
+        assert float(log.std()) == pytest.approx(2.0, abs=0.06)
+
+
+def test_ect_s_first_targets_are_the_data_bit_for_bit():
+    """r = 0: f(x0, 0) = x0, so that training starts as a regression on x0."""
+    method, data = ect(VP, {"weight": "none"}), batch(std=0.5)
+    student = GaussianTeacher(VP, 0.3)
+    ctx = Ctx64(seed=1, max_steps=8)
+    t, s = method.config.shrink.pair(ctx, 64, VP, 0.0)
+    x_t = VP.noised(data.x0, ctx.randn(data.x0.shape), t)
+    error = (student(x_t, t, data.cond).x0 - data.x0)[s == 0.0]
+    assert 32 < len(error) < 64
+    c = method.config.huber_c * 8
+    own = ((error.flatten(1).square().sum(1) + c**2).sqrt() - c) / 8
+    clean = s == 0.0
+    nets = AnalyticNets({"student": student})
+    total = method.loss(nets, data, Ctx64(seed=1, max_steps=8)).total
+    rest = method.grid.blend(student(VP.add_noise(data.x0, torch.zeros_like(x_t), s), s, data.cond))
+    assert torch.equal(rest[clean], data.x0[clean])
+    assert float(own.sum() / 64) <= float(total)
+
+
+@pytest.mark.parametrize("path", ["vp", "flow"])
+def test_ect_s_loss_is_zero_at_the_exact_map_of_a_point(path):
+    method = ect(PATHS[path], loss="l2")
+    nets = AnalyticNets({"student": ExactStudent(method, std=0.0)})
+    for step in (0, 7):
+        assert method.loss(nets, batch(std=0.0), Ctx64(step=step, max_steps=8)).total < 1e-14
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ("none", lambda now, later: torch.ones_like(now)),
+        ("inverse_span", lambda now, later: 1 / (now - later)),
+        ("c_out", lambda now, later: 1 / now**2 + 4),
+    ],
+)
+def test_weights_of_ect_s_pairs(weight, expected):
+    method = ect(FLOW, {"weight": weight})
+    now, later, t, s = drawn(method, 3)
+    found = method.config.shrink.weights(FLOW, t, s)
+    torch.testing.assert_close(found, expected(now, later), rtol=1e-6, atol=0)
+
+
+def test_gradient_of_the_norm_has_unit_size():
+    """d |e| / d e of a constant error: its size does not shrink with the error."""
+    sizes = []
+    for value in (0.1, 0.2):
+        method = ect(FLOW, {"weight": "none"}, huber_c=1e-9)
+        theta = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        student = ExactStudent(method, std=0.0, error=lambda t, theta=theta: theta * (t > 0))
+        method.loss(
+            AnalyticNets({"student": student}), batch(std=0.0), Ctx64(max_steps=8)
+        ).total.backward()
+        sizes.append(float(theta.grad))
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)
+    # All targets of stage 0 but few are data: |e| of 8 equal parts over 8 is theta / sqrt(8).
+    assert 0.6 / 8**0.5 < sizes[0] <= 1 / 8**0.5 + 1e-9
+
+
+TCM = {"truncate_at": 1.0, "q": 1000.0, "stages": 1}
+
+
+@pytest.mark.parametrize("path", ["vp", "flow"])
+def test_truncated_times_start_at_the_edge_with_a_quarter_on_it(path):
+    method = ect(PATHS[path], TCM)
+    now, later, t, s = drawn(method)
+    edge = float(now.min())
+    assert edge == pytest.approx(1.0, abs=5e-3)
+    assert float((now == edge).double().mean()) == pytest.approx(0.25, abs=0.01)
+    assert bool((later[now == edge] < edge).all())
+    weights = method.config.shrink.weights(PATHS[path], t, s) * (now - later)
+    assert float(weights[now == edge].sum() / weights.sum()) == pytest.approx(0.1 / 1.1, abs=0.01)
+    above = now[now > edge].log() / 2.0 + 1.1 / 2.0  # standard normal, cut at its value there
+    low = 1.1 / 2.0
+    density = math.exp(-(low**2) / 2.0) / math.sqrt(2.0 * math.pi)
+    tail = 0.5 * math.erfc(low / math.sqrt(2.0))
+    assert float(above.mean()) == pytest.approx(density / tail, abs=0.05)
+
+
+def test_below_the_edge_the_start_answers_and_above_it_the_student():
+    """A reference that is off changes the targets below t' alone; equal networks are ECT."""
+    method, data = ect(FLOW, TCM, loss="l2"), batch(256, std=0.5)
+    assert set(method.roles()) == {"student", "reference"}
+    assert method.roles()["reference"].ema_of == "student"
+    method.after(AnalyticNets({}), 1)  # it is never updated
+    student = ExactStudent(method, std=0.3)
+    ctx = Ctx64(max_steps=8)
+
+    def loss(reference):
+        nets = AnalyticNets({"student": student, "reference": reference})
+        return float(method.loss(nets, data, Ctx64(max_steps=8)).total)
+
+    t, s = method.config.shrink.pair(ctx, 256, FLOW, 0.0)
+    below = s < 0.5
+    assert int(below.sum()) >= 64  # the quarter on the edge, at the least
+    same, off = loss(student), loss(ExactStudent(method, 0.3, error=lambda t: 0.1 + 0 * t))
+    weight = method.config.shrink.weights(FLOW, t, s)
+    x_t = FLOW.noised(data.x0, ctx.randn(data.x0.shape), t)
+    x_s = x_t + expand(s - t, x_t) * ((x_t - data.x0) / expand(t, x_t))
+    error = student(x_t, t, data.cond).x0 - student(x_s, s, data.cond).x0
+    moved = error - 0.1 * below.view(-1, 1, 1, 1)
+    for e, found in ((error, same), (moved, off)):
+        assert float((weight * e.square().flatten(1).mean(1)).mean()) == pytest.approx(found)
+
+
 # ------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize(
     ("options", "path", "message"),
@@ -483,6 +630,7 @@ def test_a_growing_grid_on_a_table_takes_its_divisors():
         ({"embed_guidance": True, "solver": "data"}, VP, "guided solver"),
         ({"num_steps": 60}, FLOW, "at most num_grid"),
         ({"growth": {"start": 60, "steps": 5}}, FLOW, "growth.start: expected at most"),
+        ({"growth": {"steps": 5}, "shrink": {}}, FLOW, "shrink: expected no growth beside it"),
     ],
 )
 def test_bad_options_are_refused(options, path, message):
@@ -500,13 +648,14 @@ def test_contract():
     assert [phase.trains for phase in method.phases(0)] == [("student",)]
 
 
-@pytest.mark.parametrize("name", ["cd", "ct", "lcm", "lcm_lora"])
+@pytest.mark.parametrize("name", ["cd", "ct", "lcm", "lcm_lora", "ect", "tcm"])
 def test_shipped_configs_are_valid(name):
     raw = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     run = RunConfig(pretrained_model_name_or_path="model", **raw)
     method = Consistency(ConsistencyConfig(**run.method_config), Setting(VP))
     assert run.method == method.name
-    assert ("target" in method.roles()) == (name != "lcm_lora")
+    assert ("target" in method.roles()) == (name not in ("lcm_lora", "ect", "tcm"))
+    assert ("reference" in method.roles()) == (name == "tcm")
     if name == "lcm_lora":  # scale 1: alpha is always written out
         assert run.tuning.lora("student") == (64, 64.0)
     if method.config.embed_guidance:

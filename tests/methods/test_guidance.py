@@ -33,6 +33,7 @@ VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() *
             {"embed_guidance": True, "guidance_range": (2.0, 14.0), "guidance": 5.0},
             5.0,
         ),
+        ("meanflow", {"guidance": 5.0}, 5.0),
         ("reflow", {}, 1.0),
         ("rfpp", {}, 1.0),
         ("slimflow", {"stage": "distill", "guidance": 2.0}, 2.0),

@@ -15,6 +15,8 @@ from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth
 from stepdistill.methods.dmd import DMDConfig
 from stepdistill.methods.f_distill import FDistillConfig
 from stepdistill.methods.lora_guidance_config import LoRAGuidanceConfig
+from stepdistill.methods.meanflow import SCM
+from stepdistill.methods.meanflow_config import MeanFlowConfig
 from stepdistill.methods.pcm import PCMConfig
 from stepdistill.methods.reflow_config import ReflowConfig
 from stepdistill.methods.rfpp import RFPP, RFPPConfig
@@ -41,6 +43,9 @@ ALLOWED: list[tuple[Any, dict[str, Any]]] = [
     (LoRAGuidanceConfig, {"embed_guidance": True, "guidance_range": (0.0, 8.0)}),
     (LoRAGuidanceConfig, {**EMBEDDED, "guidance_range": (0.5, 8.0), "guidance": 1.0}),
     (LoRAGuidanceConfig, {"num_steps": (2, 1), "stage_rates": (1.0, 0.1, 0.1)}),
+    (MeanFlowConfig, {"h": 5e-3, "norm_power": 0.0, "same_share": 0.0}),
+    (MeanFlowConfig, {"h": 0.5, "norm_power": 2.0, "alpha": 1.0}),
+    (MeanFlowConfig, {**SCM, "matching": 1.0, "critic_steps": 1, "dm_t_range": (0.0, 1.0)}),
     (PCMConfig, {"sampler": "renoise", "num_phases": 1, "num_steps": 40}),
     (PCMConfig, {"guidance_range": (0.0, 0.0)}),
     (PCMConfig, {"guidance_range": (1.0, 1.0), "inference_guidance": 3.0}),
@@ -80,6 +85,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (LoRAGuidanceConfig, {"guidance": 1.0}, "its own student"),
     (LoRAGuidanceConfig, {"num_steps": (4,), "stage_rates": (1.0, 0.0)}, "stage_rates"),
     (LoRAGuidanceConfig, {"num_steps": (4,), "stage_rates": (1.0,)}, "stage_rates"),
+    (MeanFlowConfig, {"h": 0.0049}, "h"),
+    (MeanFlowConfig, {"h": 0.51}, "h"),
+    (MeanFlowConfig, {"alpha": 0.0049}, "alpha"),
+    (MeanFlowConfig, {"alpha": 1.01}, "alpha"),
+    (MeanFlowConfig, {"norm_power": 2.01}, "norm_power"),
+    (MeanFlowConfig, {"same_share": 1.0}, "same_share"),
+    (MeanFlowConfig, {"r": "general", "matching": 1e-3}, "expected 0 with r general"),
+    (ConsistencyConfig, {"shrink": {"q": 1.0}}, "q"),
+    (ConsistencyConfig, {"shrink": {"max_ratio": 1.0}}, "max_ratio"),
+    (ConsistencyConfig, {"shrink": {"boundary_share": 1.0}}, "boundary_share"),
     (PCMConfig, {"sampler": "renoise", "num_phases": 1, "num_steps": 41}, "num_steps"),
     (PCMConfig, {"sampler": "renoise", "num_phases": 2}, "num_phases 1"),
     (PCMConfig, {"num_phases": 4, "num_steps": 2}, "the number of phases"),

@@ -122,6 +122,11 @@ def _has_null(family: str, layout: str) -> bool:
     return TINY_FAMILY[family].has_null
 
 
+def _told_the_end(family: str, layout: str) -> bool:
+    """Copies of networks whose time embedder can be told where a jump ends."""
+    return layout == "full" and TINY_FAMILY[family].supports_s and _two_with_prompts(family, layout)
+
+
 def _w_embedding(family: str, layout: str) -> bool:
     return layout == "full" and family.startswith("sd") and not family.startswith("sd3")
 
@@ -224,6 +229,30 @@ METHOD_CASES: dict[str, MethodCase] = {
         ("x0",),
         lambda family, layout: family == "sd",
         {"lpips": _pixel_distance},
+    ),
+    "ect": MethodCase(
+        "consistency",
+        {"solver": "data", "target": "self", "loss": "norm", "shrink": {}},
+        ("x0",),
+    ),
+    "tcm": MethodCase(
+        "consistency",
+        {"solver": "data", "target": "self", "shrink": {"truncate_at": 1.0}},
+        ("x0",),
+        _two_with_prompts,
+    ),
+    "meanflow": MethodCase("meanflow", {"num_steps": 2}, ("x0",)),
+    "meanflow_general": MethodCase(
+        "meanflow", {"r": "general", "same_share": 0.0}, ("x0",), _told_the_end
+    ),
+    "meanflow_jvp": MethodCase(
+        "meanflow", {"estimator": "jvp"}, ("x0",), lambda family, layout: family == "sd3"
+    ),
+    "rcm": MethodCase(
+        "meanflow",
+        {"r": "zero", "sampler": "renoise", "matching": 1.0, "critic_steps": 1},
+        ("x0",),
+        _two_with_prompts,
     ),
     "lcm_w": MethodCase(
         "consistency", {"target": "ema", "embed_guidance": True}, ("x0",), _w_embedding

@@ -57,6 +57,13 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
     ],
     "lcm": [("student", BSZ, True), TEACHER, ("student", BSZ, False)],
     "cd": [("student", BSZ, True), TEACHER, ("target", BSZ, False)],
+    "ect": [("student", BSZ, True), ("student", BSZ, False)],
+    "tcm": [("student", BSZ, True), ("student", BSZ, False), ("reference", BSZ, False)],
+    "meanflow": [TEACHER, ("student", BSZ, True), ("student", BSZ, False)],
+    "rcm": [
+        TEACHER, ("student", BSZ, True), ("student", BSZ, False),
+        ("student", BSZ, True), ("fake", BSZ, False), TEACHER, ("fake", BSZ, True),
+    ],
     "progressive": [("target", BSZ, False), ("target", BSZ, False), ("student", BSZ, True)],
     "reflow": [("student", BSZ, True)],
     "reflow_distill": [("student", BSZ, True)],

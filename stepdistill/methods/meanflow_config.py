@@ -1,0 +1,94 @@
+"""Options of meanflow: the residual's times, its estimator, and what is made of it."""
+
+# Shapes: B batch. tau: (B,) rectified-flow times.
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stepdistill.core.times import logit_normal_times
+from stepdistill.methods.grid import LOWEST
+from stepdistill.methods.scores_config import ScoreConfig
+
+# What distribution matching alone reads.
+MATCHING = (
+    *("order", "critic_steps", "dm_t_range", "fake_t_range", "weight", "fake_space"),
+    *("fake_weight", "gan", "rollout", "trained_step"),
+)
+
+
+class MeanFlowConfig(ScoreConfig):
+    r: Literal["zero", "phases", "general"] = "phases"
+    """Where the average velocity of t ends: at clean data (zero: sCM; x0 and fresh noise, in any
+    number of steps), at the lower edge of t's phase (phases: of num_steps deterministic steps), or
+    at any r <= t (general: MeanFlow's own; full students that are told r, not exported)."""
+    sampler: Literal["renoise", "ode"] = "ode"
+    """Between steps: fresh noise on x0 (with r zero), or the deterministic step (with the rest)."""
+    time_mean: float = -0.4
+    """Mean of the logit-normal law of rectified-flow times: sCM's mean of log(sigma / sigma_data).
+    A resolution shift k adds log k."""
+    time_std: float = Field(default=1.0, gt=0)
+    """Standard deviation of that law."""
+    same_share: float = Field(default=0.25, ge=0, lt=1)
+    """Share of samples with r = t, plain velocity matching; read with r general alone."""
+    estimator: Literal["backward", "jvp", "alphaflow"] = "backward"
+    """How du/dt is taken along the teacher's ODE: a backward difference over h, a Jacobian-vector
+    product (flow and VE paths, networks that can be differentiated forward), or AlphaFlow's
+    interpolation over alpha (t - r)."""
+    h: float = Field(default=0.01, ge=5e-3, le=0.5)
+    """Span of the backward difference in rectified-flow time. Below 0.005 rounding rules it."""
+    alpha: float = Field(default=0.05, ge=5e-3, le=1)
+    """AlphaFlow's last ratio, annealed from 1 over warmup_steps; 1 is plain trajectory matching."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which du/dt gains its full weight, from velocity matching on; distribution
+    matching waits for their end."""
+    norm_power: float = Field(default=1.0, ge=0, le=2)
+    """p of D / (|D| + c)^p, |D| a sample's root mean square: 1 is sCM's, 2 MeanFlow's paper's
+    (its p = 1 of the squared norm), 0 none."""
+    norm_c: float = Field(default=0.1, gt=0)
+    """c of the same."""
+    time_weight: Literal["none", "scm"] = "none"
+    """Weight over times: none, or sCM's prior 1 / tan t of its TrigFlow loss."""
+    guidance: float = Field(default=3.0, ge=0)
+    """Guidance g of the teacher, null + g (cond - null), folded in; 1 means none."""
+    matching: float = Field(default=0.0, ge=0)
+    """Weight of distribution matching beside the residual, with a fake score (rCM); 0 has none."""
+
+    @model_validator(mode="after")
+    def _check_residual(self) -> MeanFlowConfig:
+        wanted = "renoise" if self.r == "zero" else "ode"
+        if self.sampler != wanted:
+            raise ValueError(
+                f"sampler: expected {wanted} with r {self.r}, got {self.sampler}. Set sampler: "
+                f"{wanted}."
+            )
+        if self.matching and self.r == "general":
+            raise ValueError(
+                "matching: expected 0 with r general (its rollouts tell no r), got "
+                f"{self.matching}. Set r: zero or phases."
+            )
+        idle = [n for n in MATCHING if n in self.model_fields_set and not self.matching]
+        if idle:
+            warnings.warn(
+                f"{', '.join(idle)} has no effect: nothing is matched. Set matching, say to 1.",
+                stacklevel=2,
+            )
+        return self
+
+    def ramp(self, step: int) -> float:
+        """k in [0, 1]: how far the warm-up is at student update `step`."""
+        return min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+
+    def ratio(self, step: int) -> float:
+        """AlphaFlow's alpha: a sigmoid from 1, arXiv:2510.20771, Sec. 4 (temperature 25)."""
+        return max(self.alpha, 1.0 / (1.0 + math.exp(25.0 * (self.ramp(step) - 0.5))))
+
+    def law(self, u: Tensor) -> Tensor:
+        """(B,) rectified-flow times from u ~ U(0, 1), within [LOWEST, 1 - LOWEST]."""
+        tau = logit_normal_times(u, self.time_mean, self.time_std)
+        return tau.clamp(LOWEST, 1.0 - LOWEST)
