@@ -17,7 +17,7 @@ Results are lines of JSON in --results. A run that was stopped goes on there; a 
 (or, for survivors, of the room's tests) makes a result old, and it is made again. A survivor costs
 all the tests that run its line: with --tests-seconds the later ones are left out, and a mutant that
 passes the others is listed as undecided. Survivors that no test could notice stand with their
-reason in equivalent_mutants.yaml.
+reason in equivalent_mutants.yaml, count as not noticed, and are run with --equivalents alone.
 """
 
 from __future__ import annotations
@@ -549,8 +549,9 @@ def summary(mutants: list[Mutant], found: dict[str, dict[str, Any]]) -> str:
     done = [mutant for mutant in mutants if mutant.id in found]
     for room in [*ROOMS, "all"]:
         ids = [m.id for m in mutants if room in (m.room, "all")]
-        ran = [each for each in ids if each in found and found[each]["result"] != "undecided"]
-        noticed = [each for each in ran if found[each]["result"] == "noticed"]
+        results = {each: found.get(each, {"result": "undecided"})["result"] for each in ids}
+        ran = [each for each in ids if results[each] != "undecided" or each in known]
+        noticed = [each for each in ran if results[each] == "noticed"]
         told += [
             f"{room}: {len(noticed)} of {len(ran)} noticed ({len(noticed) / max(len(ran), 1):.1%})"
             f", {sum(each in known for each in ids)} equivalent, {len(ids) - len(ran)} not run"
@@ -571,6 +572,7 @@ def main() -> None:
     parser.add_argument(
         "--tests-seconds", type=float, default=float("inf"), help="of each mutant's tests at most"
     )
+    parser.add_argument("--equivalents", action="store_true", help="run those of the list, too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--results", type=Path, default=Path(tempfile.gettempdir(), "mutants.jsonl")
@@ -583,7 +585,8 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     budget = Budget(args.jobs, start + args.seconds, args.tests_seconds)
     results.read()
-    left = [mutant for mutant in mutants if not results.current(mutant)]
+    known = {} if args.equivalents else equivalents()
+    left = [each for each in mutants if each.id not in known and not results.current(each)]
     later: list[tuple[Seen, list[Mutant]]] = []
     libraries: dict[str, None] = {}
     for room in ROOMS:
