@@ -86,6 +86,12 @@ def test_the_sample_meets_every_method_and_family() -> None:
     assert set(EXCUSED) | set(ENCODED_ON_CPU) <= set(TINY)
 
 
+def test_every_method_meets_every_family_that_is_not_excused() -> None:
+    left = set(product(METHODS, TINY)) - {(METHOD_CASES[c].method, f) for c, f, *_ in CELLS}
+    no_null = {f for f in TINY if not TINY_FAMILY[f].has_null}  # to guide away from
+    assert left == {*product(METHODS, EXCUSED), *product(["lora_guidance"], no_null)}
+
+
 @pytest.mark.parametrize(
     ("case", "family", "layout", "way"),
     [

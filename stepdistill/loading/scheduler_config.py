@@ -7,7 +7,7 @@ an offset beyond the table ends a run in the middle of its first sample.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -60,12 +60,13 @@ def check_scheduler(cls: type[Any], config: Mapping[str, Any], where: str) -> No
     hints = get_type_hints(cls.__init__)
     for key, parameter in takes.items():
         value, default = config[key], parameter.default
-        # Some hints know neither None nor the numbers that their classes read.
-        known = value == default or (default is None and is_finite(value))
-        looked_at = known or key not in hints or key in _TRANSLATED
-        if not looked_at and not _fits(hints[key], value):
+        hint = hints.get(key)
+        if hint is None or key in _TRANSLATED or value == default:
+            continue
+        # UniPC calls its sigma_max and shift_terminal truth values: they have rules above.
+        if not _fits(hint, value) and not (default is None and bool in _known(hint)):
             raise ValueError(
-                f"{where}: expected {key} to be {_rule(hints[key])}, got {value!r}. {_ADVICE}"
+                f"{where}: expected {key} to be {_rule(hint)}, got {value!r}. {_ADVICE}"
             )
     read = {k: config.get(k, p.default) for k, p in parameters.items()}
     _check_together(read, where)
@@ -126,11 +127,6 @@ def _check_together(values: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _one(hint: Any) -> Sequence[Any]:
-    """The hints of a union, or the hint alone."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
 _SIMPLE: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda v: v is None or isinstance(v, bool), "true or false"),
     int: (lambda v: type(v) is int, "a whole number"),
@@ -141,9 +137,15 @@ _SIMPLE: dict[Any, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def _known(hint: Any) -> list[Any]:
+    """Those of its alternatives that a configuration can hold: no array, no object."""
+    every = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [one for one in every if one in _SIMPLE or get_origin(one) in (Literal, list)]
+
+
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether it is of that type; what no configuration can hold (arrays) is not looked at."""
-    for one in _one(hint):
+    """Whether it is of that type; one that no configuration can hold is not looked at."""
+    for one in _known(hint):
         if get_origin(one) is Literal:
             fits = value in get_args(one)
         elif get_origin(one) is list:
@@ -151,20 +153,18 @@ def _fits(hint: Any, value: Any) -> bool:
                 _fits(get_args(one)[0], v) for v in value
             )
         else:
-            fits = _SIMPLE[one][0](value) if one in _SIMPLE else True
+            fits = _SIMPLE[one][0](value)
         if fits:
             return True
-    return False
+    return not _known(hint)
 
 
 def _rule(hint: Any) -> str:
     """The type in words."""
     words = []
-    for one in _one(hint):
+    for one in _known(hint):
         if get_origin(one) is Literal:
             words += [repr(v) for v in get_args(one)]
-        elif get_origin(one) is list:
-            words.append("a list")
         else:
-            words.append(_SIMPLE[one][1])
+            words.append(_SIMPLE[get_origin(one) or one][1])
     return " or ".join(words)

@@ -54,6 +54,7 @@ SCHEDULERS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     (DDIM, {"trained_betas": []}, "expected trained_betas of num_train_timesteps 1000, got 0"),
     (DDIM, {"trained_betas": FOUR}, "expected trained_betas of num_train_timesteps 1000, got 4"),
     (DDIM, {"trained_betas": [0.1, math.nan]}, f"expected trained_betas {FRACTION} [0.1, nan]"),
+    (DDIM, {"trained_betas": 0.5}, "expected trained_betas to be a list or null, got 0.5"),
     (DDIM, {"trained_betas": "x"}, f"expected trained_betas {FRACTION} 'x'"),
     (EULER, {"trained_betas": [-0.1] * 4}, f"expected trained_betas {FRACTION}"),
     ("CogVideoXDDIMScheduler", {"snr_shift_scale": 0}, "expected snr_shift_scale to be a number"),
@@ -134,7 +135,7 @@ SCHEDULERS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     (DDIM, {**LINE, "_class_name": "PNDMScheduler"}, ("eps", 1.0, SD_END, None, None)),
     # Files that were made of another solver's, as from_config does.
     (DPM, {**LINE, "variance_type": "fixed_small"}, SD_LAST),
-    (DPM, {**LINE, "algorithm_type": "deis", "solver_type": "logrho"}, SD_LAST),
+    (DPM, {**LINE, "solver_type": "logrho"}, SD_LAST),
     (UNIPC, {**LINE, "solver_type": "midpoint"}, SD_LAST),
     ("DEISMultistepScheduler", {**LINE, "algorithm_type": "dpmsolver++"}, SD_LAST),
     (FLOW, {"sigma_min": 80.0, "sigma_max": 0.002}, ("flow", 1.0, 0.0, 1.0, 0.5)),
