@@ -204,15 +204,14 @@ class Family(ABC):
         Args: net: what to copy; none means the teacher's own.
         Errors: ValueError where the stock class has no such input.
         """
-        twin = copy.deepcopy(self.net if net is None else net)
-        if tuple(extra_inputs) == ("s",) and self.supports_s:
-            return with_end_input(twin)
-        if extra_inputs:
+        tells_end = tuple(extra_inputs) == ("s",) and self.supports_s
+        if extra_inputs and not tells_end:
             raise ValueError(
                 f"{self.name}: expected extra inputs the stock network has, got {extra_inputs}. "
                 "Set embed_guidance: false."
             )
-        return twin
+        twin = copy.deepcopy(self.net if net is None else net)
+        return with_end_input(twin) if tells_end else twin
 
     def forward(
         self,
