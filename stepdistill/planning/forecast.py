@@ -301,8 +301,10 @@ def _to_fake(module: nn.Module, fake: FakeTensorMode) -> None:
             return old
         if id(old) not in made:
             new = fresh(fake, old.shape, old.dtype)
-            is_param = isinstance(old, nn.Parameter)
-            made[id(old)] = nn.Parameter(new, old.requires_grad) if is_param else new
+            if isinstance(old, nn.Parameter):  # as nn.Parameter(new) does, without an operation
+                new._is_param = True
+                new.requires_grad_(old.requires_grad)
+            made[id(old)] = new
         return made[id(old)]
 
     for part in module.modules():
