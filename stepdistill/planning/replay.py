@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.function import Function
+from torch.autograd.function import Function, once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stepdistill.planning.fakes import Shapes, fresh
@@ -434,6 +434,7 @@ class _Played(Function):
         return tuple(made)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = ctx.playback.record.differentiable
         arrived = [g for g, d in zip(grads, wanted, strict=True) if d]
