@@ -17,7 +17,7 @@ from stepdistill.config.flags import (
 )
 from stepdistill.config.guidance import guided, say_what_changed
 from stepdistill.config.layers import Layer, merge, merged, recipe_layers
-from stepdistill.config.model_at_hand import ModelAtHand, is_here
+from stepdistill.config.model_at_hand import ModelAtHand, is_known
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Method, MethodConfig
 from stepdistill.methods import METHODS
@@ -75,7 +75,8 @@ def parse_run_config(
 
     Args: method: the default method of the launcher, where neither file nor flag names one.
         model: RunConfig, or one with options of a command's own besides. by_size: whether a small
-        model gets a recipe of its size where neither recipe nor file is named.
+        model gets a recipe of its size where neither recipe nor file is named, and the Hub is asked
+        which family a teacher there is of.
     Errors: ValueError for unknown or malformed options; SystemExit for --help.
     """
     layers, rest = read_config_files(argv)
@@ -91,9 +92,10 @@ def parse_run_config(
     run = parsed()  # mistakes are said before a library is imported
     if given.recipe:
         run = run.model_copy(update={"recipe": given.recipe})
-    if not is_here(run.pretrained_model_name_or_path):
+    source = run.source
+    if not is_known(source, ask=by_size):
         return run
-    at_hand = ModelAtHand.of(run.source)
+    at_hand = ModelAtHand.of(source)
     if by_size and not layers:
         layers = at_hand.recipe_by_size(run.method)
         run = parsed() if layers else run

@@ -22,6 +22,18 @@ def is_here(model: str) -> bool:
     return (Path(model) / "model_index.json").is_file() or Path(model).is_file()
 
 
+def is_known(source: ModelSource, ask: bool) -> bool:
+    """Whether its index can be read: it is here or, where the Hub may be asked, there."""
+    if is_here(source.model) or not ask:
+        return is_here(source.model)
+    from stepdistill.loading.identity import is_hub_id
+
+    try:
+        return is_hub_id(source.model) and bool(source.index)
+    except (OSError, ValueError):
+        return False  # the loader says what is wrong with it
+
+
 @dataclass(frozen=True)
 class ModelAtHand:
     """family: the name of the family that serves it, "" where none of its own does. size: its

@@ -29,6 +29,7 @@ from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.roles.checkpointing import checkpointed_blocks
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.training.checks import size_fits
 from stepdistill.training.memory import checkpoints_activations
 from stepdistill.training.optim import moment_bytes
 from stepdistill.training.setup import roles_of
@@ -138,6 +139,7 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     dtype = run.frozen_dtype
     config = method_config(run.method, run.method_config)
     family = blueprint(run.pretrained_model_name_or_path, dtype)
+    size_fits(run.resolution, family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         method: Method[Any] = method_class(run.method)(config, family.setting_at(run.resolution))
@@ -301,8 +303,10 @@ def _to_fake(module: nn.Module, fake: FakeTensorMode) -> None:
             return old
         if id(old) not in made:
             new = fresh(fake, old.shape, old.dtype)
-            is_param = isinstance(old, nn.Parameter)
-            made[id(old)] = nn.Parameter(new, old.requires_grad) if is_param else new
+            if isinstance(old, nn.Parameter):  # as nn.Parameter(new) does, without an operation
+                new._is_param = True
+                new.requires_grad_(old.requires_grad)
+            made[id(old)] = new
         return made[id(old)]
 
     for part in module.modules():

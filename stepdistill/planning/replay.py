@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.function import Function
+from torch.autograd.function import Function, once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stepdistill.planning.fakes import Shapes, fresh
@@ -256,7 +256,7 @@ class _Call:
         return self.tracker.live == live
 
     def recorded(self) -> _Record | None:
-        """What the call takes, forward and backward; None where it can't be played back."""
+        """What the call takes forward; None where it can't be played back."""
         tracker, copies = self.tracker, self._copies()
         before, flops = tracker.live, tracker.flops
         tracker.reset_peak()
@@ -274,17 +274,7 @@ class _Call:
         storages = range(len(self.shapes.storages))
         record.held = tuple(i for i in storages if self._drop(copies, i))
         graph.clear()
-        made = zip(record.out.made(self.mode), record.differentiable, strict=True)
-        likely = Shapes.of([t for t, d in made if d])
-        del made
-        key = self._key(likely, (True,) * len(likely.tensors), (False,) * len(record.held))
-        record.backward[key] = self._backward(record, *key[:3])
         return record
-
-    def _key(
-        self, grads: Shapes, arrived: tuple[bool, ...], elsewhere: tuple[bool, ...]
-    ) -> tuple[Any, ...]:
-        return (grads, arrived, elsewhere, tuple(p.grad is None for p in self.params))
 
     def gradients(
         self, record: _Record, grads: Sequence[Tensor | None], elsewhere: tuple[bool, ...]
@@ -294,10 +284,11 @@ class _Call:
         Args: elsewhere: of each storage the graph held, whether others hold it too.
         """
         given = [g for g in grads if g is not None]
-        key = self._key(Shapes.of(given), tuple(g is not None for g in grads), elsewhere)
+        shapes, arrived = Shapes.of(given), tuple(g is not None for g in grads)
+        key = (shapes, arrived, elsewhere, tuple(p.grad is None for p in self.params))
         if key not in record.backward:
             with self.replay.aside():
-                record.backward[key] = self._backward(record, *key[:3])
+                record.backward[key] = self._backward(record, shapes, arrived, elsewhere)
         known = record.backward[key]
         storages = list({id(s): s for s in (g.untyped_storage() for g in given)}.values())
         made = iter([*known.of_inputs.made(self.mode, storages), *known.of_params.made(self.mode)])
@@ -443,6 +434,7 @@ class _Played(Function):
         return tuple(made)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = ctx.playback.record.differentiable
         arrived = [g for g, d in zip(grads, wanted, strict=True) if d]

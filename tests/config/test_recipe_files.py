@@ -162,6 +162,23 @@ def test_a_teacher_s_family_settles_it_once(tmp_path_factory) -> None:
     assert "sdxl is for models of family sdxl, the teacher is of sd" in line
 
 
+def test_the_family_of_a_teacher_on_the_hub_settles_it_too(monkeypatch) -> None:
+    asked = []
+
+    def index(name: str, **_: Any) -> dict[str, Any]:
+        asked.append(name)
+        return {"_class_name": "StableDiffusionPipeline"}
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", index)
+    teacher = ["--config", "dmd2", "--pretrained_model_name_or_path", "me/a-fine-tune"]
+    run, (line,) = told_of(teacher, by_size=True)  # train
+    assert (run.method_config["guidance"], asked) == (1.75, ["me/a-fine-tune"])
+    assert "as configs/models/sd15.yaml states of sd" in line
+    asked.clear()
+    assert told_of(teacher)[0].method_config["guidance"] == 8.0  # a command that loads no teacher
+    assert not asked
+
+
 def test_a_small_model_gets_its_recipe_and_is_told(tmp_path_factory) -> None:
     teacher = ["--pretrained_model_name_or_path", str(teacher_dir("sd", tmp_path_factory))]
     run, said = told_of(["--method", "dmd2", *teacher, "--seed", "3"], by_size=True)

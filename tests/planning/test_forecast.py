@@ -287,6 +287,15 @@ def test_a_run_that_does_not_fit_is_told_what_would(
     assert "gradient_checkpointing" in capsys.readouterr().out
 
 
+def test_a_resolution_far_from_the_model_s_own_is_told(teacher: Path) -> None:
+    run = run_config(teacher, resolution=512, method_config={"clip": {"weight": 1.0}}, method="vsd")
+    with (
+        pytest.warns(UserWarning, match="resolution: expected about the model's own 16 x 16 px"),
+        pytest.raises(ValueError, match="a run without image scorers"),  # ends it before a trace
+    ):
+        forecast(run)
+
+
 def test_unknown_models_and_gpus_are_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match="pipeline folder"):
         forecast(run_config("no/such/model"))

@@ -72,6 +72,7 @@ def counted(replayed: bool, *options: dict[str, Any], grad: bool = True) -> tupl
     _to_fake(net, mode)
     if replayed:
         Replay(tracker, mode).wrap(net)
+    tracker.watch(net.parameters())
     Block.runs = 0
     with tracker, torch.set_grad_enabled(grad):
         out = net(fresh(mode, (4, 8), torch.float32))
@@ -99,6 +100,7 @@ def test_a_view_of_the_input_is_run_as_it_is() -> None:
     x = fresh(mode, (4, 8), torch.float32)
     for replayed in (False, True):
         tracker = CostTracker(remember=replayed)
+        tracker.watch([x])
         block = Block(view=True)
         if replayed:
             Replay(tracker, mode).wrap([block])
