@@ -23,6 +23,7 @@ from stepdistill.config.flags import ending_early, mistakes_in_one_line
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.families import FAMILIES
 from stepdistill.families.family import Family
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
@@ -31,6 +32,7 @@ from stepdistill.monitoring.watchdog import WatchdogStop
 from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
 from stepdistill.storage.files import read_json
 from stepdistill.storage.folders import refuse_foreign
+from stepdistill.storage.own_code import recorded
 from stepdistill.storage.ranks import refusing_together
 from stepdistill.training.checkpoint import named_checkpoint
 from stepdistill.training.checks import teacher_is_here
@@ -245,8 +247,8 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
     Exit statuses: those of `stepdistill train`.
     """
     with mistakes_in_one_line(), ending_early(), refusing_together():
-        run: RunConfig = parse_run_config(argv, prog="accelerate launch", method=trainer.default)
-        if run.method not in trainer.methods():
+        run: RunConfig = parse_run_config(argv, prog="accelerate launch", method=trainer.default, early=True)
+        if resolve_method(run.method)[0] not in trainer.methods():
             raise ValueError(
                 f"{trainer.__name__}: expected one of {trainer.methods()}, got method "
                 f"{run.method!r}. Use that method's launcher, or `stepdistill train`."
@@ -292,6 +294,8 @@ def trainer_of_run(run_dir: str | Path, name: str | None = None) -> Distillation
         )
     keys = ("method", "model", "train_config", "method_config")
     facts = read_json(saved, keys)
+    recorded(METHODS, "method", facts, saved)
+    recorded(FAMILIES, "family", facts, saved)
     if facts["method"] not in METHODS:
         raise ValueError(f"{saved}: expected a method of {sorted(METHODS)}, got another.")
     trainer = trainer_class(facts["method"])(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepdistill.config.teacher import TeacherOptions
+from stepdistill.config.teacher import TeacherOptions, check_places
 from stepdistill.core.options import Count, Guidance, Seed
 
 
@@ -28,6 +28,7 @@ class Options(TeacherOptions):
 
 
 def run(options: Options) -> None:
+    check_places(options.pretrained_model_name_or_path, options.single_file_config)
     from stepdistill.pairs.teacher import make_pairs
 
     given = options.model_dump(exclude=set(TeacherOptions.model_fields))

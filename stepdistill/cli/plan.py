@@ -11,6 +11,8 @@ from stepdistill.config.run import RunConfig
 
 
 class Options(RunConfig):
+    first = (*RunConfig.first, "num_gpus", "gpu", "memory_gb")
+
     num_gpus: int = Field(default=1, ge=1)
     """Processes that share the run, one a GPU."""
     gpu: str = "rtx4090"

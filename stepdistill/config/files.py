@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError, create_model
 
 from stepdistill.config.flags import (
     CommandOptions,
+    check_flags,
     explain,
     merge,
     parse_options,
     read_config_files,
 )
 from stepdistill.config.run import RunConfig
-from stepdistill.core.method import Method, MethodConfig
+from stepdistill.config.teacher import check_places
+from stepdistill.core.registry import is_file_class
 from stepdistill.methods import METHODS
+from stepdistill.storage.own_code import named_by_user
+
+if TYPE_CHECKING:
+    from stepdistill.core.method import Method, MethodConfig
 
 R = TypeVar("R", bound=RunConfig)
 
@@ -26,18 +32,25 @@ R = TypeVar("R", bound=RunConfig)
 def resolve_method(
     name: str, options: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """(a name in METHODS, options) of a method called by that or by a user's name for it.
+    """(a name in METHODS, options) of a method called by that, by a user's name for it, or by
+    FILE.py:CLASS; none of the package is imported.
 
     What a user's name stands for lies under the options given. Errors: ValueError naming the
-    nearest.
+    nearest; see `Registry.add_file` for a file's.
     """
     given, plain = dict(options or {}), name.lower().replace("-", "_")
+    if is_file_class(name):
+        return named_by_user(METHODS, name), given
     if plain in METHODS:
         return plain, given
-    aliases = {alias: cls for cls in METHODS.values() for alias in cls.aliases}
-    if plain in aliases:
-        return aliases[plain].name, merge(aliases[plain].aliases[plain], given)
-    near = difflib.get_close_matches(plain, [*METHODS, *aliases], n=3, cutoff=0.3)
+    known = {method: facts["aliases"] for method, facts in METHODS.index.items()}
+    if not any(plain in aliases for aliases in known.values()):  # others have to be imported
+        known |= {method: METHODS[method].aliases for method in METHODS.others}
+    for method, aliases in known.items():
+        if plain in aliases:
+            return method, merge(aliases[plain], given)
+    names = [*METHODS, *(alias for aliases in known.values() for alias in aliases)]
+    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3)
     raise ValueError(
         f"method: expected one of {sorted(METHODS)}, got {name!r}. Nearest: {near or 'none'}."
     )
@@ -64,11 +77,13 @@ def parse_run_config(
     method: str = "",
     about: str = "",
     model: type[R] = RunConfig,  # type: ignore[assignment]
+    early: bool = False,
 ) -> R:
     """The RunConfig that `--config a.yaml b.yaml --flag value ...` describes.
 
     Args: method: the default method of the launcher, where neither file nor flag names one.
-        model: RunConfig, or one with options of a command's own besides.
+        model: RunConfig, or one with options of a command's own besides. early: say first, before
+        the method is imported, if the teacher is not there or a flag is unknown.
     Errors: ValueError for unknown or malformed options; SystemExit for --help.
     """
     values, rest = read_config_files(argv)
@@ -76,18 +91,28 @@ def parse_run_config(
         values = {"method": method, **values}
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--method", nargs="?")
+    if early:
+        check_flags([arg for arg in rest if not arg.startswith("--method_config.")], model)
+        look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        for option in ("pretrained_model_name_or_path", "single_file_config"):
+            look.add_argument(f"--{option}", nargs="?", default=values.get(option))
+        teacher = look.parse_known_args(rest)[0]
+        if teacher.pretrained_model_name_or_path:
+            check_places(teacher.pretrained_model_name_or_path, teacher.single_file_config)
     given, others = first.parse_known_args(rest)
     name = given.method or values.get("method")
     fields: dict[str, Any] = {k: (info.annotation, info) for k, info in model.model_fields.items()}
     if name:
         name, options = resolve_method(str(name), values.get("method_config"))
-        values = {**values, "method": name, **({"method_config": options} if options else {})}
         config = METHODS[name].Config
+        own = METHODS.files.get(name)
+        name = f"{own['file']}:{own['class']}" if own else name  # a saved form repeats the run
+        values = {**values, "method": name, **({"method_config": options} if options else {})}
         fields["method_config"] = (config, config())
         rest = others if given.method else rest
     # The model's own rules are checked once the method's options have their types.
     typed = create_model("RunConfig", __base__=CommandOptions, **fields)
-    parsed = parse_options(typed, rest, prog, about, values)
+    parsed = parse_options(typed, rest, prog, about, values, model.first)
     try:
         return model(**parsed.model_dump())
     except ValidationError as err:

@@ -110,8 +110,10 @@ class TrainConfig(Options):
     """Worker processes that load data."""
     cache_latents: bool = True
     """Keep VAE latents of dataset images in memory after the first use."""
-    max_cached_latents: int = Field(default=4096, ge=0)
-    """Latents kept in memory, the last used; 0 encodes every time."""
+    latents_cache_mb: int = Field(default=2048, ge=0)
+    """MiB of latents that a process keeps in memory, the last used; 0 encodes every time."""
+    max_cached_latents: int | None = Field(default=None, ge=0)
+    """Latents kept at most, where their number is to be limited besides; 0 encodes every time."""
     max_cached_prompts: int = Field(default=4096, ge=0)
     """Prompt embeddings kept in memory; 0 encodes every time."""
     cache_dir: str | None = None
@@ -332,6 +334,15 @@ class DataConfig(SourceConfig):
 
 class RunConfig(TrainConfig, TeacherOptions):
     """A whole run: what to distil, with which method, on which data."""
+
+    first: ClassVar[tuple[str, ...]] = (
+        *("pretrained_model_name_or_path", "method", "output_dir", "resume_from_checkpoint"),
+        *("data.train_data_dir", "data.prompts_file", "data.dataset_name", "data.pairs_dir"),
+        *("max_train_steps", "max_train_seconds", "train_batch_size"),
+        *("gradient_accumulation_steps", "learning_rate", "resolution", "mixed_precision"),
+        *("tuning.student", "tuning.rank", "validation_prompts", "validation_steps"),
+        "checkpointing_steps",
+    )  # what --help shows
 
     method: str
     """Distillation method; `stepdistill list` shows them."""

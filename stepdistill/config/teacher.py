@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.families import FAMILIES
+from stepdistill.loading.place import check_place, is_single_file
+from stepdistill.storage.own_code import named_by_user
 
 if TYPE_CHECKING:
     from stepdistill.loading.source import ModelSource
+
+
+def check_places(model: str, single_file_config: str | None) -> None:
+    """Errors: ValueError where a teacher, or what describes it, is not there; nothing is imported
+    for that."""
+    for place in (model, single_file_config):
+        if place is not None and not is_single_file(place):
+            check_place(place)
 
 
 class TeacherOptions(CommandOptions):
@@ -23,12 +34,16 @@ class TeacherOptions(CommandOptions):
     """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
     single_file_config: str | None = None
     """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
+    family: str | None = None
+    """FILE.py:CLASS of a Family of your own, for the pipeline classes that it names."""
 
     @property
     def source(self) -> ModelSource:
         """The teacher."""
         from stepdistill.loading.source import ModelSource  # Diffusers: --help needs none
 
+        if self.family is not None:
+            named_by_user(FAMILIES, self.family)
         return ModelSource(
             self.pretrained_model_name_or_path,
             self.revision,

@@ -14,7 +14,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 
-from stepdistill.loading.identity import HUB_ID, absolute, commit_of
+from stepdistill.loading.identity import commit_of
+from stepdistill.loading.place import HUB_ID, absolute
 
 _FILE_OF_HUB_ID = re.compile(rf"{HUB_ID.pattern}(/[\w./-]+\.safetensors)?")
 

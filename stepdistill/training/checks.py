@@ -16,7 +16,8 @@ from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.data.stream import provided_fields, sample_item
 from stepdistill.families.family import Family
 from stepdistill.families.registry import TeacherFacts
-from stepdistill.loading.identity import absolute, differing, identity_of
+from stepdistill.loading.identity import differing, identity_of
+from stepdistill.loading.place import absolute
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import same_lora
 from stepdistill.monitoring.records import FILES
@@ -229,6 +230,13 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
     if known is not None:
         same_run(known, facts)
         same_data(known.get("data"), facts.get("data"), args.data_changed == "ok")
+        for name in ("method_file", "family_file"):
+            if facts.get(name, {}).get("sha256") != (known.get(name) or {}).get("sha256"):
+                warnings.warn(
+                    f"{name}: {(facts.get(name) or known[name])['file']} is not the code that the "
+                    "run was begun with; it goes on with what is there now.",
+                    stacklevel=2,
+                )
     return args.resume_from_checkpoint
 
 
