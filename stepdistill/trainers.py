@@ -36,6 +36,7 @@ from stepdistill.storage.own_code import recorded
 from stepdistill.storage.ranks import refusing_together
 from stepdistill.training.checkpoint import named_checkpoint
 from stepdistill.training.checks import teacher_is_here
+from stepdistill.training.opening import closing_line, opening_lines
 from stepdistill.training.sources import open_dataset, open_gan_dataset
 from stepdistill.training.trainer import Trainer
 
@@ -140,7 +141,7 @@ class DistillationTrainer(Trainer):
             self._add_samples(folder, spec)
 
         if form == "pipeline":
-            export_pipeline(*where, add=add)
+            export_pipeline(*where, add=add, progress=not self.args.disable_progress_bar)
         else:
             export_lora(*where, format=form, dtype=dtype, add=add)
 
@@ -247,7 +248,9 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
     Exit statuses: those of `stepdistill train`.
     """
     with mistakes_in_one_line(), ending_early(), refusing_together():
-        run: RunConfig = parse_run_config(argv, prog="accelerate launch", method=trainer.default, early=True)
+        run: RunConfig = parse_run_config(
+            argv, prog="accelerate launch", method=trainer.default, early=True
+        )
         if resolve_method(run.method)[0] not in trainer.methods():
             raise ValueError(
                 f"{trainer.__name__}: expected one of {trainer.methods()}, got method "
@@ -264,6 +267,7 @@ def train_run(run: RunConfig) -> None:
     export_dir = Path(run.export_dir or Path(run.output_dir) / "pipeline")
     refuse_foreign(export_dir, "export_dir")  # not after a week's training
     running = DistillationTrainer.from_config(run)
+    running.accelerator.print("\n".join(opening_lines(running)))
     try:
         running.train()
     except WatchdogStop as stop:
@@ -273,6 +277,7 @@ def train_run(run: RunConfig) -> None:
         sys.exit(running.stop.status)
     folder = running.export(export_dir)
     running.accelerator.print(f"exported {folder}")
+    running.accelerator.print(closing_line(running, folder))
     if run.push_to_hub and run.hub_model_id:
         running.push_to_hub(run.hub_model_id, folder)
 

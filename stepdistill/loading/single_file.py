@@ -16,9 +16,9 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from safetensors import SafetensorError, safe_open
 
+from stepdistill.loading.place import is_single_file
 from stepdistill.loading.read_whole import check_all_read
 from stepdistill.loading.safe_files import load_stock, no_pickles
-from stepdistill.storage.files import PICKLED
 
 # Where the parts beside the denoiser stand in a whole checkpoint: SD, SDXL, SD3 and later.
 _OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")

@@ -12,10 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepdistill.loading.identity import Identity, identity_of
-from stepdistill.loading.place import absolute, check_place
+from stepdistill.loading.place import absolute, check_place, is_single_file
 from stepdistill.loading.quantization import check_quantization
 from stepdistill.loading.safe_files import check_index
-from stepdistill.loading.single_file import config_source, is_single_file, is_whole
+from stepdistill.loading.single_file import config_source, is_whole
 from stepdistill.loading.teacher_lora import lora_facts, lora_text, parse_lora
 from stepdistill.storage.files import read_json
 

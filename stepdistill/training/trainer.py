@@ -240,6 +240,7 @@ class Trainer(Resumable):
                 self.accelerator,
                 failure is not None,
             )
+            self.log.advance(self.step, self.seconds)
             cut_off = self.stop.preempted or self.stop.failed
             last = self.step >= end or stopping
             if self.log.due(self.step) or last:
