@@ -25,6 +25,7 @@ from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.families import FAMILIES
 from stepdistill.families.family import Family
+from stepdistill.loading.quiet import quieten
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.monitoring.validation import validate
@@ -247,6 +248,7 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
 
     Exit statuses: those of `stepdistill train`.
     """
+    quieten()
     with mistakes_in_one_line(), ending_early(), refusing_together():
         run: RunConfig = parse_run_config(
             argv, prog="accelerate launch", method=trainer.default, early=True

@@ -43,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         sys.exit(f"error: expected a command, got {name!r}. Nearest: {', '.join(near)}.")
     from stepdistill.config.flags import ending_early, mistakes_in_one_line, parse_options
+    from stepdistill.loading.quiet import quieten
     from stepdistill.storage.ranks import refusing_together
 
+    quieten()
     together = refusing_together() if name in IN_RANKS else nullcontext()
     with mistakes_in_one_line(), ending_early(), together:
         module = import_module(f"{__name__}.{name}")

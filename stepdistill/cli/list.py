@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from stepdistill.config.flags import CommandOptions
-from stepdistill.storage.bundled import project_folder
 
 
 class Options(CommandOptions):
@@ -20,11 +19,13 @@ class Options(CommandOptions):
 
 
 def run(options: Options) -> None:
+    from stepdistill.storage.bundled import project_folder
+
     if options.where:
         print(project_folder())
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from stepdistill.families import FAMILIES
     from stepdistill.methods import METHODS
@@ -33,20 +34,22 @@ def run(options: Options) -> None:
     for registry, text in ((METHODS, options.method), (FAMILIES, options.family)):
         if text is not None:
             named_by_user(registry, text)
-    columns = ("method", "also called", "paper", "steps", "data", "status")
-    methods = Table(*columns, title="methods")
+
+    def table(title: str, *columns: str) -> Table:
+        return Table(*(Column(name, overflow="fold") for name in columns), title=title)
+
+    methods = table("methods", "method", "also called", "paper", "steps", "data", "status")
     for name, facts in METHODS.index.items():
         steps, called = ", ".join(map(str, facts["steps"])), ", ".join(facts["aliases"])
         methods.add_row(name, called, facts["paper"], steps, facts["data"], facts["status"])
-    columns = ("family", "pipeline classes", "conditioning", "LoRA loaded by")
-    families = Table(*columns, title="families")
+    families = table("families", "family", "pipeline classes", "conditioning", "LoRA loaded by")
     for name, facts in FAMILIES.index.items():
         reads = "prompt and image" if facts["reads_image"] else facts["conditioning"]
         loader = "Diffusers" if facts["has_lora_loader"] else "PEFT"
         families.add_row(name, ", ".join(facts["pipelines"]), reads, loader)
-    for registry, table in ((METHODS, methods), (FAMILIES, families)):
+    for registry, made in ((METHODS, methods), (FAMILIES, families)):
         for name, place in registry.others.items():
-            table.add_row(name, place)
+            made.add_row(name, place)
     console = Console()
     console.print(methods)
     console.print(families)

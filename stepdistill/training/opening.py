@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stepdistill.cache.precompute import gib
 from stepdistill.monitoring.run_report import REPORT
 from stepdistill.training.optim import moment_bytes
 
 if TYPE_CHECKING:
     from stepdistill.training.trainer import Trainer
-
-GIB = 2**30
 
 
 def opening_lines(trainer: Trainer) -> list[str]:
@@ -37,7 +36,7 @@ def _teacher(trainer: Trainer) -> str:
     family = trainer.family
     count = sum(p.numel() for p in family.net.parameters())
     setting = trainer.method.setting
-    px = family.image_size(trainer.args.resolution)
+    px = " x ".join(map(str, family.image_size(trainer.args.resolution)))
     return (
         f"{trainer.facts['model'] or 'in memory'}, {type(family.pipeline).__name__} of "
         f"{_millions(count)} parameters at {px} px, predicts {setting.kind}"
@@ -87,12 +86,12 @@ def _memory(trainer: Trainer) -> str:
     own = [p for role in bank.trained_roles for p in bank.members(role).values()]
     moments = sum(moment_bytes(p, trainer.args.optimizer) for p in own)
     told = (
-        f"{held / GIB:.2f} GiB of weights held; forecast {(held + moments + _size(own)) / GIB:.2f} "
-        "GiB with gradients and optimiser, activations come on top (stepdistill plan)"
+        f"{gib(held)} of weights held; forecast {gib(held + moments + _size(own))} "
+        "with gradients and optimiser, activations come on top (stepdistill plan)"
     )
     if trainer.device.type == "cuda":
         room = torch.cuda.get_device_properties(trainer.device).total_memory
-        told += f"; the device has {room / GIB:.1f} GiB"
+        told += f"; the device has {gib(room)}"
     return told
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from stepdistill.cli import commands, main
 from stepdistill.cli import compare as compare_command
 from stepdistill.config.files import parse_run_config
 from stepdistill.config.flags import parse_options
+from stepdistill.config.run import RunConfig
 
-TEACHER = ["--pretrained_model_name_or_path", "x"]
+TEACHER = ["--pretrained_model_name_or_path", "me/x"]
 # Of each command: what it can't do without, and one option with two values, as typed and as read.
 CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "cache": ([*TEACHER, "--cache_dir", "c"], "seed", (1, 2)),
@@ -111,11 +113,55 @@ def test_what_is_missing_is_named(name) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_help_tells_the_command_and_its_options(name, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([name, "--help"])
+        main([name, "--help", "all"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
     assert commands()[name] in told
     assert f"--{CALLS[name][1]}" in told
+
+
+@pytest.mark.parametrize("name", ["train", "plan"])
+def test_help_shows_what_matters_first(name, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    told = capsys.readouterr().out
+    flags = set(re.findall(r"^  --(\S+)", told, re.MULTILINE)) - {"config"}
+    assert flags == {
+        *RunConfig.first,
+        *({"num_gpus", "gpu", "memory_gb"} if name == "plan" else ()),
+    }
+    assert len(RunConfig.first) == 20
+    assert "--watchdog" not in told
+    assert re.search(rf"\d+ more options: stepdistill {name} --help all", told)
+
+
+def test_mistakes_and_the_list_need_no_torch(tmp_path) -> None:
+    """One process for all: none of these may import torch, so a later one finds it absent."""
+    calls = [
+        ["list"],
+        ["train", "--method", "dmd3", *TEACHER],
+        ["train", "--method", "dmd2", "--pretrained_model_name_or_path", str(tmp_path / "gone")],
+        ["train", "--method", "dmd2", *TEACHER, "--max_steps", "3"],
+        ["pairs", "--pretrained_model_name_or_path", str(tmp_path), "--pairs_dir", "p"],
+        ["train", "--help"],
+    ]
+    code = f"""
+import sys
+from stepdistill.cli import main
+for call in {calls!r}:
+    try:
+        main(call)
+    except SystemExit as end:
+        print(end)
+print(sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = done.stdout
+    assert told.splitlines()[-1] == "[]"
+    assert "hyper_sd" in told
+    assert "got 'dmd3'. Nearest: ['dmd" in told
+    assert told.count("error: pretrained_model_name_or_path: expected") == 2
+    assert "got ['max_steps']. Nearest: {'max_steps': ['max_train_steps'" in told
 
 
 def test_a_wrong_command_names_the_nearest() -> None:
