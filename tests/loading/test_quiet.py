@@ -36,6 +36,7 @@ def test_a_log_record_is_hidden_by_its_message(text, shown) -> None:
 
 def test_a_warning_is_hidden_by_its_message() -> None:
     with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         quiet.quieten()
         told = "The configuration file of this scheduler: X {\n} is outdated. `steps_offset` should"
         warnings.warn(told, FutureWarning, stacklevel=1)

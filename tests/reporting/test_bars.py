@@ -30,11 +30,11 @@ def test_the_rate_is_of_this_process() -> None:
 
 def test_a_log_file_gets_whole_lines_and_nothing_of_short_work(monkeypatch) -> None:
     file = io.StringIO()
-    for _ in bars.bar(range(3), file=file):
+    for _ in bars.bar(range(3), file=file, disable=False):
         pass
     assert file.getvalue() == ""
     monkeypatch.setattr(bars, "LINE_SECONDS", 0.0)
-    for _ in bars.bar(range(3), file=file, desc="work"):
+    for _ in bars.bar(range(3), file=file, desc="work", disable=False):
         pass
     lines = [line for line in file.getvalue().splitlines() if line]
     assert lines[-1].startswith("work: 100%")
