@@ -114,14 +114,14 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 f"{self.package}: expected a class {called} in {file} that derives from "
                 f"{self.base.__name__}, got {cls!r}."
             )
-        name = getattr(cls, "name", None)
-        if not isinstance(name, str) or name in self._places:
+        called_by = getattr(cls, "name", None)
+        if not isinstance(called_by, str) or called_by in self._places:
             raise ValueError(
-                f"{self.package}: expected a name of its own on {called} in {file}, got {name!r}. "
-                f"Taken are {sorted(self._places)}."
+                f"{self.package}: expected a name of its own on {called} in {file}, got "
+                f"{called_by!r}. Taken are {sorted(self._places)}."
             )
-        self._loaded[name], self.files[name] = cls, record
-        return name
+        self._loaded[called_by], self.files[called_by] = cls, record
+        return called_by
 
     @cached_property
     def _places(self) -> dict[str, EntryPoint]:
