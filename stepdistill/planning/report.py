@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -100,11 +100,11 @@ def suggestions(run: RunConfig, plan: Forecast) -> Iterator[tuple[str, RunConfig
         _, name, changes = max(left, key=lambda change: change[0])
         told.append(name)
         done.add(name)
-        run = run.model_copy(update=changes)
+        run = run.model_copy(update=dict(changes))
         yield ", ".join(told), run
 
 
-def _changes(run: RunConfig, plan: Forecast) -> Iterator[tuple[float, str, dict[str, object]]]:
+def _changes(run: RunConfig, plan: Forecast) -> Iterator[tuple[float, str, Mapping[str, object]]]:
     """(bytes that it saves about, name, options) of each change that the run has not made yet."""
     tuning = run.tuning
     activations = max((c.activations for c in plan.phases), default=0) - plan.gradients
