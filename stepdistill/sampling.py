@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.core.context import stable_seed
+from stepdistill.core.context import normal_rows, stable_seed
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.families.family import Family
@@ -24,11 +24,7 @@ def keyed_noise(
     shape: tuple[int, ...], seed: int, indices: Sequence[int], step: int = -1
 ) -> Tensor:
     """(B, *shape) unit normal on the CPU; row i depends on (seed, indices[i], step) alone."""
-    rows = []
-    for index in indices:
-        generator = torch.Generator().manual_seed(stable_seed("image", seed, index, step))
-        rows.append(torch.randn(shape, generator=generator))
-    return torch.stack(rows)
+    return normal_rows(shape, [stable_seed("image", seed, index, step) for index in indices])
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ from stepdistill.storage.folders import refuse_foreign
 from stepdistill.storage.own_code import recorded
 from stepdistill.storage.ranks import refusing_together
 from stepdistill.training.checkpoint import named_checkpoint
-from stepdistill.training.checks import teacher_is_here
 from stepdistill.training.opening import closing_line, opening_lines
+from stepdistill.training.run_identity import teacher_is_here
 from stepdistill.training.sources import open_dataset, open_gan_dataset
 from stepdistill.training.trainer import Trainer
 
@@ -251,7 +251,7 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
     quieten()
     with mistakes_in_one_line(), ending_early(), refusing_together():
         run: RunConfig = parse_run_config(
-            argv, prog="accelerate launch", method=trainer.default, early=True
+            argv, prog="accelerate launch", method=trainer.default, early=True, by_size=True
         )
         if resolve_method(run.method)[0] not in trainer.methods():
             raise ValueError(

@@ -17,6 +17,7 @@ from support.processes import run
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
+from stepdistill.config.layers import merged, recipe_files
 from stepdistill.export.tool_rules import RULES
 from stepdistill.families.registry import FAMILIES
 from stepdistill.methods import METHODS
@@ -41,9 +42,23 @@ def test_python_example_runs(tmp_path, tmp_path_factory, monkeypatch) -> None:
 
 def test_method_table_is_the_package_s() -> None:
     rows = re.findall(r"^\| `(\w+)` \| .* \| `(\w+)` \| ([^|]+) \|$", README, flags=re.MULTILINE)
-    told = {name: (trainer, status.strip()) for name, trainer, status in rows}
+    trainers = {cls.trainer for cls in METHODS.values()}
+    told = {
+        name: (trainer, status.strip()) for name, trainer, status in rows if trainer in trainers
+    }
     own = {name: (cls.trainer, cls.status) for name, cls in METHODS.items()}
     assert told == own
+
+
+def test_recipe_table_is_the_package_s() -> None:
+    table = README.split("| recipe | method | steps | data |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\S+)` \| `(\w+)` \| (.+) \| (\w+) \|$", table, flags=re.MULTILINE)
+    known = [(n, merged(one)["method"], one[-1].recipe) for n, one in recipe_files().items()]
+    assert rows == [
+        (name, method, ", ".join(map(str, about.steps)) or "-", about.data)
+        for name, method, about in known
+        if about is not None
+    ]
 
 
 def test_family_table_is_the_package_s() -> None:
@@ -119,7 +134,8 @@ RUN_BY = {
     r"ACCELERATE_USE_CPU=true accelerate launch .*cpu2\.yaml": "tests/test_launchers.py",
     r"accelerate launch .*fsdp2\.yaml": "tests/training/test_distributed.py",
     r"stepdistill (evaluate|compare) ": "tests/test_readme_evaluation.py",
-    r"stepdistill (plan|train|export) .*(sdxl|out/lora)": "tests/test_readme.py",
+    r"stepdistill train --recipe ": "tests/config/test_recipe_files.py",
+    r"stepdistill (plan|train|export) (?!--recipe).*(sdxl|out/lora)": "tests/test_readme.py",
     r"stepdistill (cache|train) .*--(cache_dir|data\.(tar|dataset))": (
         "tests/data/test_readme_commands.py"
     ),

@@ -59,7 +59,7 @@ def test_a_recipe_an_export_with_a_scheduler_of_ours_and_a_launcher(installed, t
 
     common = "--pretrained_model_name_or_path teacher --max_train_steps 1 --train_batch_size 1 "
     common += "--mixed_precision no --resolution 16 --gradient_accumulation_steps 1"
-    recipe = "--config tscd tscd_one_lora --tuning.rank 2 --data.train_data_dir pictures"
+    recipe = "--recipe sd15-tscd-one-lora --tuning.rank 2 --data.train_data_dir pictures"
     files = [*recipe.split(), *common.split()]
     run(tmp_path, program, "train", *files, "--output_dir", "one")
     code = tmp_path / "one" / "pipeline" / "scheduler" / "tcd_flow_match_scheduler.py"

@@ -8,8 +8,7 @@ One GPU (or a CPU):
 
 One adapter for 1, 2, 4 and 8 steps:
     accelerate launch train/trajectory_segmented.py \
-        --config configs/methods/tscd.yaml configs/recipes/tscd_one_lora.yaml \
-        configs/models/sd15.yaml --pretrained_model_name_or_path DIR \
+        --recipe sd15-tscd-one-lora --pretrained_model_name_or_path DIR \
         --data.train_data_dir IMAGES --output_dir runs/one_lora
 
 Two processes on one machine without a GPU (gloo):

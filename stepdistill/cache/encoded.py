@@ -105,7 +105,7 @@ class EncodedCache:
         folder = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "encoder.json").is_file():
-            write_text(folder / "encoder.json", text, shared=True)
+            write_text(folder / "encoder.json", text)
         return TensorCache(folder, self._latents_fit if kind == "latents" else bool)
 
     def _latents_fit(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -32,7 +32,7 @@ from stepdistill.data.stream import PromptDataset, sample_item
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_encoders, teacher_facts
 from stepdistill.reporting.bars import bar
-from stepdistill.storage.ranks import agreed, owned_by_first, refusing_together
+from stepdistill.storage.ranks import agreed, owned_by_first, process_state, refusing_together
 
 _PROBES = 512  # images looked at to say how many are missing
 
@@ -264,7 +264,7 @@ def cache_run(run: RunConfig, *datasets: Any) -> EncodedCache:
     if run.cache_dir is None:
         raise ValueError("cache: expected --cache_dir, a folder to fill, got none.")
     agreed(lambda: teacher_facts(run.source))
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = process_state()
     family = load_encoders(run.source, state.device)
     family.place_encoders(run.frozen_dtype, state.device)
     cache = EncodedCache(run.cache_dir, family, run.resolution)

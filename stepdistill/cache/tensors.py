@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+from stepdistill.storage.files import clear_left
 from stepdistill.storage.shard_files import HASH_BYTES, BrokenShardError, Shard, write_shard
 
 KEY_BYTES = 16
@@ -177,6 +178,7 @@ class CacheWriter:
     def __init__(self, cache: TensorCache, shard_bytes: int) -> None:
         self.cache, self.shard_bytes = cache, shard_bytes
         cache.folder.mkdir(parents=True, exist_ok=True)
+        clear_left(cache.folder)
         self._waiting: dict[tuple[Any, ...], dict[bytes, Mapping[str, Tensor]]] = {}
 
     def __contains__(self, key: bytes) -> bool:

@@ -1,6 +1,6 @@
 """`stepdistill demo`: the main job on real data, with the commands a user would type.
 
-Digits -> teacher -> two students, each by its own `stepdistill train` -> export -> reload in a
+Data -> teacher -> two students, each by its own `stepdistill train` -> export -> reload in a
 fresh process that knows only Diffusers -> report. The students train side by side, one core each.
 """
 
@@ -16,13 +16,13 @@ import yaml
 from rich.console import Console
 
 from stepdistill.config.recipes import MethodRecipe, Training, recipe_for
-from stepdistill.demo.classifier import train_classifier
-from stepdistill.demo.data import load_digit_splits, write_data
-from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
+from stepdistill.demo.emoji.subject import EmojiSubject
+from stepdistill.demo.metrics import Row
 from stepdistill.demo.reload import Job, sample_in_fresh_process
 from stepdistill.demo.report import Report, print_report, write_report
-from stepdistill.demo.teacher import Teacher, TeacherConfig, load_or_train_teacher, quiet_loading
-from stepdistill.demo.verdict import quality_checks, time_check
+from stepdistill.demo.subject import Digits, RowJudge, Subject
+from stepdistill.demo.teacher import Teacher, quiet_loading
+from stepdistill.demo.verdict import time_check
 from stepdistill.monitoring.records import FILES
 from stepdistill.reporting.values import counted
 from stepdistill.storage.checkpoints import list_checkpoints
@@ -38,8 +38,9 @@ from ._chains import Chain, Stage, watch
 
 STUDENT_STEPS = (1, 4)
 PAIR_FILES = ("*/manifest.json", "*/shard-*.safetensors", "*/.*")
-_OF_A_RUN = (*FILES, "config.yaml", "output.txt", "checkpoint-*/*", ".checkpoint-*", ".step*",
-             "validation/*.png", "pipeline/*", ".pipeline*")  # fmt: skip
+# Beside checkpoints and the export, which hold lists of their files.
+_OF_A_RUN = (*FILES, "config.yaml", "output.txt", ".checkpoint-*", ".step*", "validation/*.png",
+             ".*.stepdistill-*")  # fmt: skip
 RUN_FILES = (*_OF_A_RUN, *(f"first/{name}" for name in _OF_A_RUN))
 
 
@@ -49,21 +50,30 @@ def run_demo(
     student: str = "full",
     seconds: float | None = None,
     seed: int = 0,
+    data: str = "digits",
+    teacher: str | None = None,
 ) -> Report:
     """Run everything and write OUTPUT_DIR/report.html and report.png.
 
     Args:
+        data: digits | emoji. teacher: folder of the emoji teacher; none means the shipped one.
         method: a recipe's name, or a user's name of a method. student: lora | full.
         seconds: training budget of each student; none means the recipe's number of steps.
-            A short one also shortens the teacher's training (to five times as long).
+            A short one also shortens the training of the digits' teacher.
     Errors: ValueError for an unknown method or an output_dir that is not ours.
     """
     out, recipe = Path(output_dir), recipe_for(method, student)
+    subject: Subject
+    if data == "emoji":
+        subject = EmojiSubject(*([] if teacher is None else [Path(teacher)]))
+    else:
+        subject = Digits()
     with owned(out, "output_dir"):
-        return _run(out, recipe, method, student, seconds, seed)
+        return _run(subject, out, recipe, method, student, seconds, seed)
 
 
 def _run(
+    subject: Subject,
     out: Path,
     recipe: MethodRecipe,
     method: str,
@@ -81,16 +91,15 @@ def _run(
         refuse_unlike(run, RUN_FILES, "output_dir")
     quiet_loading()
     torch.set_num_threads(1)  # a second thread saves nothing on networks this small
-    digits = load_digit_splits()
-    console.print(f"[bold]1/4[/bold] teacher: a text-to-image pipeline of digits in {out}/teacher")
-    config = TeacherConfig(max_train_seconds=None if seconds is None else 5 * seconds)
-    teacher = load_or_train_teacher(config, digits.train, out / "teacher")
-    judge = Judge(digits, train_classifier(digits.train))
+    line = f"teacher: a text-to-image pipeline of {subject.name} in {out}/teacher"
+    console.print(f"[bold]1/4[/bold] {line}")
+    made_teacher = subject.teacher(out / "teacher", seconds)
+    judge = subject.judge()
 
     told = " and ".join(map(str, sizes))
     console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {told} steps")
-    write_data(digits.train, out / "data")
-    if recipe.needs_pairs and not teacher.cached:
+    subject.write_data(out / "data")
+    if recipe.needs_pairs and not made_teacher.cached:
         delete_made(out / "pairs", PAIR_FILES, "output_dir")  # another teacher's
     chains = {}
     for steps, run in runs.items():
@@ -102,24 +111,29 @@ def _run(
         chains[run.name] = Chain(run / "output.txt", stages)
     watch(chains)
 
-    console.print("[bold]3/4[/bold] judging teacher and students against held-out digits")
-    rows = [judge.floor(), *_teacher_rows(judge, teacher)]
+    console.print("[bold]3/4[/bold] judging teacher and students")
+    rows = [judge.floor(subject.seeds), *_teacher_rows(subject, judge, made_teacher)]
     jobs = [Job(runs[steps] / "pipeline", steps) for steps in sizes]
-    fresh = sample_in_fresh_process(jobs, judge.prompts, NOISE_SEEDS)
+    fresh = sample_in_fresh_process(jobs, judge.prompts, subject.seeds)
     for steps, made in zip(sizes, fresh, strict=True):
         label = f"student, {counted(steps, 'step')}"
         rows.append(judge.score(label, "student", steps, made.samples))
 
     console.print("[bold]4/4[/bold] report")
-    checks = [*quality_checks(rows), time_check(time.monotonic() - started, teacher.cached)]
+    checks = [
+        *subject.checks(rows),
+        time_check(time.monotonic() - started, made_teacher.cached),
+    ]
     report = Report(
-        title=f"Handwritten digits: {method} ({student}) in {told} steps",
+        title=f"{subject.title}: {method} ({student}) in {told} steps",
         rows=rows,
         checks=checks,
-        snippet=_snippet(runs[sizes[0]] / "pipeline", sizes[0]),
-        facts=_facts(teacher, runs, recipe, fresh[0].pipeline_class, seed),
-        num_images=len(digits.heldout),
-        num_seeds=len(NOISE_SEEDS),
+        snippet=_snippet(runs[sizes[0]] / "pipeline", sizes[0], subject.prompt),
+        facts=_facts(subject, made_teacher, runs, recipe, fresh[0].pipeline_class, seed),
+        num_images=len(judge.prompts),
+        num_seeds=len(subject.seeds),
+        pictures=subject.pictures,
+        note=subject.note,
     )
     html, png = write_report(report, out)
     print_report(report, console)
@@ -169,34 +183,39 @@ def _config(training: Training, folder: Path) -> Path:
     return config
 
 
-def _teacher_rows(judge: Judge, teacher: Teacher) -> list[Row]:
+def _teacher_rows(subject: Subject, judge: RowJudge, teacher: Teacher) -> list[Row]:
     """The teacher's rows, saved beside its weights for the next demo."""
     saved = teacher.folder / "judged.json"
     if teacher.cached and saved.is_file():
         return Row.load_all(saved)
     rows = [
         replace(row, label=f"teacher, {counted(row.steps or 0, 'step')}")
-        for row in judge.teacher_rows(teacher.folder)
+        for row in judge.teacher_rows(teacher.folder, subject.seeds)
     ]
     Row.save_all(rows, saved)
     sign(teacher.folder)
     return rows
 
 
-def _snippet(folder: Path, steps: int) -> str:
+def _snippet(folder: Path, steps: int, prompt: str) -> str:
     return (
         "from diffusers import DiffusionPipeline\n"
         f'pipe = DiffusionPipeline.from_pretrained("{folder}")\n'
-        f'pipe("a handwritten seven", num_inference_steps={steps}, guidance_scale=1)'
-        '.images[0].save("seven.png")'
+        f'pipe("{prompt}", num_inference_steps={steps}, guidance_scale=1)'
+        '.images[0].save("image.png")'
     )
 
 
 def _facts(
-    teacher: Teacher, runs: dict[int, Path], recipe: MethodRecipe, pipeline_class: str, seed: int
+    subject: Subject,
+    teacher: Teacher,
+    runs: dict[int, Path],
+    recipe: MethodRecipe,
+    pipeline_class: str,
+    seed: int,
 ) -> list[tuple[str, str]]:
     facts = [
-        ("data", "scikit-learn load_digits: 1,797 real 8 x 8 images, stratified 70 / 30 split"),
+        ("data", subject.data),
         ("teacher", f"{teacher.record.steps} steps in {teacher.record.seconds:.0f} s"),
         ("students load as", f"{pipeline_class}, in a fresh process without stepdistill"),
         ("seed", str(seed)),

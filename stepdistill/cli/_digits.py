@@ -24,6 +24,7 @@ from stepdistill.demo.data import load_digit_splits, write_data
 from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
 from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher, quiet_loading
 from stepdistill.evaluation.samples import PipelineSampler
+from stepdistill.export.pipeline import RECORD
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 
@@ -94,7 +95,7 @@ class Digits(TeacherSetup):
         return PairDataset(self.out / "pairs")
 
     def judge(self, label: str, steps: int, folder: Path) -> Plain:
-        call = json.loads((folder / "distillation.json").read_text())["call"]
+        call = json.loads((folder / RECORD).read_text())["call"]
         told = {"num_inference_steps": steps, "guidance_scale": 1, **call}
         sampler = PipelineSampler(DiffusionPipeline.from_pretrained(str(folder)), told)
         row = _judge().run(label, "student", steps, sampler, self.seeds)

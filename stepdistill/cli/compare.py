@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stepdistill.config.flags import AT_COMMAS, CommandOptions, merge
+from stepdistill.config.flags import AT_COMMAS, CommandOptions
+from stepdistill.config.layers import merge
 from stepdistill.core.options import Count, Guidance, Seed
 
 if TYPE_CHECKING:

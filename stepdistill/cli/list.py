@@ -22,6 +22,8 @@ def run(options: Options) -> None:
     from stepdistill.storage.bundled import project_folder
 
     if options.where:
+        from stepdistill.storage.bundled import project_folder
+
         print(project_folder())
         return
     from rich.console import Console

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from stepdistill.config.files import resolve_method
-from stepdistill.config.flags import merge
+from stepdistill.config.layers import merge
 from stepdistill.config.recipes import Training
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.config.yaml_files import read_yaml

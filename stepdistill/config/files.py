@@ -13,10 +13,12 @@ from stepdistill.config.flags import (
     CommandOptions,
     check_flags,
     explain,
-    merge,
     parse_options,
     read_config_files,
 )
+from stepdistill.config.guidance import guided, say_what_changed
+from stepdistill.config.layers import Layer, merge, merged, recipe_layers
+from stepdistill.config.model_at_hand import ModelAtHand, is_here
 from stepdistill.config.run import RunConfig
 from stepdistill.config.teacher import check_places
 from stepdistill.core.registry import is_file_class
@@ -78,41 +80,87 @@ def parse_run_config(
     about: str = "",
     model: type[R] = RunConfig,  # type: ignore[assignment]
     early: bool = False,
+    by_size: bool = False,
 ) -> R:
-    """The RunConfig that `--config a.yaml b.yaml --flag value ...` describes.
+    """The RunConfig that `--recipe NAME --config a.yaml b.yaml --flag value ...` describes.
+
+    A recipe lies under the files, which lie under the flags; a model's own guidance lies over that
+    of a method's file (see `guidance.guided`).
 
     Args: method: the default method of the launcher, where neither file nor flag names one.
         model: RunConfig, or one with options of a command's own besides. early: say first, before
-        the method is imported, if the teacher is not there or a flag is unknown.
+        the method is imported, if the teacher is not there or a flag is unknown. by_size: whether a
+        small model gets a recipe of its size where neither recipe nor file is named.
     Errors: ValueError for unknown or malformed options; SystemExit for --help.
     """
-    values, rest = read_config_files(argv)
-    if method:
-        values = {"method": method, **values}
+    layers, rest = read_config_files(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", nargs="?")
+    given, rest = first.parse_known_args(rest)
+    if given.recipe:
+        layers = [*recipe_layers(given.recipe), *layers]
+
+    if early:
+        _check_early(layers, rest, model)
+
+    def parsed(family: str = "") -> R:
+        return _parsed(layers, rest, prog, method, about, model, family)
+
+    run = parsed()  # mistakes are said before a library is imported
+    if given.recipe:
+        run = run.model_copy(update={"recipe": given.recipe})
+    if not is_here(run.pretrained_model_name_or_path):
+        return run
+    at_hand = ModelAtHand.of(run.source)
+    if by_size and not layers:
+        layers = at_hand.recipe_by_size(run.method)
+        run = parsed() if layers else run
+    at_hand.check_recipe(layers)
+    settled = parsed(at_hand.family).model_copy(update={"recipe": given.recipe})
+    say_what_changed(run.method_config, settled.method_config, at_hand.family)
+    return settled
+
+
+def _check_early(layers: Sequence[Layer], argv: Sequence[str], model: type[RunConfig]) -> None:
+    """Errors: ValueError for a teacher that is not there, and for an unknown flag; no method is
+    imported for that."""
+    check_flags([arg for arg in argv if not arg.startswith("--method_config.")], model)
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("pretrained_model_name_or_path", "single_file_config"):
+        look.add_argument(f"--{option}", nargs="?", default=merged(layers).get(option))
+    teacher = look.parse_known_args([*argv])[0]
+    if teacher.pretrained_model_name_or_path:
+        check_places(teacher.pretrained_model_name_or_path, teacher.single_file_config)
+
+
+def _parsed(
+    layers: Sequence[Layer],
+    argv: Sequence[str],
+    prog: str,
+    method: str,
+    about: str,
+    model: type[R],
+    family: str,
+) -> R:
+    """The RunConfig of those layers under those flags."""
+    values = {**({"method": method} if method else {}), **merged(layers)}
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--method", nargs="?")
-    if early:
-        check_flags([arg for arg in rest if not arg.startswith("--method_config.")], model)
-        look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        for option in ("pretrained_model_name_or_path", "single_file_config"):
-            look.add_argument(f"--{option}", nargs="?", default=values.get(option))
-        teacher = look.parse_known_args(rest)[0]
-        if teacher.pretrained_model_name_or_path:
-            check_places(teacher.pretrained_model_name_or_path, teacher.single_file_config)
-    given, others = first.parse_known_args(rest)
+    given, others = first.parse_known_args([*argv])
     name = given.method or values.get("method")
     fields: dict[str, Any] = {k: (info.annotation, info) for k, info in model.model_fields.items()}
     if name:
         name, options = resolve_method(str(name), values.get("method_config"))
+        options = guided(METHODS[name], layers, options, family)
         config = METHODS[name].Config
         own = METHODS.files.get(name)
         name = f"{own['file']}:{own['class']}" if own else name  # a saved form repeats the run
         values = {**values, "method": name, **({"method_config": options} if options else {})}
         fields["method_config"] = (config, config())
-        rest = others if given.method else rest
+        argv = others if given.method else argv
     # The model's own rules are checked once the method's options have their types.
     typed = create_model("RunConfig", __base__=CommandOptions, **fields)
-    parsed = parse_options(typed, rest, prog, about, values, model.first)
+    parsed = parse_options(typed, argv, prog, about, values, model.first)
     try:
         return model(**parsed.model_dump())
     except ValidationError as err:

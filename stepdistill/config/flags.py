@@ -22,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
-from stepdistill.config.yaml_files import read_yaml
+from stepdistill.config.layers import Layer, layers_of, merge, merged
 from stepdistill.core.options import Options
 from stepdistill.core.stopping import STATUS, STOP_SIGNALS, Stopped, handling, raise_stopped
 
@@ -65,25 +65,15 @@ def ending_early() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------ files
-def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `update` laid over it, nested mappings key by key."""
-    merged = dict(base)
-    for key, value in update.items():
-        old = merged.get(key)
-        nested = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(old, value) if nested else value  # type: ignore[arg-type]
-    return merged
+def read_config_files(argv: Sequence[str]) -> tuple[list[Layer], list[str]]:
+    """(the files of --config, in order, each with those that it is laid over; the other arguments).
 
-
-def read_config_files(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """(the files of --config merged, the other arguments)."""
+    Errors: see `layers_of`.
+    """
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="+", action="extend", default=[])
     known, rest = first.parse_known_args(list(argv))
-    values: dict[str, Any] = {}
-    for path in known.config:
-        values = merge(values, read_yaml(path))
-    return values, rest
+    return [layer for path in known.config for layer in layers_of(path)], rest
 
 
 # ------------------------------------------------------------------------------------ names
@@ -174,7 +164,8 @@ def parse_options(
     """
     argv = list(argv)
     if values is None:
-        values, argv = read_config_files(argv)
+        layers, argv = read_config_files(argv)
+        values = merged(layers)
     known = fields_of(model)
     everything = not first or ["--help", "all"] in map(list, pairwise(argv))
     more = len(set(known) - set(first))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepdistill.config.files import resolve_method
-from stepdistill.config.flags import merge
+from stepdistill.config.layers import merge
 from stepdistill.core.method import Data, Method
 from stepdistill.core.recipe import Recipe
 from stepdistill.methods import METHODS

@@ -344,6 +344,9 @@ class RunConfig(TrainConfig, TeacherOptions):
         "checkpointing_steps",
     )  # what --help shows
 
+    recipe: str | None = None
+    """Recipe that everything else is laid over: method, model and settings in one name;
+    `stepdistill recipes` lists them."""
     method: str
     """Distillation method; `stepdistill list` shows them."""
     method_config: dict[str, Any] = Field(default={})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
-from stepdistill.core.options import Options
+from stepdistill.core.options import Data, Options
 from stepdistill.core.path import NoisePath, PredictionType
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
@@ -143,7 +143,6 @@ class MethodConfig(Options):
 
 C = TypeVar("C", bound=MethodConfig)
 Status = Literal["derived", "checked on analytic teachers", "trained on real data here"]
-Data = Literal["prompts", "images", "pairs"]
 # Batch fields that each kind of data fills.
 FIELDS: Mapping[Data, frozenset[str]] = {
     "prompts": frozenset({"cond"}),
@@ -220,6 +219,32 @@ class Method(ABC, Generic[C]):
         ranges = {n: [guidance] * 2 for n, v in defaults.items() if isinstance(v, tuple)}
         off = {name: value for name, value in defaults.items() if not value}
         return {**dict.fromkeys(defaults, guidance), **ranges, **off}
+
+    @classmethod
+    def guided_by(
+        cls, options: Mapping[str, Any], guidance: float | Sequence[float]
+    ) -> dict[str, Any]:
+        """What to lay over `options` for a teacher that is guided at g, or over a range of g.
+
+        Where a range is wanted and one number given (or the other way round), it is its two ends
+        (its middle). Nothing is changed where `options` guide the teacher by none, or by an option
+        that is off by default: both are laws of the method's own, as CD's and SNOOPI's.
+        """
+        ends = [float(g) for g in ([guidance] if isinstance(guidance, int | float) else guidance)]
+        if ends == [1.0]:
+            return cls.options_at(1.0)
+        fields = cls.Config.model_fields
+        for name in cls.guidance_options:
+            default = fields[name].default
+            value = options.get(name, default)
+            if value is None or isinstance(value, bool):
+                continue
+            held = value if isinstance(value, list | tuple) else [value]
+            if default is None or all(g == 1.0 for g in held):
+                return {}
+            middle = sum(ends) / len(ends)
+            return {name: [ends[0], ends[-1]] if isinstance(default, tuple) else middle}
+        return {}
 
     @property
     def teacher_guidance(self) -> float:

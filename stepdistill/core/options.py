@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every random number generator here takes
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Data = Literal["prompts", "images", "pairs"]  # what a method learns from
 Guidance = Annotated[float, Field(ge=0)]  # g of null + g (cond - null)
 
 

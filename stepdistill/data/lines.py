@@ -7,17 +7,38 @@ lines of one file are packed end to end.
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from array import array
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
+T = TypeVar("T")
 STRIDE = 64  # lines read for one; the price of an item is a read of some kilobytes
 
 
-class Packed(Sequence[bytes]):
+class Rows(Sequence[T]):
+    """Rows by number, of which none is held as an object."""
+
+    @abstractmethod
+    def row(self, index: int) -> T:
+        """Args: index: from 0, below the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.row(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.row(index % len(self))
+
+
+class Packed(Rows[bytes]):
     """Byte strings end to end, and where each ends: as objects they would take 50 bytes more."""
 
     def __init__(self, values: Iterable[bytes]) -> None:
@@ -30,20 +51,12 @@ class Packed(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[bytes]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def row(self, index: int) -> bytes:
+        """See Rows."""
         return self._packed[self._ends[index - 1] if index else 0 : self._ends[index]]
 
 
-class LineFile(Sequence[str]):
+class LineFile(Rows[str]):
     """The lines of a UTF-8 text file that are not blank, without the space around them.
 
     A byte order mark before the first is left out.
@@ -95,16 +108,9 @@ class LineFile(Sequence[str]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._count))]
-        if not -self._count <= index < self._count:
-            raise IndexError(index)
-        block, left = divmod(index % self._count, STRIDE)
+    def row(self, index: int) -> str:
+        """See Rows."""
+        block, left = divmod(index, STRIDE)
         if self._stat() != self._stamp:
             raise ValueError(
                 f"{self.where}: expected {self.path} to stay as it was when the run began, got a "

@@ -11,10 +11,10 @@ import json
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from stepdistill.data.captions import LONGEST, Caption, caption_of, read_json, shown
-from stepdistill.data.lines import LineFile, Packed
+from stepdistill.data.lines import LineFile, Packed, Rows
 from stepdistill.data.paths import LeftOut, image_names
 
 # What users call the two columns; the first that a row has counts.
@@ -24,7 +24,7 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 Item = tuple[Path, Caption]
 
 
-class FolderCaptions(Sequence[Item]):
+class FolderCaptions(Rows[Item]):
     """(file, caption) of each image of a folder with captions, read as they are needed.
 
     Args: column: name of the captions; "text" is looked for by its other names too.
@@ -141,15 +141,9 @@ class FolderCaptions(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        row: str | bytes = self.rows[index]
-        return self._parse(row, index + 1)
+    def row(self, index: int) -> Item:
+        """See Rows."""
+        return self._parse(self.rows[index], index + 1)
 
     def __iter__(self) -> Iterator[Item]:
         rows: Iterator[str | bytes] = iter(self.rows)

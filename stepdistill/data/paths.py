@@ -9,20 +9,19 @@ from __future__ import annotations
 import os
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, overload
 
 from stepdistill.data.captions import label_of
 from stepdistill.data.corrupt import TOLD
 from stepdistill.data.decode import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_picture, readable_suffixes
-from stepdistill.data.lines import Packed
+from stepdistill.data.lines import Packed, Rows
 
 _NOT_OURS = ("@eaDir", "__MACOSX")  # folders of thumbnails and of attributes
 
 
-class PackedPaths(Sequence[tuple[Path, int | None]]):
+class PackedPaths(Rows[tuple[Path, int | None]]):
     """(file, class label) of images below a folder, or (file, None).
 
     Args: names: (path relative to root, label); labels must not be negative.
@@ -41,13 +40,8 @@ class PackedPaths(Sequence[tuple[Path, int | None]]):
     def __len__(self) -> int:
         return len(self._names)
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[Path, int | None]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[Path, int | None]]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> tuple[Path, int | None]:
+        """See Rows."""
         name, label = os.fsdecode(self._names[index]), self._labels[index]
         return self.root / name, None if label < 0 else label
 

@@ -156,8 +156,8 @@ class TarDataset(Source):
         if not (kept.is_file() and names.is_file()):
             index, left_out = index_shard(path)
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_text(names, json.dumps(left_out), shared=True)
-            write_atomic(kept, lambda p: _save(p, index), shared=True)
+            write_text(names, json.dumps(left_out))
+            write_atomic(kept, lambda p: _save(p, index))
         mapped: Literal["r"] | None = "r" if kept.stat().st_size > _EMPTY else None
         return np.load(kept, mmap_mode=mapped), json.loads(names.read_text())
 

@@ -28,15 +28,12 @@ COLUMNS = (
     *("class accuracy", "network calls", "ms / image"),
 )
 TERMINAL_COLUMNS = ("", "Fréchet", "pixels", "recall", "class", "calls", "ms/img")  # fits 80
-NOTE = (
-    "Each row from the same noise and the same prompts, “a handwritten zero” to “a handwritten "
-    "nine”. The first row is real: training images."
-)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that the report shows: facts are (name, value) pairs, snippet is code to copy."""
+    """All that the report shows: facts are (name, value) pairs, snippet is code to copy, pictures
+    what a row's pictures show, note a line below them."""
 
     title: str
     rows: Sequence[Row]
@@ -45,16 +42,17 @@ class Report:
     facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
     num_images: int = 0
     num_seeds: int = 0
+    pictures: str = ""
+    note: str = ""
 
     @property
     def caption(self) -> str:
         """How the figures were taken, in one sentence."""
         return (
             f"Mean ± standard deviation over {self.num_seeds} noise seeds, each with "
-            f"{self.num_images} generated images against {self.num_images} held-out real ones of "
-            "the same classes. Fréchet distance and recall use features of a small classifier "
-            "trained on the real training images. The first row is the floor: real training "
-            "images judged as if generated."
+            f"{self.num_images} generated images against real ones of the same prompts. Fréchet "
+            "distance and recall use features of a small network trained on real images. The "
+            "first row is the floor: other real images judged as if generated."
         )
 
     def page(self) -> page.Report:
@@ -63,7 +61,7 @@ class Report:
         verdicts = Verdicts([(c.kind, c.word, c.claim, c.measured) for c in self.checks])
         sections: list[tuple[str, Sequence[Block]]] = [
             ("The bar", [verdicts]),
-            ("Samples", [*map(_strip, self.rows), Text(NOTE)]),
+            ("Samples", [*(_strip(row, self.pictures) for row in self.rows), Text(self.note)]),
             ("Figures", [table, Text(self.caption)]),
             ("Use it", [Text(self.snippet, "pre")]),
             ("This run", [Facts(self.facts)]),
@@ -119,12 +117,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(report.snippet, markup=False, highlight=False, soft_wrap=True)
 
 
-def _strip(row: Row) -> Strip:
+def _strip(row: Row, about: str) -> Strip:
     """A line for each preview of a class."""
     caption = f"Fréchet {row.frechet.mean:.2f} · recall {row.recall.mean:.2f}"
     images = [ink(image) for image in row.previews]
     lines = [images[i::PREVIEWS_PER_CLASS] for i in range(PREVIEWS_PER_CLASS)]
-    return Strip(row.group, row.label, caption, lines, about="digits zero to nine")
+    return Strip(row.group, row.label, caption, lines, about=about)
 
 
 def _chart(rows: Sequence[Row]) -> Chart:

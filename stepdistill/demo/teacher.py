@@ -14,6 +14,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -63,9 +64,16 @@ def build_teacher(config: TeacherConfig, mean: float, std: float) -> StableDiffu
         )
         text_encoder = demo_text_encoder(tokenizer, config.text_width)
         vae = identity_vae(IMAGE_PX, mean, std)
+    return assembled(vae, text_encoder, tokenizer, unet, config.beta_schedule)
+
+
+def assembled(
+    vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, beta_schedule: str
+) -> StableDiffusionPipeline:
+    """The demo's networks as a stock pipeline: v prediction, zero terminal SNR."""
     scheduler = DDIMScheduler(
         num_train_timesteps=1000,
-        beta_schedule=config.beta_schedule,
+        beta_schedule=beta_schedule,
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         rescale_betas_zero_snr=True,

@@ -95,15 +95,9 @@ def train_denoiser(
         index = torch.randint(len(train), (bsz,), generator=generator)
         label = train.labels[index]
         label[torch.rand(bsz, generator=generator) < config.null_prompt_share] = NUM_CLASSES
-        t = _stratified_times(bsz, len(alpha_bar), generator)
-        alpha, sigma = (x[:, None, None, None] for x in _coefficients(alpha_bar[t]))
-        x0 = latents[index]
-        eps = torch.randn(x0.shape, generator=generator)
-
         # All prompts are encoded once per step and handed out by class: K + 1 rows, not B.
         text = text_encoder(tokens)[0][label]  # (B, L, D)
-        v = unet(alpha * x0 + sigma * eps, t, encoder_hidden_states=text).sample
-        loss = F.mse_loss(v, alpha * eps - sigma * x0)
+        loss = v_loss(unet, alpha_bar, latents[index], text, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
@@ -123,6 +117,17 @@ def train_denoiser(
             parameter.copy_(average)
     networks.eval().requires_grad_(False)
     return TrainingRecord(done, time.perf_counter() - start, running)
+
+
+def v_loss(
+    unet: nn.Module, alpha_bar: Tensor, x0: Tensor, text: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of v. Args: alpha_bar: (T,); x0: (B, C, H, W); text: (B, L, D)."""
+    t = _stratified_times(len(x0), len(alpha_bar), generator)
+    alpha, sigma = (x[:, None, None, None] for x in _coefficients(alpha_bar[t]))
+    eps = torch.randn(x0.shape, generator=generator)
+    v = unet(alpha * x0 + sigma * eps, t, encoder_hidden_states=text).sample
+    return F.mse_loss(v, alpha * eps - sigma * x0)
 
 
 @torch.no_grad()

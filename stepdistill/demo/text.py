@@ -7,6 +7,8 @@ Every word of the demo's prompts is one token; any other text still works, byte 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -18,18 +20,18 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 def demo_tokenizer() -> CLIPTokenizer:
     """A byte-level CLIPTokenizer whose merges spell the words of the demo's prompts."""
+    merges = [merge for word in ("handwritten", *DIGIT_NAMES) for merge in _spelling(word)]
+    return clip_tokenizer(merges, MAX_TOKENS)
+
+
+def clip_tokenizer(merges: Sequence[tuple[str, str]], max_tokens: int) -> CLIPTokenizer:
+    """A byte-level CLIPTokenizer of these byte-pair merges."""
     symbols = sorted(ByteLevel.alphabet())  # one printable symbol for each byte
-    vocabulary = [*symbols, *(symbol + WORD_END for symbol in symbols)]
-    merges: list[tuple[str, str]] = []
-    for word in ("handwritten", *DIGIT_NAMES):
-        for merge in _spelling(word):
-            merges.append(merge)
-            vocabulary.append("".join(merge))
-    vocabulary += [START, END]
+    vocabulary = [*symbols, *(symbol + WORD_END for symbol in symbols), *map("".join, merges)]
     return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(vocabulary)},
-        merges=merges,
-        model_max_length=MAX_TOKENS,
+        vocab={token: index for index, token in enumerate([*vocabulary, START, END])},
+        merges=list(merges),
+        model_max_length=max_tokens,
     )
 
 

@@ -55,10 +55,10 @@ def quality_checks(rows: Sequence[Row]) -> list[Check]:
         checks.append(Check(claim, f"{recall:.3f}", recall >= MIN_RECALL))
     if student4 and teacher50:
         claim = f"4-step student: at most {FOUR_STEP_RATIO} × the teacher's at 50 steps"
-        checks.append(_ratio(claim, student4, teacher50, FOUR_STEP_RATIO))
+        checks.append(ratio_check(claim, student4, teacher50, FOUR_STEP_RATIO))
     if student1 and teacher50:
         claim = f"Aim: 1-step student at most {ONE_STEP_AIM} × the teacher's at 50 steps"
-        checks.append(_ratio(claim, student1, teacher50, ONE_STEP_AIM, aim=True))
+        checks.append(ratio_check(claim, student1, teacher50, ONE_STEP_AIM, aim=True))
     return checks
 
 
@@ -74,6 +74,7 @@ def _at_most(claim: str, value: float, limit: float) -> Check:
     return Check(claim, f"{value:.2f} against {limit:.2f}", value <= limit)
 
 
-def _ratio(claim: str, student: Row, teacher: Row, limit: float, aim: bool = False) -> Check:
+def ratio_check(claim: str, student: Row, teacher: Row, limit: float, aim: bool = False) -> Check:
+    """The bar on a student's Frechet distance over a teacher's."""
     ratio = student.frechet.mean / teacher.frechet.mean
     return Check(claim, f"{ratio:.2f} ×", ratio <= limit, aim)

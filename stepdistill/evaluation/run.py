@@ -19,7 +19,7 @@ from stepdistill.data.lines import LineFile
 from stepdistill.families.family import Family
 from stepdistill.families.registry import teacher_facts
 from stepdistill.reporting.bars import bar
-from stepdistill.storage.ranks import agreed, refusing_together
+from stepdistill.storage.ranks import agreed, process_state, refusing_together
 
 from .collect import Drawing, Lens, draw_into, read_into
 from .features import FEATURES, FeatureNet, feature_net
@@ -49,7 +49,7 @@ def evaluate(
     Errors: ValueError for wrong options, before any image is drawn.
     """
     family = teacher_facts(options.source).family
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = process_state()
     frame = Frame(options.size_px, options.crop_px, options.resize_filter)
     check_video(options, family.output, family.reads_image)
     prompts = read_prompts(options)

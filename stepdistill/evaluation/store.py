@@ -42,7 +42,7 @@ class Store:
         folder = root / f"{name}-{settings_hash(facts)}"
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(facts, indent=2, sort_keys=True, default=str) + "\n"
-        write_text(folder / "settings.json", text, shared=True)
+        write_text(folder / "settings.json", text)
         return cls(folder, count, size)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[range]:
@@ -64,7 +64,7 @@ class Store:
     def write(self, shard: range, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """One whole file; tensors hold a row for each image of the shard."""
         assert all(len(value) == len(shard) for value in tensors.values())
-        write_shard(self._file(shard), tensors, dict(facts), shared=True)
+        write_shard(self._file(shard), tensors, dict(facts))
 
     def read(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """(every tensor, all images in order; the shards' facts).

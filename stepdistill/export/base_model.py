@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
 
 from stepdistill.loading.identity import SNAPSHOT, UNREACHABLE, commit_of
+from stepdistill.storage.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,8 @@ def weights_sha256(path: Path) -> str | None:
     whole = hashlib.sha256()
     for file in files:
         name = file.name if file == path else file.relative_to(path).as_posix()
-        with file.open("rb") as handle:
-            part = _digest(handle)
-        whole.update(f"{name} {part.hexdigest()}\n".encode())
+        whole.update(f"{name} {sha256_of(file)}\n".encode())
     return whole.hexdigest()
-
-
-def _digest(handle: Any) -> Any:
-    sha = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        sha.update(block)
-    return sha
 
 
 def _licence(card: Path) -> dict[str, str]:

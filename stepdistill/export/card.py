@@ -112,7 +112,7 @@ def data_text(data: Mapping[str, Any] | None) -> str | None:
     """A dataset by its facts (data.fingerprint)."""
     if not data:
         return None
-    return f"{data['source']}, {data['items']} items, sha256 `{data['sha256'] or 'unknown'}`"
+    return f"{plain(data['source'])}, {data['items']} items, sha256 `{data['sha256'] or 'unknown'}`"
 
 
 def changed_data(run: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,6 @@
 """The nodes of ComfyUI that workflows here use: names, inputs, widgets, outputs and their types.
 
-Source: ComfyUI 0.33 (0.8 and 0.38 say the same), nodes.py and comfy_extras/nodes_*.py:
+Source: ComfyUI 0.8, nodes.py and comfy_extras/nodes_*.py:
 custom_sampler, flux, hunyuan, images, model_advanced, sd3, wan.
 """
 

@@ -27,8 +27,8 @@ from stepdistill.export.secrets import (
     without_paths,
 )
 from stepdistill.loading.project_code import is_project_code
+from stepdistill.storage.files import EXPORT_RECORD as RECORD
 
-RECORD = "distillation.json"  # export.pipeline's, without its heavy imports
 SENT = {".safetensors", ".json", ".md", ".txt", ".png", ".jinja", ".model", ".yaml"}
 _TEXT = SENT - {".safetensors", ".png", ".model"}
 _CONFIGS = re.compile(r"(.*/)?(model_index|config|[\w-]+_config)\.json")  # vocabularies are data

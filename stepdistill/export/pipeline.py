@@ -28,9 +28,8 @@ from stepdistill.loading.project_code import put_code
 from stepdistill.loading.quantization import is_quantized
 from stepdistill.reporting.bars import bar
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.storage.files import EXPORT_RECORD as RECORD
 from stepdistill.storage.folders import refuse_foreign, replacing
-
-RECORD = "distillation.json"
 
 
 def export_pipeline(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from stepdistill.reporting.markdown import code
+
 _LONG = "`--format kohya` (A1111, ComfyUI, sd-scripts) or `--format comfyui`"
 
 
@@ -25,12 +27,11 @@ def file_note(record: Mapping[str, Any]) -> str:
         return ""
     readers = lora["readers"]
     if not readers:
-        return (
-            f"Diffusers reads `{lora['file']}`; other tools do not. For those export {_LONG}.\n\n"
-        )
+        only = f"Diffusers reads {code(lora['file'])}; other tools do not."
+        return f"{only} For those export {_LONG}.\n\n"
     places = {"ComfyUI": " (`models/loras`)", "A1111": " (`models/Lora`)"}
     names = ", ".join(f"{tool}{places.get(tool, '')}" for tool in readers)
-    text = f"`{lora['file']}` is read whole by {names}; use it at strength 1."
+    text = f"{code(lora['file'])} is read whole by {names}; use it at strength 1."
     if "comfyui" in tools and "ComfyUI" in readers:
         text += " `workflow.json` opens in ComfyUI with all that is listed here set."
     return text + "\n\n"

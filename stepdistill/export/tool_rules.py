@@ -1,6 +1,6 @@
 """What ComfyUI, A1111 and sd-scripts know of a network: facts of their released code, as data.
 
-ComfyUI 0.33 (0.8 and 0.38 say the same): comfy/supported_models.py (shift, table of sigmas),
+ComfyUI 0.8: comfy/supported_models.py (shift, table of sigmas),
 comfy/lora.py (names), nodes.py (types of text encoders). A1111 1.10.1: Lora/network.py. sd-scripts
 2026-02: library/train_util.py, sai_model_spec.py, networks/. The modelspec names of what sd-scripts
 does not train are musubi-tuner's.

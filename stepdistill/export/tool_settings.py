@@ -3,7 +3,7 @@
 Both know the time by sigma: of a VP path noise over signal, of a flow path t. Their scheduler
 "simple" takes every (T / N)-th of T sigmas from the noisiest on; "normal", "sgm_uniform", "beta"
 and "ddim_uniform" visit other times. ComfyUI's ManualSigmas takes any list.
-Sources: ComfyUI 0.33 comfy/samplers.py, model_sampling.py, k_diffusion/sampling.py; A1111 1.10.1
+Sources: ComfyUI 0.8 comfy/samplers.py, model_sampling.py, k_diffusion/sampling.py; A1111 1.10.1
 modules/sd_schedulers.py, sd_samplers_lcm.py.
 """
 

@@ -273,8 +273,9 @@ class Family(ABC):
     @property
     def size_multiple(self) -> int:
         """px that sides of images are multiples of: of a patch, or of the UNet's deepest level."""
-        levels, patch = self.config.get("block_out_channels"), self.config.get("patch_size")
-        return self.latent_px * (2 ** (len(levels) - 1) if levels else int(patch or 1))
+        levels, patch = self.config.get("block_out_channels"), self.config.get("patch_size") or 1
+        side = int(patch[-1] if isinstance(patch, list | tuple) else patch)  # of videos: (F, H, W)
+        return self.latent_px * (2 ** (len(levels) - 1) if levels else side)
 
     def image_size(self, resolution: int | None = None) -> tuple[int, int]:
         """(height, width) in px of images of that side, or of the model's own."""

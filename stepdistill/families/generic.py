@@ -18,18 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
+from stepdistill.families import probe
 from stepdistill.families.family import Family, check_prompts, net_dtype
 from stepdistill.families.features import FeatureBlock
-from stepdistill.families.probe import (
-    hear,
-    image_input,
-    joined,
-    learn,
-    learn_null,
-    pick,
-    placed,
-    side_px,
-)
 from stepdistill.families.schedule import shift_of_mu
 
 NAME = "generic"  # of no entry in FAMILIES: it serves what no family does
@@ -47,9 +38,9 @@ class GenericFamily(Family):
         super().__init__(pipeline)
         self._call = inspect.signature(type(pipeline).__call__).parameters
         self._inputs = inspect.signature(self.net.forward).parameters
-        self._image = image_input(self.net, self._inputs)
+        self._image = probe.image_input(self.net, self._inputs)
         self._own_shape: tuple[int, ...] = ()
-        self._listen(*[side_px(self) if {"height", "width"} <= set(self._call) else None] * 2)
+        self._listen(*[probe.side_px(self) if {"height", "width"} <= set(self._call) else None] * 2)
         self._own_shape = self.facts.shape
         modules = {n for n, m in self.net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
         ends = [t for t in type(self).lora_targets if any(n.endswith("." + t) for n in modules)]
@@ -58,16 +49,16 @@ class GenericFamily(Family):
     def _listen(self, height: int | None, width: int | None) -> None:
         """Learn the call at that size in px (the call's own default where None)."""
         self._size = {"height": height, "width": width} if height and width else {}
-        self.facts = learn(self)
-        self._null = Cond(learn_null(self, self.facts.rows))
+        self.facts = probe.learn(self)
+        self._null = Cond(probe.learn_null(self, self.facts.rows))
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
         facts, dtype = self.facts, net_dtype(net)
         time = (facts.slope * model_t + facts.offset).float()
         told = {self._image: self.pack(x_t.to(dtype)), "timestep": time}
-        fixed = {name: placed(value, x_t.device) for name, value in facts.fixed.items()}
-        out: Any = net(**told, **joined(cond.to(dtype=dtype).tensors, fixed))
+        fixed = {name: probe.placed(value, x_t.device) for name, value in facts.fixed.items()}
+        out: Any = net(**told, **probe.joined(cond.to(dtype=dtype).tensors, fixed))
         made = self.unpack(out[0] if isinstance(out, tuple) else out.sample, x_t.shape)
         return made[:, : x_t.shape[1]]  # learned variances are dropped
 
@@ -103,8 +94,8 @@ class GenericFamily(Family):
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
         """What the stock call tells its denoiser of B prompts, stopped before the denoiser runs."""
-        heard = hear(self, check_prompts(prompts), 1.0, 1, encode=True)
-        return Cond(pick(heard.rest[0], self.facts.rows))
+        heard = probe.hear(self, check_prompts(prompts), 1.0, 1, encode=True)
+        return Cond(probe.pick(heard.rest[0], self.facts.rows))
 
     def null(self, bsz: int) -> Cond:
         return self._null.repeat(bsz)

@@ -98,6 +98,7 @@ class WanImageToVideoFamily(WanFamily):
     @torch.no_grad()
     def _with(self, cond: Cond, pictures: Sequence[Image.Image], shape: Sequence[int]) -> Cond:
         pipe, device = self.pipeline, cond["prompt_embeds"].device
+        at = pipe.vae.device  # where the encoders are: pixels take no way through the run's device
         rows: dict[str, list[Tensor]] = {"frame": []}
         if self.config.image_dim is not None:
             rows["frame_tokens"] = []
@@ -105,14 +106,14 @@ class WanImageToVideoFamily(WanFamily):
         frames = (shape[1] - 1) * pipe.vae_scale_factor_temporal + 1
         for picture in pictures:  # one by one: the last bits depend on the batch
             pixels = pipe.video_processor.preprocess(picture, height=height, width=width)
-            sizes = (height, width, frames, torch.float32, device)
+            sizes = (height, width, frames, torch.float32, at)
             # Latents of its own, which nobody reads here, it would draw from a global generator.
             unread = {"latents": torch.empty(0)}
-            pixels = pixels.to(device, torch.float32)
+            pixels = pixels.to(at, torch.float32)
             made = pipe.prepare_latents(pixels, 1, shape[0], *sizes, **unread)
             rows["frame"].append(made[1])
             if "frame_tokens" in rows:
-                rows["frame_tokens"].append(pipe.encode_image(picture, device))
+                rows["frame_tokens"].append(pipe.encode_image(picture, at))
         found = {name: torch.cat(values).to(device) for name, values in rows.items()}
         return Cond({"prompt_embeds": cond["prompt_embeds"], **found})
 

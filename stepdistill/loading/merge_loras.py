@@ -82,11 +82,13 @@ def _merge_stock(pipeline: Any, lora: LoraSource) -> None:
         again = pipeline.lora_state_dict(dict(traces), **told)[0]
         read = used(traces, (value for key, value in again.items() if key not in unread))
         check_all_used({key: value for key, value in own.items() if key not in read})
-    except (ValueError, KeyError, RuntimeError, IndexError, SafetensorError) as err:
+    except IndexError as err:  # Diffusers' loader takes the rank of the first module it finds
+        why = "all its keys for one part (denoiser or a text encoder) name no module there"
+        raise _misfit(pipeline, lora, why) from err
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as err:
         raise _misfit(pipeline, lora, err) from err
-    if (
-        not scaled_by_header
-    ):  # an alpha of each module is lost on the way, so all are in the weights
+    # An alpha of each module is lost on the way, so all are in the weights.
+    if not scaled_by_header:
         for layer in (x for net in nets for x in net.modules() if isinstance(x, BaseTunerLayer)):
             layer.lora_alpha[name] = layer.r[name]
     pipeline.set_adapters([name], [lora.scale])
@@ -181,23 +183,16 @@ def _merge_peft(pipeline: Any, net_name: str, lora: LoraSource) -> None:
     try:
         adapted: Any = PeftModel.from_pretrained(net, lora.place)
         # Loaded once more, as this says what from_pretrained keeps to itself.
-        unread = set(adapted.load_adapter(lora.place, "default").unexpected_keys)
+        told = adapted.load_adapter(lora.place, "default").unexpected_keys
+        unread = {key.replace(".default", "") for key in told}  # PEFT's names in the network
         tensors = read_tensors(Path(lora.place) / PEFT_FILE)
-        left = {k: v for k, v in tensors.items() if {k, _named(k, "default")} & unread}
-        check_all_used(left)
+        check_all_used({k: v for k, v in tensors.items() if {k, f"{k}.weight"} & unread})
     except (ValueError, KeyError, RuntimeError, SafetensorError) as err:
         raise _misfit(pipeline, lora, err) from err
     for layer in adapted.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.scale_layer(lora.scale)
     pipeline.register_modules(**{net_name: adapted.merge_and_unload()})
-
-
-def _named(key: str, adapter: str) -> str:
-    """PEFT's name in a network of a key in its file."""
-    stem, _, leaf = key.rpartition(".")
-    inner = leaf in ("weight", "bias") and "lora_" in stem.rpartition(".")[2]
-    return f"{stem}.{adapter}.{leaf}" if inner else f"{key}.{adapter}"
 
 
 def _misfit(pipeline: Any, lora: LoraSource, why: object) -> ValueError:

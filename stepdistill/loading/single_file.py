@@ -7,6 +7,7 @@ other weights from there too. Without one, the base that Diffusers recognises is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,11 @@ def _header(path: Path, metadata: dict[str, str] | None = None) -> dict[str, tor
 
 def is_whole(path: str | Path) -> bool:
     """Whether the file holds the parts beside the denoiser too."""
-    return any(name.startswith(_OTHER_PARTS) for name in _header(Path(path)))
+    return _holds_parts(_header(Path(path)))
+
+
+def _holds_parts(header: Iterable[str]) -> bool:
+    return any(name.startswith(_OTHER_PARTS) for name in header)
 
 
 def schedule_marks(path: str | Path) -> dict[str, Any]:
@@ -108,9 +113,10 @@ def load_single_file(
     Errors: ValueError where the file has not the weights that the configuration describes, or has
         more than are read.
     """
-    check_all_read(Path(path), _header(Path(path)), index, config)
+    header = _header(Path(path))
+    check_all_read(Path(path), header, index, config)
     try:
-        if is_whole(path):
+        if _holds_parts(header):
             cls: Any = getattr(diffusers, index["_class_name"])
             with no_pickles("single_file_config"):  # the parts that the file lacks
                 return cls.from_single_file(str(path), config=config, dtype=torch_dtype, **parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 
 from stepdistill.loading.identity import commit_of
 from stepdistill.loading.place import HUB_ID, absolute
+from stepdistill.storage.files import sha256_of
 
 _FILE_OF_HUB_ID = re.compile(rf"{HUB_ID.pattern}(/[\w./-]+\.safetensors)?")
 
@@ -111,20 +111,11 @@ def lora_facts(texts: Sequence[str]) -> list[dict[str, Any]]:
         folder = Path(lora.place)
         if folder.is_dir():
             names = [lora.weight_name] if lora.weight_name else [PEFT_CONFIG, PEFT_FILE]
-            fact["sha256"] = _sha256([folder / name for name in names])
+            fact["sha256"] = sha256_of(*(folder / name for name in names))
         elif commit := commit_of(lora.place, None):
             fact["commit"] = commit
         facts.append(fact)
     return facts
-
-
-def _sha256(files: Sequence[Path]) -> str:
-    sha = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                sha.update(block)
-    return sha.hexdigest()
 
 
 def same_lora(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

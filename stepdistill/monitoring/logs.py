@@ -142,7 +142,7 @@ class RunLog:
             self._sums, self._counts = {}, {}
         early = {} if planned else {"early": True}
         self._append("log.jsonl", {"step": step, "seconds": round(seconds, 3), **values, **early})
-        self._tell_alarms()
+        self._tell_alarms(step)
         if not self._accelerator.is_main_process:
             return
         if self._args.report_to:
@@ -190,7 +190,7 @@ class RunLog:
         if planned:
             check_measured(self._args, metrics)
             self.watchdog.check_samples(step, metrics)
-            self._tell_alarms()
+            self._tell_alarms(step)
         decides = planned or step >= self._args.max_train_steps
         better = new_best(self._best, self._args, step, metrics) if decides else None
         self._best = better or self._best
@@ -259,10 +259,13 @@ class RunLog:
     def _say(line: str) -> None:
         tqdm.write(line)
 
-    def _tell_alarms(self) -> None:
-        """Alarms since the last time: a line each on the terminal and in events.jsonl."""
+    def _tell_alarms(self, step: int) -> None:
+        """Alarms since the last time: a line each on the terminal and in events.jsonl.
+
+        Each is of an update before `step`: a run that begins again in between tells it again.
+        """
         for alarm in self.watchdog.take_alarms():
-            self._append("events.jsonl", {"kind": "alarm", **alarm})
+            self._append("events.jsonl", {"kind": "alarm", **alarm, "logged": step})
             if self._accelerator.is_main_process:
                 self._say(alarm["line"])
 
@@ -304,7 +307,7 @@ class RunLog:
             state, why = "interrupted", "Go on with --resume_from_checkpoint latest."
         with suppress(Exception):
             if self._open:
-                self._tell_alarms()
+                self._tell_alarms(step)
                 end(step, state, why)
 
     def _end(self, step: int, state: str, why: str) -> None:

@@ -74,17 +74,17 @@ def mend(folder: Path, step: int) -> list[str]:
 
 
 def _cut(raw: bytes, step: int) -> tuple[str, int]:
-    """(a JSONL file's whole lines up to `step`, but for those an early end added; how many lines
-    were damaged). A last one that was cut short is none of these."""
+    """(a JSONL file's whole lines written up to `step`, but for those an early end added; how many
+    lines were damaged). A last one that was cut short is none of these."""
     kept, damaged = [], 0
     for line in raw.split(b"\n")[:-1]:
         try:
             text = line.decode("utf-8")
             record = json.loads(text)
-            at = record["step"]
+            at = record.get("logged", record["step"])
             if not isinstance(at, int):
                 raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             damaged += bool(line.strip())
             continue
         if at <= step and not record.get("early") and record.get("kind") != "end":

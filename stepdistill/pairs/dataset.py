@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stepdistill.core.context import normal_rows
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import ode_solve
 from stepdistill.core.stopping import stop_if_orphaned
@@ -87,7 +88,7 @@ class PairWriter:
         manifest = {"settings": asdict(settings), "num_pairs": num_pairs}
         manifest |= {"teacher": dict(teacher)} if teacher and settings.model_hash else {}
         text = json.dumps(manifest, indent=1) + "\n"
-        write_text(self.folder / MANIFEST, text, shared=True)  # all ranks at once
+        write_text(self.folder / MANIFEST, text)  # all ranks at once
 
     @property
     def num_shards(self) -> int:
@@ -191,9 +192,7 @@ class PairDataset(Dataset[dict[str, Any]]):
 
 def pair_noise(seed: int, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
     """(B, C, *S) float32 unit noise of the numbered pairs: row i from a CPU generator seed + i."""
-    return torch.stack(
-        [torch.randn(*shape, generator=torch.Generator().manual_seed(seed + i)) for i in rows]
-    )
+    return normal_rows(tuple(shape), [seed + i for i in rows])
 
 
 def generate_pairs(

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.times import uniform_grid
@@ -25,7 +22,7 @@ from stepdistill.pairs.files import MANIFEST
 from stepdistill.pairs.inverted import invert_pairs
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.files import read_json
-from stepdistill.storage.ranks import owned_by_first, refusing_together
+from stepdistill.storage.ranks import owned_by_first, process_state, refusing_together
 
 
 @refusing_together()
@@ -75,7 +72,7 @@ def make_pairs(
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
     with owned_by_first(Path(pairs_dir), "pairs_dir"):
         known_by = _same_teacher(Path(pairs_dir), source)
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = process_state()
         family = load_family(source)
         bank = RoleBank(family, {"teacher": Role()}, Tuning())
         family.pipeline.to(state.device)

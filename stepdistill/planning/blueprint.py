@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import CLIPImageProcessor
 
 from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for
@@ -97,6 +98,10 @@ def _build(name: str, part: Mapping[str, Any] | None, dtype: torch.dtype) -> Any
     if part is None or name in ("safety_checker", "feature_extractor"):
         return None
     library, _, class_name = part["class"].partition(".")
+    if (
+        class_name == "CLIPImageProcessor" and "folder" not in part
+    ):  # without files: those of the published CLIPs
+        return CLIPImageProcessor(**part.get("config", {}))
     if "Tokenizer" in class_name or "Processor" in class_name:
         return _tokenizer(class_name, part)
     found = part_class(library, class_name)

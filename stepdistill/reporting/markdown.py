@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 
 _ACTIVE = re.compile(r"[\\`*|~$]|\](?=\()|(?<![^\W_])_|_(?![^\W_])")  # _ does nothing within a word
-_FIRST = re.compile(r"^(?=[#>+-])|(?<=^\d)(?=[.)])")  # what begins a heading, a quote, a list
+# What begins a heading, a quote, a rule or a list; 2.10 and -5 begin none.
+_FIRST = re.compile(r"^(?=[#>=]|[+-](?:[\s+-]|$))|^(\d{1,9})(?=[.)](?:\s|$))")
 
 
 def plain(text: object) -> str:
     """A text within a line, or a table's cell."""
     line = " ".join(str(text).split())
     escaped = line.replace("&", "&amp;").replace("<", "&lt;")
-    return _FIRST.sub(r"\\", _ACTIVE.sub(r"\\\g<0>", escaped))
+    return _FIRST.sub(r"\1\\", _ACTIVE.sub(r"\\\g<0>", escaped))
 
 
 def code(text: object) -> str:

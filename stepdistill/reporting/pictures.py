@@ -22,9 +22,11 @@ _PNG_BYTES = 200_000
 
 
 def ink(values: Any) -> NDArray[np.uint8]:
-    """(H, W) grey pixels of one image (1, H, W) in [-1, 1]; ink dark, paper white."""
-    share = (np.asarray(values, dtype=np.float32)[0].clip(-1, 1) + 1) / 2
-    pixels: NDArray[np.uint8] = (255 * (1 - share)).round().astype(np.uint8)
+    """Pixels of one image in [-1, 1]: of (1, H, W) grey ones (H, W), ink dark and paper white; of
+    (3, H, W) its colours (H, W, 3)."""
+    share = (np.asarray(values, dtype=np.float32).clip(-1, 1) + 1) / 2
+    share = 1 - share[0] if len(share) == 1 else share.transpose(1, 2, 0)
+    pixels: NDArray[np.uint8] = (255 * share).round().astype(np.uint8)
     return pixels
 
 

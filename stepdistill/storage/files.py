@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from stepdistill.storage.writers import machine, runs
+
+_OF_WRITER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.stepdistill-tmp$")
+_ELSEWHERE_SECONDS = 86400.0  # no file takes longer, on machines that can't be asked
+EXPORT_RECORD = "distillation.json"  # in an exported folder: what it is, and of which run
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -32,6 +42,16 @@ def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
     return found
 
 
+def sha256_of(*paths: Path) -> str:
+    """Of the files' bytes, end to end. Errors: OSError where one can't be read."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                sha.update(block)
+    return sha.hexdigest()
+
+
 def locked(path: Path) -> FileLock:
     """Within: one process at a time, of all that hold the lock of that path, PATH.lock."""
     return FileLock(path.with_name(path.name + ".lock"))
@@ -46,10 +66,38 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
-def temporary(path: Path, by: str = "") -> Path:
+def temporary(path: Path, of_writer: bool = False) -> Path:
     """Where a file or folder is until it is whole: a name that nobody else gives to a thing, so
-    that what is found there is a killed writer's. Args: by: told apart writers at one time."""
+    that what is found there is a killed writer's.
+
+    Args: of_writer: of this process alone, where several may write the same at once.
+    """
+    by = f".{_machine_mark()}-{os.getpid()}" if of_writer else ""
     return path.with_name(f".{path.name}{by}.stepdistill-tmp")
+
+
+@cache
+def _machine_mark() -> str:
+    return hashlib.sha256(machine().encode()).hexdigest()[:8]
+
+
+@cache
+def _clear_once(folder: Path, _process: int) -> None:
+    clear_left(folder)
+
+
+def clear_left(folder: Path) -> None:
+    """Delete the temporary files of writers that have ended; `write_atomic` does so once a folder
+    and process, as it lists the folder."""
+    for path in folder.glob(".*.stepdistill-tmp"):
+        writer = _OF_WRITER.search(path.name)
+        with suppress(OSError):
+            if writer is None or not path.is_file():
+                continue
+            elsewhere = writer[1] != _machine_mark()
+            old = time.time() - path.stat().st_mtime > _ELSEWHERE_SECONDS
+            if old if elsewhere else not runs(int(writer[2])):
+                path.unlink()
 
 
 def free_name(path: Path) -> Path:
@@ -65,15 +113,14 @@ def set_aside(path: Path) -> Path:
     return free
 
 
-def write_atomic(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside `path` under a temporary name, flush to the disk, rename.
 
-    A reader, or a kill at any instant, sees the old file or the new one.
-
-    Args: shared: several processes may write this file at once, so each under a name of its own;
-        else the name is always the same, so that a later call clears what a kill left.
+    A reader, or a kill at any instant, sees the old file or the new one. Several processes may
+    write one file at once. The next process that writes in the folder clears what a kill left.
     """
-    aside = temporary(path, f".{os.getpid()}" if shared else "")
+    _clear_once(path.parent, os.getpid())
+    aside = temporary(path, of_writer=True)
     try:
         write(aside)
         flush(aside)
@@ -84,6 +131,6 @@ def write_atomic(path: Path, write: Callable[[Path], object], shared: bool = Fal
     flush(path.parent)
 
 
-def write_text(path: Path, text: str, shared: bool = False) -> None:
+def write_text(path: Path, text: str) -> None:
     """`write_atomic` of a text."""
-    write_atomic(path, lambda aside: aside.write_text(text, encoding="utf-8"), shared)
+    write_atomic(path, lambda aside: aside.write_text(text, encoding="utf-8"))

@@ -6,18 +6,19 @@ aside until that is in place. So there is no instant at which a kill leaves fewe
 before.
 
 Both names are of our making alone: nothing else is ever deleted. Folders of the kind that needs no
-manifest hold a list of what was written (LEDGER); one with anything else in it is not replaced.
+manifest hold a list of what was written (LEDGER); one with anything else in it is not replaced. One
+of an earlier version, which wrote no list, gives its place and stays, under another name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,29 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepdistill.storage.files import PICKLED, flush, free_name, read_json, temporary
+from stepdistill.storage.files import (
+    EXPORT_RECORD,
+    PICKLED,
+    flush,
+    free_name,
+    read_json,
+    sha256_of,
+    temporary,
+)
 from stepdistill.storage.owner import owned
 
 MANIFEST = "manifest.json"
 LEDGER = ".stepdistill.json"  # file -> its bytes and hash; hidden, so that it is not published
 _EDITED_BYTES = 1 << 20  # no text that a person edits is larger
+# What earlier versions, which wrote no ledger, marked an export or a demo's teacher with, and what
+# else they wrote there: all names of files beside it, by their paths.
+_RECORDS = (EXPORT_RECORD, "demo_teacher.json")
+_EARLIER = re.compile(
+    r"README\.md|samples\.png|pipeline_\w+\.py|[\w.-]+\.safetensors|"
+    r"(model_index|distillation|demo_teacher|workflow|adapter_config)\.json|"
+    r"\w+/([\w.-]+\.(json|safetensors|model|jinja|py)|merges\.txt|vocab\.txt)"
+)
 _NAME = re.compile(r"([\w-]+/)?[\w-][\w.-]*")  # of a file in the folder, or in one within it
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def aside_of(target: Path) -> Path:
@@ -103,7 +112,7 @@ def manifest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str,
     for path in sorted(files):
         flush(path)
         name = path.relative_to(folder).as_posix()
-        found[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        found[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return found
 
 
@@ -115,20 +124,43 @@ def seal(target: Path, manifest: Mapping[str, Mapping[str, Any]]) -> None:
         flush(path)
     if target.exists() and old.exists() and fault_of(target) is not None:
         shutil.rmtree(target)  # the earlier one may be the good one
-    _put_in_place(target)
+    _put_in_place(target, _more_than_a_manifests)
 
 
-def _put_in_place(target: Path) -> None:
-    """Rename what is aside and on the disk to NAME; what was there is put aside meanwhile."""
-    old = old_of(target)
+def _more_than_a_manifests(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() and holds_more(folder)
+
+
+def _put_in_place(target: Path, users: Callable[[Path], object]) -> None:
+    """Rename what is aside and on the disk to NAME; what was there is put aside meanwhile.
+
+    Args: users: whether a folder holds a user's files.
+    """
     if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
+        _clear_old(target, users)
+        os.replace(target, old_of(target))
     os.replace(aside_of(target), target)
     flush(target.parent)
-    if old.exists() and (old / MANIFEST).is_file() and holds_more(old):
-        os.replace(old, free_name(target))  # a user's file lies in it
-    shutil.rmtree(old, ignore_errors=True)
+    _clear_old(target, users)
+
+
+def _clear_old(target: Path, users: Callable[[Path], object]) -> None:
+    """Delete what has given its place to `target`; where a user's file lies in it, set it aside."""
+    old = old_of(target)
+    gone = temporary(old)
+    shutil.rmtree(gone, ignore_errors=True)
+    if not old.exists():
+        return
+    if users(old):
+        free = free_name(target)
+        os.replace(old, free)
+        warnings.warn(
+            f"{target}: what was there is now {free}. Delete that if it is of no use.",
+            stacklevel=2,
+        )
+        return
+    os.replace(old, gone)  # half a folder of ours would look like one with a user's files
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager
@@ -144,6 +176,7 @@ def replacing(target: Path, where: str = "output") -> Iterator[Path]:
         refuse_foreign(target, where)
         if not target.exists() and old_of(target).is_dir():
             os.replace(old_of(target), target)  # killed between the two renames
+        _clear_old(target, foreign_files)
         shutil.rmtree(aside, ignore_errors=True)
         try:
             yield aside
@@ -153,7 +186,7 @@ def replacing(target: Path, where: str = "output") -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        _put_in_place(target)
+        _put_in_place(target, foreign_files)
 
 
 def sign(folder: Path) -> None:
@@ -172,15 +205,19 @@ def _files(folder: Path) -> Iterator[str]:
 def _entry(path: Path) -> list[Any]:
     """[bytes, sha256]; of a large file, which nobody edits, no hash."""
     size = path.stat().st_size
-    return [size, _digest(path) if size <= _EDITED_BYTES else None]
+    return [size, sha256_of(path) if size <= _EDITED_BYTES else None]
+
+
+def _entries(file: Path) -> dict[str, Any]:
+    """Of a ledger or manifest; none of one that can't be read."""
+    with suppress(ValueError):
+        return read_json(file)
+    return {}
 
 
 def foreign_files(folder: Path) -> list[str]:
     """What a folder holds that `replacing` has not written, or that was changed since."""
-    try:
-        entries = read_json(folder / LEDGER)
-    except ValueError:
-        entries = {}
+    entries = _entries(folder / LEDGER)
     names = (name for name in _files(folder) if name != LEDGER)
     return sorted(
         name
@@ -188,6 +225,18 @@ def foreign_files(folder: Path) -> list[str]:
         if name not in entries
         or (folder / name).is_symlink()
         or entries[name] != _entry(folder / name)
+    )
+
+
+def _is_earlier(folder: Path) -> bool:
+    """Whether an earlier version wrote the folder, and no file but those it may have written is
+    there: known by names alone, so it is set aside, not deleted."""
+    names = list(_files(folder))
+    return (
+        LEDGER not in names
+        and any(name in names for name in _RECORDS)
+        and all(_EARLIER.fullmatch(name) for name in names)
+        and not any((folder / name).is_symlink() for name in names)
     )
 
 
@@ -201,7 +250,7 @@ def refuse_foreign(target: Path, where: str) -> None:
     if target.is_symlink() or not target.is_dir():
         raise ValueError(f"{where}: expected a folder to write, got {target}, which is none.")
     found = foreign_files(target)
-    if found:
+    if found and not _is_earlier(target):
         raise ValueError(
             f"{where}: expected a new folder, or one that stepdistill wrote and nobody changed, "
             f"got {target} with {', '.join(found[:3])}{' ...' if found[3:] else ''}. Move "
@@ -231,18 +280,32 @@ def delete_made(folder: Path, patterns: Sequence[str], where: str) -> None:
 def refuse_unlike(folder: Path, patterns: Sequence[str], where: str) -> None:
     """Errors: ValueError where a folder, or an export in it, holds what we do not write.
 
-    Args: patterns: of fnmatch, of the paths of files that we write; where: names the folder.
+    Args: patterns: of fnmatch, of the paths of files that we write beside folders that hold a list
+        of theirs; where: names the folder.
     """
     names = list(_files(folder)) if folder.is_dir() else []
-    odd = [name for name in names if not any(fnmatch(name, one) for one in patterns)]
-    for ledger in (name for name in names if Path(name).name == LEDGER):
-        export = (folder / ledger).parent
-        odd += [(export / name).relative_to(folder).as_posix() for name in foreign_files(export)]
+    listed = _listed(folder, names)
+    odd = sorted(n for n in {*names} - listed if not any(fnmatch(n, one) for one in patterns))
     if odd or (os.path.lexists(folder) and not folder.is_dir()):
         raise ValueError(
             f"{where}: expected to find nothing in {folder} but what stepdistill wrote, got "
             f"{', '.join(odd[:3]) or 'a file'}. Move that, or choose another folder."
         )
+
+
+def _listed(folder: Path, names: Iterable[str]) -> set[str]:
+    """Of the files in a folder those that a ledger or a manifest beside them lists."""
+    listed = set[str]()
+    for mark in names:
+        place, _, name = mark.rpartition("/")
+        if name == LEDGER:
+            ours = {*_files(folder / place)} - {*foreign_files(folder / place)}
+        elif name == MANIFEST:
+            ours = {MANIFEST, *_entries(folder / mark)}
+        else:
+            continue
+        listed |= {f"{place}/{one}".lstrip("/") for one in ours}
+    return listed
 
 
 def holds_more(folder: Path) -> bool:
@@ -287,7 +350,7 @@ def fault_of(folder: Path, hashes: bool = True) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != facts["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}"
-            if hashes and _digest(path) != facts["sha256"]:
+            if hashes and sha256_of(path) != facts["sha256"]:
                 return f"{name} has another sha256 than the manifest"
     except OSError as err:  # a failing disk, or no leave to read
         return f"it can't be read ({err})"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from stepdistill.storage.files import read_json
+from stepdistill.storage.files import read_json, temporary
+from stepdistill.storage.writers import machine, runs, started
 
 _LOCK = ".stepdistill-lock"
 _TAKING_SECONDS = 5.0  # from making the file to having written it
@@ -28,29 +28,12 @@ def lock_of(folder: Path, beside: bool = False) -> Path:
     return folder.with_name(f".{folder.name}{_LOCK}") if beside else folder / _LOCK
 
 
-def _started(pid: int) -> str | None:
-    """When a process of this machine started, in ticks since the boot; None where not known, and of
-    one that has ended and waits for its parent to look."""
-    try:
-        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else others[18]
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _machine() -> str:
-    """This machine, and among its containers the one whose process ids these are."""
-    with suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
-
-
 def _me() -> dict[str, Any]:
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])[:80]
     return {
-        "host": _machine(),
+        "host": machine(),
         "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "started": started(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": command,
     }
@@ -58,16 +41,9 @@ def _me() -> dict[str, Any]:
 
 def _runs(owner: dict[str, Any]) -> bool:
     """Whether the process is still there, as far as can be known."""
-    if owner["host"] != _machine():
+    if owner["host"] != machine():
         return True
-    pid = int(owner["pid"])
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return owner["started"] in (None, _started(pid))
+    return runs(int(owner["pid"]), owner["started"])
 
 
 def _owner(lock: Path) -> dict[str, Any] | None:
@@ -81,7 +57,7 @@ def _owner(lock: Path) -> dict[str, Any] | None:
     except (ValueError, TypeError):  # killed between making and writing it, or being made
         with suppress(OSError):
             if time.time() - lock.stat().st_mtime < _TAKING_SECONDS:
-                return {"host": _machine(), "pid": "?", "since": "now", "command": "?"}
+                return {"host": machine(), "pid": "?", "since": "now", "command": "?"}
         return None
 
 
@@ -89,10 +65,10 @@ def refuse_owned(folder: Path, where: str, beside: bool = False) -> None:
     """Errors: ValueError where another process writes that folder now."""
     lock = lock_of(folder, beside)
     owner = _owner(lock) if lock.is_file() else None
-    if owner is None or (owner["host"], owner["pid"]) == (_machine(), os.getpid()):
+    if owner is None or (owner["host"], owner["pid"]) == (machine(), os.getpid()):
         return
     host = owner["host"].split()[0]
-    away = "" if owner["host"] == _machine() else f" If it has ended, delete {lock}."
+    away = "" if owner["host"] == machine() else f" If it has ended, delete {lock}."
     raise ValueError(
         f"{where}: expected a folder that no other process writes, got {folder}, which process "
         f"{owner['pid']} on {host} ({owner['command']}, since {owner['since']}) is writing. Wait "
@@ -102,14 +78,15 @@ def refuse_owned(folder: Path, where: str, beside: bool = False) -> None:
 
 @contextmanager
 def owned(folder: Path, where: str, beside: bool = False) -> Iterator[None]:
-    """Within: this process alone writes the folder, which is made where there is none.
+    """Within: this process alone writes the folder, which is made where there is none, and goes
+    again where nothing was written.
 
     What this process holds already is its own.
     Args: where: the option or command that names the folder, for the error.
     Errors: ValueError naming the process that writes it now.
     """
     lock = lock_of(folder, beside)
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    made = _make(lock.parent)
     mine = json.dumps(_me())
     while True:
         try:
@@ -127,12 +104,22 @@ def owned(folder: Path, where: str, beside: bool = False) -> Iterator[None]:
     finally:
         if _held_by_me(lock):  # not in a fork
             lock.unlink(missing_ok=True)
+            for parent in made:  # whoever failed before writing anything leaves nothing
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """The folders, the innermost first, that were not there."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
 
 
 def _held_by_me(lock: Path) -> bool:
     with suppress(ValueError):
         owner = read_json(lock)
-        return (owner.get("host"), owner.get("pid")) == (_machine(), os.getpid())
+        return (owner.get("host"), owner.get("pid")) == (machine(), os.getpid())
     return False
 
 
@@ -141,7 +128,7 @@ def _take_away(lock: Path) -> None:
 
     Renamed first: what was renamed is looked at, and put back where it is a live one after all.
     """
-    gone = lock.with_name(f"{lock.name}.{os.getpid()}")
+    gone = temporary(lock, of_writer=True)
     with suppress(FileNotFoundError):
         os.replace(lock, gone)
         if _owner(gone) is not None:

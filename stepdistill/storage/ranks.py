@@ -12,10 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepdistill.core.stopping import stop_if_orphaned
 from stepdistill.storage.owner import owned
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 MISTAKES = (ValueError, TypeError, OSError, FloatingPointError)
 _WAIT_SECONDS = 2.0  # between two looks at another process's lock
@@ -52,6 +55,17 @@ def agreed(work: Callable[[], Any], kinds: tuple[type[Exception], ...] = MISTAKE
     return [result for result, _, _ in told]
 
 
+def process_state() -> PartialState:
+    """Accelerate's state of these processes: on the CPU where no GPU is there, or where
+    ACCELERATE_USE_CPU says so, which Accelerator reads and PartialState alone does not."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    asked = parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=asked or not torch.cuda.is_available())
+
+
 def _kind(err: Exception, kinds: tuple[type[Exception], ...]) -> type[Exception]:
     return next(kind for kind in kinds if isinstance(err, kind))
 
@@ -64,9 +78,7 @@ def _together() -> bool:
     import torch.distributed as dist
 
     if launched and not dist.is_initialized():
-        from accelerate import PartialState
-
-        PartialState()
+        process_state()
     return bool(dist.is_initialized()) and dist.get_world_size() > 1
 
 

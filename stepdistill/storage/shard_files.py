@@ -45,12 +45,10 @@ def _facts_hash(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def write_shard(
-    path: Path, tensors: Mapping[str, Tensor], facts: Any = None, shared: bool = False
-) -> None:
+def write_shard(path: Path, tensors: Mapping[str, Tensor], facts: Any = None) -> None:
     """Write a shard of these rows; the same rows and facts give the same bytes.
 
-    Args: tensors: (n, ...) each, of any device. facts: JSON. shared: see `write_atomic`.
+    Args: tensors: (n, ...) each, of any device. facts: JSON.
     Errors: OSError where the disk is full or does not let us; no half file is left then.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -59,7 +57,7 @@ def write_shard(
     header = json.dumps({"facts": facts, "sha256": _facts_hash(facts)})
     # Not save_file: a kill would leave its own temporary file, under a random name.
     content = save({**plain, _HASHES: torch.stack(hashes)}, {_HEADER: header})
-    write_atomic(path, lambda temporary: temporary.write_bytes(content), shared)
+    write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
 class Shard:

@@ -23,7 +23,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from stepdistill.config.flags import merge
+from stepdistill.config.layers import merge
 from stepdistill.families.family import Family
 from stepdistill.families.registry import FAMILIES
 from stepdistill.testing.assembled import assemble

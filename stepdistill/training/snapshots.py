@@ -16,9 +16,9 @@ from stepdistill.core.method import Method
 from stepdistill.monitoring.logs import RunLog
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.checkpoints import newest_valid
-from stepdistill.training import checks
 from stepdistill.training.checkpoint import load_checkpoint, prune, read_state, save_checkpoint
 from stepdistill.training.feed import Feed
+from stepdistill.training.run_identity import resume_fits, same_data
 
 
 class Resumable:
@@ -81,10 +81,10 @@ class Resumable:
                 return
         assert folder is not None
         state = read_state(folder)
-        checks.resume_fits(state, self.args, self.accelerator.num_processes, self.facts)
+        resume_fits(state, self.args, self.accelerator.num_processes, self.facts)
         self.restore(folder)
         before = state["facts"].get("data")
-        if not checks.same_data(before, self.facts.get("data"), allowed=True):
+        if not same_data(before, self.facts.get("data"), allowed=True):
             told = {"step": self.step, "before": before}
             self.facts.setdefault("data_changed", []).append(told)
             self.accelerator.print(f"resume: other data from step {self.step} on (data_changed)")
@@ -104,4 +104,6 @@ class Resumable:
         self.facts.setdefault("data", state["facts"].get("data"))
         if "data_changed" in state["facts"]:
             self.facts["data_changed"] = list(state["facts"]["data_changed"])
+        # A run keeps the law that it began by.
+        self.facts["draw_law"] = state["facts"].get("draw_law", 1)
         self.log.load_state_dict(state.get("log", {}))

@@ -25,9 +25,11 @@ class TrainStep(nn.Module):
         self.bank = bank
 
     def forward(self, loss: Loss, batch: Batch, ctx: Ctx) -> tuple[Tensor, dict[str, Tensor]]:
-        """(scalar loss in float32, detached scalars to log)."""
+        """(scalar loss in float32, detached scalars to log, on the loss's device)."""
         losses = loss(self.bank, batch, ctx)
-        return losses.total.float(), {name: v.detach() for name, v in losses.logs.items()}
+        total = losses.total.float()
+        # A method may log a number of the host's: the log stacks them, on the device.
+        return total, {name: v.detach().to(total.device) for name, v in losses.logs.items()}
 
 
 def place(

@@ -41,7 +41,7 @@ from stepdistill.rewards import build_scorers
 from stepdistill.storage.files import one_line
 from stepdistill.storage.owner import refuse_owned
 from stepdistill.storage.ranks import MISTAKES, agreed, owned_by_first
-from stepdistill.training import checks
+from stepdistill.training import checks, run_identity
 from stepdistill.training.batches import batch_maker
 from stepdistill.training.by_shape import MethodByShape
 from stepdistill.training.feed import Feed
@@ -103,7 +103,7 @@ class Trainer(Resumable):
     def _check(self, config: MethodConfig, scorers: Mapping[str, Scorer]) -> None:
         """What can be said against the run before a weight is loaded."""
         args, cls = self.args, method_class(self.method_name)
-        checks.teacher_is_here(args, self.teacher)
+        run_identity.teacher_is_here(args, self.teacher)
         facts = teacher_facts(self.teacher)
         if self.dataset is not None:
             refuse_owned(self.output_dir, "output_dir")  # an export may read it meanwhile
@@ -114,13 +114,13 @@ class Trainer(Resumable):
         checks.student_fits(cls, args.tuning, self.teacher)
         training = self.dataset is not None
         check_start(args, facts, training)
-        self.facts = checks.run_facts(self.teacher, self.method_name, config, args, training)
+        self.facts = run_identity.run_facts(self.teacher, self.method_name, config, args, training)
         own = {"method_file": METHODS.files.get(self.method_name)}
         own |= {"family_file": FAMILIES.files.get(facts.family.name)}
         self.facts |= {name: file for name, file in own.items() if file is not None}
         if training:
             self.facts["data"] = data_facts(self.dataset)
-        self.resume_from = checks.output_dir_is_ours(args, self.facts)
+        self.resume_from = run_identity.output_dir_is_ours(args, self.facts)
 
     def _start_processes(self) -> None:
         self.accelerator = make_accelerator(self.args)
@@ -136,6 +136,8 @@ class Trainer(Resumable):
             if isinstance(teacher, Family)
             else load_family(with_quantized_base(teacher, args))
         )
+        if self.dataset is not None:
+            checks.size_fits(args.resolution, self.family)
         setting = self.family.setting_at(args.resolution)
         self.method: Method[Any] = method_class(self.method_name)(config, setting)
 
@@ -321,6 +323,7 @@ class Trainer(Resumable):
                 device=self.device,
                 carry=kept.setdefault(batch.shape, {}),
                 mean_over_ranks=self._mean_over_ranks,
+                draw_law=self.facts["draw_law"],
             )
             more = micro + 1 < len(carry)
             with accelerator.no_sync(self.module) if more else nullcontext():

@@ -56,7 +56,7 @@ def test_command_without_a_budget_renders_what_is_there(folder, capsys) -> None:
     told = capsys.readouterr().out
     assert "| dmd2 | 2.10 ± 0.14 (0.85) |" in told
     assert "| teacher | 40.00 (0.85) |" in told
-    assert "| pcm for 2, seed 0: failed | ValueError: a \\| <b> |" in told
+    assert "| pcm for 2, seed 0: failed | ValueError: a \\| &lt;b> |" in told
     assert "- Take dmd2 at 1 step: the fewest steps within 10%" in told
     assert "teacher at 50 steps 2.00 (0.85)" in told
 

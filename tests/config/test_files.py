@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stepdistill.config.files import method_config, parse_run_config
-from stepdistill.config.flags import merge
+from stepdistill.config.layers import merge
 from stepdistill.config.yaml_files import read_yaml
 from stepdistill.methods import METHODS
 from stepdistill.storage.bundled import bundled_names
@@ -62,7 +62,7 @@ def test_files_are_named_by_what_they_are(tmp_path, monkeypatch) -> None:
     named = parse_run_config(["--config", "dmd2", "sdxl", *flags])
     files = [str(ROOT / "configs" / f"{name}.yaml") for name in ("methods/dmd2", "models/sdxl")]
     assert named == parse_run_config(["--config", *files, *flags])
-    assert (named.method, named.resolution) == ("dmd2", 1024)
+    assert (named.method, named.mixed_precision) == ("dmd2", "bf16")
     write(tmp_path / "sdxl", resolution=64)
     assert parse_run_config(["--config", "dmd2", "sdxl", *flags]).resolution == 64
     with pytest.raises(ValueError, match=r"got 'dmd3'.*Nearest: \['dmd', 'dmd2'"):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepdistill.core.context import Ctx, stable_seed
+from stepdistill.core.context import DRAW_LAW, Ctx, normal_rows, stable_seed
 
 
 def test_same_key_same_numbers() -> None:
@@ -98,3 +103,81 @@ def test_stratified_is_uniform_sample_by_sample() -> None:
     # Mean 1/2 with std 1/sqrt(12 n) = .0065; variance 1/12.
     assert abs(float(first.mean()) - 0.5) < 0.026
     assert abs(float(first.var()) - 1 / 12) < 0.006
+
+
+class Drawn(TorchDispatchMode):
+    """Counts the bytes of what is drawn within."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.randn, torch.ops.aten.normal_):
+            self.total += out.numel() * out.element_size()
+        return out
+
+
+VIDEO = (16, 21, 60, 104)  # a latent of Wan's 81 frames at 480 x 832 px
+VIDEO_BYTES = 4 * math.prod(VIDEO)
+
+
+def drawn_bytes(law: int, world_size: int, bsz: int = 2) -> int:
+    with Drawn() as drawn:
+        ctx = Ctx(rank=0, world_size=world_size, device=torch.device("meta"), draw_law=law)
+        if law == 1:
+            assert ctx.randn((bsz, *VIDEO)).shape == (bsz, *VIDEO)
+            return drawn.total
+    # Values are drawn row by row on a device that has some; a smaller latent, in proportion.
+    with Drawn() as drawn:
+        ctx = Ctx(rank=world_size - 1, world_size=world_size, draw_law=law)
+        assert ctx.randn((bsz, *VIDEO[:1])).shape == (bsz, *VIDEO[:1])
+    return drawn.total * math.prod(VIDEO[1:])
+
+
+def test_a_rank_draws_its_own_samples_alone() -> None:
+    """At 1, 8, 64 and 512 processes: 16.8 MB; the law before drew 8.6 GB on each of 512."""
+    worlds = (1, 8, 64, 512)
+    assert [drawn_bytes(DRAW_LAW, world) for world in worlds] == [2 * VIDEO_BYTES] * 4
+    assert [drawn_bytes(1, world) for world in worlds] == [2 * w * VIDEO_BYTES for w in worlds]
+
+
+def test_a_sample_is_keyed_by_its_place_in_the_global_batch() -> None:
+    """Whatever the number of processes, and whatever else was drawn of one number a sample."""
+    ctx = Ctx(seed=4, step=9, phase="fake", repeat=1, micro=2)
+    first, _, second = ctx.randn((3, 2)), ctx.rand(3), ctx.randn((3, 2))
+    for draw, rows in enumerate((first, second)):
+        seeds = [stable_seed("row", 4, 9, "fake", 1, 2, draw, index) for index in range(3)]
+        assert torch.equal(rows, normal_rows((2,), seeds))
+
+
+def test_rows_are_independent_and_normal() -> None:
+    rows = Ctx(seed=1).randn((64, 4096))
+    assert abs(float(rows.mean())) < 5 / 512  # sqrt(64 * 4096) = 512
+    assert abs(float(rows.var()) - 1) < 5 * math.sqrt(2) / 512
+    correlation = torch.corrcoef(rows) - torch.eye(64)
+    assert float(correlation.abs().max()) < 5 / 64
+
+
+def test_the_law_before_draws_what_it_drew() -> None:
+    """Runs begun under it go on by it: one generator for all, in the order of the calls."""
+    generator = torch.Generator().manual_seed(stable_seed("sample", 0, 0, "", 0, 0))
+    ctx = Ctx(rank=1, world_size=2, draw_law=1)
+    drawn = torch.randn((4, 3), generator=generator)
+    assert torch.equal(ctx.randn((2, 3)), drawn[2:])
+    uniform = torch.rand(4, generator=generator, dtype=torch.float64)
+    assert torch.equal(ctx.rand(2), uniform[2:])
+
+
+def test_draws_on_the_meta_device_have_shapes_alone() -> None:
+    ctx = Ctx(device=torch.device("meta"))
+    assert ctx.randn((2, 3)).is_meta
+    assert ctx.rand(2).is_meta
+    assert ctx.stratified(4).shape == (4,)
+    assert ctx.host_rand(2).device.type == "cpu"
+
+
+def test_a_replaced_context_draws_from_its_own_first() -> None:
+    """As a method does that gives a part of its loss draws of its own."""
+    ctx = Ctx(phase="student")
+    ctx.randn((2, 3))
+    assert torch.equal(replace(ctx, phase="dm").randn((2, 3)), Ctx(phase="dm").randn((2, 3)))

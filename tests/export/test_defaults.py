@@ -62,7 +62,8 @@ def in_memory(trainer, spec, subject):
 TOLD = [
     name
     for name, family in TINY_FAMILY.items()
-    if family.conditioning != "none" and (name == family.name or not family.reads_conditioning)
+    if family.conditioning != "none"
+    and (name == family.name or "conditioning_in" not in vars(family))
 ]
 
 

@@ -43,7 +43,13 @@ RECORD: dict[str, Any] = {
     "times": [1.0, 0.5],
     "trained_times": None,
     "visited_model_times": [999.0, 499.0],
-    "lora": {"format": "lora", "file": f"{SHOWN}.safetensors"},
+    "lora": {
+        "format": "lora",
+        "file": f"{SHOWN}.safetensors",
+        "dtype": "bfloat16",
+        "readers": ["ComfyUI"],
+    },
+    "tools": {"why": "No tool samples it."},
     "run_sha256": "0",
     "versions": {"torch": "2"},
     "run": {

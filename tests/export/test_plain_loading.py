@@ -62,7 +62,6 @@ def test_types_inside_a_config_are_named_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "../nowhere"])
 def test_a_mistyped_folder_is_no_network_fault(path: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"expected a pipeline folder or a Hub id, got .*not there"
-    ):
+    expected = r"expected a pipeline folder or a Hub id \(user/name\), got .*not there"
+    with pytest.raises(ValueError, match=expected):
         assert ModelSource.of(path).pipeline_class

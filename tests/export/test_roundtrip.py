@@ -150,7 +150,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer("dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path / "run")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="with other files"):
+    with pytest.raises(ValueError, match=r"with thesis\.txt\. Move it"):
         trainer.export(tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 

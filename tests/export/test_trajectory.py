@@ -133,7 +133,8 @@ def test_stochastic_pcm_exports_in_any_number_of_steps(
 
 # ---------------------------------------------------------------- one adapter, all step counts
 def recipe() -> dict:
-    return yaml.safe_load((CONFIGS / "recipes" / "tscd_one_lora.yaml").read_text())["method_config"]
+    text = (CONFIGS / "recipes" / "sd15-tscd-one-lora.yaml").read_text()
+    return yaml.safe_load(text)["method_config"]
 
 
 def test_one_run_exports_all_step_counts_with_tcd(tmp_path, tmp_path_factory) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from methods.test_reflow import FLOW, MU, PATHS, VP, Ctx64, Straight, pairs, pure_noise_rows
 
-from stepdistill.config.flags import merge
+from stepdistill.config.layers import merge
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import VEPath, expand

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 from support.jumps import (
     FLOW,
     SETTINGS,
@@ -20,7 +17,7 @@ from support.jumps import (
 )
 from torch import nn
 
-from stepdistill.config.flags import merge
+from stepdistill.config.layers import layers_of, merged
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import expand
@@ -33,8 +30,6 @@ from stepdistill.methods.trajectory import Jumps
 from stepdistill.methods.tscd import TSCD
 from stepdistill.methods.tscd_config import TSCDConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 class Told(TSCD):
@@ -416,11 +411,9 @@ def test_contract():
     assert [p.trains for p in make().phases(0)] == [("student",)]
 
 
-@pytest.mark.parametrize("recipe", [(), ("recipes/tscd_one_lora.yaml",)])
+@pytest.mark.parametrize("recipe", [(), ("sd15-tscd-one-lora",)])
 def test_shipped_configs_are_valid(recipe):
-    raw: dict = {}
-    for name in ("methods/tscd.yaml", *recipe):
-        raw = merge(raw, yaml.safe_load((CONFIGS / name).read_text()))
+    raw = merged([layer for name in ("tscd", *recipe) for layer in layers_of(name)])
     run = RunConfig(pretrained_model_name_or_path="model", **raw)
     method = TSCD(TSCDConfig(**run.method_config), Setting(VP))
     assert method.num_segments(0, run.max_train_steps) == 8

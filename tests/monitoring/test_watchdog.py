@@ -241,7 +241,7 @@ def lines(folder, name: str) -> list[dict]:
 def test_a_run_that_backs_off_resumes_exactly(teacher, tmp_path) -> None:
     """Checkpoints fall between log lines, and the rates are lowered before and after."""
     options = {
-        "max_train_steps": 16, "logging_steps": 4, "checkpointing_steps": 13,
+        "max_train_steps": 20, "logging_steps": 4, "checkpointing_steps": 13,
         "validation_prompts": ["a"], "num_validation_images": 2, "validation_steps": 6,
         "validation_teacher_steps": 2,
         "watchdog": {"grad_norm": "back_off", "grad_norm_ratio": 1.01, "fake_lag": "back_off",

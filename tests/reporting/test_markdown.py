@@ -21,6 +21,10 @@ HOSTILE = [
     "> quote",
     "- item",
     "1. item",
+    "12) item",
+    "--- ---",
+    "===",
+    "+ item",
     "two\n\n# lines\n---\nbase_model: x",
     "lora_guidance 2.10 ± 0.14 (0.85)",
 ]
@@ -64,5 +68,6 @@ def test_a_text_is_one_cell_of_a_table(text, form) -> None:
 
 
 def test_what_needs_no_care_gets_none() -> None:
-    assert plain("lora_guidance, 2 steps (0.85)") == "lora_guidance, 2 steps (0.85)"
+    for text in ("lora_guidance, 2 steps (0.85)", "2.10 ± 0.14 (0.85)", "-5", "+0.3"):
+        assert plain(text) == text
     assert code("me/my_model-2.safetensors") == "`me/my_model-2.safetensors`"

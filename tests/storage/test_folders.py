@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
+from support.faults import killed_at
+from support.processes import fork, status_of
 
+from stepdistill.cli._demo import RUN_FILES
 from stepdistill.core.stopping import Stopped
 from stepdistill.storage.files import locked
 from stepdistill.storage.folders import (
@@ -14,8 +18,10 @@ from stepdistill.storage.folders import (
     aside_of,
     delete_made,
     old_of,
+    refuse_unlike,
     refuse_written_on,
     replacing,
+    write_folder,
 )
 
 
@@ -78,6 +84,84 @@ def test_a_folder_with_a_users_file_is_not_replaced(tmp_path, users) -> None:
     assert names(tmp_path) == ["out"]
 
 
+EARLIER = {
+    "pipeline": ("model_index.json", "README.md", "unet/config.json", "tokenizer/merges.txt",
+                 "unet/diffusion_pytorch_model.safetensors", "scheduler/x_scheduler.py"),
+    "lora": ("pytorch_lora_weights.safetensors", "README.md", "scheduler/scheduler_config.json"),
+}  # fmt: skip
+
+
+def earlier(folder: Path, *names: str) -> dict[str, bytes]:
+    for name in ("distillation.json", *names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"earlier {name}")
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("kind", EARLIER)
+def test_an_export_without_a_list_gives_its_place_and_stays(tmp_path, kind) -> None:
+    """By names alone nobody knows whether its card was edited."""
+    before = earlier(tmp_path / "out", *EARLIER[kind])
+    with pytest.warns(UserWarning, match=r"what was there is now .*out\.aside"):
+        written(tmp_path / "out", "two")
+    written(tmp_path / "out", "three")
+    assert names(tmp_path) == ["out", "out.aside"]
+    assert contents(tmp_path / "out.aside") == before
+    assert contents(tmp_path / "out")["part/file.txt"] == b"three"
+
+
+@pytest.mark.parametrize("users", ["note.txt", ".env", "unet/deep/note.json", "unet/note.md"])
+def test_one_without_a_list_that_holds_another_file_is_not_replaced(tmp_path, users) -> None:
+    before = earlier(tmp_path / "out", *EARLIER["pipeline"], users)
+    with pytest.raises(ValueError, match="output: expected a new folder"):
+        written(tmp_path / "out", "two")
+    assert (names(tmp_path), contents(tmp_path / "out")) == (["out"], before)
+
+
+def test_an_earlier_folder_without_our_record_is_not_replaced(tmp_path) -> None:
+    earlier(tmp_path / "out", *EARLIER["pipeline"])
+    (tmp_path / "out" / "distillation.json").unlink()
+    with pytest.raises(ValueError, match="output: expected a new folder"):
+        written(tmp_path / "out", "two")
+
+
+def test_a_file_that_came_while_we_wrote_stays(tmp_path) -> None:
+    out = tmp_path / "out"
+    written(out, "one")
+
+    def while_we_write() -> None:
+        with replacing(out) as aside:
+            aside.mkdir()
+            add(out)
+
+    with pytest.warns(UserWarning, match=r"now .*out\.aside"):
+        while_we_write()
+    assert (tmp_path / "out.aside" / "note.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("at", range(1, 30, 2))
+def test_a_kill_at_any_change_leaves_an_earlier_export_whole(tmp_path, at) -> None:
+    """Put in place by the call after it, whichever change of the file system the kill came at."""
+    before = earlier(tmp_path / "out", *EARLIER["lora"])
+
+    def work() -> None:
+        killed_at(at)
+        written(tmp_path / "out", "two")
+
+    status_of(fork(work))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written(tmp_path / "out", "two")
+    assert names(tmp_path) == ["out", "out.aside"]
+    assert contents(tmp_path / "out.aside") == before
+    assert contents(tmp_path / "out")["part/file.txt"] == b"two"
+
+
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_what_is_no_folder_is_not_replaced(tmp_path, kind) -> None:
     (tmp_path / "there").mkdir()
@@ -131,12 +215,26 @@ def test_a_folder_of_ours_goes_only_where_all_of_it_is_ours(tmp_path) -> None:
     (out / "mine.md").write_text("mine")
     for left in ("mine.md, pipeline/note.txt", "pipeline/note.txt"):
         with pytest.raises(ValueError, match=f"but what stepdistill wrote, got {left}"):
-            delete_made(out, ("log.jsonl", "pipeline/*"), "output_dir")
+            delete_made(out, ("log.jsonl",), "output_dir")
         (out / "mine.md").unlink(missing_ok=True)
     (out / "pipeline" / "note.txt").unlink()
-    delete_made(out, ("log.jsonl", "pipeline/*"), "output_dir")
+    delete_made(out, ("log.jsonl",), "output_dir")
     assert not out.exists()
     delete_made(out, (), "output_dir")
+
+
+@pytest.mark.parametrize("users", ["note.txt", "pipeline/note.txt", "checkpoint-1/note.txt"])
+def test_a_run_folder_with_a_users_file_in_any_part_is_not_deleted(tmp_path, users) -> None:
+    """The files of exports and checkpoints are known by their lists, not by where they lie."""
+    out = tmp_path / "run"
+    written(out / "pipeline", "one")
+    write_folder(out / "checkpoint-1", {}, {"s": {"n": 1}})
+    (out / "log.jsonl").write_text("{}")
+    refuse_unlike(out, RUN_FILES, "output_dir")
+    (out / users).write_text("mine")
+    with pytest.raises(ValueError, match=f"but what stepdistill wrote, got {users}"):
+        delete_made(out, RUN_FILES, "output_dir")
+    assert (out / users).read_text() == "mine"
 
 
 def test_a_users_file_is_not_written_on(tmp_path) -> None:

@@ -55,6 +55,18 @@ def test_a_second_process_is_told_who_writes(tmp_path, beside) -> None:
     assert list(tmp_path.rglob("*lock*")) == []
 
 
+def test_whoever_fails_before_writing_leaves_no_folder(tmp_path) -> None:
+    with pytest.raises(ValueError, match="a mistake"), owned(tmp_path / "a" / "out", "output_dir"):
+        raise ValueError("a mistake")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "mine").mkdir()
+    with owned(tmp_path / "mine" / "out", "output_dir"):
+        (tmp_path / "mine" / "out" / "file").write_text("")
+    with owned(tmp_path / "mine", "output_dir"):
+        pass
+    assert (tmp_path / "mine" / "out" / "file").exists()
+
+
 def test_what_this_process_holds_is_its_own(tmp_path) -> None:
     with owned(tmp_path, "a"):
         take(tmp_path)
@@ -97,7 +109,7 @@ def test_another_process_of_the_same_id_has_not_written(tmp_path) -> None:
 
 
 def test_a_living_one_is_not_taken_over(tmp_path) -> None:
-    state(lock_of(tmp_path), pid=os.getppid(), started=owner._started(os.getppid()))
+    state(lock_of(tmp_path), pid=os.getppid(), started=owner.started(os.getppid()))
     with pytest.raises(ValueError, match=f"process {os.getppid()} on"):
         refuse_owned(tmp_path, "output_dir")
     with pytest.raises(ValueError, match="Wait until it has ended"):
@@ -124,7 +136,7 @@ def test_a_broken_lock_is_nobodys_once_it_is_old(tmp_path, text) -> None:
 def test_a_live_lock_that_was_renamed_by_mistake_is_put_back(tmp_path) -> None:
     """Two take over an ended one's at once, and the first has done so already."""
     lock = lock_of(tmp_path)
-    state(lock, pid=os.getppid(), started=owner._started(os.getppid()))
+    state(lock, pid=os.getppid(), started=owner.started(os.getppid()))
     before = lock.read_text()
     owner._take_away(lock)
     assert lock.read_text() == before

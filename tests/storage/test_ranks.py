@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import PartialState
+from support.processes import forked_ranks, status_of
 
 from stepdistill.storage import ranks
 from stepdistill.storage.owner import owned
@@ -116,3 +117,29 @@ def test_alone_nothing_is_asked_of_anybody() -> None:
     assert agreed(lambda: 3) == [3]
     with pytest.raises(ValueError, match=r"^mine$"), refusing_together():
         raise ValueError("mine")
+
+
+def test_processes_on_cpus_meet_as_accelerate_has_them(tmp_path) -> None:
+    """Whoever makes the group first, Accelerate's state is of all of its processes."""
+
+    def work(number: int) -> None:
+        from accelerate import Accelerator
+
+        agreed(lambda: number)
+        accelerator = Accelerator()
+        print(accelerator.process_index, accelerator.num_processes)
+
+    children = forked_ranks(2, work, tmp_path)
+    assert [status_of(child) for child in children] == [0, 0]
+    said = [(tmp_path / f"rank{rank}.txt").read_text().split()[-2:] for rank in (0, 1)]
+    assert said == [["0", "2"], ["1", "2"]]
+
+
+@pytest.mark.parametrize(("asked", "cpu"), [("true", True), ("false", False)])
+def test_whoever_asks_for_the_cpu_gets_it_beside_a_gpu(monkeypatch, asked, cpu) -> None:
+    given = []
+    monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: given.append(cpu))
+    ranks.process_state()
+    assert given == [cpu]

@@ -154,7 +154,7 @@ def runs(kind: str, teacher: Path, out: Path, kills: int) -> dict[str, Any]:
             found["lost"].append(number)
         done(lambda folder=folder: _trainer(teacher, folder).train())
         after = contents(folder / f"checkpoint-{END}")
-        if after != expected or any(p.name.endswith("-tmp") for p in folder.rglob("*")):
+        if after != expected or any(folder.rglob(".*stepdistill-*")):
             found["differ"].append(number)
         found["compared"] += len(after)
         shutil.rmtree(folder)
@@ -217,7 +217,7 @@ def folders(kind: str, write: Callable[[Path], None], out: Path, kills: int) -> 
             found["lost"].append(number)
         done(partial(write, folder))
         after = contents(folder, kinds)
-        left = [p for p in folder.rglob("*") if p.name.endswith(("-tmp", "-old", "-lock"))]
+        left = [*folder.rglob(".*stepdistill-*"), *out.glob(f".{folder.name}.*")]
         if after != expected or left:
             found["differ"].append(number)
         found["compared"] += len(after)

@@ -151,7 +151,8 @@ class Group:
     """Every job on `world` gloo processes, started at once; `seen` waits for them.
 
     torchrun does the same with one more process, which takes seconds to start.
-    Args: runs: where the jobs' run folders are, if not in `out`.
+    Args: runs: where the jobs' run folders are, if not in `out`. cpu: on the CPU, else one GPU
+        each, from a process that has touched none.
     """
 
     def __init__(
@@ -161,11 +162,13 @@ class Group:
         teachers: Mapping[str, Path],
         out: Path,
         runs: Path | None = None,
+        cpu: bool = True,
     ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._out, self._jobs = out, jobs
         work = partial(_train_all, jobs, teachers, out, runs or out, world)
-        self._processes = forked_ranks(world, work, out, limit_s=3600)
+        place = {"ACCELERATE_USE_CPU": str(cpu).lower()}
+        self._processes = forked_ranks(world, work, out, limit_s=3600, **place)
 
     def seen(self, timeout: float = 280) -> list[list[Seen]]:
         """By job, then by rank. Fails where a process fails, and ends the others."""
@@ -181,7 +184,7 @@ class Group:
         first = next((t for t, code in zip(texts, statuses, strict=True) if code), texts[0])
         assert not any(statuses), f"exit codes {statuses}: {first[-4000:]}"
         ranks = range(len(statuses))
-        return [[_read(self._out, i, rank) for rank in ranks] for i in range(len(self._jobs))]
+        return [[seen_by(self._out, i, rank) for rank in ranks] for i in range(len(self._jobs))]
 
 
 def _ended(processes: set[int], kill: int, wait: bool = False) -> dict[int, int]:
@@ -199,7 +202,8 @@ def _ended(processes: set[int], kill: int, wait: bool = False) -> dict[int, int]
 _PARTS = ("gradients", "weights", "optimizer")
 
 
-def _read(out: Path, index: int, rank: int) -> Seen:
+def seen_by(out: Path, index: int, rank: int) -> Seen:
+    """What one process saw of one job, as it wrote it down."""
     tensors = [load_file(out / f"{index}-{rank}-{part}.safetensors") for part in _PARTS]
     return Seen(*tensors, json.loads((out / f"{index}-{rank}.json").read_text()))
 

@@ -179,13 +179,17 @@ def _differ(one: Path, other: Path, step: int) -> list[str]:
 
 # --------------------------------------------------------------------- signals
 def _launched(teacher: Path, out: Path, *flags: str) -> None:
-    prompts = out.parent / "prompts.txt"
-    prompts.write_text("a\nb\nc\n")
     config = Path(__file__).parents[2] / "configs" / "methods" / "dmd2.yaml"
     fixed = "--tuning.rank 2 --train_batch_size 2 --mixed_precision no --ema_decay 0.9 "
     fixed += "--gradient_accumulation_steps 1 --logging_steps 1 --disable_progress_bar"
     command = ["--config", str(config), "--pretrained_model_name_or_path", str(teacher)]
-    command += ["--data.prompts_file", str(prompts), "--output_dir", str(out), *fixed.split()]
+    command += [
+        "--data.prompts_file",
+        str(out.parent / "prompts.txt"),
+        "--output_dir",
+        str(out),
+        *fixed.split(),
+    ]
     stepdistill(["train", *command, "--checkpointing_steps", "0", *flags])
 
 
@@ -313,6 +317,7 @@ def findings(teacher: Path, out: Path, *parts: str) -> dict[str, Any]:
         name, _, option = part.partition(":")
         folder = out / name / option
         folder.mkdir(parents=True)
+        (folder / "prompts.txt").write_text("a\nb\nc\n")  # a run ends where it is touched
         if name == "kills":
             found[name] = kills(teacher, folder, int(option))
         elif name == "signal":

@@ -98,7 +98,8 @@ def forked_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    env = {"ACCELERATE_USE_CPU": "true", **env}
+    env |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     env |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     children = []
     for rank in range(world):

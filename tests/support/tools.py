@@ -1,4 +1,4 @@
-"""Rules of ComfyUI 0.33, A1111 1.10.1 and sd-scripts (2026-02) for LoRA files, written from facts.
+"""Rules of ComfyUI 0.8, A1111 1.10.1 and sd-scripts (2026-02) for LoRA files, written from facts.
 
 None of their code stands here: names of their modules, how they take a key apart, what they take
 alpha for, and which sigmas their schedulers visit. Sources: ComfyUI comfy/lora.py, utils.py,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,9 +285,7 @@ def test_the_family_s_first_frames_are_asked_of_both(tmp_path, tmp_path_factory)
 
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
 def test_the_published_recipes_take_it(name) -> None:
-    root = Path(__file__).parents[2] / "configs"
-    layers = ("methods/dmd2.yaml", f"models/{name}.yaml", f"recipes/dmd2_{name}_gan.yaml")
-    told = ["--config", *(str(root / layer) for layer in layers)]
+    told = ["--recipe", f"{name}-dmd2-gan"]
     told += ["--pretrained_model_name_or_path", "m", "--data.prompts_file", "p"]
     run = parse_run_config([*told, "--data.gan.tar_shards", "laion"])
     method: Any = DMD2(DMD2.Config(**run.method_config), Setting(VPPath.from_betas(BETAS)))

@@ -82,7 +82,7 @@ def test_a_second_run_in_a_folder_is_refused_before_it_loads(run, tmp_path) -> N
     lock = lock_of(tmp_path / "run")
     lock.parent.mkdir()
     other = os.getppid()
-    lock.write_text(json.dumps({**owner._me(), "pid": other, "started": owner._started(other)}))
+    lock.write_text(json.dumps({**owner._me(), "pid": other, "started": owner.started(other)}))
     with pytest.raises(ValueError, match=f"output_dir: .* which process {other} on"):
         run(resume_from_checkpoint="latest")
     assert [p.name for p in lock.parent.iterdir()] == [lock.name]

@@ -8,11 +8,16 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 from support.fp16 import in_fp16
 from support.killed import killed_differs
 from support.resume import cut_off, differences, everything, resumed_differs
 from support.runs import build_trainer, teacher_dir
 from support.samples import dataset_of
+
+from stepdistill.core.context import DRAW_LAW
+from stepdistill.storage.files import read_json
+from stepdistill.training.checkpoint import read_state
 
 CASES = ["f_distill", "dmd2_two_sources", "tscd_gan", "progressive", "cd"]
 WORKING = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
@@ -85,3 +90,27 @@ def test_the_gradient_scaler_goes_on_where_it_was(
     again = scaled(teacher, tmp_path / "cut", resume_from_checkpoint="latest")
     again.train()
     assert differences(everything(whole), everything(again)) == []
+
+
+def test_a_run_begun_by_the_law_of_draws_before_goes_on_by_it(
+    tmp_path, tmp_path_factory, monkeypatch
+) -> None:
+    """Its checkpoints name none; it is told so in run.json, as it now is."""
+    teacher, folder = teacher_dir("dit", tmp_path_factory), tmp_path / "run"
+    whole = build_trainer("lcm", teacher, "lora", folder, checkpointing_steps=1)
+    assert whole.facts["draw_law"] == DRAW_LAW
+    whole.facts["draw_law"] = 1
+    whole.train()
+
+    def as_it_was(path):
+        state = read_state(path)
+        del state["facts"]["draw_law"]
+        return state
+
+    monkeypatch.setattr("stepdistill.training.snapshots.read_state", as_it_was)
+    first = str(folder / "checkpoint-1")
+    again = build_trainer("lcm", teacher, "lora", folder, resume_from_checkpoint=first)
+    again.train()
+    assert read_json(folder / "run.json")["draw_law"] == 1
+    for name, param in whole.bank.members("student").items():
+        assert torch.equal(param, again.bank.members("student")[name])

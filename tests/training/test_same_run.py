@@ -14,7 +14,7 @@ from support.runs import build_trainer, teacher_dir
 from stepdistill import TrainConfig
 from stepdistill.loading.source import ModelSource
 from stepdistill.trainers import trainer_of_run
-from stepdistill.training.checks import same_data, same_run, teacher_is_here
+from stepdistill.training.run_identity import same_data, same_run, teacher_is_here
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

@@ -1,0 +1,245 @@
+"""Recipes of configs/recipes, a model's own guidance, and the recipe that a small model gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from support.runs import teacher_dir
+
+from stepdistill.config.files import method_class, method_config, parse_run_config
+from stepdistill.config.layers import layers_of, merge, merged, recipe_files
+from stepdistill.config.run import RunConfig
+from stepdistill.core.method import Setting
+from stepdistill.core.path import FlowPath, VPPath
+from stepdistill.families.registry import FAMILIES
+from stepdistill.methods import METHODS
+from stepdistill.pairs.teacher import make_pairs
+from stepdistill.planning.blueprint import bundled
+from stepdistill.planning.recipes import CARDS, cards, forecast_gib, sized
+from stepdistill.storage.bundled import bundled_names
+from stepdistill.testing.tiny import TINY
+from stepdistill.trainers import train_run
+
+RECIPES = recipe_files()
+ABOUT = {name: layers[-1].recipe for name, layers in RECIPES.items()}
+X = ["--pretrained_model_name_or_path", "x"]
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+VP, FLOW = Setting(VPPath.from_betas(BETAS)), Setting(FlowPath(), "flow", 3.0)
+
+
+def written(path: Path, **values: Any) -> str:
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def run_of(*argv: str, **options: Any) -> RunConfig:
+    return parse_run_config([*argv, *X], **options)
+
+
+# ------------------------------------------------------------------------------------ recipes
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_its_block_says(name: str) -> None:
+    about, run = ABOUT[name], run_of("--recipe", name)
+    assert about is not None, name
+    cls, config = method_class(run.method), method_config(run.method, run.method_config)
+    flow = about.family in ("sd3", "flux", "qwen_image", "z_image", "wan", "wan_i2v")
+    method: Any = cls(config, FLOW if flow else VP)
+    assert about.data == ("images" if about.family == "wan_i2v" else cls.data)
+    served = about.steps or [method.sampler().num_steps]
+    assert all(method.sampler(n).num_steps == n for n in served)
+    assert method.sampler().num_steps in served
+    assert about.family in ("", *FAMILIES)
+    assert about.model in ("any", *bundled())
+    assert (about.model == "any") == (about.size == "small")
+    assert run.recipe == name
+
+
+def test_files_lie_over_a_recipe_and_flags_over_them(tmp_path: Path) -> None:
+    plain = run_of("--recipe", "sdxl-dmd2-lora-4step")
+    told = run_of("--config", "dmd2", "dmd2_lora", "sdxl")
+    assert plain == told.model_copy(update={"recipe": "sdxl-dmd2-lora-4step"})
+    file = written(tmp_path / "a.yaml", learning_rate=3e-5, seed=5)
+    over = run_of("--config", file, "--recipe", "sdxl-dmd2-lora-4step", "--seed", "7")
+    assert (over.learning_rate, over.seed, over.tuning.rank) == (3e-5, 7, 64)
+    mine = written(tmp_path / "b.yaml", recipe="sdxl-dmd2-lora-4step", learning_rate=3e-5)
+    assert run_of("--config", mine) == run_of(
+        "--config", "sdxl-dmd2-lora-4step", "--learning_rate", "3e-5"
+    )
+
+
+def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--recipe: .*got 'sdxl-dmd2'. Nearest: \['sdxl-dmd2-"):
+        run_of("--recipe", "sdxl-dmd2")
+    with pytest.raises(ValueError, match="expected a file with a block recipe"):
+        run_of("--recipe", written(tmp_path / "a.yaml", method="dmd2"))
+    odd = {"about": "a", "base": [], "steps": [1], "data": "tapes"}
+    with pytest.raises(ValueError, match=r"expected a block recipe .* got data"):
+        run_of("--recipe", written(tmp_path / "b.yaml", method="dmd2", recipe=odd))
+    path = tmp_path / "c.yaml"
+    around = {"about": "a", "base": [str(path)], "steps": [1], "data": "prompts"}
+    with pytest.raises(ValueError, match="at most 5 deep, got one in itself"):
+        run_of("--recipe", written(path, method="dmd2", recipe=around))
+
+
+def test_every_method_has_a_recipe_for_small_models() -> None:
+    small = [merged(RECIPES[n])["method"] for n, a in ABOUT.items() if a and a.size == "small"]
+    assert sorted(small) == sorted(METHODS)
+
+
+# ----------------------------------------------------------------------------------- guidance
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("dmd2", "sd15"), {"guidance": 1.75}),
+        (("sd15", "dmd2"), {"guidance": 1.75}),
+        (("dmd2", "sdxl"), {"guidance": 8.0}),
+        (("f_distill", "sdxl"), {"guidance": 8.0}),  # that of its trainer's method
+        (("dmd2", "flux"), {"guidance": 3.5}),
+        (("lcm_lora", "sdxl"), {"guidance_range": (4.0, 16.0)}),
+        (("lcm_lora", "flux"), {"guidance_range": (3.5, 3.5)}),
+        (("pcm", "sdxl"), {"guidance_range": (7.0, 8.0)}),
+        (("cd", "sd15"), {"guidance_range": (1.0, 1.0)}),  # the method's own law: none
+        (("snoopi", "sd15"), {"guidance_range": (0.5, 4.0), "guidance": 4.5}),  # random
+        (("lcm", "unet2d"), {"guidance_range": (1.0, 1.0), "embed_guidance": False}),
+        (("slimflow_distill", "flux"), {"guidance": 1.0}),  # the model is a straight student
+    ],
+    ids=" ".join,
+)
+def test_a_model_s_guidance_wins_over_a_method_s_file(files, expected) -> None:
+    run = run_of("--config", *files)
+    config = method_config(run.method, run.method_config)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_file_of_one_s_own_and_a_flag_win_over_both(tmp_path: Path) -> None:
+    mine = written(tmp_path / "a.yaml", method_config={"guidance": 3.0})
+    for argv, expected in (
+        (["--config", "dmd2", "sd15", mine], 3.0),
+        (["--config", "dmd2", mine, "sd15"], 3.0),
+        (["--config", "dmd2", "sd15", "--method_config.guidance", "2.5"], 2.5),
+        (["--config", "dmd2"], 8.0),
+    ):
+        assert run_of(*argv).method_config["guidance"] == expected
+
+
+def test_every_model_file_states_guidance_of_a_method_or_any() -> None:
+    for name in bundled_names("models"):
+        (layer,) = layers_of(name)
+        assert {*layer.model.guidance} <= {*METHODS, "any"}
+        assert "resolution" not in layer.values  # the model's own
+        assert layer.model.guidance or name == "small"
+        assert (layer.model.family or name) in (*FAMILIES, "small")
+
+
+def told_of(argv: list[str], **options: Any) -> tuple[RunConfig, list[str]]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = parse_run_config(argv, **options)
+    return run, [str(one.message) for one in said]
+
+
+def test_a_teacher_s_family_settles_it_once(tmp_path_factory) -> None:
+    """Where no model file is named: told, unless a flag says it."""
+    teacher = ["--pretrained_model_name_or_path", str(teacher_dir("sd", tmp_path_factory))]
+    run, said = told_of(["--config", "dmd2", *teacher])
+    assert run.method_config["guidance"] == 1.75
+    (line,) = said
+    assert "guidance 1.75 in place of 8.0, as configs/models/sd15.yaml states of sd" in line
+    run, said = told_of(["--config", "dmd2", *teacher, "--method_config.guidance", "3"])
+    assert (run.method_config["guidance"], said) == (3.0, [])
+    assert told_of(["--config", "dmd2", "sd15", *teacher])[1] == []
+    _, (line,) = told_of(["--recipe", "sdxl-dmd2-lora-4step", *teacher])
+    assert "sdxl is for models of family sdxl, the teacher is of sd" in line
+
+
+def test_a_small_model_gets_its_recipe_and_is_told(tmp_path_factory) -> None:
+    teacher = ["--pretrained_model_name_or_path", str(teacher_dir("sd", tmp_path_factory))]
+    run, said = told_of(["--method", "dmd2", *teacher, "--seed", "3"], by_size=True)
+    assert (run.learning_rate, run.seed, run.tuning.student) == (3e-4, 3, "full")
+    assert run.method_config["guidance"] == 1.0
+    assert len(said) == 1
+    assert said[0].startswith("recipe small-dmd2, as the denoiser has 0.0")
+    run, said = told_of(["--config", "lcm_lora", "sd15", *teacher], by_size=True)
+    assert (run.learning_rate, said) == (1e-4, [])
+    assert told_of(["--method", "vsd", *teacher])[0].learning_rate == 1e-5  # plan, cache
+
+
+# --------------------------------------------------------------------------------- real sizes
+def test_cards_hold_what_fits() -> None:
+    assert cards(10.0) == [12, 16, 24, 48, 80]
+    assert cards(79.0) == []
+    assert CARDS == (12, 16, 24, 48, 80)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", sized())
+def test_a_recipe_is_planned_at_its_real_size(name: str) -> None:
+    assert forecast_gib(RECIPES[name]) > 1.0
+
+
+# --------------------------------------------------------------------------------- tiny models
+def data_of(kind: str, teacher: Path, folder: Path) -> list[str]:
+    """Flags of a data source of that kind."""
+    if kind == "prompts":
+        (folder / "prompts.txt").write_text("a cat\na dog\n")
+        return ["--data.prompts_file", str(folder / "prompts.txt")]
+    if kind == "pairs":
+        (folder / "prompts.txt").write_text("a cat\na dog\n")
+        make_pairs(str(teacher), str(folder / "prompts.txt"), folder / "pairs", num_pairs=2,
+                   num_steps=2, guidance=1.0)  # fmt: skip
+        return ["--data.pairs_dir", str(folder / "pairs")]
+    (folder / "pictures").mkdir()
+    for i in range(2):
+        Image.new("RGB", (16, 16), (90 * i, 20, 200)).save(folder / "pictures" / f"{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in range(2)]
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    return ["--data.train_data_dir", str(folder / "pictures")]
+
+
+DEFAULT = ("sdxl-dmd2-lora-4step", "small-reflow")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in DEFAULT else [pytest.mark.full]) for n in RECIPES]
+)
+def test_a_recipe_trains_a_tiny_model_and_exports(name: str, tmp_path, tmp_path_factory) -> None:
+    about: Any = ABOUT[name]
+    teacher = teacher_dir(about.family or "sd_v", tmp_path_factory)
+    short = (
+        f"--recipe {name} --pretrained_model_name_or_path {teacher} "
+        f"--output_dir {tmp_path / 'run'} --max_train_steps 2 --train_batch_size 2 "
+        "--gradient_accumulation_steps 1 --mixed_precision no --tuning.rank 2 "
+        "--disable_progress_bar"
+    )
+    argv = [*short.split(), *data_of(about.data, teacher, tmp_path)]
+    run = parse_run_config(argv)
+    alone = merge(about.without, {"init_student_from": None, "decoder": None})
+    train_run(RunConfig(**merge(run.model_dump(), alone)))
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_a_resolution_far_from_the_model_s_own_is_told(tmp_path_factory) -> None:
+    from stepdistill.families.registry import load_family
+    from stepdistill.training.checks import size_fits
+
+    family = load_family(teacher_dir("sd", tmp_path_factory))
+    side = family.image_size()[0]
+    with pytest.warns(UserWarning, match=r"16 times the pixels .* 2.6e\+02 times .* attention"):
+        size_fits(4 * side, family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for resolution in (None, side, round(1.4 * side)):
+            size_fits(resolution, family)
+
+
+def test_tiny_models_serve_every_family_of_a_recipe() -> None:
+    assert {a.family for a in ABOUT.values() if a and a.family} <= set(TINY)

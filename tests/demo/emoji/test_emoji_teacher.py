@@ -1,0 +1,124 @@
+"""Made from its packages by one command, kept as a folder, loaded again; the demo about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from stepdistill.cli import main
+from stepdistill.demo.emoji import teacher as teacher_module
+from stepdistill.demo.emoji import training
+from stepdistill.demo.emoji.captions import caption
+from stepdistill.demo.emoji.judge import Retrieval
+from stepdistill.demo.emoji.subject import EmojiJudge, EmojiSubject
+from stepdistill.demo.emoji.teacher import emoji_teacher, load_pictures, make_teacher
+from stepdistill.demo.emoji.training import Budget
+from stepdistill.evaluation.samples import Samples
+from stepdistill.reporting.values import Measured
+
+from .test_emoji_data import packages  # noqa: F401
+
+RUNG = {"steps": 50, "guidance": 1.0, "frechet": 2.0, "recall": 0.5, "ratio": 1.0}
+MEASURED = {
+    "ladder": [RUNG],
+    "floor": 1.0,
+    "obeyed": {"seen": 0.8, "held_out": 0.6},
+    "real": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(packages, tmp_path_factory):  # noqa: F811
+    """A teacher of one batch a phase, made in two calls."""
+    out, train_judge = tmp_path_factory.mktemp("emoji"), teacher_module.train_retrieval
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_module, "measure", lambda *_: MEASURED)
+        patch.setattr(teacher_module, "train_retrieval", lambda e, seed: train_judge(e, 8, 8, seed))
+        patch.setattr(training, "GRID_CAPTIONS", ("fruit",))
+        budget = Budget(autoencoder=8, denoiser=64, decoder=8)
+        assert make_teacher(packages, out, 0.0, budget) is None
+        assert make_teacher(packages, out, 1e9, budget) == out / "teacher"
+    return out / "teacher"
+
+
+def test_the_teacher_is_a_stock_pipeline_in_half_precision_with_all_beside_it(folder) -> None:
+    pipeline = emoji_teacher(folder)
+    assert type(pipeline) is StableDiffusionPipeline
+    assert pipeline.unet.dtype == torch.float32
+    assert pipeline.vae.config.scaling_factor != 0.18215
+    made = json.loads((folder / "made.json").read_text())
+    assert made["spent"]["denoiser"]["pictures"] == 64
+    names = {path.name for path in folder.iterdir()}
+    assert {"pictures.zip", "licences", "held_out.json", "judge.safetensors"} <= names
+    assert len([*folder.glob("*/*.safetensors")]) == 3
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert size < 13.4e6  # which leaves 1.6 MB for two thousand pictures
+    assert "80% of seen combinations, 60% of held-out ones" in (folder / "README.md").read_text()
+
+
+def test_its_pictures_come_with_what_they_show(folder) -> None:
+    emoji = load_pictures(folder)
+    assert emoji.pictures.shape == (1, 8, 64, 64, 3)
+    assert emoji.entries[0].name == "red apple"
+
+
+def test_the_demo_has_its_data_and_both_kinds_of_prompts(folder, tmp_path) -> None:
+    subject = EmojiSubject(folder)
+    subject.write_data(tmp_path / "data")
+    prompts = (tmp_path / "data" / "prompts.txt").read_text().splitlines()
+    assert {"red apple in noto style", "slice of pizza in fluent style"} <= set(prompts)
+    assert any(text.startswith(("fruit", "prepared", "food and drink")) for text in prompts)
+    made = subject.teacher(tmp_path / "teacher", None)
+    assert (made.cached, made.record.steps) == (True, 1)
+    assert (made.folder / "model_index.json").is_file()
+
+
+def test_the_judge_scores_real_pictures_best_and_shows_both_kinds(folder) -> None:
+    torch.manual_seed(0)
+    emoji, net = load_pictures(folder), Retrieval(["red"]).eval().requires_grad_(False)
+    judge = EmojiJudge(emoji, net, wide=40, narrow=8)
+    floor = judge.floor((0, 1))
+    noise = [Samples(torch.rand(48, 3, 64, 64) * 2 - 1, 4.8, 1.0)]
+    worse = judge.score("noise", "student", 1, noise)
+    assert judge.prompts[:8] == [*map(caption, judge.shown)]
+    assert floor.frechet.mean < worse.frechet.mean
+    assert floor.frechet_pixels.mean < worse.frechet_pixels.mean
+    assert worse.seconds_per_image == pytest.approx(0.1)
+    assert torch.equal(worse.previews[0], noise[0].images[0])
+    assert torch.equal(worse.previews[1], noise[0].images[8])  # a column after the other
+
+
+def test_a_missed_aim_is_no_failure(folder) -> None:
+    row = EmojiJudge(load_pictures(folder), Retrieval(["red"]), 40, 8).floor((0,))
+    rows = [
+        replace(row, group=group, steps=steps, frechet=frechet)
+        for group, steps, frechet in (
+            ("teacher", 50, Measured(2.0, 0.0)),
+            ("student", 1, Measured(4.0, 0.0)),
+        )
+    ]
+    checks = EmojiSubject(folder).checks(rows)
+    assert [(check.kind, check.measured) for check in checks] == [("open", "2.00 ×")]
+    assert EmojiSubject(folder).checks(rows[:1]) == []
+
+
+def test_no_teacher_says_how_to_make_one(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected the emoji teacher.*demo teacher"):
+        emoji_teacher(tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: .*expected the emoji teacher"):
+        main(["demo", "--data", "emoji", "--teacher", str(tmp_path)])
+
+
+def test_the_command_makes_it_with_its_budget(tmp_path, monkeypatch, capsys) -> None:
+    calls = []
+    monkeypatch.setattr(teacher_module, "make_teacher", lambda *args: calls.append(args))
+    main(["demo", "teacher", "--source", "p", "--output_dir", "o", "--denoiser_pictures", "5"])
+    assert calls[0][2] == float("inf")
+    assert calls[0][3] == Budget(denoiser=5)
+    assert "goes on from here" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"^error: .*source"):
+        main(["demo", "teacher"])

@@ -1,0 +1,175 @@
+"""Whole runs on the pretend device: every method and family is placed right and never waits.
+
+Construction, batches, losses, backward, clipping, AdamW, averages, log lines and checkpoints of the
+real trainer. What may read the device stands in READERS, what can't run there in two tables below.
+`-m full` runs every case of a method on every family; by default a fixed sample meets every method,
+family and layout, and both ways of running.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from support.covering import covering
+from support.runs import METHOD_CASES, build_trainer, teacher_dir
+from torch import Tensor
+
+from stepdistill.families.registry import FAMILIES
+from stepdistill.losses.rewards import LPIPSOptions
+from stepdistill.methods import METHODS
+from stepdistill.monitoring.logs import RunLog
+from stepdistill.monitoring.validation import Validator
+from stepdistill.rewards.base import FrozenScorer
+from stepdistill.testing.pretend_device import PretendDeviceError, pretend_device
+from stepdistill.testing.tiny import TINY, TINY_FAMILY
+from stepdistill.training.snapshots import Resumable
+
+# All that may read the device: none of it is called at every step.
+READERS = (RunLog.write, Validator.run, Resumable.save)
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half": {
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+        "ema_decay": 0.9,
+    },
+}
+# Tiny families that have no place there, and why.
+EXCUSED = {
+    "lumina2": "Diffusers' forward itself copies the number of words of each prompt to the host",
+}
+# Those whose stock text encoding reads values, once a prompt: their encoders stay on the CPU.
+ENCODED_ON_CPU = {
+    **dict.fromkeys(
+        ("pixart", "pixart_sigma", "wan", "wan_tokens", "wan_i2v", "wan_i2v_kept"),
+        "T5's attention mask is looked at: is it all ones?",
+    ),
+    **dict.fromkeys(("flux2", "flux2_dev"), "the text model's mask is looked at: all ones?"),
+    "qwen_image": "the words of a prompt are cut out by its mask",
+    "z_image": "the words of a prompt are cut out by its mask",
+}
+UNCHECKPOINTED = {"dmd2_r1": "an exact R1 differentiates twice, through no recomputed block"}
+Cell = tuple[str, str, str, str]  # a case of a method, a tiny family, a layout, a way
+
+# Of every case and family the first layout and way that fit, from another of the four on each time.
+FOUR = list(product(("lora", "full"), WAYS))
+CELLS: list[Cell] = []
+for turn, (case, family) in enumerate(product(METHOD_CASES, sorted(set(TINY) - set(EXCUSED)))):
+    turned = [FOUR[(turn + turn // 4 + i) % 4] for i in range(4)]
+    fitting = [(case, family, *one) for one in turned if METHOD_CASES[case].fits(family, one[0])]
+    CELLS += fitting[:1]
+
+
+def met(cell: Cell) -> set[Any]:
+    """By default the further configurations of a family are left out."""
+    case, family, layout, way = cell
+    return {METHOD_CASES[case].method, layout, way} | ({family} & set(FAMILIES))
+
+
+SAMPLE = covering(CELLS, met)
+
+
+def test_the_sample_meets_every_method_and_family() -> None:
+    assert {METHOD_CASES[case].method for case, *_ in SAMPLE} == set(METHODS)
+    assert {family for _, family, *_ in SAMPLE} >= set(FAMILIES) - set(EXCUSED)
+    assert set(EXCUSED) | set(ENCODED_ON_CPU) <= set(TINY)
+
+
+@pytest.mark.parametrize(
+    ("case", "family", "layout", "way"),
+    [
+        pytest.param(*c, id="-".join(c), marks=[] if c in SAMPLE else [pytest.mark.full])
+        for c in CELLS
+    ],
+)
+def test_a_step(case, family, layout, way, tmp_path, tmp_path_factory) -> None:
+    options = dict(WAYS[way])
+    if case in UNCHECKPOINTED:
+        options["gradient_checkpointing"] = False
+    run_step(case, family, layout, tmp_path, tmp_path_factory, **options)
+
+
+def run_step(case, family, layout, tmp_path, tmp_path_factory, scorers=None, **options) -> None:
+    teacher = teacher_dir(family, tmp_path_factory)
+    options = {"max_train_steps": 1, "offload_encoders": family in ENCODED_ON_CPU, **options}
+    with pretend_device(READERS) as device:
+        trainer = build_trainer(case, teacher, layout, tmp_path / "run", scorers=scorers, **options)
+        assert trainer.device == device
+        trainer.train()
+        bank = trainer.bank
+        weights = [p for role in bank.roles for p in bank.members(role).values()]
+        moments = [
+            value
+            for state in trainer.optimizer.state.values()
+            for name, value in state.items()
+            if name.startswith("exp_avg")
+        ]
+        assert moments
+        assert all(value.is_meta for value in (*weights, *bank.parameters(), *moments))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name == "sd3" else [pytest.mark.full])
+        for name in sorted(set(FAMILIES) - set(EXCUSED))
+    ],
+)
+def test_a_validation(family, tmp_path, tmp_path_factory) -> None:
+    """Of dmd2, whose fake is measured too, against the teacher's samples."""
+    prompt = "1" if TINY_FAMILY[family].conditioning == "label" else "a cat"
+    asked = {"validation_steps": 1, "validation_prompts": [prompt], "num_validation_images": 1}
+    run_step("dmd2", family, "lora", tmp_path, tmp_path_factory, **WAYS["half"], **asked)
+    assert (tmp_path / "run" / "validation" / "step-1.png").is_file()
+
+
+class TinyScorer(FrozenScorer):
+    """A judge with weights, of the kind that a run builds: its autocast asks the device's type."""
+
+    kind = "lpips"
+    Options = LPIPSOptions
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Conv2d(3, 4, 3)
+
+    def score(self, images: Tensor, by: Any) -> Tensor:
+        assert images.dtype == by.dtype == torch.float32
+        return (self.net(images) - self.net(by)).square().mean(dim=(1, 2, 3))
+
+
+def test_a_loss_of_images(tmp_path, tmp_path_factory) -> None:
+    scorers = {"lpips": TinyScorer()}
+    run_step("cd_lpips", "sd", "lora", tmp_path, tmp_path_factory, scorers, **WAYS["half"])
+
+
+@pytest.mark.parametrize("fault", ["wait", "side"])
+def test_a_method_at_fault_is_named_by_file_and_line(
+    fault, tmp_path, tmp_path_factory, monkeypatch
+) -> None:
+    """A host sync, and a tensor on the host, in a loss of one's own."""
+    faults = {
+        "wait": (lambda x: x * x.mean().item(), "expected no read of the device"),
+        "side": (lambda x: x + torch.ones(x.shape), "expected tensors of one device"),
+    }
+    wrong, told = faults[fault]
+    cls = METHODS["reflow"]
+    right = cls.phases
+
+    def phases(self, step):
+        (phase,) = right(self, step)
+
+        def loss(nets, batch, ctx):
+            wrong(batch.x0)
+            return phase.loss(nets, batch, ctx)
+
+        return (type(phase)(phase.name, loss, phase.trains),)
+
+    monkeypatch.setattr(cls, "phases", phases)
+    at = f"{__file__}:{wrong.__code__.co_firstlineno}: {told}"
+    with pytest.raises(PretendDeviceError, match=at):
+        run_step("reflow", "dit", "lora", tmp_path, tmp_path_factory)
