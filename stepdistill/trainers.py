@@ -30,8 +30,8 @@ from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.monitoring.validation import validate
 from stepdistill.monitoring.watchdog import WatchdogStop
-from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
-from stepdistill.storage.files import read_json
+from stepdistill.storage.checkpoints import newest_valid
+from stepdistill.storage.files import RUN_FILE, read_json
 from stepdistill.storage.folders import refuse_foreign
 from stepdistill.storage.own_code import recorded
 from stepdistill.storage.ranks import refusing_together
@@ -269,7 +269,7 @@ def train_run(run: RunConfig) -> None:
     export_dir = Path(run.export_dir or Path(run.output_dir) / "pipeline")
     refuse_foreign(export_dir, "export_dir")  # not after a week's training
     running = DistillationTrainer.from_config(run)
-    running.accelerator.print("\n".join(opening_lines(running)))
+    running.accelerator.print("\n".join(opening_lines(running, run.reasons)))
     try:
         running.train()
     except WatchdogStop as stop:

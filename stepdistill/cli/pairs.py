@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from stepdistill.config.teacher import TeacherOptions, check_places
+from stepdistill.config.places import Here
+from stepdistill.config.teacher import TeacherOptions
 from stepdistill.core.options import Count, Guidance, Seed
 
 
 class Options(TeacherOptions):
-    prompts_file: str | None = None
+    prompts_file: Here | None = None
     """Noises are solved to images of these prompts."""
-    invert: str | None = None
+    invert: Here | None = None
     """Or a folder of real images, inverted to noises (rf++)."""
     pairs_dir: str
     """Folder of the set; a call that was cut off goes on there."""
@@ -28,7 +29,6 @@ class Options(TeacherOptions):
 
 
 def run(options: Options) -> None:
-    check_places(options.pretrained_model_name_or_path, options.single_file_config)
     from stepdistill.pairs.teacher import make_pairs
 
     given = options.model_dump(exclude=set(TeacherOptions.model_fields))

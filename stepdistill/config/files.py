@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,11 +17,11 @@ from stepdistill.config.flags import (
     parse_options,
     read_config_files,
 )
-from stepdistill.config.guidance import guided, say_what_changed
+from stepdistill.config.guidance import guided, what_changed
 from stepdistill.config.layers import Layer, merge, merged, recipe_layers
 from stepdistill.config.model_at_hand import ModelAtHand, is_here
+from stepdistill.config.places import check_given
 from stepdistill.config.run import RunConfig
-from stepdistill.config.teacher import check_places
 from stepdistill.core.registry import is_file_class
 from stepdistill.methods import METHODS
 from stepdistill.storage.own_code import named_by_user
@@ -89,8 +90,10 @@ def parse_run_config(
 
     Args: method: the default method of the launcher, where neither file nor flag names one.
         model: RunConfig, or one with options of a command's own besides. early: say first, before
-        the method is imported, if the teacher is not there or a flag is unknown. by_size: whether a
-        small model gets a recipe of its size where neither recipe nor file is named.
+        the method is imported, if a flag is unknown or what an option names is not there. by_size:
+        of a command that trains: a small model gets a recipe of its size where neither recipe nor
+        file is named, and what was settled stands in the run's `reasons` alone, to be said with
+        the rest; it is warned of otherwise.
     Errors: ValueError for unknown or malformed options; SystemExit for --help.
     """
     layers, rest = read_config_files(argv)
@@ -101,36 +104,37 @@ def parse_run_config(
         layers = [*recipe_layers(given.recipe), *layers]
 
     if early:
-        _check_early(layers, rest, model)
+        check_flags([arg for arg in rest if not arg.startswith("--method_config.")], model)
+        check_given(merged(layers), rest, model)
 
     def parsed(family: str = "") -> R:
         return _parsed(layers, rest, prog, method, about, model, family)
 
     run = parsed()  # mistakes are said before a library is imported
+    settled: list[str] = []
+    if is_here(run.pretrained_model_name_or_path):
+        at_hand = ModelAtHand.of(run.source)
+        if by_size and not layers:
+            layers, settled = at_hand.recipe_by_size(run.method)
+            run = parsed() if layers else run
+        at_hand.check_recipe(layers)
+        options, run = run.method_config, parsed(at_hand.family)
+        settled += what_changed(options, run.method_config, at_hand.family)
+        for line in () if by_size else settled:
+            warnings.warn(f"method_config: {line}.", stacklevel=2)
     if given.recipe:
         run = run.model_copy(update={"recipe": given.recipe})
-    if not is_here(run.pretrained_model_name_or_path):
-        return run
-    at_hand = ModelAtHand.of(run.source)
-    if by_size and not layers:
-        layers = at_hand.recipe_by_size(run.method)
-        run = parsed() if layers else run
-    at_hand.check_recipe(layers)
-    settled = parsed(at_hand.family).model_copy(update={"recipe": given.recipe})
-    say_what_changed(run.method_config, settled.method_config, at_hand.family)
-    return settled
+    run._reasons = [*_chosen(given.recipe, argv, rest), *settled]
+    return run
 
 
-def _check_early(layers: Sequence[Layer], argv: Sequence[str], model: type[RunConfig]) -> None:
-    """Errors: ValueError for a teacher that is not there, and for an unknown flag; no method is
-    imported for that."""
-    check_flags([arg for arg in argv if not arg.startswith("--method_config.")], model)
-    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in ("pretrained_model_name_or_path", "single_file_config"):
-        look.add_argument(f"--{option}", nargs="?", default=merged(layers).get(option))
-    teacher = look.parse_known_args([*argv])[0]
-    if teacher.pretrained_model_name_or_path:
-        check_places(teacher.pretrained_model_name_or_path, teacher.single_file_config)
+def _chosen(recipe: str | None, argv: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """What the user has named that settles a run: recipe, files, flags."""
+    files = [layer.name for layer in read_config_files(argv)[0]]
+    flags = [arg.split("=")[0][2:] for arg in rest if arg.startswith("--")]
+    flags = [name for name in flags if not name.startswith(("data.", "pretrained_", "output_"))]
+    named = (("recipe", [recipe] if recipe else []), ("files", files), ("flags", flags))
+    return [f"{kind} {', '.join(names)}" for kind, names in named if names]
 
 
 def _parsed(

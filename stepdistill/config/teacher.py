@@ -5,34 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import Lora, Model
 from stepdistill.families import FAMILIES
-from stepdistill.loading.place import check_place, is_single_file
 from stepdistill.storage.own_code import named_by_user
 
 if TYPE_CHECKING:
     from stepdistill.loading.source import ModelSource
 
 
-def check_places(model: str, single_file_config: str | None) -> None:
-    """Errors: ValueError where a teacher, or what describes it, is not there; nothing is imported
-    for that."""
-    for place in (model, single_file_config):
-        if place is not None and not is_single_file(place):
-            check_place(place)
-
-
 class TeacherOptions(CommandOptions):
     """Which teacher: `source` is all of it in one value."""
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: Model
     """Teacher pipeline: local folder or Hub id."""
     revision: str | None = None
     """Hub revision of the teacher."""
     variant: str | None = None
     """Weight-file variant of the teacher, such as fp16."""
-    teacher_lora: tuple[str, ...] = ()
+    teacher_lora: tuple[Lora, ...] = ()
     """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
-    single_file_config: str | None = None
+    single_file_config: Model | None = None
     """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
     family: str | None = None
     """FILE.py:CLASS of a Family of your own, for the pipeline classes that it names."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from stepdistill.storage.files import PICKLED
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILE_OF_HUB_ID = re.compile(rf"{HUB_ID.pattern}(/[\w./-]+\.safetensors)?")
 
 
 def absolute(place: str) -> str:
@@ -22,17 +23,41 @@ def is_hub_id(text: str) -> bool:
     return HUB_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
-def check_place(where: str) -> None:
-    """Errors: ValueError for what is neither a pipeline folder, nor a file, nor a Hub id."""
+def require_there(option: str, where: str) -> None:
+    """Errors: ValueError where no file or folder is."""
+    if not Path(absolute(where)).exists():
+        raise ValueError(f"{option}: expected a file or folder, got {where!r}, which is not there.")
+
+
+def check_lora(option: str, text: str) -> None:
+    """Errors: ValueError where `text`, or what comes before its :scale, is not there and is no Hub
+    id, nor a file of one."""
+    path = text if Path(absolute(text)).exists() else text.rpartition(":")[0] or text
+    of_hub = FILE_OF_HUB_ID.fullmatch(path) and not path.startswith(".")
+    if not Path(absolute(path)).exists() and not of_hub:
+        raise ValueError(
+            f"{option}: expected a .safetensors file, a folder or a Hub id (user/name), got "
+            f"{path!r}, which is not there."
+        )
+
+
+def check_model(option: str, where: str) -> None:
+    """Errors: ValueError for what is neither a pipeline folder, nor a weight file, nor a Hub id."""
+    if not is_single_file(where):
+        check_place(where, option)
+
+
+def check_place(where: str, option: str = "pretrained_model_name_or_path") -> None:
+    """Errors: ValueError for what is neither a pipeline folder nor a Hub id."""
     path = Path(absolute(where))
     if not path.exists() and not is_hub_id(where):
         raise ValueError(
-            "pretrained_model_name_or_path: expected a pipeline folder or a Hub id "
+            f"{option}: expected a pipeline folder or a Hub id "
             f"(user/name), got {where!r}, which is not there."
         )
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(
-            f"pretrained_model_name_or_path: expected a Diffusers pipeline folder "
+            f"{option}: expected a Diffusers pipeline folder "
             f"(with model_index.json), got {where!r}. Save it with save_pretrained."
         )
 

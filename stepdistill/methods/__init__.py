@@ -9,5 +9,5 @@ from stepdistill.core.registry import Registry
 if TYPE_CHECKING:
     from stepdistill.core.method import Method
 
-_FACTS = ("aliases", "paper", "steps", "data", "status")
+_FACTS = ("aliases", "paper", "steps", "data", "status", "trainer")
 METHODS: Registry[Method[Any]] = Registry(__name__, "stepdistill.core.method:Method", _FACTS)

@@ -29,8 +29,8 @@ from stepdistill.monitoring.best import Best, check_measured, new_best, read_bes
 from stepdistill.monitoring.validation import Validation
 from stepdistill.monitoring.watchdog import Watchdog, WatchdogStop
 from stepdistill.reporting.bars import bar, planned_steps
-from stepdistill.storage.checkpoints import RUN_FILE, discard, is_users
-from stepdistill.storage.files import one_line, write_text
+from stepdistill.storage.checkpoints import discard, is_users
+from stepdistill.storage.files import RUN_FILE, one_line, write_text
 from stepdistill.storage.folders import fault_of
 
 from .records import mend

@@ -22,6 +22,7 @@ from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for
 from stepdistill.loading.project_code import part_class
 from stepdistill.loading.source import ModelSource
+from stepdistill.planning.bundled import bundled, require_known
 from stepdistill.storage.files import read_json
 from stepdistill.testing import tiny_parts
 
@@ -32,12 +33,6 @@ _STAND_INS: dict[str, Callable[[], Any]] = {
     "Qwen2": lambda: tiny_parts.qwen(8)[0],
     "Gemma": lambda: tiny_parts.gemma(8)[0],
 }
-
-
-def bundled() -> list[str]:
-    """Names of the models that `plan` knows without any file."""
-    folder = resources.files("stepdistill.planning") / "models"
-    return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith("json"))
 
 
 def describe(model: str) -> dict[str, Any]:
@@ -51,12 +46,8 @@ def describe(model: str) -> dict[str, Any]:
         text = (resources.files("stepdistill.planning") / "models" / f"{model}.json").read_text()
         found: dict[str, Any] = json.loads(text)
         return found
+    require_known("plan", model)
     folder = Path(model)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"plan: expected a pipeline folder (with model_index.json) or one of {bundled()}, "
-            f"got {model!r}."
-        )
     index = ModelSource(model).index
     parts: dict[str, Any] = {}
     options = {}

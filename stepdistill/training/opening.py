@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stepdistill.cache.precompute import gib
+from stepdistill.config.run import TrainConfig
+from stepdistill.core.method import Method
+from stepdistill.families.family import Family
 from stepdistill.monitoring.run_report import REPORT
+from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.optim import moment_bytes
 
 if TYPE_CHECKING:
     from stepdistill.training.trainer import Trainer
 
 
-def opening_lines(trainer: Trainer) -> list[str]:
-    """Teacher; method and settings; what is trained; memory; where the report is."""
+def opening_lines(trainer: Trainer, reasons: Sequence[str]) -> list[str]:
+    """Teacher; method and settings; what is trained; memory; where the report is.
+
+    Args: reasons: what the settings come from (see `RunConfig.reasons`).
+    """
+    args, family = trainer.args, trainer.family
+    world, room = trainer.accelerator.num_processes, None
+    if trainer.device.type == "cuda":
+        room = torch.cuda.get_device_properties(trainer.device).total_memory
     return [
-        f"teacher: {_teacher(trainer)}",
-        f"method:  {_method(trainer)}",
-        f"trained: {_trained(trainer)}",
-        f"memory:  {_memory(trainer)}",
-        f"report:  {Path(trainer.args.output_dir) / REPORT}, written while it runs",
+        teacher_line(trainer.facts["model"] or "in memory", family, args.resolution),
+        method_line(trainer.method, args, world, reasons),
+        trained_line(trainer.bank, args),
+        memory_line(trainer.bank, trainer.method, args, room),
+        f"report:  {Path(args.output_dir) / REPORT}, written while it runs",
     ]
 
 
@@ -32,67 +43,63 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M"
 
 
-def _teacher(trainer: Trainer) -> str:
-    family = trainer.family
+def teacher_line(model: str, family: Family, resolution: int | None) -> str:
+    """What is distilled, at which size."""
     count = sum(p.numel() for p in family.net.parameters())
-    setting = trainer.method.setting
-    px = " x ".join(map(str, family.image_size(trainer.args.resolution)))
+    px = " x ".join(map(str, family.image_size(resolution)))
     return (
-        f"{trainer.facts['model'] or 'in memory'}, {type(family.pipeline).__name__} of "
-        f"{_millions(count)} parameters at {px} px, predicts {setting.kind}"
+        f"teacher: {model}, {type(family.pipeline).__name__} of {_millions(count)} parameters at "
+        f"{px} px, predicts {family.setting_at(resolution).kind}"
     )
 
 
-def _method(trainer: Trainer) -> str:
-    """With the options that differ from the method's own, and what the rest comes from."""
-    method, args = trainer.method, trainer.args
-    defaults = type(method.config)()
-    changed = {
-        name: value
-        for name, value in method.config.model_dump().items()
-        if value != defaults.model_dump()[name]
-    }
-    told = ", ".join(f"{name} {value}" for name, value in changed.items())
-    steps, world = method.sampler().num_steps, trainer.accelerator.num_processes
-    samples = args.train_batch_size * args.gradient_accumulation_steps * world
+def method_line(
+    method: Method[Any], args: TrainConfig, num_processes: int, reasons: Sequence[str]
+) -> str:
+    """The method, the settings that matter most, and what they come from."""
+    steps = method.sampler().num_steps
+    samples = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     rates = {"student": args.learning_rate, **args.role_learning_rates}
     return (
-        f"{method.name} ({type(method).paper}) for {steps} step{'s' * (steps > 1)}, guidance "
-        f"{method.teacher_guidance:g}; {samples} sample{'s' * (samples > 1)} an update, learning "
-        f"rates {', '.join(f'{role} {rate:g}' for role, rate in rates.items())}; set by you: "
-        f"{told or 'nothing'}; the rest: the method's defaults"
+        f"method:  {method.name} ({type(method).paper}) for {steps} step{'s' * (steps > 1)}, "
+        f"guidance {method.teacher_guidance:g}; {samples} sample{'s' * (samples > 1)} an update, "
+        f"learning rates {', '.join(f'{role} {rate:g}' for role, rate in rates.items())}; "
+        f"from {'; '.join(reasons)}"
     )
 
 
-def _trained(trainer: Trainer) -> str:
-    bank, args, parts = trainer.bank, trainer.args, []
+def trained_line(bank: RoleBank, args: TrainConfig) -> str:
+    """The roles that learn, and until when."""
+    parts = []
     for role in bank.trained_roles:
         count = sum(p.numel() for p in bank.members(role).values())
         kind = "head" if role in bank.heads else getattr(args.tuning, role, args.tuning.student)
         shape = f"LoRA of rank {args.tuning.rank}" if kind == "lora" else kind
         parts.append(f"{role} ({shape}, {_millions(count)} parameters)")
-    until = f"{args.max_train_steps} steps"
+    until = f"{args.max_train_steps:,} steps"
     if args.max_train_seconds is not None:
         until += f" or {args.max_train_seconds:g} s, whichever comes first"
-    return f"{', '.join(parts)}; {until}"
+    return f"trained: {', '.join(parts)}; {until}"
 
 
-def _memory(trainer: Trainer) -> str:
-    """What is held now, and what the first update adds for certain; activations are forecast by
-    `stepdistill plan`, as they depend on the batch and the method."""
-    bank = trainer.bank
-    encoders = (p for p in trainer.family.pipeline.components.values() if hasattr(p, "parameters"))
-    held = _size([*bank.parameters(), *(p for part in encoders for p in part.parameters())])
-    own = [p for role in bank.trained_roles for p in bank.members(role).values()]
-    moments = sum(moment_bytes(p, trainer.args.optimizer) for p in own)
-    told = (
-        f"{gib(held)} of weights held; forecast {gib(held + moments + _size(own))} "
-        "with gradients and optimiser, activations come on top (stepdistill plan)"
+def memory_line(
+    bank: RoleBank, method: Method[Any], args: TrainConfig, room: int | None = None
+) -> str:
+    """What is held now, and what the first update adds for certain: gradients of its largest phase
+    and moments. Activations are forecast by `stepdistill plan`.
+
+    Args: room: bytes of the device, where that is known.
+    """
+    parts = [p for p in bank.family.pipeline.components.values() if hasattr(p, "parameters")]
+    held = _size([*bank.parameters(), *(p for part in parts for p in part.parameters())])
+    own = {role: list(bank.members(role).values()) for role in bank.trained_roles}
+    moments = sum(moment_bytes(p, args.optimizer) for tensors in own.values() for p in tensors)
+    gradients = max(sum(_size(own[role]) for role in phase.trains) for phase in method.phases(0))
+    text = (
+        f"memory:  {gib(held)} of weights held; forecast {gib(held + moments + gradients)} with "
+        "gradients and optimiser, and activations (stepdistill plan says how much)"
     )
-    if trainer.device.type == "cuda":
-        room = torch.cuda.get_device_properties(trainer.device).total_memory
-        told += f"; the device has {gib(room)}"
-    return told
+    return text if room is None else f"{text}; the device has {gib(room)}"
 
 
 def _size(tensors: Iterable[Any]) -> int:

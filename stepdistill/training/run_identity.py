@@ -23,8 +23,8 @@ from stepdistill.loading.place import absolute
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import same_lora
 from stepdistill.monitoring.records import FILES
-from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints, newest_valid
-from stepdistill.storage.files import read_json
+from stepdistill.storage.checkpoints import list_checkpoints, newest_valid
+from stepdistill.storage.files import RUN_FILE, read_json
 from stepdistill.storage.folders import refuse_written_on
 from stepdistill.training.start import student_base_of
 

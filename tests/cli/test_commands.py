@@ -139,12 +139,26 @@ def test_help_shows_what_matters_first(name, capsys) -> None:
 
 def test_mistakes_and_the_list_need_no_torch(tmp_path) -> None:
     """One process for all: none of these may import torch, so a later one finds it absent."""
+    gone = str(tmp_path / "gone")
     calls = [
         ["list"],
         ["train", "--method", "dmd3", *TEACHER],
-        ["train", "--method", "dmd2", "--pretrained_model_name_or_path", str(tmp_path / "gone")],
+        ["train", "--method", "dmd2", "--pretrained_model_name_or_path", gone],
         ["train", "--method", "dmd2", *TEACHER, "--max_steps", "3"],
+        ["train", "--method", "dmd2", *TEACHER, "--data.prompts_file", gone],
+        ["train", "--recipe", "sdxl-dmd2-lora-5step", *TEACHER],
+        ["cache", *TEACHER, "--data.train_data_dir", gone],
+        ["plan", "--method", "dmd2", "--pretrained_model_name_or_path", "sdx"],
         ["pairs", "--pretrained_model_name_or_path", str(tmp_path), "--pairs_dir", "p"],
+        ["export", gone, "out"],
+        ["report", gone],
+        ["sample", gone, "--prompt", "a cat"],
+        ["push", gone, "me/x"],
+        ["check", gone],
+        ["merge", gone, f"{gone}:0.5", "--output", "o"],
+        ["evaluate", "--teacher", gone, "--student", "me/x"],
+        ["evaluate", "--teacher", "me/x", "--student", "./x"],
+        ["compare", "--teacher", "me/x", "--reference", gone, "--output_dir", "c"],
         ["train", "--help"],
     ]
     code = f"""
@@ -162,7 +176,13 @@ print(sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
     assert told.splitlines()[-1] == "[]"
     assert "hyper_sd" in told
     assert "got 'dmd3'. Nearest: ['dmd" in told
-    assert told.count("error: pretrained_model_name_or_path: expected") == 2
+    named = re.findall(r"^error: (\S+): expected", told, re.MULTILINE)
+    assert named == [
+        *("method", "pretrained_model_name_or_path", "flags", "data.prompts_file", "--recipe"),
+        *("data.train_data_dir", "pretrained_model_name_or_path", "pretrained_model_name_or_path"),
+        *("run_dir", "run_dir", "model_dir", "folder", "model_dir", "sources"),
+        *("teacher", "student", "reference"),
+    ]
     assert "got ['max_steps']. Nearest: {'max_steps': ['max_train_steps'" in told
 
 

@@ -11,7 +11,8 @@ import torch
 from support.runs import teacher_dir
 
 from stepdistill.config.run import RunConfig
-from stepdistill.planning.blueprint import blueprint, bundled, describe
+from stepdistill.planning.blueprint import blueprint, describe
+from stepdistill.planning.bundled import bundled
 from stepdistill.planning.forecast import Forecast, forecast
 from stepdistill.planning.report import hours_per_1k, print_plan, suggestions
 from stepdistill.planning.tracker import CostTracker
