@@ -132,7 +132,8 @@ def _chosen(recipe: str | None, argv: Sequence[str], rest: Sequence[str]) -> lis
     """What the user has named that settles a run: recipe, files, flags."""
     files = [layer.name for layer in read_config_files(argv)[0]]
     flags = [arg.split("=")[0][2:] for arg in rest if arg.startswith("--")]
-    flags = [name for name in flags if not name.startswith(("data.", "pretrained_", "output_"))]
+    unsaid = ("data.", "pretrained_", "output_")  # a run says them elsewhere
+    flags = [n for n in dict.fromkeys(flags) if n != "method" and not n.startswith(unsaid)]
     named = (("recipe", [recipe] if recipe else []), ("files", files), ("flags", flags))
     return [f"{kind} {', '.join(names)}" for kind, names in named if names]
 

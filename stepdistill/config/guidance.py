@@ -65,6 +65,6 @@ def _of_the_method(cls: type[Method[Any]], layers: Sequence[Layer]) -> bool:
 
 def stated_for(cls: type[Method[Any]], facts: ModelFacts) -> float | tuple[float, float] | None:
     """The guidance that a model states for a method; None where it states none."""
-    alike = [name for name, one in METHODS.index.items() if one["trainer"] == cls.trainer]
-    names = [cls.name, *alike]
+    names = [vars(base)["name"] for base in cls.__mro__ if "name" in vars(base)]
+    names += [name for name, one in METHODS.index.items() if one["trainer"] == cls.trainer]
     return next((facts.guidance[n] for n in [*names, "any"] if n in facts.guidance), None)

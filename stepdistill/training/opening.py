@@ -12,7 +12,6 @@ import torch
 from stepdistill.cache.precompute import gib
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import Method
-from stepdistill.families.family import Family
 from stepdistill.monitoring.run_report import REPORT
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.optim import moment_bytes
@@ -26,12 +25,12 @@ def opening_lines(trainer: Trainer, reasons: Sequence[str]) -> list[str]:
 
     Args: reasons: what the settings come from (see `RunConfig.reasons`).
     """
-    args, family = trainer.args, trainer.family
+    args = trainer.args
     world, room = trainer.accelerator.num_processes, None
     if trainer.device.type == "cuda":
         room = torch.cuda.get_device_properties(trainer.device).total_memory
     return [
-        teacher_line(trainer.facts["model"] or "in memory", family, args.resolution),
+        teacher_line(trainer.facts["model"] or "in memory", trainer.bank, args.resolution),
         method_line(trainer.method, args, world, reasons),
         trained_line(trainer.bank, args),
         memory_line(trainer.bank, trainer.method, args, room),
@@ -43,9 +42,11 @@ def _millions(count: float) -> str:
     return f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M"
 
 
-def teacher_line(model: str, family: Family, resolution: int | None) -> str:
+def teacher_line(model: str, bank: RoleBank, resolution: int | None) -> str:
     """What is distilled, at which size."""
-    count = sum(p.numel() for p in family.net.parameters())
+    family = bank.family
+    adapters = {id(p) for role in bank.roles for p in bank.members(role).values()}
+    count = sum(p.numel() for p in family.net.parameters() if id(p) not in adapters)
     px = " x ".join(map(str, family.image_size(resolution)))
     return (
         f"teacher: {model}, {type(family.pipeline).__name__} of {_millions(count)} parameters at "
@@ -76,7 +77,7 @@ def trained_line(bank: RoleBank, args: TrainConfig) -> str:
         kind = "head" if role in bank.heads else getattr(args.tuning, role, args.tuning.student)
         shape = f"LoRA of rank {args.tuning.rank}" if kind == "lora" else kind
         parts.append(f"{role} ({shape}, {_millions(count)} parameters)")
-    until = f"{args.max_train_steps:,} steps"
+    until = f"{args.max_train_steps:,} step{'s' * (args.max_train_steps > 1)}"
     if args.max_train_seconds is not None:
         until += f" or {args.max_train_seconds:g} s, whichever comes first"
     return f"trained: {', '.join(parts)}; {until}"
@@ -97,7 +98,7 @@ def memory_line(
     gradients = max(sum(_size(own[role]) for role in phase.trains) for phase in method.phases(0))
     text = (
         f"memory:  {gib(held)} of weights held; forecast {gib(held + moments + gradients)} with "
-        "gradients and optimiser, and activations (stepdistill plan says how much)"
+        "gradients and optimiser; activations, of which stepdistill plan knows, come on top"
     )
     return text if room is None else f"{text}; the device has {gib(room)}"
 

@@ -166,7 +166,7 @@ def test_a_small_model_gets_its_recipe_and_is_told(tmp_path_factory) -> None:
     assert (run.learning_rate, run.seed, run.tuning.student) == (3e-4, 3, "full")
     assert run.method_config["guidance"] == 1.0
     assert said == []  # it stands among what a run says at its start
-    assert run.reasons[0] == "flags method, seed"
+    assert run.reasons[0] == "flags seed"
     assert run.reasons[1].startswith("recipe small-dmd2, as the denoiser has 0.0")
     run, said = told_of(["--config", "lcm_lora", "sd15", *teacher], by_size=True)
     assert (run.learning_rate, said) == (1e-4, [])

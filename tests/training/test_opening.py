@@ -39,11 +39,11 @@ def test_a_run_says_what_it_does_and_how_to_try_it(tmp_path, tmp_path_factory, c
         "method:  dmd2 (Yin et al. 2024, arXiv:2405.14867) for 4 steps, guid"
     )
     assert "2 samples an update, learning rates student 0.0003, fake 0.0006" in lines[1]
-    assert "flags method, max_train_steps, train_batch_size" in lines[1]
+    assert "flags max_train_steps, train_batch_size" in lines[1]
     assert "; recipe small-dmd2, as the denoiser has" in lines[1]
     assert lines[2].startswith(f"trained: student (full, {count / 1e6:.2g} M parameters), fake (")
-    assert lines[2].endswith("; 1 steps or 900 s, whichever comes first")
-    assert lines[3].startswith("memory:  0.00 GiB of weights held; forecast 0.00 GiB with")
+    assert lines[2].endswith("; 1 step or 900 s, whichever comes first")
+    assert lines[3].startswith("memory:  1.1 MiB of weights held; forecast 2.3 MiB with gradients")
     assert lines[4] == f"report:  {out / 'report.html'}, written while it runs"
     assert "recipe" not in said.err  # once is enough
     name, last = lines[-1].split(": ", 1)
@@ -63,7 +63,7 @@ def lines_of(recipe: str, model: str) -> list[str]:
     with torch.device("meta"):
         bank = RoleBank(family, roles_of(method, run), run.tuning)
     lines = [
-        teacher_line(model, family, run.resolution),
+        teacher_line(model, bank, run.resolution),
         method_line(method, run, 1, run.reasons),
         trained_line(bank, run),
         memory_line(bank, method, run, 24 << 30),
