@@ -9,8 +9,8 @@ from pydantic import Field
 
 from stepdistill.config.files import parse_run_config
 from stepdistill.config.places import Place
+from stepdistill.config.planned import require_known
 from stepdistill.config.run import RunConfig
-from stepdistill.planning.bundled import require_known
 
 
 class Options(RunConfig):

@@ -18,11 +18,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import CLIPImageProcessor
 
+from stepdistill.config.planned import bundled, require_known
 from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for
 from stepdistill.loading.project_code import part_class
 from stepdistill.loading.source import ModelSource
-from stepdistill.planning.bundled import bundled, require_known
 from stepdistill.storage.files import read_json
 from stepdistill.testing import tiny_parts
 

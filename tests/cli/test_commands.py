@@ -30,12 +30,16 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "compare": (["--output_dir", "out"], "processes", (2, 3)),
     "demo": ([], "seconds", (1.5, 2.5)),
     "doctor": ([], "format", ("json", "markdown")),
-    "evaluate": (["--teacher", "t", "--student", "s"], "seeds", ((1, 2), (3,))),
+    "evaluate": (["--teacher", "dir", "--student", "a"], "seeds", ((1, 2), (3,))),
     "export": (["run", "out"], "num_steps", (2, 4)),
     "list": ([], "", (None, None)),
     "merge": (["a:0.5", "b", "--output", "out"], "method", ("cat", "linear")),
     "pairs": ([*TEACHER, "--pairs_dir", "p"], "guidance", (2.5, 3.0)),
-    "plan": ([*TEACHER, "--method", "dmd2"], "memory_gb", (24.0, 48.0)),
+    "plan": (
+        ["--pretrained_model_name_or_path", "sdxl", "--method", "dmd2"],
+        "memory_gb",
+        (24.0, 48.0),
+    ),
     "push": (["folder", "me/name"], "dry_run", ("a", "b")),
     "recipes": ([], "", (None, None)),
     "report": (["run"], "", (None, None)),
@@ -46,7 +50,17 @@ WITH_OPTIONS = [name for name, (_, option, _) in CALLS.items() if option]
 
 
 @pytest.fixture
-def ran(monkeypatch) -> list[Any]:
+def places(monkeypatch, tmp_path) -> None:
+    """A working folder with all that CALLS name."""
+    for name in ("dir", "run", "folder", "a", "b"):
+        (tmp_path / name).mkdir()
+        for file in ("model_index.json", "run.json", "distillation.json"):
+            (tmp_path / name / file).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def ran(monkeypatch, places) -> list[Any]:
     """The options that each command was run with; none does its work."""
     from importlib import import_module
 
@@ -333,7 +347,7 @@ def test_compare_takes_a_run_s_keys_from_files_for_every_method(tmp_path) -> Non
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("command", ["export", "merge", "pairs", "evaluate", "sample"])
 def test_a_signal_ends_a_command_where_it_is_with_one_line(
-    command, number, monkeypatch, capsys, ctrl_c
+    command, number, monkeypatch, capsys, ctrl_c, places
 ) -> None:
     before, reached = signal.getsignal(number), []
 

@@ -16,13 +16,13 @@ from support.runs import teacher_dir
 
 from stepdistill.config.files import method_class, method_config, parse_run_config
 from stepdistill.config.layers import layers_of, merge, merged, recipe_files
+from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, VPPath
 from stepdistill.families.registry import FAMILIES
 from stepdistill.methods import METHODS
 from stepdistill.pairs.teacher import make_pairs
-from stepdistill.planning.bundled import bundled
 from stepdistill.planning.recipes import CARDS, cards, forecast_gib, sized
 from stepdistill.storage.bundled import bundled_names
 from stepdistill.testing.tiny import TINY

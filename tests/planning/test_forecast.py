@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.runs import teacher_dir
 
+from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
 from stepdistill.planning.blueprint import blueprint, describe
-from stepdistill.planning.bundled import bundled
 from stepdistill.planning.forecast import Forecast, forecast
 from stepdistill.planning.report import hours_per_1k, print_plan, suggestions
 from stepdistill.planning.tracker import CostTracker

@@ -1,4 +1,4 @@
-"""The models that `plan` knows without any file, looked up before anything heavy is imported."""
+"""The models that `plan` knows without any file (planning/models), looked up without torch."""
 
 from __future__ import annotations
 
