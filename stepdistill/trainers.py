@@ -23,16 +23,20 @@ from stepdistill.config.flags import ending_early, mistakes_in_one_line
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.families import FAMILIES
 from stepdistill.families.family import Family
+from stepdistill.loading.quiet import quieten
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.monitoring.validation import validate
 from stepdistill.monitoring.watchdog import WatchdogStop
-from stepdistill.storage.checkpoints import RUN_FILE, newest_valid
-from stepdistill.storage.files import read_json
+from stepdistill.storage.checkpoints import newest_valid
+from stepdistill.storage.files import RUN_FILE, read_json
 from stepdistill.storage.folders import refuse_foreign
+from stepdistill.storage.own_code import recorded
 from stepdistill.storage.ranks import refusing_together
 from stepdistill.training.checkpoint import named_checkpoint
+from stepdistill.training.opening import closing_line, opening_lines
 from stepdistill.training.run_identity import teacher_is_here
 from stepdistill.training.sources import open_dataset, open_gan_dataset
 from stepdistill.training.trainer import Trainer
@@ -138,7 +142,7 @@ class DistillationTrainer(Trainer):
             self._add_samples(folder, spec)
 
         if form == "pipeline":
-            export_pipeline(*where, add=add)
+            export_pipeline(*where, add=add, progress=not self.args.disable_progress_bar)
         else:
             export_lora(*where, format=form, dtype=dtype, add=add)
 
@@ -244,11 +248,12 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
 
     Exit statuses: those of `stepdistill train`.
     """
+    quieten()
     with mistakes_in_one_line(), ending_early(), refusing_together():
         run: RunConfig = parse_run_config(
-            argv, prog="accelerate launch", method=trainer.default, by_size=True
+            argv, prog="accelerate launch", method=trainer.default, early=True, by_size=True
         )
-        if run.method not in trainer.methods():
+        if resolve_method(run.method)[0] not in trainer.methods():
             raise ValueError(
                 f"{trainer.__name__}: expected one of {trainer.methods()}, got method "
                 f"{run.method!r}. Use that method's launcher, or `stepdistill train`."
@@ -264,6 +269,7 @@ def train_run(run: RunConfig) -> None:
     export_dir = Path(run.export_dir or Path(run.output_dir) / "pipeline")
     refuse_foreign(export_dir, "export_dir")  # not after a week's training
     running = DistillationTrainer.from_config(run)
+    running.accelerator.print("\n".join(opening_lines(running, run.reasons)))
     try:
         running.train()
     except WatchdogStop as stop:
@@ -273,6 +279,7 @@ def train_run(run: RunConfig) -> None:
         sys.exit(running.stop.status)
     folder = running.export(export_dir)
     running.accelerator.print(f"exported {folder}")
+    running.accelerator.print(closing_line(running, folder))
     if run.push_to_hub and run.hub_model_id:
         running.push_to_hub(run.hub_model_id, folder)
 
@@ -294,6 +301,8 @@ def trainer_of_run(run_dir: str | Path, name: str | None = None) -> Distillation
         )
     keys = ("method", "model", "train_config", "method_config")
     facts = read_json(saved, keys)
+    recorded(METHODS, "method", facts, saved)
+    recorded(FAMILIES, "family", facts, saved)
     if facts["method"] not in METHODS:
         raise ValueError(f"{saved}: expected a method of {sorted(METHODS)}, got another.")
     trainer = trainer_class(facts["method"])(

@@ -9,7 +9,7 @@ an interrupted call goes on. Ranks share the keys; what they read they all read.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from copy import copy
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from stepdistill.cache.encoded import EncodedCache, image_key
 from stepdistill.cache.tensors import CacheWriter, content_key, missing_keys, row_bytes
@@ -32,6 +31,7 @@ from stepdistill.data.source import Source, fitted, sizes_of
 from stepdistill.data.stream import PromptDataset, sample_item
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_encoders, teacher_facts
+from stepdistill.reporting.bars import bar
 from stepdistill.storage.ranks import agreed, owned_by_first, process_state, refusing_together
 
 _PROBES = 512  # images looked at to say how many are missing
@@ -175,7 +175,9 @@ def fill(
             writer = CacheWriter(task.store, shard_bytes)
             found = task.read(rank, world_size)
             try:
-                for key, value in tqdm(found, desc=f"cache {task.name}") if progress else found:
+                total = len(dataset) if isinstance(dataset, Sized) else None
+                name = f"encode {task.name}"
+                for key, value in bar(found, desc=name, total=total, disable=not progress):
                     stop_if_orphaned()
                     if owner(key, world_size) == rank and key not in writer:
                         encoded = task.encode(value)

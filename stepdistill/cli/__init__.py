@@ -43,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         sys.exit(f"error: expected a command, got {name!r}. Nearest: {', '.join(near)}.")
     from stepdistill.config.flags import ending_early, mistakes_in_one_line, parse_options
+    from stepdistill.config.places import check_places
+    from stepdistill.config.run import RunConfig
+    from stepdistill.loading.quiet import quieten
     from stepdistill.storage.ranks import refusing_together
 
+    quieten()
     together = refusing_together() if name in IN_RANKS else nullcontext()
     with mistakes_in_one_line(), ending_early(), together:
         module = import_module(f"{__name__}.{name}")
@@ -55,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             options = parse_options(
                 module.Options, rest, f"stepdistill {name}", str(module.__doc__)
             )
+        if not isinstance(options, RunConfig):  # of which parse has looked first
+            check_places(options)
         status = module.run(options)
     if status is not None:
         sys.exit(status)

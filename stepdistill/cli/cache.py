@@ -10,7 +10,7 @@ from stepdistill.config.run import RunConfig
 
 def parse(argv: Sequence[str], prog: str) -> RunConfig:
     """A run's options."""
-    return parse_run_config(argv, prog, method="dmd2", about=str(__doc__))
+    return parse_run_config(argv, prog, method="dmd2", about=str(__doc__), early=True)
 
 
 def run(options: RunConfig) -> None:

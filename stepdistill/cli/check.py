@@ -5,11 +5,12 @@ from __future__ import annotations
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import Model
 from stepdistill.config.tuning import Quantization
 
 
 class Options(CommandOptions):
-    model_dir: CliPositionalArg[str]
+    model_dir: CliPositionalArg[Model]
     """Diffusers pipeline folder or Hub id."""
     base_quantization: Quantization = "none"
     """Compare with the denoiser's linear layers in 8 bits (int8) or 4 (nf4, on CUDA)."""

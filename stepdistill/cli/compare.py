@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from stepdistill.config.flags import AT_COMMAS, CommandOptions
 from stepdistill.config.layers import merge
+from stepdistill.config.places import Here, Model
 from stepdistill.core.options import Count, Guidance, Seed
 
 if TYPE_CHECKING:
@@ -50,13 +51,13 @@ class Options(CommandOptions):
     demo_noise_seeds: Count | None = None
     """The demo's teacher: noise seeds to judge from; none means 5."""
 
-    teacher: str | None = None
+    teacher: Model | None = None
     """A teacher of yours: pipeline folder or Hub id. What follows goes with it alone."""
-    prompts_file: str | None = None
+    prompts_file: Here | None = None
     """Prompts to train with and to judge by, one a line."""
-    train_data_dir: str | None = None
+    train_data_dir: Here | None = None
     """Images; without them methods learn from the teacher's own."""
-    reference: str | None = None
+    reference: Here | None = None
     """Folder of real images to judge by; none: the teacher's images."""
     features: tuple[str, ...] = ()
     """Feature networks; see stepdistill evaluate."""

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def parse(argv: Sequence[str], prog: str) -> Options:
     """The options of an evaluation."""
     presets = [f"  {name}: {one.about}\n    {one.files}" for name, one in PRESETS.items()]
-    return parse_options(Options, argv, prog, "\n".join([str(__doc__), "", "presets:", *presets]))
+    about = "\n".join([str(__doc__), "", "presets:", *presets])
+    return parse_options(Options, argv, prog, about)
 
 
 def run(options: Options) -> None:

@@ -8,11 +8,12 @@ from typing import Literal
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import RunFolder
 from stepdistill.core.options import Count
 
 
 class Options(CommandOptions):
-    run_dir: CliPositionalArg[str]
+    run_dir: CliPositionalArg[RunFolder]
     """output_dir of a training run."""
     out_dir: CliPositionalArg[str]
     """Folder to write."""

@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import Lora
 
 
 class Options(CommandOptions):
-    sources: CliPositionalArg[list[str]]
+    sources: CliPositionalArg[list[Lora]]
     """path[:weight] of LoRA files or of two pipelines."""
     output: str
     """Folder to write."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from stepdistill.config.places import Here
 from stepdistill.config.teacher import TeacherOptions
 from stepdistill.core.options import Count, Guidance, Seed
 
 
 class Options(TeacherOptions):
-    prompts_file: str | None = None
+    prompts_file: Here | None = None
     """Noises are solved to images of these prompts."""
-    invert: str | None = None
+    invert: Here | None = None
     """Or a folder of real images, inverted to noises (rf++)."""
     pairs_dir: str
     """Folder of the set; a call that was cut off goes on there."""

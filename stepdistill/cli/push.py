@@ -5,10 +5,11 @@ from __future__ import annotations
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import Export
 
 
 class Options(CommandOptions):
-    folder: CliPositionalArg[str]
+    folder: CliPositionalArg[Export]
     """Exported folder."""
     repo_id: CliPositionalArg[str]
     """user/name; private unless it exists."""

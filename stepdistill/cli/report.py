@@ -7,10 +7,11 @@ from pathlib import Path
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import RunFolder
 
 
 class Options(CommandOptions):
-    run_dir: CliPositionalArg[str]
+    run_dir: CliPositionalArg[RunFolder]
     """output_dir of a finished or running training run."""
 
 

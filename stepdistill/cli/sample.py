@@ -5,11 +5,12 @@ from __future__ import annotations
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import Export
 from stepdistill.core.options import Count, Seed
 
 
 class Options(CommandOptions):
-    model_dir: CliPositionalArg[str]
+    model_dir: CliPositionalArg[Export]
     """Exported pipeline folder."""
     prompt: list[str]
     """Prompts (or class labels), an image each."""

@@ -14,7 +14,7 @@ from stepdistill.config.run import RunConfig
 
 def parse(argv: Sequence[str], prog: str) -> RunConfig:
     """A run's options."""
-    return parse_run_config(argv, prog, about=str(__doc__), by_size=True)
+    return parse_run_config(argv, prog, about=str(__doc__), early=True, by_size=True)
 
 
 def run(options: RunConfig) -> None:

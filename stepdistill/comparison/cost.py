@@ -103,5 +103,5 @@ def measure(setup: TeacherSetup, training: Training, scratch: Path) -> Cost:
 def _epoch(trainer: DistillationTrainer, samples: float) -> float:
     """Updates until all samples have been read; none is kept for ever where they are too many."""
     args, size = trainer.args, len(trainer.dataset or ())
-    kept = min(args.max_cached_latents, args.max_cached_prompts)
+    kept = min(trainer.batches.latents_kept, args.max_cached_prompts)
     return size / samples if size <= kept else math.inf

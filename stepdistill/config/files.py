@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError, create_model
 
 from stepdistill.config.flags import (
     CommandOptions,
+    check_flags,
     explain,
     parse_options,
     read_config_files,
 )
-from stepdistill.config.guidance import guided, say_what_changed
+from stepdistill.config.guidance import guided, what_changed
 from stepdistill.config.layers import Layer, merge, merged, recipe_layers
 from stepdistill.config.model_at_hand import ModelAtHand, is_known
+from stepdistill.config.places import check_given
 from stepdistill.config.run import RunConfig
-from stepdistill.core.method import Method, MethodConfig
+from stepdistill.core.registry import is_file_class
 from stepdistill.methods import METHODS
+from stepdistill.storage.own_code import named_by_user
+
+if TYPE_CHECKING:
+    from stepdistill.core.method import Method, MethodConfig
 
 R = TypeVar("R", bound=RunConfig)
 
@@ -28,18 +35,25 @@ R = TypeVar("R", bound=RunConfig)
 def resolve_method(
     name: str, options: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """(a name in METHODS, options) of a method called by that or by a user's name for it.
+    """(a name in METHODS, options) of a method called by that, by a user's name for it, or by
+    FILE.py:CLASS; none of the package is imported.
 
     What a user's name stands for lies under the options given. Errors: ValueError naming the
-    nearest.
+    nearest; see `Registry.add_file` for a file's.
     """
     given, plain = dict(options or {}), name.lower().replace("-", "_")
+    if is_file_class(name):
+        return named_by_user(METHODS, name), given
     if plain in METHODS:
         return plain, given
-    aliases = {alias: cls for cls in METHODS.values() for alias in cls.aliases}
-    if plain in aliases:
-        return aliases[plain].name, merge(aliases[plain].aliases[plain], given)
-    near = difflib.get_close_matches(plain, [*METHODS, *aliases], n=3, cutoff=0.3)
+    known = {method: facts["aliases"] for method, facts in METHODS.index.items()}
+    if not any(plain in aliases for aliases in known.values()):  # others have to be imported
+        known |= {method: METHODS[method].aliases for method in METHODS.others}
+    for method, aliases in known.items():
+        if plain in aliases:
+            return method, merge(aliases[plain], given)
+    names = [*METHODS, *(alias for aliases in known.values() for alias in aliases)]
+    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3)
     raise ValueError(
         f"method: expected one of {sorted(METHODS)}, got {name!r}. Nearest: {near or 'none'}."
     )
@@ -66,6 +80,7 @@ def parse_run_config(
     method: str = "",
     about: str = "",
     model: type[R] = RunConfig,  # type: ignore[assignment]
+    early: bool = False,
     by_size: bool = False,
 ) -> R:
     """The RunConfig that `--recipe NAME --config a.yaml b.yaml --flag value ...` describes.
@@ -74,9 +89,11 @@ def parse_run_config(
     of a method's file (see `guidance.guided`).
 
     Args: method: the default method of the launcher, where neither file nor flag names one.
-        model: RunConfig, or one with options of a command's own besides. by_size: whether a small
-        model gets a recipe of its size where neither recipe nor file is named, and the Hub is asked
-        which family a teacher there is of.
+        model: RunConfig, or one with options of a command's own besides. early: say first, before
+        the method is imported, if a flag is unknown or what an option names is not there. by_size:
+        of a command that trains: a small model gets a recipe of its size where neither recipe nor
+        file is named, the Hub is asked which family a teacher there is of, and what was settled
+        stands in the run's `reasons` alone, to be said with the rest; it is warned of otherwise.
     Errors: ValueError for unknown or malformed options; SystemExit for --help.
     """
     layers, rest = read_config_files(argv)
@@ -86,23 +103,39 @@ def parse_run_config(
     if given.recipe:
         layers = [*recipe_layers(given.recipe), *layers]
 
+    if early:
+        check_flags([arg for arg in rest if not arg.startswith("--method_config.")], model)
+        check_given(merged(layers), rest, model)
+
     def parsed(family: str = "") -> R:
         return _parsed(layers, rest, prog, method, about, model, family)
 
     run = parsed()  # mistakes are said before a library is imported
+    settled: list[str] = []
+    if is_known(run.source, ask=by_size):
+        at_hand = ModelAtHand.of(run.source)
+        if by_size and not layers:
+            layers, settled = at_hand.recipe_by_size(run.method)
+            run = parsed() if layers else run
+        at_hand.check_recipe(layers)
+        options, run = run.method_config, parsed(at_hand.family)
+        settled += what_changed(options, run.method_config, at_hand.family)
+        for line in () if by_size else settled:
+            warnings.warn(f"method_config: {line}.", stacklevel=2)
     if given.recipe:
         run = run.model_copy(update={"recipe": given.recipe})
-    source = run.source
-    if not is_known(source, ask=by_size):
-        return run
-    at_hand = ModelAtHand.of(source)
-    if by_size and not layers:
-        layers = at_hand.recipe_by_size(run.method)
-        run = parsed() if layers else run
-    at_hand.check_recipe(layers)
-    settled = parsed(at_hand.family).model_copy(update={"recipe": given.recipe})
-    say_what_changed(run.method_config, settled.method_config, at_hand.family)
-    return settled
+    run._reasons = [*_chosen(given.recipe, argv, rest), *settled]
+    return run
+
+
+def _chosen(recipe: str | None, argv: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """What the user has named that settles a run: recipe, files, flags."""
+    files = [layer.name for layer in read_config_files(argv)[0]]
+    flags = [arg.split("=")[0][2:] for arg in rest if arg.startswith("--")]
+    unsaid = ("data.", "pretrained_", "output_")  # a run says them elsewhere
+    flags = [n for n in dict.fromkeys(flags) if n != "method" and not n.startswith(unsaid)]
+    named = (("recipe", [recipe] if recipe else []), ("files", files), ("flags", flags))
+    return [f"{kind} {', '.join(names)}" for kind, names in named if names]
 
 
 def _parsed(
@@ -124,13 +157,15 @@ def _parsed(
     if name:
         name, options = resolve_method(str(name), values.get("method_config"))
         options = guided(METHODS[name], layers, options, family)
-        values = {**values, "method": name, **({"method_config": options} if options else {})}
         config = METHODS[name].Config
+        own = METHODS.files.get(name)
+        name = f"{own['file']}:{own['class']}" if own else name  # a saved form repeats the run
+        values = {**values, "method": name, **({"method_config": options} if options else {})}
         fields["method_config"] = (config, config())
         argv = others if given.method else argv
     # The model's own rules are checked once the method's options have their types.
     typed = create_model("RunConfig", __base__=CommandOptions, **fields)
-    parsed = parse_options(typed, argv, prog, about, values)
+    parsed = parse_options(typed, argv, prog, about, values, model.first)
     try:
         return model(**parsed.model_dump())
     except ValidationError as err:

@@ -153,11 +153,13 @@ def parse_options(
     prog: str,
     about: str = "",
     values: Mapping[str, Any] | None = None,
+    first: Sequence[str] = (),
 ) -> M:
     """The options that flags describe, laid over those of the files.
 
     Args: about: the command in a sentence, for --help. values: what the files of --config say;
-        none: argv may hold them.
+        none: argv may hold them. first: the options that --help shows; `--help all` shows the rest
+        too, as --help does where none are named.
     Errors: ValueError for unknown or malformed options; SystemExit for --help.
     """
     argv = list(argv)
@@ -165,18 +167,31 @@ def parse_options(
         layers, argv = read_config_files(argv)
         values = merged(layers)
     known = fields_of(model)
+    everything = not first or ["--help", "all"] in map(list, pairwise(argv))
+    more = len(set(known) - set(first))
     parser = _Parser(
         prog=prog,
+        usage=None if everything else f"{prog} [--config FILE ...] [--OPTION VALUE ...]",
         description=about,
+        epilog=None if everything else f"{more} more options: {prog} --help all",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+    def add(group: Any, *names: str, **options: Any) -> Any:
+        shown = everything or names[0][2:] in first
+        return _add(group, *names, **options if shown else options | {"help": argparse.SUPPRESS})
+
     told = "YAML files of these options, merged left to right; flags are laid over them"
     parser.add_argument("--config", nargs="+", metavar="FILE", help=told)
     fields: dict[str, Any] = {k: (info.annotation, info) for k, info in model.model_fields.items()}
     shape = create_model(model.__name__, __base__=_Flags, **fields)
-    CliSettingsSource(shape, root_parser=parser, add_argument_method=_add)
-    argv = _spelt_out(argv, known)
+    CliSettingsSource(shape, root_parser=parser, add_argument_method=add)
+    if not everything:  # sections would be empty but for their titles
+        for group in parser._action_groups:
+            if all(action.help == argparse.SUPPRESS for action in group._group_actions):
+                group.title = group.description = None
+    argv = _spelt_out([a for b, a in pairwise(["", *argv]) if (b, a) != ("--help", "all")], known)
     _check_known(argv, known)
     given = {name: text for name, text in vars(parser.parse_args(argv)).items() if name in known}
     for name in sorted(given, key=lambda name: name.count(".")):  # JSON of a group comes first
@@ -228,6 +243,12 @@ def _mapping_of(name: str, known: Mapping[str, FieldInfo]) -> str:
             return above if any(_is(kind, Mapping) for kind in kinds) else ""
         above = above.rpartition(".")[0]
     return ""
+
+
+def check_flags(argv: Sequence[str], model: type[BaseModel]) -> None:
+    """Errors: ValueError for a flag that is no option of the model."""
+    known = fields_of(model)
+    _check_known(_spelt_out(argv, known), known)
 
 
 def _check_known(argv: Sequence[str], known: Mapping[str, FieldInfo]) -> None:

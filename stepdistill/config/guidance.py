@@ -7,14 +7,15 @@ of one's own, a flag) wins over both.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepdistill.config.layers import Layer, ModelFacts, layers_of, merge
-from stepdistill.core.method import Method
 from stepdistill.methods import METHODS
 from stepdistill.storage.bundled import bundled_names
+
+if TYPE_CHECKING:
+    from stepdistill.core.method import Method
 
 
 def guided(
@@ -40,18 +41,17 @@ def model_files(family: str) -> list[Layer]:
     return [one for one in files if (one.model.family or one.name) == family]
 
 
-def say_what_changed(before: Mapping[str, Any], after: Mapping[str, Any], family: str) -> None:
-    """Warns of the method's options that the teacher's family alone has settled."""
+def what_changed(before: Mapping[str, Any], after: Mapping[str, Any], family: str) -> list[str]:
+    """The line about the method's options that the teacher's family alone has settled, if any."""
     change = [name for name in after if after[name] != before.get(name)]
-    if change:
-        (file, *_) = model_files(family)
-        warnings.warn(
-            "method_config: "
-            + ", ".join(f"{name} {after[name]} in place of {before.get(name)}" for name in change)
-            + f", as configs/models/{file.name}.yaml states of {family}. Give "
-            f"--method_config.{change[0]} for another.",
-            stacklevel=4,
-        )
+    if not change:
+        return []
+    (file, *_) = model_files(family)
+    values = ", ".join(f"{name} {after[name]} in place of {before.get(name)}" for name in change)
+    return [
+        f"{values}, as configs/models/{file.name}.yaml states of {family} "
+        f"(--method_config.{change[0]} for another)"
+    ]
 
 
 def _of_the_method(cls: type[Method[Any]], layers: Sequence[Layer]) -> bool:
@@ -65,6 +65,6 @@ def _of_the_method(cls: type[Method[Any]], layers: Sequence[Layer]) -> bool:
 
 def stated_for(cls: type[Method[Any]], facts: ModelFacts) -> float | tuple[float, float] | None:
     """The guidance that a model states for a method; None where it states none."""
-    names = [cls.name]
-    names += [one.name for one in METHODS.values() if one.trainer == cls.trainer]
+    names = [vars(base)["name"] for base in cls.__mro__ if "name" in vars(base)]
+    names += [name for name, one in METHODS.index.items() if one["trainer"] == cls.trainer]
     return next((facts.guidance[n] for n in [*names, "any"] if n in facts.guidance), None)

@@ -66,21 +66,19 @@ class ModelAtHand:
             return cls(family.name)  # the loader says what is wrong with them
         return cls(family.name, size)
 
-    def recipe_by_size(self, method: str) -> list[Layer]:
-        """The layers of the method's recipe for small models, said in a line; none for others."""
+    def recipe_by_size(self, method: str) -> tuple[list[Layer], list[str]]:
+        """(layers, the line about them) of the method's recipe for small models; none of others."""
         if not 0 < self.size < SMALL:
-            return []
+            return [], []
         for name, layers in recipe_files().items():
             about, values = layers[-1].recipe, layers[-1].values
             if about is not None and about.size == "small" and values.get("method") == method:
-                warnings.warn(
+                return layers_of(name), [
                     f"recipe {name}, as the denoiser has {self.size / 1e6:.2g} M parameters: rates "
-                    "of papers, for a thousand times as many, would move nothing. --recipe or "
-                    "--config NAME takes another; flags lie over it.",
-                    stacklevel=3,
-                )
-                return layers_of(name)
-        return []
+                    "of papers, for a thousand times as many, would move nothing (--recipe or "
+                    "--config NAME for another)"
+                ]
+        return [], []
 
     def check_recipe(self, layers: Sequence[Layer]) -> None:
         """Warns, once, of a recipe or a model file of ours for another family."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import (
     Field,
     ModelWrapValidatorHandler,
+    PrivateAttr,
     model_validator,
 )
 from pydantic_settings import CliSuppress
@@ -20,6 +21,7 @@ from typing_extensions import Self
 
 from stepdistill.config.flags import AT_COMMAS
 from stepdistill.config.metrics import BEST_METRICS, METRICS
+from stepdistill.config.places import Here
 from stepdistill.config.teacher import TeacherOptions
 from stepdistill.config.tuning import Tuning
 from stepdistill.config.watchdog import WatchdogConfig
@@ -110,8 +112,10 @@ class TrainConfig(Options):
     """Worker processes that load data."""
     cache_latents: bool = True
     """Keep VAE latents of dataset images in memory after the first use."""
-    max_cached_latents: int = Field(default=4096, ge=0)
-    """Latents kept in memory, the last used; 0 encodes every time."""
+    latents_cache_mb: int = Field(default=2048, ge=0)
+    """MiB of latents that a process keeps in memory, the last used; 0 encodes every time."""
+    max_cached_latents: int | None = Field(default=None, ge=0)
+    """Latents kept at most, where their number is to be limited besides; 0 encodes every time."""
     max_cached_prompts: int = Field(default=4096, ge=0)
     """Prompt embeddings kept in memory; 0 encodes every time."""
     cache_dir: str | None = None
@@ -236,12 +240,12 @@ class SourceConfig(Options):
 
     where: ClassVar[str] = "data"
 
-    prompts_file: str | None = None
+    prompts_file: Here | None = None
     """Text file, one prompt a line (for class-conditional models: one label a line)."""
-    train_data_dir: str | None = None
+    train_data_dir: Here | None = None
     """Image folder with metadata.jsonl or metadata.csv (file_name, text), a .txt caption beside
     each image, or one sub-folder per class label."""
-    pairs_dir: str | None = None
+    pairs_dir: Here | None = None
     """Noise-image pairs made by `stepdistill pairs`."""
     tar_shards: str | None = None
     """webdataset tar files: a folder, a glob, or a range such as "shards/{0000..0099}.tar"."""
@@ -333,6 +337,15 @@ class DataConfig(SourceConfig):
 class RunConfig(TrainConfig, TeacherOptions):
     """A whole run: what to distil, with which method, on which data."""
 
+    first: ClassVar[tuple[str, ...]] = (
+        *("recipe", "pretrained_model_name_or_path", "method"),
+        *("output_dir", "resume_from_checkpoint"),
+        *("data.train_data_dir", "data.prompts_file", "data.dataset_name", "data.pairs_dir"),
+        *("max_train_steps", "max_train_seconds", "train_batch_size"),
+        *("gradient_accumulation_steps", "learning_rate", "resolution", "mixed_precision"),
+        *("tuning.student", "tuning.rank", "validation_prompts", "validation_steps"),
+    )  # what --help shows
+
     recipe: str | None = None
     """Recipe that everything else is laid over: method, model and settings in one name;
     `stepdistill recipes` lists them."""
@@ -344,6 +357,13 @@ class RunConfig(TrainConfig, TeacherOptions):
     """Training data."""
     export_dir: str | None = None
     """Where to write the distilled pipeline; none means OUTPUT_DIR/pipeline."""
+
+    _reasons: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def reasons(self) -> list[str]:
+        """What the settings come from, as a run says it at its start."""
+        return self._reasons or ["the method's defaults"]
 
     def train_config(self) -> TrainConfig:
         """The part that says how to train."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import Lora, Model
+from stepdistill.families import FAMILIES
+from stepdistill.storage.own_code import named_by_user
 
 if TYPE_CHECKING:
     from stepdistill.loading.source import ModelSource
@@ -13,22 +16,26 @@ if TYPE_CHECKING:
 class TeacherOptions(CommandOptions):
     """Which teacher: `source` is all of it in one value."""
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: Model
     """Teacher pipeline: local folder or Hub id."""
     revision: str | None = None
     """Hub revision of the teacher."""
     variant: str | None = None
     """Weight-file variant of the teacher, such as fp16."""
-    teacher_lora: tuple[str, ...] = ()
+    teacher_lora: tuple[Lora, ...] = ()
     """LoRAs merged into the teacher first, each path[:scale]: a file, a folder or a Hub id."""
-    single_file_config: str | None = None
+    single_file_config: Model | None = None
     """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
+    family: str | None = None
+    """FILE.py:CLASS of a Family of your own, for the pipeline classes that it names."""
 
     @property
     def source(self) -> ModelSource:
         """The teacher."""
         from stepdistill.loading.source import ModelSource  # Diffusers: --help needs none
 
+        if self.family is not None:
+            named_by_user(FAMILIES, self.family)
         return ModelSource(
             self.pretrained_model_name_or_path,
             self.revision,

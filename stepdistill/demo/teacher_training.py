@@ -20,7 +20,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
+
+from stepdistill.reporting.bars import bar
 
 from .data import DIGIT_NAMES, Split, prompt_for
 
@@ -81,7 +82,9 @@ def train_denoiser(
     latents, tokens = _latents(pipeline, train), _tokens(pipeline)
     bsz, start, running = config.train_batch_size, time.perf_counter(), math.nan
     done = 0
-    bar = tqdm(total=config.max_train_steps, desc="teacher", unit="step", disable=not progress)
+    progress_bar = bar(
+        total=config.max_train_steps, desc="teacher", unit="step", disable=not progress
+    )
     for step in range(config.max_train_steps):
         used = _budget_used(config, step, time.perf_counter() - start)
         if used >= 1:
@@ -105,10 +108,10 @@ def train_denoiser(
         value = float(loss.detach())
         running = value if math.isnan(running) else 0.98 * running + 0.02 * value
         done = step + 1
-        bar.update()
+        progress_bar.update()
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{running:.3f}", refresh=False)
-    bar.close()
+            progress_bar.set_postfix(loss=f"{running:.3f}", refresh=False)
+    progress_bar.close()
     with torch.no_grad():
         for parameter, average in zip(parameters, averaged, strict=True):
             parameter.copy_(average)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, model_validator
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import Here, Lora, Model
 from stepdistill.core.options import Guidance, Seed
 
 from .presets import preset
@@ -20,17 +21,17 @@ class Options(CommandOptions):
 
     model_config = ConfigDict(frozen=True)
 
-    teacher: str
+    teacher: Model
     """Pipeline folder or Hub id."""
-    student: tuple[str, ...]
+    student: tuple[Lora, ...]
     """Exports, run folders or other pipelines."""
     steps: tuple[int, ...] = ()
     """Step counts to export a run for."""
     teacher_steps: tuple[int, ...] = (50,)
     """Step counts of the teacher; the most is the reference."""
-    prompts_file: str | None = None
+    prompts_file: Here | None = None
     """One prompt (or class label) a line."""
-    first_frames: str | None = None
+    first_frames: Here | None = None
     """Of an image-to-video pipeline, in place of prompts: a folder of images and metadata.jsonl
     (file_name, text)."""
     output_dir: str = "evaluation"
@@ -38,7 +39,7 @@ class Options(CommandOptions):
     features: tuple[str, ...] = ()
     """Feature networks: digits, inception:FILE, clip:MODEL[,WEIGHTS], dino:DIR_OR_HUB_ID,
     MODULE:NAME, or a folder of a Transformers vision model."""
-    reference: str | None = None
+    reference: Here | None = None
     """Folder of real images; none: the teacher's own are the reference."""
     preset: str | None = None
     """A protocol of the field; the presets are listed below."""
@@ -58,9 +59,9 @@ class Options(CommandOptions):
     """Of the teacher, null + g (cond - null)."""
     student_guidance: Guidance = 1.0
     """Of students without distillation.json."""
-    teacher_lora: tuple[str, ...] = ()
+    teacher_lora: tuple[Lora, ...] = ()
     """path[:scale] of each LoRA merged into the teacher."""
-    single_file_config: str | None = None
+    single_file_config: Model | None = None
     """Pipeline folder of a single-file teacher."""
     resolution: int | None = None
     """Height and width in px."""

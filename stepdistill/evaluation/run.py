@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from stepdistill.core.method import Scorer
 from stepdistill.data.lines import LineFile
 from stepdistill.families.family import Family
 from stepdistill.families.registry import teacher_facts
+from stepdistill.reporting.bars import bar
 from stepdistill.storage.ranks import agreed, process_state, refusing_together
 
 from .collect import Drawing, Lens, draw_into, read_into
@@ -210,16 +210,15 @@ def _fill(
     root = Path(options.output_dir) / "features"
     where = (state.process_index, state.num_processes)
 
-    def bar(label: str, count: int) -> Any:
-        off = None if state.is_main_process else True
-        return tqdm(total=count, desc=label, unit="image", disable=off)
+    def counted(label: str, count: int) -> Any:
+        return bar(total=count, desc=label, unit="image", disable=not state.is_main_process)
 
     real = None
     if files:
         told_by = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         settings = {**facts, "files": settings_hash({"files": told_by}), "versions": versions()}
         real = Store.of(root, "real", settings, len(files), options.shard_images)
-        with bar("real images", len(files)) as told:
+        with counted("real images", len(files)) as told:
             seen = (options.batch_size, options.num_previews)
             read_into(real, files, lens, *seen, *where, told.update)
     stores = {}
@@ -238,7 +237,7 @@ def _fill(
                 settings["frames"] = drawing.frames
             name = f"{source.group}_{source.steps}"
             store = Store.of(root, name, settings, len(drawing), options.shard_images)
-            with bar(f"{source.label}, {source.steps} steps", len(drawing)) as told:
+            with counted(f"{source.label}, {source.steps} steps", len(drawing)) as told:
                 try:
                     draw_into(store, source.load, drawing, lens, *where, told.update)
                 except FloatingPointError as err:

@@ -25,8 +25,7 @@ from stepdistill.families.registry import load_family
 from stepdistill.loading.project_code import part_class
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import lora_facts
-from stepdistill.storage.checkpoints import RUN_FILE
-from stepdistill.storage.files import read_json
+from stepdistill.storage.files import RUN_FILE, read_json
 
 from .samples import PipelineSampler
 from .store import settings_hash

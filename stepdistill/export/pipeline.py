@@ -26,6 +26,7 @@ from stepdistill.export.weights import stock_net
 from stepdistill.families.family import Family
 from stepdistill.loading.project_code import put_code
 from stepdistill.loading.quantization import is_quantized
+from stepdistill.reporting.bars import bar
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.files import EXPORT_RECORD as RECORD
 from stepdistill.storage.folders import refuse_foreign, replacing
@@ -40,11 +41,12 @@ def export_pipeline(
     role: str = "student",
     verify: bool = True,
     add: Callable[[Path], object] = lambda folder: None,
+    progress: bool = False,
 ) -> Path:
     """Write the role's network as a pipeline folder; returns it.
 
     Args: facts: what the run was (model, method, step, ...), kept in distillation.json; add:
-        writes more files into the folder before it takes its place.
+        writes more files into the folder before it takes its place; progress: show a bar.
     Errors: ValueError for an out_dir with anything else in it; RuntimeError where the written
         pipeline does not make the in-memory sampler's image.
     """
@@ -59,15 +61,19 @@ def export_pipeline(
     like = net if quantized else family.net
     record = describe(family, spec, sampler, facts, denoiser.path)
     pipeline, record["typed"] = settle(family, pipeline, record)
-    with replacing(out_dir, "export") as aside:
+    done = bar(total=3, desc="export", leave=False, disable=not progress)  # write, verify, samples
+    with done, replacing(out_dir, "export") as aside:
         pipeline.save_pretrained(aside, safe_serialization=True)
+        done.update()
         load_alike(aside)
         record["custom_code"] = put_code(sampler.scheduler, aside / "scheduler")
         (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         write_card(aside, record, type(pipeline).__name__, out_dir.name)
         if verify:
             check_export(aside, record, family, denoiser, spec, like)
+        done.update()
         add(aside)
+        done.update()
     return out_dir
 
 

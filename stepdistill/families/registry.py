@@ -19,7 +19,7 @@ import torch
 from diffusers import SchedulerMixin, UNet2DModel
 
 from stepdistill.core.method import Setting
-from stepdistill.core.registry import Registry
+from stepdistill.families import FAMILIES
 from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import read_schedule
@@ -33,8 +33,6 @@ from stepdistill.loading.single_file import load_single_file, schedule_marks
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.weightless import weightless
 from stepdistill.storage.files import one_line
-
-FAMILIES: Registry[Family] = Registry("stepdistill.families", Family)
 
 
 def family_for(pipeline_class: str) -> type[Family]:

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from stepdistill.loading.place import is_hub_id
 from stepdistill.storage.files import read_json
 
 Identity = dict[str, str]  # file within the model -> hash, or {"commit": of the Hub}
@@ -27,24 +28,12 @@ WHOLE_BYTES = 1 << 20  # files up to this size are hashed whole
 SAMPLE_BYTES = 64  # of each tensor
 MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SNAPSHOT = re.compile(r"models--(.+?)--(.+?)/snapshots/([0-9a-f]{40})")
 UNREACHABLE = (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError)
 # Parts that no sample depends on, and what a saver notes of itself.
 _UNREAD = ("safety_checker", "feature_extractor", "image_processor")
 _NOTES = ("_diffusers_version", "_name_or_path", "_commit_hash", "transformers_version")
 _VARIANT = re.compile(r"[^.]+?(-\d{5}-of-\d{5})?(\.(?P<name>.+?)(-\d{5}-of-\d{5})?)?\.safetensors")
-
-
-def absolute(place: str) -> str:
-    """The absolute path of what is there; any other text (a Hub id) as it is."""
-    path = os.path.expanduser(place)
-    return os.path.abspath(path) if place and os.path.exists(path) else place
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether it is user/name: no other text is ever looked up on the Hub."""
-    return HUB_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
 def identity_of(place: str, revision: str | None = None, variant: str | None = None) -> Identity:

@@ -17,28 +17,12 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
 from safetensors import SafetensorError, safe_open
 
+from stepdistill.loading.place import is_single_file
 from stepdistill.loading.read_whole import check_all_read
 from stepdistill.loading.safe_files import load_stock, no_pickles
-from stepdistill.storage.files import PICKLED
 
 # Where the parts beside the denoiser stand in a whole checkpoint: SD, SDXL, SD3 and later.
 _OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
-
-
-def is_single_file(model: str | Path) -> bool:
-    """Whether `model` is one local weight file. Errors: ValueError for a pickled one."""
-    path = Path(model)
-    if path.is_file() and path.suffix in PICKLED:
-        raise ValueError(
-            f"pretrained_model_name_or_path: expected a .safetensors file, got {path}. Pickled "
-            "weights are not read; convert them with safetensors."
-        )
-    if path.suffix == ".safetensors" and not path.is_file():
-        raise ValueError(
-            f"pretrained_model_name_or_path: expected a local .safetensors file, got {path}, "
-            "which is not there. Download it first."
-        )
-    return path.suffix == ".safetensors"
 
 
 def config_source(model: str | Path, config: str | None) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from stepdistill.loading.identity import Identity, absolute, identity_of, is_hub_id
+from stepdistill.loading.identity import Identity, identity_of
+from stepdistill.loading.place import absolute, check_place, is_single_file
 from stepdistill.loading.quantization import check_quantization
 from stepdistill.loading.safe_files import check_index
-from stepdistill.loading.single_file import config_source, is_single_file, is_whole
+from stepdistill.loading.single_file import config_source, is_whole
 from stepdistill.loading.teacher_lora import lora_facts, lora_text, parse_lora
 from stepdistill.storage.files import read_json
 
@@ -89,21 +90,12 @@ class ModelSource:
         """model_index.json. Errors: ValueError for no Diffusers pipeline, or a broken file."""
         where = self.described_at
         folder = Path(where)
+        check_place(where)
         if not folder.exists():
-            if not is_hub_id(where):
-                raise ValueError(
-                    "pretrained_model_name_or_path: expected a pipeline folder or a Hub id "
-                    f"(user/name), got {where!r}, which is not there."
-                )
             found: dict[str, Any] = DiffusionPipeline.load_config(where, **self.hub)
             check_index(found, where)
             return found
         file = folder / "model_index.json"
-        if not file.is_file():
-            raise ValueError(
-                f"pretrained_model_name_or_path: expected a Diffusers pipeline folder "
-                f"(with model_index.json), got {where!r}. Save it with save_pretrained."
-            )
         read = read_json(file, ("_class_name",))
         if not isinstance(read.get("_class_name"), str):
             raise ValueError(f"{file}: expected an object with a string _class_name, got none.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 
-from stepdistill.loading.identity import HUB_ID, absolute, commit_of
+from stepdistill.loading.identity import commit_of
+from stepdistill.loading.place import absolute, check_lora
 from stepdistill.storage.files import sha256_of
-
-_FILE_OF_HUB_ID = re.compile(rf"{HUB_ID.pattern}(/[\w./-]+\.safetensors)?")
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,7 @@ def parse_lora(text: str) -> LoraSource:
         return LoraSource(str(found.parent), found.name, scale)
     if found.is_dir():
         return LoraSource(str(found), _file_in(found), scale)
-    if not _FILE_OF_HUB_ID.fullmatch(path):
-        raise ValueError(
-            f"teacher_lora: expected a .safetensors file, a folder or a Hub id (user/name), got "
-            f"{path!r}, which is not there."
-        )
+    check_lora("teacher_lora", path)
     user, name, *file = path.split("/", 2)
     return LoraSource(f"{user}/{name}", file[0] if file else LORA_WEIGHT_NAME_SAFE, scale)
 

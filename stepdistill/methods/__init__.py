@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stepdistill.core.method import Method
 from stepdistill.core.registry import Registry
 
-METHODS: Registry[Method[Any]] = Registry("stepdistill.methods", Method)
+if TYPE_CHECKING:
+    from stepdistill.core.method import Method
+
+_FACTS = ("aliases", "paper", "steps", "data", "status", "trainer")
+METHODS: Registry[Method[Any]] = Registry(__name__, "stepdistill.core.method:Method", _FACTS)

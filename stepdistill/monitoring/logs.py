@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,15 +28,15 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.monitoring.best import Best, check_measured, new_best, read_best, write_best
 from stepdistill.monitoring.validation import Validation
 from stepdistill.monitoring.watchdog import Watchdog, WatchdogStop
-from stepdistill.storage.checkpoints import RUN_FILE, discard, is_users
-from stepdistill.storage.files import one_line, write_text
+from stepdistill.reporting.bars import bar, planned_steps
+from stepdistill.storage.checkpoints import discard, is_users
+from stepdistill.storage.files import RUN_FILE, one_line, write_text
 from stepdistill.storage.folders import fault_of
 
 from .records import mend
 from .run_report import REPORT, write_run_report
 
 _REPORT_SECONDS = 20.0  # between live reports at log lines; validations always write one
-_SECONDS_IN_A_FILE = 10.0  # between bars where standard error is no terminal
 
 
 class RunLog:
@@ -55,7 +54,7 @@ class RunLog:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Any] = {}
         self._bar: Any = None
-        self._window_start = (0, 0.0)
+        self._window_start = self._began = (0, 0.0)
         self.last: dict[str, float] = {}
         self._open = False  # between start and the end's event
         self._best: Best | None = None
@@ -79,15 +78,10 @@ class RunLog:
             self.keep_best()  # a kill may have come between the checkpoint and its pointer
         if self._args.report_to:
             self._accelerator.init_trackers("stepdistill", config={"method": self._facts["method"]})
-        self._window_start = (step, seconds)
+        self._window_start = self._began = (step, seconds)
         if self._accelerator.is_main_process and not self._args.disable_progress_bar:
-            self._bar = tqdm(
-                total=self._args.max_train_steps,
-                initial=step,
-                desc="distil",
-                unit="step",
-                mininterval=0.1 if sys.stderr.isatty() else _SECONDS_IN_A_FILE,
-            )
+            total = self._args.max_train_steps
+            self._bar = bar(total=total, initial=step, desc="distil", unit="step")
 
     # ------------------------------------------------------------ every update
     def _collect(self, key: str, value: Tensor) -> None:
@@ -110,6 +104,13 @@ class RunLog:
         for role, norm in norms.items():
             self._collect(f"grad_norm/{role}", norm.detach())
         return self.watchdog.allows(norms, step)
+
+    def advance(self, step: int, seconds: float) -> None:
+        """Move the bar; its end, and so the time left, is that of the budget that binds."""
+        if self._bar is not None:
+            most, budget = self._args.max_train_steps, self._args.max_train_seconds
+            self._bar.total = planned_steps(step, seconds, self._began, most, budget)
+            self._bar.update(step - self._bar.n)
 
     # -------------------------------------------------------------- log lines
     def due(self, step: int) -> bool:
@@ -152,7 +153,6 @@ class RunLog:
                 k.removeprefix("loss/"): f"{v:.4g}" for k, v in values.items() if "loss/" in k
             }
             self._bar.set_postfix(losses, refresh=False)
-            self._bar.update(step - self._bar.n)
         if time.monotonic() - self._reported > _REPORT_SECONDS:
             self.report()
 

@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.storage.checkpoints import RUN_FILE
-from stepdistill.storage.files import free_name, one_line, read_json, set_aside, write_text
+from stepdistill.storage.files import (
+    RUN_FILE,
+    free_name,
+    one_line,
+    read_json,
+    set_aside,
+    write_text,
+)
 
 from .best import BEST_FILE
 

@@ -26,6 +26,7 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.families.family import Family
+from stepdistill.reporting.bars import bar
 from stepdistill.sampling import keyed_noise
 from stepdistill.storage.files import write_atomic
 
@@ -90,7 +91,9 @@ def solve_reference(
     times = sorted({*grid, *probes}, reverse=True)
     ends, parts, states = [*times[1:], 0.0], [], {t: [] for t in probes}  # type: ignore[var-annotated]
     predicted: dict[float, list[Tensor]] = {t: [] for t in probes}
-    for first in range(0, len(prompts), BATCH):
+    batches = range(0, len(prompts), BATCH)
+    off = args.disable_progress_bar
+    for first in bar(batches, desc="validation: teacher", leave=False, disable=off):
         part = prompts[first : first + BATCH]
         cond, null = conditions(family, teacher, part, guidance, device)
         noise = keyed_noise(shape, args.seed, range(first, first + len(part))).to(device)

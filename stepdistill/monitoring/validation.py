@@ -41,6 +41,7 @@ from stepdistill.monitoring.sample_metrics import (
     pooled_features,
     sample_metrics,
 )
+from stepdistill.reporting.bars import bar
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.sampling import keyed_noise, sample_images, sample_latents, to_pil
 
@@ -136,11 +137,12 @@ class Validator:
         """x0 (N, C, *S) of the grid's noise, on the CPU."""
         args, prompts = self._args, grid_prompts(self._args, self._bank.family)
         size = (args.resolution, args.resolution)
+        off = args.disable_progress_bar
         parts = [
             sample_latents(
                 student, self._bank.family, spec, prompts[i : i + BATCH], args.seed, *size, i
             )
-            for i in range(0, len(prompts), BATCH)
+            for i in bar(range(0, len(prompts), BATCH), desc="validation", leave=False, disable=off)
         ]
         return torch.cat([p.float().cpu() for p in parts])
 

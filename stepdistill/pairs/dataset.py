@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from stepdistill.core.context import normal_rows
 from stepdistill.core.denoiser import Denoiser
@@ -40,6 +39,7 @@ from stepdistill.pairs.files import (
     read_manifest,
     shard_name,
 )
+from stepdistill.reporting.bars import bar
 from stepdistill.storage.files import write_text
 from stepdistill.storage.shard_files import BrokenShardError, Shard, write_shard
 
@@ -267,7 +267,7 @@ def write_shards(
     batch_size = writer.settings.batch_size
     mine = range(rank, writer.num_shards, world_size)
     total = sum(len(writer.rows(shard)) for shard in mine)
-    with tqdm(total=total, desc="pairs", unit="pair", disable=not progress) as bar:
+    with bar(total=total, desc="pairs", unit="pair", disable=not progress) as made:
         for shard in mine:
             stop_if_orphaned()
             rows = writer.rows(shard)
@@ -276,6 +276,6 @@ def write_shards(
                 parts = [make(rows[start : start + batch_size]) for start in starts]
                 noise, x0 = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
                 writer.write(shard, noise, x0, [text for part in parts for text in part[2]])
-            bar.update(len(rows))
+            made.update(len(rows))
     names = [shard_name(shard) for shard in range(writer.num_shards)]
     return PairDataset(writer.folder) if all((writer.folder / n).is_file() for n in names) else None

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import CLIPImageProcessor
 
+from stepdistill.config.planned import bundled, require_known
 from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for
 from stepdistill.loading.project_code import part_class
@@ -34,12 +35,6 @@ _STAND_INS: dict[str, Callable[[], Any]] = {
 }
 
 
-def bundled() -> list[str]:
-    """Names of the models that `plan` knows without any file."""
-    folder = resources.files("stepdistill.planning") / "models"
-    return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith("json"))
-
-
 def describe(model: str) -> dict[str, Any]:
     """{"pipeline": class name, "options": {...}, "parts": {name: {"class", "config"}}}.
 
@@ -51,12 +46,8 @@ def describe(model: str) -> dict[str, Any]:
         text = (resources.files("stepdistill.planning") / "models" / f"{model}.json").read_text()
         found: dict[str, Any] = json.loads(text)
         return found
+    require_known("plan", model)
     folder = Path(model)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"plan: expected a pipeline folder (with model_index.json) or one of {bundled()}, "
-            f"got {model!r}."
-        )
     index = ModelSource(model).index
     parts: dict[str, Any] = {}
     options = {}

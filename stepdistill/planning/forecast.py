@@ -34,7 +34,8 @@ from stepdistill.training.memory import checkpoints_activations
 from stepdistill.training.optim import moment_bytes
 from stepdistill.training.setup import roles_of
 
-_HELD = {"offload_encoders": False, "optimizer": "adamw"}  # no phase depends on them
+# No phase's cost depends on them.
+_HELD = {"offload_encoders": False, "optimizer": "adamw", "gradient_accumulation_steps": 1}
 PROMPT = "a photograph of an astronaut riding a horse, studio light, highly detailed"
 
 
@@ -55,7 +56,7 @@ class Forecast:
     frozen: denoiser weights no phase trains. trained, averaged: weights by role. gradients: of the
     largest phase. optimizer: both Adam moments of every trained role (optimizer_8bit: in 8 bits).
     encoders: text encoders and VAE, where they are not offloaded. encoding: the peak of encoding a
-    prompt above all that.
+    prompt above all that. accumulation: micro-batches of each update.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Forecast:
     phases: tuple[Cost, ...] = field(default=())
     largest_block: int = 0
     kept_gathered: int = 0
+    accumulation: int = 1
 
     @property
     def resident(self) -> int:
@@ -89,8 +91,8 @@ class Forecast:
 
     @property
     def flops_per_step(self) -> int:
-        """Floating-point operations of one student step: every phase, every repeat."""
-        return sum(c.flops * c.repeat for c in self.phases)
+        """Operations of one student step: every phase, every repeat, every micro-batch."""
+        return self.accumulation * sum(c.flops * c.repeat for c in self.phases)
 
     def peak_on(self, num_gpus: int, sharding: str = "ddp") -> int:
         """Bytes on each of `num_gpus`: ddp adds the gradient buckets, fsdp2 shards what is held.
@@ -125,6 +127,7 @@ def forecast(run: RunConfig) -> Forecast:
     """
     told = run.model_copy(update=_HELD)  # without a command's own options
     plan = _traced(told.model_dump_json(include=set(RunConfig.model_fields)))
+    plan = replace(plan, accumulation=run.gradient_accumulation_steps)
     if run.offload_encoders:
         plan = replace(plan, encoders=0, encoding=0)
     if run.optimizer == "adamw_8bit":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,7 @@ GPUS: dict[str, tuple[float, float]] = {
     "h100": (989.4, 80),
     "h200": (989.4, 141),
 }
+TIGHT = 0.9  # the share of a memory above which fragments and other programs may be too much
 UTILISATION = 0.4  # the share of the peak rate that large diffusion training usually reaches
 
 
@@ -45,13 +46,16 @@ def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None)
     console.print(
         f"{plan.flops_per_step / 1e12:.1f} TFLOP a step; estimate: "
         f"{hours_per_1k(plan, gpu):.2f} h per 1,000 steps on {gpu} "
-        f"({UTILISATION:.0%} of its peak rate)"
+        f"({UTILISATION:.0%} of its peak rate), "
+        f"{hours_per_1k(plan, gpu) * run.max_train_steps / 1000:.2f} h for {run.max_train_steps:,}"
     )
-    if plan.peak_on(num_gpus) <= room:
-        console.print(f"fits {room / 1e9:g} GB")
+    share = plan.peak_on(num_gpus) / room
+    if share <= 1:
+        told = "fits" if share <= TIGHT else f"tight ({share:.0%} of it is forecast): fits"
+        console.print(f"{told} {room / 1e9:g} GB")
         return True
     console.print(f"does not fit {room / 1e9:g} GB")
-    for told, smaller in suggestions(run, plan.checkpointing):
+    for told, smaller in suggestions(run, plan):
         size = forecast(smaller).peak_on(num_gpus)
         verdict = "fits" if size <= room else "does not fit either"
         console.print(f"  {told}: {size / GIB:.2f} GiB, {verdict}")
@@ -81,40 +85,57 @@ def table(plan: Forecast, run: RunConfig) -> Table:
     return made
 
 
-def suggestions(run: RunConfig, checkpointing: bool = False) -> Iterator[tuple[str, RunConfig]]:
-    """Cheaper runs, the mildest change first, each keeping the changes before it.
+def suggestions(run: RunConfig, plan: Forecast) -> Iterator[tuple[str, RunConfig]]:
+    """Cheaper runs, the change that saves most first, each keeping the changes before it.
 
-    Args: checkpointing: whether the run recomputes activations already.
+    Which saves most is estimated from the run's forecast; a harsher form of a change (nf4 after
+    int8) is offered once the milder one is made.
     """
     told: list[str] = []
-
-    def step(name: str, **changes: object) -> tuple[str, RunConfig]:
-        nonlocal run
+    done: set[str] = set()
+    while True:
+        left = [change for change in _changes(run, plan) if change[1] not in done]
+        if not left:
+            return
+        _, name, changes = max(left, key=lambda change: change[0])
         told.append(name)
-        run = run.model_copy(update=changes)
-        return ", ".join(told), run
+        done.add(name)
+        run = run.model_copy(update=dict(changes))
+        yield ", ".join(told), run
 
-    if not checkpointing:
-        yield step("gradient_checkpointing", gradient_checkpointing=True)
+
+def _changes(run: RunConfig, plan: Forecast) -> Iterator[tuple[float, str, Mapping[str, object]]]:
+    """(bytes that it saves about, name, options) of each change that the run has not made yet."""
+    tuning = run.tuning
+    activations = max((c.activations for c in plan.phases), default=0) - plan.gradients
+    trained = sum(plan.trained.values()) + plan.gradients + plan.optimizer
+    wide = 0.5 if run.frozen_dtype.itemsize == 4 else 0.0
+    if not plan.checkpointing and run.gradient_checkpointing is not True:
+        yield 0.7 * activations, "gradient_checkpointing", {"gradient_checkpointing": True}
     if run.mixed_precision == "no":
-        yield step("mixed_precision=bf16", mixed_precision="bf16")
+        saved = wide * (plan.frozen + plan.encoders) + 0.5 * activations
+        yield saved, "mixed_precision=bf16", {"mixed_precision": "bf16"}
     if not run.offload_encoders:
-        yield step("offload_encoders", offload_encoders=True)
-    if "full" in (run.tuning.student, run.tuning.fake) and run.tuning.student_config is None:
-        tuning = run.tuning.model_copy(update={"student": "lora", "fake": "lora"})
-        yield step("student=lora, fake=lora", tuning=tuning)
+        yield plan.encoders, "offload_encoders", {"offload_encoders": True}
+    if "full" in (tuning.student, tuning.fake) and tuning.student_config is None:
+        lora = tuning.model_copy(update={"student": "lora", "fake": "lora"})
+        yield 0.9 * trained, "student=lora, fake=lora", {"tuning": lora}
     if run.train_batch_size > 1:
-        yield step("batch 1 with accumulation", train_batch_size=1)
+        share = 1 - 1 / run.train_batch_size
+        steps = run.gradient_accumulation_steps * run.train_batch_size
+        smaller = {"train_batch_size": 1, "gradient_accumulation_steps": steps}
+        yield share * activations, "batch 1 with accumulation", smaller
     if run.optimizer == "adamw":
-        yield step("optimizer=adamw_8bit", optimizer="adamw_8bit")
-    lora = run.tuning.student == run.tuning.fake == "lora"
-    if lora and run.tuning.base_quantization == "none":
-        tuning = run.tuning.model_copy(update={"base_quantization": "int8"})
-        yield step("base_quantization=int8", tuning=tuning)
+        saved = plan.optimizer - plan.optimizer_8bit
+        yield saved, "optimizer=adamw_8bit", {"optimizer": "adamw_8bit"}
+    lora_alone = tuning.student == tuning.fake == "lora"
+    for kind, before, share in (("int8", "none", 0.5), ("nf4", "int8", 0.25)):
+        if lora_alone and tuning.base_quantization == before:
+            packed = tuning.model_copy(update={"base_quantization": kind})
+            yield share * plan.frozen, f"base_quantization={kind}", {"tuning": packed}
     if run.ema_decay:
-        yield step("ema_decay=0", ema_decay=0.0)
-    if run.tuning.rank > 16:
-        yield step("rank=16", tuning=run.tuning.model_copy(update={"rank": 16, "alpha": None}))
-    if lora and run.tuning.base_quantization == "int8":
-        tuning = run.tuning.model_copy(update={"base_quantization": "nf4"})
-        yield step("base_quantization=nf4", tuning=tuning)
+        yield plan.averaged, "ema_decay=0", {"ema_decay": 0.0}
+    if tuning.rank > 16:
+        saved = trained * (1 - 16 / tuning.rank) if lora_alone else 0.0
+        small = tuning.model_copy(update={"rank": 16, "alpha": None})
+        yield saved, "rank=16", {"tuning": small}

@@ -10,7 +10,6 @@ from pathlib import Path
 from stepdistill.storage.files import temporary
 from stepdistill.storage.folders import fault_of, holds_more
 
-RUN_FILE = "run.json"  # beside the checkpoints: what the run is
 # The second form is folders.old_of; the last is an earlier version's, and perhaps a user's copy.
 _NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.stepdistill-old|checkpoint-(\d+)\.old")
 

@@ -20,6 +20,7 @@ from stepdistill.storage.writers import machine, runs
 
 _OF_WRITER = re.compile(r"\.([0-9a-f]{8})-(\d+)\.stepdistill-tmp$")
 _ELSEWHERE_SECONDS = 86400.0  # no file takes longer, on machines that can't be asked
+RUN_FILE = "run.json"  # beside the checkpoints: what the run is
 EXPORT_RECORD = "distillation.json"  # in an exported folder: what it is, and of which run
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ _PIXELS_AT_ONCE = 2**20  # of images encoded in one call: what one of 1024 x 102
 class BatchMaker:
     """Turns raw batches into Batches with a family's own encoding code.
 
-    Args: max_cached_prompts, max_cached_latents: how many are kept in memory, least recently used
-        dropped first; 0 keeps none. disk: the run's cache; what it has is not kept in memory.
+    Args: max_cached_prompts, latents_cache_bytes: how many, and how much, is kept in memory, least
+        recently used dropped first; 0 keeps none. max_cached_latents: a limit of their number too.
+        disk: the run's cache; what it has is not kept in memory.
     """
 
     def __init__(
@@ -38,13 +40,16 @@ class BatchMaker:
         resolution: int | None = None,
         cache_latents: bool = True,
         max_cached_prompts: int = 4096,
-        max_cached_latents: int = 4096,
+        latents_cache_bytes: int = 2 << 30,
+        max_cached_latents: int | None = None,
         disk: EncodedCache | None = None,
     ) -> None:
         self.family, self.device, self.disk = family, device, disk
         self.shape = family.sample_shape(resolution, resolution)
         self._max_prompts = max_cached_prompts
-        self._max_latents = max_cached_latents if cache_latents else 0
+        self._latents_room = latents_cache_bytes if cache_latents and max_cached_latents != 0 else 0
+        self._max_latents = max_cached_latents
+        self._latents_size = 0  # bytes
         self._prompts: OrderedDict[Any, Cond] = OrderedDict()
         self._latents: OrderedDict[Any, Tensor] = OrderedDict()  # by content, or source and row
         self._null: Cond | None = None
@@ -138,7 +143,7 @@ class BatchMaker:
         if not {"image", "content"} & raw.keys() or self.family.reads_image:
             return None  # of the latter the image is the first frame alone
         images: Any = raw["image"] if "image" in raw else [None] * len(raw["index"])
-        uncached = not self._max_latents and (self.disk is None or self.disk.latents is None)
+        uncached = not self._latents_room and (self.disk is None or self.disk.latents is None)
         if uncached and isinstance(images, Tensor):
             at_once = max(1, _PIXELS_AT_ONCE // (images.shape[-2] * images.shape[-1]))
             made = [self.family.latents(some).float() for some in images.split(at_once)]
@@ -172,10 +177,19 @@ class BatchMaker:
         if image is None:  # a source leaves out what the disk had when the run began
             return None
         fresh = self.family.latents(image.unsqueeze(0))[0].float()  # one by one, where the VAE is
-        if self._max_latents:
+        if self._latents_room:
             self._latents[key] = fresh.cpu()
-            _drop_oldest(self._latents, self._max_latents)
+            self._latents_size += fresh.nbytes
+            limit = len(self._latents) if self._max_latents is None else self._max_latents
+            while self._latents_size > self._latents_room or len(self._latents) > limit:
+                self._latents_size -= self._latents.popitem(last=False)[1].nbytes
         return fresh
+
+    @property
+    def latents_kept(self) -> int:
+        """How many latents of the run's own shape, in float32, stay in memory."""
+        many = self._latents_room // (4 * prod(self.shape))
+        return many if self._max_latents is None else min(many, self._max_latents)
 
 
 def _drop_oldest(kept: OrderedDict[Any, Any], limit: int) -> None:
@@ -190,5 +204,5 @@ def batch_maker(
     disk = None
     if args.cache_dir is not None and training:
         disk = EncodedCache(args.cache_dir, family, args.resolution)
-    prompts, latents = args.max_cached_prompts, args.max_cached_latents
-    return BatchMaker(family, device, args.resolution, args.cache_latents, prompts, latents, disk)
+    sizes = (args.max_cached_prompts, args.latents_cache_mb << 20, args.max_cached_latents)
+    return BatchMaker(family, device, args.resolution, args.cache_latents, *sizes, disk)

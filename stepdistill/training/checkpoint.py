@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from stepdistill.loading.stored_tensors import StoredTensors
 from stepdistill.monitoring.best import read_best
+from stepdistill.reporting.bars import bar
 from stepdistill.roles.role_weights import to_cpu
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.checkpoints import (
@@ -174,9 +175,11 @@ def save_checkpoint(
     method_state: Mapping[str, Tensor],
     state: Mapping[str, Any],
     in_shards: bool = False,
+    progress: bool = False,
 ) -> None:
     """Write checkpoint-N on one process, between barriers; networks in shards on all together.
 
+    Args: progress: show a bar.
     Errors: OSError where it can't be written, naming the newest whole checkpoint.
     """
     makers: dict[str, Callable[[], Mapping[str, Tensor]]] = {
@@ -187,6 +190,13 @@ def save_checkpoint(
     if method_state:
         makers["method"] = lambda: method_state
     documents = {"trainer_state": dict(state), "optimizer": plain_state(bank, optimizer)}
+    written = bar(total=len(makers), desc="checkpoint", leave=False, disable=not progress)
+
+    def counted(make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        written.update()
+        return make()
+
+    makers = {stem: partial(counted, make) for stem, make in makers.items()}
     try:
         if in_shards:
             write_shards(folder, _Parts(makers), documents)
@@ -199,6 +209,8 @@ def save_checkpoint(
             f"{err} Newest whole checkpoint: {good.name if good else 'none yet'}; then go on with "
             "--resume_from_checkpoint latest."
         ) from err
+    finally:
+        written.close()
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,12 +18,13 @@ from stepdistill.config.tuning import Tuning
 from stepdistill.core.context import DRAW_LAW
 from stepdistill.core.method import MethodConfig
 from stepdistill.families.family import Family
-from stepdistill.loading.identity import absolute, differing, identity_of
+from stepdistill.loading.identity import differing, identity_of
+from stepdistill.loading.place import absolute
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import same_lora
 from stepdistill.monitoring.records import FILES
-from stepdistill.storage.checkpoints import RUN_FILE, list_checkpoints, newest_valid
-from stepdistill.storage.files import read_json
+from stepdistill.storage.checkpoints import list_checkpoints, newest_valid
+from stepdistill.storage.files import RUN_FILE, read_json
 from stepdistill.storage.folders import refuse_written_on
 from stepdistill.training.start import student_base_of
 
@@ -106,6 +108,13 @@ def output_dir_is_ours(args: TrainConfig, facts: Mapping[str, Any]) -> str | Non
     if known is not None:
         same_run(known, facts)
         same_data(known.get("data"), facts.get("data"), args.data_changed == "ok")
+        for name in ("method_file", "family_file"):
+            if facts.get(name, {}).get("sha256") != (known.get(name) or {}).get("sha256"):
+                warnings.warn(
+                    f"{name}: {(facts.get(name) or known[name])['file']} is not the code that the "
+                    "run was begun with; it goes on with what is there now.",
+                    stacklevel=2,
+                )
     return args.resume_from_checkpoint
 
 

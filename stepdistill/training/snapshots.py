@@ -62,7 +62,8 @@ class Resumable:
                 "log": log_state,
             }
             buffers = self.method.state_dict()
-            save_checkpoint(folder, self.bank, self.optimizer, buffers, state, self.sharded)
+            shown = main and not args.disable_progress_bar
+            save_checkpoint(folder, self.bank, self.optimizer, buffers, state, self.sharded, shown)
         if main:
             prune(folder, args.checkpoints_total_limit, self.log.protected())
         accelerator.wait_for_everyone()

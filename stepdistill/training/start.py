@@ -16,7 +16,7 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.families.decoder import decoder_config
 from stepdistill.families.family import Family
 from stepdistill.families.registry import TeacherFacts, teacher_facts
-from stepdistill.loading.identity import absolute, is_hub_id
+from stepdistill.loading.place import absolute, is_hub_id
 from stepdistill.loading.safe_files import no_pickles
 from stepdistill.loading.stored_tensors import StoredTensors
 from stepdistill.roles.rolebank import RoleBank

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from stepdistill.config.files import method_class, method_config
+from stepdistill.config.files import method_class, method_config, resolve_method
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
@@ -30,9 +30,11 @@ from stepdistill.core.stopping import Stopped
 from stepdistill.data.fingerprint import data_facts
 from stepdistill.data.source import fitted
 from stepdistill.data.stream import as_dataset
+from stepdistill.families import FAMILIES
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.loading.source import ModelSource
+from stepdistill.methods import METHODS
 from stepdistill.monitoring.logs import RunLog
 from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards import build_scorers
@@ -83,7 +85,7 @@ class Trainer(Resumable):
         scorers: Mapping[str, Scorer] | None = None,
         gan_dataset: Any = None,
     ) -> None:
-        self.args, self.method_name = args, method
+        self.args, self.method_name = args, resolve_method(method)[0]
         self.teacher = model if isinstance(model, Family) else ModelSource.of(model)
         self.dataset = None if train_dataset is None else as_dataset(train_dataset)
         self.gan_dataset = None if gan_dataset is None else as_dataset(gan_dataset, "gan_dataset")
@@ -114,6 +116,9 @@ class Trainer(Resumable):
         training = self.dataset is not None
         check_start(args, facts, training)
         self.facts = run_identity.run_facts(self.teacher, self.method_name, config, args, training)
+        own = {"method_file": METHODS.files.get(self.method_name)}
+        own |= {"family_file": FAMILIES.files.get(facts.family.name)}
+        self.facts |= {name: file for name, file in own.items() if file is not None}
         if training:
             self.facts["data"] = data_facts(self.dataset)
         self.resume_from = run_identity.output_dir_is_ours(args, self.facts)
@@ -238,6 +243,7 @@ class Trainer(Resumable):
                 self.accelerator,
                 failure is not None,
             )
+            self.log.advance(self.step, self.seconds)
             cut_off = self.stop.preempted or self.stop.failed
             last = self.step >= end or stopping
             if self.log.due(self.step) or last:

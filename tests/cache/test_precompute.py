@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,18 @@ def test_latents_in_memory_are_bounded(family, tmp_path) -> None:
     for _ in range(COUNT // 2):
         maker(next(batches))
     assert (calls, len(maker._latents)) == (COUNT, 10)
+
+
+def test_latents_in_memory_count_bytes(family, tmp_path) -> None:
+    """Many small ones fit where a few large ones do; a budget of three holds three."""
+    data = ImageFolderDataset(image_folder(tmp_path), RESOLUTION)
+    each = 4 * prod(family.sample_shape(RESOLUTION, RESOLUTION))
+    maker = BatchMaker(family, CPU, RESOLUTION, latents_cache_bytes=3 * each + 1)
+    batches = stream(data, 2, 0)
+    for _ in range(COUNT // 2):
+        maker(next(batches))
+    assert (len(maker._latents), maker._latents_size, maker.latents_kept) == (3, 3 * each, 3)
+    assert BatchMaker(family, CPU, RESOLUTION).latents_kept == (2 << 30) // each > 10_000
 
 
 def test_corrupt_samples_end_a_run_where_none_are_allowed(teacher, tmp_path) -> None:

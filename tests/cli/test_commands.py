@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from stepdistill.cli import commands, main
 from stepdistill.cli import compare as compare_command
 from stepdistill.config.files import parse_run_config
 from stepdistill.config.flags import parse_options
+from stepdistill.config.run import RunConfig
 
-TEACHER = ["--pretrained_model_name_or_path", "x"]
+TEACHER = ["--pretrained_model_name_or_path", "me/x"]
 # Of each command: what it can't do without, and one option with two values, as typed and as read.
 CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "cache": ([*TEACHER, "--cache_dir", "c"], "seed", (1, 2)),
@@ -28,12 +30,16 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "compare": (["--output_dir", "out"], "processes", (2, 3)),
     "demo": ([], "seconds", (1.5, 2.5)),
     "doctor": ([], "format", ("json", "markdown")),
-    "evaluate": (["--teacher", "t", "--student", "s"], "seeds", ((1, 2), (3,))),
+    "evaluate": (["--teacher", "dir", "--student", "a"], "seeds", ((1, 2), (3,))),
     "export": (["run", "out"], "num_steps", (2, 4)),
     "list": ([], "", (None, None)),
     "merge": (["a:0.5", "b", "--output", "out"], "method", ("cat", "linear")),
     "pairs": ([*TEACHER, "--pairs_dir", "p"], "guidance", (2.5, 3.0)),
-    "plan": ([*TEACHER, "--method", "dmd2"], "memory_gb", (24.0, 48.0)),
+    "plan": (
+        ["--pretrained_model_name_or_path", "sdxl", "--method", "dmd2"],
+        "memory_gb",
+        (24.0, 48.0),
+    ),
     "push": (["folder", "me/name"], "dry_run", ("a", "b")),
     "recipes": ([], "", (None, None)),
     "report": (["run"], "", (None, None)),
@@ -44,7 +50,17 @@ WITH_OPTIONS = [name for name, (_, option, _) in CALLS.items() if option]
 
 
 @pytest.fixture
-def ran(monkeypatch) -> list[Any]:
+def places(monkeypatch, tmp_path) -> None:
+    """A working folder with all that CALLS name."""
+    for name in ("dir", "run", "folder", "a", "b"):
+        (tmp_path / name).mkdir()
+        for file in ("model_index.json", "run.json", "distillation.json"):
+            (tmp_path / name / file).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def ran(monkeypatch, places) -> list[Any]:
     """The options that each command was run with; none does its work."""
     from importlib import import_module
 
@@ -113,11 +129,75 @@ def test_what_is_missing_is_named(name) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_help_tells_the_command_and_its_options(name, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([name, "--help"])
+        main([name, "--help", "all"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
     assert commands()[name] in told
     assert f"--{CALLS[name][1]}" in told
+
+
+@pytest.mark.parametrize("name", ["train", "plan"])
+def test_help_shows_what_matters_first(name, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    told = capsys.readouterr().out
+    flags = set(re.findall(r"^  --(\S+)", told, re.MULTILINE)) - {"config"}
+    assert flags == {
+        *RunConfig.first,
+        *({"num_gpus", "gpu", "memory_gb"} if name == "plan" else ()),
+    }
+    assert len(RunConfig.first) == 20
+    assert "--watchdog" not in told
+    assert re.search(rf"\d+ more options: stepdistill {name} --help all", told)
+
+
+def test_mistakes_and_the_list_need_no_torch(tmp_path) -> None:
+    """One process for all: none of these may import torch, so a later one finds it absent."""
+    gone = str(tmp_path / "gone")
+    calls = [
+        ["list"],
+        ["train", "--method", "dmd3", *TEACHER],
+        ["train", "--method", "dmd2", "--pretrained_model_name_or_path", gone],
+        ["train", "--method", "dmd2", *TEACHER, "--max_steps", "3"],
+        ["train", "--method", "dmd2", *TEACHER, "--data.prompts_file", gone],
+        ["train", "--recipe", "sdxl-dmd2-lora-5step", *TEACHER],
+        ["cache", *TEACHER, "--data.train_data_dir", gone],
+        ["plan", "--method", "dmd2", "--pretrained_model_name_or_path", "sdx"],
+        ["pairs", "--pretrained_model_name_or_path", str(tmp_path), "--pairs_dir", "p"],
+        ["export", gone, "out"],
+        ["report", gone],
+        ["sample", gone, "--prompt", "a cat"],
+        ["push", gone, "me/x"],
+        ["check", gone],
+        ["merge", gone, f"{gone}:0.5", "--output", "o"],
+        ["evaluate", "--teacher", gone, "--student", "me/x"],
+        ["evaluate", "--teacher", "me/x", "--student", "./x"],
+        ["compare", "--teacher", "me/x", "--reference", gone, "--output_dir", "c"],
+        ["train", "--help"],
+    ]
+    code = f"""
+import sys
+from stepdistill.cli import main
+for call in {calls!r}:
+    try:
+        main(call)
+    except SystemExit as end:
+        print(end)
+print(sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = done.stdout
+    assert told.splitlines()[-1] == "[]"
+    assert "hyper_sd" in told
+    assert "got 'dmd3'. Nearest: ['dmd" in told
+    named = re.findall(r"^error: (\S+): expected", told, re.MULTILINE)
+    assert named == [
+        *("method", "pretrained_model_name_or_path", "flags", "data.prompts_file", "--recipe"),
+        *("data.train_data_dir", "pretrained_model_name_or_path", "pretrained_model_name_or_path"),
+        *("run_dir", "run_dir", "model_dir", "folder", "model_dir", "sources"),
+        *("teacher", "student", "reference"),
+    ]
+    assert "got ['max_steps']. Nearest: {'max_steps': ['max_train_steps'" in told
 
 
 def test_a_wrong_command_names_the_nearest() -> None:
@@ -267,7 +347,7 @@ def test_compare_takes_a_run_s_keys_from_files_for_every_method(tmp_path) -> Non
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("command", ["export", "merge", "pairs", "evaluate", "sample"])
 def test_a_signal_ends_a_command_where_it_is_with_one_line(
-    command, number, monkeypatch, capsys, ctrl_c
+    command, number, monkeypatch, capsys, ctrl_c, places
 ) -> None:
     before, reached = signal.getsignal(number), []
 

@@ -18,13 +18,13 @@ from support.runs import teacher_dir
 
 from stepdistill.config.files import method_class, method_config, parse_run_config
 from stepdistill.config.layers import layers_of, merge, merged, recipe_files
+from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, VPPath
 from stepdistill.families.registry import FAMILIES
 from stepdistill.methods import METHODS
 from stepdistill.pairs.teacher import make_pairs
-from stepdistill.planning.blueprint import bundled
 from stepdistill.planning.recipes import CARDS, forecast_of, known, settings_hash, sized, verdict
 from stepdistill.storage.bundled import bundled_names
 from stepdistill.testing.tiny import TINY
@@ -184,10 +184,12 @@ def test_a_small_model_gets_its_recipe_and_is_told(tmp_path_factory) -> None:
     run, said = told_of(["--method", "dmd2", *teacher, "--seed", "3"], by_size=True)
     assert (run.learning_rate, run.seed, run.tuning.student) == (3e-4, 3, "full")
     assert run.method_config["guidance"] == 1.0
-    assert len(said) == 1
-    assert said[0].startswith("recipe small-dmd2, as the denoiser has 0.0")
+    assert said == []  # it stands among what a run says at its start
+    assert run.reasons[0] == "flags seed"
+    assert run.reasons[1].startswith("recipe small-dmd2, as the denoiser has 0.0")
     run, said = told_of(["--config", "lcm_lora", "sd15", *teacher], by_size=True)
     assert (run.learning_rate, said) == (1e-4, [])
+    assert run.reasons == ["files lcm_lora, sd15"]
     assert told_of(["--method", "vsd", *teacher])[0].learning_rate == 1e-5  # plan, cache
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from stepdistill.core.registry import Registry
+from stepdistill.families import FAMILIES
+from stepdistill.methods import METHODS
 
 
 class Shape:
@@ -31,6 +33,13 @@ def declare(folder: Path, group: str, line: str) -> None:
     made.mkdir()
     (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {line.split()[0]}\nVersion: 1\n")
     (made / "entry_points.txt").write_text(f"[{group}]\n{line}\n")
+
+
+@pytest.mark.parametrize("registry", [METHODS, FAMILIES], ids=["methods", "families"])
+def test_the_index_is_what_the_classes_say(registry) -> None:
+    name = registry.package
+    file = Path(sys.modules[name].__file__ or "").with_name("index.json")
+    assert file.read_text() == registry.index_text(), f"{name} has changed: call write_index()"
 
 
 ROUND = 'class Round:\n    name = "round"\n'
@@ -85,3 +94,38 @@ def test_a_wrong_entry_point_is_named(line, said, tmp_path, monkeypatch) -> None
     declare(tmp_path, found.package, line)
     with pytest.raises(ValueError, match=said):
         found[line.split()[0]]
+
+
+def own_file(folder: Path, source: str = "") -> str:
+    """FILE.py:CLASS of a class that derives from Shape."""
+    sys.modules.setdefault(__name__, sys.modules[Shape.__module__])
+    default = f"from {__name__} import Shape\nclass Star(Shape):\n    name = 'star'\n"
+    (folder / "star.py").write_text(source or default)
+    return f"{folder}/star.py:Star"
+
+
+def test_a_class_of_a_file_is_added_by_its_name(tmp_path, monkeypatch) -> None:
+    found = package(tmp_path, monkeypatch, round=ROUND)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Shape.__module__])
+    text = own_file(tmp_path)
+    assert found.add_file(text) == found.add_file(text) == "star"
+    assert "star" in found
+    assert [*found] == ["round", "star"]
+    assert found["star"].__name__ == "Star"
+    assert found.others == {"star": text}
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("class Star: name = 'star'", "that derives from Shape, got <class"),
+        ("X = 1", "expected a class Star in .* got None"),
+        ("1 / 0", "to run, got ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_file_is_named(source, said, tmp_path, monkeypatch) -> None:
+    found = package(tmp_path, monkeypatch, round=ROUND)
+    with pytest.raises(ValueError, match=said):
+        found.add_file(own_file(tmp_path, source))
+    with pytest.raises(ValueError, match="of a file that is there"):
+        found.add_file(f"{tmp_path}/nowhere.py:Star")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from support.runs import teacher_dir
 
+from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
-from stepdistill.planning.blueprint import blueprint, bundled, describe
+from stepdistill.planning.blueprint import blueprint, describe
 from stepdistill.planning.forecast import Forecast, forecast
 from stepdistill.planning.report import hours_per_1k, print_plan, suggestions
 from stepdistill.planning.tracker import CostTracker
@@ -267,14 +269,41 @@ def test_hours_follow_from_the_peak_rate() -> None:
     assert hours_per_1k(plan, "h100") == pytest.approx(2e14 * 1000 / (989.4e12 * 0.4) / 3600)
 
 
-def test_suggestions_go_from_mild_to_harsh(teacher: Path) -> None:
+def test_hours_count_every_micro_batch(teacher: Path) -> None:
+    plans = [forecast(run_config(teacher, gradient_accumulation_steps=n)) for n in (1, 8)]
+    assert hours_per_1k(plans[1], "h100") == pytest.approx(8 * hours_per_1k(plans[0], "h100"))
+    assert plans[1].peak == plans[0].peak
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.8, "fits"), (0.95, "tight (95% of it is forecast)")]
+)
+def test_above_nine_tenths_is_tight(
+    teacher: Path, share: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_config(teacher)
+    assert print_plan(run, 1, "rtx4090", forecast(run).peak / share / 1e9)
+    assert f"\n{said}" in capsys.readouterr().out
+
+
+def test_suggestions_begin_with_what_saves_most(teacher: Path) -> None:
     run = run_config(teacher, tuning={"student": "full", "fake": "full"}, train_batch_size=4)
-    told, last = list(suggestions(run))[-1]
-    assert told.startswith("gradient_checkpointing, mixed_precision=bf16, offload_encoders, ")
+    offered = list(suggestions(run, forecast(run)))
+    first = forecast(offered[0][1]).peak
+    for changes in ({"offload_encoders": True}, {"optimizer": "adamw_8bit"}, {"ema_decay": 0.0}):
+        assert first <= forecast(run.model_copy(update=changes)).peak
+    told, last = offered[-1]
     assert (last.train_batch_size, last.tuning.student, last.tuning.rank) == (1, "lora", 16)
-    assert told.endswith(
-        "optimizer=adamw_8bit, base_quantization=int8, rank=16, base_quantization=nf4"
-    )
+    assert last.gradient_accumulation_steps == 4  # the same samples an update
+    for name in ("gradient_checkpointing", "mixed_precision=bf16", "offload_encoders"):
+        assert name in told
+    assert told.index("base_quantization=int8") < told.index("base_quantization=nf4")
+
+
+def test_text_encoders_that_fill_the_memory_go_first(teacher: Path) -> None:
+    run = run_config(teacher, tuning={"rank": 2})
+    large = replace(forecast(run), encoders=2**40)
+    assert next(suggestions(run, large))[0] == "offload_encoders"
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(
@@ -284,7 +313,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(
     plan = forecast(run)
     assert print_plan(run, 1, "rtx4090", None)
     assert not print_plan(run, 1, "rtx4090", (plan.peak - 1) / 1e9)
-    assert "gradient_checkpointing" in capsys.readouterr().out
+    assert "batch 1 with accumulation" in capsys.readouterr().out  # of eight: it saves most
 
 
 def test_a_resolution_far_from_the_model_s_own_is_told(teacher: Path) -> None:

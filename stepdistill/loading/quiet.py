@@ -1,0 +1,58 @@
+"""What libraries say in a run that needs nobody's attention: each by its message, with the reason.
+
+Nothing else of theirs is hidden. Our own warnings are printed as one line each.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from pathlib import Path
+
+# (logger, or "" for a Python warning; start of the message as a regular expression). Why it is
+# no news: above each.
+QUIET = (
+    # Diffusers, casting a denoiser that names no module to keep: the list is empty.
+    ("diffusers.models.modeling_utils", r"There are modules in \w+ that .* in float32: \[\]"),
+    # Diffusers, of the few-step scheduler that an export writes: its times are the trained ones
+    # whatever steps_offset says, and the export is checked against the sampler.
+    ("", r"(?s)The configuration file of this scheduler: .* is outdated. `steps_offset`"),
+    # Diffusers, reading back a LoRA of the denoiser alone, which is all that is trained.
+    ("diffusers.loaders.peft", r"No LoRA keys associated to \w+ found with the prefix="),
+    ("diffusers.loaders.lora_base", r"No LoRA keys associated to \w+ found with the prefix="),
+)
+
+
+class _Known(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage().lstrip()
+        return not any(re.match(start, text) for name, start in QUIET if name == record.name)
+
+
+_known = _Known()
+
+
+def quieten() -> None:
+    """For a command's process: hide QUIET, and print warnings of ours without a line of source."""
+    for name, start in QUIET:
+        if name:
+            logging.getLogger(name).addFilter(_known)  # one filter counts once
+        else:
+            warnings.filterwarnings("ignore", message=start)
+    plain = warnings.formatwarning
+    ours = str(Path(__file__).parents[1])
+
+    def one_line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if filename.startswith(ours):
+            return f"warning: {message}\n"
+        return plain(message, category, filename, lineno, line)
+
+    if plain.__module__ == "warnings":  # not again
+        warnings.formatwarning = one_line
