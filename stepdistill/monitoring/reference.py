@@ -81,6 +81,7 @@ def solve_reference(
     args: TrainConfig,
     guidance: float,
     probes: Sequence[float],
+    batch: int = BATCH,
 ) -> Reference:
     """Solve the teacher's guided ODE from the validation noise of these prompts."""
     size = (args.resolution, args.resolution)
@@ -90,8 +91,8 @@ def solve_reference(
     times = sorted({*grid, *probes}, reverse=True)
     ends, parts, states = [*times[1:], 0.0], [], {t: [] for t in probes}  # type: ignore[var-annotated]
     predicted: dict[float, list[Tensor]] = {t: [] for t in probes}
-    for first in range(0, len(prompts), BATCH):
-        part = prompts[first : first + BATCH]
+    for first in range(0, len(prompts), batch):
+        part = prompts[first : first + batch]
         cond, null = conditions(family, teacher, part, guidance, device)
         noise = keyed_noise(shape, args.seed, range(first, first + len(part))).to(device)
         x = teacher.path.prior(noise)
@@ -121,6 +122,7 @@ def saved_reference(
     args: TrainConfig,
     guidance: float,
     probes: Sequence[float],
+    batch: int = BATCH,
 ) -> Reference:
     """`solve_reference`, or what an earlier part of the run kept of it in `folder`."""
     path = folder / "teacher.safetensors"
@@ -136,11 +138,11 @@ def saved_reference(
                 tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
                 states = {t: tensors[f"x_t/{i}"] for i, t in enumerate(errors)}
                 return Reference(tensors["x0"], states, errors, tensors.get("unguided"))
-    found = solve_reference(teacher, family, prompts, args, guidance, probes)
+    found = solve_reference(teacher, family, prompts, args, guidance, probes, batch)
     tensors = {f"x_t/{i}": x.contiguous() for i, x in enumerate(found.states.values())}
     tensors["x0"] = found.x0.contiguous()
     if guidance != 1.0 and teacher.has_null and not teacher.embeds_guidance:
-        plain = solve_reference(teacher, family, prompts, args, 1.0, ())
+        plain = solve_reference(teacher, family, prompts, args, 1.0, (), batch)
         found = replace(found, unguided=plain.x0)
         tensors["unguided"] = plain.x0.contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,187 @@
+"""Validation that nobody asked for: on prompts of the run's own data, for under 2 % of its cost.
+
+Cost is counted, not timed, so that a run validates at the same steps on every machine and when it
+is resumed: in rows, samples that a network is asked about (a sample with gradients is 3, a guided
+one 2), as they were counted in the run's first steps. What no row stands for (decoding, text
+encoders, pictures) is allowed for by a count below the promise.
+Where even a small grid does not fit, there is none, and the run says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stepdistill.config.run import TrainConfig
+from stepdistill.core.denoiser import is_guided
+from stepdistill.core.method import Method
+from stepdistill.monitoring.fake_lag import LAG_TIMES
+from stepdistill.monitoring.reference import probe_times, teacher_guidance
+
+PROMISED_SHARE = 0.02
+_COUNTED_SHARE = 0.0125
+_MOST, _FEWEST = 20, 4  # validations of a run; two bad ones in a row make an alarm
+_PROMPTS = 4
+_STEPS_SEEN = 16  # student updates in which the prompts are looked for
+_DECODED_ROWS = 4  # a decoded image: SDXL's VAE at 1024 px takes some four passes of its UNet
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What each validation draws."""
+
+    prompts: int
+    images: int
+    teacher_steps: int
+
+    def rows(self, method: Method[Any], args: TrainConfig) -> tuple[int, int]:
+        """(rows of the teacher's reference, rows of one validation)."""
+        spec, each = method.sampler(), self.prompts * self.images
+        probes = len(probe_times(spec))
+        student = spec.num_steps * (2 if is_guided(spec.guidance) else 1)
+        rows, reference = student + _DECODED_ROWS, 0
+        if self.teacher_steps:
+            guided = is_guided(teacher_guidance(method, args))
+            passes = (self.teacher_steps + probes) * (2 if guided else 1)
+            reference = passes + _DECODED_ROWS
+            reference += self.teacher_steps + _DECODED_ROWS if guided else 0
+            rows += probes
+        if (fit := method.fake_fit) is not None:
+            calls = [fit.teacher, fit.fitted, *([fit.fake] if fit.fake != fit.fitted else [])]
+            rows += student + len(LAG_TIMES) * sum(2 if is_guided(g) else 1 for g in calls)
+        return each * reference, each * rows
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A validation every `every` student updates and at the end; 0 is none. share: of the run's
+    rows."""
+
+    every: int
+    grid: Grid
+    share: float = 0.0
+
+
+def schedule(
+    method: Method[Any], args: TrainConfig, rows_per_step: float, num_prompts: int, steps: int
+) -> Schedule:
+    """As many validations as fit, of the largest grid that fits _FEWEST times.
+
+    Args: rows_per_step: of a student update. num_prompts: how many the data has shown, or args
+        name. steps: student updates of the run.
+    """
+    teacher_steps = args.validation_teacher_steps if "teacher" in method.roles() else 0
+    told = len(args.validation_prompts)
+    images = args.num_validation_images
+    grids = [
+        Grid(told or min(num_prompts, most), count, teacher_steps)
+        for most, count in ((_PROMPTS, images), (_PROMPTS, 2), (2, 2))
+        if count <= images and not (told and count < images)
+    ]
+    total = rows_per_step * steps
+    for grid in grids:
+        reference, each = grid.rows(method, args)
+        count = min(_MOST, int((_COUNTED_SHARE * total - reference) / each))
+        if count >= _FEWEST:
+            every = math.ceil(steps / count)
+            return Schedule(every, grid, (reference + math.ceil(steps / every) * each) / total)
+    return Schedule(0, grids[-1])
+
+
+class OwnValidation:
+    """Decides, in a run's first updates, on its validations, where nothing was said of them.
+
+    Args: why_not: what this run can't be validated by itself for; "" where it can.
+    """
+
+    def __init__(self, args: TrainConfig, method: Method[Any], why_not: str = "") -> None:
+        self._args, self._method, self._why_not = args, method, why_not
+        self.open = args.validation_steps is None
+        self._prompts: list[str] = []
+        self._rows = 0
+        self._chosen: dict[str, Any] = {}  # the options decided on
+
+    @property
+    def args(self) -> TrainConfig:
+        """The run's options with those that were decided on."""
+        return self._args.model_copy(update=self._chosen)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether validations go by what was decided here."""
+        return bool(self._chosen.get("validation_steps"))
+
+    def see(self, raw: Mapping[str, Any], rows: int) -> None:
+        """A raw batch of the data (see data.stream.collate), and the rows of the loss on it."""
+        if not self.open:
+            return
+        self._rows += rows
+        shown: Sequence[Any] = raw.get("label", raw.get("prompt", ("",)))
+        for prompt in shown:
+            text = str(prompt.item() if hasattr(prompt, "item") else prompt)
+            if len(self._prompts) < _PROMPTS and text not in self._prompts:
+                self._prompts.append(text)
+
+    def due(self, step: int) -> bool:
+        """Whether it is to be decided after `step` updates."""
+        args = self._args
+        known = len(self._prompts) >= _PROMPTS or bool(args.validation_prompts)
+        return self.open and (known or step >= min(_STEPS_SEEN, args.max_train_steps))
+
+    def decide(self, step: int, seconds: float) -> dict[str, Any]:
+        """Decide after `step` updates in `seconds`; returns what run.json says of it."""
+        args, steps, limit = self._args, self._args.max_train_steps, self._args.max_train_seconds
+        if limit is not None:
+            steps = min(steps, max(1, int(limit * step / max(seconds, 1e-9))))
+        self.open, why = False, self._why_not
+        if not why:
+            found = schedule(self._method, args, self._rows / step, len(self._prompts), steps)
+            if not found.every:
+                why = f"{steps} updates are too few for one within {PROMISED_SHARE:.0%} of the cost"
+        if why:
+            self.leave()
+            return {"steps": 0, "why": why}
+        prompts = args.validation_prompts or self._prompts[: found.grid.prompts]
+        self._chosen = {
+            "validation_steps": found.every,
+            "validation_prompts": prompts,
+            "num_validation_images": found.grid.images,
+            "validation_teacher_steps": found.grid.teacher_steps,
+        }
+        grid = {**asdict(found.grid), "prompts": list(prompts)}
+        return {"steps": found.every, "share": round(found.share, 5), **grid}
+
+    def leave(self) -> None:
+        """Make none from now on."""
+        self.open, self._chosen = False, {"validation_steps": 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "open": self.open,
+            "prompts": list(self._prompts),
+            "rows": self._rows,
+            "chosen": dict(self._chosen),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take up a saved state; none is of a run begun when validation had to be asked for."""
+        if self._args.validation_steps is not None:
+            return
+        if state is None:
+            self.leave()
+            return
+        self.open, self._rows = state["open"], state["rows"]
+        self._prompts, self._chosen = list(state["prompts"]), dict(state["chosen"])
+
+
+def line_of(said: Mapping[str, Any]) -> str:
+    """What the terminal says of a decision."""
+    if not said["steps"]:
+        return f"validation: none: {said['why']}"
+    return (
+        f"validation: every {said['steps']} updates on {len(said['prompts'])} prompts of "
+        f"{said['images']} images (about {said['share']:.1%} of the cost; "
+        "--validation_steps 0: none)"
+    )
