@@ -40,9 +40,9 @@ class WatchdogConfig(Options):
 
     spread: Action = "warn"
     """Spread of the student's x0 over a batch, and over those of its samples that have the same
-    condition, against that of the teacher's x0 (without guidance) in the same update, or of the
-    data's. back_off lowers the student's learning rate."""
-    min_spread: float = Field(default=0.5, gt=0, lt=1)
+    condition, against that of the teacher's x0 (without guidance) in the same update. back_off
+    lowers the student's learning rate."""
+    min_spread: float = Field(default=0.7, gt=0, lt=1)
     """Ratio of those root-mean-square distances below which it is told: a student that draws what
     the teacher does is at 1 or above, as a denoised mean spreads no wider than what it is of."""
     fake_error: Action = "warn"

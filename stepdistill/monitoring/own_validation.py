@@ -23,7 +23,7 @@ from stepdistill.monitoring.reference import probe_times, teacher_guidance
 PROMISED_SHARE = 0.02
 _COUNTED_SHARE = 0.0125
 _MOST, _FEWEST = 20, 4  # validations of a run; two bad ones in a row make an alarm
-_PROMPTS = 4
+PROMPTS = 4
 _STEPS_SEEN = 16  # student updates in which the prompts are looked for
 _DECODED_ROWS = 4  # a decoded image: SDXL's VAE at 1024 px takes some four passes of its UNet
 
@@ -63,6 +63,14 @@ class Schedule:
     grid: Grid
     share: float = 0.0
 
+    def said(self, prompts: Sequence[str], steps: int) -> dict[str, Any]:
+        """What run.json says of it, for a run of that many updates."""
+        if not self.every:
+            why = f"{steps} updates are too few for some within {PROMISED_SHARE:.0%} of the cost"
+            return {"steps": 0, "why": why}
+        grid = {**asdict(self.grid), "prompts": list(prompts)}
+        return {"steps": self.every, "share": round(self.share, 5), **grid}
+
 
 def schedule(
     method: Method[Any], args: TrainConfig, rows_per_step: float, num_prompts: int, steps: int
@@ -77,7 +85,7 @@ def schedule(
     images = args.num_validation_images
     grids = [
         Grid(told or min(num_prompts, most), count, teacher_steps)
-        for most, count in ((_PROMPTS, images), (_PROMPTS, 2), (2, 2))
+        for most, count in ((PROMPTS, images), (PROMPTS, 2), (2, 2))
         if count <= images and not (told and count < images)
     ]
     total = rows_per_step * steps
@@ -121,13 +129,13 @@ class OwnValidation:
         shown: Sequence[Any] = raw.get("label", raw.get("prompt", ("",)))
         for prompt in shown:
             text = str(prompt.item() if hasattr(prompt, "item") else prompt)
-            if len(self._prompts) < _PROMPTS and text not in self._prompts:
+            if len(self._prompts) < PROMPTS and text not in self._prompts:
                 self._prompts.append(text)
 
     def due(self, step: int) -> bool:
         """Whether it is to be decided after `step` updates."""
         args = self._args
-        known = len(self._prompts) >= _PROMPTS or bool(args.validation_prompts)
+        known = len(self._prompts) >= PROMPTS or bool(args.validation_prompts)
         return self.open and (known or step >= min(_STEPS_SEEN, args.max_train_steps))
 
     def decide(self, step: int, seconds: float) -> dict[str, Any]:
@@ -135,14 +143,14 @@ class OwnValidation:
         args, steps, limit = self._args, self._args.max_train_steps, self._args.max_train_seconds
         if limit is not None:
             steps = min(steps, max(1, int(limit * step / max(seconds, 1e-9))))
-        self.open, why = False, self._why_not
-        if not why:
-            found = schedule(self._method, args, self._rows / step, len(self._prompts), steps)
-            if not found.every:
-                why = f"{steps} updates are too few for one within {PROMISED_SHARE:.0%} of the cost"
-        if why:
+        self.open = False
+        if self._why_not:
             self.leave()
-            return {"steps": 0, "why": why}
+            return {"steps": 0, "why": self._why_not}
+        found = schedule(self._method, args, self._rows / step, len(self._prompts), steps)
+        if not found.every:
+            self.leave()
+            return found.said((), steps)
         prompts = args.validation_prompts or self._prompts[: found.grid.prompts]
         self._chosen = {
             "validation_steps": found.every,
@@ -150,8 +158,7 @@ class OwnValidation:
             "num_validation_images": found.grid.images,
             "validation_teacher_steps": found.grid.teacher_steps,
         }
-        grid = {**asdict(found.grid), "prompts": list(prompts)}
-        return {"steps": found.every, "share": round(found.share, 5), **grid}
+        return found.said(prompts, steps)
 
     def leave(self) -> None:
         """Make none from now on."""

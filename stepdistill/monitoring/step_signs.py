@@ -20,6 +20,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,25 +49,25 @@ class StepSigns:
         calls = 1 if pred.unguided is None else 2
         self.rows += len(pred.t) * calls * (_GRADIENT_ROWS if graph else 1)
         if role != "student" or graph:
-            self._last[role] = pred
+            self._last[role] = replace(pred, features={})  # those may be large
 
     @torch.no_grad()
     def logs(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars on the device; none of a loss that does not train the student."""
+        """Scalars on the device; none of a loss that trains no student or asks no teacher: one that
+        regresses on data goes by way of their mean, and no collapse can be told from that."""
         if "student" not in self._last:
             return {}
         student = _x0(self._last["student"])
         teacher, fake = self._last.get("teacher"), self._last.get("fake")
-        against = batch.x0 if teacher is None else _x0(teacher)
-        found = {}
+        found: dict[str, Tensor] = {}
+        if teacher is None or teacher.raw.shape != student.shape:
+            return found
+        real = _x0(teacher)
         if len(student) > 1:
-            found = _spreads("x0", student, batch.cond)
-            if against is not None and against.shape == student.shape:
-                found |= _spreads("teacher", against, batch.cond)
-        if teacher is not None and fake is not None and teacher.x_t is fake.x_t:
-            for name, pred in (("teacher", teacher), ("fake", fake)):
-                if pred.raw.shape == student.shape:
-                    found[f"{name}_error"] = (student - _x0(pred)).square().mean()
+            found |= _spreads("x0", student, batch.cond) | _spreads("teacher", real, batch.cond)
+        if fake is not None and teacher.x_t is fake.x_t:
+            for name, x0 in (("teacher", real), ("fake", _x0(fake))):
+                found[f"{name}_error"] = (student - x0).square().mean()
         return found
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepdistill.config.run import RunConfig
+from stepdistill.monitoring.own_validation import line_of
 from stepdistill.planning.forecast import Forecast, forecast
 
 GIB = 2**30
@@ -47,6 +48,8 @@ def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None)
         f"{hours_per_1k(plan, gpu):.2f} h per 1,000 steps on {gpu} "
         f"({UTILISATION:.0%} of its peak rate)"
     )
+    if plan.validation:
+        console.print(line_of(plan.validation))
     if plan.peak_on(num_gpus) <= room:
         console.print(f"fits {room / 1e9:g} GB")
         return True

@@ -267,6 +267,18 @@ def test_hours_follow_from_the_peak_rate() -> None:
     assert hours_per_1k(plan, "h100") == pytest.approx(2e14 * 1000 / (989.4e12 * 0.4) / 3600)
 
 
+def test_a_plan_tells_the_runs_own_validation(
+    teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long, short = (run_config(teacher, max_train_steps=n) for n in (100_000, 10))
+    said = forecast(long).validation
+    assert 0 < said["share"] < 0.02
+    print_plan(long, 1, "h100", None)
+    assert f"validation: every {said['steps']} updates" in capsys.readouterr().out
+    assert forecast(short).validation["steps"] == 0
+    assert forecast(run_config(teacher, validation_steps=0)).validation == {}
+
+
 def test_suggestions_go_from_mild_to_harsh(teacher: Path) -> None:
     run = run_config(teacher, tuning={"student": "full", "fake": "full"}, train_batch_size=4)
     told, last = list(suggestions(run))[-1]
