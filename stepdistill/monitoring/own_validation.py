@@ -2,8 +2,9 @@
 
 Cost is counted, not timed, so that a run validates at the same steps on every machine and when it
 is resumed: in rows, samples that a network is asked about (a sample with gradients is 3, a guided
-one 2), as they were counted in the run's first steps. What no row stands for (decoding, text
-encoders, pictures) is allowed for by a count below the promise.
+one 2), as they were counted in the run's first steps. A call of fewer samples than a training batch
+counts as one of a batch: small networks take as long for both, and no call takes longer. What no
+row stands for (pictures, text encoders) is allowed for by a count below the promise.
 Where even a small grid does not fit, there is none, and the run says so.
 """
 
@@ -21,7 +22,7 @@ from stepdistill.monitoring.fake_lag import LAG_TIMES
 from stepdistill.monitoring.reference import probe_times, teacher_guidance
 
 PROMISED_SHARE = 0.02
-_COUNTED_SHARE = 0.0125
+_COUNTED_SHARE = 0.015
 _MOST, _FEWEST = 20, 4  # validations of a run; two bad ones in a row make an alarm
 PROMPTS = 4
 _STEPS_SEEN = 16  # student updates in which the prompts are looked for
@@ -38,20 +39,24 @@ class Grid:
 
     def rows(self, method: Method[Any], args: TrainConfig) -> tuple[int, int]:
         """(rows of the teacher's reference, rows of one validation)."""
-        spec, each = method.sampler(), self.prompts * self.images
+        spec, images = method.sampler(), self.prompts * self.images
+        batch, decoding = args.train_batch_size, images * _DECODED_ROWS
+        calls = math.ceil(images / batch)  # of a network, where a batch is the most at once
         probes = len(probe_times(spec))
-        student = spec.num_steps * (2 if is_guided(spec.guidance) else 1)
-        rows, reference = student + _DECODED_ROWS, 0
+        each = (spec.num_steps * (2 if is_guided(spec.guidance) else 1)) * calls
+        reference = 0
         if self.teacher_steps:
             guided = is_guided(teacher_guidance(method, args))
             passes = (self.teacher_steps + probes) * (2 if guided else 1)
-            reference = passes + _DECODED_ROWS
-            reference += self.teacher_steps + _DECODED_ROWS if guided else 0
-            rows += probes
+            passes += self.teacher_steps if guided else 0
+            reference = passes * calls * batch + decoding * (2 if guided else 1)
+            each += probes * calls
         if (fit := method.fake_fit) is not None:
-            calls = [fit.teacher, fit.fitted, *([fit.fake] if fit.fake != fit.fitted else [])]
-            rows += student + len(LAG_TIMES) * sum(2 if is_guided(g) else 1 for g in calls)
-        return each * reference, each * rows
+            scores = [fit.teacher, fit.fitted, *([fit.fake] if fit.fake != fit.fitted else [])]
+            lag = len(LAG_TIMES) * sum(2 if is_guided(g) else 1 for g in scores)
+            stops = range(spec.num_steps if fit.last_step else 1, spec.num_steps + 1)
+            each += sum(stop + lag for stop in stops) * math.ceil(images / len(stops) / batch)
+        return reference, each * batch + decoding
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Resumable:
         """Go by what was decided on validation. said: see RunLog.validates_by."""
         self.validator.args = args = self.own_validation.args
         if self.own_validation.chosen:  # no more memory than training takes
-            self.validator.batch = min(self.validator.batch, args.train_batch_size)
+            self.validator.batch = args.train_batch_size
         self.log.validates_by(args, said)
 
     def save(self) -> Path:

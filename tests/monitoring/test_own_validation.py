@@ -22,15 +22,23 @@ def method_of(name: str, **options):
     return method_class(name)(config, Setting(FlowPath(), "flow"))
 
 
-def test_rows_are_those_of_each_network_call() -> None:
-    """One step, guided at 8; of 2 samples: (4 + 8) guided pairs, 4 unguided; 1 step, 8 probes, a
-    sample and three times 2 + 1 rows of the lag; an image decoded is 4."""
+@pytest.mark.parametrize(("batch", "calls"), [(1, 2), (2, 1), (16, 1)])
+def test_rows_are_those_of_each_call_of_a_whole_batch(batch, calls) -> None:
+    """Two images of one step, guided at 8: the teacher's 4 steps and 1 probe with and its 4 without
+    guidance; the student's step, a probe, and a step and three noise levels of the lag (2 + 1)."""
     method = method_of("dmd2", num_steps=1, guidance=8.0)
     grid = Grid(2, 1, teacher_steps=4)
-    reference, each = grid.rows(method, TrainConfig())
-    probes = 1  # the trained time
-    assert reference == 2 * ((4 + probes) * 2 + 4 + 4 + 4)
-    assert each == 2 * (1 + 4 + probes + 1 + 3 * 3)
+    reference, each = grid.rows(method, TrainConfig(train_batch_size=batch))
+    assert reference == ((4 + 1) * 2 + 4) * calls * batch + 2 * 2 * 4
+    assert each == (1 + 1 + 1 + 3 * 3) * calls * batch + 2 * 4
+
+
+def test_the_lag_of_several_steps_is_of_samples_that_stop_at_each() -> None:
+    method, args = method_of("dmd2", **DMD2), TrainConfig()
+    one, eight = (Grid(1, n, 0).rows(method, args)[1] for n in (1, 8))
+    lag = sum(stop + 3 * 3 for stop in (1, 2, 3, 4))
+    assert one == 4 + lag + 4
+    assert eight == 4 * 8 + lag * 2 + 4 * 8
 
 
 @pytest.mark.parametrize("steps", [2_000, 10_000, 100_000])
