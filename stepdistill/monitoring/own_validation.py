@@ -86,12 +86,12 @@ def schedule(
         name. steps: student updates of the run.
     """
     teacher_steps = args.validation_teacher_steps if "teacher" in method.roles() else 0
-    told = len(args.validation_prompts)
+    named = len(args.validation_prompts)
     images = args.num_validation_images
     grids = [
-        Grid(told or min(num_prompts, most), count, teacher_steps)
+        Grid(named or min(num_prompts, most), count, teacher_steps)
         for most, count in ((PROMPTS, images), (PROMPTS, 2), (2, 2))
-        if count <= images and not (told and count < images)
+        if count <= images and not (named and count < images)
     ]
     total = rows_per_step * steps
     for grid in grids:

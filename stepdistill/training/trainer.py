@@ -420,4 +420,4 @@ class Trainer(Resumable):
 
 def validates(args: TrainConfig, step: int) -> bool:
     """Whether a validation is planned there."""
-    return bool(args.validation_steps) and step % args.validation_steps == 0
+    return bool(args.validation_steps) and step % (args.validation_steps or 1) == 0
