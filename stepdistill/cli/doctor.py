@@ -174,7 +174,7 @@ def self_check(device: str) -> None:
             os.environ.pop(name, None)
         os.environ["ACCELERATE_USE_CPU"] = str(not on_cuda)
         AcceleratorState._reset_state(True)
-        options: dict[str, Any] = {"max_train_steps": 1, "train_batch_size": 1, "logging_steps": 1}
+        options: dict[str, Any] = {"max_train_steps": 1, "logging_steps": 1, "validation_steps": 0}
         TINY["sd"]().save_pretrained(f"{folder}/teacher")
         with torch.cuda.device(device if on_cuda else -1):
             trainer = DistributionMatchingTrainer(

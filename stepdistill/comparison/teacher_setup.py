@@ -97,7 +97,8 @@ class TeacherSetup(ABC):
 
         Args: ours: settings laid over the training's. Errors: ValueError for wrong settings.
         """
-        settings = {**training.lasting(updates), "output_dir": str(self.out), **ours}
+        judged = {"validation_steps": 0}  # by the comparison, outside the budget
+        settings = {**judged, **training.lasting(updates), "output_dir": str(self.out), **ours}
         method = settings.pop("method")
         options = method_config(method, settings.pop("method_config", {}))
         try:

@@ -144,9 +144,10 @@ class TrainConfig(Options):
     """Whether a resumed run may go on with other data than it was begun with; where ok, run.json
     and the model card say so."""
     validation_prompts: list[str] = Field(default=[])
-    """Prompts (or class labels) of the validation grid."""
-    validation_steps: int = Field(default=0, ge=0)
-    """Student updates between validation grids; 0 makes none."""
+    """Prompts (or class labels) of the validation grid; where none, a few of the run's own data."""
+    validation_steps: int | None = Field(default=None, ge=0)
+    """Student updates between validation grids; 0 makes none. Where none is said, as many as cost
+    under 2 % of the run, the teacher's samples included (monitoring/own_validation.py)."""
     num_validation_images: int = Field(default=4, ge=1)
     """Images per validation prompt, always from the same seeds."""
     validation_teacher_steps: int = Field(default=20, ge=0)

@@ -1,7 +1,8 @@
 """Options of the watchdog: what each check does when a run goes wrong, and from where on.
 
 Every check can warn (one line), back off (lower a role's learning rate) or stop the run. The
-thresholds are ours, set on small models; no paper gives them.
+thresholds are ours, set on small models; no paper gives them. Those of spread and fake_error have a
+bound of 1 behind them (monitoring/step_signs.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ Action = Literal["off", "warn", "back_off", "stop"]
 
 
 class WatchdogConfig(Options):
-    """What watches over a run. Checks of samples run at validations, the others at log lines."""
+    """What watches over a run. Checks of samples run at validations, the others at log lines.
+
+    Spread, fake_error, diversity and drift tell what has become half as bad again as it was at its
+    best; the first three, after a quarter of the run, also what never became better than at first.
+    """
 
     nonfinite: Literal["back_off", "stop"] = "stop"
     """Non-finite loss or gradient. back_off skips that update (reading the gradient norm before
@@ -32,6 +37,22 @@ class WatchdogConfig(Options):
     """Gradient norm over its median from which on it is told."""
     grad_norm_window: int = Field(default=200, ge=20)
     """Updates of a role that its median is taken over."""
+
+    spread: Action = "warn"
+    """Spread of the student's x0 over a batch, and over those of its samples that have the same
+    condition, against that of the teacher's x0 (without guidance) in the same update. back_off
+    lowers the student's learning rate."""
+    min_spread: float = Field(default=0.7, gt=0, lt=1)
+    """Ratio of those root-mean-square distances below which it is told: a student that draws what
+    the teacher does is at 1 or above, as a denoised mean spreads no wider than what it is of."""
+    fake_error: Action = "warn"
+    """Denoising error of the fake score on the student's samples over the teacher's on the same
+    ones (distribution matching). back_off lowers the student's learning rate."""
+    max_fake_error: float = Field(default=1.25, gt=1)
+    """That ratio from which on it is told: a fake that knows the student's samples is at 1 or
+    below, as their own mean is the best guess; above it the student follows the fake's errors."""
+    sign_window: int = Field(default=100, ge=1)
+    """Student updates that the running medians of spread and fake_error are taken over."""
 
     fake_lag: Action = "warn"
     """Share of the student's gradient that the fake score's lag accounts for (distribution

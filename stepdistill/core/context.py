@@ -55,6 +55,7 @@ class Ctx:
     carry: detached values one phase leaves for a later one of the same step and micro-batch.
     mean_over_ranks: mean of a tensor over processes (the identity on one process).
     draw_law: see DRAW_LAW. draws: how many `randn` have been made.
+    rows: samples that networks were asked about, one with gradients counted threefold.
     """
 
     seed: int = 0
@@ -70,6 +71,7 @@ class Ctx:
     mean_over_ranks: Callable[[Tensor], Tensor] = _identity
     draw_law: int = DRAW_LAW
     draws: int = field(default=0, init=False)  # a replaced Ctx draws from its key's first on
+    rows: int = field(default=0, init=False)
 
     def _key(self) -> tuple[object, ...]:
         return (self.seed, self.step, self.phase, self.repeat, self.micro)

@@ -30,6 +30,7 @@ class Prediction:
     raw:      (B, C, *S) what the network returned (guided where guidance was asked for).
     kind:     its type; `x0`, `eps`, `v`, `flow` convert through x0 in float32 or better.
     features: block name -> hidden states of the conditional half, where they were asked for.
+    unguided: (B, C, *S) the raw output under the condition alone, where `raw` is guided by two.
     """
 
     raw: Tensor
@@ -38,6 +39,7 @@ class Prediction:
     path: NoisePath
     kind: PredictionType
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    unguided: Tensor | None = None
 
     def as_type(self, dst: PredictionType) -> Tensor:
         return self.path.convert(self.raw, self.x_t, self.t, self.kind, dst)
@@ -182,7 +184,7 @@ class Denoiser(ABC):
             with self.without(self.null_skips):
                 without, _ = self.raw(x_t, t, null, w, ())
             guided = self.guide(full(out), full(without), guidance)
-            return Prediction(guided, x_t, t, self.path, self.kind, feats)
+            return Prediction(guided, x_t, t, self.path, self.kind, feats, out)
 
         def double(x: Tensor | None) -> Tensor | None:
             return None if x is None else torch.cat([x, x])
@@ -192,4 +194,4 @@ class Denoiser(ABC):
         with_cond, without = full(out).chunk(2)
         guided = self.guide(with_cond, without, guidance)
         feats = {name: value.chunk(2)[0] for name, value in feats.items()}
-        return Prediction(guided, x_t, t, self.path, self.kind, feats)
+        return Prediction(guided, x_t, t, self.path, self.kind, feats, with_cond)

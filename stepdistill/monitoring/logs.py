@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from stepdistill.config.run import TrainConfig
 from stepdistill.monitoring.best import Best, check_measured, new_best, read_best, write_best
+from stepdistill.monitoring.own_validation import line_of
 from stepdistill.monitoring.validation import Validation
 from stepdistill.monitoring.watchdog import Watchdog, WatchdogStop
 from stepdistill.reporting.bars import bar, planned_steps
@@ -133,6 +134,8 @@ class RunLog:
         else:
             self.watchdog.check_finite()
         values = self._means()
+        if planned:
+            self.watchdog.check_signs(step, values, self._done(step, seconds))
         values |= {f"lr/{role}": rate for role, rate in rates.items()}
         from_step, from_seconds = self._window_start
         values["steps_per_second"] = (step - from_step) / max(seconds - from_seconds, 1e-9)
@@ -156,6 +159,11 @@ class RunLog:
         if time.monotonic() - self._reported > _REPORT_SECONDS:
             self.report()
 
+    def _done(self, step: int, seconds: float) -> float:
+        """The share of the run that is behind it, by the budget that binds."""
+        limit = self._args.max_train_seconds
+        return max(step / self._args.max_train_steps, seconds / limit if limit else 0.0)
+
     def _means(self) -> dict[str, float]:
         keys = list(self._sums)
         means = torch.stack([self._sums[k].float() / self._counts[k] for k in keys])
@@ -174,7 +182,7 @@ class RunLog:
         """
         # The last step's, where it is none of the planned ones, decides nothing: a run that is
         # stopped early and resumed must go the way of one that was not.
-        planned = step % max(1, self._args.validation_steps) == 0
+        planned = step % (self._args.validation_steps or 1) == 0
         line = {"step": step, "seconds": round(seconds, 3)}
         if found is not None:
             finite = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
@@ -189,7 +197,7 @@ class RunLog:
         metrics = broadcast_object_list(shared)[0]
         if planned:
             check_measured(self._args, metrics)
-            self.watchdog.check_samples(step, metrics)
+            self.watchdog.check_samples(step, metrics, self._done(step, seconds))
             self._tell_alarms(step)
         decides = planned or step >= self._args.max_train_steps
         better = new_best(self._best, self._args, step, metrics) if decides else None
@@ -276,6 +284,15 @@ class RunLog:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 with self._aside("report_to"):
                     tracker.log_images({name: np.asarray(image)[None]}, step=step, **layout)
+
+    def validates_by(self, args: TrainConfig, said: Mapping[str, Any] | None = None) -> None:
+        """Go by these options of validation; said: what run.json is to say of them, where that is
+        new."""
+        self._args = args
+        if said is not None and self._accelerator.is_main_process:
+            self._say(line_of(said))
+            with self._aside(RUN_FILE):
+                write_text(self._folder / RUN_FILE, json.dumps(self._facts, indent=2))
 
     def report(self) -> None:
         """Write report.html as the run stands."""

@@ -82,6 +82,7 @@ def solve_reference(
     args: TrainConfig,
     guidance: float,
     probes: Sequence[float],
+    batch: int = BATCH,
 ) -> Reference:
     """Solve the teacher's guided ODE from the validation noise of these prompts."""
     size = (args.resolution, args.resolution)
@@ -91,10 +92,9 @@ def solve_reference(
     times = sorted({*grid, *probes}, reverse=True)
     ends, parts, states = [*times[1:], 0.0], [], {t: [] for t in probes}  # type: ignore[var-annotated]
     predicted: dict[float, list[Tensor]] = {t: [] for t in probes}
-    batches = range(0, len(prompts), BATCH)
-    off = args.disable_progress_bar
+    batches, off = range(0, len(prompts), batch), args.disable_progress_bar
     for first in bar(batches, desc="validation: teacher", leave=False, disable=off):
-        part = prompts[first : first + BATCH]
+        part = prompts[first : first + batch]
         cond, null = conditions(family, teacher, part, guidance, device)
         noise = keyed_noise(shape, args.seed, range(first, first + len(part))).to(device)
         x = teacher.path.prior(noise)
@@ -124,6 +124,7 @@ def saved_reference(
     args: TrainConfig,
     guidance: float,
     probes: Sequence[float],
+    batch: int = BATCH,
 ) -> Reference:
     """`solve_reference`, or what an earlier part of the run kept of it in `folder`."""
     path = folder / "teacher.safetensors"
@@ -139,11 +140,11 @@ def saved_reference(
                 tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
                 states = {t: tensors[f"x_t/{i}"] for i, t in enumerate(errors)}
                 return Reference(tensors["x0"], states, errors, tensors.get("unguided"))
-    found = solve_reference(teacher, family, prompts, args, guidance, probes)
+    found = solve_reference(teacher, family, prompts, args, guidance, probes, batch)
     tensors = {f"x_t/{i}": x.contiguous() for i, x in enumerate(found.states.values())}
     tensors["x0"] = found.x0.contiguous()
     if guidance != 1.0 and teacher.has_null and not teacher.embeds_guidance:
-        plain = solve_reference(teacher, family, prompts, args, 1.0, ())
+        plain = solve_reference(teacher, family, prompts, args, 1.0, (), batch)
         found = replace(found, unguided=plain.x0)
         tensors["unguided"] = plain.x0.contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)

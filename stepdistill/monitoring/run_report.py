@@ -135,7 +135,10 @@ def _grids(run: RunRecords) -> str:
         image = file_img(folder / f"step-{step}.png", f"student samples at update {step}")
         name = "student before training" if step == 0 else f"student, update {step}"
         figures.append(_figure(image, name, note, "best" if step == best else ""))
-    prompts = run.facts.get("train_config", {}).get("validation_prompts", [])
+    chosen = run.facts.get("validation", {})
+    prompts = run.facts.get("train_config", {}).get("validation_prompts") or chosen.get(
+        "prompts", []
+    )
     some = "; ".join(map(str, prompts[:6])) + ("; ..." if len(prompts) > 6 else "")
     return (
         "<section><h2>Samples</h2>"

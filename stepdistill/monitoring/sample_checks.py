@@ -1,32 +1,32 @@
 """What the watchdog makes of a validation's metrics: which checks are bad, and since when.
 
-A student may begin far from the teacher (one step from pure noise is a blur), so a value is bad
-where it is beyond its threshold AND half as bad again as the best of the earlier validations:
-drifting away, not on its way.
+See `progress` for when a value beyond its threshold is bad.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepdistill.config.watchdog import WatchdogConfig
 
-_WORSE = 1.5
+from .progress import Progress
 
 
 class SampleChecks:
-    """Remembers the best values so far; strikes: check -> bad validations in a row."""
+    """strikes: check -> bad validations in a row."""
 
     def __init__(self, config: WatchdogConfig) -> None:
         self._config = config
-        self._best: dict[str, float] = {}  # measure -> lowest value so far
+        self._progress = Progress()
         self._first: dict[str, float] = {}
         self.strikes: dict[str, int] = {}
 
-    def bad(self, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
-        """check -> what is wrong, for the checks that are bad now. Call once a validation."""
+    def bad(self, step: int, metrics: Mapping[str, float], done: float = 0.0) -> dict[str, str]:
+        """check -> what is wrong, for the checks that are bad now. Call once a validation.
+
+        Args: done: share of the run.
+        """
         config, found = self._config, {}
         if config.drift != "off":
             told = [*self._drift(metrics)]
@@ -34,8 +34,8 @@ class SampleChecks:
                 found["drift"] = "x0 drifts from the teacher's: " + ", ".join(told)
         if config.diversity != "off":
             ratio = self._diversity_ratio(metrics)
-            if ratio is not None and self._beyond(
-                "diversity", 1.0 / max(ratio, 1e-9), 1.0 / config.min_diversity
+            if ratio is not None and self._progress.bad(
+                "diversity", 1.0 / max(ratio, 1e-9), 1.0 / config.min_diversity, done
             ):
                 found["diversity"] = f"diversity is {ratio:.3g} of what it should be"
         if config.fake_lag != "off" and step > 0:  # before any update the fake is the teacher
@@ -62,7 +62,7 @@ class SampleChecks:
         return [
             f"{name} {value:.3g}"
             for name, value, most in self._measures(metrics, "x0_", "")
-            if self._beyond(name, value, most)
+            if self._progress.bad(name, value, most)
         ]
 
     def _measures(
@@ -86,20 +86,14 @@ class SampleChecks:
         first = self._first.setdefault("diversity", metrics["diversity"])
         return metrics["diversity"] / first if first > 0.0 else None
 
-    def _beyond(self, name: str, value: float, threshold: float) -> bool:
-        if not math.isfinite(value):
-            return True
-        before = self._best.get(name)
-        self._best[name] = value if before is None else min(before, value)
-        return before is not None and value > threshold and value > _WORSE * before
-
     def state_dict(self) -> dict[str, Any]:
         return {
-            "best": dict(self._best),
+            **self._progress.state_dict(),
             "first": dict(self._first),
             "strikes": dict(self.strikes),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._best, self._first = dict(state["best"]), dict(state["first"])
+        self._progress.load_state_dict(state)
+        self._first = dict(state["first"])
         self.strikes = dict(state["strikes"])

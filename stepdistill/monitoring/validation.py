@@ -83,12 +83,15 @@ class Validator:
     """Validates one run; the teacher's samples are made once, when first needed.
 
     features: what the Frechet distance is taken in; replace it by a network of yours.
-    guidance: of the teacher that the student is compared with.
+    batch: samples of a call.
+    guidance: of the teacher that the student is compared with. args: the run's options, with those
+    of validation that it decided on.
     """
 
     def __init__(self, bank: RoleBank, method: Method[Any], args: TrainConfig) -> None:
         self.features: Features = pooled_features
-        self._bank, self._method, self._args = bank, method, args
+        self.batch = BATCH
+        self._bank, self._method, self.args = bank, method, args
         self._folder = Path(args.output_dir) / "validation"
         self.guidance = teacher_guidance(method, args)
         self._guided: dict[str, float] = {}  # what guidance does to the teacher's samples
@@ -104,19 +107,20 @@ class Validator:
     @cached_property
     def _reference(self) -> tuple[Reference, Tensor] | None:
         """The teacher's samples and their images (N, 3, H, W), or videos."""
-        if not self._args.validation_teacher_steps:
+        if not self.args.validation_teacher_steps:
             return None
         found = saved_reference(
             self._folder,
             self._teacher,
             self._bank.family,
-            grid_prompts(self._args, self._bank.family),
-            self._args,
+            grid_prompts(self.args, self._bank.family),
+            self.args,
             self.guidance,
             probe_times(self._method.sampler()) if self._same_path else (),
+            self.batch,
         )
         images = self._images(found.x0)
-        save_grid(to_pil(images), self._args.num_validation_images, self._folder / "teacher.png")
+        save_grid(to_pil(images), self.args.num_validation_images, self._folder / "teacher.png")
         if found.unguided is not None:
             plain = (found.unguided, self._images(found.unguided))
             self._guided = guidance_metrics((found.x0, images), plain)
@@ -128,27 +132,29 @@ class Validator:
         return self._bank["student"].path is self._bank["teacher"].path
 
     def _images(self, latents: Tensor) -> Tensor:
-        parts = latents.split(BATCH)
+        parts = latents.split(self.batch)
         with torch.no_grad():
             made = [self._bank.family.images(p.to(self._device)).float().cpu() for p in parts]
         return torch.cat(made)
 
     def _latents(self, student: Denoiser, spec: SamplerSpec) -> Tensor:
         """x0 (N, C, *S) of the grid's noise, on the CPU."""
-        args, prompts = self._args, grid_prompts(self._args, self._bank.family)
+        args, prompts = self.args, grid_prompts(self.args, self._bank.family)
         size = (args.resolution, args.resolution)
         off = args.disable_progress_bar
         parts = [
             sample_latents(
-                student, self._bank.family, spec, prompts[i : i + BATCH], args.seed, *size, i
+                student, self._bank.family, spec, prompts[i : i + self.batch], args.seed, *size, i
             )
-            for i in bar(range(0, len(prompts), BATCH), desc="validation", leave=False, disable=off)
+            for i in bar(
+                range(0, len(prompts), self.batch), desc="validation", leave=False, disable=off
+            )
         ]
         return torch.cat([p.float().cpu() for p in parts])
 
     def run(self, student: Denoiser, spec: SamplerSpec, step: int) -> Validation:
         """Sample, measure and save the grid of `step`."""
-        args, reference = self._args, self._reference
+        args, reference = self.args, self._reference
         latents = self._latents(student, spec)
         images = self._images(latents)
         columns = args.num_validation_images
@@ -171,13 +177,17 @@ class Validator:
         self, student: Denoiser, spec: SamplerSpec, teacher: Reference
     ) -> dict[str, list[float]]:
         """RMS distance of x0 predictions on the teacher's trajectory from its end, by time."""
-        prompts, found = grid_prompts(self._args, self._bank.family), []
+        prompts, found = grid_prompts(self.args, self._bank.family), []
         for t, states in teacher.states.items():
             parts = []
-            for i in range(0, len(prompts), BATCH):
-                x = states[i : i + BATCH].to(self._device)
+            for i in range(0, len(prompts), self.batch):
+                x = states[i : i + self.batch].to(self._device)
                 cond, null = conditions(
-                    self._bank.family, student, prompts[i : i + BATCH], spec.guidance, self._device
+                    self._bank.family,
+                    student,
+                    prompts[i : i + self.batch],
+                    spec.guidance,
+                    self._device,
                 )
                 parts.append(_jump(student, spec, x, t, cond, null).float().cpu())
             found.append(rms(torch.cat(parts) - teacher.x0))
@@ -190,7 +200,7 @@ class Validator:
         The fake is fitted to what the student makes at every step of a rollout, unless the method
         trains the last one alone.
         """
-        bank, args, prompts = self._bank, self._args, grid_prompts(self._args, self._bank.family)
+        bank, args, prompts = self._bank, self.args, grid_prompts(self.args, self._bank.family)
         size = (args.resolution, args.resolution)
         shape = bank.family.sample_shape(*size)
         shift = bank.family.shift_at(*size)
@@ -203,7 +213,7 @@ class Validator:
             stops, torch.arange(len(prompts)).tensor_split(len(stops)), strict=True
         ):
             ending = replace(spec, times=spec.times[:stop])
-            for part in rows.split(BATCH) if len(rows) else ():
+            for part in rows.split(self.batch) if len(rows) else ():
                 index = part.tolist()
                 own = [prompts[i] for i in index]
                 x0 = sample_latents(

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from stepdistill.config.run import TrainConfig
 from stepdistill.monitoring.sample_checks import SampleChecks
+from stepdistill.monitoring.step_signs import SignChecks
 from stepdistill.storage.checkpoints import list_checkpoints, newest_valid, step_of
 from stepdistill.storage.folders import fault_of
 
@@ -76,6 +77,7 @@ class Watchdog:
         self._fit = -1  # the last step at which an update was allowed
         self._trusted: int | None = None  # while updates are skipped: the last step to go back to
         self.samples = SampleChecks(self.config)
+        self.signs = SignChecks(self.config, args.logging_steps)
         self.healthy_step: int | None = None
         self.alarms: list[Alarm] = []
 
@@ -192,9 +194,18 @@ class Watchdog:
                 if self._scales[role] == 1.0:
                     del self._scales[role], self._raised_at[role]
 
+    def check_signs(self, step: int, values: Mapping[str, float], done: float) -> None:
+        """Look at a log line's means, the same on all ranks. Args: done: share of the run.
+
+        Errors: WatchdogStop where a check stops.
+        """
+        for check, told in self.signs.bad(values, done).items():
+            role = "fake" if check == "fake_error" else "student"
+            self._alarm(step, check, role, getattr(self.config, check), told)
+
     # --------------------------------------------------------- at validations
-    def check_samples(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Look at a planned validation's metrics, the same on all ranks.
+    def check_samples(self, step: int, metrics: Mapping[str, float], done: float = 0.0) -> None:
+        """Look at a planned validation's metrics, the same on all ranks. Args: done: see above.
 
         Errors: WatchdogStop where a check stops.
         """
@@ -202,7 +213,7 @@ class Watchdog:
         if off is not None:  # no learning rate helps
             action = "stop" if self.config.drift == "stop" else "warn"
             self._alarm(step, "guidance", "teacher", action, off)
-        found = self.samples.bad(step, metrics)
+        found = self.samples.bad(step, metrics, done)
         if not found:
             self.healthy_step = step
         for check, told in found.items():
@@ -279,6 +290,7 @@ class Watchdog:
             "trusted": self._trusted,
             "healthy_step": self.healthy_step,
             "samples": self.samples.state_dict(),
+            "signs": self.signs.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -297,3 +309,4 @@ class Watchdog:
         self._fit, self._trusted = state.get("fit", -1), state.get("trusted")
         self.healthy_step = state["healthy_step"]
         self.samples.load_state_dict(state["samples"])
+        self.signs.load_state_dict(state.get("signs"))

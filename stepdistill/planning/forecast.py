@@ -21,6 +21,8 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method
 from stepdistill.core.types import Batch
 from stepdistill.families.family import Family
+from stepdistill.monitoring.own_validation import PROMPTS, schedule
+from stepdistill.monitoring.step_signs import StepSigns
 from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.fakes import fresh
 from stepdistill.planning.quantized import pack
@@ -56,7 +58,8 @@ class Forecast:
     frozen: denoiser weights no phase trains. trained, averaged: weights by role. gradients: of the
     largest phase. optimizer: both Adam moments of every trained role (optimizer_8bit: in 8 bits).
     encoders: text encoders and VAE, where they are not offloaded. encoding: the peak of encoding a
-    prompt above all that. accumulation: micro-batches of each update.
+    prompt above all that. accumulation: micro-batches of each update. validation: what run.json
+    would say of a run's own, where it has them.
     """
 
     model: str
@@ -73,6 +76,7 @@ class Forecast:
     checkpointing: bool = False
     quantization: str = "none"
     phases: tuple[Cost, ...] = field(default=())
+    validation: dict[str, Any] = field(default_factory=dict)
     largest_block: int = 0
     kept_gathered: int = 0
     accumulation: int = 1
@@ -199,7 +203,7 @@ def _measure(
     with tracker:
         batch, encoding = _batch(run, method, family, tracker, fake)
     tracker.live = before + _size(_tensors(batch))
-    phases, gradients = [], 0
+    phases, gradients, rows = [], 0, 0
     ctx = _PlanCtx(max_steps=run.max_train_steps)
     with torch.autocast(
         "cpu", torch.bfloat16, enabled=run.mixed_precision != "no", cache_enabled=False
@@ -209,13 +213,24 @@ def _measure(
             tracker.reset_peak()
             start, flops = tracker.live, tracker.flops
             ctx = _PlanCtx(phase=phase.name, max_steps=run.max_train_steps, carry=ctx.carry)
+            signs = StepSigns()
+            with tracker, bank.watched(signs.see):
+                loss = phase.loss(bank, batch, ctx).total.float()
+            rows += signs.rows * phase.repeat * run.gradient_accumulation_steps
+            del signs
             with tracker:
-                phase.loss(bank, batch, ctx).total.float().backward()
+                loss.backward()
+            del loss
             activations = tracker.peak - start
             phases.append(Cost(phase.name, phase.repeat, activations, tracker.flops - flops))
             gradients = max(gradients, sum(trained[r] for r in phase.trains))
             for param in bank.parameters():
                 param.grad = None
+    validation: dict[str, Any] = {}
+    if run.validation_steps is None:
+        planned = schedule(method, run, rows, PROMPTS, run.max_train_steps)
+        named = run.validation_prompts or [PROMPT] * planned.grid.prompts
+        validation = planned.said(named, run.max_train_steps)
     kept, largest = gathered_bytes(bank.nets.values())
     return Forecast(
         model=run.pretrained_model_name_or_path,
@@ -231,6 +246,7 @@ def _measure(
         encoding=encoding,
         quantization=run.tuning.base_quantization,
         phases=tuple(phases),
+        validation=validation,
         largest_block=largest,
         kept_gathered=kept,
     )

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepdistill.config.run import RunConfig
+from stepdistill.monitoring.own_validation import line_of
 from stepdistill.planning.forecast import Forecast, forecast
 
 GIB = 2**30
@@ -49,6 +50,8 @@ def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None)
         f"({UTILISATION:.0%} of its peak rate), "
         f"{hours_per_1k(plan, gpu) * run.max_train_steps / 1000:.2f} h for {run.max_train_steps:,}"
     )
+    if plan.validation:
+        console.print(line_of(plan.validation))
     share = plan.peak_on(num_gpus) / room
     if share <= 1:
         told = "fits" if share <= TIGHT else f"tight ({share:.0%} of it is forecast): fits"

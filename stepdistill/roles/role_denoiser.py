@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType
 from stepdistill.core.types import Cond
 from stepdistill.families.end_input import told_end
@@ -42,12 +42,15 @@ class RoleDenoiser(Denoiser):
         activate: Callable[[str | None], AbstractContextManager[None]],
         as_flow: bool,
         features: bool,
+        see: Callable[[Prediction], None],
     ) -> None:
         """Args:
         net, adapter: what computes the role, and the adapter on it (None: none).
         activate: within its context that adapter is active, and no other.
         as_flow: see Role. features: whether its blocks are the teacher's, which heads read.
+        see: told of every prediction.
         """
+        self._see = see
         self._family, self._net, self._adapter, self._activate = family, net, adapter, activate
         self.path: NoisePath = FlowPath() if as_flow else family.path
         self.kind: PredictionType = "flow" if as_flow else family.kind
@@ -55,6 +58,12 @@ class RoleDenoiser(Denoiser):
         self.has_null = family.has_null
         # Blocks are named by the teacher's architecture; heads read roles that share it.
         self._blocks = family.feature_blocks() if features else {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
+        """See Denoiser.__call__."""
+        pred = super().__call__(*args, **kwargs)
+        self._see(pred)
+        return pred
 
     def guide(self, cond: Tensor, null: Tensor, guidance: float | Tensor) -> Tensor:
         """See Denoiser.guide: as the family's stock pipeline does it."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from stepdistill.config.tuning import Tuning
-from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.method import Role, Scorer
 from stepdistill.families.family import Family
 from stepdistill.families.features import chosen_blocks
@@ -69,6 +70,7 @@ class RoleBank(nn.Module):
         self._adapter_of: dict[str, str | None] = {}  # role -> adapter name on its net
         self._net_of: dict[str, str] = {}  # role -> key of self.nets
         self._active: str | None = None
+        self._watcher: Callable[[str, Prediction], None] | None = None
         self._check()
         changes = tuning.student_changes
         other = None if changes is None else new_student(family, changes)
@@ -105,6 +107,7 @@ class RoleBank(nn.Module):
                 self.use,
                 self._origin(role).as_flow,
                 features=changes is None or not self.is_student(role),
+                see=partial(self._seen, role),
             )
             for role, spec in self.roles.items()
             if spec.source != "head"
@@ -207,6 +210,19 @@ class RoleBank(nn.Module):
 
     def __contains__(self, role: str) -> bool:
         return role in self.roles
+
+    @contextmanager
+    def watched(self, see: Callable[[str, Prediction], None]) -> Iterator[None]:
+        """Within: `see` is told of each prediction, with its role."""
+        self._watcher = see
+        try:
+            yield
+        finally:
+            self._watcher = None
+
+    def _seen(self, role: str, pred: Prediction) -> None:
+        if self._watcher is not None:
+            self._watcher(role, pred)
 
     def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
         """(B, K) logits: of each block that is read, a column per head on it."""

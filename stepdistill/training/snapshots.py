@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import Method
 from stepdistill.monitoring.logs import RunLog
+from stepdistill.monitoring.own_validation import OwnValidation
+from stepdistill.monitoring.validation import Validator
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.training.checkpoint import load_checkpoint, prune, read_state, save_checkpoint
@@ -31,12 +33,21 @@ class Resumable:
     bank: RoleBank
     optimizer: Any
     log: RunLog
+    validator: Validator
     sharded: bool
     step: int
     owes_validation: bool
+    own_validation: OwnValidation
     feed: Feed
     gan_feed: Feed | None
     seconds: float
+
+    def _validate_by(self, said: dict[str, Any] | None = None) -> None:
+        """Go by what was decided on validation. said: see RunLog.validates_by."""
+        self.validator.args = args = self.own_validation.args
+        if self.own_validation.chosen:  # no more memory than training takes
+            self.validator.batch = args.train_batch_size
+        self.log.validates_by(args, said)
 
     def save(self) -> Path:
         """Write checkpoint-STEP whole, then drop the oldest beyond the limit; returns its path."""
@@ -57,6 +68,7 @@ class Resumable:
                 "global_batch": accelerator.num_processes * args.train_batch_size,
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
                 "owes_validation": self.owes_validation,
+                "own_validation": self.own_validation.state_dict(),
                 "grad_scaler": scaler.state_dict() if scaler is not None else {},
                 "facts": self.facts,
                 "log": log_state,
@@ -101,6 +113,10 @@ class Resumable:
             self.gan_feed.seen = state.get("gan_batches_seen", 0)
         self.seconds = state["seconds"]
         self.owes_validation = state.get("owes_validation", False)
+        self.own_validation.load_state_dict(state.get("own_validation"))
+        if "validation" in state["facts"]:
+            self.facts["validation"] = state["facts"]["validation"]
+        self._validate_by()
         self.facts.setdefault("data", state["facts"].get("data"))
         if "data_changed" in state["facts"]:
             self.facts["data_changed"] = list(state["facts"]["data_changed"])

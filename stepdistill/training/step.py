@@ -14,6 +14,7 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Loss
 from stepdistill.core.types import Batch
 from stepdistill.loading.quantization import is_packed
+from stepdistill.monitoring.step_signs import StepSigns
 from stepdistill.roles.rolebank import RoleBank
 
 
@@ -25,11 +26,16 @@ class TrainStep(nn.Module):
         self.bank = bank
 
     def forward(self, loss: Loss, batch: Batch, ctx: Ctx) -> tuple[Tensor, dict[str, Tensor]]:
-        """(scalar loss in float32, detached scalars to log, on the loss's device)."""
-        losses = loss(self.bank, batch, ctx)
+        """(scalar loss in float32, detached scalars to log, on the loss's device): the method's,
+        and signs of a collapse."""
+        signs = StepSigns()
+        with self.bank.watched(signs.see):
+            losses = loss(self.bank, batch, ctx)
+        ctx.rows += signs.rows
+        logs = {**losses.logs, **signs.logs(batch)}
         total = losses.total.float()
         # A method may log a number of the host's: the log stacks them, on the device.
-        return total, {name: v.detach().to(total.device) for name, v in losses.logs.items()}
+        return total, {name: v.detach().to(total.device) for name, v in logs.items()}
 
 
 def place(

@@ -36,6 +36,7 @@ from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.monitoring.logs import RunLog
+from stepdistill.monitoring.own_validation import OwnValidation
 from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards import build_scorers
 from stepdistill.storage.files import one_line
@@ -170,7 +171,16 @@ class Trainer(Resumable):
         self.stop = StopRequest()
         self.log = RunLog(self.accelerator, args, self.facts)
         self.validator = Validator(self.bank, self.method, args)
+        self.own_validation = OwnValidation(args, self.method, self._unvalidated())
         self.facts["teacher_guidance"] = self.validator.guidance
+
+    def _unvalidated(self) -> str:
+        """Why no run like this is validated unless that is asked for; "" where it is."""
+        if self.sharded:
+            return (
+                "weights in shards would be gathered on one device; --validation_steps asks for it"
+            )
+        return "its model needs an image beside the prompt" if self.family.reads_image else ""
 
     # ------------------------------------------------------------------ loop
     def train(self, until: int | None = None) -> dict[str, float]:
@@ -212,7 +222,8 @@ class Trainer(Resumable):
         started, before = time.monotonic(), self.seconds
         self.log.start(self.step, self.seconds)
         last_saved = self.step
-        if args.validation_steps and (self.step == 0 or self.owes_validation):
+        planned = self.own_validation.args.validation_steps
+        if (args.validation_steps and self.step == 0) or (planned and self.owes_validation):
             # The student before training, which later ones are held against, or what a signal cut.
             better, failure = self._validate()
             if failure is not None:
@@ -248,9 +259,12 @@ class Trainer(Resumable):
             last = self.step >= end or stopping
             if self.log.due(self.step) or last:
                 self.log.write(self.step, self.seconds, self._learning_rates())
-            better, planned = False, validates(args, self.step)
+            if self.own_validation.due(self.step):
+                self._decide_validation()
+            watching = self.own_validation.args
+            better, planned = False, validates(watching, self.step)
             self.owes_validation = planned and cut_off
-            if (planned or (args.validation_steps and last)) and not cut_off:
+            if (planned or (watching.validation_steps and last)) and not cut_off:
                 better, failure = self._validate()
                 stopping = stopping or self.stop.preempted or failure is not None
             due = args.checkpointing_steps and self.step % args.checkpointing_steps == 0
@@ -274,6 +288,14 @@ class Trainer(Resumable):
             if feed.corrupt.replaced:
                 self.accelerator.print(f"data: replaced unreadable samples: {feed.corrupt}")
         return self.log.last
+
+    def _decide_validation(self) -> None:
+        """Settle on validations by the rows of the steps so far; the same on all ranks."""
+        said = self.own_validation.decide(self.step, self.seconds)
+        state = broadcast_object_list([self.own_validation.state_dict()])[0]
+        self.own_validation.load_state_dict(state)
+        self.facts["validation"] = said
+        self._validate_by(said)
 
     @property
     def feeds(self) -> list[Feed]:
@@ -311,7 +333,8 @@ class Trainer(Resumable):
         self.bank.train_only(phase.trains)
         self.optimizer.zero_grad(set_to_none=True)
         for micro, kept in enumerate(carry):
-            batch = self.batches(next(self.feed), with_x0, next(gan_feed) if gan_feed else None)
+            raw = next(self.feed)
+            batch = self.batches(raw, with_x0, next(gan_feed) if gan_feed else None)
             ctx = Ctx(
                 seed=args.seed,
                 step=self.step,
@@ -330,6 +353,7 @@ class Trainer(Resumable):
             with accelerator.no_sync(self.module) if more else nullcontext():
                 total, logs = self.module(self.by_shape.loss(phase, batch), batch, ctx)
                 accelerator.backward(total / len(carry))
+            self.own_validation.see(raw, ctx.rows)
             for feed in feeds:
                 logs = {**logs, **feed.logs(total.detach())}
             self.log.add(phase.name, self.step, total.detach(), logs)
@@ -386,7 +410,14 @@ class Trainer(Resumable):
         if self.stop.preempted:
             self.stop.tell(self.accelerator)
         if self.stop.preempted or told is not None:
-            self.owes_validation = validates(self.args, self.step)
+            if (
+                told is not None and self.own_validation.chosen
+            ):  # nobody asked for it: go on without
+                self.own_validation.leave()
+                self.facts["validation"] = {"steps": 0, "why": f"it failed: {told}"}
+                self._validate_by(self.facts["validation"])
+                return False, None
+            self.owes_validation = validates(self.own_validation.args, self.step)
             failed = None if told is None else RuntimeError(f"validation: {told}")
             return False, failure or failed
         better = self.log.validation(found, self.step, self.seconds)
@@ -396,4 +427,4 @@ class Trainer(Resumable):
 
 def validates(args: TrainConfig, step: int) -> bool:
     """Whether a validation is planned there."""
-    return bool(args.validation_steps) and step % args.validation_steps == 0
+    return bool(args.validation_steps) and step % (args.validation_steps or 1) == 0

@@ -167,6 +167,18 @@ def test_what_was_never_better_is_on_its_way() -> None:
     assert verdicts(*rising) == [set()] * 5
 
 
+def test_a_student_that_draws_one_image_a_prompt_from_the_start_is_bad_in_time() -> None:
+    """It never was better: no drift, and no way either once a quarter of the run is over."""
+    checks = SampleChecks(WatchdogConfig())
+    same = {"diversity_ratio": 0.1}
+    assert [set(checks.bad(step, same, step / 8)) for step in range(4)] == [
+        set(), set(), {"diversity"}, {"diversity"},
+    ]  # fmt: skip
+    on_its_way = SampleChecks(WatchdogConfig())
+    rising = [{"diversity_ratio": r} for r in (0.1, 0.14, 0.17, 0.25)]
+    assert not any(on_its_way.bad(i, one, i / 8) for i, one in enumerate(rising))
+
+
 def test_a_blur_that_turns_into_saturation_is_bad() -> None:
     assert verdicts({"x0_std_ratio": 0.2}, {"x0_std_ratio": 3.0}) == [set(), {"drift"}]
 

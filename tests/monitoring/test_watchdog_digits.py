@@ -1,4 +1,5 @@
-"""The digits' teacher under guidance 3, with a fake that never learns and with one that does."""
+"""The digits' teacher under guidance 3, with a fake that never learns and with one that does; and
+vsd without a warm start, which draws one image a class."""
 
 from __future__ import annotations
 
@@ -6,8 +7,13 @@ import json
 
 import pytest
 
-from stepdistill import DistributionMatchingTrainer, TrainConfig, Tuning
-from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits
+from stepdistill import (
+    DistributionMatchingTrainer,
+    TrainConfig,
+    Tuning,
+    VariationalScoreTrainer,
+)
+from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits, prompt_for
 from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
 from stepdistill.monitoring.watchdog import WatchdogStop
 
@@ -61,6 +67,26 @@ def test_a_fake_that_never_learns_is_told_by_its_lag_and_stopped_as_drift(
     assert abs(lag[0]) < 0.2
     assert lag[alarms["fake_lag"]["step"]] < -0.8
     assert lag[alarms["drift"]["step"]] < -2.0
+
+
+def test_a_student_that_draws_one_image_a_class_is_told_unasked(teacher, tmp_path) -> None:
+    """vsd by its own options at rates that move a small model; nothing is said of what watches."""
+    args = TrainConfig(
+        output_dir=str(tmp_path),
+        max_train_steps=150,
+        train_batch_size=32,
+        learning_rate=1e-3,
+        adam_beta2=0.99,
+        adam_weight_decay=0.0,
+        max_grad_norm=100.0,
+        tuning=Tuning(student="full", fake="full"),
+        disable_progress_bar=True,
+    )
+    prompts = [prompt_for(label) for label in range(len(DIGIT_NAMES))]
+    VariationalScoreTrainer(str(teacher), args, prompts, "vsd").train()
+    alarms = [e for e in rows(tmp_path, "events.jsonl") if e["kind"] == "alarm"]
+    print(alarms)
+    assert "spread" in {e["check"] for e in alarms}
 
 
 def test_one_that_learns_is_left_in_peace(teacher, tmp_path) -> None:

@@ -286,6 +286,18 @@ def test_above_nine_tenths_is_tight(
     assert f"\n{said}" in capsys.readouterr().out
 
 
+def test_a_plan_tells_the_runs_own_validation(
+    teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long, short = (run_config(teacher, max_train_steps=n) for n in (100_000, 10))
+    said = forecast(long).validation
+    assert 0 < said["share"] < 0.02
+    print_plan(long, 1, "h100", None)
+    assert f"validation: every {said['steps']} updates" in capsys.readouterr().out
+    assert forecast(short).validation["steps"] == 0
+    assert forecast(run_config(teacher, validation_steps=0)).validation == {}
+
+
 def test_suggestions_begin_with_what_saves_most(teacher: Path) -> None:
     run = run_config(teacher, tuning={"student": "full", "fake": "full"}, train_batch_size=4)
     offered = list(suggestions(run, forecast(run)))
