@@ -5,7 +5,8 @@ Anything with FeatureNet's attributes will do, named by a text:
     inception:FILE              Inception-v3 of the FID papers, through torch-fidelity
     clip:MODEL[,WEIGHTS]        image embedding of an open_clip model, folder or Hub id
     dino:DIR_OR_HUB_ID          class token of DINOv2 (or any such Transformers vision model)
-    FOLDER                      any Transformers vision model: config.json and safetensors
+    FOLDER                      any Transformers vision model (config.json and safetensors), or
+                                what `stepdistill features train` made of your own images
     MODULE:NAME                 what NAME(device) of an importable module makes: your own
     other names                 of FEATURES, which others add to (the demo: digits)
 
@@ -17,19 +18,21 @@ arXiv:2203.06026 (CLIP); Stein et al. 2023, arXiv:2306.04675 (DINOv2).
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.loading.safe_files import no_pickles, read_tensors
+from stepdistill.storage.files import read_json, sha256_of
+
+from .images import clean_resize
+from .learned import KIND, LearnedFeatures
+from .store import network_sha256
 
 INCEPTION_SHA256 = "6726825d"  # beginning of the published file's hash, part of its name
 
@@ -64,7 +67,9 @@ def feature_net(text: str, device: Device = "cpu") -> FeatureNet:
     name, _, argument = text.partition(":")
     if name in FEATURES and bool(argument) == (":" in FEATURES[name].usage):
         return FEATURES[name].make(argument, device)
-    if (Path(text) / "config.json").is_file():
+    if (config := Path(text) / "config.json").is_file():
+        if read_json(config).get("model_type") == KIND:
+            return LearnedFeatures(text, device)
         return VisionFeatures(text, device, Path(text).resolve().name)
     if name not in FEATURES and argument.isidentifier() and _importable(name):
         try:
@@ -84,29 +89,6 @@ def _importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # of a parent that is not there; of no name
         return False
-
-
-def network_sha256(net: nn.Module) -> str:
-    """A hash of a network's state: names, shapes and values."""
-    sha = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        sha.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def clean_resize(images: Tensor, size: int) -> Tensor:
-    """(B, C, size, size): Pillow's antialiased bicubic on float channels, as clean-fid does."""
-    if images.shape[-2:] == (size, size):
-        return images
-    rows = []
-    for image in images.cpu():
-        channels = [
-            Image.fromarray(c.numpy(), mode="F").resize((size, size), Image.Resampling.BICUBIC)
-            for c in image * 255
-        ]
-        rows.append(torch.stack([torch.from_numpy(np.array(c)) for c in channels]))
-    return torch.stack(rows).clamp(0, 255) / 255
 
 
 class InceptionFeatures:
@@ -154,7 +136,7 @@ def _inception_state(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"features inception: expected a weights file, got {str(path)!r}.")
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     if not digest.startswith(INCEPTION_SHA256):
         raise ValueError(
             f"features inception: expected .safetensors or the published file (sha256 "
