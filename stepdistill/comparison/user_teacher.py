@@ -178,13 +178,13 @@ class UserTeacher(TeacherSetup):
             at_hand = ModelAtHand.of(ModelSource.of(own.teacher))
         file = given or bundled(name)  # none of a method that others add: its own defaults
         layers = [] if file is None else layers_of(file)
-        called = str(merged(layers).get("method", name))
-        if given is None:
-            layers = at_hand.recipe_by_size(resolve_method(called)[0]) or layers
+        named = str(merged(layers).get("method", name))
+        if given is None and is_method(name):  # else it is a file's name, and that file is meant
+            named, layers = name, at_hand.recipe_by_size(resolve_method(name)[0]) or layers
         at_hand.check_recipe(layers)
         layers = [*layers, Layer("settings", own.settings)]
         settings = {key: value for key, value in merged(layers).items() if key not in ELSEWHERE}
-        named = str(settings.get("method", called))
+        named = str(own.settings.get("method", named))
         called, options = resolve_method(named, settings.get("method_config"))
         cls = METHODS[called]
         settled = guided(cls, layers, options, at_hand.family)
@@ -259,16 +259,21 @@ def split_methods(texts: Sequence[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for text in texts:
         name, _, file = text.partition("=")
-        if not file and bundled(name) is None:
-            try:
-                resolve_method(name)
-            except ValueError as err:
-                raise ValueError(
-                    f"methods: expected a method of {sorted(METHODS)}, a file of configs/methods "
-                    f"or NAME=FILE, got {text!r}."
-                ) from err
+        if not file and bundled(name) is None and not is_method(name):
+            raise ValueError(
+                f"methods: expected a method of {sorted(METHODS)}, a file of configs/methods or "
+                f"NAME=FILE, got {text!r}."
+            )
         found[name] = file or None
     return found
+
+
+def is_method(name: str) -> bool:
+    """Whether a method is called so, by us or by users."""
+    try:
+        return bool(resolve_method(name))
+    except ValueError:
+        return False
 
 
 def bundled(name: str) -> Path | None:
