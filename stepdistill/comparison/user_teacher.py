@@ -26,7 +26,7 @@ from stepdistill.config.model_at_hand import ModelAtHand, is_here
 from stepdistill.config.recipes import Training
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.data.images import ImageFolderDataset
-from stepdistill.data.stream import PromptDataset, as_dataset
+from stepdistill.data.stream import PromptDataset
 from stepdistill.evaluation.metrics import System
 from stepdistill.evaluation.options import Options
 from stepdistill.evaluation.run import evaluate, open_judges
@@ -53,7 +53,7 @@ ELSEWHERE = set(RunConfig.model_fields) - set(TrainConfig.model_fields)
 ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
 
 # What a pair is like, before the first is made.
-PAIR = [{"prompt": "", "x0": torch.zeros(1), "noise": torch.zeros(1)}]
+PAIR = [{"prompt": "a", "x0": torch.zeros(1), "noise": torch.zeros(1)}]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class UserTeacher(TeacherSetup):
                 method, args, config = self.configs(training, 1000)
                 data = PAIR if training.data == "pairs" else self.dataset(training)
                 try:
-                    method_fits(method_class(method), config, facts, as_dataset(data), {})
+                    method_fits(method_class(method), config, facts, data, {})
                     student_fits(method_class(method), args.tuning, source)
                     check_start(args, facts, training=True)
                 except ValueError as err:

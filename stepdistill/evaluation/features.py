@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -73,9 +74,10 @@ def feature_net(text: str, device: Device = "cpu") -> FeatureNet:
         return VisionFeatures(text, device, Path(text).resolve().name)
     if name not in FEATURES and argument.isidentifier() and _importable(name):
         try:
-            made: FeatureNet = getattr(importlib.import_module(name), argument)(device)
+            make = getattr(importlib.import_module(name), argument)
         except AttributeError as err:
             raise ValueError(f"features: expected {argument} in module {name}. {err}.") from err
+        made: FeatureNet = make(device)
         return made
     usages = sorted((kind.usage for kind in FEATURES.values()), key=lambda usage: ":" in usage)
     raise ValueError(
@@ -178,15 +180,16 @@ class VisionFeatures:
     """A Transformers vision model: its pooled output, or (of one without, and of DINO) the class
     token after the last norm.
 
-    Args: model: folder or Hub id with safetensors and a preprocessor_config.json.
+    Args: model: folder or Hub id with safetensors. Without a preprocessor_config.json, images come
+        at the side that its config states, in [-1, 1], with a warning.
     """
 
     def __init__(self, model: str, device: Device = "cpu", name: str = "dino") -> None:
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
 
         self.name = name
         try:
-            self.processor = AutoImageProcessor.from_pretrained(model)
+            self.processor = _processor(model, name)
             with no_pickles("features dino"):
                 net = AutoModel.from_pretrained(model, use_safetensors=True)
         except (OSError, ValueError) as err:
@@ -213,6 +216,23 @@ class VisionFeatures:
         pooled = None if self.name == "dino" else output.get("pooler_output")
         features: Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
         return features.float()
+
+
+def _processor(model: str, name: str) -> Any:
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    folder = Path(model)
+    if not folder.is_dir() or (folder / "preprocessor_config.json").is_file():
+        return AutoImageProcessor.from_pretrained(model)
+    side = read_json(folder / "config.json").get("image_size", 224)
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    warnings.warn(
+        f"features {name}: expected a preprocessor_config.json in {model}, got none: images come at "
+        f"{height} x {width} px in [-1, 1]. Save the model's processor beside it where it was "
+        "trained on others.",
+        stacklevel=4,
+    )
+    return ViTImageProcessor(size={"height": height, "width": width})
 
 
 _PROCESSOR_FACTS = ("size", "crop_size", "resample", "do_center_crop", "image_mean", "image_std")

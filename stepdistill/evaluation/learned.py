@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +66,12 @@ class ConvFeatures(nn.Module):
         super().__init__()
         stride = max(1, size_px // 16)
         first = nn.Conv2d(3, width, 2 * stride + 1, stride, stride)
-        widths = [(width, width), (width, 2 * width), (2 * width, 2 * width), (2 * width, 4 * width)]
+        widths = [
+            (width, width),
+            (width, 2 * width),
+            (2 * width, 2 * width),
+            (2 * width, 4 * width),
+        ]
         self.layers = nn.ModuleList([first, *(nn.Conv2d(a, b, 3, padding=1) for a, b in widths)])
         for layer in self.layers:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -123,7 +129,7 @@ class LearnedFeatures:
 def train_features(
     folder: str | Path,
     out: str | Path,
-    settings: FeatureSettings = FeatureSettings(),  # noqa: B008
+    settings: FeatureSettings = FeatureSettings(),
     tell: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Path:
     """A network of the images below `folder`, in a folder of `out` named by the hash of images and
@@ -185,7 +191,9 @@ def _train(
         generator = torch.Generator().manual_seed(stable_seed("features", settings.seed, step))
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))
-        batch = images[torch.randperm(len(images), generator=generator)[: settings.train_batch_size]]
+        batch = images[
+            torch.randperm(len(images), generator=generator)[: settings.train_batch_size]
+        ]
         loss = nt_xent(*(head(net(view(batch, generator))) for _ in range(2)))
         optimizer.zero_grad()
         loss.backward()
@@ -222,7 +230,9 @@ def view(images: Tensor, generator: torch.Generator) -> Tensor:
 def _save(both: nn.Module, optimizer: torch.optim.Optimizer, part: Path, step: int) -> None:
     state = optimizer.state_dict()["state"]
     moments = {f"{i}.{name}": value for i, one in state.items() for name, value in one.items()}
-    write_folder(part, {"model": both.state_dict(), "optimizer": moments}, {"state": {"step": step}})
+    write_folder(
+        part, {"model": both.state_dict(), "optimizer": moments}, {"state": {"step": step}}
+    )
 
 
 def _resumed(both: nn.Module, optimizer: torch.optim.Optimizer, part: Path) -> int:

@@ -248,10 +248,19 @@ COMMAND = ("compare", "--budget", "2steps", "--guidance", "1")
         (["--methods", "dmd2", "--prompts_file", "{no}"], "prompts_file: expected a text file"),
         (["--methods", "reflow"], "features digits: expected grey images of 8 x 8 px, got"),
         (["--methods", "reflow,dmd2", "--features", NET, "--train_data_dir", "{no}"], "no"),
-        (["--methods", "reflow,broken={run}", "--features", NET], "methods: broken: .*/no/such/run"),
+        (
+            ["--methods", "reflow,broken={run}", "--features", NET],
+            "methods: broken: .*/no/such/run",
+        ),
         (["--methods", "reflow", "--features", NET, "--num_prompts", "9"], "num_prompts: expected"),
-        (["--methods", "reflow", "--features", NET, "--reference", "{no}"], "reference: expected a"),
-        (["--methods", "reflow", "--features", f"{__name__}:Odd"], "features odd: expected a network"),
+        (
+            ["--methods", "reflow", "--features", NET, "--reference", "{no}"],
+            "reference: expected a",
+        ),
+        (
+            ["--methods", "reflow", "--features", f"{__name__}:Odd"],
+            "features odd: expected a network",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_made(tmp_path, tmp_path_factory, flags, told) -> None:
@@ -266,6 +275,15 @@ def test_a_mistake_is_told_before_anything_is_made(tmp_path, tmp_path_factory, f
     command += [flag.format(bad=bad, run=run, no=tmp_path / "no") for flag in flags]
     with pytest.raises(SystemExit, match=f"error: .*{told}"):
         main(command)
+    assert not out.exists()
+
+
+def test_what_is_right_is_not_refused_and_nothing_is_made(tmp_path, tmp_path_factory) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a red cube\na cat\n")
+    given = UserOptions(str(teacher_dir("sd3", tmp_path_factory)), str(prompts), [NET])
+    setup = UserTeacher(out, given)
+    setup.check(setup.students(["dmd2", "lcm", "pcm", "reflow", "tscd", "vsd"], (1, 2)))
     assert not out.exists()
 
 

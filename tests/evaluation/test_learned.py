@@ -111,7 +111,7 @@ def test_too_few_images_and_foreign_weights_are_refused(digits, tmp_path) -> Non
     made = train_features(digits, tmp_path, FEW)
     config = made / "config.json"
     config.write_text(config.read_text().replace('"width": 4', '"width": 6'))
-    with pytest.raises(ValueError, match="expected the weights that its config.json describes"):
+    with pytest.raises(ValueError, match=r"expected the weights that its config\.json describes"):
         feature_net(str(made))
 
 
