@@ -227,8 +227,8 @@ def _processor(model: str, name: str) -> Any:
     side = read_json(folder / "config.json").get("image_size", 224)
     height, width = side if isinstance(side, list | tuple) else (side, side)
     warnings.warn(
-        f"features {name}: expected a preprocessor_config.json in {model}, got none: images come at "
-        f"{height} x {width} px in [-1, 1]. Save the model's processor beside it where it was "
+        f"features {name}: expected a preprocessor_config.json in {model}, got none: images come "
+        f"at {height} x {width} px in [-1, 1]. Save the model's processor beside it where it was "
         "trained on others.",
         stacklevel=4,
     )
