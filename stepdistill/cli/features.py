@@ -30,9 +30,13 @@ class Options(CommandOptions):
     width: Count = 16
     """Channels of the first convolutions; there are 6 times as many features."""
     max_train_steps: Count = 400
+    """Updates."""
     train_batch_size: int = Field(default=128, ge=2)
+    """Images of an update, each told from all others."""
     learning_rate: Positive = 2e-3
+    """Of AdamW; falls as a cosine."""
     seed: Seed = 0
+    """Of weights and draws."""
 
 
 def run(options: Options) -> None:

@@ -111,6 +111,8 @@ class UserTeacher(TeacherSetup):
     def check(self, chosen: Sequence[Student]) -> None:
         facts, source = teacher_facts(self.own.teacher), ModelSource.of(self.own.teacher)
         open_judges(self._options([]), torch.device("cpu"))
+        if self.own.train_data_dir is not None:  # whether or not a method reads it
+            ImageFolderDataset(self.own.train_data_dir, self.own.resolution, labels=False)
         for student in chosen:
             for training in self.trainings(student):
                 method, args, config = self.configs(training, 1000)
