@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from stepdistill.config.files import method_class, resolve_method
-from stepdistill.config.guidance import guided, say_what_changed
+from stepdistill.config.guidance import guided, what_changed
 from stepdistill.config.layers import Layer, layers_of, merge, merged
 from stepdistill.config.model_at_hand import ModelAtHand, is_here
 from stepdistill.config.recipes import Training
@@ -182,7 +183,10 @@ class UserTeacher(TeacherSetup):
         layers = [] if file is None else layers_of(file)
         named = str(merged(layers).get("method", name))
         if given is None and is_method(name):  # else it is a file's name, and that file is meant
-            named, layers = name, at_hand.recipe_by_size(resolve_method(name)[0]) or layers
+            named, (by_size, said) = name, at_hand.recipe_by_size(resolve_method(name)[0])
+            layers = by_size or layers
+            for line in said:
+                warnings.warn(f"{name}: {line}.", stacklevel=2)
         at_hand.check_recipe(layers)
         layers = [*layers, Layer("settings", own.settings)]
         settings = {key: value for key, value in merged(layers).items() if key not in ELSEWHERE}
@@ -191,7 +195,8 @@ class UserTeacher(TeacherSetup):
         cls = METHODS[called]
         settled = guided(cls, layers, options, at_hand.family)
         if own.guidance is None:
-            say_what_changed(options, settled, at_hand.family)
+            for line in what_changed(options, settled, at_hand.family):
+                warnings.warn(f"method_config: {line}.", stacklevel=2)
         settings |= {"method": called, "method_config": settled}
         same: dict[str, Any] = {**OURS}
         if own.mixed_precision or not torch.cuda.is_available():

@@ -9,7 +9,7 @@ earlier one is not worked out again: its results lie as they did then.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -151,9 +151,8 @@ class _Result:
     def again(self, given: list[FakeTensor]) -> Any:
         """The same of other tensors that lie alike."""
         mode = given[0].fake_mode
-        if not self.made.tensors:
-            made = iter(())
-        else:
+        made: Iterator[Tensor] = iter(())
+        if self.made.tensors:
             made = iter(self.made.made(mode, [tensor.untyped_storage() for tensor in given]))
         out = [next(made) if i is None else given[i] for i in self.given]
         return out[0] if self.whole is None else self.whole(out)
