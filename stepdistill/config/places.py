@@ -58,7 +58,7 @@ def _places(annotation: Any) -> Iterator[Place]:
 
 def places_of(model: type[BaseModel]) -> dict[str, Place]:
     """Dotted name of every option that names something -> what."""
-    named = {}
+    named: dict[str, Place] = {}
     for name, info in fields_of(model).items():
         known = [part for part in info.metadata if isinstance(part, Place)]
         known += _places(info.annotation)
