@@ -62,7 +62,8 @@ def places_of(model: type[BaseModel]) -> dict[str, Place]:
     for name, info in fields_of(model).items():
         known = [part for part in info.metadata if isinstance(part, Place)]
         known += _places(info.annotation)
-        named |= dict.fromkeys([name] if known else [], *known[:1])
+        if known:
+            named[name] = known[0]
     return named
 
 
