@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 from transformers import CLIPImageProcessor
 
@@ -98,7 +99,7 @@ def _build(name: str, part: Mapping[str, Any] | None, dtype: torch.dtype) -> Any
     found = part_class(library, class_name)
     if "Scheduler" in class_name:
         return found.from_config(part["config"])
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         if library == "diffusers":
             net: nn.Module = found.from_config(part["config"])
         else:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -158,7 +159,7 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     count = sum(p.numel() for p in family.net.parameters())
     if run.tuning.base_quantization != "none":
         pack(family.net, run.tuning.base_quantization)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         bank = RoleBank(family, roles_of(method, run), run.tuning)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _to_fake(bank, fake)
