@@ -1,4 +1,4 @@
-"""What README says is so: its code runs, its tables are the package's own."""
+"""What the pages say is so: their code runs, their tables are the package's own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from support.pages import COMMANDS, NAMES, README, ROOT, anchors, commands, links, page
 from support.processes import run, run_script
 from support.runs import teacher_dir
 
@@ -22,8 +23,36 @@ from stepdistill.export.tool_rules import RULES
 from stepdistill.families.registry import FAMILIES
 from stepdistill.methods import METHODS
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+METHODS_PAGE, FAMILIES_PAGE = (
+    page("stepdistill/methods/README.md"),
+    page("stepdistill/families/README.md"),
+)
+EXPORT_PAGE, PLANNING_PAGE = (
+    page("stepdistill/export/README.md"),
+    page("stepdistill/planning/README.md"),
+)
+
+
+def test_readme_is_for_the_person_who_arrives() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name) -> None:
+    for link in links(page(name)):
+        path, _, anchor = link.partition("#")
+        if "://" in path:
+            continue
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_every_page_is_linked_from_readme_or_contributing() -> None:
+    seen = {"README.md", "CHANGELOG.md"}
+    for start in ("README.md", "CONTRIBUTING.md"):
+        seen |= {link.partition("#")[0] for link in links(page(start))}
+    assert set(NAMES) <= seen
 
 
 def test_quick_start_is_two_commands() -> None:
@@ -41,7 +70,9 @@ def test_python_example_runs(tmp_path, tmp_path_factory, monkeypatch) -> None:
 
 
 def test_method_table_is_the_package_s() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| .* \| `(\w+)` \| ([^|]+) \|$", README, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| `(\w+)` \| ([^|]+) \|$", METHODS_PAGE, flags=re.MULTILINE
+    )
     trainers = {cls.trainer for cls in METHODS.values()}
     told = {
         name: (trainer, status.strip()) for name, trainer, status in rows if trainer in trainers
@@ -50,8 +81,40 @@ def test_method_table_is_the_package_s() -> None:
     assert told == own
 
 
+def test_every_method_has_its_section_and_source() -> None:
+    sections = dict(
+        re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", METHODS_PAGE, re.MULTILINE | re.DOTALL)
+    )
+    assert set(sections) == set(METHODS)
+    for name, text in sections.items():
+        files = re.findall(r"`(\w+\.yaml)`", text)
+        assert files, name
+        assert all((ROOT / "configs/methods" / file).is_file() for file in files), name
+        said = set(re.findall(r"\d{4}\.\d{5}", text))
+        assert set(re.findall(r"\d{4}\.\d{5}", METHODS[name].paper)) <= said, name
+
+
+def numbers(table: str) -> dict[str, list[list[str]]]:
+    """First cell of each row -> the numbers of its others, deviations left out."""
+    rows = [line.strip("| ").split("|") for line in table.splitlines() if line.startswith("| ")]
+    plain = [
+        (name.strip(), [re.sub(r" ± \S+", "", cell) for cell in cells]) for name, *cells in rows
+    ]
+    return {name: [re.findall(r"[\d.]+", cell) for cell in cells] for name, cells in plain}
+
+
+def test_readme_s_figures_are_those_of_the_pages() -> None:
+    own = README.split("| | 1 step")[1].split("\n\n")[0]
+    assert numbers(own) == numbers(METHODS_PAGE.split("| | 1 step")[1].split("\n\n")[0])
+    for figures in numbers(README.split("| `dmd2` on |")[1].split("\n\n")[0]).values():
+        for figure in [number for cell in figures for number in cell]:
+            assert re.search(rf"\b{re.escape(figure)}\b", PLANNING_PAGE), figure
+
+
 def test_recipe_table_is_the_package_s() -> None:
-    table = README.split("| recipe | method | steps | data |")[1].split("\n\n")[0]
+    table = (
+        page("configs/README.md").split("| recipe | method | steps | data |")[1].split("\n\n")[0]
+    )
     rows = re.findall(r"^\| `(\S+)` \| `(\w+)` \| (.+) \| (\w+) \|$", table, flags=re.MULTILINE)
     known = [(n, merged(one)["method"], one[-1].recipe) for n, one in recipe_files().items()]
     assert rows == [
@@ -62,13 +125,15 @@ def test_recipe_table_is_the_package_s() -> None:
 
 
 def test_family_table_is_the_package_s() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`[^|]*)+) \| [^|]+ \|$", README, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| ((?:`\w+`[^|]*)+) \| [^|]+ \|$", FAMILIES_PAGE, flags=re.MULTILINE
+    )
     told = {name: set(re.findall(r"`(\w+)`", classes)) for name, classes in rows}
     assert told == {name: set(family.pipelines) for name, family in FAMILIES.items()}
 
 
 def test_users_names_are_told() -> None:
-    said = README.split("Users' other names")[1].split("\n\n")[0]
+    said = METHODS_PAGE.split("Users' other names")[1].split("\n\n")[0]
     assert set(re.findall(r"`([\w+]+)`", said)) == {
         a for cls in METHODS.values() for a in cls.aliases
     }
@@ -76,14 +141,14 @@ def test_users_names_are_told() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_table_of_what_is_typed_is_the_package_s(name) -> None:
-    table = README.split("| student of | typed")[1].split("\n\n")[0]
+    table = FAMILIES_PAGE.split("| student of | typed")[1].split("\n\n")[0]
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|", table, flags=re.MULTILINE)
     told = next((typed for who, typed in rows if f"`{name}`" in who), rows[-1][1])
     assert tuple(re.findall(r"`(num\w+|guid\w+)`", told)) == FAMILIES[name].typed
 
 
 def test_table_of_tools_is_the_package_s() -> None:
-    table = README.split("| files that a tool reads whole |")[1].split("\n\n")[0]
+    table = EXPORT_PAGE.split("| files that a tool reads whole |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| (`.+`) \| (.*?) \|(.*?)\|(.*?)\|$", table, flags=re.MULTILINE)
     said = {
         name: tuple(tuple(re.findall(r"`(\w+)`", cell)) for cell in cells)
@@ -95,21 +160,29 @@ def test_table_of_tools_is_the_package_s() -> None:
 
 
 def test_families_without_a_lora_loader_are_told() -> None:
-    (said,) = re.findall(r"every family; (.*?), to which", README, flags=re.DOTALL)
+    (said,) = re.findall(r"every family; (.*?), to which", EXPORT_PAGE, flags=re.DOTALL)
     names = {name.lower() for name in re.findall(r"\w+", said)} - {"and"}
     without = {name for name, family in FAMILIES.items() if not family.has_lora_loader()}
     assert names == {name.replace("_", "") for name in without}
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:train|configs)/[\w/]+\.(?:py|yaml)", README)))
+    "path",
+    sorted(
+        {
+            path
+            for name in NAMES
+            for path in re.findall(r"\b(?:train|configs)/[\w/]+\.(?:py|yaml)", page(name))
+            if "NAME" not in path
+        }
+    ),
 )
 def test_every_named_file_exists(path) -> None:
     assert (ROOT / path).is_file()
 
 
 def test_every_room_of_the_tree_exists() -> None:
-    tree = README.split("## The tree")[1].split("## License")[0]
+    tree = page("CONTRIBUTING.md").split("## Where things are")[1].split("\n## ")[0]
     for name in re.findall(r"^      (\w+)/", tree, flags=re.MULTILINE):
         assert (ROOT / "stepdistill" / name).is_dir(), name
 
@@ -126,24 +199,21 @@ def test_commands_answer(command) -> None:
         assert "--tuning.student" in done.stdout
 
 
-# Where each indented command of README is run: by CI's script, or by the test of that name.
+# Where each indented command of the pages is run: by CI's script, or by the test of that name.
 RUN_BY = {
-    r'pip install -e "\.\[\w+\]" && ': ".ci/run",
+    r'pip install -e "\.\[\w+\]"': ".ci/run",
     r"accelerate launch train/distribution_matching\.py": "tests/test_readme.py",
     r"accelerate launch .*ddp\.yaml": "tests/test_launchers.py",
     r"ACCELERATE_USE_CPU=true accelerate launch .*cpu2\.yaml": "tests/test_launchers.py",
     r"accelerate launch .*fsdp2\.yaml": "tests/training/test_distributed.py",
     r"stepdistill (evaluate|compare) ": "tests/test_readme_evaluation.py",
-    r"stepdistill train --recipe ": "tests/config/test_recipe_files.py",
-    r"stepdistill (plan|train|export) (?!--recipe).*(sdxl|out/lora)": "tests/test_readme.py",
+    r"stepdistill (plan|train) --recipe ": "tests/test_readme.py",
+    r"stepdistill (check DIR|export out|push out/lora)": "tests/test_readme.py",
+    r"stepdistill plan .*path sdxl ": "tests/test_readme.py",
     r"stepdistill (cache|train) .*--(cache_dir|data\.(tar|dataset))": (
         "tests/data/test_readme_commands.py"
     ),
 }
-JOINED = re.sub(r"\\\n\s*", "", README)
-COMMANDS = re.findall(
-    r"^    ((?:[A-Z_]+=\S+ )*(?:pip|stepdistill|accelerate|python) .*)$", JOINED, flags=re.MULTILINE
-)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -157,11 +227,8 @@ def test_every_command_is_run_somewhere(command) -> None:
 
 
 def run_here(command: str, *more: str) -> None:
-    """One of README's `stepdistill` lines, with settings for a tiny model behind it."""
-    # The shell's braces, by hand.
-    plain = re.sub(r"(\S+)\{,(\w+)\}(\S+)", r"\1\3 \1\2\3", command.split("  #")[0])
-    words = shlex.split(plain)
-    main([*words[1:], *more])
+    """One of the pages' `stepdistill` lines, with settings for a tiny model behind it."""
+    main([*shlex.split(command.split("  #")[0])[1:], *more])
 
 
 SMALL = ["--resolution", "32", "--tuning.rank", "2", "--train_batch_size", "1"]
@@ -169,32 +236,43 @@ SHORT = ["--max_train_steps", "1", "--gradient_accumulation_steps", "1", "--mixe
 
 
 @pytest.fixture
-def fine_tune(tmp_path, tmp_path_factory, monkeypatch) -> list[str]:
-    """README's commands for a fine-tune, in a folder that has what they name."""
+def arrived(tmp_path, tmp_path_factory, monkeypatch) -> Path:
+    """A folder with what README's commands name: a model, prompts, a LoRA of the user's."""
     teacher = teacher_dir("sdxl", tmp_path_factory).resolve()
     monkeypatch.chdir(tmp_path)
     Path("DIR").symlink_to(teacher)
-    Path("configs").symlink_to(ROOT / "configs")
     Path("prompts.txt").write_text("a cat\na dog\n")
     pipe = DiffusionPipeline.from_pretrained(str(teacher))
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     pipe.save_lora_weights("style", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
     next(Path("style").iterdir()).rename("style.safetensors")
-    return [c for c in COMMANDS if "sdxl.yaml" in c or "out/lora" in c]
+    return tmp_path
 
 
 @pytest.mark.full
-def test_plan_of_a_fine_tune_runs(fine_tune) -> None:
+def test_plan_of_a_fine_tune_runs(arrived) -> None:
+    _, plan, *_ = [c for c in commands(README) if c.startswith("stepdistill")]
     with pytest.raises(SystemExit) as ended:
-        run_here(fine_tune[0], *SMALL)
+        run_here(plan, *SMALL)
     assert ended.value.code == 0
 
 
-def test_recipe_for_a_fine_tune_runs(fine_tune) -> None:
-    _, train, export = fine_tune
+def test_five_commands_for_a_fine_tune_run(arrived, capsys) -> None:
+    check, _, train, export, push = [c for c in commands(README) if c.startswith("stepdistill")]
+    with pytest.raises(SystemExit) as ended:
+        run_here(check)
+    assert ended.value.code == 0
     run_here(train, *SMALL, *SHORT)
     run_here(export)
     assert Path("out/lora/pytorch_lora_weights.safetensors").is_file()
+    run_here(push)
+    assert (arrived / "sent" / "README.md").is_file()
+
+
+def test_the_recipe_s_page_s_command_runs(arrived) -> None:
+    (train,) = commands(page("configs/README.md"))
+    run_here(train, *SMALL, *SHORT, "--output_dir", "here")
+    assert Path("here/pipeline/model_index.json").is_file()
 
 
 @pytest.mark.parametrize("starts", ["here", pytest.param("launcher", marks=pytest.mark.full)])
@@ -220,13 +298,8 @@ def test_first_launch_runs(starts, tmp_path, tmp_path_factory) -> None:
 
 @pytest.mark.full
 def test_plan_of_sdxl_runs(capsys) -> None:
-    (command,) = [c for c in COMMANDS if re.match(r"stepdistill plan .*path sdxl ", c)]
+    (command,) = commands(PLANNING_PAGE)
     with pytest.raises(SystemExit) as ended:
         run_here(command)
     assert ended.value.code == 0
     assert "GiB" in capsys.readouterr().out
-
-
-def test_check_command_passes_on_a_tiny_pipeline(tmp_path_factory) -> None:
-    done = run(partial(main, ["check", str(teacher_dir("sd_v", tmp_path_factory))]))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

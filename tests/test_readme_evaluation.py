@@ -1,26 +1,23 @@
-"""README's `evaluate` and `compare` run as they stand, on an untrained demo teacher."""
+"""The pages' `evaluate` and `compare` run as they stand, on an untrained demo teacher."""
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 
 import pytest
+from support.pages import COMMANDS
 
 from stepdistill import DistributionMatchingTrainer, TrainConfig, Tuning
 from stepdistill.cli import main
 from stepdistill.demo.data import load_digit_splits, write_image_folder
 from stepdistill.demo.teacher import TeacherConfig, build_teacher
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-
 
 def command(name: str) -> list[str]:
-    """The one indented command of that name, its line continuations joined."""
-    joined = README.replace("\\\n", " ")
-    (line,) = re.findall(rf"^    stepdistill ({name} --.*)$", joined, flags=re.MULTILINE)
-    return shlex.split(line)
+    """The one indented command of that name, on one line."""
+    (line,) = [c for c in COMMANDS if c.startswith(f"stepdistill {name} --")]
+    return shlex.split(line)[1:]
 
 
 @pytest.fixture
@@ -48,7 +45,7 @@ def demo(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_evaluate_runs_as_readme_says(demo, capsys) -> None:
+def test_evaluate_runs_as_its_page_says(demo, capsys) -> None:
     short = ["--num_images_per_prompt", "3", "--teacher_steps", "2", "--num_reference", "40"]
     main([*command("evaluate"), *short])
     assert "dmd2_full_1step" in capsys.readouterr().out
@@ -57,7 +54,7 @@ def test_evaluate_runs_as_readme_says(demo, capsys) -> None:
 
 
 @pytest.mark.full
-def test_compare_runs_as_readme_says(tmp_path, monkeypatch, capsys) -> None:
+def test_compare_runs_as_its_page_says(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     short = ["--budget", "2steps", "--demo_teacher_steps", "2", "--demo_pairs", "64"]
     main([*command("compare"), *short, "--demo_noise_seeds", "1"])

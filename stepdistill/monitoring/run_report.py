@@ -14,13 +14,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from stepdistill.reporting.blocks import Facts
+from stepdistill.reporting.blocks import Facts, Verdicts
 from stepdistill.reporting.charts import Points, line_chart
 from stepdistill.reporting.page import page
 from stepdistill.reporting.pictures import file_img
 from stepdistill.reporting.values import short
 
 from .records import RunRecords, read_run, series
+from .run_answers import answers, clock
 
 REPORT = "report.html"
 REFRESH_SECONDS = 20
@@ -85,11 +86,9 @@ def _head(run: RunRecords) -> str:
     speed = float(last.get("steps_per_second", 0.0))
     facts = {
         "Student update": f"{run.step} of {planned}",
-        "Time": _clock(float(last.get("seconds", 0.0))),
+        "Time": clock(float(last.get("seconds", 0.0))),
         "Updates per second": short(speed) if speed else "–",
     }
-    if not run.end and speed:
-        facts["Left"] = _clock((planned - run.step) / speed)
     if run.best:
         value = short(float(run.best["value"]))
         facts[f"Best {run.best['metric']}"] = f"{value} at {run.best['step']}"
@@ -100,13 +99,8 @@ def _head(run: RunRecords) -> str:
         f'{drawn}</p>{why}<div class="bar"><i style="width:'
         f'{min(100.0, 100.0 * run.step / planned):.1f}%"></i></div>'
         f"{Facts(list(facts.items())).html()}</section>"
+        f"<section>{Verdicts(answers(run)).html()}</section>"
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _alarms(run: RunRecords) -> str:

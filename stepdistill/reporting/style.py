@@ -2,14 +2,14 @@
 
 INK, MUTED, LINE, PAPER = "#14181f", "#6b7280", "#e3e6eb", "#ffffff"
 GOOD, BAD, OPEN = "#15803d", "#b91c1c", "#b45309"
-COLOUR = {"real": "#6b7280", "teacher": "#2f6fde", "student": "#d9480f"}
+COLOUR = {"real": "#6b7280", "teacher": "#2f6fde", "student": "#c2410c"}
 # Okabe and Ito's palette, told apart by colour-blind readers; for many students in one plot.
 CYCLE = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#0072b2", "#444444")
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #14181f; --muted: #626a77; --line: #e3e6eb;
   --page: #f6f7f9; --card: #fff; --good: #15803d; --bad: #b91c1c; --open: #b45309;
-  --teacher: #2f6fde; --student: #d9480f; --c0: #2f6fde; --c1: #d9480f; --c2: #15803d;
+  --teacher: #2f6fde; --student: #c2410c; --c0: #2f6fde; --c1: #c2410c; --c2: #15803d;
   --c3: #9333ea; --c4: #b45309; --c5: #0e7490; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaee; --muted: #9aa3b2; --line: #2b313b;
   --page: #101318; --card: #181c23; --good: #4ade80; --bad: #f87171; --open: #fbbf24;

@@ -1,21 +1,18 @@
-"""Every command of README's section on data runs."""
+"""Every command of the page on data runs."""
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 
 import pytest
+from support.pages import commands, page
 from support.runs import teacher_dir
 from support.samples import parquet_folder, tar_folder
 
 from stepdistill.cli import main
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-COMMANDS = re.findall(
-    r"^    stepdistill (.*)$", README.split("## Data")[1].split("## ")[0], flags=re.MULTILINE
-)
+COMMANDS = [command.split(" ", 1)[1] for command in commands(page("stepdistill/data/README.md"))]
 SMALL = "--resolution 32 --max_train_steps 1 --tuning.rank 2 --disable_progress_bar"
 
 

@@ -42,6 +42,7 @@ LICENCE_FILES = ("LICENSE", "README.md", "package.json")
 SHIPPED = Path(__file__).with_name("teacher")  # its weights, pictures and judge
 ENTRIES = "entries.jsonl"  # beside pictures, what each shows
 HELD_OUT_FILE = Path(__file__).with_name("held_out.json")
+LICENCES = Path(__file__).with_name("licences")  # in full: the packages name theirs alone
 _LEFT_OUT = {"country-flag", "subdivision-flag", "skin-tone"}
 
 

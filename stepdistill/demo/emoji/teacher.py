@@ -23,6 +23,7 @@ from .captions import caption
 from .data import (
     ENTRIES,
     HELD_OUT_FILE,
+    LICENCES,
     SHIPPED,
     Emoji,
     build_data,
@@ -40,8 +41,8 @@ _ABOUT = """# Emoji: a small text-to-image teacher
 
 StableDiffusionPipeline, 64 px, v prediction, zero terminal SNR. Trained on Microsoft's Fluent
 emoji (MIT) and Noto emoji (Apache 2.0), with the names, groups and skin tones of emoji-datasource
-(MIT). The packages' licence texts are in licences/; the combinations in held_out.json were never
-seen.
+(MIT). The licences in full, and what the packages say of theirs, are in licences/; the combinations
+in held_out.json were never seen.
 """
 
 
@@ -103,7 +104,8 @@ def write_teacher(
         half = StableDiffusionPipeline.from_pretrained(str(partial), dtype=torch.bfloat16)
         half.save_pretrained(partial, safe_serialization=True)
         write_pictures(emoji, partial / PICTURES)
-        shutil.copytree(output_dir / "data" / "licences", partial / "licences")
+        for folder in (output_dir / "data" / "licences", LICENCES):
+            shutil.copytree(folder, partial / "licences", dirs_exist_ok=True)
         for file in (HELD_OUT_FILE, output_dir / JUDGE_FILE.name, output_dir / MEASURED):
             shutil.copy(file, partial / file.name)
         took = {"budget": asdict(budget), "spent": spent}

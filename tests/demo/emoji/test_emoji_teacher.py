@@ -53,6 +53,9 @@ def test_the_teacher_is_a_stock_pipeline_in_half_precision_with_all_beside_it(fo
     made = json.loads((folder / "made.json").read_text())
     assert made["spent"]["denoiser"]["pictures"] == 64
     names = {path.name for path in folder.iterdir()}
+    assert {"fluent-MIT.txt", "noto-Apache-2.0.txt"} <= {
+        path.name for path in (folder / "licences").iterdir()
+    }
     assert {"pictures.zip", "licences", "held_out.json", "judge.safetensors"} <= names
     assert len([*folder.glob("*/*.safetensors")]) == 3
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
