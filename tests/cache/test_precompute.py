@@ -224,8 +224,8 @@ def test_kills_cost_the_shard_in_work(family, tmp_path, tries) -> None:
     assert files(killed) == whole
 
 
-def test_forecast_is_said_and_right(family, tmp_path) -> None:
-    said: list[str] = []
+def test_forecast_is_said_and_right(make_family, tmp_path) -> None:
+    family, said = make_family("sd_v"), list[str]()
     cache = EncodedCache(tmp_path, family, None)
     fill(cache, PromptDataset([*PROMPTS, *PROMPTS[:7]]), CPU, 1 << 20, say=said.append)
     (path,) = tmp_path.rglob("shard-*.safetensors")

@@ -32,7 +32,7 @@ def run(tmp_path_factory) -> Path:
     """A run of one update with a LoRA student of two steps, exported as pipeline and LoRA."""
     folder = tmp_path_factory.mktemp("run") / "dmd2_lora"
     trainer = DistributionMatchingTrainer(
-        model=str(teacher_dir("sd3", tmp_path_factory)),
+        model=str(teacher_dir("sd_v", tmp_path_factory)),
         args=TrainConfig(
             output_dir=str(folder),
             max_train_steps=1,
@@ -71,7 +71,7 @@ def test_pipeline_lora_and_run_are_one_student(run, tmp_path) -> None:
 
 
 def test_a_student_differs_from_its_teacher(run, tmp_path, tmp_path_factory) -> None:
-    teacher = str(teacher_dir("sd3", tmp_path_factory))
+    teacher = str(teacher_dir("sd_v", tmp_path_factory))
     loading = Loading(torch.device("cpu"), guidance=1.0)
     (base,) = teacher_sources(ModelSource(teacher), [2], loading)
     (student,) = sources(run / "pipeline", tmp_path)
@@ -86,7 +86,7 @@ def test_steps_that_an_export_is_not_for_are_refused(run, tmp_path) -> None:
 
 def test_another_pipeline_needs_step_counts(tmp_path, tmp_path_factory) -> None:
     with pytest.raises(ValueError, match="a run, or --steps for another pipeline"):
-        sources(teacher_dir("sd3", tmp_path_factory), tmp_path)
+        sources(teacher_dir("sd_v", tmp_path_factory), tmp_path)
 
 
 def test_videos_beside_images_are_refused(tmp_path, tmp_path_factory) -> None:
@@ -117,7 +117,7 @@ def test_a_student_given_twice_is_refused(run, tmp_path) -> None:
 def test_what_an_image_depends_on_is_told(run, tmp_path, tmp_path_factory) -> None:
     """A scheduler's option, and the content of a LoRA under a path that stays."""
     teacher = tmp_path / "teacher"
-    shutil.copytree(teacher_dir("sd3", tmp_path_factory), teacher)
+    shutil.copytree(teacher_dir("sd_v", tmp_path_factory), teacher)
     style = tmp_path / "style"
     shutil.copytree(run / "lora", style)
 
@@ -138,7 +138,7 @@ def test_what_an_image_depends_on_is_told(run, tmp_path, tmp_path_factory) -> No
 
 
 def test_the_last_of_the_teacher_s_rows_lets_it_go(tmp_path_factory) -> None:
-    teacher = teacher_dir("sd3", tmp_path_factory)
+    teacher = teacher_dir("sd_v", tmp_path_factory)
     one, two = teacher_sources(ModelSource.of(teacher), [1, 2], LOADING)
     net = weakref.ref(one.load().net)
     one.release()
