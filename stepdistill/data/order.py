@@ -62,7 +62,8 @@ class EpochOrder:
             begins = np.cumsum(self._sizes[order]) - self._sizes[order]
             windows = begins // self.window  # a shard belongs to the window that it begins in
             window = windows[np.searchsorted(begins, place, side="right") - 1]
-            first, last = (np.searchsorted(windows, window, side) for side in ("left", "right"))
+            first = np.searchsorted(windows, window)
+            last = np.searchsorted(windows, window, "right")
             end = int(begins[last]) if last < len(begins) else self.size
             rows = [self._starts[s] + np.arange(self._sizes[s]) for s in order[first:last]]
             joined = np.concatenate(rows)
