@@ -54,7 +54,7 @@ class Digits(TeacherSetup):
     def teacher(self) -> str:
         return str(self.out / "teacher")
 
-    def check(self) -> None:
+    def check(self, chosen: Sequence[Student]) -> None:
         """Nothing that was said can be wrong yet: its numbers are checked where they are used."""
 
     def prepare(self, needs_pairs: bool) -> None:

@@ -6,7 +6,6 @@ output_dir holds.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,7 +26,8 @@ class Options(CommandOptions):
     output_dir: str
     """Folder of runs, students and report; the same call goes on there."""
     budget: str | None = None
-    """Of each student: 240s (of one core; on CUDA, of time) or 500steps."""
+    """Of each student: 240s (of processor time, all threads of its process together, whatever else
+    the machine does; on CUDA, of the clock) or 500steps. Judging is not counted."""
     methods: Annotated[tuple[str, ...], AT_COMMAS] = ()
     """Which ones; with a teacher of yours also NAME=FILE.yaml."""
     steps: tuple[int, ...] = ()
@@ -35,7 +35,7 @@ class Options(CommandOptions):
     seeds: tuple[Seed, ...] = (0,)
     """Training seeds."""
     processes: int = 1
-    """Runs side by side."""
+    """Runs side by side; they share the processor's cores, unless OMP_NUM_THREADS is set."""
     curve_points: Count = 4
     """Times that a student is judged while it trains, at the end, half, a quarter ... of its
     budget; 1: at the end alone."""
@@ -156,7 +156,7 @@ def compare(args: Options) -> Any:
     if not (out / runs.PLAN).is_file() and not (out / "results").is_dir():
         refuse_written_on(out, report.FILES, "output_dir")
     runs.check_finished(out, setup, chosen, args.seeds)
-    setup.check()
+    setup.check(chosen)
     absent = left_out(setup.steps_served(methods), chosen)
     more: dict[str, Any] = {"curve_points": args.curve_points, "left_out": absent}
     more["keeps"] = not args.discard_students
@@ -169,9 +169,8 @@ def compare(args: Options) -> Any:
         print(line, flush=True)
         report.write(out)
 
-    threads = 1 if kind == "digits" else max(1, (os.cpu_count() or 1) // args.processes)
     worker = [sys.executable, "-m", "stepdistill.cli._student_run"]
-    runs.run_all(out, chosen, args.seeds, args.processes, threads, worker, ended)
+    runs.run_all(out, chosen, args.seeds, args.processes, worker, ended)
     return _show(report.write(out), out)
 
 
@@ -202,7 +201,8 @@ def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
     for name in ("prompts_file", "features", "methods"):
         if not getattr(args, name):
-            raise ValueError(f"{name}: expected it beside --teacher, got none.")
+            hint = " `stepdistill features train` makes a network." if name == "features" else ""
+            raise ValueError(f"{name}: expected it beside --teacher, got none.{hint}")
     if not Path(str(args.prompts_file)).is_file():
         raise ValueError(f"prompts_file: expected a text file, got {args.prompts_file!r}.")
     if args.guidance is None:

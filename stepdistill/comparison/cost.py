@@ -2,7 +2,8 @@
 
 A sample is decoded and encoded the first time that it is read, and kept; later epochs are cheaper.
 Methods that read many images would get fewer updates than their budget pays for if the dear first
-ones stood for all of them, so both kinds are measured.
+ones stood for all of them, so both kinds are measured. So are the parts of a run whose updates do
+different things, such as a warm start.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,44 +27,54 @@ from stepdistill.trainers import DistillationTrainer
 if TYPE_CHECKING:
     from .teacher_setup import TeacherSetup
 
-WARM, FIRST, LATER = 6, 10, 30  # updates: not counted, of samples not read before, of those read
+SHARE = 0.1  # of the budget that measuring takes at most, but for two updates of each kind
+MOST = 16  # updates of a kind
+PLANNED = 1000  # of the run that is measured in little
+
+
+ON_GPU = torch.cuda.is_available()
+CLOCK = "by the wall clock" if ON_GPU else "of processor time"
 
 
 def clock() -> float:
-    """Seconds so far: of this process's cores, or of the wall clock where a GPU works."""
-    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+    """Seconds so far: of all threads of this process, whatever else the machine does, or (as no
+    processor counts a GPU's time) of the wall clock where one works."""
+    return time.perf_counter() if ON_GPU else time.process_time()
 
 
-def train(trainer: DistillationTrainer, until: int | None = None) -> float:
-    """Train on; the seconds that its updates took, without those of saving.
+def train(trainer: DistillationTrainer, until: int | None = None, saves: bool = True) -> float:
+    """Train on; the seconds that its updates took, without those of saving and of report pages.
 
     A signal that stopped it, saved, ends this process with its status.
+    Args: saves: without, neither is made.
     """
     start = clock()
-    with _saving_timed(trainer) as saving:
+    with _apart(trainer, saves) as apart:
         trainer.train(until)
     if trainer.stop.preempted:
         sys.exit(trainer.stop.status)
-    return clock() - start - sum(saving)
+    return clock() - start - sum(apart)
 
 
 @contextmanager
-def _saving_timed(trainer: DistillationTrainer) -> Iterator[list[float]]:
-    """The seconds of each save within: checkpoints are the comparison's, not the method's."""
-    spent, save = [], trainer.save
+def _apart(trainer: DistillationTrainer, saves: bool) -> Iterator[list[float]]:
+    """The seconds within of what is the comparison's, not the method's: checkpoints and pages."""
+    spent: list[float] = []
 
-    def timed() -> Path:
-        start = clock()
-        try:
-            return save()
-        finally:
+    def timed(make: Callable[[], Any]) -> Callable[[], Any]:
+        def made() -> Any:
+            start = clock()
+            result = make() if saves else trainer.output_dir
             spent.append(clock() - start)
+            return result
 
-    trainer.save = timed  # type: ignore[method-assign]
+        return made
+
+    trainer.save, trainer.log.report = timed(trainer.save), timed(trainer.log.report)  # type: ignore[method-assign]
     try:
         yield spent
     finally:
-        del trainer.save  # the class's own again
+        del trainer.save, trainer.log.report  # the classes' own again
 
 
 @dataclass(frozen=True)
@@ -82,22 +94,55 @@ class Cost:
         return max(1, round(unread))
 
 
-def measure(setup: TeacherSetup, training: Training, scratch: Path) -> Cost:
-    """Of a training, by a short one in the folder `scratch`, which is removed."""
+def measure(
+    setup: TeacherSetup, training: Training, scratch: Path, seconds: float = math.inf
+) -> Cost:
+    """Of a training, by a short one in the folder `scratch`, which is removed.
+
+    Args: seconds: the training's budget, a SHARE of which measuring may take.
+    """
     shutil.rmtree(scratch, ignore_errors=True)
-    trainer = setup.trainer(training, WARM + FIRST + LATER, scratch, seed=0)
-    train(trainer, WARM)
-    first = train(trainer, WARM + FIRST) / FIRST
-    read, spent, step = trainer.feed.seen, 0.0, trainer.step
-    while step < WARM + FIRST + LATER:
-        trainer.feed.seen = 0  # the same samples again
-        end = min(step + WARM + FIRST, WARM + FIRST + LATER)
-        spent += train(trainer, end)
-        step = end
+    trainer = setup.trainer(training, PLANNED, scratch, seed=0)
+    kinds = _kinds(trainer)
+    limit = SHARE * seconds / (1 + len(kinds))
+    unread, reads = _update(trainer, limit)
+    known, later, mean_reads, each_read = trainer.feed.seen, 0.0, 0.0, 0.0
+    for step, share in kinds:
+        trainer.step = step
+        cost, batches = _update(trainer, limit, known)
+        if step == 0:
+            each_read = max(0.0, unread - cost) / max(1, reads)
+        later, mean_reads = later + share * cost, mean_reads + share * batches
     shutil.rmtree(scratch)
-    later = max(spent / LATER, 1e-6)
-    each = read / (WARM + FIRST) * trainer.args.train_batch_size
-    return Cost(max(first, later), later, _epoch(trainer, each))
+    later = max(later, 1e-6)
+    epoch = _epoch(trainer, mean_reads * trainer.args.train_batch_size)
+    return Cost(later + mean_reads * each_read, later, epoch)
+
+
+def _kinds(trainer: DistillationTrainer) -> list[tuple[int, float]]:
+    """(first update, share of the run) of each part whose updates have phases of their own."""
+    parts = groupby(range(PLANNED), key=lambda step: [*trainer.method.phases(step)])
+    steps = [[*part] for _, part in parts]
+    return [(min(part[0], PLANNED - 2), len(part) / PLANNED) for part in steps]
+
+
+def _update(
+    trainer: DistillationTrainer, limit: float, known: int | None = None
+) -> tuple[float, int]:
+    """(seconds of an update, batches that it reads), of as many as `limit` seconds allow, but one
+    at least, after one that is not counted: it sets up what the others use.
+
+    Args: known: batches read before, which are read again; None reads on.
+    """
+    trainer.feed.seen = before = trainer.feed.seen if known is None else 0
+    spent = max(train(trainer, trainer.step + 1, saves=False), 1e-6)
+    reads = trainer.feed.seen - before
+    count = min(MOST - 1.0, limit / spent - 1)
+    if known is not None:
+        trainer.feed.seen = 0
+        count = min(count, known // max(1, reads))
+    count = max(1, int(count))
+    return train(trainer, trainer.step + count, saves=False) / count, reads
 
 
 def _epoch(trainer: DistillationTrainer, samples: float) -> float:

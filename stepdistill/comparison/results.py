@@ -123,7 +123,9 @@ def _facts(out: Path, finished: Sequence[dict[str, Any]]) -> str:
     budgets = sorted({result.get("budget") or f"{result['seconds']:g}s" for result in finished})
     facts = []
     if finished:
-        facts.append(f"Training seeds {seeds}, {', '.join(budgets)} for each student.")
+        clocks = sorted({result["clock"] for result in finished if "clock" in result})
+        spent = f" ({'; '.join(clocks)})" if clocks else ""
+        facts.append(f"Training seeds {seeds}, {', '.join(budgets)}{spent} for each student.")
     if (out / PAIRS_SECONDS).is_file():
         seconds = json.loads((out / PAIRS_SECONDS).read_text())
         facts.append(f"The teacher's pairs, made once for all, took {seconds:.0f} s.")

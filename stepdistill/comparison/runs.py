@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stepdistill.core.stopping import PARENT
 from stepdistill.storage.files import read_json, write_text
 
@@ -120,7 +122,6 @@ def run_all(
     chosen: Sequence[Student],
     seeds: Sequence[int],
     processes: int,
-    threads: int,
     worker: Sequence[str],
     report: Callable[[str], None],
 ) -> None:
@@ -132,7 +133,8 @@ def run_all(
     """
     jobs = [(student, seed) for seed in seeds for student in chosen]
     jobs = [job for job in jobs if not result_file(out, *job).is_file()]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    threads = str(max(1, torch.get_num_threads() // processes))  # the user's, where they say so
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}
     environment[PARENT] = str(os.getpid())
     running: list[tuple[subprocess.Popen[bytes], Student, int]] = []
     (out / "logs").mkdir(exist_ok=True)

@@ -1,8 +1,9 @@
 """One run of a comparison: measures an update, trains, and judges on the way and at the end.
 
 Time is seconds of one processor core (on CUDA: of the wall clock) in training alone: each run first
-measures its own cost of an update (see cost), then trains as many updates as fill the budget, so
-that schedules end where they should and a busy machine changes nothing. A recipe's first training
+measures its own cost of an update (see cost; a tenth of the budget, not counted), then trains as
+many updates as fill the budget, so that schedules end where they should and a busy machine changes
+nothing. A recipe's first training
 is inside the budget; checkpoints, judging and the teacher's pairs, made once and shared, are not,
 and the pairs' time is stated.
 On the way the student is judged as it is then, its average where it keeps one, at the step counts
@@ -23,11 +24,12 @@ from typing import Any
 import torch
 
 from stepdistill.config.recipes import Training
+from stepdistill.reporting.values import counted
 from stepdistill.storage.files import locked, read_json, write_text
 from stepdistill.trainers import DistillationTrainer
 
 from .best_students import keep_best
-from .cost import measure, train
+from .cost import CLOCK, measure, train
 from .progress import SAVES, Leg, Progress, shares, stops
 from .runs import PLAN, Setups, result_file, results, setup_of
 from .students import Budget, Student
@@ -68,6 +70,7 @@ def run_student(
             "seconds": budget.seconds,
             "seed": seed,
             "budget": str(budget),
+            "clock": f"{CLOCK}, {counted(torch.get_num_threads(), 'thread')}",
             "data": trainings[-1].data,
             "settings": setup.digest(student),
             "terms": setup.terms(trainings[-1]),
@@ -119,8 +122,8 @@ class _Run:
     def _updates(self, training: Training, budget: Budget) -> int:
         if budget.updates is not None:
             return max(1, round(training.share * budget.updates))
-        cost = measure(self.setup, training, self.work / "probe")
-        return cost.updates_in(training.share * (budget.seconds or 0.0))
+        seconds = training.share * (budget.seconds or 0.0)
+        return measure(self.setup, training, self.work / "probe", seconds).updates_in(seconds)
 
     def _one(
         self, training: Training, leg: Leg, run: Path, at: dict[int, float]

@@ -31,7 +31,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Budget:
-    """What each student gets: seconds of one processor core (on CUDA, of wall clock) or updates."""
+    """What each student gets: seconds (see cost.clock) or updates."""
 
     seconds: float | None = None
     updates: int | None = None

@@ -37,8 +37,9 @@ class TeacherSetup(ABC):
         self.out = out
 
     @abstractmethod
-    def check(self) -> None:
-        """Errors: ValueError for what `prepare` would stumble over, before anything is made."""
+    def check(self, chosen: Sequence[Student]) -> None:
+        """Errors: ValueError for what `prepare`, a judge or the trainings of these students would
+        stumble over, before anything is made."""
 
     @abstractmethod
     def prepare(self, needs_pairs: bool) -> None:

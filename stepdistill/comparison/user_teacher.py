@@ -2,7 +2,8 @@
 the judge.
 
 The same for every method: teacher, prompts, data, batch size, precision, tuning and guidance, where
-they are given. Everything else is the method's own config file.
+they are given. Everything else is as `stepdistill train` settles it: a small model's recipe, or the
+method's own config file under the model's own guidance.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ from typing import Any
 
 import torch
 
-from stepdistill.config.files import resolve_method
-from stepdistill.config.layers import merge
+from stepdistill.config.files import method_class, resolve_method
+from stepdistill.config.guidance import guided, say_what_changed
+from stepdistill.config.layers import Layer, layers_of, merge, merged
+from stepdistill.config.model_at_hand import ModelAtHand, is_here
 from stepdistill.config.recipes import Training
 from stepdistill.config.run import RunConfig, TrainConfig
-from stepdistill.config.yaml_files import read_yaml
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
-from stepdistill.evaluation.features import feature_net
 from stepdistill.evaluation.metrics import System
 from stepdistill.evaluation.options import Options
-from stepdistill.evaluation.run import evaluate, read_prompts
+from stepdistill.evaluation.run import evaluate, open_judges
 from stepdistill.families.registry import teacher_facts
+from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.storage.bundled import bundled_file
+from stepdistill.training.checks import method_fits, student_fits
+from stepdistill.training.start import check_start
 
 from .students import StepsServed, Student
 from .teacher_setup import TEACHER_ROWS, Plain, TeacherSetup
@@ -47,6 +51,9 @@ OURS: Mapping[str, Any] = {
 # A run's model, data and outputs: a file for `stepdistill train` has them, a comparison its own.
 ELSEWHERE = set(RunConfig.model_fields) - set(TrainConfig.model_fields)
 ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
+
+# What a pair is like, before the first is made.
+PAIR = [{"prompt": "a", "x0": torch.zeros(1), "noise": torch.zeros(1)}]
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class UserTeacher(TeacherSetup):
     def __init__(self, out: Path, own: UserOptions) -> None:
         super().__init__(out)
         self.own = own
+        self._settled: dict[str, dict[str, Any]] = {}
         facts = teacher_facts(own.teacher)
         if facts.conditioning != "prompt" or facts.reads_image:
             raise ValueError(
@@ -100,11 +108,21 @@ class UserTeacher(TeacherSetup):
     def pairs_guidance(self) -> float:
         return 1.0 if self.own.guidance is None else self.own.guidance
 
-    def check(self) -> None:
-        if not (self.out / TEACHER_ROWS).is_file():
-            read_prompts(self._options([]))
-            for text in self.own.features:
-                feature_net(text, torch.device("cpu"))
+    def check(self, chosen: Sequence[Student]) -> None:
+        facts, source = teacher_facts(self.own.teacher), ModelSource.of(self.own.teacher)
+        open_judges(self._options([]), torch.device("cpu"))
+        if self.own.train_data_dir is not None:  # whether or not a method reads it
+            ImageFolderDataset(self.own.train_data_dir, self.own.resolution, labels=False)
+        for student in chosen:
+            for training in self.trainings(student):
+                method, args, config = self.configs(training, 1000)
+                data = PAIR if training.data == "pairs" else self.dataset(training)
+                try:
+                    method_fits(method_class(method), config, facts, data, {})
+                    student_fits(method_class(method), args.tuning, source)
+                    check_start(args, facts, training=True)
+                except ValueError as err:
+                    raise ValueError(f"methods: {student.recipe}: {err}") from err
 
     def prepare(self, needs_pairs: bool) -> None:
         own = self.own
@@ -151,19 +169,33 @@ class UserTeacher(TeacherSetup):
         return super().students(methods, steps or (1, 2, 4))
 
     def settings(self, name: str) -> dict[str, Any]:
-        """A method's config file under what is the same for all."""
-        own, given = self.own, self.own.methods.get(name)
+        """A method's settings under what is the same for all, settled and warned of once."""
+        if name not in self._settled:
+            self._settled[name] = self._settle(name)
+        return self._settled[name]
+
+    def _settle(self, name: str) -> dict[str, Any]:
+        own, given, at_hand = self.own, self.own.methods.get(name), ModelAtHand()
+        if is_here(own.teacher):
+            at_hand = ModelAtHand.of(ModelSource.of(own.teacher))
         file = given or bundled(name)  # none of a method that others add: its own defaults
-        settings = {"method": name} if file is None else read_yaml(file)
-        settings = merge(settings, own.settings)
-        settings = {key: value for key, value in settings.items() if key not in ELSEWHERE}
-        given_options: Any = settings.get("method_config")
-        called, options = resolve_method(str(settings.get("method", name)), given_options)
-        settings |= {"method": called, "method_config": options}
+        layers = [] if file is None else layers_of(file)
+        named = str(merged(layers).get("method", name))
+        if given is None and is_method(name):  # else it is a file's name, and that file is meant
+            named, layers = name, at_hand.recipe_by_size(resolve_method(name)[0]) or layers
+        at_hand.check_recipe(layers)
+        layers = [*layers, Layer("settings", own.settings)]
+        settings = {key: value for key, value in merged(layers).items() if key not in ELSEWHERE}
+        named = str(own.settings.get("method", named))
+        called, options = resolve_method(named, settings.get("method_config"))
+        cls = METHODS[called]
+        settled = guided(cls, layers, options, at_hand.family)
+        if own.guidance is None:
+            say_what_changed(options, settled, at_hand.family)
+        settings |= {"method": called, "method_config": settled}
         same: dict[str, Any] = {**OURS}
-        same["mixed_precision"] = own.mixed_precision or (
-            "bf16" if torch.cuda.is_available() else "no"
-        )
+        if own.mixed_precision or not torch.cuda.is_available():
+            same["mixed_precision"] = own.mixed_precision or "no"
         if own.train_batch_size:
             same["train_batch_size"] = own.train_batch_size
         if own.resolution:
@@ -171,8 +203,8 @@ class UserTeacher(TeacherSetup):
         if own.student:
             same["tuning"] = {"student": own.student, "fake": own.student}
         if own.guidance is not None:
-            same["method_config"] = METHODS[called].options_at(own.guidance)
-        return merge(settings, same)
+            same["method_config"] = cls.options_at(own.guidance)
+        return merge({"mixed_precision": "bf16", **settings}, same)
 
     def trainings(self, student: Student) -> list[Training]:
         settings = self.settings(student.recipe)
@@ -229,16 +261,21 @@ def split_methods(texts: Sequence[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for text in texts:
         name, _, file = text.partition("=")
-        if not file and bundled(name) is None:
-            try:
-                resolve_method(name)
-            except ValueError as err:
-                raise ValueError(
-                    f"methods: expected a method of {sorted(METHODS)}, a file of configs/methods "
-                    f"or NAME=FILE, got {text!r}."
-                ) from err
+        if not file and bundled(name) is None and not is_method(name):
+            raise ValueError(
+                f"methods: expected a method of {sorted(METHODS)}, a file of configs/methods or "
+                f"NAME=FILE, got {text!r}."
+            )
         found[name] = file or None
     return found
+
+
+def is_method(name: str) -> bool:
+    """Whether a method is called so, by us or by users."""
+    try:
+        return bool(resolve_method(name))
+    except ValueError:
+        return False
 
 
 def bundled(name: str) -> Path | None:

@@ -13,7 +13,7 @@ from stepdistill.core.recipe import Recipe
 from stepdistill.methods import METHODS
 
 # Options that count student updates: they keep their share of a run that is longer or shorter.
-COUNTED_OPTIONS = ("anneal_steps",)
+COUNTED_OPTIONS = ("anneal_steps", "warm_start.updates")
 
 COMMON: dict[str, Any] = {
     "train_batch_size": 64,
@@ -54,9 +54,11 @@ class Training:
         """The settings of a run of that many student updates."""
         options = dict(self.settings.get("method_config", {}))
         for name in COUNTED_OPTIONS:
-            if name in options:
-                done = options[name] / self.settings["max_train_steps"]
-                options[name] = max(1, round(done * updates))
+            group, _, last = name.rpartition(".")
+            count = (options.get(group) or {}) if group else options
+            if count := count.get(last):
+                scaled = max(1, round(count / self.settings["max_train_steps"] * updates))
+                options = merge(options, {group: {last: scaled}} if group else {last: scaled})
         return merge(self.settings, {"max_train_steps": updates, "method_config": options})
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stepdistill.core.context import stable_seed
 from stepdistill.core.method import Scorer
+from stepdistill.storage.files import one_line
 
 from .features import FeatureNet
 from .images import Frame, eight_bit, open_image, pixel_statistics, to_tensor
@@ -55,6 +56,24 @@ class Lens:
                 score = scorer(_on(scorer, whole.expand(-1, 3, -1, -1) * 2 - 1), list(prompts))
             found[f"score/{name}"] = score.cpu().float()
         return found
+
+    def try_nets(self, image: Image.Image) -> None:
+        """Errors: ValueError naming a network that can't be given such an image."""
+        framed = to_tensor([self.frame(image)] * 2)
+        for net in self.nets:
+            try:
+                shape = tuple(net(net.preprocess(framed)).shape)
+            except ValueError:
+                raise
+            except Exception as err:  # of a user's own network, or of a library
+                raise ValueError(
+                    f"features {net.name}: expected a network of images {tuple(framed.shape[1:])}, "
+                    f"got {type(err).__name__}: {one_line(err)}. Set size_px, or name another."
+                ) from err
+            if len(shape) != 2 or shape[0] != 2:
+                raise ValueError(
+                    f"features {net.name}: expected (2, D) features of two images, got {shape}."
+                )
 
 
 def _on(scorer: Scorer, images: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ Anything with FeatureNet's attributes will do, named by a text:
     inception:FILE              Inception-v3 of the FID papers, through torch-fidelity
     clip:MODEL[,WEIGHTS]        image embedding of an open_clip model, folder or Hub id
     dino:DIR_OR_HUB_ID          class token of DINOv2 (or any such Transformers vision model)
-    FOLDER                      any Transformers vision model: config.json and safetensors
+    FOLDER                      any Transformers vision model (config.json and safetensors), or
+                                what `stepdistill features train` made of your own images
     MODULE:NAME                 what NAME(device) of an importable module makes: your own
     other names                 of FEATURES, which others add to (the demo: digits)
 
@@ -17,19 +18,22 @@ arXiv:2203.06026 (CLIP); Stein et al. 2023, arXiv:2306.04675 (DINOv2).
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepdistill.loading.safe_files import no_pickles, read_tensors
+from stepdistill.storage.files import read_json, sha256_of
+
+from .images import clean_resize
+from .learned import KIND, LearnedFeatures
+from .store import network_sha256
 
 INCEPTION_SHA256 = "6726825d"  # beginning of the published file's hash, part of its name
 
@@ -64,13 +68,16 @@ def feature_net(text: str, device: Device = "cpu") -> FeatureNet:
     name, _, argument = text.partition(":")
     if name in FEATURES and bool(argument) == (":" in FEATURES[name].usage):
         return FEATURES[name].make(argument, device)
-    if (Path(text) / "config.json").is_file():
+    if (config := Path(text) / "config.json").is_file():
+        if read_json(config).get("model_type") == KIND:
+            return LearnedFeatures(text, device)
         return VisionFeatures(text, device, Path(text).resolve().name)
     if name not in FEATURES and argument.isidentifier() and _importable(name):
         try:
-            made: FeatureNet = getattr(importlib.import_module(name), argument)(device)
+            make = getattr(importlib.import_module(name), argument)
         except AttributeError as err:
             raise ValueError(f"features: expected {argument} in module {name}. {err}.") from err
+        made: FeatureNet = make(device)
         return made
     usages = sorted((kind.usage for kind in FEATURES.values()), key=lambda usage: ":" in usage)
     raise ValueError(
@@ -84,29 +91,6 @@ def _importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # of a parent that is not there; of no name
         return False
-
-
-def network_sha256(net: nn.Module) -> str:
-    """A hash of a network's state: names, shapes and values."""
-    sha = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        sha.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def clean_resize(images: Tensor, size: int) -> Tensor:
-    """(B, C, size, size): Pillow's antialiased bicubic on float channels, as clean-fid does."""
-    if images.shape[-2:] == (size, size):
-        return images
-    rows = []
-    for image in images.cpu():
-        channels = [
-            Image.fromarray(c.numpy(), mode="F").resize((size, size), Image.Resampling.BICUBIC)
-            for c in image * 255
-        ]
-        rows.append(torch.stack([torch.from_numpy(np.array(c)) for c in channels]))
-    return torch.stack(rows).clamp(0, 255) / 255
 
 
 class InceptionFeatures:
@@ -154,7 +138,7 @@ def _inception_state(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"features inception: expected a weights file, got {str(path)!r}.")
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     if not digest.startswith(INCEPTION_SHA256):
         raise ValueError(
             f"features inception: expected .safetensors or the published file (sha256 "
@@ -196,15 +180,16 @@ class VisionFeatures:
     """A Transformers vision model: its pooled output, or (of one without, and of DINO) the class
     token after the last norm.
 
-    Args: model: folder or Hub id with safetensors and a preprocessor_config.json.
+    Args: model: folder or Hub id with safetensors. Without a preprocessor_config.json, images come
+        at the side that its config states, in [-1, 1], with a warning.
     """
 
     def __init__(self, model: str, device: Device = "cpu", name: str = "dino") -> None:
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
 
         self.name = name
         try:
-            self.processor = AutoImageProcessor.from_pretrained(model)
+            self.processor = _processor(model, name)
             with no_pickles("features dino"):
                 net = AutoModel.from_pretrained(model, use_safetensors=True)
         except (OSError, ValueError) as err:
@@ -231,6 +216,23 @@ class VisionFeatures:
         pooled = None if self.name == "dino" else output.get("pooler_output")
         features: Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
         return features.float()
+
+
+def _processor(model: str, name: str) -> Any:
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    folder = Path(model)
+    if not folder.is_dir() or (folder / "preprocessor_config.json").is_file():
+        return AutoImageProcessor.from_pretrained(model)
+    side = read_json(folder / "config.json").get("image_size", 224)
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    warnings.warn(
+        f"features {name}: expected a preprocessor_config.json in {model}, got none: images come "
+        f"at {height} x {width} px in [-1, 1]. Save the model's processor beside it where it was "
+        "trained on others.",
+        stacklevel=4,
+    )
+    return ViTImageProcessor(size={"height": height, "width": width})
 
 
 _PROCESSOR_FACTS = ("size", "crop_size", "resample", "do_center_crop", "image_mean", "image_std")

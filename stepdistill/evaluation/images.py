@@ -66,9 +66,14 @@ class Frame:
         return "; ".join(parts) or "as made"
 
 
+def middle(length: int, part: int) -> slice:
+    """The middle `part` of that length."""
+    return slice((length - part) // 2, (length - part) // 2 + part)
+
+
 def _middle(image: Image.Image, side: int) -> Image.Image:
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    x, y = middle(image.width, side), middle(image.height, side)
+    return image.crop((x.start, y.start, x.stop, y.stop))
 
 
 def eight_bit(images: Any) -> list[Image.Image]:
@@ -91,15 +96,29 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return torch.stack(rows).float() / 255
 
 
-def image_files(folder: str | Path) -> list[Path]:
+def clean_resize(images: Tensor, size: int) -> Tensor:
+    """(B, C, size, size): Pillow's antialiased bicubic on float channels, as clean-fid does."""
+    if images.shape[-2:] == (size, size):
+        return images
+    rows = []
+    for image in images.cpu():
+        channels = [
+            Image.fromarray(c.numpy(), mode="F").resize((size, size), Image.Resampling.BICUBIC)
+            for c in image * 255
+        ]
+        rows.append(torch.stack([torch.from_numpy(np.array(c)) for c in channels]))
+    return torch.stack(rows).clamp(0, 255) / 255
+
+
+def image_files(folder: str | Path, where: str = "reference") -> list[Path]:
     """The images below a folder, sorted by path, hidden ones left out.
 
-    Errors: ValueError where there are none.
+    Args: where: the option that names it. Errors: ValueError where there are none.
     """
     root = Path(folder)
     found = [root / name for name in image_names(root)] if root.is_dir() else []
     if not found:
-        raise ValueError(f"reference: expected a folder with images, got none in {str(folder)!r}.")
+        raise ValueError(f"{where}: expected a folder with images, got none in {str(folder)!r}.")
     return found
 
 

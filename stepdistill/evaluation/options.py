@@ -37,7 +37,7 @@ class Options(CommandOptions):
     """Folder of the report; features lie there, so that a call that was cut off goes on."""
     features: tuple[str, ...] = ()
     """Feature networks: digits, inception:FILE, clip:MODEL[,WEIGHTS], dino:DIR_OR_HUB_ID,
-    MODULE:NAME, or a folder of a Transformers vision model."""
+    MODULE:NAME, or a folder: of a Transformers vision model, or made by stepdistill features."""
     reference: str | None = None
     """Folder of real images; none: the teacher's own are the reference."""
     preset: str | None = None

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 from tqdm import tqdm
 
 from stepdistill.core.method import Scorer
 from stepdistill.data.lines import LineFile
 from stepdistill.families.family import Family
 from stepdistill.families.registry import teacher_facts
+from stepdistill.loading.source import ModelSource
+from stepdistill.planning.blueprint import blueprint
 from stepdistill.storage.ranks import agreed, process_state, refusing_together
 
 from .collect import Drawing, Lens, draw_into, read_into
 from .features import FEATURES, FeatureNet, feature_net
-from .images import Frame, image_files
+from .images import Frame, image_files, open_image
 from .measure import Filled, measure
 from .options import Options
 from .protocol import protocol_of
@@ -50,27 +54,10 @@ def evaluate(
     """
     family = teacher_facts(options.source).family
     state = process_state()
-    frame = Frame(options.size_px, options.crop_px, options.resize_filter)
-    check_video(options, family.output, family.reads_image)
-    prompts = read_prompts(options)
-    files = image_files(options.reference)[: options.num_reference] if options.reference else []
-    check_counts(options, prompts, files)
-    if nets is None:
-        check_features(options.features)
-    agreed(lambda: None)  # that no process refuses its machine's files
-    if nets is None:
-        nets = [feature_net(text, state.device) for text in options.features]
-        check_distinct("names", [net.name for net in nets])
-    judges = Judges.of(options, scorers or {}, state.device)
-    lens = Lens(nets, judges.scorers, frame)
-    out = Path(options.output_dir)
+    opened = open_judges(options, state.device, nets, scorers)
+    lens, prompts, files, out = opened.lens, opened.prompts, opened.files, Path(options.output_dir)
     sources = _sources(options, family, state.device, out)
-
-    facts = {
-        "networks": {net.name: net.facts for net in nets},
-        "frame": frame.text(),
-        "scorers": judges.facts,
-    }
+    nets, facts = lens.nets, opened.facts
     drawings = [_drawing(options, family, prompts, seed) for seed in options.seeds]
     filled = _fill(options, facts, lens, sources, drawings, files, state)
     systems, drawn = measure(filled)
@@ -87,6 +74,65 @@ def evaluate(
         write_report(report, out)
     state.wait_for_everyone()
     return report
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What judges images: networks and scorers that were tried, prompts, files of real images, and
+    the facts of all."""
+
+    lens: Lens
+    prompts: list[Any]
+    files: list[Path]
+    facts: dict[str, Any]
+
+
+def open_judges(
+    options: Options,
+    device: torch.device,
+    nets: Sequence[FeatureNet] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
+) -> Opened:
+    """All that an evaluation needs beside pipelines. Args: see `evaluate`.
+
+    Errors: ValueError for wrong options, and for networks that images of the teacher's size, or the
+        first of the reference, can't be given to; before a pipeline is loaded.
+    """
+    family = teacher_facts(options.source).family
+    frame = Frame(options.size_px, options.crop_px, options.resize_filter)
+    check_video(options, family.output, family.reads_image)
+    prompts = read_prompts(options)
+    files = image_files(options.reference)[: options.num_reference] if options.reference else []
+    check_counts(options, prompts, files)
+    if nets is None:
+        check_features(options.features)
+    agreed(lambda: None)  # that no process refuses its machine's files
+    if nets is None:
+        nets = [feature_net(text, device) for text in options.features]
+        check_distinct("names", [net.name for net in nets])
+    judges = Judges.of(options, scorers or {}, device)
+    lens = Lens(nets, judges.scorers, frame)
+    images = [*map(open_image, files[:1]), *teacher_sized(options.source, options.resolution)]
+    for image in images:
+        lens.try_nets(image)
+    networks = {net.name: net.facts for net in nets}
+    facts = {"networks": networks, "frame": frame.text(), "scorers": judges.facts}
+    return Opened(lens, prompts, files, facts)
+
+
+def teacher_sized(source: ModelSource, resolution: int | None) -> list[Image.Image]:
+    """An image like a teacher's, from its configurations alone; none where they lie elsewhere or
+    the teacher makes no images."""
+    if not (Path(source.described_at) / "model_index.json").is_file():
+        return []
+    try:
+        family = blueprint(source.described_at, torch.float32)
+    except Exception:  # what can't be known in advance is said when it is drawn
+        return []
+    vae = getattr(family.pipeline, "vae", None)
+    channels = 3 if vae is None else vae.config.get("out_channels", 3)
+    height, width = family.image_size(resolution)
+    return [Image.new("L" if channels == 1 else "RGB", (width, height))]
 
 
 def check_counts(options: Options, prompts: Sequence[Any], files: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.storage.files import write_text
 from stepdistill.storage.shard_files import BrokenShardError, Shard, write_shard
@@ -25,6 +25,15 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
     """Eight hex digits over JSON settings."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def network_sha256(net: nn.Module) -> str:
+    """A hash of a network's state: names, shapes and values."""
+    sha = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        sha.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 @dataclass(frozen=True)

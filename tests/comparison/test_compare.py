@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from evaluation.test_features import Mean
 from rewards.test_clip import save_tiny
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
+from stepdistill.comparison.runs import run_all
 from stepdistill.comparison.students import Student
 from stepdistill.comparison.user_teacher import UserOptions, UserTeacher
+from stepdistill.config.files import method_config, parse_run_config
+from stepdistill.config.guidance import stated_for
+from stepdistill.config.layers import layers_of
+from stepdistill.methods import METHODS
 
 
 def result(out: Path, name: str) -> dict:
@@ -42,7 +50,7 @@ def test_a_teacher_of_one_s_own_and_a_method_that_fails(
     teacher, clip = teacher_dir("sd3", tmp_path_factory), save_tiny(tmp_path / "clip")
     prompts, bad = tmp_path / "prompts.txt", tmp_path / "bad.yaml"
     prompts.write_text("a red cube\na blue ball\na cat\na dog\n")
-    bad.write_text("method: dmd2\ninit_student_from: /no/such/run\n")
+    bad.write_text("method: dmd2\nlearning_rate: 1.0e+30\nlr_warmup_steps: 0\n")
     out = tmp_path / "out"
     command = ["compare", "--teacher", str(teacher), "--prompts_file", str(prompts)]
     command += ["--features", f"clip:local-dir:{clip}", "--guidance", "1", "--student", "lora"]
@@ -56,8 +64,7 @@ def test_a_teacher_of_one_s_own_and_a_method_that_fails(
     assert result(out, "lcm_1_2")["data"] == "pairs"  # no images were given
     assert "| broken for 1, seed 0: failed |" in told
     error = json.loads((out / "failures" / "broken_1_seed0.json").read_text())["error"]
-    assert error.startswith("ValueError: ")
-    assert "/no/such/run" in error
+    assert error.startswith("WatchdogStop: ")
     assert "| lcm |" in told
     assert "- Failed: broken for 1 (1 seed), broken for 2 (1 seed)" in told
     assert "Scatter: not known" in told
@@ -96,7 +103,70 @@ def test_what_is_the_same_for_all_lies_over_a_method_s_file(tmp_path, tmp_path_f
     assert lcm["method_config"]["guidance_range"] == [3.0, 3.0]
     assert lcm["method_config"]["embed_guidance"] is False
     assert dmd2["tuning"]["student"] == dmd2["tuning"]["fake"] == "lora"
-    assert dmd2["adam_beta2"] == 0.999  # its file's
+    assert dmd2["adam_beta1"] == 0.0  # its recipe's
+    assert lcm["adam_beta1"] == 0.9
+
+
+SMALL = "stepdistill.config.model_at_hand.SMALL"
+
+
+@pytest.mark.parametrize("method", ["dmd2", "lcm", "pcm", "reflow", "vsd", "f_distill", "tscd"])
+def test_a_small_teacher_s_settings_are_those_of_train(tmp_path, tmp_path_factory, method) -> None:
+    setup = own(tmp_path, tmp_path_factory)
+    argv = ["--pretrained_model_name_or_path", setup.teacher(), "--output_dir", str(tmp_path)]
+    run = parse_run_config([*argv, "--method", method], by_size=True).model_dump()
+    settings = setup.settings(method)
+    for name in ("learning_rate", "role_learning_rates", "train_batch_size", "ema_decay",
+                 "max_train_steps", "lr_scheduler", "adam_beta1", "adam_beta2"):  # fmt: skip
+        assert settings.get(name, run[name]) == run[name]
+    assert settings["learning_rate"] > 1e-4
+    method_options = method_config(settings["method"], settings["method_config"])
+    assert method_options == method_config(run["method"], run["method_config"])
+
+
+def test_a_large_teacher_s_settings_are_the_method_s_file_under_its_own_guidance(
+    tmp_path, tmp_path_factory, monkeypatch
+) -> None:
+    monkeypatch.setattr(SMALL, 0)
+    settings = own(tmp_path, tmp_path_factory).settings("dmd2")
+    assert settings["learning_rate"] == 5e-7
+    assert settings["adam_beta2"] == 0.999
+    (sd3,) = layers_of("sd3")
+    assert settings["method_config"]["guidance"] == stated_for(METHODS["dmd2"], sd3.model)
+
+
+def test_a_file_is_taken_whatever_the_teacher_s_size(tmp_path, tmp_path_factory) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("method: dmd2\nlearning_rate: 0.25\n")
+    settings = own(tmp_path, tmp_path_factory, methods={"dmd2": str(file)}).settings("dmd2")
+    assert settings["learning_rate"] == 0.25
+    assert "ema_decay" not in settings
+
+
+def test_the_name_of_a_file_means_that_file(tmp_path, tmp_path_factory) -> None:
+    settings = own(tmp_path, tmp_path_factory).settings("dmd2_lora")
+    assert settings["learning_rate"] == layers_of("dmd2_lora")[-1].values["learning_rate"]
+    assert settings["tuning"]["student"] == "lora"
+
+
+def test_a_warm_start_keeps_its_share_of_a_shorter_run(tmp_path, tmp_path_factory) -> None:
+    (training,) = own(tmp_path, tmp_path_factory).trainings(Student("dmd2", (4,)))
+    assert training.lasting(70)["method_config"]["warm_start"]["updates"] == 10
+    assert training.settings["method_config"]["warm_start"]["updates"] == 100
+
+
+def test_threads_are_the_user_s_else_shared_by_the_runs(tmp_path, monkeypatch) -> None:
+    worker = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+
+    def threads(processes: int) -> list[str]:
+        run_all(tmp_path, [Student("a", (1,))], [0], processes, worker, lambda line: None)
+        return (tmp_path / "logs" / "a_1_seed0.txt").read_text().split()
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads(2) == ["3"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads(1) == ["1"]
 
 
 def test_step_counts_go_into_the_option_that_means_them(tmp_path, tmp_path_factory) -> None:
@@ -112,7 +182,8 @@ def test_step_counts_go_into_the_option_that_means_them(tmp_path, tmp_path_facto
     assert option("reflow", "stage") == "distill"
 
 
-def test_warm_up_shrinks_with_a_short_budget(tmp_path, tmp_path_factory) -> None:
+def test_warm_up_shrinks_with_a_short_budget(tmp_path, tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setattr(SMALL, 0)
     (training,) = own(tmp_path, tmp_path_factory).trainings(Student("dmd2", (1,)))
     assert training.settings["lr_warmup_steps"] == 8
     assert training.lasting(50)["lr_warmup_steps"] == 5
@@ -135,16 +206,31 @@ def test_a_file_for_train_serves_a_comparison(tmp_path, tmp_path_factory) -> Non
     assert "seed" not in training.settings
 
 
-def test_guidance_that_methods_do_not_share_is_told(tmp_path, tmp_path_factory) -> None:
+def test_guidance_that_methods_do_not_share_is_told(
+    tmp_path, tmp_path_factory, monkeypatch
+) -> None:
+    monkeypatch.setattr(SMALL, 0)
     setup = own(tmp_path, tmp_path_factory)
 
     def guidance(method: str) -> str:
         return setup.terms(setup.trainings(Student(method, (1,)))[0])["guidance"]
 
-    assert [guidance(name) for name in ("lcm", "dmd2", "reflow")] == ["6 to 16", "8", "1"]
+    assert [guidance(name) for name in ("pcm", "dmd2", "reflow")] == ["4", "4.5", "1"]
     same = own(tmp_path, tmp_path_factory, guidance=3.0)
     told = {same.terms(same.trainings(Student(n, (1,)))[0])["guidance"] for n in ("lcm", "reflow")}
     assert told == {"3"}
+
+
+NET = "evaluation.test_features:Mean"
+
+
+class Odd(Mean):
+    """Of images of another size than the teacher's."""
+
+    name = "odd"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.reshape(2, 3, 7, 7).flatten(1)
 
 
 COMMAND = ("compare", "--budget", "2steps", "--guidance", "1")
@@ -154,23 +240,50 @@ COMMAND = ("compare", "--budget", "2steps", "--guidance", "1")
     ("flags", "told"),
     [
         (["--methods", "dmd2={bad}"], r"methods: dmd2: method_config of dmd2: .*nonsense"),
-        (["--methods", "dmd2", "--features", "digits1"], "digits1"),
+        (["--methods", "dmd2", "--features", "digits", "digits1"], "digits1"),
         (["--methods", "dmd2", "--teacher", "{no}"], "no"),
         (["--methods", "dmd2", "--processes", "0"], "processes: expected 1 or more, got 0"),
         (["--methods", "dmd2", "--steps", "0"], "steps: expected 1 or more, got 0"),
         (["--methods", "dmd2", "--seeds", "0", "0"], "seeds: expected different ones"),
         (["--methods", "dmd2", "--prompts_file", "{no}"], "prompts_file: expected a text file"),
+        (["--methods", "reflow"], "features digits: expected grey images of 8 x 8 px, got"),
+        (["--methods", "reflow,dmd2", "--features", NET, "--train_data_dir", "{no}"], "no"),
+        (
+            ["--methods", "reflow,broken={run}", "--features", NET],
+            "methods: broken: .*/no/such/run",
+        ),
+        (["--methods", "reflow", "--features", NET, "--num_prompts", "9"], "num_prompts: expected"),
+        (
+            ["--methods", "reflow", "--features", NET, "--reference", "{no}"],
+            "reference: expected a",
+        ),
+        (
+            ["--methods", "reflow", "--features", f"{__name__}:Odd"],
+            "features odd: expected a network",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_made(tmp_path, tmp_path_factory, flags, told) -> None:
     bad, prompts, out = tmp_path / "bad.yaml", tmp_path / "prompts.txt", tmp_path / "out"
     bad.write_text("method: dmd2\nmethod_config: {nonsense: 1}\n")
-    prompts.write_text("a red cube\n")
+    run = tmp_path / "run.yaml"
+    run.write_text("method: dmd2\ninit_student_from: /no/such/run\n")
+    prompts.write_text("a red cube\na cat\n")
     command = [*COMMAND, "--teacher", str(teacher_dir("sd3", tmp_path_factory))]
-    command += ["--prompts_file", str(prompts), "--features", "digits", "--output_dir", str(out)]
-    command += [flag.format(bad=bad, no=tmp_path / "no") for flag in flags]
+    command += ["--prompts_file", str(prompts), "--output_dir", str(out)]
+    command += [] if "--features" in flags else ["--features", "digits"]
+    command += [flag.format(bad=bad, run=run, no=tmp_path / "no") for flag in flags]
     with pytest.raises(SystemExit, match=f"error: .*{told}"):
         main(command)
+    assert not out.exists()
+
+
+def test_what_is_right_is_not_refused_and_nothing_is_made(tmp_path, tmp_path_factory) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a red cube\na cat\n")
+    given = UserOptions(str(teacher_dir("sd3", tmp_path_factory)), str(prompts), [NET])
+    setup = UserTeacher(out, given)
+    setup.check(setup.students(["dmd2", "lcm", "pcm", "reflow", "tscd", "vsd"], (1, 2)))
     assert not out.exists()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ class Many(Tiny):
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock on which an optimiser update takes 1, encoding a prompt 10, a save 1000."""
     now = [0.0]
 
@@ -46,6 +48,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     encodes = taking(lambda _, rows, *__: 10.0 * len(rows), family.encode)
     monkeypatch.setattr(family, "encode", encodes)
     monkeypatch.setattr(cost, "clock", lambda: now[0])
+    return now
 
 
 def test_updates_that_fill_a_time_count_the_first_epoch_by_its_own_cost() -> None:
@@ -59,7 +62,7 @@ def test_updates_that_fill_a_time_count_the_first_epoch_by_its_own_cost() -> Non
 
 @pytest.mark.full
 def test_first_reading_is_measured_apart_and_saving_not_at_all(
-    counted: None, tmp_path: Path, tmp_path_factory: Any
+    counted: list[float], tmp_path: Path, tmp_path_factory: Any
 ) -> None:
     setup = Many(tmp_path, teacher_dir("sd3", tmp_path_factory))
     training = setup.trainings(STUDENT)[0]
@@ -75,8 +78,45 @@ def test_first_reading_is_measured_apart_and_saving_not_at_all(
 
 
 def test_a_set_that_no_memory_keeps_is_read_anew_for_ever(
-    counted: None, tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+    counted: list[float], tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Many, "size", 5000)
     setup = Many(tmp_path, teacher_dir("sd3", tmp_path_factory))
     assert measure(setup, setup.trainings(STUDENT)[0], tmp_path / "probe").epoch == math.inf
+
+
+@pytest.mark.parametrize(("seconds", "spent"), [(5000.0, 500.0), (10.0, 2 * 42.0 + 2 * 42.0)])
+def test_measuring_takes_a_tenth_of_the_budget_or_two_updates_of_each_kind(
+    counted: list[float], tmp_path: Path, tmp_path_factory: Any, seconds: float, spent: float
+) -> None:
+    setup = Many(tmp_path, teacher_dir("sd3", tmp_path_factory))
+    measure(setup, setup.trainings(STUDENT)[0], tmp_path / "probe", seconds)
+    assert 0 < counted[0] <= spent
+    assert counted[0] < 1000.0  # nothing is saved
+
+
+def in_little(cost_at: Callable[[int], float], kind_at: Callable[[int], str]) -> Any:
+    """A setup whose trainer's updates take `cost_at` their number and read two batches."""
+    trainer = SimpleNamespace(step=0, feed=SimpleNamespace(seen=0), dataset=range(10))
+    trainer.args = SimpleNamespace(
+        train_batch_size=1, max_cached_latents=100, max_cached_prompts=100
+    )
+    trainer.method = SimpleNamespace(phases=lambda step: (kind_at(step),))
+
+    def train(trainer: Any, until: int, saves: bool = True) -> float:
+        spent = sum(cost_at(step) for step in range(trainer.step, until))
+        trainer.feed.seen += 2 * (until - trainer.step)
+        trainer.step = until
+        return spent
+
+    return SimpleNamespace(trainer=lambda *_, **__: trainer), train
+
+
+def test_a_warm_start_counts_by_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, train = in_little(
+        lambda step: 8.0 if step < 125 else 1.0, lambda step: "warm" if step < 125 else "matching"
+    )
+    monkeypatch.setattr(cost, "train", train)
+    (tmp_path / "probe").mkdir()
+    monkeypatch.setattr(cost.shutil, "rmtree", lambda *_, **__: None)
+    assert measure(setup, STUDENT, tmp_path / "probe") == Cost(1.875, 1.875, 5.0)

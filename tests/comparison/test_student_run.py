@@ -15,7 +15,7 @@ from support.faults import fork, status_of
 from support.runs import teacher_dir
 
 from stepdistill.cli.compare import setups
-from stepdistill.comparison import student_run
+from stepdistill.comparison import cost, student_run
 from stepdistill.comparison.best_students import best_student_folder
 from stepdistill.comparison.cost import Cost
 from stepdistill.comparison.progress import Leg, Progress, shares, stops
@@ -38,7 +38,7 @@ class Tiny(TeacherSetup):
         super().__init__(out)
         self._teacher = teacher
 
-    def check(self) -> None: ...
+    def check(self, chosen: Any) -> None: ...
 
     def prepare(self, needs_pairs: bool) -> None: ...
 
@@ -99,6 +99,7 @@ def test_points_are_halves_and_lie_in_the_training_they_fall_in() -> None:
 
 def test_curve_is_judged_at_its_shares_of_both_trainings(whole) -> None:
     assert whole["updates"] == [2, 6]
+    assert whole["clock"] == f"{cost.CLOCK}, 1 thread"
     assert [(p["share"], p["updates"]) for p in whole["curve"]] == [(0.25, 2), (0.5, 4)]
     seconds = [p["seconds"] for p in whole["curve"]] + [whole["cpu_seconds"]]
     assert 0 < seconds[0] < seconds[1] < seconds[2]

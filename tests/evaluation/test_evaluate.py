@@ -20,6 +20,7 @@ from support.runs import teacher_dir
 from torch import Tensor
 
 from stepdistill.cli import main
+from stepdistill.demo.classifier import register_digits
 from stepdistill.evaluation.collect import Drawing, preview_indices
 from stepdistill.evaluation.options import Options
 from stepdistill.evaluation.report import Report
@@ -79,6 +80,15 @@ def options(teacher: Path, prompts: Path, out: Path, **more: Any) -> Options:
 def report(teacher, prompts, tmp_path_factory) -> Report:
     out = tmp_path_factory.mktemp("evaluated")
     return evaluate(options(teacher, prompts, out), [Corners()], {"brightness": brightness})
+
+
+def test_a_network_that_can_t_read_the_teacher_s_images_is_refused_before_one_is_drawn(
+    teacher, prompts, tmp_path
+) -> None:
+    register_digits()
+    with pytest.raises(ValueError, match="features digits: expected grey images of 8 x 8 px"):
+        evaluate(options(teacher, prompts, tmp_path / "out", features=["digits"]))
+    assert not (tmp_path / "out").exists()
 
 
 def features(report: Report, name: str) -> Tensor:

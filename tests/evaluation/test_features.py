@@ -172,3 +172,18 @@ def test_of_a_model_of_images_and_text_the_first_half_counts(tmp_path) -> None:
     with torch.no_grad():
         expected = model.vision_model(made).pooler_output
     torch.testing.assert_close(net(made), expected)
+
+
+def test_a_folder_of_config_and_safetensors_alone_is_read_at_its_own_size(tmp_path) -> None:
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    model = Dinov2Model(config).eval()
+    save_vision_model(tmp_path, model)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.warns(UserWarning, match=r"expected a preprocessor_config\.json .* 28 x 28 px"):
+        net = feature_net(str(tmp_path))
+    made = net.preprocess(pixels(2, 28))
+    torch.testing.assert_close(made, pixels(2, 28) * 2 - 1)
+    with torch.no_grad():
+        torch.testing.assert_close(net(made), model(made).pooler_output)
