@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +73,11 @@ class ConvFeatures(nn.Module):
             (2 * width, 2 * width),
             (2 * width, 4 * width),
         ]
-        self.layers = nn.ModuleList([first, *(nn.Conv2d(a, b, 3, padding=1) for a, b in widths)])
-        for layer in self.layers:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        convs = [first, *(nn.Conv2d(a, b, 3, padding=1) for a, b in widths)]
+        for conv in convs:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(cast(Tensor, conv.bias))
+        self.layers = nn.ModuleList(convs)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Of standardised pixels (B, 3, S, S), or smaller crops."""
@@ -145,8 +147,8 @@ def train_features(
             f"{str(folder)!r}. A network of so few knows no kind."
         )
     side = settings.size_px or min(LARGEST_PX, min(open_image(files[0], "train_data_dir").size))
-    data = {"images": len(files), "sha256": sha256_of(*files)}
-    facts = {**asdict(settings), "size_px": side, "data": data}
+    digest = sha256_of(*files)
+    facts = {**asdict(settings), "size_px": side, "data": {"images": len(files), "sha256": digest}}
     target = Path(out) / f"{Path(folder).resolve().name}-{settings_hash(facts)}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
@@ -157,7 +159,7 @@ def train_features(
         part = target.with_name(target.name + ".part")
         net = _train((images - mean) / std, side, settings, part, tell)
         config = {"model_type": KIND, **facts, "mean": mean, "std": std}
-        config["data"] = f"{data['images']} images, sha256 {data['sha256'][:16]}"
+        config["data"] = f"{len(files)} images, sha256 {digest[:16]}"
         write_folder(target, {"model": net.state_dict()}, {"config": config})
         shutil.rmtree(part, ignore_errors=True)
     return target
