@@ -14,13 +14,14 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
+from stepdistill.config.places import Here
 from stepdistill.core.options import Count, Positive, Seed
 
 
 class Options(CommandOptions):
     action: CliPositionalArg[Literal["train"]]
     """train: no other is there."""
-    train_data_dir: str
+    train_data_dir: Here
     """Folder of images, subfolders too; captions are not read."""
     output_dir: str = "features"
     """Where networks lie, each in a folder named by the hash of images and settings; an equal call

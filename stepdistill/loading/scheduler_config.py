@@ -34,7 +34,9 @@ _RULES: dict[str, Rule] = {
     "steps_offset": whole_number(0, MAX_TIMESTEPS),
     "solver_order": whole_number(1, 3),
     **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), whole_number(1, 2**31)),
-    **dict.fromkeys(("beta_start", "beta_end", "trained_betas", "shift_terminal"), _between(0, 1)),
+    **dict.fromkeys(("beta_start", "beta_end", "shift_terminal"), _between(0, 1)),
+    # An export of ours begins at 0, a table with zero terminal SNR ends at 1.
+    "trained_betas": (lambda v: is_finite(v) and 0 <= v <= 1, "numbers from 0 to 1"),
     **dict.fromkeys(("shift", "flow_shift", "rho"), _between(0, 1000)),
     **dict.fromkeys(("sigma_min", "sigma_max", "sigma_data", "snr_shift_scale"), _between(0, 1e6)),
     **dict.fromkeys(("sample_max_value", "clip_sample_range"), _between(0, 1e6)),

@@ -120,7 +120,7 @@ def shard(step: TrainStep, device: torch.device) -> None:
     step.bank.rebind()
     nothing: Any = None
     with torch.no_grad():
-        step(_no_loss, nothing, nothing)  # settles that the step is the root, whoever runs first
+        step(_no_loss, nothing, Ctx())  # settles that the step is the root, whoever runs first
     whole.reshard()  # what stays gathered would miss the next change of requires_grad
 
 

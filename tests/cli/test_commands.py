@@ -32,6 +32,7 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "doctor": ([], "format", ("json", "markdown")),
     "evaluate": (["--teacher", "dir", "--student", "a"], "seeds", ((1, 2), (3,))),
     "export": (["run", "out"], "num_steps", (2, 4)),
+    "features": (["train", "--train_data_dir", "dir"], "seed", (1, 2)),
     "list": ([], "", (None, None)),
     "merge": (["a:0.5", "b", "--output", "out"], "method", ("cat", "linear")),
     "pairs": ([*TEACHER, "--pairs_dir", "p"], "guidance", (2.5, 3.0)),

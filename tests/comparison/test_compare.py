@@ -245,7 +245,10 @@ COMMAND = ("compare", "--budget", "2steps", "--guidance", "1")
         (["--methods", "dmd2", "--processes", "0"], "processes: expected 1 or more, got 0"),
         (["--methods", "dmd2", "--steps", "0"], "steps: expected 1 or more, got 0"),
         (["--methods", "dmd2", "--seeds", "0", "0"], "seeds: expected different ones"),
-        (["--methods", "dmd2", "--prompts_file", "{no}"], "prompts_file: expected a text file"),
+        (
+            ["--methods", "dmd2", "--prompts_file", "{no}"],
+            "prompts_file: expected a file or folder",
+        ),
         (["--methods", "reflow"], "features digits: expected grey images of 8 x 8 px, got"),
         (["--methods", "reflow,dmd2", "--features", NET, "--train_data_dir", "{no}"], "no"),
         (

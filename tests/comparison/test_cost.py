@@ -101,6 +101,7 @@ def in_little(cost_at: Callable[[int], float], kind_at: Callable[[int], str]) ->
     trainer.args = SimpleNamespace(
         train_batch_size=1, max_cached_latents=100, max_cached_prompts=100
     )
+    trainer.batches = SimpleNamespace(latents_kept=100)
     trainer.method = SimpleNamespace(phases=lambda step: (kind_at(step),))
 
     def train(trainer: Any, until: int, saves: bool = True) -> float:

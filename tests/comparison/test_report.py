@@ -104,7 +104,7 @@ def test_an_earlier_folder_goes_on_at_its_own_budget_alone(folder) -> None:
     [
         (["--methods", "dmd2"], "budget: expected such as 240s beside --methods"),
         (["--budget", "5steps", "--guidance", "2"], "guidance: expected it beside --teacher alone"),
-        (["--budget", "5steps", "--teacher", "x"], "prompts_file: expected it beside --teacher"),
+        (["--budget", "5steps", "--teacher", "me/x"], "prompts_file: expected it beside --teacher"),
         (["--budget", "5 hours"], "budget: expected such as 240s or 500steps"),
     ],
 )

@@ -229,7 +229,10 @@ def test_real_images_become_the_reference(teacher, prompts, tmp_path) -> None:
         ),
         ([], "features: expected a feature network, got none"),
         (["--features", "resnet:a"], "features: expected digits, inception:FILE"),
-        (["--features", "digits", "--reference", "nowhere"], "reference: expected a folder"),
+        (
+            ["--features", "digits", "--reference", "nowhere"],
+            "reference: expected a file or folder",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_before_any_image(flags, told, teacher, prompts, tmp_path) -> None:

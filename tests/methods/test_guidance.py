@@ -50,7 +50,8 @@ def test_the_teacher_a_student_ends_at(name: str, options: dict, expected: float
 def test_every_option_that_guides_is_named(name: str) -> None:
     cls = METHODS[name]
     guiding = {f for f in cls.Config.model_fields if "guidance" in f.split("_")}
-    told = {"inference_guidance", "guidance_stage"}  # read with the others, and a stage's name
+    # Read with the others, a stage's name, and which network is guided.
+    told = {"inference_guidance", "guidance_stage", "fake_guidance"}
     assert guiding - told == set(cls.guidance_options)
 
 

@@ -144,5 +144,7 @@ def test_the_command_draws_it_again(run, capsys) -> None:
 
 
 def test_the_command_refuses_a_folder_without_a_run(tmp_path) -> None:
-    with pytest.raises(SystemExit, match=r"error: report: expected a run's folder"):
+    with pytest.raises(
+        SystemExit, match=r"error: run_dir: expected the output_dir of a training run"
+    ):
         cli.main(["report", str(tmp_path)])

@@ -437,13 +437,13 @@ PROMPTS = ["../../escape", "/abs/path", "a\x00b", "con", "x" * 5000, ".."]
 
 def test_prompts_never_become_paths(tmp_path, tmp_path_factory, trained, capsys) -> None:
     """Samples and validation grids are named by number; prompts stand in metadata."""
+    teacher = teacher_dir("sd3", tmp_path_factory)
     before = set(tmp_path.parent.iterdir())
     cli.main(["export", str(trained), str(tmp_path / "out")])
     written = sample_export(tmp_path / "out", PROMPTS, tmp_path / "samples")
     assert [p.name for p in written] == [f"{i:04d}.png" for i in range(len(PROMPTS))]
     rows = (tmp_path / "samples" / "metadata.jsonl").read_text().splitlines()
     assert [json.loads(row)["text"] for row in rows] == PROMPTS
-    teacher = teacher_dir("sd3", tmp_path_factory)
     build_trainer(
         "dmd2", teacher, "lora", tmp_path / "run", max_train_steps=1, validation_steps=1,
         validation_prompts=PROMPTS, num_validation_images=1,

@@ -96,7 +96,7 @@ def test_an_untrained_embedding_tells_nothing(tmp_path, tmp_path_factory) -> Non
 
 def test_an_embedding_needs_weights_of_its_own(tmp_path, tmp_path_factory) -> None:
     options = {"embed_guidance": True, "guidance_range": (2.0, 14.0)}
-    with pytest.raises(ValueError, match="tuning 'full' with extra inputs"):
+    with pytest.raises(ValueError, match="expected full of a student with extra inputs"):
         trainer_of("sd", tmp_path_factory, tmp_path / "run", options, "lora")
 
 
