@@ -112,8 +112,9 @@ def parse_run_config(
 
     run = parsed()  # mistakes are said before a library is imported
     settled: list[str] = []
-    if is_known(run.source, ask=by_size):
-        at_hand = ModelAtHand.of(run.source)
+    source = run.source  # which reads its index once
+    if is_known(source, ask=by_size):
+        at_hand = ModelAtHand.of(source)
         if by_size and not layers:
             layers, settled = at_hand.recipe_by_size(run.method)
             run = parsed() if layers else run

@@ -49,7 +49,7 @@ class Shapes:
             if id(storage) not in index:
                 index[id(storage)] = len(sizes)
                 sizes.append(storage.nbytes())
-            place = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
+            place = (tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
             places.append((index[id(storage)], *place))
         return cls(tuple(sizes), tuple(places), len(given))
 

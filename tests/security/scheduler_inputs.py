@@ -17,6 +17,7 @@ TABLES += ("PNDMScheduler", "DEISMultistepScheduler", "DDPMScheduler")
 STEPS = "expected num_train_timesteps to be a whole number"
 OFFSET = "expected steps_offset to be a whole number"
 FRACTION = "to be a number between 0 and 1, got"
+BETAS = "to be numbers from 0 to 1, got"
 DYNAMIC = {"use_dynamic_shifting": True}
 FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 ZERO_SNR = {"rescale_betas_zero_snr": True}
@@ -51,12 +52,13 @@ SCHEDULERS: tuple[tuple[str, dict[str, Any], Any], ...] = (
     *((name, {"num_train_timesteps": 10**9}, f"{STEPS} from 1 to 100000, got 1000000000")
       for name in (*TABLES, FLOW, EDM)),
     *((DDIM, {"num_train_timesteps": v}, STEPS) for v in (0, -1, 1e3, "9", math.nan, [], None)),
+    (DDIM, {"trained_betas": [0.1, 1.5]}, f"expected trained_betas {BETAS} [0.1, 1.5]"),
     (DDIM, {"trained_betas": []}, "expected trained_betas of num_train_timesteps 1000, got 0"),
     (DDIM, {"trained_betas": FOUR}, "expected trained_betas of num_train_timesteps 1000, got 4"),
-    (DDIM, {"trained_betas": [0.1, math.nan]}, f"expected trained_betas {FRACTION} [0.1, nan]"),
+    (DDIM, {"trained_betas": [0.1, math.nan]}, f"expected trained_betas {BETAS} [0.1, nan]"),
     (DDIM, {"trained_betas": 0.5}, "expected trained_betas to be a list or null, got 0.5"),
-    (DDIM, {"trained_betas": "x"}, f"expected trained_betas {FRACTION} 'x'"),
-    (EULER, {"trained_betas": [-0.1] * 4}, f"expected trained_betas {FRACTION}"),
+    (DDIM, {"trained_betas": "x"}, f"expected trained_betas {BETAS} 'x'"),
+    (EULER, {"trained_betas": [-0.1] * 4}, f"expected trained_betas {BETAS}"),
     ("CogVideoXDDIMScheduler", {"snr_shift_scale": 0}, "expected snr_shift_scale to be a number"),
     ("CogVideoXDDIMScheduler", {"snr_shift_scale": -1}, "between 0 and 1e+06, got -1"),
     # -------------------------------------------------------------- words and switches
