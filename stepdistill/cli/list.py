@@ -19,8 +19,6 @@ class Options(CommandOptions):
 
 
 def run(options: Options) -> None:
-    from stepdistill.storage.bundled import project_folder
-
     if options.where:
         from stepdistill.storage.bundled import project_folder
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from stepdistill.config.run import RunConfig
 from stepdistill.monitoring.own_validation import line_of
 from stepdistill.planning.forecast import Forecast, forecast
+from stepdistill.planning.recipes import verdict
 
 GIB = 2**30
 # Peak dense bf16 rates, TFLOP/s, and memory, GB: NVIDIA's data sheets of these cards.
@@ -21,7 +22,6 @@ GPUS: dict[str, tuple[float, float]] = {
     "h100": (989.4, 80),
     "h200": (989.4, 141),
 }
-TIGHT = 0.9  # the share of a memory above which fragments and other programs may be too much
 UTILISATION = 0.4  # the share of the peak rate that large diffusion training usually reaches
 
 
@@ -52,16 +52,16 @@ def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None)
     )
     if plan.validation:
         console.print(line_of(plan.validation))
-    share = plan.peak_on(num_gpus) / room
-    if share <= 1:
-        told = "fits" if share <= TIGHT else f"tight ({share:.0%} of it is forecast): fits"
-        console.print(f"{told} {room / 1e9:g} GB")
+    peak = plan.peak_on(num_gpus)
+    if (fit := verdict(peak, room)) != "no":
+        tight = f"tight ({peak / room:.0%} of it is forecast): " if fit == "tight" else ""
+        console.print(f"{tight}fits {room / 1e9:g} GB")
         return True
     console.print(f"does not fit {room / 1e9:g} GB")
     for told, smaller in suggestions(run, plan):
         size = forecast(smaller).peak_on(num_gpus)
-        verdict = "fits" if size <= room else "does not fit either"
-        console.print(f"  {told}: {size / GIB:.2f} GiB, {verdict}")
+        fit = "fits" if size <= room else "does not fit either"
+        console.print(f"  {told}: {size / GIB:.2f} GiB, {fit}")
         if size <= room:
             break
     return False
