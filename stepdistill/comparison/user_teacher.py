@@ -8,7 +8,6 @@ method's own config file under the model's own guidance.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -37,6 +36,7 @@ from stepdistill.methods import METHODS
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.storage.bundled import bundled_file
+from stepdistill.storage.files import sha256_of
 from stepdistill.training.checks import method_fits, student_fits
 from stepdistill.training.start import check_start
 
@@ -82,8 +82,7 @@ class UserOptions:
     def settled(self) -> dict[str, Any]:
         """What must not change between calls in one folder; of the prompts what they say."""
         told = {name: value for name, value in asdict(self).items() if name != "methods"}
-        prompts = hashlib.sha256(Path(self.prompts_file).read_bytes()).hexdigest()
-        return {**told, "prompts": prompts}
+        return {**told, "prompts": sha256_of(Path(self.prompts_file))}
 
 
 class UserTeacher(TeacherSetup):

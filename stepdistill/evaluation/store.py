@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.storage.files import write_text
+from stepdistill.storage.files import json_sha256, write_text
 from stepdistill.storage.shard_files import BrokenShardError, Shard, write_shard
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """Eight hex digits over JSON settings."""
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return json_sha256(settings)[:8]
 
 
 def network_sha256(net: nn.Module) -> str:

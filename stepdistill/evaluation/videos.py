@@ -13,7 +13,6 @@ A student that freezes has less of both, one that flickers more.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from stepdistill.data.captions import all_captions
 from stepdistill.data.metadata import FolderCaptions
+from stepdistill.storage.files import sha256_of
 
 from .images import open_image
 
@@ -61,7 +61,7 @@ def first_frames(folder: str) -> list[FirstFrame]:
             f"{folder!r}."
         )
     return [
-        FirstFrame(all_captions(told)[0], path, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+        FirstFrame(all_captions(told)[0], path, sha256_of(path)[:16])
         for path, told in FolderCaptions(root)
     ]
 

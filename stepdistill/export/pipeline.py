@@ -7,7 +7,6 @@ is written aside, loaded back by Diffusers, compared with the in-memory sampler,
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -29,6 +28,7 @@ from stepdistill.loading.quantization import is_quantized
 from stepdistill.reporting.bars import bar
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.files import EXPORT_RECORD as RECORD
+from stepdistill.storage.files import json_sha256
 from stepdistill.storage.folders import refuse_foreign, replacing
 
 
@@ -181,8 +181,6 @@ def describe(
         "teacher_shift": family.shift_at(resolution, resolution),
         "tools": tools_of(family, path, spec, sampler, resolution),
         "run": dict(facts),
-        "run_sha256": hashlib.sha256(
-            json.dumps(dict(facts), sort_keys=True, default=str).encode()
-        ).hexdigest(),
+        "run_sha256": json_sha256(dict(facts)),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }

@@ -6,7 +6,6 @@ by `stepdistill recipes --refresh` alone, and held against the recipes by tests.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.config.layers import Layer, merge, merged, recipe_files
-from stepdistill.storage.files import read_json, write_text
+from stepdistill.storage.files import json_sha256, read_json, write_text
 
 CARDS = (12, 16, 24, 48, 80)  # GB
 TIGHT = 0.9  # the share of a memory above which fragments and other programs may be too much
@@ -58,8 +57,7 @@ def settings_hash(layers: Sequence[Layer]) -> str:
     assert about is not None
     model = INDEX.parent / "models" / f"{about.model}.json"
     said = [merged(layers), about.without, json.loads(model.read_text(encoding="utf-8"))]
-    text = json.dumps(said, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return json_sha256(said)[:16]
 
 
 def forecast_of(layers: Sequence[Layer]) -> dict[str, Any]:

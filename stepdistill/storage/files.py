@@ -43,6 +43,11 @@ def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
     return value
 
 
+def json_sha256(value: Any) -> str:
+    """Of a value as JSON, whatever the order of its keys; what JSON has no form for, as text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def sha256_of(*paths: Path) -> str:
     """Of the files' bytes, end to end. Errors: OSError where one can't be read."""
     sha = hashlib.sha256()

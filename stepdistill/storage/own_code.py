@@ -7,7 +7,6 @@ user's own folder; a record leads to a file of a noted content alone.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.core.registry import Registry
+from stepdistill.storage.files import sha256_of
 
 
 def _notes() -> Path:
@@ -61,7 +61,7 @@ def recorded(registry: Registry[Any], flag: str, facts: Mapping[str, Any], where
             f"{where}: expected the file {file} that {record['class']} stands in, got none there. "
             "Put it back."
         )
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = sha256_of(file)
     if digest not in _noted():
         raise ValueError(
             f"{where}: expected {file} as it was when it was run, got a content that was never "
