@@ -9,8 +9,9 @@ A method is a page: a Config on ScoreConfig and, of these hooks, the ones it nee
     sample         what the student makes, with graph: x0, condition, its input and time
     noised         a sample at a random noise level, for both losses
     draw_guidance  g of an update; `guidances` what teacher and fake make of it
-    teacher_score  a network's prediction at (x_t, t), without graph; a snapshot in its place, or
-    fake_score       a graph (Score identity Distillation), is a matter of these two alone
+    teacher_score  a network's prediction at (x_t, t); a snapshot in its place, or another
+    fake_score       condition, is a matter of these two alone. Without graph, but of methods that
+                     say `through_scores` (Score identity Distillation)
     scores         both at one (x_t, t); more points or predictions in a `Scores` of its own
     gradient       the gradient on x0 that the scores ask for
     matching       the scalar that carries it, or a loss of the scores without such a gradient
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.denoiser import Prediction
+from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.method import FakeFit, Nets, Phase
 from stepdistill.core.path import expand
 from stepdistill.core.types import Batch, Losses
@@ -61,6 +62,7 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
 
     guidance_options: ClassVar[tuple[str, ...]] = ("guidance",)
     trainer: ClassVar[str] = "DistributionMatchingTrainer"
+    through_scores: ClassVar[bool] = False  # whether the student's gradient goes through both
 
     @property
     def fake_fit(self) -> FakeFit | None:
@@ -115,15 +117,17 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
         fake = self.fake_score(nets, batch, x_t, t, g_fake)
         return Scores(self.teacher_score(nets, batch, x_t, t, g_real), fake)
 
-    @torch.no_grad()
     def teacher_score(
         self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float
     ) -> Prediction:
-        return nets["teacher"].skipping(self.skip_layers)(x_t, t, batch.cond, batch.null, g)
+        return self._score(nets["teacher"], batch, x_t, t, g)
 
-    @torch.no_grad()
     def fake_score(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float) -> Prediction:
-        return nets["fake"].skipping(self.skip_layers)(x_t, t, batch.cond, batch.null, g)
+        return self._score(nets["fake"], batch, x_t, t, g)
+
+    def _score(self, net: Denoiser, batch: Batch, x_t: Tensor, t: Tensor, g: float) -> Prediction:
+        with torch.set_grad_enabled(self.through_scores and torch.is_grad_enabled()):
+            return net.skipping(self.skip_layers)(x_t, t, batch.cond, batch.null, g)
 
     @torch.no_grad()
     def gradient(self, sample: Sample, scores: Scores) -> Tensor:

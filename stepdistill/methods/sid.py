@@ -76,6 +76,7 @@ class SiD(ScoreDistillation[SiDConfig]):
         "score_identity": {},
         "sid_lsg": {"fake_guidance": "long_short"},
     }
+    through_scores = True
     digits = (Recipe("sid", score(guidance=1.0), {2: FEW, 4: FEW}, first=WARM),)
 
     @property
@@ -105,16 +106,10 @@ class SiD(ScoreDistillation[SiDConfig]):
             return cond
         return cond.where_not(ctx.host_rand(cond.bsz) < config.null_probability, null)
 
-    def teacher_score(
-        self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float
-    ) -> Prediction:
-        """With graph to x_t."""
-        return nets["teacher"].skipping(self.skip_layers)(x_t, t, batch.cond, batch.null, g)
-
     def fake_score(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float) -> Prediction:
-        """With graph to x_t."""
+        """Of the null prompt with zero_cfg."""
         seen = replace(batch, cond=batch.null) if self.reads_null else batch
-        return nets["fake"].skipping(self.skip_layers)(x_t, t, seen.cond, seen.null, g)
+        return super().fake_score(nets, seen, x_t, t, g)
 
     def matching(self, sample: Sample, scores: Scores, weights: Tensor | None = None) -> Tensor:
         """The mean loss; negative values are in order for alpha above 1."""

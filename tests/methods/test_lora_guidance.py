@@ -13,7 +13,7 @@ from torch import Tensor
 from stepdistill.config.run import RunConfig
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Setting
-from stepdistill.core.path import expand
+from stepdistill.core.path import NoisePath, expand
 from stepdistill.core.solvers import sample_x0
 from stepdistill.core.times import shift_times
 from stepdistill.core.types import Cond
@@ -127,6 +127,13 @@ def test_no_guidance_makes_the_conditional_teacher_the_target() -> None:
     assert loss_of(make(), GaussianTeacher(VP, 0.5)) > 1e-3
 
 
+def guided_state(path: NoisePath, seed: int, t: Tensor) -> Tensor:
+    """Where the guided mean's flow map takes that seed's noise to at t: of a point mass."""
+    noise = Ctx64(seed=seed, max_steps=1000).randn((64, *SHAPE))
+    guided = Cond({"mean": G * batch().cond["mean"]})
+    return GaussianTeacher(path, 0.0).flow_map(path.prior(noise), torch.ones_like(t), t, guided)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_trajectory_states_lie_on_the_guided_trajectory(setting) -> None:
     """A point mass makes every step exact: the state is the guided mean's flow map of the noise."""
@@ -136,12 +143,7 @@ def test_trajectory_states_lie_on_the_guided_trajectory(setting) -> None:
         student = Student(path, 0.0, G)
         loss_of(method, student, std=0.0, seed=seed)
         ((x_t, t, _),) = student.seen
-        noise = Ctx64(seed=seed, max_steps=1000).randn((64, *SHAPE))
-        guided = Cond({"mean": G * batch().cond["mean"]})
-        exact = GaussianTeacher(path, 0.0).flow_map(
-            path.prior(noise), torch.ones_like(t), t, guided
-        )
-        torch.testing.assert_close(x_t, exact, rtol=0, atol=1e-9)
+        torch.testing.assert_close(x_t, guided_state(path, seed, t), rtol=0, atol=1e-9)
         assert bool((t == t[0]).all()), "one time for the batch"
 
 
@@ -278,11 +280,7 @@ def test_a_round_s_trajectory_states_are_its_teacher_s_at_the_student_s_times(se
         student = Student(path, 0.0, G)
         loss_of(method, student, std=0.0, seed=seed)
         ((x_u, u, _),) = student.seen
-        noise = Ctx64(seed=seed, max_steps=1000).randn((64, *SHAPE))
-        guided = Cond({"mean": G * batch().cond["mean"]})
-        start = path.prior(noise), torch.ones_like(u)
-        exact = GaussianTeacher(path, 0.0).flow_map(*start, u, guided)
-        torch.testing.assert_close(x_u, exact, rtol=0, atol=1e-9)
+        torch.testing.assert_close(x_u, guided_state(path, seed, u), rtol=0, atol=1e-9)
         times.add(float(u[0]))
     assert times == set(trailing_grid(method.setting, 8)[::2])
 

@@ -17,6 +17,7 @@ from support.score import (
     Leaf,
     Recorder,
     batch_of,
+    closed_form,
     fake_loss,
     student_loss,
 )
@@ -73,14 +74,7 @@ class SiD(Plain):
     """(y_r - y_f) ((y_r - x) - a (y_r - y_f)), differentiated through both denoisers."""
 
     alpha = 1.0
-
-    def teacher_score(
-        self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float
-    ) -> Prediction:
-        return nets["teacher"](x_t, t, batch.cond, batch.null, g)
-
-    def fake_score(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, g: float) -> Prediction:
-        return nets["fake"](x_t, t, batch.cond, batch.null, g)
+    through_scores = True
 
     def matching(self, sample: Sample, scores: Scores, weights: Tensor | None = None) -> Tensor:
         real, gap = scores.real.x0, scores.real.x0 - scores.fake.x0
@@ -90,21 +84,11 @@ class SiD(Plain):
 def test_a_loss_may_be_differentiated_through_both_scores(path: NoisePath) -> None:
     """Their slopes k_r, k_f in x_t count: the gradient is the derivative of the closed form."""
     leaf, nets = leaf_nets(path)
-    method, ctx = make(SiD, path), Ctx(phase="student")
-    student_loss(method, nets, batch_of(), ctx).total.backward()  # type: ignore[arg-type]
-    again = Ctx(phase="student")
-    method.sample(nets, batch_of(), again)
-    x0 = leaf.x0.detach().clone().requires_grad_()
-    x_t, t, _ = method.noised(again, Sample(x0, batch_of().cond), method.config.dm_t_range)
-    alpha, sigma = (expand(c, x_t) for c in path.coeffs(t))
-    mean = batch_of().cond["mean"]
-
-    def posterior(std: float) -> Tensor:
-        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
-        return mean + gain * (x_t - alpha * mean)
-
-    gap = posterior(0.6) - posterior(0.9)
-    (gap * ((posterior(0.6) - x0) - gap)).mean().backward()
+    method = make(SiD, path)
+    student_loss(method, nets, batch_of()).total.backward()  # type: ignore[arg-type]
+    x0, (real, fake) = closed_form(method, nets, path, leaf, 0.6, 0.9)
+    gap = real - fake
+    (gap * ((real - x0) - gap)).mean().backward()
     torch.testing.assert_close(leaf.x0.grad, x0.grad, rtol=1e-5, atol=1e-9)
     detached = gradient_of(make(Plain, path, weight="uniform"), path)
     assert not torch.allclose(leaf.x0.grad, detached, rtol=0.1)  # type: ignore[arg-type]

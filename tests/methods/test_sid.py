@@ -10,16 +10,15 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
-from support.score import BSZ, PATHS, VP, Leaf, Net, NetDenoiser, Recorder, batch_of
+from support.score import BSZ, PATHS, VP, Leaf, Net, NetDenoiser, Recorder, batch_of, closed_form
 from torch import Tensor
 
 from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Setting
-from stepdistill.core.path import FlowPath, NoisePath, expand
+from stepdistill.core.path import FlowPath, NoisePath
 from stepdistill.losses.score import dmd_gradient, score_identity
-from stepdistill.methods.rollout import Sample
 from stepdistill.methods.sid import SiD, SiDConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
@@ -127,18 +126,9 @@ def test_no_loss_and_no_gradient_where_the_fake_is_the_teacher(path: NoisePath) 
 def test_the_gradient_goes_through_both_scores(path: NoisePath, alpha: float) -> None:
     """It is the derivative of the closed form, and not DMD's, which detached scores give."""
     leaf, nets = nets_of(path, GaussianTeacher(path, 0.9))
-    method, again = make(path, alpha=alpha), Ctx(phase="student")
+    method = make(path, alpha=alpha)
     student_loss(method, nets).total.backward()
-    method.sample(nets, batch_of(), again)
-    x0 = leaf.x0.detach().clone().requires_grad_()
-    x_t, t, _ = method.noised(again, Sample(x0, batch_of().cond), method.config.dm_t_range)
-    a, b = (expand(c, x_t) for c in path.coeffs(t))
-    mean = batch_of().cond["mean"]
-
-    def posterior(std: float) -> Tensor:
-        return mean + a * std**2 / (a**2 * std**2 + b**2) * (x_t - a * mean)
-
-    real, fake = posterior(0.6), posterior(0.9)
+    x0, (real, fake) = closed_form(method, nets, path, leaf, 0.6, 0.9)
     norm = (x0 - real).detach().abs().mean(1, keepdim=True).clamp_min(1e-5)
     ((real - fake) * ((real - x0) - alpha * (real - fake)) / norm).mean().backward()
     torch.testing.assert_close(leaf.x0.grad, x0.grad, rtol=1e-5, atol=1e-9)

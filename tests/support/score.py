@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.rollout import Sample
+from stepdistill.methods.scores import ScoreDistillation
 from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2)
@@ -126,6 +129,21 @@ class LinearHead(nn.Module):
 def make(path: NoisePath, kind: str = "x0", teacher_shift: float = 1.0, **config: object) -> DMD2:
     config = {"guidance": 1.0, **config}
     return DMD2(DMD2Config(**config), Setting(path, kind, teacher_shift))  # type: ignore[arg-type]
+
+
+def closed_form(
+    method: ScoreDistillation[Any], nets: AnalyticNets, path: NoisePath, leaf: Leaf, *stds: float
+) -> tuple[Tensor, list[Tensor]]:
+    """(x0, its posterior means of N(the condition's mean, std^2) for each std), with graph to x0,
+    at the noised samples that a student update of the method draws."""
+    ctx = Ctx(phase="student")
+    method.sample(nets, batch_of(), ctx)
+    x0 = leaf.x0.detach().clone().requires_grad_()
+    x_t, t, _ = method.noised(ctx, Sample(x0, batch_of().cond), method.config.dm_t_range)
+    a, b = (expand(c, x_t) for c in path.coeffs(t))
+    mean = batch_of().cond["mean"]
+    gains = [a * std**2 / (a**2 * std**2 + b**2) for std in stds]
+    return x0, [mean + gain * (x_t - a * mean) for gain in gains]
 
 
 def batch_of(bsz: int = BSZ, dim: int = 2, x0: Tensor | None = None) -> Batch:
