@@ -427,4 +427,5 @@ class Trainer(Resumable):
 
 def validates(args: TrainConfig, step: int) -> bool:
     """Whether a validation is planned there."""
-    return bool(args.validation_steps) and step % (args.validation_steps or 1) == 0
+    steps = args.validation_steps or 0
+    return steps > 0 and step % steps == 0
