@@ -278,6 +278,8 @@ def train_run(run: RunConfig) -> None:
     if running.stop.preempted:
         sys.exit(running.stop.status)
     folder = running.export(export_dir)
+    if running.accelerator.is_main_process:
+        running.log.report()  # which says how to try what is there
     running.accelerator.print(f"exported {folder}")
     running.accelerator.print(closing_line(running, folder))
     if run.push_to_hub and run.hub_model_id:

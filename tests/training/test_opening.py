@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shlex
 from typing import Any
 
@@ -46,6 +47,8 @@ def test_a_run_says_what_it_does_and_how_to_try_it(tmp_path, tmp_path_factory, c
     assert lines[3].startswith("memory:  1.1 MiB of weights held; forecast 2.3 MiB with gradients")
     assert lines[4] == f"report:  {out / 'report.html'}, written while it runs"
     assert "recipe" not in said.err  # once is enough
+    page = html.unescape((out / "report.html").read_text())
+    assert f"stepdistill sample {shlex.quote(str(out / 'pipeline'))}" in page
     name, last = lines[-1].split(": ", 1)
     assert name == "try it"
     main([*shlex.split(last)[1:], "--output_dir", str(tmp_path / "samples")])
