@@ -44,7 +44,7 @@ def _learning(run: RunRecords) -> Answer:
         return "good", "yes", question, told
     if last > (1 + _NOTICEABLE) * first:
         return "bad", "no", question, told
-    return "open", "not yet", question, told
+    return "open", "level", question, told
 
 
 def _left(run: RunRecords) -> Answer:

@@ -25,7 +25,7 @@ def end(state: str) -> dict:
     ("values", "word", "told"),
     [
         ([2.0, 1.0], "yes", "Fréchet distance 2 at 0, 1 at 10"),
-        ([2.0, 1.95], "not yet", "Fréchet distance 2 at 0, 1.95 at 10"),
+        ([2.0, 1.95], "level", "Fréchet distance 2 at 0, 1.95 at 10"),
         ([2.0, 2.3], "no", "Fréchet distance 2 at 0, 2.3 at 10"),
         ([2.0, 0.5, 1.0], "yes", "Fréchet distance 2 at 0, 1 at 20, 0.5 at 10"),
         ([2.0], "not known", "Fréchet distance 2 at 0"),
