@@ -89,6 +89,17 @@ class Nets(Protocol):
         """role <- decay * role + (1 - decay) * the role it follows."""
         ...
 
+    def mix(self, role: str, other: str, share: float) -> None:
+        """role <- (1 - share) * role + share * other, of a pair in `Method.mixed_roles`."""
+        ...
+
+    def carrying(self, role: str, other: str, share: float) -> Nets:
+        """These networks, but that `role`, which has no adapter, carries a share of other's.
+
+        Args: other: `Method.carried_role`.
+        """
+        ...
+
 
 Loss = Callable[[Nets, Batch, Ctx], Losses]
 
@@ -265,6 +276,16 @@ class Method(ABC, Generic[C]):
     def skip_layers(self) -> tuple[str, ...]:
         """Blocks that the teacher's null passes leave out (`Denoiser.skipping`)."""
         return ()
+
+    @property
+    def mixed_roles(self) -> Sequence[tuple[str, str]]:
+        """(role, other) whose weights are mixed (`Nets.mix`), so have to be stored alike."""
+        return ()
+
+    @property
+    def carried_role(self) -> str:
+        """The role whose adapter others carry a share of (`Nets.carrying`); "" for none."""
+        return ""
 
     @property
     def forward_mode(self) -> bool:

@@ -62,13 +62,18 @@ class CriticMethod(Method[S], Generic[S]):
         """What the student makes; only its last call carries gradients."""
         return self.rollout.sample(nets, batch, ctx)
 
-    def draw_times(self, ctx: Ctx, bsz: int, t_range: TimeRange) -> Tensor:
-        """(B,) noise levels in that range."""
-        return self.config.draw_times(self.setting, ctx.stratified(bsz), t_range)
+    def draw_times(
+        self, ctx: Ctx, bsz: int, t_range: TimeRange, top: Tensor | None = None
+    ) -> Tensor:
+        """(B,) noise levels in that range, which ends at `top` (B,) where that is lower."""
+        return self.config.draw_times(self.setting, ctx.stratified(bsz), t_range, top)
 
-    def noised(self, ctx: Ctx, sample: Sample, t_range: TimeRange) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t (B, C, *S), t (B,), noise (B, C, *S)) of a sample at a drawn noise level."""
-        t, noise = self.draw_times(ctx, len(sample.x0), t_range), ctx.randn(tuple(sample.x0.shape))
+    def noised(
+        self, ctx: Ctx, sample: Sample, t_range: TimeRange, top: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t (B, C, *S), t (B,), noise (B, C, *S)) of a sample at a noise level of draw_times."""
+        t = self.draw_times(ctx, len(sample.x0), t_range, top)
+        noise = ctx.randn(tuple(sample.x0.shape))
         return self.setting.path.add_noise(sample.x0, noise, t), t, noise
 
     def fake_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:

@@ -2,27 +2,71 @@
 
 The score distillation of scores.py as it stands: reverse KL, a two time-scale rule (several updates
 of the fake for one of the student) and an optional diffusion GAN, all options of ScoreConfig.
-Source: Yin et al. 2024, arXiv:2405.14867, and its released code.
-Differs from the paper: times follow the shifted law cut to the range (ports pile mass on its ends).
+Off by default, three later finds, each plain DMD2 at its neutral value:
+    ca_times             where guidance is measured: y_f - y_guided is (y_f - y_r), at one noised
+                         sample, minus (g - 1) (y_r - y_null), at another (Decoupled DMD)
+    fake_toward_student  fake <- (1 - l) fake + l student after each update (SenseFlow's IDA)
+    approach             the teacher carries a share of the fake's adapter that falls to nothing,
+                         and times are noisy at first (DMDR)
+Sources: Yin et al. 2024, arXiv:2405.14867, and its released code; arXiv:2511.22677 (Decoupled DMD);
+arXiv:2506.00523 (SenseFlow); arXiv:2511.13649 (DMDR).
+Differs from the papers: times follow the shifted law cut to the range (ports pile mass on its
+ends); one normaliser for both terms of Decoupled DMD, that of the guided mean (theirs is unknown).
 """
 
-# Shapes: B batch, C channels, *S spatial or (F, H, W).
+# Shapes: B batch, C channels, *S spatial or (F, H, W). t: (B,).
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import FakeFit, Nets
+from stepdistill.core.method import FakeFit, MethodConfig, Nets
 from stepdistill.core.recipe import Recipe
+from stepdistill.core.times import beta_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.methods.digits import FEW, WARM, score
 from stepdistill.methods.rollout import Sample
-from stepdistill.methods.scores import ScoreDistillation
-from stepdistill.methods.scores_config import ScoreConfig
+from stepdistill.methods.scores import ScoreDistillation, Scores
+from stepdistill.methods.scores_config import ScoreConfig, TimeRange
+
+
+class ApproachConfig(MethodConfig):
+    """A teacher that starts near the fake and walks to itself (DMDR)."""
+
+    share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the fake's adapter that the teacher carries at first (DMDR: 0.75 of its strength);
+    0 is the teacher itself."""
+    updates: int = Field(default=10_000, ge=1)
+    """Student updates over which share, and the noisy times, fade by a cosine."""
+    noisy_first: bool = False
+    """Draw times by Beta(4, 1.5) at first, which becomes uniform meanwhile."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.share > 0.0
+
+    def left(self, step: int) -> float:
+        """1 at first, 0 from `updates` on."""
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.updates)))
+
+
+@dataclass(frozen=True)
+class DecoupledScores(Scores):
+    """augmentation: (B, C, *S), (g - 1) (y_r - y_null) at noised samples of its own."""
+
+    augmentation: Tensor
+
+    @property
+    def wanted(self) -> Tensor:
+        return self.real.x0 + self.augmentation
 
 
 class DMD2Config(ScoreConfig):
@@ -30,6 +74,13 @@ class DMD2Config(ScoreConfig):
 
     gan_alone: bool = False
     """Train the student by the GAN alone, without distribution matching (an ablation of DMD2)."""
+    ca_times: Literal["shared", "below_step"] = "shared"
+    """Noise levels at which guidance is measured: those of the rest of the gradient (DMD2), or of
+    their own, below the time of the student's step (Decoupled DMD): finer ones are undecided."""
+    fake_toward_student: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the student's weights mixed into the fake's after each update (SenseFlow: 0.02)."""
+    approach: ApproachConfig = ApproachConfig()
+    """A teacher that starts near the fake; off by default."""
 
     @model_validator(mode="after")
     def _check_gan_alone(self) -> DMD2Config:
@@ -39,6 +90,11 @@ class DMD2Config(ScoreConfig):
             warnings.warn(
                 f"guidance {self.guidance} has no effect with gan_alone: the student follows the "
                 "images, not the teacher.",
+                stacklevel=2,
+            )
+        if self.ca_times != "shared" and self.guidance == 1.0:
+            warnings.warn(
+                f"ca_times {self.ca_times} has no effect: guidance 1 has no term of its own.",
                 stacklevel=2,
             )
         return self
@@ -60,6 +116,47 @@ class DMD2(ScoreDistillation[DMD2Config]):
     @property
     def fake_fit(self) -> FakeFit | None:
         return None if self.config.gan_alone else super().fake_fit  # then its score moves no one
+
+    @property
+    def mixed_roles(self) -> tuple[tuple[str, str], ...]:
+        return (("fake", "student"),) if self.config.fake_toward_student else ()
+
+    @property
+    def carried_role(self) -> str:
+        return "fake" if self.config.approach.enabled else ""
+
+    def after(self, nets: Nets, step: int) -> None:
+        for role, other in self.mixed_roles:
+            nets.mix(role, other, self.config.fake_toward_student)
+
+    def draw_times(
+        self, ctx: Ctx, bsz: int, t_range: TimeRange, top: Tensor | None = None
+    ) -> Tensor:
+        u, left = ctx.stratified(bsz), self.config.approach.left(ctx.step)
+        if self.config.approach.noisy_first and left > 0.0:
+            u = beta_times(u, 1.0 + 3.0 * left, 1.0 + 0.5 * left)
+        return self.config.draw_times(self.setting, u, t_range, top)
+
+    def scores(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Scores:
+        approach = self.config.approach
+        if approach.enabled and (share := approach.share * approach.left(ctx.step)):
+            nets = nets.carrying("teacher", "fake", share)
+        if self.config.ca_times == "shared" or self.teacher_guidance == 1.0:
+            return super().scores(nets, batch, ctx, sample)
+        augmentation = self.augmentation(nets, batch, ctx, sample)
+        x_t, t, _ = self.noised(ctx, sample, self.config.dm_t_range)
+        real, fake = (
+            score(nets, batch, x_t, t, 1.0) for score in (self.teacher_score, self.fake_score)
+        )
+        return DecoupledScores(real, fake, augmentation)
+
+    def augmentation(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Tensor:
+        """(B, C, *S), what guidance adds to the teacher's mean, below the student's step."""
+        x_t, t, _ = self.noised(ctx, sample, self.config.dm_t_range, sample.t)
+        guided = self.teacher_score(nets, batch, x_t, t, self.draw_guidance(ctx))
+        if guided.unguided is None:  # told to the network itself
+            return guided.x0 - self.teacher_score(nets, batch, x_t, t, 1.0).x0
+        return guided.x0 - replace(guided, raw=guided.unguided).x0
 
     def sample_loss(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Losses:
         if not self.config.gan_alone:

@@ -56,6 +56,11 @@ class Scores:
     real: Prediction
     fake: Prediction
 
+    @property
+    def wanted(self) -> Tensor:
+        """(B, C, *S) the mean that the student's samples are moved to."""
+        return self.real.x0
+
 
 class ScoreDistillation(CriticMethod[S], Generic[S]):
     """Base of score distillation: the module's docstring is the contract of its hooks."""
@@ -132,8 +137,8 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
     @torch.no_grad()
     def gradient(self, sample: Sample, scores: Scores) -> Tensor:
         """(B, C, *S) wanted gradient on x0, without graph."""
-        real, fake, coeffs = scores.real, scores.fake, self.setting.path.coeffs(scores.real.t)
-        return dmd_gradient(sample.x0, real.x0, fake.x0, self.config.weight, coeffs)
+        coeffs = self.setting.path.coeffs(scores.real.t)
+        return dmd_gradient(sample.x0, scores.wanted, scores.fake.x0, self.config.weight, coeffs)
 
     def matching(self, sample: Sample, scores: Scores, weights: Tensor | None = None) -> Tensor:
         """Scalar whose gradient in x0 is `gradient` (over numel), times weights (B,) if given."""

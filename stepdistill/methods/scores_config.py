@@ -66,15 +66,26 @@ class ScoreConfig(RolloutConfig):
                 "fake_space: x0."
             )
 
-    def draw_times(self, setting: Setting, u: Tensor, t_range: tuple[float, float]) -> Tensor:
+    def draw_times(
+        self,
+        setting: Setting,
+        u: Tensor,
+        t_range: tuple[float, float],
+        top: Tensor | None = None,
+    ) -> Tensor:
         """(B,) float64 from u ~ U(0, 1): the shifted uniform law cut to t_range, on the table.
 
         Cut, not clamped: clamping to [0.02, 0.98] at shift 5 would put 9 % of the draws on 0.98.
         On a VE path the range is of Karras steps, 0 being the teacher's sigma_min.
+        Args: top: (B,) a time of each sample that the range ends at, where that is lower.
         """
         path, shift = setting.path, self.shift_of(setting)
-        low, high = unshift_times(torch.tensor(t_range), shift).tolist()
-        t = shift_times(uniform_times(u, low, high), shift)
+        first = 0.0  # the path's time at which the range is 0
         if isinstance(path, VEPath):
-            t = uniform_times(t, float(path.time_of_sigma(torch.tensor(path.sigma_min))), 1.0)
-        return path.snap(t)
+            first = float(path.time_of_sigma(torch.tensor(path.sigma_min)))
+        low, high = unshift_times(torch.tensor(t_range), shift).tolist()
+        ends: float | Tensor = high
+        if top is not None:
+            ends = unshift_times((top - first) / (1.0 - first), shift).clamp(low, high)
+        t = shift_times(uniform_times(u, low, ends), shift)
+        return path.snap(uniform_times(t, first, 1.0) if first else t)

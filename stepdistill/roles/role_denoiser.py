@@ -75,6 +75,14 @@ class RoleDenoiser(Denoiser):
         other._net, other._adapter = net, None
         return other
 
+    def under(
+        self, adapter: str, activate: Callable[[str | None], AbstractContextManager[None]]
+    ) -> RoleDenoiser:
+        """The same network with that adapter, put on by `activate`."""
+        other = copy.copy(self)
+        other._adapter, other._activate = adapter, activate
+        return other
+
     @contextmanager
     def in_pipeline(self) -> Iterator[Any]:
         """Within: the family's stock pipeline around this role's network, adapter unmerged."""

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.denoiser import Denoiser, Prediction
-from stepdistill.core.method import Role, Scorer
+from stepdistill.core.method import Nets, Role, Scorer
 from stepdistill.families.family import Family
 from stepdistill.families.features import chosen_blocks
 from stepdistill.families.vae import decode_latents
 from stepdistill.loading.quantization import check_base
 from stepdistill.loading.stored_tensors import StoredTensors
+from stepdistill.roles.carrying import Carrying
 from stepdistill.roles.checkpointing import Contexts, checkpoint_blocks
 from stepdistill.roles.heads import make_head
 from stepdistill.roles.role_denoiser import RoleDenoiser, forget_graphless_casts
@@ -70,6 +71,7 @@ class RoleBank(nn.Module):
         self._adapter_of: dict[str, str | None] = {}  # role -> adapter name on its net
         self._net_of: dict[str, str] = {}  # role -> key of self.nets
         self._active: str | None = None
+        self._share = 1.0  # of the active adapter's strength
         self._watcher: Callable[[str, Prediction], None] | None = None
         self._check()
         changes = tuning.student_changes
@@ -250,9 +252,22 @@ class RoleBank(nn.Module):
         """role <- decay * role + (1 - decay) * followed role; decay 0 copies."""
         followed = self.roles[role].ema_of
         assert followed is not None, f"role {role!r} follows nobody"
-        mine, other = self._members[role], self._members[followed]
-        source = [other[name].data for name in mine]
-        torch._foreach_lerp_([p.data for p in mine.values()], source, 1.0 - decay)
+        self.mix(role, followed, 1.0 - decay)
+
+    @torch.no_grad()
+    def mix(self, role: str, other: str, share: float) -> None:
+        """See Nets.mix."""
+        mine, theirs = self._members[role], self._members[other]
+        source = [theirs[name].data for name in mine]
+        torch._foreach_lerp_([p.data for p in mine.values()], source, share)
+
+    def carrying(self, role: str, other: str, share: float) -> Nets:
+        """See Nets.carrying."""
+        adapter = self._adapter_of[other]
+        assert adapter is not None, f"role {other!r} has no adapter"
+        assert self._adapter_of[role] is None, f"role {role!r} has an adapter of its own"
+        carried = partial(self.use, share=share)
+        return Carrying(self, role, self._denoisers[role].under(adapter, carried))
 
     # ------------------------------------------------------------ switching
     @property
@@ -260,27 +275,31 @@ class RoleBank(nn.Module):
         """The adapter that the base answers with now; None means plain."""
         return self._active
 
-    def _activate(self, adapter: str | None) -> None:
+    def _activate(self, adapter: str | None, share: float = 1.0) -> None:
         # Private peft flags on purpose: the public set_adapter also flips requires_grad.
         for layer in self._tuner_layers:
+            for name, part in ((self._active, 1.0), (adapter, share)):
+                if share != self._share and name in layer.scaling:
+                    layer.scaling[name] = layer.lora_alpha[name] / layer.r[name] * part
             if adapter is None:
                 layer._disable_adapters = True
             else:
                 layer._disable_adapters = False
                 layer._active_adapter = [adapter]
-        self._active = adapter
+        self._active, self._share = adapter, share
 
     @contextmanager
-    def use(self, adapter: str | None) -> Iterator[None]:
-        """Within: the base answers with that adapter, or plain. Never touches requires_grad."""
-        before = self._active
-        if adapter != before:
-            self._activate(adapter)
+    def use(self, adapter: str | None, share: float = 1.0) -> Iterator[None]:
+        """Within: the base answers with that share of an adapter, or plain. Never touches
+        requires_grad."""
+        before = self._active, self._share
+        if (adapter, share) != before:
+            self._activate(adapter, share)
         try:
             yield
         finally:
-            if adapter != before:
-                self._activate(before)
+            if (adapter, share) != before:
+                self._activate(*before)
 
     def train_only(self, roles: Sequence[str]) -> None:
         """Set requires_grad on exactly these roles' parameters; once per phase, before forwards."""
@@ -292,8 +311,8 @@ class RoleBank(nn.Module):
         """Recompute activations in backward, each block under the role it was run with forward."""
 
         def contexts() -> Callable[[], Contexts]:
-            role = self._active
-            return lambda: (nullcontext(), self.use(role))
+            role, share = self._active, self._share
+            return lambda: (nullcontext(), self.use(role, share))
 
         for net in self.nets.values():
             checkpoint_blocks(net, contexts)

@@ -104,6 +104,20 @@ class MixtureTeacher(AnalyticDenoiser):
         return self.means[index] + self.std * torch.randn(shape, generator=generator)
 
 
+class Blended(Denoiser):
+    """(1 - share) one + share other, in the raw output of two networks of one kind."""
+
+    def __init__(self, one: Denoiser, other: Denoiser, share: float) -> None:
+        self.one, self.other, self.share = one, other, share
+        self.path, self.kind = one.path, one.kind
+
+    def raw(
+        self, x_t: Tensor, t: Tensor, cond: Cond, w: Tensor | None, features: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        one, other = (net.raw(x_t, t, cond, w, ())[0] for net in (self.one, self.other))
+        return torch.lerp(one, other, self.share), {}
+
+
 class AnalyticNets:
     """Roles by name for tests of losses: implements `core.method.Nets` without a RoleBank.
 
@@ -120,6 +134,7 @@ class AnalyticNets:
         self._denoisers, self._heads = dict(denoisers), dict(heads or {})
         self._scorers = dict(scorers or {})
         self.ema_calls: list[tuple[str, float]] = []
+        self.mixes: list[tuple[str, str, float]] = []
 
     def __getitem__(self, role: str) -> Denoiser:
         return self._denoisers[role]
@@ -136,3 +151,11 @@ class AnalyticNets:
 
     def ema_update(self, role: str, decay: float) -> None:
         self.ema_calls.append((role, decay))
+
+    def mix(self, role: str, other: str, share: float) -> None:
+        self.mixes.append((role, other, share))
+
+    def carrying(self, role: str, other: str, share: float) -> AnalyticNets:
+        """`role` as a blend of both predictions of x0: for small adapters, what weights do."""
+        blended = Blended(self[role], self[other], share)
+        return AnalyticNets({**self._denoisers, role: blended}, self._heads, self._scorers)

@@ -15,6 +15,7 @@ from stepdistill.families.registry import TeacherFacts
 from stepdistill.loading.source import ModelSource
 from stepdistill.rewards import check_scorers
 from stepdistill.roles.student_net import check_student_config
+from stepdistill.training.start import student_base_of
 
 FAR = 1.5  # a side of so many times the model's own is told
 
@@ -149,6 +150,7 @@ def roles_fit(
             f"{method.name}: expected a model that can be told where a jump ends, got one of "
             f"{family.name}. Set --method_config.r zero or phases."
         )
+    _mixing_fits(method, args)
     quantized, forward = args.tuning.base_quantization, method.forward_mode
     for what, is_so in (
         ("--compile", args.compile),
@@ -160,6 +162,43 @@ def roles_fit(
                 f"{method.name}: expected networks that can be differentiated forward (jvp), got "
                 f"{what}. Set --method_config.estimator backward."
             )
+
+
+def _mixing_fits(method: Method[Any], args: TrainConfig) -> None:
+    """Errors: ValueError for roles that the method mixes, or adapters it shares, stored so that
+    they can't be."""
+    tuning = args.tuning
+    for pair in method.mixed_roles:
+        stored = [_stored(tuning, role) for role in pair]
+        apart = {
+            "tuning.student_config": tuning.student_changes is not None,
+            f"init_student_from {args.init_student_from}": student_base_of(args) is not None,
+            " and ".join(stored): stored[0] != stored[1],
+        }
+        if any(apart.values()):
+            raise ValueError(
+                f"{method.name}: expected {' and '.join(pair)} stored alike, on one base, as their "
+                f"weights are mixed, got {next(k for k, v in apart.items() if v)}. Set --tuning "
+                "alike for both, or --method_config.fake_toward_student 0."
+            )
+    if method.carried_role and tuning.layout(method.carried_role) != "lora":
+        raise ValueError(
+            f"tuning.{method.carried_role}: expected lora (the teacher carries a share of that "
+            f"adapter), got full. Set --tuning.{method.carried_role} lora, or "
+            "--method_config.approach.share 0."
+        )
+    if method.carried_role and args.compile:
+        raise ValueError(
+            f"{method.name}: expected no --compile beside approach (the share changes at every "
+            "update, and each would be compiled), got both. Leave one of them out."
+        )
+
+
+def _stored(tuning: Tuning, role: str) -> str:
+    if tuning.layout(role) == "full":
+        return "full"
+    rank, alpha = tuning.lora(role)
+    return f"lora of rank {rank}, alpha {alpha:g}"
 
 
 def _quietly(cls: type[Method[Any]], config: MethodConfig, teacher: TeacherFacts) -> Method[Any]:

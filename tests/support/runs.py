@@ -107,6 +107,11 @@ def _two_with_prompts(family: str, layout: str) -> bool:
     return family in ("sd", "sd3")
 
 
+def _two_adapters_with_prompts(family: str, layout: str) -> bool:
+    """Likewise, where another network carries an adapter."""
+    return layout == "lora" and _two_with_prompts(family, layout)
+
+
 def _brightness(images: Tensor, by: object) -> Tensor:
     """A stand-in for CLIP that needs no weights."""
     return images.mean(dim=(1, 2, 3)).tanh()
@@ -182,6 +187,19 @@ METHOD_CASES: dict[str, MethodCase] = {
         },
         ("x0",),
         _two_with_prompts,
+    ),
+    "dmd2_later": MethodCase(
+        "dmd2",
+        {
+            "num_steps": 2,
+            "critic_steps": 1,
+            "guidance": 2.0,
+            "ca_times": "below_step",
+            "fake_toward_student": 0.02,
+            "approach": {"share": 0.75, "updates": 4, "noisy_first": True},
+        },
+        (),
+        _two_adapters_with_prompts,
     ),
     "f_distill": MethodCase(
         "f_distill", {"critic_steps": 1, "ratio_ema": 0.5, "gan": {"weight_g": 1e-2}}, ("x0",)

@@ -47,6 +47,38 @@ class TestBeforeLoading:
                 tmp_path, TrainConfig(output_dir=str(tmp_path / "o")), ["a"]
             )
 
+    @pytest.mark.parametrize(
+        ("options", "settings", "told"),
+        [
+            (
+                {"fake_toward_student": 0.02},
+                {"tuning": {"fake": "full"}},
+                "fake and student stored alike, .*got full and lora of rank 64, alpha 64",
+            ),
+            (
+                {"fake_toward_student": 0.02},
+                {"tuning": {"fake_rank": 8}},
+                "got lora of rank 8, alpha 8 and lora of rank 64, alpha 64",
+            ),
+            (
+                {"approach": {"share": 0.75}},
+                {"tuning": {"fake": "full"}},
+                r"tuning\.fake: expected lora .*, got full",
+            ),
+            (
+                {"approach": {"share": 0.75}},
+                {"compile": True},
+                "expected no --compile beside approach",
+            ),
+        ],
+    )
+    def test_roles_that_cannot_be_mixed(self, teacher, tmp_path, options, settings, told) -> None:
+        args = TrainConfig(output_dir=str(tmp_path / "o"), **settings)
+        with pytest.raises(ValueError, match=told):
+            DistributionMatchingTrainer(
+                teacher, args, PromptDataset(["a"]), method="dmd2", method_config=options
+            )
+
     @pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
     def test_a_launcher_that_is_not_served(self, teacher, tmp_path, monkeypatch, name) -> None:
         monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")

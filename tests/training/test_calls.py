@@ -45,6 +45,11 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
         ("fake", BSZ, True), FEATURES, FEATURES,
         ("student", BSZ, False), ("fake", BSZ, True), FEATURES, FEATURES,
     ],
+    # The teacher carries the fake's adapter: guided below the student's step, then plain.
+    "dmd2_later": [
+        ("student", BSZ, True), ("fake carried", 2 * BSZ, False), ("fake carried", BSZ, False),
+        ("fake", BSZ, False), ("fake", BSZ, True),
+    ],
     "f_distill": [
         ("student", BSZ, True), ("fake", BSZ, True), TEACHER,
         ("fake", BSZ, True), FEATURES, FEATURES,
@@ -115,7 +120,8 @@ def observed(monkeypatch: pytest.MonkeyPatch, seen: Iteration) -> Iterator[None]
             for name, own in originals.items():
                 unread.setattr(Tensor, name, own)
             read = digest(x_t, *told)
-        role = self._adapter or "base"
+        carried = " carried" if hasattr(self._activate, "keywords") else ""  # of a share
+        role = (self._adapter or "base") + carried
         seen.calls.append((role + kind, len(x_t), torch.is_grad_enabled()))
         seen.inputs.append((id(self._net), role, read))
 
