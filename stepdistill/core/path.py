@@ -107,13 +107,17 @@ class NoisePath(ABC):
         if s.device.type == "cpu" and bool((s < t).any()):
             raise ValueError("renoise: expected s >= t (noise travel only adds noise), got s < t.")
         x_t, noise = full(x_t), full(noise)
+        ratio, std = self.travel(t, s)
+        return expand(ratio, x_t) * x_t + expand(std, x_t) * noise
+
+    def travel(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(r, std), each (B,), of the forward kernel q(x_s | x_t) = N(r x_t, std^2), s >= t."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.coeffs(t), self.coeffs(s)
         # At zero terminal SNR alpha_t may be 0; then s = t and the kernel is the identity.
         ratio = torch.where(
             alpha_t > 0, alpha_s / alpha_t.clamp_min(1e-300), torch.ones_like(alpha_t)
         )
-        std = (sigma_s**2 - ratio**2 * sigma_t**2).clamp_min(0.0).sqrt()
-        return expand(ratio, x_t) * x_t + expand(std, x_t) * noise
+        return ratio, (sigma_s**2 - ratio**2 * sigma_t**2).clamp_min(0.0).sqrt()
 
     # ------------------------------------------------------------ predictions
     def to_x0(self, out: Tensor, x_t: Tensor, t: Tensor, src: PredictionType) -> Tensor:

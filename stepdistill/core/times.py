@@ -59,8 +59,8 @@ def snapped_grid(path: NoisePath, num_steps: int, shift: float = 1.0) -> tuple[f
     return times
 
 
-def uniform_times(u: Tensor, low: float = 0.0, high: float | Tensor = 1.0) -> Tensor:
-    """Uniform on [low, high]."""
+def uniform_times(u: Tensor, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Tensor:
+    """Uniform on [low, high], numbers or (B,)."""
     return low + (high - low) * u.double()
 
 

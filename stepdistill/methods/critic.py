@@ -21,7 +21,7 @@ from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.score import denoising_loss, denoising_weight
 from stepdistill.methods.gan import disc_loss
 from stepdistill.methods.rollout import Rollout, Sample, warn_x0_gain
-from stepdistill.methods.scores_config import ScoreConfig, TimeRange
+from stepdistill.methods.scores_config import ScoreConfig, TimeRange, Within
 
 S = TypeVar("S", bound=ScoreConfig)
 
@@ -63,16 +63,16 @@ class CriticMethod(Method[S], Generic[S]):
         return self.rollout.sample(nets, batch, ctx)
 
     def draw_times(
-        self, ctx: Ctx, bsz: int, t_range: TimeRange, top: Tensor | None = None
+        self, ctx: Ctx, bsz: int, t_range: TimeRange, within: Within | None = None
     ) -> Tensor:
-        """(B,) noise levels in that range, which ends at `top` (B,) where that is lower."""
-        return self.config.draw_times(self.setting, ctx.stratified(bsz), t_range, top)
+        """(B,) noise levels in that range, and within those times."""
+        return self.config.draw_times(self.setting, ctx.stratified(bsz), t_range, within)
 
     def noised(
-        self, ctx: Ctx, sample: Sample, t_range: TimeRange, top: Tensor | None = None
+        self, ctx: Ctx, sample: Sample, t_range: TimeRange, within: Within | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t (B, C, *S), t (B,), noise (B, C, *S)) of a sample at a noise level of draw_times."""
-        t = self.draw_times(ctx, len(sample.x0), t_range, top)
+        t = self.draw_times(ctx, len(sample.x0), t_range, within)
         noise = ctx.randn(tuple(sample.x0.shape))
         return self.setting.path.add_noise(sample.x0, noise, t), t, noise
 

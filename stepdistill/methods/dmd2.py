@@ -35,7 +35,7 @@ from stepdistill.losses.adversarial import generator_loss
 from stepdistill.methods.digits import FEW, WARM, score
 from stepdistill.methods.rollout import Sample
 from stepdistill.methods.scores import ScoreDistillation, Scores
-from stepdistill.methods.scores_config import ScoreConfig, TimeRange
+from stepdistill.methods.scores_config import ScoreConfig, TimeRange, Within
 
 
 class ApproachConfig(MethodConfig):
@@ -130,12 +130,12 @@ class DMD2(ScoreDistillation[DMD2Config]):
             nets.mix(role, other, self.config.fake_toward_student)
 
     def draw_times(
-        self, ctx: Ctx, bsz: int, t_range: TimeRange, top: Tensor | None = None
+        self, ctx: Ctx, bsz: int, t_range: TimeRange, within: Within | None = None
     ) -> Tensor:
         u, left = ctx.stratified(bsz), self.config.approach.left(ctx.step)
         if self.config.approach.noisy_first and left > 0.0:
             u = beta_times(u, 1.0 + 3.0 * left, 1.0 + 0.5 * left)
-        return self.config.draw_times(self.setting, u, t_range, top)
+        return self.config.draw_times(self.setting, u, t_range, within)
 
     def scores(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Scores:
         approach = self.config.approach
@@ -152,7 +152,8 @@ class DMD2(ScoreDistillation[DMD2Config]):
 
     def augmentation(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Tensor:
         """(B, C, *S), what guidance adds to the teacher's mean, below the student's step."""
-        x_t, t, _ = self.noised(ctx, sample, self.config.dm_t_range, sample.t)
+        assert sample.t is not None, "a sample of the student's"
+        x_t, t, _ = self.noised(ctx, sample, self.config.dm_t_range, (0.0, sample.t))
         guided = self.teacher_score(nets, batch, x_t, t, self.draw_guidance(ctx))
         if guided.unguided is None:  # told to the network itself
             return guided.x0 - self.teacher_score(nets, batch, x_t, t, 1.0).x0

@@ -25,6 +25,7 @@ def _check_range(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+Within = tuple[float | Tensor, float | Tensor]  # (lowest, highest) time
 TimeRange = Annotated[tuple[float, float], AfterValidator(_check_range)]
 
 
@@ -71,21 +72,23 @@ class ScoreConfig(RolloutConfig):
         setting: Setting,
         u: Tensor,
         t_range: tuple[float, float],
-        top: Tensor | None = None,
+        within: Within | None = None,
     ) -> Tensor:
         """(B,) float64 from u ~ U(0, 1): the shifted uniform law cut to t_range, on the table.
 
         Cut, not clamped: clamping to [0.02, 0.98] at shift 5 would put 9 % of the draws on 0.98.
         On a VE path the range is of Karras steps, 0 being the teacher's sigma_min.
-        Args: top: (B,) a time of each sample that the range ends at, where that is lower.
+        Args: within: times, or (B,) of each sample, that the range is cut to besides.
         """
         path, shift = setting.path, self.shift_of(setting)
         first = 0.0  # the path's time at which the range is 0
         if isinstance(path, VEPath):
             first = float(path.time_of_sigma(torch.tensor(path.sigma_min)))
         low, high = unshift_times(torch.tensor(t_range), shift).tolist()
-        ends: float | Tensor = high
-        if top is not None:
-            ends = unshift_times((top - first) / (1.0 - first), shift).clamp(low, high)
-        t = shift_times(uniform_times(u, low, ends), shift)
+        ends: tuple[float | Tensor, float | Tensor] = (low, high)
+        if within is not None:
+            parts = ((torch.as_tensor(end) - first) / (1.0 - first) for end in within)
+            low_end, high_end = (unshift_times(part, shift).clamp(low, high) for part in parts)
+            ends = (low_end, high_end)
+        t = shift_times(uniform_times(u, *ends), shift)
         return path.snap(uniform_times(t, first, 1.0) if first else t)

@@ -38,7 +38,7 @@ def gradient(method: DMD2, path: NoisePath, step: int = 0) -> torch.Tensor:
 class OnePoint(DMD2):
     """Every noised sample is the same: its noise is that of a law without draws."""
 
-    def noised(self, ctx, sample, t_range, top=None):  # type: ignore[no-untyped-def]
+    def noised(self, ctx, sample, t_range, within=None):  # type: ignore[no-untyped-def]
         t = torch.full((len(sample.x0),), 0.4, dtype=torch.float64)
         noise = torch.linspace(-1, 1, sample.x0.numel()).view_as(sample.x0)
         return self.setting.path.add_noise(sample.x0, noise, t), t, noise
@@ -75,11 +75,11 @@ def test_guidance_is_measured_below_the_student_s_step_and_the_rest_everywhere()
 def test_a_range_ends_at_the_student_s_time_on_every_path(path: NoisePath) -> None:
     method = make(path, shift=3.0)
     top = path.snap(torch.full((64,), 0.5, dtype=torch.float64))
-    t = method.draw_times(Ctx(), 64, (0.02, 0.98), top)
+    t = method.draw_times(Ctx(), 64, (0.02, 0.98), (0.0, top))
     assert float(t.max()) <= 0.5 + 1e-3
     assert float(t.max()) > 0.45
     assert torch.equal(
-        method.draw_times(Ctx(), 64, (0.02, 0.98), torch.ones(64).double()),
+        method.draw_times(Ctx(), 64, (0.02, 0.98), (0.0, torch.ones(64).double())),
         method.draw_times(Ctx(), 64, (0.02, 0.98)),
     )
 

@@ -214,6 +214,7 @@ METHOD_CASES: dict[str, MethodCase] = {
     "sid_zero_cfg": MethodCase(
         "sid", {"guidance": 1.0, "fake_guidance": "zero_cfg"}, (), _two_with_prompts
     ),
+    "tdm": MethodCase("tdm", {"num_steps": 2, "critic_steps": 2}),
     "vsd": MethodCase(
         "vsd", {"guidance_range": (0.5, 4.0), "null_probability": 0.5}, (), _null_has_words
     ),

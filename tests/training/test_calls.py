@@ -54,6 +54,10 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
         ("student", BSZ, True), ("fake", BSZ, True), TEACHER,
         ("fake", BSZ, True), FEATURES, FEATURES,
     ],
+    "tdm": [
+        ("student", BSZ, True), ("fake", BSZ, False), TEACHER, ("fake", BSZ, True),
+        ("student", BSZ, False), ("fake", BSZ, True),
+    ],
     "vsd": [("student", BSZ, True), ("fake", 2 * BSZ, False), TEACHER, ("fake", BSZ, True)],
     "tscd": [("student", BSZ, True), TEACHER, ("target", BSZ, False)],
     "pcm": [
