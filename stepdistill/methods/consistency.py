@@ -21,7 +21,7 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
 from stepdistill.core.path import VPPath
 from stepdistill.core.recipe import Recipe
-from stepdistill.core.solvers import SamplerSpec, teacher_step
+from stepdistill.core.solvers import SamplerSpec, Solver, teacher_step
 from stepdistill.core.types import Batch, Losses
 from stepdistill.methods.consistency_config import ConsistencyConfig
 from stepdistill.methods.digits import ECT, UNGUIDED, jumps
@@ -89,15 +89,15 @@ class Consistency(Method[ConsistencyConfig]):
         if self.config.target == "ema":
             nets.ema_update("target", self.config.target_decay(step))
 
-    def solve(
-        self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, s: Tensor, g: float | Tensor
-    ) -> Tensor:
-        """x_s (B, C, *S): the cleaner neighbour of x_t on the (guided) teacher's trajectory."""
-        step = heun_step if self.config.solver == "heun" else teacher_step
-        return step(nets["teacher"], x_t, t, s, batch.cond, batch.null, g)
+    def solver(self, ctx: Ctx) -> Solver:
+        """The step of the (guided) teacher from x_t to its cleaner neighbour x_s."""
+        return heun_step if self.config.solver == "heun" else teacher_step
 
     def loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
-        """d( f_student(x_t, t), stopgrad f_target(x_s, s) ), every grid interval alike."""
+        return self.compare(nets, batch, ctx)[0]
+
+    def compare(self, nets: Nets, batch: Batch, ctx: Ctx) -> tuple[Losses, Tensor]:
+        """d( f_student(x_t, t), stopgrad f_target(x_s, s) ) and f_student (B, C, *S)."""
         config, x0 = self.config, batch.x0
         assert x0 is not None, "the trainer checks `needs`"
         grid, path, weight = self.grid_at(ctx.step), self.setting.path, None
@@ -116,7 +116,7 @@ class Consistency(Method[ConsistencyConfig]):
         if config.solver == "data":  # the same x0 and noise
             x_s = path.add_noise(x0, noise, s)
         else:
-            x_s = self.solve(nets, batch, x_t, t, s, g)
+            x_s = self.solver(ctx)(nets["teacher"], x_t, t, s, batch.cond, batch.null, g)
         with torch.no_grad():
             name = "target" if config.target == "ema" else "student"
             target = grid.blend(nets[name](x_s, s, batch.cond, w=w))
@@ -126,7 +126,7 @@ class Consistency(Method[ConsistencyConfig]):
                 target = torch.where(below, frozen, target)
         values = pair_distance(nets, config.loss, estimate, target, config.huber_c)
         total = values.mean() if weight is None else (weight.to(values.dtype) * values).mean()
-        return Losses(total, {"loss": total.detach()})
+        return Losses(total, {"loss": total.detach()}), estimate
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         """x0 then fresh noise, at the times the stock LCMScheduler visits of this grid."""
