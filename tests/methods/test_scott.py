@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def exact_law(path, eta: float, std: float = 0.5, t: float = 0.8, s: float = 0.5
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("setting", PATHS)
 def test_many_steps_reach_the_sde_s_mean_and_variance(setting, eta) -> None:
-    """To first order in their length; the variance follows eta, the marginal stays."""
+    """To first order in their length; the variance follows eta, the marginal stays. At eta 1 one
+    step's mean is exact already: DDPM's."""
     path = PATHS[setting][0]
     exact = exact_law(path, eta)
     errors = []
@@ -99,7 +101,10 @@ def test_many_steps_reach_the_sde_s_mean_and_variance(setting, eta) -> None:
         found = law(path, eta, steps)
         errors.append([abs(a - b) / max(b, 1e-3) for a, b in zip(found, exact, strict=True)])
     assert errors[1][0] < 0.03
-    assert errors[0][0] / errors[1][0] == pytest.approx(2.0, rel=0.15)
+    if eta < 1.0:
+        assert errors[0][0] / errors[1][0] == pytest.approx(2.0, rel=0.15)
+    else:
+        assert errors[1][0] < 1e-9
     if eta == 0.0:
         assert law(path, eta, 30)[1] == 0.0
         assert exact[1] == pytest.approx(0.0, abs=1e-12)
@@ -130,7 +135,8 @@ def test_variance_of_one_step_is_ddim_s(eta) -> None:
 @pytest.mark.parametrize("setting", PATHS)
 def test_more_steps_of_the_ode_come_nearer_to_the_flow_map(setting) -> None:
     path = PATHS[setting][0]
-    errors = [abs(law(path, 0.0, steps)[0] - exact_law(path, 0.0)[0]) for steps in (1, 3)]
+    exact = exact_law(path, 0.0, s=0.7)[0]
+    errors = [abs(law(path, 0.0, steps, s=0.7)[0] - exact) for steps in (1, 3)]
     assert errors[1] < 0.4 * errors[0]
 
 
@@ -151,9 +157,9 @@ def test_its_fixed_point_goes_from_the_flow_map_to_the_mean(setting) -> None:
         }
         assert abs(rest[mean]) < 0.02
         assert abs(rest[not mean]) > 0.2
-    # Between them: gain^(eta^2), so that little noise leaves nearly the map.
-    rest = slope(0.5, False) * exact_law(path, 0.3)[0] / slope(0.8, False) - 1
-    assert 0.0 < abs(rest) < 0.06
+    # Between them the map's slope falls by a share of eta^2 of that of eta 1.
+    ends = [slope(0.5, False) * law(path, eta, 200)[0] / slope(0.8, False) for eta in (0.3, 1.0)]
+    assert math.log(ends[0]) == pytest.approx(0.09 * math.log(ends[1]), rel=0.03)
 
 
 def test_each_step_draws_noise_of_its_own_on_times_of_the_table() -> None:
@@ -171,13 +177,9 @@ def test_each_step_draws_noise_of_its_own_on_times_of_the_table() -> None:
     before = ctx.draws
     method.solver(ctx)(Spy(VP, 0.5), x_t, t, s, data.cond, None, 1.0)
     assert ctx.draws - before == 3
-    assert [n.tolist() for n in seen] == [
-        [24.0, 49.0, 524.0, 999.0],
-        [16.0, 41.0, 516.0, 991.0],
-        [8.0, 32.0, 508.0, 982.0],
-    ] or all(torch.equal(n, n.round()) for n in seen)
-    gaps = torch.stack([*seen, VP.model_time(s)]).diff(dim=0)
-    assert bool((gaps < -6).all())
+    assert [n.round().tolist() for n in seen] == [n.tolist() for n in seen]
+    gaps = -torch.stack([*seen, VP.model_time(s)]).diff(dim=0)
+    assert (float(gaps.min()), float(gaps.max())) == (8.0, 9.0)
 
 
 # ------------------------------------------------------------------------- consistency's own inside
@@ -188,19 +190,15 @@ def test_without_noise_steps_and_head_it_is_consistency_bit_for_bit(setting, gui
     shared = {"guidance_range": (2.0, 4.0) if guided else (1.0, 1.0), "num_grid": 40}
     one = make(setting, **shared, eta=0.0, solver_steps=1)
     other = Consistency(ConsistencyConfig(**{**PLAIN, **shared}), Setting(path, "v", shift))
-    losses = [
-        [
-            phase.loss(nets_of(path), batch(16, std=0.5), Ctx64(seed=2)).total
-            for phase in m.phases(0)
-        ]
-        for m in (one, other)
-    ]
-    assert len(losses[0]) == len(losses[1]) == 1
-    assert torch.equal(losses[0][0], losses[1][0])
+    data, losses = batch(16, std=0.5), []
+    for method in (one, other):
+        (phase,) = method.phases(0)
+        losses.append(phase.loss(nets_of(path), data, Ctx64(seed=2)).total)
+    assert torch.equal(*losses)
     assert one.sampler(4) == other.sampler(4)
     assert one.roles() == other.roles()
     noisy = make(setting, **shared, eta=0.5, solver_steps=1)
-    assert noisy.loss(nets_of(path), batch(16, std=0.5), Ctx64(seed=2)).total != losses[0][0]
+    assert noisy.loss(nets_of(path), data, Ctx64(seed=2)).total != losses[0]
 
 
 def test_one_step_of_its_solver_without_noise_is_the_teacher_s_step() -> None:
