@@ -43,7 +43,7 @@ class BOOT(Method[BOOTConfig]):
     Config = BOOTConfig
     guidance_options = ("guidance",)
     status = "checked on analytic teachers"
-    aliases = {"data_free_bootstrapping": {}}
+    aliases = {"bootstrapping": {}}
     trainer = "ConsistencyTrainer"
     steps = (1,)
     digits = (Recipe("boot", {"method_config": {"guidance": 1.0}}),)

@@ -73,6 +73,7 @@ class SCott(Consistency):
     paper = "Liu et al. 2024, arXiv:2403.01505"
     Config = SCottConfig
     status = "checked on analytic teachers"
+    aliases = {"stochastic_consistency": {}}
     steps = (2, 4)
     digits = (Recipe("scott", jumps(1200)),)
     config: SCottConfig
