@@ -79,10 +79,10 @@ def method_fits(
             "real": "Give the GAN images: --data.gan.train_data_dir DIR, or --data.train_data_dir.",
             "prompts": "A loss that reads text needs items with a prompt.",
         }
-        missing = sorted(method.needs - has)
         raise ValueError(
             f"{cls.name}: expected batch fields {sorted(method.needs)}, got {sorted(has)} from "
-            f"{type(dataset).__name__}. " + " ".join(hint.get(name, "") for name in missing[:1])
+            f"{type(dataset).__name__}. "
+            + next((text for name, text in hint.items() if name in method.needs - has), "")
         )
     check_scorers(method.scorers(), scorers)
 
