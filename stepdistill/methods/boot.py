@@ -46,11 +46,12 @@ class BOOT(Method[BOOTConfig]):
     aliases = {"bootstrapping": {}}
     trainer = "ConsistencyTrainer"
     steps = (1,)
-    digits = (Recipe("boot", {"method_config": {"guidance": 1.0}}),)
+    digits = (Recipe("boot", {"method_config": {"guidance": 1.0, "num_grid": 10}}),)
 
     def __init__(self, config: BOOTConfig, setting: Setting) -> None:
         super().__init__(config, setting)
-        path, (first, last) = setting.path, config.told_times
+        path, ve = setting.path, isinstance(setting.path, VEPath)
+        first, last = config.told_times or ((1.0, 0.5) if ve else (0.5, 1.0))
         self.grid = SolverGrid(setting, config.num_grid, "none")
         # By grid point: 0 is clean data, K the start.
         even = torch.linspace(first, last, config.num_grid + 1, dtype=torch.float64)
@@ -59,13 +60,13 @@ class BOOT(Method[BOOTConfig]):
         if moved or len(set(self.told.tolist())) <= config.num_grid:
             raise ValueError(
                 f"told_times: expected two times that the teacher knows and num_grid = "
-                f"{config.num_grid} of them apart, got {config.told_times}. Table index n of N is "
+                f"{config.num_grid} of them apart, got {first, last}. Table index n of N is "
                 "(n + 1) / N; set them further apart, or a smaller num_grid."
             )
-        if isinstance(path, VEPath) and first != 1.0:
+        if ve and first != 1.0:
             raise ValueError(
-                f"told_times: expected to begin at 1 on a VE path (sampling begins at sigma_max), "
-                f"got {config.told_times}. Set [1.0, 0.5]."
+                "told_times: expected to begin at 1 on a VE path (sampling begins at sigma_max), "
+                f"got {first, last}. Set [1.0, 0.5]."
             )
         warn_x0_gain(self.name, setting, float(self.told[0]), "told_times")
 

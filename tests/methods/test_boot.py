@@ -28,7 +28,8 @@ PATHS = {**SETTINGS, "ve": (VE, 1.0)}
 
 def make(setting: str = "flow", kind: str = "v", **options) -> BOOT:
     path, shift = PATHS[setting]
-    return BOOT(BOOTConfig(**{"guidance": 1.0, **options}), Setting(path, kind, shift))
+    plain = {"guidance": 1.0, "weight": "none"}
+    return BOOT(BOOTConfig(**{**plain, **options}), Setting(path, kind, shift))
 
 
 class Student(AnalyticDenoiser):
@@ -86,7 +87,7 @@ def test_loss_at_the_exact_signal_falls_with_the_solver_s_order(setting, solver,
     has the error h^2 (h^3 with Heun) of x over alpha = h: l2 of h^3 (h^5) in all."""
     losses = []
     for num_grid in (250, 500):
-        method = make(setting, num_grid=num_grid, solver=solver, told_times=(1.0, 0.5))
+        method = make(setting, num_grid=num_grid, solver=solver)
         losses.append(loss_of(method, Student(method, 0.5), 0.5, bsz=4096))
     found = float((losses[0] / losses[1]).log() / torch.tensor(4.0).log())
     assert losses[1] > 0
@@ -159,7 +160,7 @@ def test_gradient_at_a_shifted_signal_has_its_closed_form(setting, weight) -> No
 
 def test_no_gradient_goes_through_the_target() -> None:
     """With error b t in place of a shift: the gradient is the answer's alone, 2 b mean(w r u)."""
-    method = make("flow", num_grid=4, boundary_share=1e-9)
+    method = make("flow", num_grid=4, boundary_share=1e-9, told_times=(1.0, 0.5))
     b = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
     class Tilted(Student):
@@ -265,9 +266,18 @@ def test_another_number_of_steps_is_refused_and_one_is_not() -> None:
         method.sampler(4)
 
 
-def test_an_eps_student_that_begins_at_one_is_warned_of() -> None:
+def test_the_default_begins_late_but_on_ve_paths() -> None:
+    for setting in PATHS:
+        told = make(setting).told
+        expected = (1.0, 0.5) if setting == "ve" else (0.5, 1.0)
+        assert (float(told[0]), float(told[-1])) == expected, setting
+
+
+def test_an_eps_student_that_begins_at_one_is_warned_of(recwarn) -> None:
+    make("vp", kind="eps")
+    assert not recwarn
     with pytest.warns(UserWarning, match="a lower first time in told_times"):
-        make("vp", kind="eps")
+        make("vp", kind="eps", told_times=(1.0, 0.5))
 
 
 def test_a_table_of_zero_terminal_snr_has_finite_targets() -> None:
@@ -280,4 +290,4 @@ def test_a_table_of_zero_terminal_snr_has_finite_targets() -> None:
 def test_settings_file_is_valid() -> None:
     text = yaml.safe_load((CONFIGS / "boot.yaml").read_text())
     run = RunConfig(pretrained_model_name_or_path="x", **text)
-    assert METHODS[run.method].Config(**run.method_config).told_times == (0.626, 1.0)
+    assert METHODS[run.method].Config(**run.method_config).weight == "rate"

@@ -11,7 +11,7 @@ import torch
 from support.runs import TinyData, fingerprint, teacher_dir
 
 from stepdistill import ConsistencyTrainer, TrainConfig, Tuning
-from stepdistill.families.registry import load_family
+from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.training import trainer as trainer_file
 
 PROMPTS = ["a cat", "a dog"]
@@ -25,20 +25,21 @@ def make(method: str, teacher: Path, folder: Path, layout: str, data: Any = None
         train_batch_size=2, max_train_steps=1, disable_progress_bar=True,
         **options.pop("args", {}),
     )  # fmt: skip
-    if data is None and method == "boot":
-        data = PROMPTS
     if data is None:
-        data = TinyData(load_family(teacher).sample_shape(), "prompt", ("x0",))
+        fields = () if method == "boot" else ("x0",)
+        told = teacher_facts(teacher).conditioning
+        data = TinyData(load_family(teacher).sample_shape(), told, fields)
     return ConsistencyTrainer(str(teacher), args, data, method, options)
 
 
-@pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
 @pytest.mark.parametrize(
     ("method", "family", "layout", "options", "scheduler", "call"),
     [
-        ("boot", "sd", "lora", {"told_times": (0.626, 1.0)}, "LCMScheduler", {"timesteps": [625]}),
-        ("boot", "sd_v", "full", {}, "LCMScheduler", {}),
-        ("boot", "sd3", "lora", {}, "FlowMatchLCMScheduler", {}),
+        ("boot", "sd", "lora", {}, "LCMScheduler", {"timesteps": [499]}),
+        ("boot", "sd_v", "full", {"told_times": (1.0, 0.5)}, "LCMScheduler", {}),
+        ("boot", "dit", "full", {}, "DDIMScheduler", {}),
+        ("boot", "sd3", "lora", {}, "FlowMatchLCMScheduler", {"sigmas": [0.5]}),
+        ("boot", "sd3", "full", {"told_times": (1.0, 0.5)}, "FlowMatchLCMScheduler", {}),
         ("scott", "sd3", "lora", {}, "FlowMatchLCMScheduler", {}),
         ("scott", "sd_v", "full", {}, "LCMScheduler", {}),
     ],
@@ -82,6 +83,14 @@ def test_scott_alone_trains_the_very_student_of_consistency(
         students.append(fingerprint(trainer.bank.members("student")))
         assert students[-1] != before
     assert students[0] == students[1]
+
+
+def test_a_late_first_time_is_warned_of_where_no_call_can_be_told_it(
+    tmp_path, tmp_path_factory
+) -> None:
+    teacher = teacher_dir("wan", tmp_path_factory)
+    with pytest.warns(UserWarning, match="begins at time 0.5, which WanPipeline's call cannot"):
+        make("boot", teacher, tmp_path / "run", "lora")
 
 
 @pytest.mark.parametrize(
