@@ -46,7 +46,9 @@ class BOOT(Method[BOOTConfig]):
     aliases = {"bootstrapping": {}}
     trainer = "ConsistencyTrainer"
     steps = (1,)
-    digits = (Recipe("boot", {"method_config": {"guidance": 1.0, "num_grid": 10}}),)
+    digits = (
+        Recipe("boot", {"method_config": {"guidance": 1.0, "num_grid": 10, "weight": "none"}}),
+    )
 
     def __init__(self, config: BOOTConfig, setting: Setting) -> None:
         super().__init__(config, setting)
