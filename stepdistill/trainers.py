@@ -172,7 +172,8 @@ class DistillationTrainer(Trainer):
 
 
 class ConsistencyTrainer(DistillationTrainer):
-    """Consistency models of discrete (CD, LCM, ECT) and continuous time (MeanFlow, sCM, rCM)."""
+    """Consistency models of discrete (CD, LCM, ECT, SCott) and of continuous time (MeanFlow, sCM,
+    rCM), and the trajectory bootstrapped from prompts alone (BOOT)."""
 
     default = "consistency"
 

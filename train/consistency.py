@@ -1,4 +1,5 @@
-"""Consistency in discrete time (CD, LCM, LCM-LoRA, ECT) and in continuous (MeanFlow, sCM, rCM).
+"""Consistency in discrete time (CD, LCM, LCM-LoRA, ECT, SCott) and in continuous (MeanFlow, sCM,
+rCM), and the trajectory bootstrapped from prompts alone (BOOT).
 
 One GPU (or a CPU):
     accelerate launch train/consistency.py \
@@ -11,6 +12,12 @@ MeanFlow:
         --config configs/methods/meanflow.yaml configs/models/sd3.yaml \
         --pretrained_model_name_or_path DIR --data.train_data_dir IMAGES \
         --output_dir runs/meanflow
+
+BOOT:
+    accelerate launch train/consistency.py \
+        --config configs/methods/boot.yaml configs/models/sd15.yaml \
+        --pretrained_model_name_or_path DIR --data.prompts_file prompts.txt \
+        --output_dir runs/boot
 
 Two processes on one machine without a GPU (gloo):
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 \

@@ -21,6 +21,10 @@ from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 
 SamplerKind = Literal["ode", "renoise", "tcd", "anchored"]
+# (teacher, x_t, t, s, cond, null, guidance) -> x_s without graph, as `teacher_step`.
+Solver = Callable[
+    [Denoiser, Tensor, Tensor, Tensor, Cond, Cond | None, float | Tensor | None], Tensor
+]
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,38 @@ def teacher_step(
     """x_s (B, C, *S) after one deterministic step of the guided teacher, without gradients."""
     with torch.no_grad():
         return teacher(x_t, t, cond, null, guidance).step(s)
+
+
+@torch.no_grad()
+def stochastic_step(
+    teacher: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Cond,
+    null: Cond | None,
+    guidance: float | Tensor | None,
+    *,
+    eta: float,
+    num_steps: int,
+    randn: Callable[[tuple[int, ...]], Tensor],
+) -> Tensor:
+    """x_s (B, C, *S) after num_steps equal steps of the guided teacher's SDE, without gradients.
+
+    Fresh noise of strength eta at each: eta = 0 is the ODE, 1 the reverse SDE, and all have the
+    same marginals. On N(mu, std^2) data, with V = alpha^2 std^2 + sigma^2, many steps end at
+        x_s - alpha_s mu = r (x_t - alpha_t mu) + sqrt(V_s - r^2 V_t) noise,
+        r = sqrt(V_s / V_t) (alpha_t / alpha_s sqrt(V_s / V_t))^(eta^2).
+    Source: Song et al. 2021, arXiv:2010.02502, Eq. 16; Liu et al. 2024, arXiv:2403.01505, Sec. 3.
+    Args: randn: draws standard normal noise of a shape, as `Ctx.randn`.
+    """
+    path = teacher.path
+    for i in range(1, num_steps + 1):
+        later = s if i == num_steps else path.snap(t + (s - t) / (num_steps + 1 - i))
+        pred = teacher(x_t, t, cond, null, guidance)
+        x_t = pred.step(later, eta, randn(tuple(x_t.shape)) if eta > 0.0 else None)
+        t = later
+    return x_t
 
 
 def ode_solve(

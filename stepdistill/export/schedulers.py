@@ -174,13 +174,19 @@ def _subset(
     accepts: Collection[str],
 ) -> StockSampler:
     """LCM or TCD on N steps of a solver grid, or on timesteps that the call gives."""
-    total = options["num_train_timesteps"]
+    total, plain = options["num_train_timesteps"], spec.boundary_scale is None
     options = {**options, "clip_sample": False, "set_alpha_to_one": True}
     for original in _original_steps(spec, total):
         made = cls(**options, original_inference_steps=original)
         made.set_timesteps(len(indices))
         if made.timesteps.tolist() == indices:
             return StockSampler(made, tuple(indices))
+    if "timesteps" not in accepts and len(indices) == 1 and cls is LCMScheduler and plain:
+        # Of one step "leading" spacing visits its offset. (Stable Diffusion's pipelines reset that
+        # to 1, but they take timesteps.)
+        del options["timestep_scaling"]
+        made = DDIMScheduler(**options, timestep_spacing="leading", steps_offset=indices[0])
+        return StockSampler(made, tuple(indices))
     if "timesteps" not in accepts:
         raise ValueError(
             f"export: expected timesteps that a saved {cls.__name__} visits, for this pipeline's "

@@ -13,15 +13,16 @@ judges decoded images; at t = 1 the student sees pure noise, as in sampling.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
+from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting, Status
 from stepdistill.core.path import VPPath
 from stepdistill.core.recipe import Recipe
-from stepdistill.core.solvers import SamplerSpec, teacher_step
+from stepdistill.core.solvers import SamplerSpec, Solver, teacher_step
 from stepdistill.core.types import Batch, Losses
 from stepdistill.methods.consistency_config import ConsistencyConfig
 from stepdistill.methods.digits import ECT, UNGUIDED, jumps
@@ -34,9 +35,9 @@ class Consistency(Method[ConsistencyConfig]):
 
     name = "consistency"
     paper = "Song et al. 2023, arXiv:2303.01469; Luo et al. 2023, arXiv:2310.04378"
-    Config = ConsistencyConfig
+    Config: ClassVar[type[ConsistencyConfig]] = ConsistencyConfig
     guidance_options = ("guidance_range", "embed_guidance")
-    status = "trained on real data here"
+    status: ClassVar[Status] = "trained on real data here"
     aliases = {
         "cd": {"solver": "heun", **UNGUIDED},
         "ct": {"solver": "data", **UNGUIDED},
@@ -48,7 +49,10 @@ class Consistency(Method[ConsistencyConfig]):
     trainer = "ConsistencyTrainer"
     data = "images"
     one_student = True
-    digits = (Recipe("consistency", jumps(1200)), Recipe("ect", jumps(1200, **ECT, shrink={})))
+    digits: ClassVar[tuple[Recipe, ...]] = (
+        Recipe("consistency", jumps(1200)),
+        Recipe("ect", jumps(1200, **ECT, shrink={})),
+    )
 
     def __init__(self, config: ConsistencyConfig, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -63,16 +67,14 @@ class Consistency(Method[ConsistencyConfig]):
         if self.config.growth is None:
             return self.grid
         intervals = self.config.growth.intervals(step, self.config.num_grid)
-        if isinstance(self.setting.path, VPPath):  # a table has but its divisors
-            length = self.setting.path.num_steps
-            intervals = next(n for n in range(intervals, 0, -1) if length % n == 0)
+        if isinstance(path := self.setting.path, VPPath):  # a table has but its divisors
+            intervals = next(n for n in range(intervals, 0, -1) if path.num_steps % n == 0)
         return self._grid(intervals)
 
     def roles(self) -> dict[str, Role]:
         extra = ("w",) if self.config.embed_guidance else ()
-        roles = {"student": Role(train=True, extra_inputs=extra)}
-        if self.config.solver != "data":
-            roles["teacher"] = Role()
+        teacher = {} if self.config.solver == "data" else {"teacher": Role()}
+        roles = {"student": Role(train=True, extra_inputs=extra), **teacher}
         if self.config.target == "ema":
             roles["target"] = Role(ema_of="student", extra_inputs=extra)
         if self.config.truncated:  # never updated: the student that this run began with
@@ -89,25 +91,24 @@ class Consistency(Method[ConsistencyConfig]):
         if self.config.target == "ema":
             nets.ema_update("target", self.config.target_decay(step))
 
-    def solve(
-        self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor, s: Tensor, g: float | Tensor
-    ) -> Tensor:
-        """x_s (B, C, *S): the cleaner neighbour of x_t on the (guided) teacher's trajectory."""
-        step = heun_step if self.config.solver == "heun" else teacher_step
-        return step(nets["teacher"], x_t, t, s, batch.cond, batch.null, g)
+    def solver(self, ctx: Ctx) -> Solver:
+        """The step of the (guided) teacher from x_t to its cleaner neighbour x_s."""
+        return heun_step if self.config.solver == "heun" else teacher_step
 
     def loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
-        """d( f_student(x_t, t), stopgrad f_target(x_s, s) ), every grid interval alike."""
+        return self.compare(nets, batch, ctx)[0]
+
+    def compare(self, nets: Nets, batch: Batch, ctx: Ctx) -> tuple[Losses, Tensor]:
+        """d( f_student(x_t, t), stopgrad f_target(x_s, s) ) and f_student (B, C, *S)."""
         config, x0 = self.config, batch.x0
         assert x0 is not None, "the trainer checks `needs`"
-        grid, path, weight = self.grid_at(ctx.step), self.setting.path, None
+        grid, path, weight, w = self.grid_at(ctx.step), self.setting.path, None, None
         if config.shrink is None:
             t, s = grid.pair(ctx.randint(0, len(grid.starts), batch.bsz))
         else:
             t, s = config.shrink.pair(ctx, batch.bsz, path, grid.end)
             weight = config.shrink.weights(path, t, s)
         g = ctx.between(config.guidance_range, batch.bsz)
-        w = None
         if config.embed_guidance:
             w = torch.as_tensor(g, dtype=torch.float32, device=t.device).expand(batch.bsz) - 1.0
         noise = ctx.randn(tuple(x0.shape))
@@ -116,7 +117,7 @@ class Consistency(Method[ConsistencyConfig]):
         if config.solver == "data":  # the same x0 and noise
             x_s = path.add_noise(x0, noise, s)
         else:
-            x_s = self.solve(nets, batch, x_t, t, s, g)
+            x_s = self.solver(ctx)(nets["teacher"], x_t, t, s, batch.cond, batch.null, g)
         with torch.no_grad():
             name = "target" if config.target == "ema" else "student"
             target = grid.blend(nets[name](x_s, s, batch.cond, w=w))
@@ -126,7 +127,7 @@ class Consistency(Method[ConsistencyConfig]):
                 target = torch.where(below, frozen, target)
         values = pair_distance(nets, config.loss, estimate, target, config.huber_c)
         total = values.mean() if weight is None else (weight.to(values.dtype) * values).mean()
-        return Losses(total, {"loss": total.detach()})
+        return Losses(total, {"loss": total.detach()}), estimate
 
     def sampler(self, num_steps: int | None = None) -> SamplerSpec:
         """x0 then fresh noise, at the times the stock LCMScheduler visits of this grid."""
@@ -139,12 +140,11 @@ class Consistency(Method[ConsistencyConfig]):
         return self._sampler(grid, default_steps if num_steps is None else num_steps)
 
     def _sampler(self, grid: SolverGrid, num_steps: int) -> SamplerSpec:
-        embedded = self.config.embed_guidance
         return SamplerSpec(
             grid.visit(num_steps),
             "renoise",
             trained_times=tuple(grid.starts.flip(0).tolist()),
-            w=self.config.inference_guidance - 1.0 if embedded else None,
+            w=self.config.inference_guidance - 1.0 if self.config.embed_guidance else None,
             boundary_scale=grid.scale,
             boundary_sigma=grid.sigma_min,
         )

@@ -156,7 +156,7 @@ class Rollout:
         return x
 
 
-def warn_x0_gain(name: str, setting: Setting, first: float) -> None:
+def warn_x0_gain(name: str, setting: Setting, first: float, option: str = "student_times") -> None:
     """Warn where x0 = (x_t - sigma eps) / alpha magnifies an eps student's errors at `first`.
 
     At index 999 of Stable Diffusion's table 1 / alpha is 14.6.
@@ -166,6 +166,6 @@ def warn_x0_gain(name: str, setting: Setting, first: float) -> None:
         warnings.warn(
             f"{name}: an eps-prediction student at time {first:g} multiplies its errors by "
             f"{1.0 / alpha:.1f} in x0; small networks fail there. Use a v-prediction or flow "
-            "teacher, or a lower first time in student_times (0.4 in DMD2's one-step SDXL).",
+            f"teacher, or a lower first time in {option} (0.4 in DMD2's one-step SDXL).",
             stacklevel=3,
         )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
+
 from stepdistill.config.run import TrainConfig
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Method, MethodConfig, Scorer
+from stepdistill.core.path import FlowPath
+from stepdistill.core.solvers import SamplerSpec
 from stepdistill.data.stream import provided_fields, sample_item
 from stepdistill.families.family import Family
 from stepdistill.families.registry import TeacherFacts
@@ -41,6 +46,7 @@ def method_fits(
         )
     if spec.trained_times is not None:  # else any step count can be exported
         teacher.family.refuse_one_step(teacher.pipeline, as_flow, spec.num_steps)
+    _times_are_taken(spec, teacher)
     if not teacher.has_null:
         _without_guidance(cls, config)
         if method.reads_null:
@@ -80,12 +86,24 @@ def method_fits(
             "real": "Give the GAN images: --data.gan.train_data_dir DIR, or --data.train_data_dir.",
             "prompts": "A loss that reads text needs items with a prompt.",
         }
-        missing = sorted(method.needs - has)
         raise ValueError(
             f"{cls.name}: expected batch fields {sorted(method.needs)}, got {sorted(has)} from "
-            f"{type(dataset).__name__}. " + " ".join(hint.get(name, "") for name in missing[:1])
+            f"{type(dataset).__name__}. "
+            + next((text for name, text in hint.items() if name in method.needs - has), "")
         )
     check_scorers(method.scorers(), scorers)
+
+
+def _times_are_taken(spec: SamplerSpec, teacher: TeacherFacts) -> None:
+    """Warns of a flow sampler whose first time neither a scheduler's file nor the call can say."""
+    late = isinstance(teacher.setting.path, FlowPath) and spec.times[0] < 1.0
+    stock = getattr(diffusers, teacher.pipeline, None) if late else None
+    if stock is not None and "sigmas" not in inspect.signature(stock.__call__).parameters:
+        warnings.warn(
+            f"the student begins at time {spec.times[0]:g}, which {teacher.pipeline}'s call cannot "
+            "be told, so its export will be refused. Begin at 1.",
+            stacklevel=5,
+        )
 
 
 def buckets_fit(dataset: Any, gan_dataset: Any, teacher: TeacherFacts) -> None:

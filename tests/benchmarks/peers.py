@@ -106,6 +106,8 @@ OURS = {
     "f_distill_full": Ours("sd", 2, "full", "f_distill", _F),
     "f_distill_recompute": Ours("sd", 2, "full", "f_distill", _F, recompute=True),
     "f_distill_shared": Ours("sd", 2, "lora", "f_distill", _F),
+    "boot": Ours("sd", 1, "full", "boot", {}),
+    "scott": Ours("sd", 2, "full", "scott", {}),
 }  # fmt: skip
 # A peer's case: updates of its iteration, and which of ours do the same work.
 PEERS = {
@@ -301,6 +303,7 @@ def peak_bytes() -> int:
 def run_ours(root: Path, name: str, batch: int, where: Path) -> Callable[[], object]:
     from stepdistill import TrainConfig, Tuning
     from stepdistill.data.images import ImageFolderDataset
+    from stepdistill.methods import METHODS
     from stepdistill.trainers import trainer_class
 
     ours = OURS[name]
@@ -315,7 +318,7 @@ def run_ours(root: Path, name: str, batch: int, where: Path) -> Callable[[], obj
         tuning=Tuning(student=ours.layout, fake=ours.layout, rank=RANK),  # type: ignore[arg-type]
     )
     data: Any = ImageFolderDataset(root / "images", 2 * LATENT_SIZE)
-    if ours.method == "dmd2":
+    if METHODS[ours.method].data == "prompts":
         data = (root / "prompts.txt").read_text().splitlines()
     made = trainer_class(ours.method)(
         root / ours.model, args, data, method=ours.method, method_config=dict(ours.options)

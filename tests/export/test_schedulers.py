@@ -246,12 +246,22 @@ def test_velocity_student_in_a_plain_loop(tmp_path: Path) -> None:
     assert sampler.scheduler.scale_model_input(x, 1.0) is x
 
 
+def test_one_late_step_needs_no_argument_in_a_plain_loop(tmp_path: Path) -> None:
+    """Its index is a saved DDIM's offset, not 999 as in LCM's."""
+    spec, base = SamplerSpec((0.4,)), teacher()
+    path = VPPath(base.alphas_cumprod)
+    sampler = stock_sampler(base, path, spec, accepts=PLAIN_CALL)
+    assert (sampler.visited, sampler.call) == ((399,), {})
+    assert difference(sampler, path, "eps", spec, tmp_path) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("path", "spec", "accepts", "message"),
     [
         (VEPath(), SamplerSpec((1.0, 0.5)), PLAIN_CALL, "kind ode .Euler. .* DDIMScheduler"),
         (FlowPath(), SamplerSpec((1.0,), boundary_scale=10.0), PLAIN_CALL, "plain x0"),
-        (None, SamplerSpec((0.4,)), PLAIN_CALL, r"call takes none, got \[399\]"),
+        (None, SamplerSpec((0.4, 0.2)), PLAIN_CALL, r"call takes none, got \[399, 199\]"),
+        (None, SamplerSpec((0.4,), boundary_scale=10.0), PLAIN_CALL, r"takes none, got \[399\]"),
         (None, SamplerSpec((1.0, 0.6), "ode"), PLAIN_CALL, "without `eta`"),
         (None, SamplerSpec((1.0, 0.5), "tcd", gamma=0.3), PLAIN_CALL, "gamma 0.3"),
         (None, SamplerSpec((1.0,), "ode", boundary_scale=10.0), PLAIN_CALL, "renoise alone"),

@@ -273,6 +273,14 @@ METHOD_CASES: dict[str, MethodCase] = {
         ("x0",),
         _two_with_prompts,
     ),
+    "boot": MethodCase("boot", {"num_grid": 10}),
+    "boot_heun": MethodCase(
+        "boot",
+        {"solver": "heun", "weight": "rate", "told_times": (0.5, 1.0)},
+        (),
+        _two_with_prompts,
+    ),
+    "scott": MethodCase("scott", {"num_grid": 20, "eta": 0.5, "solver_steps": 2}, ("x0",)),
     "lcm_w": MethodCase(
         "consistency", {"target": "ema", "embed_guidance": True}, ("x0",), _w_embedding
     ),

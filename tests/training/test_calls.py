@@ -68,6 +68,11 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
     "cd": [("student", BSZ, True), TEACHER, ("target", BSZ, False)],
     "ect": [("student", BSZ, True), ("student", BSZ, False)],
     "tcm": [("student", BSZ, True), ("student", BSZ, False), ("reference", BSZ, False)],
+    "boot": [("student", BSZ, False), TEACHER, ("student", BSZ, True)],
+    "boot_heun": [("student", BSZ, False), TEACHER, TEACHER, ("student", BSZ, True)],
+    "scott": [
+        ("student", BSZ, True), TEACHER, TEACHER, ("target", BSZ, False), SEES, SEES, SEES,
+    ],
     "meanflow": [TEACHER, ("student", BSZ, True), ("student", BSZ, False)],
     "rcm": [
         TEACHER, ("student", BSZ, True), ("student", BSZ, False),
