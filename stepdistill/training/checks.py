@@ -147,7 +147,7 @@ def roles_fit(
     if "s" in student.extra_inputs and not family.supports_s:
         raise ValueError(
             f"{method.name}: expected a model that can be told where a jump ends, got one of "
-            f"{family.name}. Set --method_config.r zero or phases."
+            f"{family.name}. Turn off what asks for it (--method_config.end_input false, or .r)."
         )
     quantized, forward = args.tuning.base_quantization, method.forward_mode
     for what, is_so in (
