@@ -43,6 +43,12 @@ class TSCD(AnyEnd[TSCDConfig]):
             steps=(1, 2, 4, 8),
             layouts=("lora",),
         ),
+        Recipe(
+            "tcd",
+            jumps(1500, loss="l2", segments=[1], sampler="tcd", gamma=0.3),
+            steps=(1, 2, 4, 8),
+            layouts=("lora",),
+        ),
     )
 
     def num_segments(self, step: int, max_steps: int) -> int:
