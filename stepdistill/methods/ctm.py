@@ -66,12 +66,12 @@ class CTM(AnyEnd[CTMConfig]):
         self, nets: Nets, batch: Batch, x_t: Tensor, top: Tensor, h: int, g: float | Tensor
     ) -> Tensor:
         """x_u (B, C, *S), h grid intervals below point `top` (B,), by the teacher's solver."""
-        config, time = self.config, self.segments.time
+        config, t = self.config, self.segments.time(top)
         step = heun_step if config.solver == "heun" else teacher_step
         net = Staying(nets["target"]) if config.bootstrap else nets["teacher"]
-        for i in range(h):
-            t, s = time(top - i), time(top - i - 1)
-            x_t = step(net, x_t, t, s, batch.cond, batch.null, g)
+        for i in range(1, h + 1):
+            s = self.segments.time(top - i)
+            x_t, t = step(net, x_t, t, s, batch.cond, batch.null, g), s
         return x_t
 
     def estimate(
