@@ -80,6 +80,14 @@ def test_the_exact_trajectory_has_zero_loss(setting, steps):
     assert loss_of(method, {"student": wrong}) > 1e-4
 
 
+@pytest.mark.parametrize("setting", PATHS)
+def test_tcd_told_its_ends_has_zero_loss_there_too(setting):
+    method = make(setting, TSCD, end_input=True, loss="l2", target="ema")
+    path = method.setting.path
+    assert loss_of(method, {"student": ExactJumper(path, 0.5)}) < EXACT[setting]
+    assert loss_of(method, {"student": ExactJumper(path, 0.4)}) > 1e-4
+
+
 def test_its_loss_there_is_the_solvers_error():
     """Over all the intervals, Heun's is a small part of DDIM's, and falls by 4^4 at h / 4."""
 
