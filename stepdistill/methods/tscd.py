@@ -47,7 +47,6 @@ class TSCD(AnyEnd[TSCDConfig]):
             "tcd",
             jumps(1500, loss="l2", segments=[1], sampler="tcd", gamma=0.3),
             steps=(1, 2, 4, 8),
-            layouts=("lora",),
         ),
     )
 
