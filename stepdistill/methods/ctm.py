@@ -44,7 +44,7 @@ class CTM(AnyEnd[CTMConfig]):
     trainer = "TrajectorySegmentedTrainer"
     data = "images"
     one_student = True
-    digits = (Recipe("ctm", jumps(1000, loss="l2", ema_decay=0.95)),)
+    digits = (Recipe("ctm", jumps(1000, loss="l2", ema_decay=0.95, solver_steps=4)),)
 
     @property
     def needs(self) -> frozenset[str]:
