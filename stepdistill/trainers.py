@@ -214,7 +214,7 @@ class ReflowTrainer(DistillationTrainer):
 
 
 class TrajectorySegmentedTrainer(DistillationTrainer):
-    """Trajectory-segmented consistency (TSCD of Hyper-SD) and phased consistency (PCM)."""
+    """Trajectory-segmented consistency (TSCD, TCD), phased (PCM) and trajectory models (CTM)."""
 
     default = "tscd"
 

@@ -261,8 +261,10 @@ def sample_x0(
     x = first = path.prior(noise)
     ends = (*spec.times[1:], 0.0)
     for i, (t, s) in enumerate(zip(spec.times, ends, strict=True)):
-        ends_at = at(s) if spec.tells_end else None
-        pred = denoiser(x, at(t), cond, null, guidance, w=w, s=ends_at)
+        cleaner = path.before_travel(at(s), spec.gamma if spec.kind == "tcd" else 0.0)
+        ends_at = at(clean) if spec.kind == "renoise" else cleaner
+        end = ends_at if spec.tells_end else None
+        pred = denoiser(x, at(t), cond, null, guidance, w=w, s=end)
         x0 = boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
         if s == 0.0:
             return x0
@@ -270,8 +272,8 @@ def sample_x0(
             base = (x, at(t)) if spec.kind == "ode" else (first, at(spec.times[0]))
             later = path.step(x0, *base, at(s))
             if spec.heun:
-                end = denoiser(later, at(s), cond, null, guidance, w=w)
-                x0 = path.to_x0(0.5 * (pred.flow + end.flow), x, at(t), "flow")
+                last = denoiser(later, at(s), cond, null, guidance, w=w)
+                x0 = path.to_x0(0.5 * (pred.flow + last.flow), x, at(t), "flow")
                 later = path.step(x0, *base, at(s))
             x = later
             continue
@@ -280,6 +282,5 @@ def sample_x0(
         if spec.kind == "renoise":
             x = path.renoise(x0, at(clean), at(s), fresh_noise(i))
         else:
-            cleaner = path.before_travel(at(s), spec.gamma)
             x = path.renoise(path.step(x0, x, at(t), cleaner), cleaner, at(s), fresh_noise(i))
     raise AssertionError("unreachable: the last end time is 0")

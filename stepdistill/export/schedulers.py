@@ -93,7 +93,7 @@ def stock_sampler(
         raise ValueError(
             "export: expected a student that is told its time alone, got one that is told where "
             "each step ends: no stock pipeline says that. Sample with stepdistill.sampling, or "
-            "train with method_config.r: zero or phases."
+            "train with method_config.end_input: false (meanflow: r zero or phases)."
         )
     if _RULES.get((spec.kind, spec.heun)) and isinstance(path, VEPath):
         raise ValueError(

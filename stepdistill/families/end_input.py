@@ -35,7 +35,7 @@ def with_end_input(net: nn.Module) -> nn.Module:
     if not embedders or any(module.cond_proj is not None for module in embedders):
         raise ValueError(
             f"{type(net).__name__}: expected a time embedder free to read where a jump ends, got "
-            f"{'one that reads guidance' if embedders else 'none'}. Set r: zero or phases."
+            f"{'one that reads guidance' if embedders else 'none'}. Turn off what asks for it."
         )
     for module in embedders:
         like = module.linear_1.weight

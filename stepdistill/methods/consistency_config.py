@@ -12,10 +12,16 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import MethodConfig
 from stepdistill.core.path import NoisePath
-from stepdistill.core.times import logit_normal_times
 from stepdistill.losses.regression import DistanceName
 from stepdistill.losses.rewards import LPIPSOptions
-from stepdistill.methods.grid import LOWEST, Boundary, earlier_time, flow_time, path_time
+from stepdistill.methods.grid import (
+    LOWEST,
+    Boundary,
+    drawn_times,
+    earlier_time,
+    flow_time,
+    path_time,
+)
 
 
 class GridGrowth(MethodConfig):
@@ -79,8 +85,7 @@ class Shrinking(MethodConfig):
             low = (math.log(self.truncate_at) - self.time_mean) / self.time_std / math.sqrt(2.0)
             u = ((u - self.boundary_share) / (1.0 - self.boundary_share)).clamp_min(0.0)
             u = 0.5 * (math.erfc(-low) + math.erfc(low) * u)
-        tau = logit_normal_times(u, self.time_mean, self.time_std).clamp(LOWEST, 1.0 - LOWEST)
-        t = path_time(path, tau)
+        t = drawn_times(path, u, self.time_mean, self.time_std)
         now, stage = (
             noise_ratio(path, t),
             min(ctx.step * self.stages // ctx.max_steps, self.stages - 1),

@@ -12,6 +12,7 @@ stop is the `end`, where a consistency function returns its input: f(x, end) = x
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.method import Setting
 from stepdistill.core.path import NoisePath, VEPath, VPPath, full
 from stepdistill.core.solvers import boundary_x0
-from stepdistill.core.times import shift_times
+from stepdistill.core.times import logit_normal_times, shift_times
 from stepdistill.core.types import Cond
 
 Boundary = Literal["auto", "lcm", "cd", "none"]
@@ -58,6 +59,21 @@ def earlier_time(path: NoisePath, t: Tensor, r: Tensor, span: Tensor) -> Tensor:
     if isinstance(path, VPPath):
         s = torch.minimum(s, (t - 1.0 / path.num_steps).clamp_min(1.0 / path.num_steps))
     return torch.maximum(s, r)
+
+
+def drawn_times(path: NoisePath, u: Tensor, mean: float, std: float) -> Tensor:
+    """(B,) float64 path times of u ~ U(0, 1) whose log(sigma / alpha) is normal, but not beyond
+    rectified-flow times LOWEST and 1 - LOWEST."""
+    return path_time(path, logit_normal_times(u, mean, std).clamp(LOWEST, 1.0 - LOWEST))
+
+
+def warn_end_is_told(option: str, instead: str) -> None:
+    """Warns that a student is told where its jump ends, by which option, and what exports."""
+    warnings.warn(
+        f"{option}: the student is told where its jump ends, which no stock pipeline does, so its "
+        f"export will be refused. Set {instead} for one that exports.",
+        stacklevel=3,
+    )
 
 
 class SolverGrid:

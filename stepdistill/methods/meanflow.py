@@ -15,7 +15,6 @@ cos t / (sin t + cos t)^2 |D|; times of a VP teacher lie on its table.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import per_sample
 from stepdistill.losses.score import surrogate
 from stepdistill.methods.digits import residual_recipe, score
-from stepdistill.methods.grid import flow_time, path_time
+from stepdistill.methods.grid import drawn_times, flow_time, warn_end_is_told
 from stepdistill.methods.meanflow_config import MeanFlowConfig
 from stepdistill.methods.residual import residual, scm_weight
 from stepdistill.methods.scores import ScoreDistillation
@@ -63,11 +62,7 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
                 "(between its entries no derivative was trained), got jvp. Set estimator: backward."
             )
         if config.r == "general":
-            warnings.warn(
-                "r general: the student is told r, which no stock pipeline does, so its export "
-                "will be refused. Set r: zero or phases for one that exports.",
-                stacklevel=2,
-            )
+            warn_end_is_told("r general", "r: zero or phases")
         # Ends of phases, ascending from clean data.
         self.edges = torch.tensor((0.0, *self.rollout.times[::-1]), dtype=torch.float64)
 
@@ -123,13 +118,14 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
     def draw_pair(self, ctx: Ctx, bsz: int) -> tuple[Tensor, Tensor]:
         """(t, r), each (B,) float64, by the laws of times and of r."""
         config, path = self.config, self.setting.path
-        t = path_time(path, config.law(ctx.stratified(bsz)))
+        law = (config.time_mean, config.time_std)
+        t = drawn_times(path, ctx.stratified(bsz), *law)
         if config.r == "zero":
             return t, torch.zeros_like(t)
         if config.r == "phases":
             t, edges = t.clamp_max(self.rollout.times[0]), self.edges.to(t.device)
             return t, edges[torch.searchsorted(edges, t - 1e-9) - 1]
-        other = path_time(path, config.law(ctx.stratified(bsz)))
+        other = drawn_times(path, ctx.stratified(bsz), *law)
         same, late = ctx.rand(bsz) < config.same_share, torch.maximum(t, other)
         return late, torch.where(same, late, torch.minimum(t, other))
 

@@ -1,7 +1,5 @@
 """Options of meanflow: the residual's times, its estimator, and what is made of it."""
 
-# Shapes: B batch. tau: (B,) rectified-flow times.
-
 from __future__ import annotations
 
 import math
@@ -9,10 +7,7 @@ import warnings
 from typing import Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from stepdistill.core.times import logit_normal_times
-from stepdistill.methods.grid import LOWEST
 from stepdistill.methods.scores_config import ScoreConfig
 
 # What distribution matching alone reads.
@@ -87,8 +82,3 @@ class MeanFlowConfig(ScoreConfig):
     def ratio(self, step: int) -> float:
         """AlphaFlow's alpha: a sigmoid from 1, arXiv:2510.20771, Sec. 4 (temperature 25)."""
         return max(self.alpha, 1.0 / (1.0 + math.exp(25.0 * (self.ramp(step) - 0.5))))
-
-    def law(self, u: Tensor) -> Tensor:
-        """(B,) rectified-flow times from u ~ U(0, 1), within [LOWEST, 1 - LOWEST]."""
-        tau = logit_normal_times(u, self.time_mean, self.time_std)
-        return tau.clamp(LOWEST, 1.0 - LOWEST)

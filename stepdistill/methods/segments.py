@@ -14,6 +14,7 @@ step from time 149 to 124 would cross 125.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -95,6 +96,16 @@ class Segments:
             )
         points = [self.num_grid - (i * self.num_grid) // num_steps for i in range(num_steps)]
         return tuple(self.points[points].tolist())
+
+
+@dataclass(frozen=True)
+class Jumps:
+    """estimate, target: (B, C, *S) at grid point `end` (B,), from interval `index` (B,)."""
+
+    estimate: Tensor
+    target: Tensor
+    end: Tensor
+    index: Tensor
 
 
 def jump(pred: Prediction, s: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -23,30 +22,19 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, Nets, Phase, Role, Setting
 from stepdistill.core.solvers import teacher_step
-from stepdistill.core.types import Batch, Losses
+from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.regression import distance, weighted_mean
 from stepdistill.methods.gan import Noised, head_logits, noised_disc_loss
 from stepdistill.methods.grid import SolverGrid
-from stepdistill.methods.segments import Segments, jump
+from stepdistill.methods.segments import Jumps, Segments, jump
 from stepdistill.methods.trajectory_config import TrajectoryConfig
-
-
-@dataclass(frozen=True)
-class Jumps:
-    """estimate, target: (B, C, *S) at grid point `end` (B,), from interval `index` (B,)."""
-
-    estimate: Tensor
-    target: Tensor
-    end: Tensor
-    index: Tensor
-
 
 T = TypeVar("T", bound=TrajectoryConfig)
 
 
 class TrajectoryMethod(Method[T]):
-    """Base of tscd and pcm: they say how many segments there are, and where a jump ends."""
+    """Base of tscd, pcm, ctm: they say how many segments there are, and where a jump ends."""
 
     guidance_options = ("guidance_range",)
 
@@ -85,31 +73,42 @@ class TrajectoryMethod(Method[T]):
     def phases(self, step: int) -> Sequence[Phase]:
         """An update of the head on its own batch, where there is one, then the student's."""
         disc = (Phase("disc", self.disc_loss, ("disc",)),) if self.config.gan.enabled else ()
-        return (*disc, Phase("student", self.student_loss, ("student",)))
+        return (*disc, Phase("student", self.student_loss, ("student",), reads_real=False))
 
     def after(self, nets: Nets, step: int) -> None:
         if self.config.target == "ema":
             nets.ema_update("target", self.config.ema_decay)
 
+    def noised(self, batch: Batch, t: Tensor, ctx: Ctx) -> Tensor:
+        """x_t (B, C, *S) of the images under fresh noise, offset where the config says so."""
+        x0, offset = batch.x0, self.config.noise_offset
+        assert x0 is not None, "the trainer checks `needs`"
+        noise = ctx.randn(tuple(x0.shape))
+        if offset > 0.0:
+            noise = noise + offset * ctx.randn((*x0.shape[:2], *([1] * (x0.ndim - 2))))
+        return self.setting.path.noised(x0, noise, t)
+
+    def end_input(self, end: Tensor) -> Tensor | None:
+        """(B,) the end that networks are told; None where they see (x_t, t) alone."""
+        return None
+
+    def reach(self, nets: Nets, role: str, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """x_s (B, C, *S) where that role jumps to from x_t: G(x_t, t, s)."""
+        return jump(nets[role](x_t, t, cond, s=self.end_input(s)), s)
+
     def jumps(self, nets: Nets, batch: Batch, ctx: Ctx) -> Jumps:
         """Student's and target's jump of a fresh draw of times and noise."""
-        config, x0 = self.config, batch.x0
-        assert x0 is not None, "the trainer checks `needs`"
-        k = self.num_segments(ctx.step, ctx.max_steps)
+        config, cond = self.config, batch.cond
         index = ctx.randint(0, config.num_grid, batch.bsz)
-        g = ctx.between(config.guidance_range, batch.bsz)
-        noise = ctx.randn(tuple(x0.shape))
-        if config.noise_offset > 0.0:
-            flat = (*x0.shape[:2], *([1] * (x0.ndim - 2)))
-            noise = noise + config.noise_offset * ctx.randn(flat)
-        point = self.draw_end(ctx, index, k)
-        (t, s), end = self.grid.pair(index), self.segments.time(point)
-        x_t = self.setting.path.noised(x0, noise, t)
-        estimate = jump(nets["student"](x_t, t, batch.cond), end)
-        x_s = teacher_step(nets["teacher"], x_t, t, s, batch.cond, batch.null, g)
+        g, (t, s) = ctx.between(config.guidance_range, batch.bsz), self.grid.pair(index)
+        x_t = self.noised(batch, t, ctx)
+        point = self.draw_end(ctx, index, self.num_segments(ctx.step, ctx.max_steps))
+        end = self.segments.time(point)
+        estimate = self.reach(nets, "student", x_t, t, end, cond)
+        x_s = teacher_step(nets["teacher"], x_t, t, s, cond, batch.null, g)
         with torch.no_grad():
             role = "target" if config.target == "ema" else "student"
-            target = jump(nets[role](x_s, s, batch.cond), end)
+            target = self.reach(nets, role, x_s, s, end, cond)
         return Jumps(estimate, target, point, index)
 
     def carry(self, both: Jumps, batch: Batch, ctx: Ctx) -> tuple[Noised, Noised]:

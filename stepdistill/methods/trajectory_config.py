@@ -13,7 +13,7 @@ from stepdistill.methods.gan import GANConfig
 
 
 class TrajectoryGAN(GANConfig):
-    """Adversarial consistency. Off unless weight_g > 0; real is the target's jump, no image."""
+    """Adversarial consistency, off unless weight_g > 0. Real is the target's jump (ctm: images)."""
 
     weight_d: float = Field(default=1.0, gt=0)
     """Weight of the discriminator loss, which has updates of its own."""
@@ -26,7 +26,7 @@ class TrajectoryGAN(GANConfig):
 
 
 class TrajectoryConfig(MethodConfig):
-    """Options of tscd and pcm alike."""
+    """Options of tscd, pcm and ctm alike."""
 
     num_grid: int = Field(default=40, ge=1)
     """Intervals K of the solver grid, a multiple of every segment count; 40 or 200."""
@@ -66,3 +66,19 @@ class TrajectoryConfig(MethodConfig):
                 "[1, 1], with null_probability 0.1."
             )
         return self
+
+
+class AnyEndConfig(TrajectoryConfig):
+    """Options of tscd and ctm alike, whose jumps end at any grid time."""
+
+    end_input: bool = False
+    """Tell the student where its jump ends, as CTM does (full students, not exported); else one
+    answer at (x_t, t) serves all ends, as in TCD."""
+    sampler: Literal["ode", "tcd"] = "ode"
+    """Deterministic steps (trailing DDIM, on flow Euler), or TCD's with noise travel (on flow by a
+    scheduler that the export carries)."""
+    gamma: float = Field(default=0.3, ge=0, le=1)
+    """Stochasticity of the tcd sampler: 0 none, 1 fresh noise on x0. Read with tcd alone."""
+    num_steps: int | None = Field(default=None, ge=1)
+    """Sampling steps where none are asked for, a multiple of the last segment count (the
+    default)."""

@@ -13,20 +13,18 @@ solver at every stage, which the paper leaves open; the adversarial term compare
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from stepdistill.core.context import Ctx
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.methods.any_end import AnyEnd
 from stepdistill.methods.digits import jumps
-from stepdistill.methods.trajectory import TrajectoryMethod
 from stepdistill.methods.tscd_config import TSCDConfig
 
 # Most of the digits' run belongs to the last stage, whose one segment any number of steps crosses.
 STAGES = {"loss": "l2", "segments": [8, 4, 2, 1], "stage_starts": [0.05, 0.12, 0.25]}
 
 
-class TSCD(TrajectoryMethod[TSCDConfig]):
+class TSCD(AnyEnd[TSCDConfig]):
     """Jumps to any end within a segment; segments merge stage by stage."""
 
     name = "tscd"
@@ -45,13 +43,15 @@ class TSCD(TrajectoryMethod[TSCDConfig]):
             steps=(1, 2, 4, 8),
             layouts=("lora",),
         ),
+        Recipe(
+            "tcd",
+            jumps(1500, loss="l2", segments=[1], sampler="tcd", gamma=0.3),
+            steps=(1, 2, 4, 8),
+        ),
     )
 
     def num_segments(self, step: int, max_steps: int) -> int:
         return self.config.segments[self.config.stage_of(step, max_steps)]
-
-    def draw_end(self, ctx: Ctx, index: Tensor, k: int) -> Tensor:
-        return self.segments.draw_end(ctx.rand(len(index)), index, k)
 
     def weights(self, ctx: Ctx) -> tuple[float, float]:
         return self.config.weights(self.config.stage_of(ctx.step, ctx.max_steps))
@@ -68,22 +68,10 @@ class TSCD(TrajectoryMethod[TSCDConfig]):
 
         Errors: ValueError for a num_steps that would cross one.
         """
-        return self._sampler(self.config.segments[-1], num_steps)
+        return self.spec(self.config.segments[-1], num_steps)
 
     def sampler_at(self, step: int, max_steps: int, num_steps: int | None = None) -> SamplerSpec:
         """See Method.sampler_at: the edges of the stage reached, and k steps where its own number
         would cross one."""
         last = step - 1 if step else max_steps
-        return self._sampler(self.num_segments(last, max_steps), num_steps)
-
-    def _sampler(self, k: int, num_steps: int | None) -> SamplerSpec:
-        config = self.config
-        default_steps = config.num_steps or k
-        default_steps = default_steps if default_steps % k == 0 else k
-        return SamplerSpec(
-            self.segments.visit(default_steps if num_steps is None else num_steps, k),
-            config.sampler,
-            trained_times=tuple(self.grid.starts.flip(0).tolist()),
-            guidance=config.inference_guidance,
-            gamma=config.gamma if config.sampler == "tcd" else 0.0,
-        )
+        return self.spec(self.num_segments(last, max_steps), num_steps)

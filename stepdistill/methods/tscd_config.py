@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from itertools import pairwise
-from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from stepdistill.methods.segments import check_segments
 from stepdistill.methods.stages import check_stage_starts, stage_at, stage_begins
-from stepdistill.methods.trajectory_config import TrajectoryConfig
+from stepdistill.methods.trajectory_config import AnyEndConfig
 
 
-class TSCDConfig(TrajectoryConfig):
+class TSCDConfig(AnyEndConfig):
     """Options of tscd."""
 
     segments: tuple[int, ...] = (8, 4, 2, 1)
@@ -26,14 +25,6 @@ class TSCDConfig(TrajectoryConfig):
     gan_scale: tuple[float, ...] | None = None
     """Factor on gan.weight_g at each stage; none means 1 throughout. The head trains at every
     stage, so that it is ready where its weight rises."""
-    sampler: Literal["ode", "tcd"] = "ode"
-    """Deterministic steps (trailing DDIM, on flow Euler), or TCD's with noise travel (on flow by a
-    scheduler that the export carries)."""
-    gamma: float = Field(default=0.3, ge=0, le=1)
-    """Stochasticity of the tcd sampler: 0 none, 1 fresh noise on x0. Read with tcd alone."""
-    num_steps: int | None = Field(default=None, ge=1)
-    """Sampling steps where none are asked for, a multiple of the last segment count (the
-    default)."""
 
     @model_validator(mode="after")
     def _check(self) -> TSCDConfig:

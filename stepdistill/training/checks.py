@@ -166,7 +166,7 @@ def roles_fit(
     if "s" in student.extra_inputs and not family.supports_s:
         raise ValueError(
             f"{method.name}: expected a model that can be told where a jump ends, got one of "
-            f"{family.name}. Set --method_config.r zero or phases."
+            f"{family.name}. Turn off what asks for it (--method_config.end_input false, or .r)."
         )
     _mixing_fits(method, args)
     quantized, forward = args.tuning.base_quantization, method.forward_mode

@@ -20,8 +20,9 @@ rows               samples that enter the denoiser in an iteration, forwards onl
 resident           bytes of denoiser weights, their gradients at an optimiser's step, and its state
 peak               of the process above what its imports took, in a run without replay
 
-LCM-LoRA: rank 64 on a small SDXL. dmd2, f_distill: on a small Stable Diffusion, one critic update,
-full roles as DMD2 and FastGen train them, and our shared layout (LoRA r=64). FastGen always
+LCM-LoRA: rank 64 on a small SDXL. ctm, tcd: on a small Stable Diffusion, beside no peer. dmd2,
+f_distill: likewise, one critic update, full roles as DMD2 and FastGen train them, and our shared
+layout (LoRA r=64). FastGen always
 recomputes activations: f_distill_full does not, f_distill_recompute does. Peers that lack a package
 of no use here (wandb, lmdb, ...) get a stand-in; DMD2's images, never read without its GAN, random
 ones. Prints a table of ratios and writes OUTPUT_DIR/peers.json.
@@ -103,6 +104,8 @@ OURS = {
     ),
     "dmd2_full": Ours("sd", 2, "full", "dmd2", _DMD),
     "dmd2_shared": Ours("sd", 2, "lora", "dmd2", _DMD),
+    "ctm_full": Ours("sd", 1, "full", "ctm", {"solver_steps": 4, "guidance_range": (3.0, 3.0)}),
+    "tcd_lora": Ours("sd", 1, "lora", "tcd", {"guidance_range": (3.0, 3.0)}),
     "f_distill_full": Ours("sd", 2, "full", "f_distill", _F),
     "f_distill_recompute": Ours("sd", 2, "full", "f_distill", _F, recompute=True),
     "f_distill_shared": Ours("sd", 2, "lora", "f_distill", _F),

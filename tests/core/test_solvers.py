@@ -7,7 +7,7 @@ difference is the scheduler's.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -211,6 +211,28 @@ def test_stochastic_rules_ask_for_noise(kind: str) -> None:
     spec = SamplerSpec((1.0, 0.5), kind)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected fresh_noise"):
         sample_x0(Fixed(FlowPath(), "flow"), spec, torch.zeros(SHAPE), EMPTY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gamma", "ends"),
+    [("ode", 0.0, [0.5, 0.25, 0.0]), ("tcd", 0.4, [0.3, 0.15, 0.0]), ("renoise", 0.0, [0.0] * 3)],
+)
+def test_a_network_is_told_where_its_own_jump_ends(kind: Any, gamma: float, ends: list) -> None:
+    """Noise travel goes on from there: the network jumps to the cleaner time."""
+
+    class Told(Fixed):
+        seen: ClassVar[list[float]] = []
+
+        def raw(self, *args: Any) -> Any:
+            assert self.end is not None
+            self.seen.append(float(self.end[0]))
+            return super().raw(*args)
+
+    spec = SamplerSpec((1.0, 0.5, 0.25), kind, gamma=gamma, tells_end=True)
+    noise, fresh = noise_and_fresh(0, 2)
+    net = Told(FlowPath(), "flow")
+    sample_x0(net, spec, noise, EMPTY, fresh_noise=fresh.__getitem__)
+    assert net.seen == pytest.approx(ends)
 
 
 def test_the_specs_guidance_is_used_unless_overridden() -> None:

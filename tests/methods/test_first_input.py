@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ct": ("consistency", {"target": "self", "num_grid": 4, "num_steps": 1, "solver": "data"}),
     "tscd": ("tscd", {"num_grid": 8}),
     "pcm": ("pcm", {"num_grid": 8}),
+    "ctm": ("ctm", {"num_grid": 8, "solver_steps": 4}),
     "guidance": ("lora_guidance", {"states": "data"}),
     "halving": ("lora_guidance", {"states": "data", "guidance_stage": False, "num_steps": (4,)}),
 }

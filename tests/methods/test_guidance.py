@@ -27,6 +27,7 @@ VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() *
         ("tscd", {"guidance_range": (1.0, 1.0)}, 1.0),
         ("pcm", {"guidance_range": (1.0, 1.0), "inference_guidance": 7.5}, 7.5),
         ("tscd", {"guidance_range": (1.0, 1.0), "inference_guidance": 3.0}, 3.0),
+        ("ctm", {"guidance_range": (3.0, 5.0)}, 4.0),
         ("lora_guidance", {"guidance": 7.5}, 7.5),
         (
             "lora_guidance",

@@ -12,6 +12,7 @@ import torch
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, VPPath
 from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth
+from stepdistill.methods.ctm_config import CTMConfig
 from stepdistill.methods.dmd import DMDConfig
 from stepdistill.methods.f_distill import FDistillConfig
 from stepdistill.methods.lora_guidance_config import LoRAGuidanceConfig
@@ -29,6 +30,7 @@ from stepdistill.methods.vsd import VSDConfig
 
 EMBEDDED = {"embed_guidance": True, "guidance_range": (2.0, 8.0)}
 GAN = {"gan": {"weight_g": 1.0}}
+TOLD = {"end_input": True, "guidance_range": (1.0, 1.0)}
 
 ALLOWED: list[tuple[Any, dict[str, Any]]] = [
     (ConsistencyConfig, {"guidance_range": (0.0, 0.0)}),
@@ -36,6 +38,8 @@ ALLOWED: list[tuple[Any, dict[str, Any]]] = [
     (ConsistencyConfig, {"num_grid": 4, "num_steps": 4, "growth": {"start": 4, "steps": 9}}),
     (ConsistencyConfig, {**EMBEDDED, "inference_guidance": 2.0}),
     (ConsistencyConfig, {**EMBEDDED, "inference_guidance": 8.0}),
+    (CTMConfig, {"num_grid": 4, "solver_steps": 4, "num_steps": 4}),
+    (CTMConfig, {**TOLD, "denoising": 1e-3, "bootstrap": True, "solver_steps": 1}),
     (DMDConfig, {"num_steps": 1}),
     (FDistillConfig, {"ratio_clip": (0.5, 0.6)}),
     (LoRAGuidanceConfig, {**EMBEDDED, "guidance": 2.0}),
@@ -70,6 +74,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (ConsistencyConfig, {"num_grid": 3, "num_steps": 4}, "num_steps"),
     (ConsistencyConfig, {**EMBEDDED, "inference_guidance": 1.9}, "inference_guidance"),
     (ConsistencyConfig, {**EMBEDDED, "inference_guidance": 8.1}, "inference_guidance"),
+    (CTMConfig, {"num_grid": 4, "solver_steps": 5}, "solver_steps"),
+    (CTMConfig, {"num_grid": 4, "solver_steps": 4, "num_steps": 5}, "num_steps"),
+    (CTMConfig, {"denoising": 1e-3, "guidance_range": (1.0, 1.0)}, "without end_input"),
+    (CTMConfig, {**TOLD, "denoising": 1e-3, "guidance_range": (1.0, 1.1)}, "not guided"),
+    (CTMConfig, {**TOLD, "bootstrap": True}, "Set denoising"),
     (DMDConfig, {"num_steps": 2}, "one step"),
     (DMDConfig, {"student_times": (1.0, 0.5)}, "one step"),
     (FDistillConfig, {"ratio_clip": (0.5, 0.5)}, "ratio_clip"),

@@ -226,7 +226,7 @@ def test_recomputing_holds_one_blocks_unpacked_weights_at_a_time(teacher: Path) 
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("consistency", {}), ("vsd", {}), ("pcm", {}), ("tscd", {}), ("reflow", {})],
+    [("consistency", {}), ("vsd", {}), ("pcm", {}), ("tscd", {}), ("ctm", {}), ("reflow", {})],
 )
 def test_methods_with_images_and_pairs_are_forecast_too(
     teacher: Path, method: str, options: dict[str, Any]

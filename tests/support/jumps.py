@@ -47,21 +47,34 @@ def reach(path, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 
 class ExactJumper(AnalyticDenoiser):
-    """The exact flow map from t to end_of(t), plus an error on x0.
+    """The exact flow map from t to the end it is told, else end_of(t), plus an error on x0.
 
-    end_of: t (B,) -> (B,). error: t shaped as x_t -> added to x0.
+    It denoises where the end is t. end_of: t (B,) -> (B,). error: t shaped as x_t -> added to x0.
     """
 
-    def __init__(self, path, std: float, end_of: Callable[[Tensor], Tensor], error=None, scale=1.0):
+    def __init__(
+        self,
+        path,
+        std: float,
+        end_of: Callable[[Tensor], Tensor] | None = None,
+        error=None,
+        scale=1.0,
+    ):
         super().__init__(path, "x0")
         self.std, self.end_of, self.error, self.scale = std, end_of, error, scale
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def posterior_mean(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         self.seen.append((x_t, t))
-        end, own = self.end_of(t), Cond({"mean": self.scale * cond["mean"]})
-        x_s = GaussianTeacher(self.path, self.std).flow_map(x_t, t, end, own)
+        end, mean = self.end, Cond({"mean": self.scale * cond["mean"]})
+        teacher = GaussianTeacher(self.path, self.std)
+        if end is None:
+            end = self.end_of(t)
+        x_s = teacher.flow_map(x_t, t, end, mean)
         x0 = reach(self.path, x_t, x_s, t, end)
+        if self.end is not None:
+            stays = (end == t).view(-1, *([1] * (x_t.ndim - 1)))
+            x0 = torch.where(stays, teacher.posterior_mean(x_t, t, mean), x0)
         return x0 if self.error is None else x0 + self.error(expand(t, x_t))
 
 

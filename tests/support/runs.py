@@ -240,6 +240,40 @@ METHOD_CASES: dict[str, MethodCase] = {
         "tscd", {"gan": {"weight_g": 0.1}, "gan_scale": (0.1, 0.1, 1.0, 1.0)}, ("x0",)
     ),
     "pcm": MethodCase("pcm", {"gan": {"weight_g": 0.1}}, ("x0",)),
+    "tcd_told": MethodCase(
+        "tscd", {"segments": (1,), "sampler": "tcd", "end_input": True}, ("x0",), _told_the_end
+    ),
+    "ctm": MethodCase("ctm", {"solver_steps": 2}, ("x0",)),
+    "ctm_gan": MethodCase(
+        "ctm", {"solver_steps": 1, "gan": {"weight_g": 0.1}}, ("x0",), _two_with_prompts
+    ),
+    "ctm_two_sources": MethodCase(
+        "ctm",
+        {"solver_steps": 1, "gan": {"weight_g": 0.1}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        gan_fields=("x0",),
+    ),
+    "ctm_lpips": MethodCase(
+        "ctm",
+        {"solver_steps": 1, "lpips": {}},
+        ("x0",),
+        lambda family, layout: family == "sd",
+        {"lpips": _pixel_distance},
+    ),
+    "ctm_bootstrap": MethodCase(
+        "ctm",
+        {
+            "guidance_range": (1.0, 1.0),
+            "solver": "heun",
+            "solver_steps": 2,
+            "end_input": True,
+            "denoising": 1.0,
+            "bootstrap": True,
+        },
+        ("x0",),
+        _told_the_end,
+    ),
     "lcm": MethodCase("consistency", {"target": "self"}, ("x0",)),
     "cd": MethodCase("consistency", {"target": "ema"}, ("x0",)),
     "cd_lpips": MethodCase(

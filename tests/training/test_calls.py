@@ -64,6 +64,15 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
         ("student", BSZ, False), TEACHER, ("student", BSZ, False), SEES, SEES,
         ("student", BSZ, True), TEACHER, ("student", BSZ, False), SEES,
     ],
+    "ctm": [
+        ("student", BSZ, True), ("target", BSZ, True), TEACHER, TEACHER,
+        ("target", BSZ, False), ("target", BSZ, False),
+    ],
+    "ctm_gan": [
+        ("student", BSZ, False), ("target", BSZ, False), SEES, SEES,
+        ("student", BSZ, True), ("target", BSZ, True), TEACHER,
+        ("target", BSZ, False), ("target", BSZ, False), SEES,
+    ],
     "lcm": [("student", BSZ, True), TEACHER, ("student", BSZ, False)],
     "cd": [("student", BSZ, True), TEACHER, ("target", BSZ, False)],
     "ect": [("student", BSZ, True), ("student", BSZ, False)],
