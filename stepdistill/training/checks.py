@@ -120,6 +120,11 @@ def roles_fit(
     """Errors: ValueError for roles that the model, or an adapter on it, cannot have."""
     method, family = _quietly(cls, config, teacher), teacher.family
     student = method.roles()["student"]
+    if "w" in student.extra_inputs and not teacher.told_guidance:
+        raise ValueError(
+            f"{method.name}: expected a model that can be told its guidance, got one of "
+            f"{family.name} without that input. Set --method_config.embed_guidance false."
+        )
     if student.extra_inputs and args.tuning.layout("student") == "lora":
         raise ValueError(
             f"tuning.student: expected full of a student with extra inputs {student.extra_inputs} "
