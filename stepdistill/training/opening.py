@@ -13,6 +13,7 @@ from stepdistill.cache.precompute import gib
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import Method
 from stepdistill.monitoring.run_report import REPORT
+from stepdistill.reporting.values import counted
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.optim import moment_bytes
 
@@ -62,8 +63,8 @@ def method_line(
     samples = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     rates = {"student": args.learning_rate, **args.role_learning_rates}
     return (
-        f"method:  {method.name} ({type(method).paper}) for {steps} step{'s' * (steps > 1)}, "
-        f"guidance {method.teacher_guidance:g}; {samples} sample{'s' * (samples > 1)} an update, "
+        f"method:  {method.name} ({type(method).paper}) for {counted(steps, 'step')}, "
+        f"guidance {method.teacher_guidance:g}; {counted(samples, 'sample')} an update, "
         f"learning rates {', '.join(f'{role} {rate:g}' for role, rate in rates.items())}; "
         f"from {'; '.join(reasons)}"
     )
@@ -77,7 +78,7 @@ def trained_line(bank: RoleBank, args: TrainConfig) -> str:
         kind = "head" if role in bank.heads else getattr(args.tuning, role, args.tuning.student)
         shape = f"LoRA of rank {args.tuning.rank}" if kind == "lora" else kind
         parts.append(f"{role} ({shape}, {_millions(count)} parameters)")
-    until = f"{args.max_train_steps:,} step{'s' * (args.max_train_steps > 1)}"
+    until = counted(args.max_train_steps, "step")
     if args.max_train_seconds is not None:
         until += f" or {args.max_train_seconds:g} s, whichever comes first"
     return f"trained: {', '.join(parts)}; {until}"

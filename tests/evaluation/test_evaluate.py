@@ -335,7 +335,7 @@ def test_a_student_of_no_numbers_is_named(teacher, prompts, tmp_path, tmp_path_f
     for param in pipeline.transformer.parameters():
         param.data.fill_(float("nan"))
     pipeline.save_pretrained(broken)
-    with pytest.raises(ValueError, match="student at 1 steps: expected finite images, got NaN"):
+    with pytest.raises(ValueError, match="student at 1 step: expected finite images, got NaN"):
         evaluate(options(teacher, prompts, tmp_path, student=[str(broken)]), [Corners()])
 
 
