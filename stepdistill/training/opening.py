@@ -40,6 +40,8 @@ def opening_lines(trainer: Trainer, reasons: Sequence[str]) -> list[str]:
 
 
 def _millions(count: float) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} B"
     return f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M"
 
 
@@ -92,16 +94,26 @@ def memory_line(
 
     Args: room: bytes of the device, where that is known.
     """
-    parts = [p for p in bank.family.pipeline.components.values() if hasattr(p, "parameters")]
-    held = _size([*bank.parameters(), *(p for part in parts for p in part.parameters())])
+    named = bank.family.pipeline.components.items()
+    parts = {name: _size(part.parameters()) for name, part in named if hasattr(part, "parameters")}
+    parts.pop(bank.family.net_name)
+    beside = sum(parts.values())
+    held = _size(bank.parameters()) + (0 if args.offload_encoders else beside)
     own = {role: list(bank.members(role).values()) for role in bank.trained_roles}
     moments = sum(moment_bytes(p, args.optimizer) for tensors in own.values() for p in tensors)
     gradients = max(sum(_size(own[role]) for role in phase.trains) for phase in method.phases(0))
+    forecast = held + moments + gradients
     text = (
-        f"memory:  {gib(held)} of weights held; forecast {gib(held + moments + gradients)} with "
-        "gradients and optimiser; activations, of which stepdistill plan knows, come on top"
+        f"memory:  {gib(held)} of weights held; forecast {gib(forecast)} with gradients and "
+        "optimiser; activations come on top (stepdistill plan forecasts them)"
     )
-    return text if room is None else f"{text}; the device has {gib(room)}"
+    if args.offload_encoders:
+        text += f"; encoders and autoencoder on the CPU, {gib(beside)}"
+    if room is None:
+        return text
+    if forecast > room:
+        return f"{text}; MORE than the device's {gib(room)}: stepdistill plan says what saves most"
+    return f"{text}; the device has {gib(room)}"
 
 
 def _size(tensors: Iterable[Any]) -> int:
