@@ -183,22 +183,28 @@ class RoleBank(nn.Module):
 
     def rebind(self) -> None:
         """Look the roles' parameters up anew, after a caller replaced them in their modules."""
-        self._members = {role: self._collect(role) for role in self.roles}
+        named = {net: dict(module.named_parameters()) for net, module in self.nets.items()}
+        self._members = {role: self._collect(role, named) for role in self.roles}
 
-    def _collect(self, role: str) -> dict[str, nn.Parameter]:
-        """The role's own parameters by stock name; empty for the plain teacher."""
+    def _collect(
+        self, role: str, named: Mapping[str, dict[str, nn.Parameter]]
+    ) -> dict[str, nn.Parameter]:
+        """The role's own parameters by stock name; empty for the plain teacher.
+
+        Args: named: the parameters of each of `nets`, gone through once for all roles.
+        """
         if role in self.heads:
             return dict(self.heads[role].named_parameters())
         adapter = self._adapter_of[role]
         if adapter is not None:
             return {
                 name.replace(f".{role}.", "."): param
-                for name, param in self.base_of(role).named_parameters()
+                for name, param in named[self._net_of[role]].items()
                 if f".{role}." in name
             }
         if self._net_of[role] == BASE:
             return {}
-        return dict(self.nets[self._net_of[role]].named_parameters())
+        return named[self._net_of[role]]
 
     # -------------------------------------------------------- Nets protocol
     @property
@@ -261,13 +267,11 @@ class RoleBank(nn.Module):
         return self._active
 
     def _activate(self, adapter: str | None) -> None:
-        # Private peft flags on purpose: the public set_adapter also flips requires_grad.
+        # Private peft flags on purpose: the public set_adapter also flips requires_grad. Written
+        # past Module.__setattr__, which looks for weights first: a recomputed block switches twice.
+        flags: dict[str, Any] = {"_disable_adapters": adapter is None}
         for layer in self._tuner_layers:
-            if adapter is None:
-                layer._disable_adapters = True
-            else:
-                layer._disable_adapters = False
-                layer._active_adapter = [adapter]
+            vars(layer).update(flags if adapter is None else flags | {"_active_adapter": [adapter]})
         self._active = adapter
 
     @contextmanager
