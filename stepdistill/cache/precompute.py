@@ -31,6 +31,7 @@ from stepdistill.data.source import Source, fitted, sizes_of
 from stepdistill.data.stream import PromptDataset, sample_item
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_encoders, teacher_facts
+from stepdistill.families.size import size_fits
 from stepdistill.reporting.bars import bar
 from stepdistill.storage.ranks import agreed, owned_by_first, process_state, refusing_together
 
@@ -266,6 +267,7 @@ def cache_run(run: RunConfig, *datasets: Any) -> EncodedCache:
     agreed(lambda: teacher_facts(run.source))
     state = process_state()
     family = load_encoders(run.source, state.device)
+    size_fits(run.resolution, family)
     family.place_encoders(run.frozen_dtype, state.device)
     cache = EncodedCache(run.cache_dir, family, run.resolution)
     for dataset in datasets:

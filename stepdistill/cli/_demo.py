@@ -24,7 +24,7 @@ from stepdistill.demo.subject import Digits, RowJudge, Subject
 from stepdistill.demo.teacher import Teacher, quiet_loading
 from stepdistill.demo.verdict import time_check
 from stepdistill.monitoring.records import FILES
-from stepdistill.reporting.values import counted
+from stepdistill.reporting.values import any_of, counted
 from stepdistill.storage.checkpoints import list_checkpoints
 from stepdistill.storage.folders import (
     delete_made,
@@ -96,8 +96,8 @@ def _run(
     made_teacher = subject.teacher(out / "teacher", seconds)
     judge = subject.judge()
 
-    told = " and ".join(map(str, sizes))
-    console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {told} steps")
+    told = any_of(sizes, "step", "and")
+    console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {told}")
     subject.write_data(out / "data")
     if recipe.needs_pairs and not made_teacher.cached:
         delete_made(out / "pairs", PAIR_FILES, "output_dir")  # another teacher's
@@ -125,7 +125,7 @@ def _run(
         time_check(time.monotonic() - started, made_teacher.cached),
     ]
     report = Report(
-        title=f"{subject.title}: {method} ({student}) in {told} steps",
+        title=f"{subject.title}: {method} ({student}) in {told}",
         rows=rows,
         checks=checks,
         snippet=_snippet(runs[sizes[0]] / "pipeline", sizes[0], subject.prompt),
@@ -216,12 +216,13 @@ def _facts(
 ) -> list[tuple[str, str]]:
     facts = [
         ("data", subject.data),
-        ("teacher", f"{teacher.record.steps} steps in {teacher.record.seconds:.0f} s"),
+        ("teacher", f"{counted(teacher.record.steps, 'step')} in {teacher.record.seconds:.0f} s"),
         ("students load as", f"{pipeline_class}, in a fresh process without stepdistill"),
         ("seed", str(seed)),
     ]
     for steps, run in runs.items():
         state = json.loads((list_checkpoints(run)[-1] / "trainer_state.json").read_text())
-        told = f"{state['step']} updates in {state['seconds']:.0f} s, {recipe.describe()}"
+        updates = counted(state["step"], "update")
+        told = f"{updates} in {state['seconds']:.0f} s, {recipe.describe()}"
         facts.append((f"{steps}-step student", told))
     return facts

@@ -41,16 +41,15 @@ class Options(CommandOptions):
 
 
 def run(options: Options) -> None:
-    from tqdm import tqdm
-
     from stepdistill.evaluation.learned import FeatureSettings, train_features
+    from stepdistill.reporting.bars import bar
 
     rest = options.model_dump(exclude={"action", "train_data_dir", "output_dir"})
-    with tqdm(total=options.max_train_steps, desc="features", unit="step") as bar:
+    with bar(total=options.max_train_steps, desc="features", unit="step") as shown:
 
         def tell(step: int, loss: float) -> None:
-            bar.update(step - bar.n)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            shown.update(step - shown.n)
+            shown.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
         settings = FeatureSettings(**rest)
         folder = train_features(options.train_data_dir, options.output_dir, settings, tell)

@@ -41,9 +41,10 @@ def markdown(compared: Comparison) -> str:
     lines += [Line("failed", [_failed(one), one["error"]]) for one in compared.failed]
     lines += [Line("", [f"{name}: left out", why]) for name, why in compared.left_out.items()]
     others = [
-        f"{'real images' if r.group == 'real' else f'teacher at {r.steps} steps'} {_row_text(r)}"
+        f"{'real images' if r.group == 'real' else f'teacher at {steps}'} {_row_text(r)}"
         for r in compared.base
         if r.frechet is not None and r.steps not in counts
+        for steps in [counted(r.steps or 0, "step")]
     ]
     if compared.is_reference:
         others.append("to the teacher's own images at its most steps")

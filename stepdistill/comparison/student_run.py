@@ -142,7 +142,8 @@ class _Run:
             progress.save()
             if leg.step < stop:
                 raise RuntimeError(
-                    f"train: expected {stop} updates, got {leg.step}: the run ended early."
+                    f"train: expected {counted(stop, 'update')}, got {leg.step}: the run ended "
+                    "early."
                 )
             if due:
                 self._point(share or 0.0, trainer)

@@ -10,6 +10,7 @@ from typing import Any
 
 from stepdistill.config.recipes import recipes
 from stepdistill.core.method import Data, Method
+from stepdistill.reporting.values import any_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def left_out(served: Mapping[str, StepsServed], chosen: Sequence[Student]) -> di
     """Method -> why no student of it was chosen."""
     names = {student.recipe for student in chosen}
     return {
-        name: f"is asked for {' or '.join(map(str, one.claims))} steps alone"
+        name: f"is asked for {any_of(one.claims, 'step')} alone"
         if one.claims != (1,)
         else "is asked for 1 step alone"
         for name, one in served.items()

@@ -177,8 +177,9 @@ def recommend(
         first += f" fewest steps within {NEAR - 1:.0%} of the teacher's {most} {against})."
     else:
         first += (
-            f" nearest to the teacher's {most} steps {against}, {values[n] / teacher[most]:.2f} "
-            f"times it); none comes within {NEAR - 1:.0%} at this budget."
+            f" nearest to the teacher's {counted(most, 'step')} {against}, "
+            f"{values[n] / teacher[most]:.2f} times it); none comes within "
+            f"{NEAR - 1:.0%} at this budget."
         )
     return [first, *lines]
 
@@ -197,7 +198,9 @@ def _sentence(
         f"{counted(steps, 'step')}: {names[0]} ({decimals(best.frechet)}, recall {best.recall:.2f}"
     )
     told += f"; the teacher {decimals(teacher[steps])} there" if steps in teacher else ""
-    told += f", {best.frechet / teacher[most]:.2f} times its {most} steps)" if most else ")"
+    if most:
+        told += f", {best.frechet / teacher[most]:.2f} times its {counted(most, 'step')}"
+    told += ")"
     others = names[1:]
     if others:
         told += f"; not told apart from it by these runs: {', '.join(others)}"

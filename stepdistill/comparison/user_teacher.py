@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from stepdistill.config.files import method_class, resolve_method
-from stepdistill.config.guidance import guided, what_changed
 from stepdistill.config.layers import Layer, layers_of, merge, merged
-from stepdistill.config.model_at_hand import ModelAtHand, is_here
+from stepdistill.config.model_at_hand import ModelAtHand
 from stepdistill.config.recipes import Training
 from stepdistill.config.run import RunConfig, TrainConfig
+from stepdistill.config.suited import Why, settled, suited
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.evaluation.metrics import System
@@ -37,7 +37,7 @@ from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.storage.bundled import bundled_file
 from stepdistill.storage.files import sha256_of
-from stepdistill.training.checks import method_fits, student_fits
+from stepdistill.training.checks import method_fits, roles_fit, student_fits
 from stepdistill.training.start import check_start
 
 from .students import StepsServed, Student
@@ -85,6 +85,23 @@ class UserOptions:
         return {**told, "prompts": sha256_of(Path(self.prompts_file))}
 
 
+@dataclass(frozen=True)
+class Settings:
+    """A method's settings, as `settled` reads a run's."""
+
+    values: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        name: str = self.values["method"]
+        return name
+
+    @property
+    def method_config(self) -> dict[str, Any]:
+        options: dict[str, Any] = self.values["method_config"]
+        return options
+
+
 class UserTeacher(TeacherSetup):
     """See the module."""
 
@@ -120,6 +137,7 @@ class UserTeacher(TeacherSetup):
                 try:
                     method_fits(method_class(method), config, facts, data, {})
                     student_fits(method_class(method), args.tuning, source)
+                    roles_fit(method_class(method), config, args, facts)
                     check_start(args, facts, training=True)
                 except ValueError as err:
                     raise ValueError(f"methods: {student.recipe}: {err}") from err
@@ -175,28 +193,33 @@ class UserTeacher(TeacherSetup):
         return self._settled[name]
 
     def _settle(self, name: str) -> dict[str, Any]:
-        own, given, at_hand = self.own, self.own.methods.get(name), ModelAtHand()
-        if is_here(own.teacher):
-            at_hand = ModelAtHand.of(ModelSource.of(own.teacher))
+        own, given = self.own, self.own.methods.get(name)
         file = given or bundled(name)  # none of a method that others add: its own defaults
         layers = [] if file is None else layers_of(file)
-        named = str(merged(layers).get("method", name))
-        if given is None and is_method(name):  # else it is a file's name, and that file is meant
-            named, (by_size, said) = name, at_hand.recipe_by_size(resolve_method(name)[0])
-            layers = by_size or layers
-            for line in said:
-                warnings.warn(f"{name}: {line}.", stacklevel=2)
-        at_hand.check_recipe(layers)
-        layers = [*layers, Layer("settings", own.settings)]
-        settings = {key: value for key, value in merged(layers).items() if key not in ELSEWHERE}
-        named = str(own.settings.get("method", named))
-        called, options = resolve_method(named, settings.get("method_config"))
+        by_name = given is None and is_method(name)  # else it is a file's name, which is meant
+        named = name if by_name else merged(layers).get("method", name)
+
+        def read(layers: Sequence[Layer], at_hand: ModelAtHand) -> tuple[Settings, Why]:
+            return self._read(str(own.settings.get("method", named)), layers, at_hand)
+
+        chosen = [] if by_name else layers
+        run, _ = read(chosen, ModelAtHand())
+        at_hand = ModelAtHand.known(ModelSource.of(own.teacher), ask=True) or ModelAtHand()
+        run, lines = settled(read, run, chosen, at_hand, by_size=True, otherwise=layers)
+        for line in lines:
+            warnings.warn(f"{name}: {line}.", stacklevel=2)
+        return run.values
+
+    def _read(
+        self, method: str, layers: Sequence[Layer], at_hand: ModelAtHand
+    ) -> tuple[Settings, Why]:
+        """These files' settings between what a comparison starts from and what is the same for all,
+        and what the model at hand has settled."""
+        own, layers = self.own, [*layers, Layer("settings", self.own.settings)]
+        values = {key: value for key, value in merged(layers).items() if key not in ELSEWHERE}
+        called, options = resolve_method(method, values.get("method_config"))
         cls = METHODS[called]
-        settled = guided(cls, layers, options, at_hand.family)
-        if own.guidance is None:
-            for line in what_changed(options, settled, at_hand.family):
-                warnings.warn(f"method_config: {line}.", stacklevel=2)
-        settings |= {"method": called, "method_config": settled}
+        options, why = suited(cls, layers, options, at_hand)
         same: dict[str, Any] = {**OURS}
         if own.mixed_precision or not torch.cuda.is_available():
             same["mixed_precision"] = own.mixed_precision or "no"
@@ -208,7 +231,8 @@ class UserTeacher(TeacherSetup):
             same["tuning"] = {"student": own.student, "fake": own.student}
         if own.guidance is not None:
             same["method_config"] = cls.options_at(own.guidance)
-        return merge({"mixed_precision": "bf16", **settings}, same)
+        values |= {"method": called, "method_config": options}
+        return Settings(merge({"mixed_precision": "bf16", **values}, same)), why
 
     def trainings(self, student: Student) -> list[Training]:
         settings = self.settings(student.recipe)

@@ -17,11 +17,11 @@ from stepdistill.config.flags import (
     parse_options,
     read_config_files,
 )
-from stepdistill.config.guidance import guided, what_changed
 from stepdistill.config.layers import Layer, merge, merged, recipe_layers
-from stepdistill.config.model_at_hand import ModelAtHand, is_known
+from stepdistill.config.model_at_hand import ModelAtHand
 from stepdistill.config.places import check_given
 from stepdistill.config.run import RunConfig
+from stepdistill.config.suited import Why, settled, suited
 from stepdistill.core.registry import is_file_class
 from stepdistill.methods import METHODS
 from stepdistill.storage.own_code import named_by_user
@@ -85,8 +85,8 @@ def parse_run_config(
 ) -> R:
     """The RunConfig that `--recipe NAME --config a.yaml b.yaml --flag value ...` describes.
 
-    A recipe lies under the files, which lie under the flags; a model's own guidance lies over that
-    of a method's file (see `guidance.guided`).
+    A recipe lies under the files, which lie under the flags; what suits the model lies over a
+    method's file (see `suited.py`).
 
     Args: method: the default method of the launcher, where neither file nor flag names one.
         model: RunConfig, or one with options of a command's own besides. early: say first, before
@@ -107,25 +107,19 @@ def parse_run_config(
         check_flags([arg for arg in rest if not arg.startswith("--method_config.")], model)
         check_given(merged(layers), rest, model)
 
-    def parsed(family: str = "") -> R:
-        return _parsed(layers, rest, prog, method, about, model, family)
+    def read(layers: Sequence[Layer], at_hand: ModelAtHand) -> tuple[R, Why]:
+        return _parsed(layers, rest, prog, method, about, model, at_hand)
 
-    run = parsed()  # mistakes are said before a library is imported
-    settled: list[str] = []
-    source = run.source  # which reads its index once
-    if is_known(source, ask=by_size):
-        at_hand = ModelAtHand.of(source)
-        if by_size and not layers:
-            layers, settled = at_hand.recipe_by_size(run.method)
-            run = parsed() if layers else run
-        at_hand.check_recipe(layers)
-        options, run = run.method_config, parsed(at_hand.family)
-        settled += what_changed(options, run.method_config, at_hand.family)
-        for line in () if by_size else settled:
+    run, _ = read(layers, ModelAtHand())  # mistakes are said before a library is imported
+    lines: list[str] = []
+    at_hand = ModelAtHand.known(run.source, ask=by_size)
+    if at_hand is not None:
+        run, lines = settled(read, run, layers, at_hand, by_size)
+        for line in () if by_size else lines:
             warnings.warn(f"method_config: {line}.", stacklevel=2)
     if given.recipe:
         run = run.model_copy(update={"recipe": given.recipe})
-    run._reasons = [*_chosen(given.recipe, argv, rest), *settled]
+    run._reasons = [*_chosen(given.recipe, argv, rest), *lines]
     return run
 
 
@@ -146,18 +140,19 @@ def _parsed(
     method: str,
     about: str,
     model: type[R],
-    family: str,
-) -> R:
-    """The RunConfig of those layers under those flags."""
+    at_hand: ModelAtHand,
+) -> tuple[R, Why]:
+    """The RunConfig of those layers under those flags, and what the model at hand has settled."""
     values = {**({"method": method} if method else {}), **merged(layers)}
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--method", nargs="?")
     given, others = first.parse_known_args([*argv])
     name = given.method or values.get("method")
+    why: Why = {}
     fields: dict[str, Any] = {k: (info.annotation, info) for k, info in model.model_fields.items()}
     if name:
         name, options = resolve_method(str(name), values.get("method_config"))
-        options = guided(METHODS[name], layers, options, family)
+        options, why = suited(METHODS[name], layers, options, at_hand)
         config = METHODS[name].Config
         own = METHODS.files.get(name)
         name = f"{own['file']}:{own['class']}" if own else name  # a saved form repeats the run
@@ -168,6 +163,6 @@ def _parsed(
     typed = create_model("RunConfig", __base__=CommandOptions, **fields)
     parsed = parse_options(typed, argv, prog, about, values, model.first)
     try:
-        return model(**parsed.model_dump())
+        return model(**parsed.model_dump()), why
     except ValidationError as err:
         raise explain(err, model, "config") from err

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stepdistill.config.layers import Layer, ModelFacts, layers_of, merge
+from stepdistill.config.layers import Layer, ModelFacts, layers_of
 from stepdistill.methods import METHODS
 from stepdistill.storage.bundled import bundled_names
 
@@ -19,39 +19,38 @@ if TYPE_CHECKING:
 
 
 def guided(
-    cls: type[Method[Any]], layers: Sequence[Layer], options: Mapping[str, Any], family: str = ""
-) -> dict[str, Any]:
-    """The method's options with the guidance of the model that a run distils.
+    cls: type[Method[Any]],
+    layers: Sequence[Layer],
+    options: Mapping[str, Any],
+    family: str = "",
+    has_null: bool = True,
+) -> tuple[dict[str, Any], str]:
+    """(what to lay over the method's options for the guidance of the model that a run distils, what
+    says so).
 
     Args: layers: the run's files. options: what they say of the method. family: of its teacher
-        where that is known, asked where no model file is among the files.
+        where that is known, asked where no model file is among the files. has_null: whether the
+        teacher has a null condition, without which there is no guidance.
     """
     if not _of_the_method(cls, layers):
-        return dict(options)
-    stated = [layer.model for layer in layers if layer.model.guidance]
-    if not stated and family:
-        stated = [file.model for file in model_files(family)]
-    guidance = stated_for(cls, stated[-1]) if stated else None
-    return merge(options, {} if guidance is None else cls.guided_by(options, guidance))
+        return {}, ""
+    if not has_null:
+        return cls.options_at(1.0), "this model has no null condition to guide away from"
+    files = [layer for layer in layers if layer.model.guidance]
+    if not files and family:
+        files = model_files(family)
+    guidance = stated_for(cls, files[-1].model) if files else None
+    if guidance is None:
+        return {}, ""
+    changed, where = cls.guided_by(options, guidance), f"configs/models/{files[-1].name}.yaml"
+    other = f"--method_config.{next(iter(changed), '')} for another"
+    return changed, f"{where} states of {family} ({other})"
 
 
 def model_files(family: str) -> list[Layer]:
     """The files of configs/models that are of that family."""
     files = [layer for name in bundled_names("models") for layer in layers_of(name)]
     return [one for one in files if (one.model.family or one.name) == family]
-
-
-def what_changed(before: Mapping[str, Any], after: Mapping[str, Any], family: str) -> list[str]:
-    """The line about the method's options that the teacher's family alone has settled, if any."""
-    change = [name for name in after if after[name] != before.get(name)]
-    if not change:
-        return []
-    (file, *_) = model_files(family)
-    values = ", ".join(f"{name} {after[name]} in place of {before.get(name)}" for name in change)
-    return [
-        f"{values}, as configs/models/{file.name}.yaml states of {family} "
-        f"(--method_config.{change[0]} for another)"
-    ]
 
 
 def _of_the_method(cls: type[Method[Any]], layers: Sequence[Layer]) -> bool:

@@ -1,17 +1,20 @@
-"""What a run's files and flags may know of the teacher in a folder here, before it is loaded."""
+"""What a run's files and flags may know of the teacher before it is loaded."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepdistill.config.layers import Layer, layers_of, recipe_files
+from stepdistill.config.planned import bundled, description
+from stepdistill.core.abilities import Abilities
 
 if TYPE_CHECKING:
+    from stepdistill.families.family import Family
     from stepdistill.loading.source import ModelSource
 
 SMALL = 50_000_000  # parameters of a denoiser; papers' rates are for twenty times as many and more
@@ -22,49 +25,63 @@ def is_here(model: str) -> bool:
     return (Path(model) / "model_index.json").is_file() or Path(model).is_file()
 
 
-def is_known(source: ModelSource, ask: bool) -> bool:
-    """Whether its index can be read: it is here or, where the Hub may be asked, there."""
-    if is_here(source.model) or not ask:
-        return is_here(source.model)
-    from stepdistill.loading.identity import is_hub_id
-
-    try:
-        return is_hub_id(source.model) and bool(source.index)
-    except (OSError, ValueError):
-        return False  # the loader says what is wrong with it
-
-
 @dataclass(frozen=True)
 class ModelAtHand:
     """family: the name of the family that serves it, "" where none of its own does. size: its
-    denoiser's parameters, 0 where its files don't say."""
+    denoiser's parameters, 0 where its files don't say. abilities: what its configurations say that
+    it can be asked for."""
 
     family: str = ""
     size: int = 0
+    abilities: Abilities = field(default_factory=Abilities)
+
+    @classmethod
+    def known(cls, source: ModelSource, ask: bool) -> ModelAtHand | None:
+        """Of a model that is here, that `plan` knows or, where the Hub may be asked, there; None of
+        others, and of those whose index can't be read: the loader says what is wrong."""
+        if is_here(source.model):
+            return cls.of(source)
+        if source.model in bundled():
+            return cls.planned(source.model)
+        from stepdistill.loading.identity import is_hub_id
+
+        try:
+            there = ask and is_hub_id(source.model) and bool(source.index)
+        except (OSError, ValueError):
+            there = False
+        return cls.of(source) if there else None
+
+    @classmethod
+    def planned(cls, name: str) -> ModelAtHand:
+        """Of a model that `plan` knows without its files."""
+        model = description(name)
+        family = _family(model["pipeline"])
+        if family is None:
+            return cls()
+        told = family.told_guidance_in(model["parts"][family.net_name]["config"])
+        has_null = family.null_in(model["options"])
+        return cls(family.name, 0, Abilities(told_guidance=told, has_null=has_null))
 
     @classmethod
     def of(cls, source: ModelSource) -> ModelAtHand:
-        """From its index, and from the headers of its weight files. Errors: see
+        """From its index, its configurations, and the headers of its weight files. Errors: see
         `ModelSource.index`."""
-        from safetensors import SafetensorError, safe_open
-
-        from stepdistill.families.registry import FAMILIES  # Diffusers: mistakes need none
-
-        served = (f for f in FAMILIES.values() if source.pipeline_class in f.pipelines)
-        family = next(served, None)
+        family = _family(source.pipeline_class)
         if family is None:
             return cls()
+        made, size = cls(family.name, 0, _abilities(source)), 0
         if source.is_single_file:
-            return cls(family.name)
-        size = 0
+            return made
+        from safetensors import SafetensorError, safe_open
+
         try:
             for file in (Path(source.described_at) / family.net_name).glob("*.safetensors"):
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                         size += math.prod(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError):
-            return cls(family.name)  # the loader says what is wrong with them
-        return cls(family.name, size)
+            return made  # the loader says what is wrong with them
+        return replace(made, size=size)
 
     def recipe_by_size(self, method: str) -> tuple[list[Layer], list[str]]:
         """(layers, the line about them) of the method's recipe for small models; none of others."""
@@ -94,3 +111,20 @@ class ModelAtHand:
                     stacklevel=3,
                 )
                 return
+
+
+def _family(pipeline_class: str) -> type[Family] | None:
+    """The family of its own that serves it."""
+    from stepdistill.families.registry import FAMILIES  # Diffusers: mistakes need none
+
+    return next((f for f in FAMILIES.values() if pipeline_class in f.pipelines), None)
+
+
+def _abilities(source: ModelSource) -> Abilities:
+    from stepdistill.families.registry import teacher_facts
+
+    try:
+        facts = teacher_facts(source)
+    except (OSError, ValueError):
+        return Abilities()  # the loader says what is wrong with its configurations
+    return Abilities(facts.setting.path, facts.told_guidance, facts.has_null)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
+
+
+def _folder() -> Traversable:
+    return resources.files("stepdistill.planning") / "models"
 
 
 def bundled() -> list[str]:
     """Names of the models that `plan` knows without any file."""
-    folder = resources.files("stepdistill.planning") / "models"
-    return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith("json"))
+    files = (f.name for f in _folder().iterdir())
+    return sorted(name.removesuffix(".json") for name in files if name.endswith("json"))
+
+
+def description(name: str) -> dict[str, Any]:
+    """One of them: {"pipeline": class name, "options": {...}, "parts": {name: {"class", "config"}}}
+    (a part that is left out is None)."""
+    made: dict[str, Any] = json.loads((_folder() / f"{name}.json").read_text())
+    return made
 
 
 def require_known(option: str, model: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 from pydantic import ConfigDict
 from torch import Tensor
 
+from stepdistill.core.abilities import Abilities
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.options import Data, Options
@@ -150,6 +151,12 @@ class MethodConfig(Options):
     """Base of every method's Config: unknown keys are errors, values are checked once."""
 
     model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def unfit(cls, options: Mapping[str, Any], model: Abilities) -> dict[str, tuple[Any, str]]:
+        """Options that such a model can't have -> (what suits it, why), of a method's file or a
+        recipe; a user's own are refused where they are checked."""
+        return {}
 
 
 C = TypeVar("C", bound=MethodConfig)

@@ -31,6 +31,37 @@ def is_file_class(text: str) -> bool:
     return ".py:" in text
 
 
+def from_file(text: str, where: str) -> tuple[Any, dict[str, str]]:
+    """What FILE.py:CLASS (or any other name in the file) names, None where the file has no such
+    name, and its record: file, class, sha256.
+
+    The file is run, once for its content: it has to be one that the user has named.
+    Errors: ValueError for a file that is not there, or that fails. Args: where: begins them.
+    """
+    path, _, called = text.rpartition(":")
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise ValueError(
+            f"{where}: expected FILE.py:CLASS of a file that is there, got {text!r}. "
+            "Name it by its path."
+        )
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    spec = spec_from_file_location(f"{file.stem}_{digest[:16]}", file)
+    assert spec is not None, "a file that ends in .py has a loader"
+    assert spec.loader is not None, "as above"
+    module = sys.modules.get(spec.name)
+    if module is None or module.__file__ != str(file):
+        module = sys.modules[spec.name] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as err:
+            del sys.modules[spec.name]
+            raise ValueError(
+                f"{where}: expected {file} to run, got {type(err).__name__}: {err}. Mend it."
+            ) from err
+    return getattr(module, called, None), {"file": str(file), "class": called, "sha256": digest}
+
+
 class Registry(Mapping[str, type[T]], Generic[T]):
     """name -> class. Names are read without importing; a class is imported when it is asked for.
 
@@ -86,29 +117,11 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
         Errors: ValueError for no such file or class, a file that fails, or a name that is taken.
         """
-        path, _, called = text.rpartition(":")
-        file = Path(path).expanduser().resolve()
-        if not file.is_file():
-            raise ValueError(
-                f"{self.package}: expected FILE.py:CLASS of a file that is there, got {text!r}. "
-                "Name it by its path."
-            )
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        record = {"file": str(file), "class": called, "sha256": digest}
+        cls, record = from_file(text, self.package)
         for name, known in self.files.items():
             if known == record:
                 return name
-        spec = spec_from_file_location(f"{file.stem}_{digest[:16]}", file)
-        assert spec is not None, "a file that ends in .py has a loader"
-        assert spec.loader is not None, "as above"
-        module = sys.modules[spec.name] = module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as err:
-            raise ValueError(
-                f"{self.package}: expected {file} to run, got {type(err).__name__}: {err}. Mend it."
-            ) from err
-        cls = getattr(module, called, None)
+        file, called = record["file"], record["class"]
         if not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise ValueError(
                 f"{self.package}: expected a class {called} in {file} that derives from "

@@ -43,20 +43,26 @@ def snapped_grid(path: NoisePath, num_steps: int, shift: float = 1.0) -> tuple[f
 
     Errors: ValueError where two of them fall on one, as all below sigma_min do on a VE path.
     """
-
-    def grid(count: int) -> tuple[float, ...]:
-        times = torch.tensor(uniform_grid(count, shift), dtype=torch.float64)
-        return tuple(path.snap(times).tolist())
-
-    times = grid(num_steps)
+    times = _snapped(path, num_steps, shift)
     if len(set(times)) < num_steps:
-        most = next(n for n in range(num_steps - 1, 0, -1) if len(set(grid(n))) == n)
+        most = most_steps(path, num_steps, shift)
         raise ValueError(
             f"num_steps: expected at most {most}, got {num_steps}: of those times "
             f"{num_steps - len(set(times))} fall on others, as the nearest that the teacher was "
             f"trained at. Set {most} or fewer."
         )
     return times
+
+
+def most_steps(path: NoisePath, num_steps: int, shift: float = 1.0) -> int:
+    """The most steps, up to num_steps, of which `snapped_grid` has no two on one time."""
+    counts = range(num_steps, 0, -1)
+    return next(n for n in counts if len(set(_snapped(path, n, shift))) == n)
+
+
+def _snapped(path: NoisePath, count: int, shift: float) -> tuple[float, ...]:
+    times = torch.tensor(uniform_grid(count, shift), dtype=torch.float64)
+    return tuple(path.snap(times).tolist())
 
 
 def uniform_times(u: Tensor, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Tensor:

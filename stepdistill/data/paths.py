@@ -17,6 +17,7 @@ from stepdistill.data.captions import label_of
 from stepdistill.data.corrupt import TOLD
 from stepdistill.data.decode import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_picture, readable_suffixes
 from stepdistill.data.lines import Packed, Rows
+from stepdistill.reporting.values import counted
 
 _NOT_OURS = ("@eaDir", "__MACOSX")  # folders of thumbnails and of attributes
 
@@ -63,7 +64,8 @@ class LeftOut:
         """Warn, where there are any."""
         for why, (count, names) in self.why.items():
             warnings.warn(
-                f"train_data_dir: left out {count} pictures in {root} {why} ({', '.join(names)}).",
+                f"train_data_dir: left out {counted(count, 'picture')} in {root} {why} "
+                f"({', '.join(names)}).",
                 stacklevel=3,
             )
 

@@ -20,6 +20,7 @@ from stepdistill.data.captions import one_caption
 from stepdistill.data.corrupt import TOLD, CorruptItemError
 from stepdistill.data.decode import Size
 from stepdistill.data.substreams import Substreams
+from stepdistill.reporting.values import counted
 
 _TRIES = 100
 Item = tuple[int, dict[str, Any], list[str]]
@@ -78,9 +79,9 @@ class RowStream(ABC):
                 yield row
             if num_read != size:
                 raise ValueError(
-                    f"data: expected {end} rows in shard {shard}, got {begin + num_read} in epoch "
-                    f"{epoch}. The dataset changed or states a wrong number: load it without "
-                    "streaming."
+                    f"data: expected {counted(end, 'row')} in shard {shard}, got "
+                    f"{begin + num_read} in epoch {epoch}. The dataset changed or states "
+                    "a wrong number: load it without streaming."
                 )
             skip = 0
 

@@ -30,6 +30,7 @@ from stepdistill.data.decode import IMAGE_SUFFIXES
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.order import EpochOrder
 from stepdistill.data.source import Source
+from stepdistill.reporting.values import counted
 from stepdistill.storage.files import one_line, write_atomic, write_text
 
 _CAPTIONS = (".txt", ".json", ".cls")
@@ -140,7 +141,7 @@ class TarDataset(Source):
             )
         if left_out:
             warnings.warn(
-                f"tar_shards: left out {len(left_out)} samples without an image "
+                f"tar_shards: left out {counted(len(left_out), 'sample')} without an image "
                 f"({', '.join(left_out[:TOLD])}).",
                 stacklevel=2,
             )

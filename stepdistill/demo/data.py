@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stepdistill.reporting.values import counted
+
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGE_PX = 8
 
@@ -101,8 +103,8 @@ def stratified_subset(split: Split, like: Tensor, seed: int) -> Split:
         index = (split.labels == label).nonzero().flatten()
         if len(index) < int(count):
             raise ValueError(
-                f"split: expected at least {int(count)} images of class {int(label)}, got "
-                f"{len(index)}. Ask for fewer images."
+                f"split: expected at least {counted(int(count), 'image')} of class {int(label)}, "
+                f"got {len(index)}. Ask for fewer images."
             )
         parts.append(index[torch.randperm(len(index), generator=generator)[: int(count)]])
     return _take(split.images, split.labels, parts, generator)

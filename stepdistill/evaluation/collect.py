@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stepdistill.core.context import stable_seed
 from stepdistill.core.method import Scorer
+from stepdistill.reporting.values import counted
 from stepdistill.storage.files import one_line
 
 from .features import FeatureNet
@@ -158,7 +159,7 @@ def device_text(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type}, {threads} thread{'s' * (threads > 1)}"
+    return f"{device.type}, {counted(threads, 'thread')}"
 
 
 def _looked(

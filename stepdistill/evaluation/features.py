@@ -7,7 +7,7 @@ Anything with FeatureNet's attributes will do, named by a text:
     dino:DIR_OR_HUB_ID          class token of DINOv2 (or any such Transformers vision model)
     FOLDER                      any Transformers vision model (config.json and safetensors), or
                                 what `stepdistill features train` made of your own images
-    MODULE:NAME                 what NAME(device) of an importable module makes: your own
+    FILE.py:NAME, MODULE:NAME   what NAME(device) of a file or an importable module makes: your own
     other names                 of FEATURES, which others add to (the demo: digits)
 
 Sources: Heusel et al. 2017, arXiv:1706.08500 (Inception); Kynkaanniemi et al. 2022,
@@ -23,13 +23,14 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from stepdistill.core.registry import from_file, is_file_class
 from stepdistill.loading.safe_files import no_pickles, read_tensors
-from stepdistill.storage.files import read_json, sha256_of
+from stepdistill.storage.files import one_line, read_json, sha256_of
 
 from .images import clean_resize
 from .learned import KIND, LearnedFeatures
@@ -38,6 +39,7 @@ from .store import network_sha256
 INCEPTION_SHA256 = "6726825d"  # beginning of the published file's hash, part of its name
 
 
+@runtime_checkable
 class FeatureNet(Protocol):
     """name: short, for tables. facts: its weights' hash and its preprocessing, for the protocol."""
 
@@ -72,17 +74,38 @@ def feature_net(text: str, device: Device = "cpu") -> FeatureNet:
         if read_json(config).get("model_type") == KIND:
             return LearnedFeatures(text, device)
         return VisionFeatures(text, device, Path(text).resolve().name)
+    if is_file_class(text):
+        make, record = from_file(text, "features")
+        return FileFeatures(_own(make, record["class"], record["file"], device), record["sha256"])
     if name not in FEATURES and argument.isidentifier() and _importable(name):
         try:
-            make = getattr(importlib.import_module(name), argument)
-        except AttributeError as err:
-            raise ValueError(f"features: expected {argument} in module {name}. {err}.") from err
-        made: FeatureNet = make(device)
-        return made
+            make = getattr(importlib.import_module(name), argument, None)
+        except Exception as err:
+            got = f"{type(err).__name__}: {one_line(err)}"
+            raise ValueError(f"features: expected module {name} to run, got {got}.") from err
+        return _own(make, argument, f"module {name}", device)
     usages = sorted((kind.usage for kind in FEATURES.values()), key=lambda usage: ":" in usage)
     raise ValueError(
-        f"features: expected {', '.join(usages)}, MODULE:NAME or a folder of a vision model, got "
-        f"{text!r}."
+        f"features: expected {', '.join(usages)}, FILE.py:NAME, MODULE:NAME or a folder of a "
+        f"vision model, got {text!r}."
+    )
+
+
+def _own(make: Any, name: str, where: str, device: Device) -> FeatureNet:
+    """What a user's own name makes. Errors: ValueError where it makes no feature network."""
+    got = repr(make)
+    if callable(make):
+        try:
+            net = make(device)
+        except Exception as err:
+            got = f"{name}: {type(err).__name__}: {one_line(err)}"
+        else:
+            if isinstance(net, FeatureNet) and not isinstance(net, type):
+                return net
+            got = f"{name}, which makes {net!r}"
+    raise ValueError(
+        f"features: expected {name} in {where}, which makes a feature network of a device (name, "
+        f"facts, preprocess, a call: evaluation/features.py), got {got}. Mend it."
     )
 
 
@@ -91,6 +114,21 @@ def _importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # of a parent that is not there; of no name
         return False
+
+
+class FileFeatures:
+    """A network of a user's file, known by the hash of its content too: features that are kept are
+    of one content."""
+
+    def __init__(self, net: FeatureNet, sha256: str) -> None:
+        self.net, self.name, self.facts = net, net.name, {**net.facts, "code": sha256[:16]}
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """See FeatureNet."""
+        return self.net.preprocess(images)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self.net(pixels)
 
 
 class InceptionFeatures:

@@ -38,7 +38,8 @@ class Options(CommandOptions):
     """Folder of the report; features lie there, so that a call that was cut off goes on."""
     features: tuple[str, ...] = ()
     """Feature networks: digits, inception:FILE, clip:MODEL[,WEIGHTS], dino:DIR_OR_HUB_ID,
-    MODULE:NAME, or a folder: of a Transformers vision model, or made by stepdistill features."""
+    FILE.py:NAME, MODULE:NAME, or a folder: of a Transformers vision model, or made by stepdistill
+    features."""
     reference: Here | None = None
     """Folder of real images; none: the teacher's own are the reference."""
     preset: str | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill.families.registry import teacher_facts
+from stepdistill.reporting.values import counted
 
 from .metrics import MANIFOLD_IMAGES, Number, System
 from .presets import preset
@@ -76,7 +77,8 @@ def protocol_of(
         "num_prompts": len(prompts),
         "num_images_per_prompt": options.num_images_per_prompt,
         "num_reference": num_real or len(prompts) * options.num_images_per_prompt,
-        "reference": options.reference or f"the teacher at {max(options.teacher_steps)} steps",
+        "reference": options.reference
+        or f"the teacher at {counted(max(options.teacher_steps), 'step')}",
         "seeds": list(options.seeds),
         "nearest_k": options.nearest_k,
         "manifold_images": MANIFOLD_IMAGES,
@@ -112,7 +114,7 @@ def reference_text(facts: Mapping[str, Any], reference: str) -> tuple[str, str]:
         return "", ""
     count = facts["num_prompts"] * facts["num_images_per_prompt"]
     steps = max(facts["options"]["teacher_steps"])
-    return str(count), f"the teacher at {steps} steps, guidance {facts['guidance']}"
+    return str(count), f"the teacher at {counted(steps, 'step')}, guidance {facts['guidance']}"
 
 
 def protocol_line(

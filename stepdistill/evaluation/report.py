@@ -119,7 +119,7 @@ def _csv_rows(report: Report) -> list[dict[str, Any]]:
 def protocol_facts(report: Report) -> list[tuple[str, str]]:
     """The protocol as names and values for people."""
     facts = report.protocol
-    drawn = f"{facts['num_prompts']} prompts × {facts['num_images_per_prompt']}"
+    drawn = f"{counted(facts['num_prompts'], 'prompt')} × {facts['num_images_per_prompt']}"
     made = [
         (f"features: {name}", f"{net['preprocess']}; weights {net['weights'][:16]}")
         for name, net in facts["networks"].items()
@@ -128,7 +128,7 @@ def protocol_facts(report: Report) -> list[tuple[str, str]]:
     made += [
         ("images", f"8 bits, {facts['frame']}; drawn ones as made for scores and looks"),
         ("counts", f"{drawn} {'videos' if facts['frames'] else 'images'}; "
-            f"{facts['num_reference']} reference images"),
+            f"{counted(facts['num_reference'], 'reference image')}"),
         ("guidance", f"teacher {facts['guidance']}; students {facts['student_guidance']}"),
         ("reference", str(facts["reference"])),
         ("noise seeds", ", ".join(map(str, facts["seeds"]))),

@@ -23,6 +23,7 @@ from stepdistill.families.registry import teacher_facts
 from stepdistill.loading.source import ModelSource
 from stepdistill.planning.blueprint import blueprint
 from stepdistill.reporting.bars import bar
+from stepdistill.reporting.values import counted
 from stepdistill.storage.ranks import agreed, process_state, refusing_together
 
 from .collect import Drawing, Lens, draw_into, read_into
@@ -208,7 +209,7 @@ def _first(lines: Sequence[Any], source: str, options: Options) -> list[Any]:
     wanted = options.num_prompts or len(lines)
     if not 0 < wanted <= len(lines):
         raise ValueError(
-            f"num_prompts: expected at most the {len(lines)} lines of {source}, got "
+            f"num_prompts: expected at most the {counted(len(lines), 'line')} of {source}, got "
             f"{wanted}. Give a longer file, or --num_prompts."
         )
     return list(lines[:wanted])
@@ -256,7 +257,7 @@ def _fill(
     root = Path(options.output_dir) / "features"
     where = (state.process_index, state.num_processes)
 
-    def counted(label: str, count: int) -> Any:
+    def counting(label: str, count: int) -> Any:
         return bar(total=count, desc=label, unit="image", disable=not state.is_main_process)
 
     real = None
@@ -264,7 +265,7 @@ def _fill(
         told_by = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         settings = {**facts, "files": settings_hash({"files": told_by}), "versions": versions()}
         real = Store.of(root, "real", settings, len(files), options.shard_images)
-        with counted("real images", len(files)) as told:
+        with counting("real images", len(files)) as told:
             seen = (options.batch_size, options.num_previews)
             read_into(real, files, lens, *seen, *where, told.update)
     stores = {}
@@ -283,11 +284,11 @@ def _fill(
                 settings["frames"] = drawing.frames
             name = f"{source.group}_{source.steps}"
             store = Store.of(root, name, settings, len(drawing), options.shard_images)
-            with counted(f"{source.label}, {source.steps} steps", len(drawing)) as told:
+            with counting(f"{source.label}, {counted(source.steps, 'step')}", len(drawing)) as told:
                 try:
                     draw_into(store, source.load, drawing, lens, *where, told.update)
                 except FloatingPointError as err:
-                    name = f"{source.label} at {source.steps} steps"
+                    name = f"{source.label} at {counted(source.steps, 'step')}"
                     raise ValueError(f"{name}: {err}.") from err
             stores[place, index] = store
         source.release()

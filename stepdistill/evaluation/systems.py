@@ -22,6 +22,7 @@ from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family
+from stepdistill.families.size import size_fits
 from stepdistill.loading.project_code import part_class
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import lora_facts
@@ -66,7 +67,13 @@ class Loading:
 
 def teacher_sources(teacher: ModelSource, counts: Sequence[int], loading: Loading) -> list[Source]:
     """The teacher at each step count; one loaded pipeline serves them all."""
-    load = functools.cache(lambda: _family(teacher, loading))
+
+    def loaded() -> Family:
+        family = _family(teacher, loading)
+        size_fits(loading.resolution, family)
+        return family
+
+    load = functools.cache(loaded)
     about = _weights(teacher.model) | {"teacher_lora": lora_facts(teacher.teacher_lora)}
     made = [_plain("teacher", "teacher", n, load, about, loading, loading.guidance) for n in counts]
     return _released(made, load)

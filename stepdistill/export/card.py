@@ -10,6 +10,7 @@ import yaml
 
 from stepdistill.export.tool_notes import tool_notes
 from stepdistill.reporting.markdown import code, plain
+from stepdistill.reporting.values import counted
 
 
 def call_options(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
     folder.joinpath("README.md").write_text(
         f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n\n"
         f"# {plain(name)}\n\n"
-        f"{pipeline_class} distilled from {code(base)} to {steps} step{'s' if steps > 1 else ''} "
+        f"{pipeline_class} distilled from {code(base)} to {counted(steps, 'step')} "
         f"with {plain(record['method'])} ([stepdistill](https://pypi.org/project/stepdistill)).\n\n"
         f"```python\n{snippet(record, name)}\n```\n\n"
         f"{_guidance(record)} Trained times: {record['trained_times'] or 'all'}; export refuses "

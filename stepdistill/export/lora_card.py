@@ -18,6 +18,7 @@ from stepdistill.loading.single_file import is_whole
 from stepdistill.loading.source import ModelSource
 from stepdistill.reporting.markdown import code as as_code
 from stepdistill.reporting.markdown import plain
+from stepdistill.reporting.values import counted
 
 
 def base_code(record: Mapping[str, Any], pipeline: str) -> tuple[list[str], str]:
@@ -105,7 +106,7 @@ def write_lora_card(folder: Path, record: Mapping[str, Any], code: str | None, n
     text = (
         "---\nlibrary_name: diffusers\ntags: [diffusers, lora, stepdistill, few-step]\n---\n\n"
         f"# {plain(name)}\n\nLoRA of {as_code(record['base_model'])} for "
-        f"{record['num_inference_steps']} steps ({plain(record['method'])}), "
+        f"{counted(record['num_inference_steps'], 'step')} ({plain(record['method'])}), "
         f"format {record['lora']['format']}, {record['lora']['dtype']}.\n\n"
     )
     if beside:

@@ -25,6 +25,7 @@ from stepdistill.export.weights import stock_net
 from stepdistill.families.family import Family
 from stepdistill.loading.project_code import put_code
 from stepdistill.loading.quantization import is_quantized
+from stepdistill.loading.quiet import without_bars
 from stepdistill.reporting.bars import bar
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.files import EXPORT_RECORD as RECORD
@@ -62,7 +63,8 @@ def export_pipeline(
     record = describe(family, spec, sampler, facts, denoiser.path)
     pipeline, record["typed"] = settle(family, pipeline, record)
     done = bar(total=3, desc="export", leave=False, disable=not progress)  # write, verify, samples
-    with done, replacing(out_dir, "export") as aside:
+    alone = without_bars("diffusers", "transformers")
+    with done, alone, replacing(out_dir, "export") as aside:
         pipeline.save_pretrained(aside, safe_serialization=True)
         done.update()
         load_alike(aside)

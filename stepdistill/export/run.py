@@ -14,6 +14,7 @@ from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
 from stepdistill.loading.safe_files import load_stock
 from stepdistill.loading.source import ModelSource
+from stepdistill.reporting.values import counted
 from stepdistill.storage.files import read_json
 from stepdistill.storage.folders import refuse_written_on
 
@@ -44,8 +45,8 @@ def sample_export(
     steps = record["num_inference_steps"]
     if num_steps not in (None, steps):
         raise ValueError(
-            f"sample: expected {steps} steps, which this export is for, got {num_steps}. "
-            "Export again: stepdistill export RUN_DIR OUT --num_steps N."
+            f"sample: expected {counted(steps, 'step')}, which this export is for, got "
+            f"{num_steps}. Export again: stepdistill export RUN_DIR OUT --num_steps N."
         )
     out = Path(output_dir)
     _refuse_others_files(out, len(prompts))

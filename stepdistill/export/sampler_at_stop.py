@@ -7,6 +7,7 @@ from typing import Any
 
 from stepdistill.core.method import Method
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.reporting.values import counted
 
 
 def sampler_at_stop(
@@ -20,8 +21,9 @@ def sampler_at_stop(
     if planned.times != reached.times:
         warnings.warn(
             f"export: training stopped at update {step} of {max_steps}, before its last grid. The "
-            f"student is sampled on the grid that it reached, in {reached.num_steps} steps and not "
-            f"in {planned.num_steps}. Train on: --resume_from_checkpoint latest.",
+            f"student is sampled on the grid that it reached, in "
+            f"{counted(reached.num_steps, 'step')} and not in {planned.num_steps}. Train on: "
+            "--resume_from_checkpoint latest.",
             stacklevel=3,
         )
     return reached if num_steps is None else method.sampler_at(step, max_steps, num_steps)

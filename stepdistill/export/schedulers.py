@@ -36,6 +36,7 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
 from stepdistill.export.flow_grid import flow_match_config, shift_of_grid
 from stepdistill.loading.project_code import part_class
+from stepdistill.reporting.values import counted
 
 # What a VP scheduler must keep of the teacher's: its noise table.
 _TABLE = (
@@ -313,7 +314,8 @@ def _ve(teacher: Any, path: VEPath, spec: SamplerSpec) -> StockSampler:
     if float(sigmas[-1]) < path.sigma_min:
         raise ValueError(
             f"export: expected no noise below sigma_min {path.sigma_min:g}, where the teacher was "
-            f"never trained, got {float(sigmas[-1]):.1e} at the last of {num} steps. Use fewer."
+            f"never trained, got {float(sigmas[-1]):.1e} at the last of "
+            f"{counted(num, 'step')}. Use fewer."
         )
     made: Any
     if is_cm:

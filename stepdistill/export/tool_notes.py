@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepdistill.reporting.markdown import code
+from stepdistill.reporting.values import counted
 
 _LONG = "`--format kohya` (A1111, ComfyUI, sd-scripts) or `--format comfyui`"
 
@@ -13,7 +14,7 @@ _LONG = "`--format kohya` (A1111, ComfyUI, sd-scripts) or `--format comfyui`"
 def usage(record: Mapping[str, Any]) -> str:
     """The numbers in one line."""
     comfy = (record["tools"] or {}).get("comfyui")
-    steps = f"{record['num_inference_steps']} steps"
+    steps = counted(record["num_inference_steps"], "step")
     if comfy is None:
         return steps
     scheduler = comfy["scheduler"] or "ManualSigmas"

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from stepdistill.loading.safe_files import no_pickles
+from stepdistill.reporting.values import counted
 
 
 def decoder_config(source: str) -> dict[str, Any]:
@@ -41,8 +42,8 @@ def load_decoder(source: str, channels: int, device: torch.device | str = "cpu")
     its_channels = decoder_config(source)["latent_channels"]
     if its_channels != channels:
         raise ValueError(
-            f"decoder: expected one for latents of {channels} channels, got {source!r} for "
-            f"{its_channels}. Each latent space has its own: taesd, taesdxl, taesd3, taef1."
+            f"decoder: expected one for latents of {counted(channels, 'channel')}, got {source!r} "
+            f"for {its_channels}. Each latent space has its own: taesd, taesdxl, taesd3, taef1."
         )
     with no_pickles("decoder"):
         decoder: Any = AutoencoderTiny.from_pretrained(source, use_safetensors=True)

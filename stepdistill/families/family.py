@@ -80,7 +80,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
     conditioning: Literal["prompt", "label", "none"] = "prompt"
     has_null: bool = True  # whether there is an empty condition to guide away from
-    supports_w: ClassVar[bool] = False  # whether the stock denoiser has a guidance embedding input
+    supports_w: ClassVar[bool] = False  # whether a stock denoiser can have a guidance embedding
     supports_s: ClassVar[bool] = True  # whether a copy can be told where its jump ends (end_input)
     forward_mode: ClassVar[bool] = True  # whether its denoiser can be differentiated forward (JVP)
     one_size: ClassVar[bool] = False  # whether network or condition know one image size alone
@@ -133,6 +133,11 @@ class Family(ABC):
     def conditioning_in(cls, config: Any) -> Literal["prompt", "label", "none"]:
         """The conditioning of a model whose denoiser has that configuration."""
         return cls.conditioning
+
+    @classmethod
+    def told_guidance_in(cls, config: Any) -> bool:
+        """Whether a copy of a denoiser of that configuration can be told the guidance (w)."""
+        return cls.supports_w
 
     @classmethod
     def has_lora_loader(cls) -> bool:

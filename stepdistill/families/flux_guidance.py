@@ -33,7 +33,12 @@ class GuidanceToldFamily(Family):
     @property
     def embeds_guidance(self) -> bool:
         """See Family.embeds_guidance: true of the dev checkpoints."""
-        return bool(self.config.guidance_embeds)
+        return self.told_guidance_in(self.config)
+
+    @classmethod
+    def told_guidance_in(cls, config: Any) -> bool:
+        """See Family.told_guidance_in: dev's input serves, schnell can have none."""
+        return bool(config.get("guidance_embeds"))
 
     def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """A copy of the transformer; ("w",) is an input that dev has already."""

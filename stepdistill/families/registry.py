@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import SchedulerMixin
 
 from stepdistill.core.method import Setting
 from stepdistill.families import FAMILIES
@@ -186,7 +186,8 @@ class TeacherFacts:
     family, pipeline: the Family class, and the Diffusers class name it was found by.
     conditioning: "prompt", "label" or "none". has_null: whether there is an empty condition to
     guide away from. reads_image: whether the condition holds a first frame beside the prompt.
-    num_labels: how many class labels it knows; None where it reads none.
+    num_labels: how many class labels it knows; None where it reads none. told_guidance: whether a
+    student of it can be told the guidance.
     """
 
     family: type[Family]
@@ -196,6 +197,7 @@ class TeacherFacts:
     reads_image: bool
     setting: Setting
     num_labels: int | None = None
+    told_guidance: bool = False
 
 
 def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
@@ -206,11 +208,13 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
     if isinstance(teacher, Family):
         name = type(teacher.pipeline).__name__
         told = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
-        return TeacherFacts(type(teacher), name, *told, teacher.labels_in(teacher.config))
+        in_config = teacher.labels_in(teacher.config), teacher.told_guidance_in(teacher.config)
+        return TeacherFacts(type(teacher), name, *told, *in_config)
     source = ModelSource.of(teacher)
     cls = family_for(source.pipeline_class)
     _check_parts(source, cls, {})
-    config = _net_config(source, cls) if cls.conditioning == "label" else {}
+    told = cls.conditioning == "label" or cls.supports_w
+    config = _net_config(source, cls) if told else {}
     return TeacherFacts(
         cls,
         source.pipeline_class,
@@ -219,11 +223,13 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
         cls.reads_image,
         _setting(source),
         cls.labels_in(config),
+        cls.told_guidance_in(config),
     )
 
 
 def _net_config(source: ModelSource, cls: type[Family]) -> Any:
-    return UNet2DModel.load_config(source.described_at, subfolder=cls.net_name, **source.hub)
+    net = part_class(*source.index[cls.net_name])
+    return part_config(net, True, source.described_at, cls.net_name, source.hub)
 
 
 def _setting(source: ModelSource) -> Setting:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 # (logger, or "" for a Python warning; start of the message as a regular expression). Why it is
@@ -56,3 +59,18 @@ def quieten() -> None:
 
     if plain.__module__ == "warnings":  # not again
         warnings.formatwarning = one_line
+
+
+@contextmanager
+def without_bars(*libraries: str) -> Iterator[None]:
+    """Within: bars of diffusers or transformers, which stand below another and part it, are not
+    drawn."""
+    said = [import_module(f"{library}.utils.logging") for library in libraries]
+    drawing = [one for one in said if one.is_progress_bar_enabled()]
+    for one in drawing:
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one in drawing:
+            one.enable_progress_bar()

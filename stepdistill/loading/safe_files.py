@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stepdistill.loading.paper import check_on_paper
 from stepdistill.loading.project_code import project_file, project_parts
+from stepdistill.loading.quiet import without_bars
 from stepdistill.storage.files import PICKLED, one_line, read_json
 
 _PART = re.compile(r"[A-Za-z]\w*")
@@ -180,7 +181,8 @@ def _load_checked(
         check_weights(Path(model), read)
     check_on_paper(model, read, **_hub(options))
     try:
-        with no_pickles("pretrained_model_name_or_path"):
+        # A bar of each encoder's weights would stand within the pipeline's.
+        with no_pickles("pretrained_model_name_or_path"), without_bars("transformers"):
             return cls.from_pretrained(str(model), use_safetensors=True, **options)
     except torch.OutOfMemoryError:
         raise

@@ -51,7 +51,7 @@ class ModelSource:
     def of(cls, model: str | Path | ModelSource, **options: Any) -> ModelSource:
         """The source itself, or that of a path or Hub id; options: other fields to set."""
         source = model if isinstance(model, ModelSource) else cls(str(model))
-        return replace(source, **options)
+        return replace(source, **options) if options else source  # which knows its index
 
     @classmethod
     def of_run(cls, facts: Mapping[str, Any]) -> ModelSource:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from stepdistill.core.abilities import Abilities
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import MethodConfig
 from stepdistill.core.path import NoisePath
@@ -175,6 +177,23 @@ class ConsistencyConfig(MethodConfig):
                 f"{self.inference_guidance}. The embedding is trained on no other."
             )
         return self
+
+    @classmethod
+    def unfit(cls, options: Mapping[str, Any], model: Abilities) -> dict[str, tuple[Any, str]]:
+        """See MethodConfig.unfit."""
+        if not options.get("embed_guidance"):
+            return {}
+        made: dict[str, tuple[Any, str]] = {}
+        why = "the embedding learns no other"
+        if not model.told_guidance:
+            why = "this model can't be told its guidance"
+            made["embed_guidance"] = (False, why)
+        fields = cls.model_fields
+        low, high = options.get("guidance_range", fields["guidance_range"].default)
+        told = options.get("inference_guidance", fields["inference_guidance"].default)
+        if not low <= told <= high:
+            made["inference_guidance"] = (min(max(told, low), high), why)
+        return made
 
     @property
     def truncated(self) -> bool:

@@ -44,8 +44,8 @@ class DMDConfig(ScoreConfig):
         if steps > 1 or self.gan.enabled or self.rollout == "data":
             raise ValueError(
                 "dmd: expected one step, no gan and no rollout from data (x0 is the teacher's "
-                f"sample, no real image), got {steps} steps, gan.weight_g {self.gan.weight_g:g}, "
-                f"rollout {self.rollout!r}. dmd2 has these, without pairs."
+                f"sample, no real image), got num_steps {steps}, gan.weight_g "
+                f"{self.gan.weight_g:g}, rollout {self.rollout!r}. dmd2 has these, without pairs."
             )
         return self
 

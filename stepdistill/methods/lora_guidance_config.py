@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from stepdistill.core.abilities import Abilities
 from stepdistill.core.method import MethodConfig
 from stepdistill.core.recipe import Recipe
 from stepdistill.losses.progressive import HalvingWeight
@@ -55,6 +57,16 @@ class LoRAGuidanceConfig(MethodConfig):
     """Factor on the learning rate in each stage; none means 1 throughout."""
     anneal: bool = False
     """Let the learning rate fall linearly to 0 within each stage."""
+
+    @classmethod
+    def unfit(cls, options: Mapping[str, Any], model: Abilities) -> dict[str, tuple[Any, str]]:
+        """See MethodConfig.unfit."""
+        guided = options.get("guidance") != 1.0 or options.get("embed_guidance")
+        if guided or not options.get("guidance_stage") or not options.get("num_steps"):
+            return {}
+        why = "there is no guidance to fold in"
+        of_stages = [name for name in ("stage_starts", "stage_rates") if options.get(name)]
+        return {"guidance_stage": (False, why), **dict.fromkeys(of_stages, (None, why))}
 
     @model_validator(mode="after")
     def _check(self) -> LoRAGuidanceConfig:

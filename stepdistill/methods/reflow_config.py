@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from stepdistill.core.abilities import Abilities
 from stepdistill.core.method import MethodConfig
+from stepdistill.core.path import VEPath
+from stepdistill.core.times import most_steps
 from stepdistill.losses.rewards import LPIPSOptions
 from stepdistill.methods.perceptual import PairDistance, judged
 
@@ -31,6 +35,20 @@ class ReflowConfig(MethodConfig):
     student_times: tuple[float, ...] | None = None
     """The trained grid of stage distill itself, descending in (0, 1]; overrules num_steps. (0.4,)
     warms up DMD2's one-step SDXL: pure noise in, conditioning index 399."""
+
+    @classmethod
+    def unfit(cls, options: Mapping[str, Any], model: Abilities) -> dict[str, tuple[Any, str]]:
+        """See MethodConfig.unfit."""
+        if not isinstance(model.path, VEPath):
+            return {}
+        made: dict[str, tuple[Any, str]] = {}
+        if options.get("setup") == "raw":
+            made["setup"] = ("wrapped", "the preconditioning of an EDM-type model is no velocity")
+        wanted = options.get("num_steps", 1)
+        most = most_steps(model.path, wanted)
+        if options.get("stage", "reflow") == "reflow" and most < wanted:  # sampled so, not trained
+            made["num_steps"] = (most, "more of its steps fall on one time of this model")
+        return made
 
     @model_validator(mode="after")
     def _check(self) -> ReflowConfig:

@@ -20,6 +20,7 @@ from stepdistill.core.denoiser import is_guided
 from stepdistill.core.method import Method
 from stepdistill.monitoring.fake_lag import LAG_TIMES
 from stepdistill.monitoring.reference import probe_times, teacher_guidance
+from stepdistill.reporting.values import counted
 
 PROMISED_SHARE = 0.02
 _COUNTED_SHARE = 0.015
@@ -71,7 +72,8 @@ class Schedule:
     def said(self, prompts: Sequence[str], steps: int) -> dict[str, Any]:
         """What run.json says of it, for a run of that many updates."""
         if not self.every:
-            why = f"{steps} updates are too few for some within {PROMISED_SHARE:.0%} of the cost"
+            few = f"{counted(steps, 'update')} {'is' if steps == 1 else 'are'} too few"
+            why = f"{few} for some within {PROMISED_SHARE:.0%} of the cost"
             return {"steps": 0, "why": why}
         grid = {**asdict(self.grid), "prompts": list(prompts)}
         return {"steps": self.every, "share": round(self.share, 5), **grid}
@@ -192,8 +194,9 @@ def line_of(said: Mapping[str, Any]) -> str:
     """What the terminal says of a decision."""
     if not said["steps"]:
         return f"validation: none: {said['why']}"
+    every = "update" if said["steps"] == 1 else counted(said["steps"], "update")
+    prompts, images = counted(len(said["prompts"]), "prompt"), counted(said["images"], "image")
     return (
-        f"validation: every {said['steps']} updates on {len(said['prompts'])} prompts of "
-        f"{said['images']} images (about {said['share']:.1%} of the cost; "
-        "--validation_steps 0: none)"
+        f"validation: every {every} on {prompts} of {images} (about {said['share']:.1%} of the "
+        "cost; --validation_steps 0: none)"
     )

@@ -52,7 +52,8 @@ def _left(run: RunRecords) -> Answer:
     last: dict[str, Any] = run.log[-1] if run.log else {}
     seconds, speed = float(last.get("seconds", 0.0)), float(last.get("steps_per_second", 0.0))
     if run.end:
-        return "open", run.end["state"], question, f"{run.step} updates in {clock(seconds)}"
+        took = f"{counted(run.step, 'update')} in {clock(seconds)}"
+        return "open", run.end["state"], question, took
     limits = []
     if speed and config.get("max_train_steps"):
         limits.append((int(config["max_train_steps"]) - run.step) / speed)

@@ -40,6 +40,7 @@ from stepdistill.pairs.files import (
     shard_name,
 )
 from stepdistill.reporting.bars import bar
+from stepdistill.reporting.values import counted
 from stepdistill.storage.files import write_text
 from stepdistill.storage.shard_files import BrokenShardError, Shard, write_shard
 
@@ -119,7 +120,8 @@ class PairWriter:
         rows, shape = self.rows(shard), (len(self.rows(shard)), *self.settings.shape)
         sizes = (tuple(noise.shape), tuple(x0.shape), len(prompts))
         if sizes != (shape, shape, len(rows)):
-            raise ValueError(f"pairs: expected {len(rows)} pairs of {shape[1:]}, got {sizes}.")
+            expected = f"{counted(len(rows), 'pair')} of {shape[1:]}"
+            raise ValueError(f"pairs: expected {expected}, got {sizes}.")
         finite = x0.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
@@ -154,7 +156,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         if missing:
             count = f"{_MOST_TOLD} or more" if len(missing) == _MOST_TOLD else len(missing)
             raise ValueError(
-                f"pairs: expected {len(shards)} shards in {str(folder)!r}, got {count} "
+                f"pairs: expected {counted(len(shards), 'shard')} in {str(folder)!r}, got {count} "
                 f"missing ({missing[0]} first). Run stepdistill pairs again with the same settings."
             )
         self._handles: dict[int, Shard] = {}

@@ -14,6 +14,7 @@ from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.source import fitted
 from stepdistill.data.stream import PromptDataset
 from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.families.size import size_fits
 from stepdistill.loading.identity import differing
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import lora_facts
@@ -74,6 +75,7 @@ def make_pairs(
         known_by = _same_teacher(Path(pairs_dir), source)
         state = process_state()
         family = load_family(source)
+        size_fits(resolution, family)
         bank = RoleBank(family, {"teacher": Role()}, Tuning())
         family.pipeline.to(state.device)
 

@@ -7,9 +7,8 @@ class stands in: prompts are padded to the same length, and no text is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from importlib import import_module, resources
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 from transformers import CLIPImageProcessor
 
-from stepdistill.config.planned import bundled, require_known
+from stepdistill.config.planned import bundled, description, require_known
 from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for
 from stepdistill.loading.project_code import part_class
@@ -37,16 +36,14 @@ _STAND_INS: dict[str, Callable[[], Any]] = {
 
 
 def describe(model: str) -> dict[str, Any]:
-    """{"pipeline": class name, "options": {...}, "parts": {name: {"class", "config"}}}.
+    """What `planned.description` gives.
 
     Args: model: a bundled name, or a pipeline folder (weights are not read and may be absent).
     Errors: ValueError for anything else, for broken JSON, and for an index that names code which
         is not a library's.
     """
     if model in bundled():
-        text = (resources.files("stepdistill.planning") / "models" / f"{model}.json").read_text()
-        found: dict[str, Any] = json.loads(text)
-        return found
+        return description(model)
     require_known("plan", model)
     folder = Path(model)
     index = ModelSource(model).index

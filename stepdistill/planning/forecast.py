@@ -22,6 +22,7 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method
 from stepdistill.core.types import Batch
 from stepdistill.families.family import Family
+from stepdistill.families.size import size_fits
 from stepdistill.monitoring.own_validation import PROMPTS, schedule
 from stepdistill.monitoring.step_signs import StepSigns
 from stepdistill.planning.blueprint import blueprint
@@ -32,7 +33,6 @@ from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.roles.checkpointing import checkpointed_blocks
 from stepdistill.roles.rolebank import RoleBank
-from stepdistill.training.checks import size_fits
 from stepdistill.training.memory import checkpoints_activations
 from stepdistill.training.optim import moment_bytes
 from stepdistill.training.setup import roles_of

@@ -3,9 +3,9 @@
 A transformer calls dozens of blocks that differ in their numbers alone. The first of a kind is run
 aside, on copies of its inputs, forward and backward; every call then gives tensors that lie as its
 results did, and moves the tracker's counts as it did: the peak within, the operations, what the
-graph keeps. Of one kind are blocks of the same structure under the same adapter, with the same
-parameters trained and inputs that lie alike; in backward besides: gradients that come in alike,
-the same inputs held by others too, and the same parameters with a gradient already.
+graph keeps. Of one kind are blocks of the same structure (alike.py) under the same adapter, with
+the same parameters trained and inputs that lie alike; in backward besides: gradients that come in
+alike, the same inputs held by others too, and the same parameters with a gradient already.
 
 A call that can't be told exactly so is run as it is: hooks within the block, results that are views
 of inputs, anything else that stays behind.
@@ -14,7 +14,7 @@ of inputs, anything else that stays behind.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,17 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import Function, once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from stepdistill.planning.alike import PLAIN, Likeness
 from stepdistill.planning.fakes import Shapes, fresh
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.roles.rolebank import RoleBank
-
-_PLAIN = (
-    *(bool, int, float, str, type(None)),
-    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
-)
-# No part of a block's structure: a module's bookkeeping, its path in peft's layers, and its number
-# among its like, by which a cache knows it (and what a cache keeps is no block's to play back).
-_LEFT_OUT = {*vars(nn.Module()), "target_name", "layer_idx", "layer_id"} - {"training"}
 
 
 @dataclass(frozen=True)
@@ -87,14 +80,13 @@ class Replay:
     ) -> None:
         self.tracker, self.mode, self.bank = tracker, mode, bank
         self._records: dict[Any, _Record | None] = {}
-        self._alive: list[Any] = []  # what is known by its id
-        self._objects: dict[int, Any] = {}
+        self._likeness = Likeness()
 
     def wrap(self, blocks: Iterable[nn.Module]) -> None:
         """Play the calls of these blocks back, none of them inside another."""
         for block in blocks:
             within = [part for part in block.modules() if part is not block]
-            about = (self._structure(block), tuple(block.parameters()), within)
+            about = (self._likeness.structure(block), tuple(block.parameters()), within)
             forward: Any = partial(self._call, about, block.forward)
             block.forward = forward
 
@@ -109,7 +101,7 @@ class Replay:
         if any(part._forward_hooks or part._forward_pre_hooks for part in within):
             return forward(*args, **kwargs)
         inputs: list[Tensor] = []
-        given = self._plain((args, kwargs), inputs)
+        given = self._likeness.plain((args, kwargs), inputs)
         params = [p for p in parameters if p.requires_grad]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*params, *inputs))
         call = _Call(self, forward, (args, kwargs), inputs, params)
@@ -154,45 +146,6 @@ class Replay:
         finally:
             self.tracker.peak, self.tracker.flops = peak, flops
 
-    def _structure(self, block: nn.Module) -> Any:
-        """What makes blocks alike but for the numbers in them."""
-        parts = []
-        for name, module in block.named_modules():
-            facts = {k: v for k, v in vars(module).items() if module is not block or k != "forward"}
-            parts.append((name, type(module), self._plain(facts, None)))
-        tensors = (*block.named_parameters(), *block.named_buffers())
-        return (tuple(parts), tuple((n, t.shape, t.stride(), t.dtype) for n, t in tensors))
-
-    def _plain(self, value: Any, inputs: list[Tensor] | None) -> Any:
-        """The value, hashable; what can't be compared stands for itself alone.
-
-        Args: inputs: gets the fake tensors in it; None where it is part of a structure.
-        """
-        kind = type(value)
-        if kind in _PLAIN:
-            return (kind, value)
-        if isinstance(value, FakeTensor):
-            if inputs is None:
-                return (kind, value.shape, value.stride(), value.dtype)
-            inputs.append(value)
-            return kind
-        if isinstance(value, Mapping):
-            items = ((n, x) for n, x in value.items() if inputs is not None or n not in _LEFT_OUT)
-            return (kind, *((name, self._plain(one, inputs)) for name, one in items))
-        if kind in (tuple, list):
-            return (kind, *(self._plain(one, inputs) for one in value))
-        if id(value) not in self._objects:
-            self._alive.append(value)
-            self._objects[id(value)] = (kind, id(value))
-            if inputs is None and not _is_code(value) and hasattr(value, "__dict__"):
-                self._objects[id(value)] = (kind, self._plain(vars(value), None))
-        return self._objects[id(value)]
-
-
-def _is_code(value: Any) -> bool:
-    """Whether it is a function, a method, a class or a module, or a tensor of numbers."""
-    return isinstance(value, type | partial | nn.Module | Tensor) or hasattr(value, "__name__")
-
 
 def _record(out: Any, others: Sequence[Tensor], peak: int) -> _Record | None:
     """Of a call's result; None where that can't be made again: of other values, or views."""
@@ -203,7 +156,7 @@ def _record(out: Any, others: Sequence[Tensor], peak: int) -> _Record | None:
         if isinstance(leaf, Tensor):
             if not isinstance(leaf, FakeTensor) or id(leaf.untyped_storage()) in storages:
                 return None
-        elif type(leaf) not in _PLAIN:
+        elif type(leaf) not in PLAIN:
             return None
     number = {id(tensor): i for i, tensor in enumerate(tensors)}
     result = [_Place(number[id(x)]) if isinstance(x, Tensor) else x for x in leaves]

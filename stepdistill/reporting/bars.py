@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,9 +33,21 @@ def bar(iterable: Any = None, **options: Any) -> Any:
     """A tqdm bar of these options; where standard error is no terminal, a line each LINE_SECONDS
     and one at the end, and none at all of what is over before."""
     if sys.stderr.isatty() or tqdm.auto.tqdm is not tqdm.asyncio.tqdm_asyncio:
-        return tqdm.auto.tqdm(iterable, **options)
+        return tqdm.auto.tqdm(iterable, **{**_unstated_size(), **options})
     options |= {"mininterval": LINE_SECONDS, "maxinterval": 2 * LINE_SECONDS, "miniters": 1}
     return _Lines(iterable, delay=LINE_SECONDS, **options)
+
+
+def _unstated_size() -> dict[str, int]:
+    """Of a terminal that states none (containers, `script`), where tqdm would write empty lines."""
+    try:
+        stated = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):  # no terminal of its own: a notebook, a file
+        return {}
+    if stated.columns and stated.lines:
+        return {}
+    columns, lines = shutil.get_terminal_size()
+    return {"ncols": columns - 1, "nrows": lines}
 
 
 def planned_steps(

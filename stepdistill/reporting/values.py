@@ -27,8 +27,17 @@ class Measured:
 
 
 def counted(count: int, noun: str) -> str:
-    """Such as "4 steps", "1 step"."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    """Such as "4,000 steps", "1 step", "2 processes"."""
+    return f"{count:,} {_of(count, noun)}"
+
+
+def any_of(counts: Sequence[int], noun: str, word: str = "or") -> str:
+    """Such as "1 or 2 steps", "1 step"."""
+    return f"{f' {word} '.join(map(str, counts))} {_of(max(counts, default=0), noun)}"
+
+
+def _of(count: int, noun: str) -> str:
+    return noun if count == 1 else noun + ("es" if noun.endswith("s") else "s")
 
 
 def decimals(value: float) -> str:

@@ -185,22 +185,28 @@ class RoleBank(nn.Module):
 
     def rebind(self) -> None:
         """Look the roles' parameters up anew, after a caller replaced them in their modules."""
-        self._members = {role: self._collect(role) for role in self.roles}
+        named = {net: dict(module.named_parameters()) for net, module in self.nets.items()}
+        self._members = {role: self._collect(role, named) for role in self.roles}
 
-    def _collect(self, role: str) -> dict[str, nn.Parameter]:
-        """The role's own parameters by stock name; empty for the plain teacher."""
+    def _collect(
+        self, role: str, named: Mapping[str, dict[str, nn.Parameter]]
+    ) -> dict[str, nn.Parameter]:
+        """The role's own parameters by stock name; empty for the plain teacher.
+
+        Args: named: the parameters of each of `nets`, gone through once for all roles.
+        """
         if role in self.heads:
             return dict(self.heads[role].named_parameters())
         adapter = self._adapter_of[role]
         if adapter is not None:
             return {
                 name.replace(f".{role}.", "."): param
-                for name, param in self.base_of(role).named_parameters()
+                for name, param in named[self._net_of[role]].items()
                 if f".{role}." in name
             }
         if self._net_of[role] == BASE:
             return {}
-        return dict(self.nets[self._net_of[role]].named_parameters())
+        return named[self._net_of[role]]
 
     # -------------------------------------------------------- Nets protocol
     @property
@@ -276,17 +282,21 @@ class RoleBank(nn.Module):
         return self._active
 
     def _activate(self, adapter: str | None, share: float = 1.0) -> None:
-        # Private peft flags on purpose: the public set_adapter also flips requires_grad.
+        # Private peft flags on purpose: the public set_adapter also flips requires_grad. Written
+        # past Module.__setattr__, which looks for weights first: a recomputed block switches twice.
+        flags: dict[str, Any] = {"_disable_adapters": adapter is None}
         for layer in self._tuner_layers:
+            vars(layer).update(flags if adapter is None else flags | {"_active_adapter": [adapter]})
+        if share != self._share:
             for name, part in ((self._active, 1.0), (adapter, share)):
-                if share != self._share and name in layer.scaling:
-                    layer.scaling[name] = layer.lora_alpha[name] / layer.r[name] * part
-            if adapter is None:
-                layer._disable_adapters = True
-            else:
-                layer._disable_adapters = False
-                layer._active_adapter = [adapter]
+                self._scale(name, part)
         self._active, self._share = adapter, share
+
+    def _scale(self, adapter: str | None, share: float) -> None:
+        """Give an adapter that share of its strength, as peft computes it."""
+        for layer in self._tuner_layers:
+            if adapter in layer.scaling:
+                layer.scaling[adapter] = layer.lora_alpha[adapter] / layer.r[adapter] * share
 
     @contextmanager
     def use(self, adapter: str | None, share: float = 1.0) -> Iterator[None]:

@@ -22,8 +22,6 @@ from stepdistill.rewards import check_scorers
 from stepdistill.roles.student_net import check_student_config
 from stepdistill.training.start import student_base_of
 
-FAR = 1.5  # a side of so many times the model's own is told
-
 
 def method_fits(
     cls: type[Method[Any]],
@@ -135,28 +133,17 @@ def _without_first_frames(has: frozenset[str], item: Mapping[str, Any]) -> froze
     return has if "x0" in item else has - {"x0"}
 
 
-def size_fits(resolution: int | None, family: Family) -> None:
-    """Warns of a resolution far from the model's own, with what it costs."""
-    own = family.image_size()
-    if resolution is None or not own[0] or not own[1]:
-        return
-    area = resolution**2 / (own[0] * own[1])
-    if not 1 / FAR**2 <= area <= FAR**2:
-        warnings.warn(
-            f"resolution: expected about the model's own {own[0]} x {own[1]} px, got "
-            f"{resolution}: {area:.2g} times the pixels in every call, {area**2:.2g} times the "
-            "work of attention, and a teacher that is not at its best there. Leave it out for the "
-            "model's own.",
-            stacklevel=4,
-        )
-
-
 def roles_fit(
     cls: type[Method[Any]], config: MethodConfig, args: TrainConfig, teacher: TeacherFacts
 ) -> None:
     """Errors: ValueError for roles that the model, or an adapter on it, cannot have."""
     method, family = _quietly(cls, config, teacher), teacher.family
     student = method.roles()["student"]
+    if "w" in student.extra_inputs and not teacher.told_guidance:
+        raise ValueError(
+            f"{method.name}: expected a model that can be told its guidance, got one of "
+            f"{family.name} without that input. Set --method_config.embed_guidance false."
+        )
     if student.extra_inputs and args.tuning.layout("student") == "lora":
         raise ValueError(
             f"tuning.student: expected full of a student with extra inputs {student.extra_inputs} "

@@ -13,6 +13,7 @@ from stepdistill.cache.precompute import gib
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import Method
 from stepdistill.monitoring.run_report import REPORT
+from stepdistill.reporting.values import counted
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.training.optim import moment_bytes
 
@@ -39,6 +40,8 @@ def opening_lines(trainer: Trainer, reasons: Sequence[str]) -> list[str]:
 
 
 def _millions(count: float) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} B"
     return f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M"
 
 
@@ -62,8 +65,8 @@ def method_line(
     samples = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     rates = {"student": args.learning_rate, **args.role_learning_rates}
     return (
-        f"method:  {method.name} ({type(method).paper}) for {steps} step{'s' * (steps > 1)}, "
-        f"guidance {method.teacher_guidance:g}; {samples} sample{'s' * (samples > 1)} an update, "
+        f"method:  {method.name} ({type(method).paper}) for {counted(steps, 'step')}, "
+        f"guidance {method.teacher_guidance:g}; {counted(samples, 'sample')} an update, "
         f"learning rates {', '.join(f'{role} {rate:g}' for role, rate in rates.items())}; "
         f"from {'; '.join(reasons)}"
     )
@@ -77,7 +80,7 @@ def trained_line(bank: RoleBank, args: TrainConfig) -> str:
         kind = "head" if role in bank.heads else getattr(args.tuning, role, args.tuning.student)
         shape = f"LoRA of rank {args.tuning.rank}" if kind == "lora" else kind
         parts.append(f"{role} ({shape}, {_millions(count)} parameters)")
-    until = f"{args.max_train_steps:,} step{'s' * (args.max_train_steps > 1)}"
+    until = counted(args.max_train_steps, "step")
     if args.max_train_seconds is not None:
         until += f" or {args.max_train_seconds:g} s, whichever comes first"
     return f"trained: {', '.join(parts)}; {until}"
@@ -91,16 +94,26 @@ def memory_line(
 
     Args: room: bytes of the device, where that is known.
     """
-    parts = [p for p in bank.family.pipeline.components.values() if hasattr(p, "parameters")]
-    held = _size([*bank.parameters(), *(p for part in parts for p in part.parameters())])
+    named = bank.family.pipeline.components.items()
+    parts = {name: _size(part.parameters()) for name, part in named if hasattr(part, "parameters")}
+    parts.pop(bank.family.net_name)
+    beside = sum(parts.values())
+    held = _size(bank.parameters()) + (0 if args.offload_encoders else beside)
     own = {role: list(bank.members(role).values()) for role in bank.trained_roles}
     moments = sum(moment_bytes(p, args.optimizer) for tensors in own.values() for p in tensors)
     gradients = max(sum(_size(own[role]) for role in phase.trains) for phase in method.phases(0))
+    forecast = held + moments + gradients
     text = (
-        f"memory:  {gib(held)} of weights held; forecast {gib(held + moments + gradients)} with "
-        "gradients and optimiser; activations, of which stepdistill plan knows, come on top"
+        f"memory:  {gib(held)} of weights held; forecast {gib(forecast)} with gradients and "
+        "optimiser; activations come on top (stepdistill plan forecasts them)"
     )
-    return text if room is None else f"{text}; the device has {gib(room)}"
+    if args.offload_encoders:
+        text += f"; encoders and autoencoder on the CPU, {gib(beside)}"
+    if room is None:
+        return text
+    if forecast > room:
+        return f"{text}; MORE than the device's {gib(room)}: stepdistill plan says what saves most"
+    return f"{text}; the device has {gib(room)}"
 
 
 def _size(tensors: Iterable[Any]) -> int:

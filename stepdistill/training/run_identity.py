@@ -23,6 +23,7 @@ from stepdistill.loading.place import absolute
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import same_lora
 from stepdistill.monitoring.records import FILES
+from stepdistill.reporting.values import counted
 from stepdistill.storage.checkpoints import list_checkpoints, newest_valid
 from stepdistill.storage.files import RUN_FILE, read_json
 from stepdistill.storage.folders import refuse_written_on
@@ -238,7 +239,8 @@ def resume_fits(
     if state["global_batch"] != now:
         raise ValueError(
             f"resume_from_checkpoint: expected the saved global batch of {state['global_batch']} "
-            f"(saved on {state['world_size']} processes), got {now} = {world_size} processes x "
+            f"(saved on {counted(state['world_size'], 'process')}), got {now} = "
+            f"{counted(world_size, 'process')} x "
             f"train_batch_size {args.train_batch_size}. Change --train_batch_size so that it fits."
         )
     if state["gradient_accumulation_steps"] != args.gradient_accumulation_steps:

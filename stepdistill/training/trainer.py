@@ -33,6 +33,7 @@ from stepdistill.data.stream import as_dataset
 from stepdistill.families import FAMILIES
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.families.size import size_fits
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.monitoring.logs import RunLog
@@ -139,7 +140,7 @@ class Trainer(Resumable):
             else load_family(with_quantized_base(teacher, args))
         )
         if self.dataset is not None:
-            checks.size_fits(args.resolution, self.family)
+            size_fits(args.resolution, self.family)
         setting = self.family.setting_at(args.resolution)
         self.method: Method[Any] = method_class(self.method_name)(config, setting)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,23 @@ def test_a_large_teacher_s_settings_are_the_method_s_file_under_its_own_guidance
     assert settings["adam_beta2"] == 0.999
     (sd3,) = layers_of("sd3")
     assert settings["method_config"]["guidance"] == stated_for(METHODS["dmd2"], sd3.model)
+
+
+def test_a_large_teacher_is_settled_and_told_as_train_does_it(
+    tmp_path, tmp_path_factory, monkeypatch
+) -> None:
+    """LCM tells the student its guidance, which SD3 can't be."""
+    monkeypatch.setattr(SMALL, 0)
+    setup = own(tmp_path, tmp_path_factory)
+    argv = ["--config", "lcm", "--pretrained_model_name_or_path", setup.teacher()]
+    run = parse_run_config(argv, by_size=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        settings = setup.settings("lcm")
+    assert settings["method_config"]["embed_guidance"] is False
+    options = method_config(settings["method"], settings["method_config"])
+    assert options == method_config(run.method, run.method_config)
+    assert [str(one.message) for one in told] == [f"lcm: {line}." for line in run.reasons[1:]]
 
 
 def test_a_file_is_taken_whatever_the_teacher_s_size(tmp_path, tmp_path_factory) -> None:

@@ -16,19 +16,24 @@ import yaml
 from PIL import Image
 from support.runs import teacher_dir
 
+from stepdistill.cache.precompute import cache_run
 from stepdistill.config.files import method_class, method_config, parse_run_config
 from stepdistill.config.layers import layers_of, merge, merged, recipe_files
 from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, VPPath
-from stepdistill.families.registry import FAMILIES
+from stepdistill.evaluation.options import Options as Evaluation
+from stepdistill.evaluation.run import evaluate
+from stepdistill.families.registry import FAMILIES, load_family
+from stepdistill.families.size import size_fits
 from stepdistill.methods import METHODS
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.planning.recipes import CARDS, forecast_of, known, settings_hash, sized, verdict
 from stepdistill.storage.bundled import bundled_names
 from stepdistill.testing.tiny import TINY
 from stepdistill.trainers import train_run
+from stepdistill.training.sources import open_dataset
 
 RECIPES = recipe_files()
 ABOUT = {name: layers[-1].recipe for name, layers in RECIPES.items()}
@@ -275,9 +280,6 @@ def test_a_recipe_trains_a_tiny_model_and_exports(name: str, tmp_path, tmp_path_
 
 
 def test_a_resolution_far_from_the_model_s_own_is_told(tmp_path_factory) -> None:
-    from stepdistill.families.registry import load_family
-    from stepdistill.training.checks import size_fits
-
     family = load_family(teacher_dir("sd", tmp_path_factory))
     side = family.image_size()[0]
     with pytest.warns(UserWarning, match=r"16 times the pixels .* 2.6e\+02 times .* attention"):
@@ -286,6 +288,44 @@ def test_a_resolution_far_from_the_model_s_own_is_told(tmp_path_factory) -> None
         warnings.simplefilter("error")
         for resolution in (None, side, round(1.4 * side)):
             size_fits(resolution, family)
+
+
+class Means:
+    """The mean of each channel: a feature network without weights."""
+
+    name, facts = "means", {"weights": "none", "preprocess": "as made"}
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean(dim=(2, 3))
+
+
+def at_size(command: str, teacher: str, prompts: str, out: str, side: int) -> None:
+    if command == "pairs":
+        make_pairs(teacher, prompts, out, num_pairs=1, num_steps=1, resolution=side)
+    elif command == "cache":
+        argv = ["--pretrained_model_name_or_path", teacher, "--data.prompts_file", prompts]
+        argv += ["--cache_dir", out, "--resolution", str(side)]
+        run = parse_run_config(argv, method="dmd2")
+        cache_run(run, open_dataset(run))
+    else:
+        drawn: dict[str, Any] = {"student": [teacher], "steps": [1], "teacher_steps": [1]}
+        paths: dict[str, Any] = {"prompts_file": prompts, "output_dir": out}
+        evaluate(Evaluation(teacher=teacher, resolution=side, **drawn, **paths), [Means()])
+
+
+@pytest.mark.parametrize("command", ["pairs", "cache", "evaluate"])
+def test_every_command_that_takes_a_size_tells_one_far_from_the_model_s(
+    command: str, tmp_path_factory, tmp_path: Path
+) -> None:
+    """Of plan, see tests/planning/test_forecast.py."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n")
+    teacher = str(teacher_dir("sd", tmp_path_factory))
+    with pytest.warns(UserWarning, match="resolution: expected about the model's own 16 x 16 px"):
+        at_size(command, teacher, str(prompts), str(tmp_path / "out"), 32)
 
 
 def test_tiny_models_serve_every_family_of_a_recipe() -> None:

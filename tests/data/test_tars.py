@@ -102,7 +102,7 @@ def test_a_broken_caption_is_a_corrupt_sample(tmp_path, members) -> None:
 
 def test_samples_without_an_image_are_left_out(tmp_path) -> None:
     path = write(tmp_path / "a.tar", a__txt=b"a", b__png=png(1), b__txt=b"b", note=b"x")
-    with pytest.warns(UserWarning, match=r"left out 1 samples without an image \(a\)"):
+    with pytest.warns(UserWarning, match=r"left out 1 sample without an image \(a\)"):
         data = TarDataset(str(path), None)
     assert [data[i]["prompt"] for i in range(len(data))] == ["b"]
 

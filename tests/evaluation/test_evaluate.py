@@ -90,6 +90,15 @@ def test_a_network_that_can_t_read_the_teacher_s_images_is_refused_before_one_is
     assert not (tmp_path / "out").exists()
 
 
+def test_a_user_s_file_without_that_network_is_refused_before_an_image_is_drawn(
+    teacher, prompts, tmp_path
+) -> None:
+    (tmp_path / "nets.py").write_text("Mean = 0.5")
+    with pytest.raises(ValueError, match=r"features: expected Mean in .*nets\.py"):
+        evaluate(options(teacher, prompts, tmp_path / "out", features=[f"{tmp_path}/nets.py:Mean"]))
+    assert not (tmp_path / "out").exists()
+
+
 def features(report: Report, name: str) -> Tensor:
     (folder,) = (report.folder / "features").glob(f"{name}-*")
     return Store(folder, 6, 4).read()[0]["features/corners"]
@@ -326,7 +335,7 @@ def test_a_student_of_no_numbers_is_named(teacher, prompts, tmp_path, tmp_path_f
     for param in pipeline.transformer.parameters():
         param.data.fill_(float("nan"))
     pipeline.save_pretrained(broken)
-    with pytest.raises(ValueError, match="student at 1 steps: expected finite images, got NaN"):
+    with pytest.raises(ValueError, match="student at 1 step: expected finite images, got NaN"):
         evaluate(options(teacher, prompts, tmp_path, student=[str(broken)]), [Corners()])
 
 

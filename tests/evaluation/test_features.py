@@ -134,6 +134,73 @@ def test_a_module_s_own_network_is_named_by_its_address() -> None:
         feature_net(f"{__name__}:Mode")
 
 
+OWN = """
+class Mean:
+    name, facts = "mean", {"weights": "none", "preprocess": "as made"}
+
+    def __init__(self, device):
+        self.device = device
+
+    def preprocess(self, images):
+        return images
+
+    def __call__(self, images):
+        return images.flatten(2).mean(2)
+
+
+class Bare(Mean):
+    def __init__(self):
+        pass
+
+
+median = 0.5
+strings = str
+"""
+
+
+def test_a_network_of_a_user_s_file_is_named_by_its_path(tmp_path) -> None:
+    file = tmp_path / "my nets.py"
+    file.write_text(OWN)
+    net = feature_net(f"{file}:Mean")
+    assert (net.name, net(net.preprocess(pixels())).shape) == ("mean", (2, 3))
+    before = net.facts
+    file.write_text(OWN + "\n")  # whose features may be others
+    after = feature_net(f"{file}:Mean").facts
+    assert before.keys() == after.keys() == {"weights", "preprocess", "code"}
+    assert before != after
+
+
+@pytest.mark.parametrize(
+    ("called", "message"),
+    [
+        ("Mode", r"features: expected Mode in .*nets\.py, .* got None\. Mend it"),
+        ("median", r"features: expected median in .*, got 0\.5\."),
+        ("Bare", r"features: expected Bare in .*, got Bare: TypeError: .* positional argument"),
+        ("strings", r"features: expected strings in .*, got strings, which makes 'cpu'\."),
+    ],
+)
+def test_what_is_no_network_in_a_user_s_file_is_refused_in_one_line(
+    called: str, message: str, tmp_path
+) -> None:
+    (tmp_path / "nets.py").write_text(OWN)
+    with pytest.raises(ValueError, match=message) as refused:
+        feature_net(f"{tmp_path}/nets.py:{called}")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_user_s_file_that_is_not_there_or_fails_is_refused(tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match=r"features: expected FILE\.py:\w+ of a file that is there"
+    ):
+        feature_net(f"{tmp_path}/nowhere.py:Mean")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"features: .* to run, got ZeroDivisionError: .* Mend"
+        ):
+            feature_net(f"{tmp_path}/broken.py:Mean")
+
+
 def test_a_registered_name_is_found(monkeypatch) -> None:
     monkeypatch.setitem(FEATURES, "mine", Kind("mine:FILE", lambda file, device: Mean(file)))
     assert feature_net("mine:a.bin").device == "a.bin"  # type: ignore[attr-defined]

@@ -47,3 +47,18 @@ def test_a_warning_is_hidden_by_its_message() -> None:
 def test_warnings_of_ours_are_one_line() -> None:
     assert warnings.formatwarning("no", UserWarning, quiet.__file__, 3) == "warning: no\n"
     assert "UserWarning" in warnings.formatwarning("no", UserWarning, "/elsewhere.py", 3)
+
+
+def test_bars_of_libraries_are_drawn_again_after() -> None:
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    both, before = (of_diffusers, of_transformers), of_diffusers.is_progress_bar_enabled()
+    of_diffusers.enable_progress_bar()
+    of_transformers.disable_progress_bar()  # by the user
+    with quiet.without_bars("diffusers", "transformers"):
+        assert [one.is_progress_bar_enabled() for one in both] == [False, False]
+    assert [one.is_progress_bar_enabled() for one in both] == [True, False]
+    of_transformers.enable_progress_bar()
+    if not before:
+        of_diffusers.disable_progress_bar()

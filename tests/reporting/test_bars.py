@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import sys
 
 import pytest
 
@@ -39,3 +42,17 @@ def test_a_log_file_gets_whole_lines_and_nothing_of_short_work(monkeypatch) -> N
     lines = [line for line in file.getvalue().splitlines() if line]
     assert lines[-1].startswith("work: 100%")
     assert "\r" not in file.getvalue()
+
+
+def test_a_terminal_that_states_no_width_gets_bars(monkeypatch) -> None:
+    """As a new pseudo terminal: 0 rows of 0 columns."""
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        for _ in bars.bar(range(3), desc="work", file=terminal, disable=False):
+            pass
+        text = os.read(master, 4096).decode()
+    os.close(master)
+    assert "work: 100%" in text
+    assert text.count("\n") == 1  # replaced, not stacked

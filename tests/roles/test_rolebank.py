@@ -376,3 +376,15 @@ def test_refusals_name_the_rule(make_family) -> None:
     build(family)
     with pytest.raises(ValueError, match="expected a plain denoiser"):
         build(family)
+
+
+@pytest.mark.parametrize("family", ["sd"], indirect=True)
+def test_switching_writes_flags_alone(family: Family, monkeypatch) -> None:
+    """Module.__setattr__ looks for weights first; a network of 800 adapters pays at each block."""
+    bank, written = build(family), []
+    monkeypatch.setattr(BaseTunerLayer, "__setattr__", lambda *args: written.append(args), False)
+    with bank.use("fake"):
+        assert all(layer.active_adapter == ["fake"] for layer in bank._tuner_layers)
+        assert not any(layer.disable_adapters for layer in bank._tuner_layers)
+    assert all(layer.disable_adapters for layer in bank._tuner_layers)
+    assert written == []

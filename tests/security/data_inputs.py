@@ -142,7 +142,7 @@ INPUTS: tuple[tuple[str, Any, Any], ...] = (
     ("label folder", ["10/a.png"], says(rf"/10: {LABEL}'10' \(str\)\. Rename the folder")),
     ("label folder", ["99999999999/a.png"], says(rf"/99999999999: {LABEL}")),
     ("label folder", ["\u00b2/a.png"], says(r"expected sub-folders named by class label")),
-    ("label folder", ["1/a.heic", "1/b.png"], says(r"left out 1 pictures .*1/a\.heic")),
+    ("label folder", ["1/a.heic", "1/b.png"], says(r"left out 1 picture .*1/a\.heic")),
 )  # fmt: skip
 
 # Changes to a pair set's manifest: (keys, value).

@@ -149,7 +149,7 @@ def test_two_forms_of_metadata_are_refused(tmp_path) -> None:
 def test_images_without_a_text_are_left_out_with_a_word(tmp_path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.txt").write_text("a cat")
-    with pytest.warns(UserWarning, match=r"left out 1 pictures .* without a \.txt .*\(b\.png\)"):
+    with pytest.warns(UserWarning, match=r"left out 1 picture .* without a \.txt .*\(b\.png\)"):
         data = _folder(tmp_path, "d/a.png", "b.png")
     assert _items(data, tmp_path) == [("d/a.png", "a cat")]
 

@@ -78,15 +78,39 @@ def lines_of(recipe: str, model: str) -> list[str]:
 @pytest.mark.full
 def test_first_lines_on_sdxl_s_shapes() -> None:
     lines = lines_of("sdxl-dmd2-lora-4step", "sdxl")
-    assert "StableDiffusionXLPipeline of 2,567 M parameters at 1024 x 1024 px" in lines[0]
+    assert "StableDiffusionXLPipeline of 2.6 B parameters at 1024 x 1024 px" in lines[0]
     assert "guidance 8" in lines[1]
     assert "from recipe sdxl-dmd2-lora-4step" in lines[1]
     assert "student (LoRA of rank 64, " in lines[2]
-    assert "the device has 24.00 GiB" in lines[3]
+    assert lines[3].endswith("autoencoder on the CPU, 1.8 GiB; the device has 24.0 GiB")
 
 
 @pytest.mark.full
 def test_first_lines_on_flux_s_shapes() -> None:
     lines = lines_of("flux-dmd2-lora", "flux")
-    assert "FluxPipeline of 11,901 M parameters at 1024 x 1024 px, predicts flow" in lines[0]
+    assert "FluxPipeline of 11.9 B parameters at 1024 x 1024 px, predicts flow" in lines[0]
     assert "guidance 3.5" in lines[1]
+    assert lines[3].endswith(
+        "MORE than the device's 24.0 GiB: stepdistill plan says what saves most"
+    )
+
+
+def test_memory_is_held_against_the_device_that_holds_it(tmp_path_factory) -> None:
+    """Not what is said to lie on the CPU."""
+    teacher = str(teacher_dir("sd", tmp_path_factory))
+    told = ["--method", "dmd2", "--pretrained_model_name_or_path", teacher]
+    texts = {}
+    for name, flags in (("all", []), ("offloaded", ["--offload_encoders"])):
+        run = parse_run_config([*told, *flags])
+        family = blueprint(teacher, torch.float32)
+        method: Any = method_class("dmd2")(method_config("dmd2", {}), family.setting)
+        with torch.device("meta"):
+            bank = RoleBank(family, roles_of(method, run), run.tuning)
+        texts[name] = memory_line(bank, method, run, 1 << 20)
+    assert texts["all"].endswith(
+        "; MORE than the device's 1.0 MiB: stepdistill plan says what saves most"
+    )
+    assert "autoencoder on the CPU" not in texts["all"]
+    held = {name: float(text.split()[1]) for name, text in texts.items()}
+    assert "autoencoder on the CPU" in texts["offloaded"]
+    assert held["offloaded"] != held["all"]  # in KiB and MiB
