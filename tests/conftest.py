@@ -44,11 +44,11 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`.
 
     sampled(family=("sd3", ...)): a sample of those values alone; sampled(pairs=False): one that
-    meets values and no pairs.
+    meets values and no pairs; sampled("sd3-full", ...): those sets of parameters, by their ids.
     """
     sweeps: dict[str, dict[str, Any]] = {}
     for item in items:
@@ -60,8 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for name, item in sweep.items()
             if not item.get_closest_marker("full")
         }
-        limits = next(iter(sweep.values())).get_closest_marker("sampled").kwargs
-        for name in params.keys() - sample(params, **limits):
+        test = next(iter(sweep))
+        mark = sweep[test].get_closest_marker("sampled")
+        ids = {f"{test.partition('[')[0]}[{name}]" for name in mark.args}
+        unknown = set() if any("::" in arg for arg in config.args) else ids - sweep.keys()
+        if unknown:
+            raise pytest.UsageError(f"sampled: expected ids of the test, got {sorted(unknown)}.")
+        for name in params.keys() - (ids or set(sample(params, **mark.kwargs))):
             sweep[name].add_marker("full")
 
 

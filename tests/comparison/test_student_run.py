@@ -97,6 +97,7 @@ def test_points_are_halves_and_lie_in_the_training_they_fall_in() -> None:
     assert stops(shares(1), 0.0, 1.0, 7, last=True) == {7: 1.0}
 
 
+@pytest.mark.full
 def test_curve_is_judged_at_its_shares_of_both_trainings(whole) -> None:
     assert whole["updates"] == [2, 6]
     assert whole["clock"] == f"{cost.CLOCK}, 1 thread"

@@ -302,6 +302,7 @@ def test_two_processes_make_the_numbers_of_one(report, teacher, prompts, tmp_pat
     assert found["frechet"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.full
 def test_more_previews_than_were_made_are_no_mistake(report, teacher, prompts, tmp_path) -> None:
     first = evaluate(options(teacher, prompts, tmp_path, num_previews=2), [Corners()])
     again = evaluate(options(teacher, prompts, tmp_path, num_previews=4), [Corners()])

@@ -50,6 +50,7 @@ def rows(report: Report) -> dict[tuple[str, str, str], dict[str, str]]:
         return {(r["group"], r["metric"], r["reference"]): r for r in csv.DictReader(file)}
 
 
+@pytest.mark.full
 def test_the_reference_beside_a_number_is_its_own(report) -> None:
     told = rows(report)
     real, teacher = (told["student", "frechet", name] for name in ("real", "teacher"))

@@ -95,6 +95,7 @@ def assert_the_student(trainer, net) -> None:
     assert float((plain - ours).abs().max()) > 1e-2
 
 
+@pytest.mark.sampled("sd_v-kohya", "z_image-comfyui")
 @pytest.mark.parametrize(("family", "form"), BY_DIFFUSERS)
 def test_stock_loader_makes_the_student_of_it(family, form, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)
@@ -106,6 +107,7 @@ def test_stock_loader_makes_the_student_of_it(family, form, tmp_path, tmp_path_f
     assert_the_student(trainer, plain.net)
 
 
+@pytest.mark.sampled("sdxl-comfyui", "sd3-comfyui", "flux-kohya", "lumina2-comfyui")
 @pytest.mark.parametrize(("family", "form"), BY_INVERSE)
 def test_the_inverse_makes_the_student_of_it(family, form, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)

@@ -76,6 +76,7 @@ def assert_sum(read, first, second, weights) -> None:
         torch.testing.assert_close(read[name], wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sampled("weights1", "weights3")
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.25, -2.0), (1.0, 0.0), (0.0, 1.0)])
 def test_cat_is_the_weighted_sum_of_deltas(weights, pair, tmp_path) -> None:
     (a, first, trainer), (b, second, _) = pair

@@ -45,7 +45,9 @@ CASES = [(f, layout, *s) for f in THOROUGH for layout in ("lora", "full") for s 
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
 
 
-@pytest.mark.sampled(family=THOROUGH)  # the others' by test_defaults.py
+@pytest.mark.sampled(
+    "sd-full-1-renoise", "sd_v-full-4-ode", "sd3-lora-2-renoise", "dit-lora-1-renoise"
+)
 @pytest.mark.parametrize(("family", "layout", "steps", "kind"), CASES)
 def test_stock_image_equals_in_memory(
     family, layout, steps, kind, tmp_path, tmp_path_factory
@@ -114,6 +116,7 @@ def test_raw_velocity_student_in_dit(tmp_path, tmp_path_factory) -> None:
     assert index["scheduler"] == ["diffusers", "FlowMapEulerDiscreteScheduler"]
 
 
+@pytest.mark.sampled("pixart")
 @pytest.mark.parametrize("family", ["sdxl", "pixart"])
 def test_raw_velocity_student_where_the_loop_scales_its_input(
     family, tmp_path, tmp_path_factory
@@ -158,7 +161,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
 WITH_LORA_LOADER = [name for name, family in TINY_FAMILY.items() if family.has_lora_loader()]
 
 
-@pytest.mark.sampled(family=("sd_v", "sdxl", "flux"))  # and the formats of test_lora_formats.py
+@pytest.mark.sampled("flux")
 @pytest.mark.parametrize("family", WITH_LORA_LOADER)
 def test_lora_file_keeps_the_strength_of_alpha(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
@@ -192,7 +195,7 @@ def test_lora_of_a_full_student_is_refused(tmp_path, tmp_path_factory) -> None:
         trainer.export(tmp_path / "out", format="lora")
 
 
-@pytest.mark.sampled(family=("dit", "pixart"))
+@pytest.mark.sampled("dit")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITH_LORA_LOADER])
 def test_lora_without_a_loader_is_a_peft_adapter(family, tmp_path, tmp_path_factory) -> None:
     """Diffusers gives these classes no LoRA loader; PEFT reads the folder, alpha included."""
@@ -225,6 +228,7 @@ def flux(tmp_path_factory):
     return build_trainer("dmd2", teacher, "full", tmp_path_factory.mktemp("flux"))
 
 
+@pytest.mark.sampled("2-1.0", "4-3.0")
 @pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (4, 3.0)])
 def test_flux_scheduler_visits_the_trained_sigmas(steps, shift, flux, tmp_path) -> None:
     """The Flux call hands its scheduler linspace(1, 1/N, N) and mu: neither may move the grid."""
@@ -259,7 +263,7 @@ def test_a_guided_qwen_image_student_names_its_negative_prompt(tmp_path, tmp_pat
     assert call == {"true_cfg_scale": 3.0, "negative_prompt": " "}
 
 
-@pytest.mark.sampled(family=("flux", "wan"))  # others train in the matrix, export untrained
+@pytest.mark.sampled("flux")
 @pytest.mark.parametrize("family", FURTHER)
 def test_trained_student_round_trips(family, tmp_path, tmp_path_factory) -> None:
     """Two steps of DMD2 with LoRA, exported; export_pipeline compares the reloaded image."""

@@ -69,6 +69,7 @@ def test_parity_with_the_stock_pipeline(family) -> None:
     assert {name: value for name, value in rows if not value < LIMIT} == {}
 
 
+@pytest.mark.sampled("sd35_t5", "flux_schnell")
 @pytest.mark.parametrize(
     "build",
     [
@@ -184,6 +185,16 @@ class WrongConvention(ZImageFamily):
         return guidance
 
 
+@pytest.mark.sampled(
+    "WrongLength-build0-encode",
+    "WrongPacking-build3-denoiser",
+    "WrongGuidance-build4-encode",
+    "WrongMask-build5-encode",
+    "WrongNull-tiny_sd-sampling",
+    "WrongTime-tiny_sd3-denoiser",
+    "WrongScale-tiny_sd3-vae: encode",
+    "WrongLabel-tiny_dit-encode",
+)
 @pytest.mark.parametrize(
     ("wrong", "build", "row"),
     [

@@ -58,6 +58,7 @@ def told_mu(pipeline, size: int) -> float:
     return heard[0]
 
 
+@pytest.mark.sampled("flux", "flux2_dev", "lumina2", "qwen_image", "sd3", "z_image")
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_shift_at_two_sizes_is_the_stock_calls(name) -> None:
     pipeline = dynamic(name)
@@ -90,6 +91,7 @@ def test_fixed_shifts_do_not_follow_the_size() -> None:
     assert family.shift_at(16, 16) == family.shift_at(32, 32) == 3.0
 
 
+@pytest.mark.sampled("16")
 @pytest.mark.parametrize("size", [16, 32])
 def test_training_and_export_take_the_shift_of_the_resolution(
     size, tmp_path, tmp_path_factory

@@ -39,6 +39,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "hub"
 
 
+@pytest.mark.full
 def test_a_hub_id_serves_as_a_folder_does(cache, tmp_path, tmp_path_factory) -> None:
     folder = teacher_dir("sd_v", tmp_path_factory)
     put_on_hub(cache, "me/teacher", folder)

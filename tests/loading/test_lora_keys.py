@@ -180,6 +180,17 @@ def loaded(tmp_path, tmp_path_factory) -> Callable[[str, Callable[[Any], State]]
     return load
 
 
+@pytest.mark.sampled(
+    "peft dora",
+    "dora of a transformer",
+    "kohya block that is not here",
+    "locon mid",
+    "lokr",
+    "alpha alone",
+    "half a pair",
+    "text block that is not here",
+    "wan norm diff",
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_keys_left_over_are_refused(name, loaded) -> None:
     family, build, key = REFUSED[name]

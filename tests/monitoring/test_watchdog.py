@@ -250,6 +250,7 @@ def lines(folder, name: str) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
+@pytest.mark.full
 def test_a_run_that_backs_off_resumes_exactly(teacher, tmp_path) -> None:
     """Checkpoints fall between log lines, and the rates are lowered before and after."""
     options = {
@@ -356,6 +357,7 @@ def test_a_healthy_run_raises_nothing(tmp_path, tmp_path_factory) -> None:
     assert [event["kind"] for event in lines(tmp_path, "events.jsonl")] == ["end"]
 
 
+@pytest.mark.full
 def test_a_stopped_process_leaves_with_status_76(teacher, tmp_path, capsys) -> None:
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     with pytest.raises(SystemExit) as left:

@@ -68,6 +68,7 @@ def test_an_error_of_the_first_validation_too(run, tmp_path, monkeypatch) -> Non
     assert [end["state"] for end in ends(tmp_path)] == ["failed"]
 
 
+@pytest.mark.full
 def test_an_interrupted_run_goes_on_to_the_same_end(run, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         breaking(run(), 2, KeyboardInterrupt()).train()

@@ -147,6 +147,7 @@ def test_anchored_students_of_flow_models_export_in_two_steps(tmp_path, tmp_path
     assert record["custom_code"] is None
 
 
+@pytest.mark.sampled("sd3-options1-HeunFlowMatchScheduler")
 @pytest.mark.parametrize(
     ("family", "options", "name"),
     [

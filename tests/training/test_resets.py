@@ -60,6 +60,7 @@ def test_adam_starts_anew_at_the_stage_switch(first) -> None:
     assert adam_steps(first, "disc") == {2}
 
 
+@pytest.mark.sampled("2", "3")
 @pytest.mark.parametrize("checkpoint", [1, 2, 3])
 def test_resume_before_at_and_after_the_switch_is_exact(
     first, teacher, tmp_path, checkpoint

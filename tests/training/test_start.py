@@ -109,6 +109,7 @@ def test_lora_student_sits_on_the_pipeline_and_the_fake_on_the_teacher(
     assert not torch.equal(answer(bank["fake"], trainer), before["teacher"])
 
 
+@pytest.mark.full
 def test_its_gradient_survives_checkpointing(teacher, other, tmp_path) -> None:
     prints = []
     for checkpointing in (False, True):
@@ -125,6 +126,7 @@ def test_its_gradient_survives_checkpointing(teacher, other, tmp_path) -> None:
     assert prints[0] == prints[1]
 
 
+@pytest.mark.full
 def test_it_resumes_and_exports_with_its_own_base(teacher, other, tmp_path) -> None:
     options = {"init_student_from": str(other), "checkpointing_steps": 1}
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run", **options)
