@@ -341,6 +341,7 @@ def test_resume_in_an_epoch_with_workers_and_cache(teacher, tmp_path) -> None:
     assert members[0] == members[1]
 
 
+@pytest.mark.full
 def test_latents_in_memory_are_bounded(family, tmp_path) -> None:
     data = ImageFolderDataset(image_folder(tmp_path), RESOLUTION)
     maker, calls = BatchMaker(family, CPU, max_cached_latents=10), 0

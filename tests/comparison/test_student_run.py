@@ -116,6 +116,7 @@ def test_looking_on_the_way_does_not_change_the_student(whole, teacher, tmp_path
     assert plain["rows"] == whole["rows"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("update", [pytest.param(n, marks=SLOW) for n in (3, 14)] + [9])
 def test_a_killed_run_goes_on_and_ends_the_same(update, whole, teacher, tmp_path) -> None:
     """Two updates (student, fake) a step: in the first training, before and after a point."""

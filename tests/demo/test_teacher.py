@@ -115,6 +115,7 @@ def test_folder_is_a_stock_pipeline(teacher: Teacher) -> None:
     assert guided(PROMPTS, 0).network_calls == 4
 
 
+@pytest.mark.full
 def test_equal_config_is_found_again_and_another_is_trained(train, teacher: Teacher, tmp_path):
     folder = tmp_path / "teacher"
     first = load_or_train_teacher(SHORT, train, folder, progress=False)

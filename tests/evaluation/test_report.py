@@ -103,6 +103,7 @@ def test_a_guidance_that_was_given_is_told(given, tmp_path) -> None:
     assert rows(made)["teacher", "diversity", ""]["guidance"] == "3.5"
 
 
+@pytest.mark.full
 def test_a_guidance_of_no_effect_is_not_told(tmp_path, tmp_path_factory) -> None:
     unconditional = teacher_dir("unet2d", tmp_path_factory)
     more: dict[str, Any] = {"prompts_file": None, "num_prompts": 2, "guidance": 4.0}

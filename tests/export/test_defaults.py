@@ -183,6 +183,7 @@ def test_folded_flux_guidance_is_exact(guidance) -> None:
     assert (told - folded).abs().max() < 1e-5
 
 
+@pytest.mark.full
 def test_loaded_class_differs_in_its_defaults_alone(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sdxl", tmp_path_factory)
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")

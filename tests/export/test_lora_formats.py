@@ -95,7 +95,7 @@ def assert_the_student(trainer, net) -> None:
     assert float((plain - ours).abs().max()) > 1e-2
 
 
-@pytest.mark.sampled("sd_v-kohya", "z_image-comfyui")
+@pytest.mark.sampled("z_image-comfyui")
 @pytest.mark.parametrize(("family", "form"), BY_DIFFUSERS)
 def test_stock_loader_makes_the_student_of_it(family, form, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)

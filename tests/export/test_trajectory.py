@@ -141,6 +141,7 @@ def recipe() -> dict:
     return yaml.safe_load(text)["method_config"]
 
 
+@pytest.mark.full
 def test_one_run_exports_all_step_counts_with_tcd(tmp_path, tmp_path_factory) -> None:
     """The recipe's run serves 1, 2, 4, 8 steps, each equal to stock TCD, with one scheduler."""
     trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", recipe(), steps=4)

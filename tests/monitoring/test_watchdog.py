@@ -347,6 +347,7 @@ def test_guidance_50_is_stopped_as_drift(teacher, tmp_path, monkeypatch) -> None
     assert not (tmp_path / f"checkpoint-{trainer.step}").exists()
 
 
+@pytest.mark.full
 def test_a_healthy_run_raises_nothing(tmp_path, tmp_path_factory) -> None:
     build_trainer(
         "dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path,

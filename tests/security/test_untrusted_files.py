@@ -453,7 +453,7 @@ def test_prompts_never_become_paths(tmp_path, tmp_path_factory, trained, capsys)
     assert [json.loads(row)["text"] for row in rows] == PROMPTS
     build_trainer(
         "dmd2", teacher, "lora", tmp_path / "run", max_train_steps=1, validation_steps=1,
-        validation_prompts=PROMPTS, num_validation_images=1,
+        validation_prompts=PROMPTS, num_validation_images=1, validation_teacher_steps=1,
     ).train()  # fmt: skip
     names = sorted(p.name for p in (tmp_path / "run" / "validation").iterdir())
     assert names == ["step-0.png", "step-1.png", "teacher.png", "teacher.safetensors"]

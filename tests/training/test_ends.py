@@ -49,6 +49,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled("err1-failed-RuntimeError: no memory")
 @pytest.mark.parametrize(("err", "state", "why"), CASES)
 def test_whatever_ends_a_run_is_told(run, tmp_path, err, state, why) -> None:
     with pytest.raises(type(err)) as raised:

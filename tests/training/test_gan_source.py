@@ -141,6 +141,7 @@ def test_rows_of_the_two_sources_are_not_confused(make_family) -> None:
 
 
 # ------------------------------------------------------------------- order and resume
+@pytest.mark.sampled("images", "rows")
 @pytest.mark.parametrize("kind", ["images", "tars", "rows", "stream"])
 def test_its_stream_is_split_and_resumed_as_the_main_one(kind, tmp_path) -> None:
     data = dataset_of(kind, tmp_path)

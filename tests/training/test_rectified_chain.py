@@ -53,7 +53,7 @@ def pairs_of(model: Any, folder: Path, guidance: float) -> PairDataset:
     return PairDataset(folder)
 
 
-@pytest.mark.parametrize("family", ["sd", pytest.param("sd3", marks=pytest.mark.full)])
+@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.full), "sd3"])
 def test_instaflow_from_teacher_to_one_stock_step(family, tmp_path, tmp_path_factory):
     teacher = teacher_dir(family, tmp_path_factory)
     first = pairs_of(teacher, tmp_path / "pairs1", 5.0)
