@@ -276,6 +276,7 @@ def test_the_recipe_s_page_s_command_runs(arrived) -> None:
     assert Path("here/pipeline/model_index.json").is_file()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("starts", ["here", pytest.param("launcher", marks=pytest.mark.full)])
 def test_first_launch_runs(starts, tmp_path, tmp_path_factory) -> None:
     (tmp_path / "DIR").symlink_to(teacher_dir("sd", tmp_path_factory).resolve())

@@ -197,6 +197,7 @@ def runs(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tries", [6, pytest.param(50, marks=pytest.mark.full)])
 def test_kills_cost_the_shard_in_work(family, tmp_path, tries) -> None:
     """Killed again and again while it is filled, it becomes the very files of a quiet fill."""

@@ -85,6 +85,7 @@ def test_training_repeats_bit_for_bit(train) -> None:
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.full
 def test_training_lowers_the_loss_and_moves_every_weight(train) -> None:
     pipeline = build_teacher(SHORT, -0.4, 0.75)
     before = [p.clone() for p in pipeline.unet.parameters()]

@@ -116,6 +116,7 @@ def test_every_row_carries_quality_and_cost(report) -> None:
     assert student.get("contrast_drift").mean == pytest.approx(ratio - 1)
 
 
+@pytest.mark.full
 def test_an_image_depends_on_neither_batch_nor_neighbours(
     report, teacher, prompts, tmp_path
 ) -> None:
@@ -205,6 +206,7 @@ def test_previews_are_of_as_many_prompts_as_there_are() -> None:
     assert preview_indices(Drawing("abc", 2, 0, 1, 4)) == [0, 1, 2, 4]
 
 
+@pytest.mark.full
 def test_real_images_become_the_reference(teacher, prompts, tmp_path) -> None:
     (tmp_path / "real").mkdir()
     for index in range(5):
@@ -331,6 +333,7 @@ def test_a_student_of_no_numbers_is_named(teacher, prompts, tmp_path, tmp_path_f
         evaluate(options(teacher, prompts, tmp_path, student=[str(broken)]), [Corners()])
 
 
+@pytest.mark.full
 def test_other_photos_of_the_same_names_and_sizes_are_read(teacher, prompts, tmp_path) -> None:
     found = []
     for colour in ("red", "blue"):

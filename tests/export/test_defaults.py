@@ -67,7 +67,7 @@ TOLD = [
 ]
 
 
-@pytest.mark.sampled("dit", "edm", "flux", "sd3", "wan")
+@pytest.mark.sampled("dit", "edm", "flux", "sd3")
 @pytest.mark.parametrize("family", TOLD)
 def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) -> None:
     """Stock call with `typed` alone, and the importable loader with a prompt alone."""
@@ -128,6 +128,7 @@ def test_guidance_typed_by_habit_changes_nothing(family, limit, tmp_path, tmp_pa
     assert float((plain - habit).abs().max()) <= limit
 
 
+@pytest.mark.full
 def test_guided_student_keeps_its_guidance(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory)
     trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run"))

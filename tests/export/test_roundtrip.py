@@ -45,9 +45,7 @@ CASES = [(f, layout, *s) for f in THOROUGH for layout in ("lora", "full") for s 
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
 
 
-@pytest.mark.sampled(
-    "sd-full-1-renoise", "sd_v-full-4-ode", "sd3-lora-2-renoise", "dit-lora-1-renoise"
-)
+@pytest.mark.sampled("sd-full-1-renoise", "sd3-lora-2-renoise", "dit-lora-1-renoise")
 @pytest.mark.parametrize(("family", "layout", "steps", "kind"), CASES)
 def test_stock_image_equals_in_memory(
     family, layout, steps, kind, tmp_path, tmp_path_factory
@@ -77,6 +75,7 @@ def test_a_wrong_export_is_refused(tmp_path, tmp_path_factory, monkeypatch) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_times_no_list_gives_go_into_the_call(tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer("dmd2", teacher_dir("sd", tmp_path_factory), "lora", tmp_path / "run")
     spec = SamplerSpec((0.4,), "renoise", trained_times=(0.4,))
@@ -96,6 +95,7 @@ def test_shifted_flow_grid_comes_from_the_saved_config(tmp_path, tmp_path_factor
     assert saved.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-6)
 
 
+@pytest.mark.full
 def test_raw_velocity_student_in_a_vp_pipeline(tmp_path, tmp_path_factory) -> None:
     """Stock pipelines read init_noise_sigma, which flow schedulers have only by a config entry."""
     teacher = teacher_dir("sd_v", tmp_path_factory)
@@ -142,6 +142,7 @@ def test_one_velocity_step_of_pixart_alpha_is_refused_with_nothing_written(
         build_trainer("reflow_raw_distill", teacher, "lora", tmp_path / "other")
 
 
+@pytest.mark.sampled("sana")
 @pytest.mark.parametrize("family", ["pixart_sigma", "sana"])
 def test_one_velocity_step_elsewhere_is_exported(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
@@ -263,7 +264,7 @@ def test_a_guided_qwen_image_student_names_its_negative_prompt(tmp_path, tmp_pat
     assert call == {"true_cfg_scale": 3.0, "negative_prompt": " "}
 
 
-@pytest.mark.sampled("flux")
+@pytest.mark.full
 @pytest.mark.parametrize("family", FURTHER)
 def test_trained_student_round_trips(family, tmp_path, tmp_path_factory) -> None:
     """Two steps of DMD2 with LoRA, exported; export_pipeline compares the reloaded image."""

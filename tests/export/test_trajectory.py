@@ -67,7 +67,7 @@ def test_tscd_exports_deterministically_at_every_step_count(
         assert scheduler["_class_name"] == expected
 
 
-@pytest.mark.sampled("dit-8", "sd3-4")
+@pytest.mark.sampled("dit-8")
 @pytest.mark.parametrize("num_phases", [1, 2, 4, 8])
 @pytest.mark.parametrize("family", THOROUGH)
 def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory) -> None:
@@ -108,7 +108,7 @@ def test_a_run_that_the_clock_stops_is_exported_on_the_edges_it_trained(
         assert saved(again.export(tmp_path / "again"))[0]["times"] == record["times"]
 
 
-@pytest.mark.sampled(family=("sd3",))
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_lcm_on_flow_exports_without_typed_sigmas(family, tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer(

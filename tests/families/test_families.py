@@ -63,6 +63,20 @@ def without_zero_null(pipeline):
 
 
 # ------------------------------------------------------------------- parity with the stock pipeline
+@pytest.mark.sampled(
+    "dit",
+    "edm",
+    "flux",
+    "lumina2",
+    "pixart",
+    "qwen_image",
+    "sd3",
+    "sd_v",
+    "sdxl",
+    "unet2d",
+    "wan",
+    "z_image",
+)
 def test_parity_with_the_stock_pipeline(family) -> None:
     rows = check_family(family)
     assert len(rows) == 6

@@ -43,7 +43,7 @@ class Unnormed(Flux2Family):
         return super().latents(images, generator) + 0.1
 
 
-@pytest.mark.sampled("GuidedAnyway-True-sampling")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("wrong", "is_distilled", "row"),
     [
@@ -111,6 +111,7 @@ def test_the_counter_of_a_batch_norm_alone_may_be_an_integer(tmp_path) -> None:
         check_safetensors(tmp_path / "integers.safetensors", floating=True)
 
 
+@pytest.mark.full
 def test_the_card_gives_the_prompt_by_name(tmp_path, tmp_path_factory) -> None:
     """The first argument of the stock call is an image."""
     teacher = teacher_dir("flux2", tmp_path_factory)

@@ -126,6 +126,7 @@ def test_classes_that_make_no_image_from_text_are_refused(name) -> None:
         generic_family(name)
 
 
+@pytest.mark.full
 def test_a_wrong_guess_is_found_by_the_check() -> None:
     """What listening took wrongly shows against the stock call."""
     for key, wrong, row in (("offset", 3.0, "denoiser"), ("slope", 2.0, "sampling")):

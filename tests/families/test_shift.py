@@ -113,6 +113,7 @@ def test_training_and_export_take_the_shift_of_the_resolution(
     assert ("32 px, not the model's own" in (out / "README.md").read_text()) is (size == 32)
 
 
+@pytest.mark.full
 def test_an_export_at_another_size_loads_at_that_size(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd", tmp_path_factory)
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run", resolution=24)
@@ -126,6 +127,7 @@ def test_an_export_at_another_size_loads_at_that_size(tmp_path, tmp_path_factory
     assert torch.isfinite(pipe("a", output_type="pt").images).all()
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:model. .* has no family of its own")
 def test_a_generic_export_names_another_size(tmp_path) -> None:
     pipeline = TINY_GENERIC["cogview3"]()

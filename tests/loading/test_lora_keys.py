@@ -248,6 +248,7 @@ TAKEN: dict[str, tuple[str, Callable[[Any], State], str, str, str, tuple[str, st
 }
 
 
+@pytest.mark.sampled("kohya with alpha", "alphas and ranks of each module", "wan")
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_is_taken_has_the_value_that_the_file_says(name, loaded) -> None:
     family, build, part, module, stem, sides, alpha = TAKEN[name]

@@ -199,7 +199,7 @@ def test_features_of_ones_own_are_taken(validated) -> None:
     assert found.metrics["frechet_diagonal"] == 0.0
 
 
-@pytest.mark.sampled("lcm-full", "dmd2-full", "reflow-lora")
+@pytest.mark.sampled("lcm-full", "dmd2-full")
 @pytest.mark.parametrize(
     ("case", "layout"),
     [
@@ -253,7 +253,7 @@ def test_without_teacher_samples_there_is_a_grid_and_little_else(validated, tmp_
     assert [p.name for p in (tmp_path / "validation").iterdir()] == ["step-2.png"]
 
 
-@pytest.mark.sampled("cd")
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["dmd2", "cd"])
 def test_the_metrics_to_choose_by_are_measured(case, tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer(

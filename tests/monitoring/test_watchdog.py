@@ -331,6 +331,7 @@ def test_backing_off_goes_on_past_a_nan(teacher, tmp_path, monkeypatch) -> None:
     ]
 
 
+@pytest.mark.full
 def test_guidance_50_is_stopped_as_drift(teacher, tmp_path, monkeypatch) -> None:
     spec = METHOD_CASES["dmd2"]
     strong = {"num_steps": 1, "critic_steps": 1, "guidance": 50.0}

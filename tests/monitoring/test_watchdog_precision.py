@@ -108,6 +108,7 @@ def test_float16_overflows_where_bfloat16_does_not(teacher, tmp_path) -> None:
     assert not wide_seen
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_ruined_weights_is_not_named(teacher, tmp_path) -> None:
     """What a step's last update ruins is saved before a loss shows it."""
     trainer = trainer_of(teacher, tmp_path, "bf16", "lcm")

@@ -246,6 +246,7 @@ def test_equal_prompts_walk_through_joint_blocks_alike() -> None:
 
 
 # ----------------------------------------------------------------- the pipeline
+@pytest.mark.sampled("sd", "sd3")
 @every
 def test_scale_zero_and_no_prompt_are_the_stock_call_bit_for_bit(pipes) -> None:
     stock, ours, call = pipes

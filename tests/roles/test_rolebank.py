@@ -267,7 +267,7 @@ def test_a_call_without_gradients_leaves_later_gradients_whole(make_family, layo
 
 
 # --------------------------------------------------------------------------- features, as_flow, w
-@pytest.mark.sampled(pairs=False, family=(*NETWORKS, "flux", "lumina2", "qwen_image", "sana"))
+@pytest.mark.sampled("dit-False", "edm-True", "flux-False", "sd3-True")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_features_alone_are_those_of_a_whole_call(family, checkpointing) -> None:
     """Same values and gradients, by a network that stops behind the last block it reads."""

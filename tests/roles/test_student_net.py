@@ -53,6 +53,7 @@ def small_trainer(case: str, family: str, factory: Any, out: Path, **options: An
     return build_trainer(case, teacher, "full", out, tuning=tuning, **options)
 
 
+@pytest.mark.sampled("dit", "edm", "flux", "sd", "sd3", "wan", "pixart", "z_image")
 def test_every_family_builds_and_calls_a_smaller_student(family) -> None:
     given = smaller(family.config)
     torch.manual_seed(0)

@@ -33,6 +33,7 @@ def run(case: str, teacher: Path, data: Any, out: Path, **options: Any) -> Any:
     return build_trainer(case, teacher, "lora", out, dataset=data, **options)
 
 
+@pytest.mark.full
 def test_a_run_is_resumed_exactly_with_and_without_the_cache(tmp_path, tmp_path_factory) -> None:
     """Two micro-batches an update, of shapes of their own; cached latents keep their bucket's."""
     teacher, data = teacher_dir("sd_v", tmp_path_factory), images(tmp_path / "in")
@@ -132,6 +133,7 @@ def _shapes(path: Path) -> list[tuple[int, ...]]:
     return [shape for name, (_, shape) in Shard(path).layout.items() if name == "value.x0"]
 
 
+@pytest.mark.full
 def test_a_discriminator_compares_images_of_one_shape(tmp_path, tmp_path_factory) -> None:
     """The student's sample that the critic takes over is one of the batch's own shape."""
     teacher, data = teacher_dir("sd_v", tmp_path_factory), images(tmp_path / "in")

@@ -130,6 +130,7 @@ def test_saved_on_two_goes_on_on_one_and_on_three(case, layout, tmp_path, tmp_pa
     teachers = {"sd_v": teacher_dir("sd_v", tmp_path_factory)}
     # The images of a run in shards are made by one process, between steps that all take part in.
     shown = {"validation_steps": 1, "validation_prompts": ["a thing"]}
+    shown["validation_teacher_steps"] = 2
     begun = Job(case, layout, "fsdp2", options=shown, folder="begun")
     (saved, _other), *_ = Group(2, [begun], teachers, tmp_path).seen(1500)
     assert (tmp_path / "begun" / "validation").is_dir()

@@ -143,6 +143,7 @@ def test_a_failing_process_waits_for_no_other(run, tmp_path, monkeypatch) -> Non
     assert [end["state"] for end in ends(tmp_path)] == ["failed"]
 
 
+@pytest.mark.full
 def test_a_line_cut_short_and_written_on_does_not_stop_a_resumed_run(run, tmp_path) -> None:
     with pytest.raises(RuntimeError):
         breaking(run(), 2, RuntimeError("full")).train()

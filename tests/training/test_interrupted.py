@@ -109,6 +109,7 @@ def test_the_folder_is_given_back_however_a_run_ends(run) -> None:
 
 
 # ---------------------------------------------------------------------- records
+@pytest.mark.full
 def test_damaged_records_beside_whole_checkpoints_cost_no_run(run, weights, capsys) -> None:
     run().train(until=2)
     folder = run(resume_from_checkpoint="latest").output_dir
@@ -189,7 +190,10 @@ def test_a_second_ctrl_c_is_not_waited_for(run) -> None:
     assert names(trainer) == []
 
 
-VALIDATED = {"validation_steps": 2, "validation_prompts": ["a"], "num_validation_images": 2}
+VALIDATED = {
+    "validation_steps": 2, "validation_prompts": ["a"], "num_validation_images": 2,
+    "validation_teacher_steps": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

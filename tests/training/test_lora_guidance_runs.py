@@ -244,6 +244,7 @@ def test_export_after_halving_visits_the_last_grid(
         assert saved["timestep_spacing"] == "trailing"
 
 
+@pytest.mark.full
 def test_adapter_file_keeps_the_scheduler_and_says_no_guidance(tmp_path, tmp_path_factory) -> None:
     trainer = pushed(trainer_of("sd", tmp_path_factory, tmp_path / "run"))
     out = trainer.export(tmp_path / "lora", format="lora")
