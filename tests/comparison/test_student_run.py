@@ -206,6 +206,7 @@ def test_a_run_that_ends_early_is_no_result(teacher, tmp_path, monkeypatch) -> N
         run(tmp_path, teacher)
 
 
+@pytest.mark.full
 def test_the_best_seed_s_pipelines_stay(whole, teacher, tmp_path) -> None:
     made = run(tmp_path, teacher, points=1)
     assert made["terms"] == {"guidance": "1", "batch size": "2", "student": "full"}

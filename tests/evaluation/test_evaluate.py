@@ -206,7 +206,6 @@ def test_previews_are_of_as_many_prompts_as_there_are() -> None:
     assert preview_indices(Drawing("abc", 2, 0, 1, 4)) == [0, 1, 2, 4]
 
 
-@pytest.mark.full
 def test_real_images_become_the_reference(teacher, prompts, tmp_path) -> None:
     (tmp_path / "real").mkdir()
     for index in range(5):

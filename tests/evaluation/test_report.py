@@ -96,6 +96,7 @@ def test_how_images_were_drawn_is_beside_every_number(report) -> None:
     assert plain["protocol"]["guidance"] == "the pipeline's own"
 
 
+@pytest.mark.full
 def test_a_guidance_that_was_given_is_told(given, tmp_path) -> None:
     more = {"guidance": 3.5, "reference": None, "num_reference": None, "output_dir": str(tmp_path)}
     made = evaluate(given.model_copy(update=more), [Corners()])

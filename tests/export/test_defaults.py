@@ -67,7 +67,7 @@ TOLD = [
 ]
 
 
-@pytest.mark.sampled("dit", "edm", "flux", "sd3")
+@pytest.mark.sampled("dit", "flux", "sd3")
 @pytest.mark.parametrize("family", TOLD)
 def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) -> None:
     """Stock call with `typed` alone, and the importable loader with a prompt alone."""
@@ -99,7 +99,7 @@ def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) ->
             assert next(iter(told.values())).shape[0] == 1, "a null pass was made"
 
 
-@pytest.mark.sampled("2")
+@pytest.mark.full
 @pytest.mark.parametrize("steps", [1, 2, pytest.param(8, marks=pytest.mark.full)])
 def test_sd_keeps_its_class_at_other_step_counts(steps, tmp_path, tmp_path_factory) -> None:
     trainer = moved(
@@ -138,7 +138,6 @@ def test_guided_student_keeps_its_guidance(tmp_path, tmp_path_factory) -> None:
     assert record["typed"] == {"num_inference_steps": 4, "guidance_scale": 3.0}
 
 
-@pytest.mark.full
 def test_student_that_reads_the_guidance_keeps_its_input(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd", tmp_path_factory)
     trainer = moved(build_trainer("lcm_w", teacher, "full", tmp_path / "run"))
@@ -150,7 +149,6 @@ def test_student_that_reads_the_guidance_keeps_its_input(tmp_path, tmp_path_fact
         assert weight.abs().max() > 0
 
 
-@pytest.mark.full
 def test_a_prompt_in_first_place_is_taken_as_one(tmp_path, tmp_path_factory) -> None:
     """The stock call of Flux.2 begins with reference images."""
     trainer = build_trainer(

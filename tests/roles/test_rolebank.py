@@ -68,6 +68,7 @@ def equal(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ layouts
+@pytest.mark.sampled("lora-full")
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_each_layout_stores_what_it_says(make_family, student, fake) -> None:
     bank = build(make_family("sd"), student, fake)
@@ -190,6 +191,7 @@ def test_use_restores_the_role_after_an_error(make_family) -> None:
     assert all(layer.disable_adapters for layer in bank._tuner_layers)
 
 
+@pytest.mark.sampled("full-lora")
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_train_only_is_exact(make_family, student, fake) -> None:
     bank = build(make_family("sd"), student, fake)

@@ -133,7 +133,6 @@ def _shapes(path: Path) -> list[tuple[int, ...]]:
     return [shape for name, (_, shape) in Shard(path).layout.items() if name == "value.x0"]
 
 
-@pytest.mark.full
 def test_a_discriminator_compares_images_of_one_shape(tmp_path, tmp_path_factory) -> None:
     """The student's sample that the critic takes over is one of the batch's own shape."""
     teacher, data = teacher_dir("sd_v", tmp_path_factory), images(tmp_path / "in")

@@ -253,6 +253,7 @@ def test_adapter_file_keeps_the_scheduler_and_says_no_guidance(tmp_path, tmp_pat
     assert "guidance_scale=1" in (out / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_guidance_is_not_counted_twice(tmp_path, tmp_path_factory) -> None:
     trainer = pushed(trainer_of("sd_v", tmp_path_factory, tmp_path / "run", {"teacher_steps": 4}))
     out = trainer.export(tmp_path / "out")

@@ -135,6 +135,7 @@ def test_slimflow_distils_a_smaller_straight_student(tmp_path, tmp_path_factory)
     assert record["call"] == {"sigmas": [0.999]}, "a stock call must be told the released t0"
 
 
+@pytest.mark.full
 def test_anchored_students_of_flow_models_export_in_two_steps(tmp_path, tmp_path_factory):
     teacher = teacher_dir("sd3", tmp_path_factory)
     data = pairs_of(teacher, tmp_path / "pairs", 1.0)

@@ -87,7 +87,6 @@ def plain(folder, trainer):
     return answer(RoleBank(family, {"teacher": Role()}, Tuning())["teacher"], trainer)
 
 
-@pytest.mark.full
 def test_lora_student_sits_on_the_pipeline_and_the_fake_on_the_teacher(
     teacher, other, tmp_path
 ) -> None:
