@@ -40,7 +40,7 @@ CASES = {
     "dit_two": ("dit", "dmd2", "full", SamplerSpec(uniform_grid(2), "renoise")),
 }
 LORA_CASES = ("sd_v_tcd", "sd_velocity", "sd3_shifted", "sd3_anchored")
-DEFAULT = ("sd_v_tcd", "sd3_given_sigmas", "dit_two", "sd3_shifted_lora")
+DEFAULT = ("sd_v_tcd", "sd_v_tcd_lora", "sd3_given_sigmas", "dit_two")
 CARDS = [
     pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.full])
     for name in (*CASES, *(f"{name}_lora" for name in LORA_CASES))

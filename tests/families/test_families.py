@@ -232,7 +232,7 @@ def test_check_finds_a_wrong_adapter(wrong, build, row) -> None:
 
 
 def test_print_check_exit_code(tmp_path, capsys) -> None:
-    tiny_sd().save_pretrained(tmp_path)
+    tiny_dit().save_pretrained(tmp_path)
     assert print_check(str(tmp_path)) == 0
     assert "sampling" in capsys.readouterr().out
     assert print_check(WrongTime(tiny_sd3())) == 1
