@@ -249,6 +249,7 @@ def arrived(tmp_path, tmp_path_factory, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 def test_five_commands_for_a_fine_tune_run(arrived, capsys) -> None:
     check, _, train, export, push = [c for c in commands(README) if c.startswith("stepdistill")]
     with pytest.raises(SystemExit) as ended:
