@@ -14,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -41,14 +43,29 @@ def pytest_collection(session: pytest.Session) -> None:
     torch.set_num_threads(1)
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
+    if session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        import_from_the_end(session.config)
+
+
+def import_from_the_end(config: pytest.Config) -> None:
+    """In every other worker: of a fresh clone each file's assertions are rewritten (15 s of all)
+    and kept as bytecode; workers that begin at both ends share that."""
+    if int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2 == 0:
+        return
+    for path in sorted(Path(__file__).parent.rglob("test_*.py"), reverse=True):
+        with suppress(Exception):  # collection says what is wrong with it
+            from _pytest.pathlib import import_path
+
+            options = {"root": config.rootpath, "consider_namespace_packages": False}
+            import_path(path, mode="importlib", **options)  # type: ignore[arg-type]
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`.
 
     sampled(family=("sd3", ...)): a sample of those values alone; sampled(pairs=False): one that
-    meets values and no pairs.
+    meets values and no pairs; sampled("sd3-full", ...): those sets of parameters, by their ids.
     """
     sweeps: dict[str, dict[str, Any]] = {}
     for item in items:
@@ -60,8 +77,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for name, item in sweep.items()
             if not item.get_closest_marker("full")
         }
-        limits = next(iter(sweep.values())).get_closest_marker("sampled").kwargs
-        for name in params.keys() - sample(params, **limits):
+        test = next(iter(sweep))
+        mark = sweep[test].get_closest_marker("sampled")
+        ids = {f"{test.partition('[')[0]}[{name}]" for name in mark.args}
+        unknown = set() if any("::" in arg for arg in config.args) else ids - sweep.keys()
+        if unknown:
+            raise pytest.UsageError(f"sampled: expected ids of the test, got {sorted(unknown)}.")
+        for name in params.keys() - (ids or set(sample(params, **mark.kwargs))):
             sweep[name].add_marker("full")
 
 

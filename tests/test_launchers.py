@@ -76,6 +76,7 @@ def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> N
     assert_trained(tmp_path / "run", processes)
 
 
+@pytest.mark.full
 def test_two_processes_train_and_export(tmp_path, tmp_path_factory) -> None:
     """The script as the launchers start it on two processes."""
     argv = words(teacher_dir("sd3", tmp_path_factory), tmp_path)

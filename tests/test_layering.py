@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,16 @@ LIBRARIES_CORE_LEAVES_ALONE = {*LIBRARIES_METHODS_LEAVE_ALONE, "safetensors"}
 METHOD_LINES, ADAPTER_LINES = 150, 140
 
 
+@cache
+def statements(source: str) -> list[ast.AST]:
+    """Its imports and classes, wherever they stand: a file is parsed once for all its tests."""
+    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef)
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
 def modules(source: str, package: tuple[str, ...]) -> Iterator[str]:
     """Dotted names of the modules that source in `package` imports, relative ones made absolute."""
-    for node in ast.walk(ast.parse(source)):
+    for node in statements(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -61,7 +69,7 @@ def layer_of(path: Path) -> str:
 def bases(path: Path) -> set[str]:
     """Names of the classes that the file's classes derive from, subscripts dropped."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(path.read_text()):
         if isinstance(node, ast.ClassDef):
             for base in node.bases:
                 inner = base.value if isinstance(base, ast.Subscript) else base
@@ -114,7 +122,7 @@ def _dotted(path: Path) -> str:
 def _files_of(path: Path, names: dict[str, Path]) -> Iterator[str]:
     """Dotted names of the files that a file imports, modules and names of modules alike."""
     package = ("stepdistill", *path.relative_to(ROOT).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(path.read_text()):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in names)
         elif isinstance(node, ast.ImportFrom):

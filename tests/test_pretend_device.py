@@ -2,8 +2,9 @@
 
 Construction, batches, losses, backward, clipping, AdamW, averages, log lines and checkpoints of the
 real trainer. What may read the device stands in READERS, what can't run there in two tables below.
-`-m full` runs every case of a method on every family; by default a fixed sample meets every method,
-family and layout, and both ways of running.
+`-m full` runs every case of a method on every family; by default a fixed sample meets every method
+and layout, both ways of running and each kind of network. That no family's call waits is shown of
+all in tests/families.
 """
 
 from __future__ import annotations
@@ -72,17 +73,25 @@ for turn, (case, family) in enumerate(product(METHOD_CASES, sorted(set(TINY) - s
 
 
 def met(cell: Cell) -> set[Any]:
-    """By default the further configurations of a family are left out."""
     case, family, layout, way = cell
-    return {METHOD_CASES[case].method, layout, way} | ({family} & set(FAMILIES))
+    return {METHOD_CASES[case].method, layout, way, family}
 
 
-SAMPLE = covering(CELLS, met)
+def cost(cell: Cell) -> int:
+    """UNets have most layers; half precision, with all that goes with it, asks every one twice."""
+    _, family, _, way = cell
+    return 2 * (TINY_FAMILY[family].net_name == "unet") + (family != "dit") + (way == "half")
 
 
-def test_the_sample_meets_every_method_and_family() -> None:
-    assert {METHOD_CASES[case].method for case, *_ in SAMPLE} == set(METHODS)
-    assert {family for _, family, *_ in SAMPLE} >= set(FAMILIES) - set(EXCUSED)
+KINDS = ("sd", "sd3", "dit", "edm")  # of networks
+SAMPLE = covering([cell for cell in CELLS if cell[1] in KINDS], met, cost)
+
+
+def test_the_sample_meets_every_method_and_kind_of_network() -> None:
+    methods, families, layouts, ways = ({cell[i] for cell in SAMPLE} for i in range(4))
+    assert {METHOD_CASES[case].method for case in methods} == set(METHODS)
+    assert (families, layouts, ways) == (set(KINDS), {"lora", "full"}, set(WAYS))
+    assert {family for _, family, *_ in CELLS} >= set(FAMILIES) - set(EXCUSED)
     assert set(EXCUSED) | set(ENCODED_ON_CPU) <= set(TINY)
 
 
@@ -128,7 +137,7 @@ def run_step(case, family, layout, tmp_path, tmp_path_factory, scorers=None, **o
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=[] if name == "sd3" else [pytest.mark.full])
+        pytest.param(name, marks=[] if name == "dit" else [pytest.mark.full])
         for name in sorted(set(FAMILIES) - set(EXCUSED))
     ],
 )
@@ -136,6 +145,7 @@ def test_a_validation(family, tmp_path, tmp_path_factory) -> None:
     """Of dmd2, whose fake is measured too, against the teacher's samples."""
     prompt = "1" if TINY_FAMILY[family].conditioning == "label" else "a cat"
     asked = {"validation_steps": 1, "validation_prompts": [prompt], "num_validation_images": 1}
+    asked |= {"validation_teacher_steps": 2}
     run_step("dmd2", family, "lora", tmp_path, tmp_path_factory, **WAYS["half"], **asked)
     assert (tmp_path / "run" / "validation" / "step-1.png").is_file()
 
@@ -158,11 +168,8 @@ class TinyScorer(FrozenScorer):
 @pytest.mark.parametrize(
     ("case", "family"),
     [
-        ("cd_lpips", "sd"),
-        *(
-            pytest.param(*c, marks=pytest.mark.full)
-            for c in (("reflow_lpips", "sd3"), ("rfpp", "sd"))
-        ),
+        ("reflow_lpips", "sd3"),
+        *(pytest.param(*c, marks=pytest.mark.full) for c in (("cd_lpips", "sd"), ("rfpp", "sd"))),
         pytest.param("vsd_clip", "sd3", marks=pytest.mark.full),
     ],
 )

@@ -249,6 +249,7 @@ def arrived(tmp_path, tmp_path_factory, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 def test_five_commands_for_a_fine_tune_run(arrived, capsys) -> None:
     check, _, train, export, push = [c for c in commands(README) if c.startswith("stepdistill")]
     with pytest.raises(SystemExit) as ended:
@@ -276,6 +277,7 @@ def test_the_recipe_s_page_s_command_runs(arrived) -> None:
     assert Path("here/pipeline/model_index.json").is_file()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("starts", ["here", pytest.param("launcher", marks=pytest.mark.full)])
 def test_first_launch_runs(starts, tmp_path, tmp_path_factory) -> None:
     (tmp_path / "DIR").symlink_to(teacher_dir("sd", tmp_path_factory).resolve())

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError, create_model
@@ -97,6 +98,7 @@ def parse_run_config(
     Errors: ValueError for unknown or malformed options; SystemExit for --help.
     """
     layers, rest = read_config_files(argv)
+    files = [layer.name for layer in layers]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", nargs="?")
     given, rest = first.parse_known_args(rest)
@@ -119,13 +121,12 @@ def parse_run_config(
             warnings.warn(f"method_config: {line}.", stacklevel=2)
     if given.recipe:
         run = run.model_copy(update={"recipe": given.recipe})
-    run._reasons = [*_chosen(given.recipe, argv, rest), *lines]
+    run._reasons = [*_chosen(given.recipe, files, rest), *lines]
     return run
 
 
-def _chosen(recipe: str | None, argv: Sequence[str], rest: Sequence[str]) -> list[str]:
+def _chosen(recipe: str | None, files: list[str], rest: Sequence[str]) -> list[str]:
     """What the user has named that settles a run: recipe, files, flags."""
-    files = [layer.name for layer in read_config_files(argv)[0]]
     flags = [arg.split("=")[0][2:] for arg in rest if arg.startswith("--")]
     unsaid = ("data.", "pretrained_", "output_")  # a run says them elsewhere
     flags = [n for n in dict.fromkeys(flags) if n != "method" and not n.startswith(unsaid)]
@@ -149,7 +150,7 @@ def _parsed(
     given, others = first.parse_known_args([*argv])
     name = given.method or values.get("method")
     why: Why = {}
-    fields: dict[str, Any] = {k: (info.annotation, info) for k, info in model.model_fields.items()}
+    config: type[MethodConfig] | None = None
     if name:
         name, options = resolve_method(str(name), values.get("method_config"))
         options, why = suited(METHODS[name], layers, options, at_hand)
@@ -157,12 +158,18 @@ def _parsed(
         own = METHODS.files.get(name)
         name = f"{own['file']}:{own['class']}" if own else name  # a saved form repeats the run
         values = {**values, "method": name, **({"method_config": options} if options else {})}
-        fields["method_config"] = (config, config())
         argv = others if given.method else argv
-    # The model's own rules are checked once the method's options have their types.
-    typed = create_model("RunConfig", __base__=CommandOptions, **fields)
-    parsed = parse_options(typed, argv, prog, about, values, model.first)
+    parsed = parse_options(_typed(model, config), argv, prog, about, values, model.first)
     try:
         return model(**parsed.model_dump()), why
     except ValidationError as err:
         raise explain(err, model, "config") from err
+
+
+@lru_cache(maxsize=32)
+def _typed(model: type[CommandOptions], config: type[MethodConfig] | None) -> type[CommandOptions]:
+    """The model's options with the method's own; its rules are checked once these have types."""
+    fields: dict[str, Any] = {k: (info.annotation, info) for k, info in model.model_fields.items()}
+    if config is not None:
+        fields["method_config"] = (config, config())
+    return create_model("RunConfig", __base__=CommandOptions, **fields)

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
@@ -147,28 +148,12 @@ def _add(parser: Any, *names: str, **options: Any) -> Any:
     return argparse.ArgumentParser.add_argument(parser, *names, **options)
 
 
-def parse_options(
-    model: type[M],
-    argv: Sequence[str],
-    prog: str,
-    about: str = "",
-    values: Mapping[str, Any] | None = None,
-    first: Sequence[str] = (),
-) -> M:
-    """The options that flags describe, laid over those of the files.
-
-    Args: about: the command in a sentence, for --help. values: what the files of --config say;
-        none: argv may hold them. first: the options that --help shows; `--help all` shows the rest
-        too, as --help does where none are named.
-    Errors: ValueError for unknown or malformed options; SystemExit for --help.
-    """
-    argv = list(argv)
-    if values is None:
-        layers, argv = read_config_files(argv)
-        values = merged(layers)
-    known = fields_of(model)
-    everything = not first or ["--help", "all"] in map(list, pairwise(argv))
-    more = len(set(known) - set(first))
+@lru_cache(maxsize=32)
+def _parser_of(
+    model: type[BaseModel], prog: str, about: str, first: tuple[str, ...], everything: bool
+) -> _Parser:
+    """The parser of a model's options; making it takes far longer than its use."""
+    more = len(set(fields_of(model)) - set(first))
     parser = _Parser(
         prog=prog,
         usage=None if everything else f"{prog} [--config FILE ...] [--OPTION VALUE ...]",
@@ -191,6 +176,31 @@ def parse_options(
         for group in parser._action_groups:
             if all(action.help == argparse.SUPPRESS for action in group._group_actions):
                 group.title = group.description = None
+    return parser
+
+
+def parse_options(
+    model: type[M],
+    argv: Sequence[str],
+    prog: str,
+    about: str = "",
+    values: Mapping[str, Any] | None = None,
+    first: Sequence[str] = (),
+) -> M:
+    """The options that flags describe, laid over those of the files.
+
+    Args: about: the command in a sentence, for --help. values: what the files of --config say;
+        none: argv may hold them. first: the options that --help shows; `--help all` shows the rest
+        too, as --help does where none are named.
+    Errors: ValueError for unknown or malformed options; SystemExit for --help.
+    """
+    argv = list(argv)
+    if values is None:
+        layers, argv = read_config_files(argv)
+        values = merged(layers)
+    known = fields_of(model)
+    everything = not first or ["--help", "all"] in map(list, pairwise(argv))
+    parser = _parser_of(model, prog, about, tuple(first), everything)
     argv = _spelt_out([a for b, a in pairwise(["", *argv]) if (b, a) != ("--help", "all")], known)
     _check_known(argv, known)
     given = {name: text for name, text in vars(parser.parse_args(argv)).items() if name in known}

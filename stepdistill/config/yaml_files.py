@@ -6,7 +6,9 @@ of aliases can describe gigabytes, so what they stand for is counted before anyt
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes, got {file.stat().st_size}.")
     try:
-        loader = _Loader(file.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
-        if node is not None:
-            _check(node, str(path))
-        loaded = {} if node is None else loader.construct_document(node)
+        loaded = copy.deepcopy(_loaded(file.read_text(encoding="utf-8-sig"), str(path)))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
         raise ValueError(f"{path}: expected valid YAML, got {one_line(err)}.") from err
     if loaded is None:
@@ -58,6 +56,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if odd:
         raise ValueError(f"{path}: expected names of options, got {odd[0]!r}.")
     return loaded
+
+
+@lru_cache(maxsize=256)
+def _loaded(text: str, path: str) -> Any:
+    """What a document says; one file is asked for by recipes, bases and commands in turn."""
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    if node is None:
+        return {}
+    _check(node, path)
+    return loader.construct_document(node)
 
 
 def _check(root: yaml.Node, path: str) -> None:

@@ -99,6 +99,7 @@ def test_latents_are_the_autoencoder_s_bits(family, tmp_path) -> None:
     assert torch.equal(latents[0], latents[1])
 
 
+@pytest.mark.sampled("tars")
 @pytest.mark.parametrize("kind", ["tars", "rows", "stream"])
 def test_every_source_fills_it(family, tmp_path, kind) -> None:
     data = dataset_of(kind, tmp_path, bad=(4,))
@@ -196,6 +197,7 @@ def runs(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tries", [6, pytest.param(50, marks=pytest.mark.full)])
 def test_kills_cost_the_shard_in_work(family, tmp_path, tries) -> None:
     """Killed again and again while it is filled, it becomes the very files of a quiet fill."""
@@ -319,6 +321,7 @@ def test_training_from_it_is_training_without(teacher, tmp_path, monkeypatch) ->
     assert fingerprint(trainer.bank.members("student")) == runs[0]
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:data:UserWarning")
 def test_resume_in_an_epoch_with_workers_and_cache(teacher, tmp_path) -> None:
     """24 tar samples, two unreadable, in batches of 2, taken up after 3 updates of 6."""
@@ -339,6 +342,7 @@ def test_resume_in_an_epoch_with_workers_and_cache(teacher, tmp_path) -> None:
     assert members[0] == members[1]
 
 
+@pytest.mark.full
 def test_latents_in_memory_are_bounded(family, tmp_path) -> None:
     data = ImageFolderDataset(image_folder(tmp_path), RESOLUTION)
     maker, calls = BatchMaker(family, CPU, max_cached_latents=10), 0
@@ -394,6 +398,7 @@ def test_command_fills_what_the_run_then_finds(teacher, tmp_path, capsys) -> Non
     assert files(tmp_path / "c") == before
 
 
+@pytest.mark.full
 def test_command_opens_no_file_of_the_denoiser(teacher, tmp_path) -> None:
     """There is none, and the cache is the one that is made with it."""
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))

@@ -48,6 +48,7 @@ def likely(folder: Path) -> list[Path]:
     return [folder.parent / name / "thesis.txt" for name in names]
 
 
+@pytest.mark.sampled("lora")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_export(run, tmp_path, kind) -> None:
     mine = tmp_path / "mine"
@@ -62,6 +63,7 @@ def test_export(run, tmp_path, kind) -> None:
     assert contents(tmp_path) == before
 
 
+@pytest.mark.full
 def test_an_export_of_an_earlier_version(run, tmp_path) -> None:
     """It has no list of its files, and a card that the user may have edited."""
     mine = tmp_path / "mine"

@@ -77,6 +77,7 @@ def test_first_reading_is_measured_apart_and_saving_not_at_all(
     assert found.updates_in(100 * found.first + 50 * found.later) == 150
 
 
+@pytest.mark.full
 def test_a_set_that_no_memory_keeps_is_read_anew_for_ever(
     counted: list[float], tmp_path: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

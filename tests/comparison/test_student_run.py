@@ -97,6 +97,7 @@ def test_points_are_halves_and_lie_in_the_training_they_fall_in() -> None:
     assert stops(shares(1), 0.0, 1.0, 7, last=True) == {7: 1.0}
 
 
+@pytest.mark.full
 def test_curve_is_judged_at_its_shares_of_both_trainings(whole) -> None:
     assert whole["updates"] == [2, 6]
     assert whole["clock"] == f"{cost.CLOCK}, 1 thread"
@@ -115,6 +116,7 @@ def test_looking_on_the_way_does_not_change_the_student(whole, teacher, tmp_path
     assert plain["rows"] == whole["rows"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("update", [pytest.param(n, marks=SLOW) for n in (3, 14)] + [9])
 def test_a_killed_run_goes_on_and_ends_the_same(update, whole, teacher, tmp_path) -> None:
     """Two updates (student, fake) a step: in the first training, before and after a point."""
@@ -204,6 +206,7 @@ def test_a_run_that_ends_early_is_no_result(teacher, tmp_path, monkeypatch) -> N
         run(tmp_path, teacher)
 
 
+@pytest.mark.full
 def test_the_best_seed_s_pipelines_stay(whole, teacher, tmp_path) -> None:
     made = run(tmp_path, teacher, points=1)
     assert made["terms"] == {"guidance": "1", "batch size": "2", "student": "full"}

@@ -259,6 +259,7 @@ def data_of(kind: str, teacher: Path, folder: Path) -> list[str]:
 DEFAULT = ("sdxl-dmd2-lora-4step", "small-reflow")
 
 
+@pytest.mark.sampled("small-reflow")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in DEFAULT else [pytest.mark.full]) for n in RECIPES]
 )

@@ -20,6 +20,7 @@ def test_there_are_commands() -> None:
     assert [command.split()[0] for command in COMMANDS] == ["cache", "train", "train", "train"]
 
 
+@pytest.mark.sampled("prompts.txt --cache_dir cache0")
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda text: " ".join(text.split()[-3:]))
 def test_command_runs(command, tmp_path, tmp_path_factory, monkeypatch) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory).resolve()

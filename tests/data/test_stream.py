@@ -15,6 +15,7 @@ def dataset(request, tmp_path):
     return dataset_of(request.param, tmp_path)
 
 
+@pytest.mark.sampled("prompts")
 def test_ranks_and_workers_see_every_sample_once(dataset) -> None:
     ranks = [
         list(batches(dataset, 2 * EPOCH, rank=rank, world_size=2, num_workers=2)) for rank in (0, 1)
@@ -32,6 +33,7 @@ def test_ranks_are_parts_of_one_process(dataset) -> None:
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
 
 
+@pytest.mark.sampled("images-3", "tars-3")
 @pytest.mark.parametrize("start", [3, 14])
 def test_resume_in_an_epoch_with_workers(dataset, start) -> None:
     """24 samples in batches of 5: an epoch ends within a batch."""

@@ -83,6 +83,7 @@ def split(folder: Path, rank: int, batches: int, num_shards: int, start: int = 0
     return seen, len(log.read_text().splitlines())
 
 
+@pytest.mark.full
 def test_two_ranks_of_two_workers_read_their_own_shards(tmp_path) -> None:
     """16 shards of 100 rows; 100 batches of 4 a rank are half of an epoch for each."""
     parts = [split(tmp_path, rank, 200, 16) for rank in (0, 1)]

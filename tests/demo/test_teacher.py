@@ -85,6 +85,7 @@ def test_training_repeats_bit_for_bit(train) -> None:
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.full
 def test_training_lowers_the_loss_and_moves_every_weight(train) -> None:
     pipeline = build_teacher(SHORT, -0.4, 0.75)
     before = [p.clone() for p in pipeline.unet.parameters()]
@@ -115,6 +116,7 @@ def test_folder_is_a_stock_pipeline(teacher: Teacher) -> None:
     assert guided(PROMPTS, 0).network_calls == 4
 
 
+@pytest.mark.full
 def test_equal_config_is_found_again_and_another_is_trained(train, teacher: Teacher, tmp_path):
     folder = tmp_path / "teacher"
     first = load_or_train_teacher(SHORT, train, folder, progress=False)

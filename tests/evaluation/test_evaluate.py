@@ -125,6 +125,7 @@ def test_every_row_carries_quality_and_cost(report) -> None:
     assert student.get("contrast_drift").mean == pytest.approx(ratio - 1)
 
 
+@pytest.mark.full
 def test_an_image_depends_on_neither_batch_nor_neighbours(
     report, teacher, prompts, tmp_path
 ) -> None:
@@ -311,6 +312,7 @@ def test_two_processes_make_the_numbers_of_one(report, teacher, prompts, tmp_pat
     assert found["frechet"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.full
 def test_more_previews_than_were_made_are_no_mistake(report, teacher, prompts, tmp_path) -> None:
     first = evaluate(options(teacher, prompts, tmp_path, num_previews=2), [Corners()])
     again = evaluate(options(teacher, prompts, tmp_path, num_previews=4), [Corners()])
@@ -339,6 +341,7 @@ def test_a_student_of_no_numbers_is_named(teacher, prompts, tmp_path, tmp_path_f
         evaluate(options(teacher, prompts, tmp_path, student=[str(broken)]), [Corners()])
 
 
+@pytest.mark.full
 def test_other_photos_of_the_same_names_and_sizes_are_read(teacher, prompts, tmp_path) -> None:
     found = []
     for colour in ("red", "blue"):

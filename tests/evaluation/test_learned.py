@@ -123,6 +123,7 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.conv2d(wide, line.view(1, 1, 1, 7)), line.view(1, 1, 7, 1))
 
 
+@pytest.mark.full
 def test_distances_grow_with_blur_noise_and_lost_modes(tmp_path) -> None:
     """Of held-out real digits to the real ones, in a network made of the latter."""
     splits = load_digit_splits()

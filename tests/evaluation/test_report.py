@@ -50,6 +50,7 @@ def rows(report: Report) -> dict[tuple[str, str, str], dict[str, str]]:
         return {(r["group"], r["metric"], r["reference"]): r for r in csv.DictReader(file)}
 
 
+@pytest.mark.full
 def test_the_reference_beside_a_number_is_its_own(report) -> None:
     told = rows(report)
     real, teacher = (told["student", "frechet", name] for name in ("real", "teacher"))
@@ -95,6 +96,7 @@ def test_how_images_were_drawn_is_beside_every_number(report) -> None:
     assert plain["protocol"]["guidance"] == "the pipeline's own"
 
 
+@pytest.mark.full
 def test_a_guidance_that_was_given_is_told(given, tmp_path) -> None:
     more = {"guidance": 3.5, "reference": None, "num_reference": None, "output_dir": str(tmp_path)}
     made = evaluate(given.model_copy(update=more), [Corners()])
@@ -102,6 +104,7 @@ def test_a_guidance_that_was_given_is_told(given, tmp_path) -> None:
     assert rows(made)["teacher", "diversity", ""]["guidance"] == "3.5"
 
 
+@pytest.mark.full
 def test_a_guidance_of_no_effect_is_not_told(tmp_path, tmp_path_factory) -> None:
     unconditional = teacher_dir("unet2d", tmp_path_factory)
     more: dict[str, Any] = {"prompts_file": None, "num_prompts": 2, "guidance": 4.0}

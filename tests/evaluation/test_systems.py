@@ -95,6 +95,7 @@ def test_videos_beside_images_are_refused(tmp_path, tmp_path_factory) -> None:
         source.load()
 
 
+@pytest.mark.full
 def test_runs_of_one_name_are_two_students(run, tmp_path) -> None:
     other = tmp_path / "elsewhere" / run.name
     shutil.copytree(run, other)

@@ -182,6 +182,7 @@ def test_a_mistake_is_said_before_any_video(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_students_are_of_the_teacher_s_kind(wan, prompts, tmp_path, tmp_path_factory) -> None:
     given = options(teacher_dir("sd_v", tmp_path_factory), prompts, tmp_path, student=[str(wan)])
     with pytest.raises(ValueError, match="expected a pipeline that makes images, as the teacher"):

@@ -119,6 +119,11 @@ def test_velocity_prediction_is_told_by_a_node(tmp_path) -> None:
     assert widgets(graph, "ModelSamplingDiscrete") == {"sampling": "v_prediction", "zsnr": False}
 
 
+@pytest.mark.sampled(
+    "flux-lora-is read whole by ComfyUI (`models/loras`)",
+    "wan-lora-`--format kohya` (A1111, ComfyUI, sd-scripts) or `--format comfyui`",
+    "sd-kohya-ComfyUI (`models/loras`), A1111 (`models/Lora`), sd-scripts",
+)
 @pytest.mark.parametrize(
     ("name", "form", "said"),
     [

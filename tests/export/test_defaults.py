@@ -67,6 +67,7 @@ TOLD = [
 ]
 
 
+@pytest.mark.sampled("dit", "flux", "sd3")
 @pytest.mark.parametrize("family", TOLD)
 def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) -> None:
     """Stock call with `typed` alone, and the importable loader with a prompt alone."""
@@ -98,6 +99,7 @@ def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) ->
             assert next(iter(told.values())).shape[0] == 1, "a null pass was made"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("steps", [1, 2, pytest.param(8, marks=pytest.mark.full)])
 def test_sd_keeps_its_class_at_other_step_counts(steps, tmp_path, tmp_path_factory) -> None:
     trainer = moved(
@@ -110,7 +112,7 @@ def test_sd_keeps_its_class_at_other_step_counts(steps, tmp_path, tmp_path_facto
     assert index["_class_name"] == "StableDiffusionPipeline"
 
 
-@pytest.mark.sampled(family=("sdxl", "flux"))
+@pytest.mark.sampled("flux-0.0")
 @pytest.mark.parametrize(("family", "limit"), [("sdxl", 0.0), ("flux", 0.0), ("flux2_dev", 1e-4)])
 def test_guidance_typed_by_habit_changes_nothing(family, limit, tmp_path, tmp_path_factory) -> None:
     """A user who types the teacher's guidance still gets the student's image, by one pass."""
@@ -126,6 +128,7 @@ def test_guidance_typed_by_habit_changes_nothing(family, limit, tmp_path, tmp_pa
     assert float((plain - habit).abs().max()) <= limit
 
 
+@pytest.mark.full
 def test_guided_student_keeps_its_guidance(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory)
     trainer = moved(build_trainer("dmd2", teacher, "lora", tmp_path / "run"))
@@ -179,6 +182,7 @@ def test_folded_flux_guidance_is_exact(guidance) -> None:
     assert (told - folded).abs().max() < 1e-5
 
 
+@pytest.mark.full
 def test_loaded_class_differs_in_its_defaults_alone(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sdxl", tmp_path_factory)
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")

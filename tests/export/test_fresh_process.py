@@ -40,9 +40,9 @@ CASES = {
     "dit_two": ("dit", "dmd2", "full", SamplerSpec(uniform_grid(2), "renoise")),
 }
 LORA_CASES = ("sd_v_tcd", "sd_velocity", "sd3_shifted", "sd3_anchored")
-FULL = ("sd_v_one", "sd_v_heun", "sdxl_two", "sd_velocity_lora", "sd3_anchored_lora")
+DEFAULT = ("sd_v_tcd", "sd_v_tcd_lora", "sd3_given_sigmas", "dit_two")
 CARDS = [
-    pytest.param(name, marks=[pytest.mark.full] if name in FULL else [])
+    pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.full])
     for name in (*CASES, *(f"{name}_lora" for name in LORA_CASES))
 ]
 
@@ -134,6 +134,7 @@ def test_card_makes_our_image(name: str, runs: Any) -> None:
     assert np.abs(theirs - ours).max() <= 1  # one level of 8-bit rounding
 
 
+@pytest.mark.full
 def test_images_differ_between_cases(runs: Any) -> None:
     """Or the comparison would be of one grey image with itself."""
     _, images, _, _ = runs
@@ -143,6 +144,7 @@ def test_images_differ_between_cases(runs: Any) -> None:
     assert min(apart) > 5
 
 
+@pytest.mark.full
 def test_records_say_what_to_type(runs: Any) -> None:
     _, _, records, _ = runs
     assert records["sd_eps_renoise_late"]["call"] == {"timesteps": [399, 199]}

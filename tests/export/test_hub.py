@@ -260,6 +260,7 @@ def test_large_files_go_by_lfs_in_one_piece_or_in_parts(run, hub, tmp_path) -> N
     assert seen["tokens"] == {f"Bearer {TOKEN}"}
 
 
+@pytest.mark.full
 def test_large_files_go_by_xet(run, hub, tmp_path) -> None:
     """The default where hf_xet is installed: chunks to the store, hashes into the commit."""
     pytest.importorskip("hf_xet")
@@ -277,6 +278,7 @@ def test_large_files_go_by_xet(run, hub, tmp_path) -> None:
     assert seen["tokens"] == {f"Bearer {TOKEN}"}  # the store was given the short-lived one
 
 
+@pytest.mark.full
 def test_a_store_that_fails_is_one_line_and_no_commit(run, hub, tmp_path) -> None:
     endpoint, seen = hub
     seen["large"], seen["store_fails"] = is_weights, True

@@ -95,6 +95,7 @@ def assert_the_student(trainer, net) -> None:
     assert float((plain - ours).abs().max()) > 1e-2
 
 
+@pytest.mark.sampled("z_image-comfyui")
 @pytest.mark.parametrize(("family", "form"), BY_DIFFUSERS)
 def test_stock_loader_makes_the_student_of_it(family, form, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)
@@ -106,6 +107,7 @@ def test_stock_loader_makes_the_student_of_it(family, form, tmp_path, tmp_path_f
     assert_the_student(trainer, plain.net)
 
 
+@pytest.mark.sampled("sd3-comfyui", "flux-kohya")
 @pytest.mark.parametrize(("family", "form"), BY_INVERSE)
 def test_the_inverse_makes_the_student_of_it(family, form, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)
@@ -128,6 +130,7 @@ def test_kohya_s_alpha_is_the_rank_and_fused_matrices_hold_three(
     assert float(tensors["lora_unet_double_blocks_0_img_attn_proj.alpha"]) == 2.0
 
 
+@pytest.mark.full
 def test_sdxl_kohya_keys_are_the_authors_and_sd_s_are_diffusers(tmp_path, tmp_path_factory) -> None:
     names = {}
     for family in ("sd_v", "sdxl"):
@@ -167,6 +170,7 @@ def test_an_unknown_format_is_refused(tmp_path, tmp_path_factory) -> None:
         trainer.export(tmp_path / "out", format="a1111")
 
 
+@pytest.mark.full
 def test_diffusers_is_another_name_of_lora(tmp_path, tmp_path_factory) -> None:
     trainer = student("sd_v", tmp_path, tmp_path_factory)
     out = trainer.export(tmp_path / "out", format="diffusers")
@@ -333,7 +337,7 @@ def test_fused_is_unfused(family, tmp_path, tmp_path_factory) -> None:
     assert_the_student(trainer, plain.net)
 
 
-@pytest.mark.sampled(family=("sd3",))
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd_v", "sd3"])
 def test_a_style_stacks_at_its_weight(family, tmp_path, tmp_path_factory) -> None:
     """set_adapters([student, style], [1, 0.5]) adds both deltas to the base, scaled."""

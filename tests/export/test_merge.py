@@ -43,12 +43,14 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.sampled("0.0-1")
 @pytest.mark.parametrize(("weight", "which"), [(1.0, 0), (0.0, 1)])
 def test_the_ends_are_the_students_themselves(weight, which, students, tmp_path) -> None:
     out = merge_pipelines(*students, tmp_path / "out", weight)
     assert_equal(weights(out), weights(students[which]))
 
 
+@pytest.mark.full
 def test_between_the_ends_every_weight_is_the_mean(students, tmp_path) -> None:
     a, b = (weights(folder) for folder in students)
     assert any(not torch.equal(a[name], b[name]) for name in a)
@@ -69,6 +71,7 @@ def test_frozen_parts_stay_as_they_are_and_the_folder_loads(students, tmp_path) 
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.full
 def test_shards_of_another_layout_are_found_by_name(students, tmp_path) -> None:
     split = tmp_path / "split"
     shutil.copytree(students[1], split)

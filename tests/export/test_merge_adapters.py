@@ -76,6 +76,7 @@ def assert_sum(read, first, second, weights) -> None:
         torch.testing.assert_close(read[name], wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sampled("weights1")
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.25, -2.0), (1.0, 0.0), (0.0, 1.0)])
 def test_cat_is_the_weighted_sum_of_deltas(weights, pair, tmp_path) -> None:
     (a, first, trainer), (b, second, _) = pair
@@ -96,6 +97,7 @@ def test_cat_of_other_tools_files(form, student, tmp_path) -> None:
     assert_sum(read, first, second, (1.0, 0.5))
 
 
+@pytest.mark.full
 def test_cat_of_peft_folders(student, tmp_path) -> None:
     (a, first, trainer), (b, second, _) = (student("pixart", "lora", i) for i in range(2))
     out = merge_adapters([str(a), f"{b}:0.5"], tmp_path / "both")
@@ -106,6 +108,7 @@ def test_cat_of_peft_folders(student, tmp_path) -> None:
     assert_sum(read, first, second, (1.0, 0.5))
 
 
+@pytest.mark.full
 def test_adapters_of_different_modules_and_ranks_add_up(student, tmp_path) -> None:
     from stepdistill import Tuning
 
@@ -126,6 +129,7 @@ def test_adapters_of_different_modules_and_ranks_add_up(student, tmp_path) -> No
         torch.testing.assert_close(delta, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sampled("weights1-1")
 @pytest.mark.parametrize(("weights", "which"), [((1, 0), 0), ((0, 1), 1)])
 def test_linear_has_the_files_as_ends(weights, which, student, tmp_path) -> None:
     folders = [student("sd_v", "lora", i)[0] for i in range(2)]

@@ -53,6 +53,7 @@ def moved(trainer: Any) -> Any:
     return trainer
 
 
+@pytest.mark.sampled("unet2d-4-renoise", "edm-1-ode")
 @pytest.mark.parametrize(("family", "steps", "kind"), CASES)
 def test_stock_image_equals_in_memory(family, steps, kind, tmp_path, tmp_path_factory) -> None:
     """export_pipeline compares; one EDM step needs no argument, for the class's default is 1."""
@@ -68,6 +69,7 @@ def test_stock_image_equals_in_memory(family, steps, kind, tmp_path, tmp_path_fa
     assert stepdistill.load_pipeline(out)(output_type="pt").images.shape == (1, 3, 8, 8)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["unet2d", "edm", "edm_plain"])
 def test_trained_student_round_trips(family, tmp_path, tmp_path_factory) -> None:
     options = {"tuning": stepdistill.Tuning(student="full", fake="lora", rank=2)}
@@ -267,6 +269,7 @@ def test_a_folder_of_images_is_enough(tmp_path, tmp_path_factory) -> None:
     assert torch.isfinite(torch.tensor(list(trainer.train().values()))).all()
 
 
+@pytest.mark.full
 def test_launcher_needs_no_data_for_an_unconditional_model(tmp_path, tmp_path_factory) -> None:
     from stepdistill.trainers import launch
 

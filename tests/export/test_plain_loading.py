@@ -26,7 +26,7 @@ def _own_precision() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.sampled(family=("sdxl",))  # its autoencoder is the one with types of its own
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
 def test_a_bf16_run_s_export_runs_as_its_card_says(family, tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer(

@@ -45,7 +45,7 @@ CASES = [(f, layout, *s) for f in THOROUGH for layout in ("lora", "full") for s 
 CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
 
 
-@pytest.mark.sampled(family=THOROUGH)  # the others' by test_defaults.py
+@pytest.mark.sampled("sd-full-1-renoise", "sd3-lora-2-renoise", "dit-lora-1-renoise")
 @pytest.mark.parametrize(("family", "layout", "steps", "kind"), CASES)
 def test_stock_image_equals_in_memory(
     family, layout, steps, kind, tmp_path, tmp_path_factory
@@ -75,6 +75,7 @@ def test_a_wrong_export_is_refused(tmp_path, tmp_path_factory, monkeypatch) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_times_no_list_gives_go_into_the_call(tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer("dmd2", teacher_dir("sd", tmp_path_factory), "lora", tmp_path / "run")
     spec = SamplerSpec((0.4,), "renoise", trained_times=(0.4,))
@@ -83,6 +84,7 @@ def test_times_no_list_gives_go_into_the_call(tmp_path, tmp_path_factory) -> Non
     assert "timesteps=[399]" in (out / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_shifted_flow_grid_comes_from_the_saved_config(tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer("dmd2", teacher_dir("sd3", tmp_path_factory), "lora", tmp_path / "run")
     grid = uniform_grid(4, shift=3.0)
@@ -94,6 +96,7 @@ def test_shifted_flow_grid_comes_from_the_saved_config(tmp_path, tmp_path_factor
     assert saved.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-6)
 
 
+@pytest.mark.full
 def test_raw_velocity_student_in_a_vp_pipeline(tmp_path, tmp_path_factory) -> None:
     """Stock pipelines read init_noise_sigma, which flow schedulers have only by a config entry."""
     teacher = teacher_dir("sd_v", tmp_path_factory)
@@ -114,6 +117,7 @@ def test_raw_velocity_student_in_dit(tmp_path, tmp_path_factory) -> None:
     assert index["scheduler"] == ["diffusers", "FlowMapEulerDiscreteScheduler"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sdxl", "pixart"])
 def test_raw_velocity_student_where_the_loop_scales_its_input(
     family, tmp_path, tmp_path_factory
@@ -139,6 +143,7 @@ def test_one_velocity_step_of_pixart_alpha_is_refused_with_nothing_written(
         build_trainer("reflow_raw_distill", teacher, "lora", tmp_path / "other")
 
 
+@pytest.mark.sampled("sana")
 @pytest.mark.parametrize("family", ["pixart_sigma", "sana"])
 def test_one_velocity_step_elsewhere_is_exported(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
@@ -158,7 +163,7 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
 WITH_LORA_LOADER = [name for name, family in TINY_FAMILY.items() if family.has_lora_loader()]
 
 
-@pytest.mark.sampled(family=("sd_v", "sdxl", "flux"))  # and the formats of test_lora_formats.py
+@pytest.mark.sampled("flux")
 @pytest.mark.parametrize("family", WITH_LORA_LOADER)
 def test_lora_file_keeps_the_strength_of_alpha(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
@@ -192,7 +197,7 @@ def test_lora_of_a_full_student_is_refused(tmp_path, tmp_path_factory) -> None:
         trainer.export(tmp_path / "out", format="lora")
 
 
-@pytest.mark.sampled(family=("dit", "pixart"))
+@pytest.mark.sampled("dit")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITH_LORA_LOADER])
 def test_lora_without_a_loader_is_a_peft_adapter(family, tmp_path, tmp_path_factory) -> None:
     """Diffusers gives these classes no LoRA loader; PEFT reads the folder, alpha included."""
@@ -225,6 +230,7 @@ def flux(tmp_path_factory):
     return build_trainer("dmd2", teacher, "full", tmp_path_factory.mktemp("flux"))
 
 
+@pytest.mark.sampled("4-3.0")
 @pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (4, 3.0)])
 def test_flux_scheduler_visits_the_trained_sigmas(steps, shift, flux, tmp_path) -> None:
     """The Flux call hands its scheduler linspace(1, 1/N, N) and mu: neither may move the grid."""
@@ -259,7 +265,7 @@ def test_a_guided_qwen_image_student_names_its_negative_prompt(tmp_path, tmp_pat
     assert call == {"true_cfg_scale": 3.0, "negative_prompt": " "}
 
 
-@pytest.mark.sampled(family=("flux", "wan"))  # others train in the matrix, export untrained
+@pytest.mark.full
 @pytest.mark.parametrize("family", FURTHER)
 def test_trained_student_round_trips(family, tmp_path, tmp_path_factory) -> None:
     """Two steps of DMD2 with LoRA, exported; export_pipeline compares the reloaded image."""

@@ -82,6 +82,7 @@ def worst(read, wanted) -> float:
     return max(float((read[n] - x).abs().max() / x.abs().max()) for n, x in wanted.items())
 
 
+@pytest.mark.sampled("sd_v-comfyui", "sd3-lora", "flux-comfyui", "lumina2-kohya", "wan-comfyui")
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_comfyui_reads_what_the_rules_say(name, form, exported) -> None:
@@ -194,6 +195,7 @@ def test_alpha_is_the_rank_and_diffusers_reads_the_same(name, exported) -> None:
     assert worst(read, {n: lora.delta() for n, lora in made.adapters.items()}) < 1e-6
 
 
+@pytest.mark.sampled("comfyui")
 @pytest.mark.parametrize("form", FORMATS)
 def test_bfloat16_is_the_default_and_half_the_size(form, exported, tmp_path) -> None:
     wide, half = exported("sd_v", form), exported("sd_v", form, "bfloat16")

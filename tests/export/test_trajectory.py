@@ -67,7 +67,7 @@ def test_tscd_exports_deterministically_at_every_step_count(
         assert scheduler["_class_name"] == expected
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled("dit-8")
 @pytest.mark.parametrize("num_phases", [1, 2, 4, 8])
 @pytest.mark.parametrize("family", THOROUGH)
 def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory) -> None:
@@ -89,6 +89,7 @@ def test_a_segmented_student_is_not_exported_across_an_edge(tmp_path, tmp_path_f
     assert saved(trainer.export(tmp_path / "out"))[0]["num_inference_steps"] == 2
 
 
+@pytest.mark.full
 def test_a_run_that_the_clock_stops_is_exported_on_the_edges_it_trained(
     tmp_path, tmp_path_factory
 ) -> None:
@@ -107,7 +108,7 @@ def test_a_run_that_the_clock_stops_is_exported_on_the_edges_it_trained(
         assert saved(again.export(tmp_path / "again"))[0]["times"] == record["times"]
 
 
-@pytest.mark.sampled(family=("sd3",))
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_lcm_on_flow_exports_without_typed_sigmas(family, tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer(
@@ -119,6 +120,7 @@ def test_lcm_on_flow_exports_without_typed_sigmas(family, tmp_path, tmp_path_fac
     assert scheduler["_class_name"] == "FlowMatchLCMScheduler"
 
 
+@pytest.mark.sampled("sd3-FlowMatchLCMScheduler")
 @pytest.mark.parametrize(
     ("family", "scheduler"), [("sd3", "FlowMatchLCMScheduler"), ("sd", "LCMScheduler")]
 )
@@ -139,6 +141,7 @@ def recipe() -> dict:
     return yaml.safe_load(text)["method_config"]
 
 
+@pytest.mark.full
 def test_one_run_exports_all_step_counts_with_tcd(tmp_path, tmp_path_factory) -> None:
     """The recipe's run serves 1, 2, 4, 8 steps, each equal to stock TCD, with one scheduler."""
     trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", recipe(), steps=4)

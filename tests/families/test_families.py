@@ -63,12 +63,27 @@ def without_zero_null(pipeline):
 
 
 # ------------------------------------------------------------------- parity with the stock pipeline
+@pytest.mark.sampled(
+    "dit",
+    "edm",
+    "flux",
+    "lumina2",
+    "pixart",
+    "qwen_image",
+    "sd3",
+    "sd_v",
+    "sdxl",
+    "unet2d",
+    "wan",
+    "z_image",
+)
 def test_parity_with_the_stock_pipeline(family) -> None:
     rows = check_family(family)
     assert len(rows) == 6
     assert {name: value for name, value in rows if not value < LIMIT} == {}
 
 
+@pytest.mark.sampled("sd35_t5", "flux_schnell")
 @pytest.mark.parametrize(
     "build",
     [
@@ -184,6 +199,16 @@ class WrongConvention(ZImageFamily):
         return guidance
 
 
+@pytest.mark.sampled(
+    "WrongLength-build0-encode",
+    "WrongPacking-build3-denoiser",
+    "WrongGuidance-build4-encode",
+    "WrongMask-build5-encode",
+    "WrongNull-tiny_sd-sampling",
+    "WrongTime-tiny_sd3-denoiser",
+    "WrongScale-tiny_sd3-vae: encode",
+    "WrongLabel-tiny_dit-encode",
+)
 @pytest.mark.parametrize(
     ("wrong", "build", "row"),
     [
@@ -207,7 +232,7 @@ def test_check_finds_a_wrong_adapter(wrong, build, row) -> None:
 
 
 def test_print_check_exit_code(tmp_path, capsys) -> None:
-    tiny_sd().save_pretrained(tmp_path)
+    tiny_dit().save_pretrained(tmp_path)
     assert print_check(str(tmp_path)) == 0
     assert "sampling" in capsys.readouterr().out
     assert print_check(WrongTime(tiny_sd3())) == 1

@@ -43,6 +43,7 @@ class Unnormed(Flux2Family):
         return super().latents(images, generator) + 0.1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("wrong", "is_distilled", "row"),
     [
@@ -110,6 +111,7 @@ def test_the_counter_of_a_batch_norm_alone_may_be_an_integer(tmp_path) -> None:
         check_safetensors(tmp_path / "integers.safetensors", floating=True)
 
 
+@pytest.mark.full
 def test_the_card_gives_the_prompt_by_name(tmp_path, tmp_path_factory) -> None:
     """The first argument of the stock call is an image."""
     teacher = teacher_dir("flux2", tmp_path_factory)
@@ -135,6 +137,7 @@ class Untold(Flux2DevFamily):
         return super().embedded_guidance(model_t, None)
 
 
+@pytest.mark.full
 def test_check_finds_a_dev_adapter_that_forgets_the_guidance() -> None:
     rows = check_family(Untold(tiny_flux2_dev()))
     assert [name for name, value in rows if not value < LIMIT] == ["sampling: 4 steps, guidance 3"]
@@ -153,6 +156,7 @@ def test_dev_without_its_embedding_is_refused() -> None:
         Flux2DevFamily(pipeline)
 
 
+@pytest.mark.sampled("3.5")
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_fixed_guidance_heeds_no_other(guidance) -> None:
     family = Flux2DevFamily(tiny_flux2_dev())

@@ -42,6 +42,7 @@ def heard(pipeline) -> GenericFamily:
     return generic_family(type(pipeline).__name__)(pipeline)
 
 
+@pytest.mark.sampled("aura_flow", "cogview3")
 @pytest.mark.parametrize("name", TINY_GENERIC)
 def test_parity_without_an_adapter(name) -> None:
     rows = check_family(TINY_GENERIC[name]())
@@ -65,7 +66,7 @@ def test_it_finds_what_the_adapters_say(name) -> None:
             assert (ours - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.sampled(pairs=False)
+@pytest.mark.sampled("dmd2-cogview3")
 @pytest.mark.parametrize("name", TINY_GENERIC)
 @pytest.mark.parametrize("case", ["dmd2", "lcm"])
 def test_two_steps_and_export(name, case, tmp_path) -> None:
@@ -125,6 +126,7 @@ def test_classes_that_make_no_image_from_text_are_refused(name) -> None:
         generic_family(name)
 
 
+@pytest.mark.full
 def test_a_wrong_guess_is_found_by_the_check() -> None:
     """What listening took wrongly shows against the stock call."""
     for key, wrong, row in (("offset", 3.0, "denoiser"), ("slope", 2.0, "sampling")):

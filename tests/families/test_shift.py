@@ -58,6 +58,7 @@ def told_mu(pipeline, size: int) -> float:
     return heard[0]
 
 
+@pytest.mark.sampled("flux", "flux2_dev", "lumina2", "qwen_image", "sd3", "z_image")
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_shift_at_two_sizes_is_the_stock_calls(name) -> None:
     pipeline = dynamic(name)
@@ -90,6 +91,7 @@ def test_fixed_shifts_do_not_follow_the_size() -> None:
     assert family.shift_at(16, 16) == family.shift_at(32, 32) == 3.0
 
 
+@pytest.mark.sampled("16")
 @pytest.mark.parametrize("size", [16, 32])
 def test_training_and_export_take_the_shift_of_the_resolution(
     size, tmp_path, tmp_path_factory
@@ -111,6 +113,7 @@ def test_training_and_export_take_the_shift_of_the_resolution(
     assert ("32 px, not the model's own" in (out / "README.md").read_text()) is (size == 32)
 
 
+@pytest.mark.full
 def test_an_export_at_another_size_loads_at_that_size(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd", tmp_path_factory)
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run", resolution=24)
@@ -124,6 +127,7 @@ def test_an_export_at_another_size_loads_at_that_size(tmp_path, tmp_path_factory
     assert torch.isfinite(pipe("a", output_type="pt").images).all()
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:model. .* has no family of its own")
 def test_a_generic_export_names_another_size(tmp_path) -> None:
     pipeline = TINY_GENERIC["cogview3"]()

@@ -39,6 +39,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "hub"
 
 
+@pytest.mark.full
 def test_a_hub_id_serves_as_a_folder_does(cache, tmp_path, tmp_path_factory) -> None:
     folder = teacher_dir("sd_v", tmp_path_factory)
     put_on_hub(cache, "me/teacher", folder)
@@ -63,6 +64,7 @@ def test_a_revision_is_the_one_that_is_read(cache, tmp_path_factory) -> None:
     assert load_family(ModelSource.of("me/teacher", revision="v2")).kind == "v"
 
 
+@pytest.mark.full
 def test_a_lora_on_the_hub(cache, tmp_path, tmp_path_factory) -> None:
     folder = teacher_dir("sd_v", tmp_path_factory)
     delta = style_lora(folder, tmp_path / "style", 0)

@@ -180,6 +180,17 @@ def loaded(tmp_path, tmp_path_factory) -> Callable[[str, Callable[[Any], State]]
     return load
 
 
+@pytest.mark.sampled(
+    "peft dora",
+    "dora of a transformer",
+    "kohya block that is not here",
+    "locon mid",
+    "lokr",
+    "alpha alone",
+    "half a pair",
+    "text block that is not here",
+    "wan norm diff",
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_keys_left_over_are_refused(name, loaded) -> None:
     family, build, key = REFUSED[name]
@@ -237,6 +248,7 @@ TAKEN: dict[str, tuple[str, Callable[[Any], State], str, str, str, tuple[str, st
 }
 
 
+@pytest.mark.sampled("kohya with alpha", "alphas and ranks of each module", "wan")
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_is_taken_has_the_value_that_the_file_says(name, loaded) -> None:
     family, build, part, module, stem, sides, alpha = TAKEN[name]

@@ -68,6 +68,7 @@ def test_a_transformer_alone_takes_the_rest_from_the_folder(
     assert ours.pipeline.text_encoder_3 is None
 
 
+@pytest.mark.full
 def test_a_run_on_it_resumes_and_exports(whole, tmp_path) -> None:
     path, folder = whole
     args = TrainConfig(

@@ -79,6 +79,16 @@ HARMLESS = [
 ]
 
 
+@pytest.mark.sampled(
+    "sd_v-scaled_fp8",
+    "sd_v-model.diffusion_model.input_blocks.99.0.weight",
+    "sd_v-first_stage_model.decoder.conv_in.scale_weight",
+    "sd_v-cond_stage_model.model.visual.proj",
+    "sd_v-control_model.input_blocks.0.0.weight",
+    "sd_v-lora_unet_mid_block.lora_up.weight",
+    "sdxl-edm_vpred.sigma_max",
+    "sd3-model.diffusion_model.joint_blocks.0.x_block.attn.qkv.scale_weight",
+)
 @pytest.mark.parametrize(("family", "key"), LEFT_OVER)
 def test_what_nothing_reads_is_refused(family, key, file, monkeypatch) -> None:
     source = file(family, {key: X}, {})
@@ -103,6 +113,9 @@ def test_bookkeeping_is_harmless(file) -> None:
     assert load_family(file("sd_v", {k: X.clone() for k in HARMLESS}, {}))
 
 
+@pytest.mark.sampled(
+    "marks0-metadata0-False-sdxl", "marks1-metadata1-True-sd", "marks2-metadata2-False-sd"
+)
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize(
     ("marks", "metadata", "zero_snr"),

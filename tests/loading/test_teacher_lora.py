@@ -21,6 +21,7 @@ from stepdistill.loading.teacher_lora import parse_lora
 from stepdistill.trainers import VariationalScoreTrainer, trainer_of_run
 
 
+@pytest.mark.sampled("flux", "sd3")
 @pytest.mark.parametrize("family", ["sd_v", "sdxl", "sd3", "flux"])
 def test_the_teacher_is_base_plus_scaled_deltas(family, tmp_path, tmp_path_factory) -> None:
     folder = teacher_dir(family, tmp_path_factory)
@@ -156,6 +157,7 @@ def test_the_export_holds_the_merged_weights(run, tmp_path) -> None:
     assert str(tmp_path / "style") in (out / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_a_lora_export_names_the_lora_that_belongs_beside_it(run, tmp_path) -> None:
     """The card's code, with the teacher's LoRA and the student's, makes the merged student."""
     lora = run.export(tmp_path / "lora", format="lora", dtype="float32")

@@ -282,7 +282,7 @@ def role_grads(bank: RoleBank) -> dict[str, list[Tensor]]:
     }
 
 
-@pytest.mark.sampled(family=NETWORKS)
+@pytest.mark.sampled(pairs=False, family=NETWORKS)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 @pytest.mark.parametrize("source", ["fake", "teacher"])
 def test_gan_phases_of_real_networks_reach_their_roles_only(
@@ -303,7 +303,7 @@ def test_gan_phases_of_real_networks_reach_their_roles_only(
         assert got == set(phase.trains)
 
 
-@pytest.mark.sampled(family=NETWORKS)
+@pytest.mark.sampled(pairs=False, family=NETWORKS)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_a_fresh_fake_is_the_teacher_so_the_first_gradient_is_zero(
     family: Family, layout: str
@@ -314,6 +314,7 @@ def test_a_fresh_fake_is_the_teacher_so_the_first_gradient_is_zero(
     assert student_loss(method, bank, real_batch(family)).total.item() == 0.0
 
 
+@pytest.mark.full
 def test_checkpointing_leaves_the_students_gan_gradient_unchanged(
     make_family: Callable[[str], Family],
 ) -> None:

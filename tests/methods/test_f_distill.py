@@ -154,6 +154,7 @@ def test_bins_span_the_times_that_are_drawn(name: str, shift: float) -> None:
     assert method.high - 0.01 * span < t.max() <= method.high
 
 
+@pytest.mark.full
 @pytest.mark.sampled
 @pytest.mark.parametrize("divergence", ["js", "kl"])
 def test_a_linear_generator_recovers_the_teachers_mean_and_covariance(
@@ -282,6 +283,7 @@ def test_saved_bins_come_back_and_others_are_refused() -> None:
         make(VP).load_state_dict({})
 
 
+@pytest.mark.full
 def test_a_resumed_run_goes_on_with_the_saved_bins(tmp_path: Path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory)
     trainer = build_trainer("f_distill", teacher, "lora", tmp_path / "run", checkpointing_steps=1)

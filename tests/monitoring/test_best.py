@@ -113,6 +113,7 @@ def test_a_limit_of_one_keeps_the_newest_and_the_best(run, tmp_path) -> None:
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
 
 
+@pytest.mark.full
 def test_the_most_diverse_is_the_best_by_diversity(run, tmp_path) -> None:
     """Of 5, 3, 4 and 2."""
     run(best_metric="diversity_ratio", checkpointing_steps=1, max_train_steps=4).train()
@@ -121,6 +122,7 @@ def test_the_most_diverse_is_the_best_by_diversity(run, tmp_path) -> None:
     assert (best.step, best.mode, best.value) == (1, "max", 5.0)
 
 
+@pytest.mark.full
 def test_a_best_of_the_wrong_direction_is_not_gone_by_on_resuming(run, tmp_path) -> None:
     """An earlier version kept the lowest diversity of updates 1 to 3, and called it the best."""
     run(best_metric="diversity_ratio", checkpointing_steps=1, max_train_steps=3).train()
@@ -135,6 +137,7 @@ def test_a_best_of_the_wrong_direction_is_not_gone_by_on_resuming(run, tmp_path)
     assert (best.step, best.mode, best.value) == (5, "max", 6.0)
 
 
+@pytest.mark.full
 def test_a_kill_before_the_pointer_is_mended_on_resuming(run, tmp_path) -> None:
     run(max_train_steps=4).train()
     (tmp_path / "best.json").unlink()
@@ -217,6 +220,7 @@ def test_an_option_without_effect_is_told() -> None:
         TrainConfig(**OPTIONS, best_metric="teacher_rmse", best_mode="max")
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:best_mode has no effect")
 def test_a_run_of_an_earlier_version_is_exported(run, tmp_path) -> None:
     """Its record holds best_mode, and a best_metric that none may train by now."""

@@ -149,6 +149,7 @@ def steps_of(folder) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("cheap")
 def test_a_run_validates_by_itself_and_a_resumed_one_at_the_same_steps(teacher, tmp_path) -> None:
     one = build_trainer("dmd2", teacher, "lora", tmp_path / "one", **OPTIONS)

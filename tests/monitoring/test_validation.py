@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.runs import FIRST, METHOD_CASES, build_trainer, teacher_dir
+from support.runs import METHOD_CASES, build_trainer, teacher_dir
 
 from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.core.solvers import SamplerSpec
@@ -169,6 +169,7 @@ def vsd(tmp_path_factory):
     return trainer
 
 
+@pytest.mark.full
 def test_guiding_both_branches_the_student_is_held_against_the_plain_teacher(vsd) -> None:
     """The teacher itself, unguided, is where a vsd student ends: at distance zero."""
     spec = SamplerSpec(uniform_grid(3), "ode")
@@ -198,7 +199,7 @@ def test_features_of_ones_own_are_taken(validated) -> None:
     assert found.metrics["frechet_diagonal"] == 0.0
 
 
-@pytest.mark.sampled(case=FIRST)
+@pytest.mark.sampled("lcm-full", "dmd2-full")
 @pytest.mark.parametrize(
     ("case", "layout"),
     [
@@ -252,6 +253,7 @@ def test_without_teacher_samples_there_is_a_grid_and_little_else(validated, tmp_
     assert [p.name for p in (tmp_path / "validation").iterdir()] == ["step-2.png"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["dmd2", "cd"])
 def test_the_metrics_to_choose_by_are_measured(case, tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer(

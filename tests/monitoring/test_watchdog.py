@@ -250,6 +250,7 @@ def lines(folder, name: str) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
+@pytest.mark.full
 def test_a_run_that_backs_off_resumes_exactly(teacher, tmp_path) -> None:
     """Checkpoints fall between log lines, and the rates are lowered before and after."""
     options = {
@@ -330,6 +331,7 @@ def test_backing_off_goes_on_past_a_nan(teacher, tmp_path, monkeypatch) -> None:
     ]
 
 
+@pytest.mark.full
 def test_guidance_50_is_stopped_as_drift(teacher, tmp_path, monkeypatch) -> None:
     spec = METHOD_CASES["dmd2"]
     strong = {"num_steps": 1, "critic_steps": 1, "guidance": 50.0}
@@ -346,6 +348,7 @@ def test_guidance_50_is_stopped_as_drift(teacher, tmp_path, monkeypatch) -> None
     assert not (tmp_path / f"checkpoint-{trainer.step}").exists()
 
 
+@pytest.mark.full
 def test_a_healthy_run_raises_nothing(tmp_path, tmp_path_factory) -> None:
     build_trainer(
         "dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path,

@@ -68,6 +68,7 @@ def still_works(teacher, folder, good, precision: str, case: str = "dmd2") -> bo
     return trainer.step == options["max_train_steps"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("precision", "dtype"),
     [("bf16", "bfloat16"), pytest.param("fp16", "float16", marks=pytest.mark.full)],
@@ -107,6 +108,7 @@ def test_float16_overflows_where_bfloat16_does_not(teacher, tmp_path) -> None:
     assert not wide_seen
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_ruined_weights_is_not_named(teacher, tmp_path) -> None:
     """What a step's last update ruins is saved before a loss shows it."""
     trainer = trainer_of(teacher, tmp_path, "bf16", "lcm")
@@ -151,6 +153,7 @@ def bad_batch(trainer, at: int) -> None:
     trainer.batches._x0 = spoiled
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.full), "fp16"])
 def test_backing_off_skips_a_batch_that_overflows(teacher, tmp_path, precision) -> None:
     trainer = trainer_of(

@@ -246,6 +246,7 @@ def test_equal_prompts_walk_through_joint_blocks_alike() -> None:
 
 
 # ----------------------------------------------------------------- the pipeline
+@pytest.mark.sampled("sd", "sd3")
 @every
 def test_scale_zero_and_no_prompt_are_the_stock_call_bit_for_bit(pipes) -> None:
     stock, ours, call = pipes
@@ -277,6 +278,7 @@ def test_the_effect_is_there_and_grows_with_the_scale(pipes) -> None:
     assert 1.5 < moved[1] / moved[0] < 2.7  # nearly linear at small scales
 
 
+@pytest.mark.sampled("sd3", "pixart")
 @every
 def test_rows_of_a_batch_are_calls_of_their_own(pipes) -> None:
     _, ours, call = pipes
@@ -339,6 +341,7 @@ def test_padding_of_the_negative_prompt_does_not_count(pipes) -> None:
 
 
 # ------------------------------------------------------------ loading and saving
+@pytest.mark.sampled("sd", "sd3")
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart_sigma"])
 def test_loads_as_a_custom_pipeline(name, tmp_path_factory) -> None:
     """The class is the folder's own; SD3 without T5 needs no telling."""
@@ -439,6 +442,7 @@ def empty(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, device="meta")
 
 
+@pytest.mark.full
 def test_cost_on_the_real_unet_is_about_a_percent() -> None:
     """SD 1.5 at 512 px: the paper counts +1.89% (of another network), CFG +100%."""
     with torch.device("meta"):

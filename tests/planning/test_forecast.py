@@ -47,6 +47,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return teacher_dir("sd3", tmp_path_factory)  # the fewest operations of those with prompts
 
 
+@pytest.mark.sampled("sd21", "sdxl", "sd35_medium", "wan_1_3b")
 @pytest.mark.parametrize("name", RELEASED)
 def test_bundled_models_have_the_released_size(name: str) -> None:
     count = sum(p.numel() for p in blueprint(name, torch.bfloat16).net.parameters())
@@ -60,6 +61,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.sampled("qwen_image")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_forecast(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The frozen bytes are the denoiser's own, in float32."""

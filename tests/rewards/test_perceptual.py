@@ -69,6 +69,7 @@ def pair(size: int = 32, bsz: int = 2) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+@pytest.mark.sampled("alex.safetensors")
 @pytest.mark.parametrize("name", ["alex.safetensors", "vgg.safetensors"])
 def test_equals_the_library_on_the_same_weights(files, name) -> None:
     a, b = pair()
@@ -79,6 +80,7 @@ def test_equals_the_library_on_the_same_weights(files, name) -> None:
     torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.full
 def test_images_are_read_in_minus_one_to_one(files) -> None:
     """The library told that images are in [0, 1] agrees; untold, it would give another number."""
     a, b = pair()

@@ -68,6 +68,7 @@ def equal(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------ layouts
+@pytest.mark.sampled("lora-full")
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_each_layout_stores_what_it_says(make_family, student, fake) -> None:
     bank = build(make_family("sd"), student, fake)
@@ -77,7 +78,7 @@ def test_each_layout_stores_what_it_says(make_family, student, fake) -> None:
     assert adapters == {"student", "fake"} - copies
 
 
-@pytest.mark.sampled(family=NETWORKS)
+@pytest.mark.sampled(pairs=False, family=NETWORKS)
 def test_a_second_adapter_does_not_wrap_the_first(make_family, request, lent) -> None:
     plain_family = make_family(request.node.callspec.params["family"])
     plain = sum(
@@ -91,7 +92,7 @@ def test_a_second_adapter_does_not_wrap_the_first(make_family, request, lent) ->
     assert all(set(layer.lora_A) == {"student", "fake"} for layer in bank._tuner_layers)
 
 
-@pytest.mark.sampled(family=NETWORKS)
+@pytest.mark.sampled(pairs=False, family=NETWORKS)
 def test_members_bear_stock_names(lent) -> None:
     bank = lent
     assert set(bank.members("student")) == set(bank.members("fake"))
@@ -106,7 +107,7 @@ def test_rank_and_alpha_set_the_scale(make_family) -> None:
         assert layer.scaling == {"student": 1.5, "fake": 3.0}
 
 
-@pytest.mark.sampled(family=NETWORKS)
+@pytest.mark.sampled(pairs=False, family=NETWORKS)
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_teacher_is_the_untouched_base_bit_for_bit(family, student, fake) -> None:
     untouched = copy.deepcopy(family.net)
@@ -120,7 +121,7 @@ def test_teacher_is_the_untouched_base_bit_for_bit(family, student, fake) -> Non
         assert (outs[a] - outs[b]).abs().max() > 1e-4, (a, b)
 
 
-@pytest.mark.sampled(family=NETWORKS)
+@pytest.mark.sampled(pairs=False, family=NETWORKS)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_roles_start_at_the_teacher(family, layout) -> None:
     bank = RoleBank(family, ROLES, Tuning(student=layout, fake=layout, rank=4))
@@ -144,7 +145,7 @@ def test_half_precision_base_keeps_float32_adapters(make_family) -> None:
 
 
 # ---------------------------------------------------------------------------------------- switching
-@pytest.mark.sampled(family=NETWORKS)
+@pytest.mark.sampled(pairs=False, family=NETWORKS)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_calls_of_other_roles_before_backward_change_no_gradient(family, layout) -> None:
     alone = build(family, layout, roles={"student": Role(train=True)})
@@ -190,6 +191,7 @@ def test_use_restores_the_role_after_an_error(make_family) -> None:
     assert all(layer.disable_adapters for layer in bank._tuner_layers)
 
 
+@pytest.mark.sampled("full-lora")
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_train_only_is_exact(make_family, student, fake) -> None:
     bank = build(make_family("sd"), student, fake)
@@ -221,7 +223,7 @@ def mixed_loss(bank: RoleBank, family: Family) -> Tensor:
     return out.raw.square().mean() + out.features["mid"].square().mean()
 
 
-@pytest.mark.sampled(family=NETWORKS)
+@pytest.mark.sampled(pairs=False, family=NETWORKS)
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_checkpointing_changes_no_gradient(family, student, fake) -> None:
     bank = build(family, student, fake)
@@ -267,7 +269,7 @@ def test_a_call_without_gradients_leaves_later_gradients_whole(make_family, layo
 
 
 # --------------------------------------------------------------------------- features, as_flow, w
-@pytest.mark.sampled(family=(*NETWORKS, "flux", "lumina2", "qwen_image", "sana"))
+@pytest.mark.sampled("dit-False", "edm-True", "flux-False", "sd3-True")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_features_alone_are_those_of_a_whole_call(family, checkpointing) -> None:
     """Same values and gradients, by a network that stops behind the last block it reads."""
@@ -309,7 +311,7 @@ def test_features_alone_are_those_of_a_whole_call(family, checkpointing) -> None
     assert bank._active is None
 
 
-@pytest.mark.sampled(family=NETWORKS)
+@pytest.mark.sampled(pairs=False, family=NETWORKS)
 def test_features_are_of_the_conditional_half(family, lent) -> None:
     bank = lent
     x_t, t, cond = inputs(family)

@@ -53,6 +53,7 @@ def small_trainer(case: str, family: str, factory: Any, out: Path, **options: An
     return build_trainer(case, teacher, "full", out, tuning=tuning, **options)
 
 
+@pytest.mark.sampled("dit", "edm", "flux", "sd", "sd3", "wan", "pixart", "z_image")
 def test_every_family_builds_and_calls_a_smaller_student(family) -> None:
     given = smaller(family.config)
     torch.manual_seed(0)
@@ -180,6 +181,7 @@ print(sum(p.numel() for n, p in pipe.unet.named_parameters() if "cond_proj" not 
 """
 
 
+@pytest.mark.full
 def test_dmd2_with_a_smaller_student_exports_to_stock_diffusers(tmp_path, tmp_path_factory) -> None:
     out = tmp_path / "run"
     trainer = small_trainer("dmd2", "sd_v", tmp_path_factory, out, ema_decay=0.5)
@@ -203,7 +205,7 @@ def test_dmd2_with_a_smaller_student_exports_to_stock_diffusers(tmp_path, tmp_pa
         found.export(tmp_path / "lora", format="lora")
 
 
-@pytest.mark.sampled(family=("sd3", "sd_v"))
+@pytest.mark.sampled("cd-sd3")
 @pytest.mark.parametrize(
     ("case", "family"), [("cd", "sd3"), ("vsd", "sd"), ("reflow_raw", "sd_v"), ("lcm_w", "sd")]
 )

@@ -58,6 +58,7 @@ def test_the_same_rows_give_the_same_bytes_and_no_other_file(tmp_path) -> None:
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["shard.safetensors"]
 
 
+@pytest.mark.sampled("3")
 @pytest.mark.parametrize("bit", range(0, 8, 3))
 def test_any_flipped_bit_is_noticed(tmp_path, bit) -> None:
     path = written(tmp_path)

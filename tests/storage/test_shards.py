@@ -82,6 +82,7 @@ def check_equal(folder: Path, world: int) -> None:
             assert torch.equal(full_tensor(value.detach()), expected[key]), f"{name}/{key}"
 
 
+@pytest.mark.sampled("2-1")
 @pytest.mark.parametrize(("written", "read"), [(2, 1), (2, 3), (3, 2)])
 def test_weights_and_moments_of_any_number_go_to_any(written, read, tmp_path) -> None:
     folder = saved(tmp_path, written)

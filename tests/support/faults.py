@@ -279,7 +279,10 @@ def orphans(teacher: Path, out: Path) -> dict[str, Any]:
     return {"meets": meets, "state": end["state"], "saved": step_of(out / "run") == end["step"]}
 
 
-VALIDATED = ("--validation_steps", "1", "--validation_prompts", '["a thing"]')
+VALIDATED = (
+    *("--validation_steps", "1", "--validation_teacher_steps", "2"),
+    *("--validation_prompts", '["a thing"]'),
+)
 # Samples beyond every bound from the second validation on, which the first process alone makes.
 COLLAPSE = ("--learning_rate", "1", "--max_grad_norm", "1e9", "--watchdog.drift", "stop")
 

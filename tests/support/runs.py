@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ THOROUGH = ("sd", "sd_v", "sd3", "dit")
 NETWORKS = ("sd", "sd3", "dit", "edm", "wan_i2v")
 _TEACHERS: dict[str, Path] = {}
 _SHAPES: dict[str, tuple[int, ...]] = {}  # of a teacher's latents by its folder
-_PARTS: dict[str, dict[str, nn.Module]] = {}  # of it what no run in float32 changes
+_READ: dict[str, Family] = {}  # by its folder, as it was read
 
 
 def teacher_dir(family: str, tmp_path_factory: Any) -> Path:
@@ -413,7 +414,7 @@ def build_trainer(
         gan_dataset = TinyData(_latent_shape(teacher), *told, seed=1)
     load = training.load_family
     if load is load_family and args.frozen_dtype == torch.float32 and str(teacher) in _SHAPES:
-        load = _load_denoiser
+        load = _read_once
     with patch.object(training, "load_family", load):
         return trainer_class(spec.method)(
             str(teacher),
@@ -426,19 +427,22 @@ def build_trainer(
         )
 
 
-def _load_denoiser(model: str | ModelSource) -> Family:
-    """load_family; text encoders and autoencoders, which stay as they are, are loaded once."""
-    folder = str(ModelSource.of(model).model)
-    parts = _PARTS.get(folder, {})
-    if any(next(part.parameters()).device.type != "cpu" for part in parts.values()):
-        parts = {}  # a run has moved them
-    family = load_family(model, **parts)
-    _PARTS[folder] = {
-        name: part
-        for name, part in family.pipeline.components.items()
-        if isinstance(part, nn.Module) and name != family.net_name
-    }
-    return family
+def _read_once(model: str | ModelSource) -> Family:
+    """load_family, whose files are read once a process: the denoiser and the scheduler are copied,
+    what stays as it is in a run (text encoders, autoencoders, tokenisers) is shared."""
+    source = ModelSource.of(model)
+    folder = str(source.model)
+    if source != ModelSource.of(folder):
+        return load_family(source)
+    read = _READ.get(folder)
+    parts = {} if read is None else read.pipeline.components
+    shared = [part for part in parts.values() if isinstance(part, nn.Module)]
+    if read is None or any(next(part.parameters()).device.type != "cpu" for part in shared):
+        read = _READ[folder] = load_family(source)  # or a run has moved them
+    pipeline = copy.copy(read.pipeline)
+    fresh = {name: copy.deepcopy(getattr(pipeline, name)) for name in (read.net_name, "scheduler")}
+    pipeline.register_modules(**fresh)
+    return type(read)(pipeline)
 
 
 def _latent_shape(teacher: Path) -> tuple[int, ...]:

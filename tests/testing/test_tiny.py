@@ -39,6 +39,7 @@ def test_building_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.randn(3), expected)
 
 
+@pytest.mark.sampled("dit", "edm", "flux", "sd", "sd3", "wan", "unet2d", "pixart")
 @pytest.mark.parametrize("name", [*sorted(TINY), "sd3_t5"])
 def test_save_and_reload_keep_the_network_output(name, tmp_path) -> None:
     pipeline = tiny_sd3(with_t5=True) if name == "sd3_t5" else TINY[name]()

@@ -33,6 +33,7 @@ def run(case: str, teacher: Path, data: Any, out: Path, **options: Any) -> Any:
     return build_trainer(case, teacher, "lora", out, dataset=data, **options)
 
 
+@pytest.mark.full
 def test_a_run_is_resumed_exactly_with_and_without_the_cache(tmp_path, tmp_path_factory) -> None:
     """Two micro-batches an update, of shapes of their own; cached latents keep their bucket's."""
     teacher, data = teacher_dir("sd_v", tmp_path_factory), images(tmp_path / "in")
@@ -189,6 +190,7 @@ def test_the_shift_is_that_of_the_shape(tmp_path, tmp_path_factory) -> None:
     assert all((name == "other") == (seen == shape) for name, seen in used)
 
 
+@pytest.mark.full
 def test_a_damaged_latent_is_encoded_again_within_the_run(tmp_path, tmp_path_factory) -> None:
     teacher, data = teacher_dir("sd_v", tmp_path_factory), images(tmp_path / "in")
     options: dict[str, Any] = {"max_train_steps": 8}

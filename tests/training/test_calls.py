@@ -188,6 +188,7 @@ def iteration(case: str, monkeypatch: Any, tmp_path: Any, factory: Any) -> Itera
     return seen
 
 
+@pytest.mark.sampled("lcm", "dmd2", "reflow")
 @pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
 # Methods without a row above are held to the rest alone.
 @pytest.mark.parametrize("case", [*CALLS, *(name for name in METHODS if name not in COUNTED)])
@@ -206,6 +207,7 @@ class Pictures:
         return {"image": torch.zeros(3, 16, 16), "prompt": f"picture {index}"}
 
 
+@pytest.mark.sampled("pure_noise-encoded0")
 @pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
 @pytest.mark.parametrize(
     ("rollout", "encoded"),

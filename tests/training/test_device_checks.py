@@ -31,6 +31,7 @@ def test_fused_adamw() -> None:
     assert fused_error("cpu") < 1e-6
 
 
+@pytest.mark.full
 def test_what_is_held_is_what_plan_says(tmp_path, tmp_path_factory) -> None:
     run = RunConfig(
         pretrained_model_name_or_path=str(teacher_dir("sd3", tmp_path_factory)),

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.distributed import Group, Job, alone, equal, gradient_error, largest
+from support.distributed import Group, Job, Seen, alone, equal, gradient_error, largest
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill.testing.tiny import TINY
@@ -82,6 +84,16 @@ TABLE = [
 ROUGH = {"mixed_precision": (2**-4, 2e-2)}
 
 
+_ONES: dict[str, Seen] = {}
+
+
+def one_process(job: Job, teacher: Path, factory: Any) -> Seen:
+    """The job in one process, which is the same however many it is held against."""
+    if job.name not in _ONES:
+        _ONES[job.name] = alone(job, teacher, factory.mktemp("one"))
+    return _ONES[job.name]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("world", [2, 3])
 def test_gloo_equality_table(world, tmp_path, tmp_path_factory) -> None:
@@ -92,7 +104,7 @@ def test_gloo_equality_table(world, tmp_path, tmp_path_factory) -> None:
     seen = Group(world, jobs, teachers, tmp_path / "many").seen(3000)
     worse = []
     for job, ranks in zip(jobs, seen, strict=True):
-        one = alone(job, teachers[job.family], tmp_path / f"one-{job.wrapping}")
+        one = one_process(job, teachers[job.family], tmp_path_factory)
         gradients, weights = gradient_error(one, ranks[0]), largest(one.weights, ranks[0].weights)
         same = all(equal(ranks[0], other) for other in ranks[1:])
         assert all(s.facts["world_size"] == world for s in ranks)
@@ -130,6 +142,7 @@ def test_saved_on_two_goes_on_on_one_and_on_three(case, layout, tmp_path, tmp_pa
     teachers = {"sd_v": teacher_dir("sd_v", tmp_path_factory)}
     # The images of a run in shards are made by one process, between steps that all take part in.
     shown = {"validation_steps": 1, "validation_prompts": ["a thing"]}
+    shown["validation_teacher_steps"] = 2
     begun = Job(case, layout, "fsdp2", options=shown, folder="begun")
     (saved, _other), *_ = Group(2, [begun], teachers, tmp_path).seen(1500)
     assert (tmp_path / "begun" / "validation").is_dir()

@@ -49,6 +49,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled("err1-failed-RuntimeError: no memory")
 @pytest.mark.parametrize(("err", "state", "why"), CASES)
 def test_whatever_ends_a_run_is_told(run, tmp_path, err, state, why) -> None:
     with pytest.raises(type(err)) as raised:
@@ -68,6 +69,7 @@ def test_an_error_of_the_first_validation_too(run, tmp_path, monkeypatch) -> Non
     assert [end["state"] for end in ends(tmp_path)] == ["failed"]
 
 
+@pytest.mark.full
 def test_an_interrupted_run_goes_on_to_the_same_end(run, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         breaking(run(), 2, KeyboardInterrupt()).train()
@@ -141,6 +143,7 @@ def test_a_failing_process_waits_for_no_other(run, tmp_path, monkeypatch) -> Non
     assert [end["state"] for end in ends(tmp_path)] == ["failed"]
 
 
+@pytest.mark.full
 def test_a_line_cut_short_and_written_on_does_not_stop_a_resumed_run(run, tmp_path) -> None:
     with pytest.raises(RuntimeError):
         breaking(run(), 2, RuntimeError("full")).train()

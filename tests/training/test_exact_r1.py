@@ -6,6 +6,7 @@ import pytest
 from support.runs import build_trainer, teacher_dir
 
 
+@pytest.mark.sampled("sd3")
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_checkpointed_attention_is_refused_with_what_to_do(family, tmp_path, tmp_path_factory):
     teacher = teacher_dir(family, tmp_path_factory)

@@ -141,6 +141,7 @@ def test_rows_of_the_two_sources_are_not_confused(make_family) -> None:
 
 
 # ------------------------------------------------------------------- order and resume
+@pytest.mark.sampled("images", "rows")
 @pytest.mark.parametrize("kind", ["images", "tars", "rows", "stream"])
 def test_its_stream_is_split_and_resumed_as_the_main_one(kind, tmp_path) -> None:
     data = dataset_of(kind, tmp_path)
@@ -160,6 +161,7 @@ def test_its_stream_is_split_and_resumed_as_the_main_one(kind, tmp_path) -> None
     assert sorted(n for batch in whole[: COUNT // 4] for n in batch) == list(range(COUNT))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_a_run_cut_off_anywhere_goes_on_exactly(workers, tmp_path, tmp_path_factory) -> None:
     """Of 24 tar samples 2 an update of the head: the second epoch begins within the run."""
@@ -175,6 +177,7 @@ def test_a_run_cut_off_anywhere_goes_on_exactly(workers, tmp_path, tmp_path_fact
 
 
 # ------------------------------------------------------------------- cache
+@pytest.mark.full
 def test_the_cache_holds_both(teacher, tmp_path, monkeypatch) -> None:
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     flags = ["--pretrained_model_name_or_path", str(teacher), "--cache_dir", str(tmp_path / "c")]

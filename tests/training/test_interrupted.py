@@ -109,6 +109,7 @@ def test_the_folder_is_given_back_however_a_run_ends(run) -> None:
 
 
 # ---------------------------------------------------------------------- records
+@pytest.mark.full
 def test_damaged_records_beside_whole_checkpoints_cost_no_run(run, weights, capsys) -> None:
     run().train(until=2)
     folder = run(resume_from_checkpoint="latest").output_dir
@@ -169,6 +170,7 @@ def test_a_bad_line_or_report_in_a_going_run_ends_it_not(run, weights, capsys) -
 
 
 # ---------------------------------------------------------------------- signals
+@pytest.mark.sampled("15")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_in_a_step_saves_it(run, weights, number) -> None:
@@ -188,7 +190,10 @@ def test_a_second_ctrl_c_is_not_waited_for(run) -> None:
     assert names(trainer) == []
 
 
-VALIDATED = {"validation_steps": 2, "validation_prompts": ["a"], "num_validation_images": 2}
+VALIDATED = {
+    "validation_steps": 2, "validation_prompts": ["a"], "num_validation_images": 2,
+    "validation_teacher_steps": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +216,7 @@ def validations(trainer: Any) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
+@pytest.mark.sampled("signal before it")
 @pytest.mark.parametrize("kind", ["signal in it", "signal before it", "error"])
 def test_a_validation_that_is_cut_short_is_made_up_for(run, validated, weights, kind) -> None:
     whole = validated
@@ -288,6 +294,7 @@ def test_a_killed_data_worker_costs_no_run(run, weights) -> None:
     assert student(trainer) == weights
 
 
+@pytest.mark.full
 def test_a_touched_prompts_file_ends_a_run_at_a_saved_step(run, tmp_path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("".join(f"thing {i}\n" for i in range(6)))

@@ -112,6 +112,7 @@ def test_time_budget_stops_at_a_step_boundary(teacher, tmp_path) -> None:
     assert (tmp_path / f"checkpoint-{trainer.step}").is_dir()
 
 
+@pytest.mark.full
 def test_validation_grid_repeats_with_the_same_weights(teacher, tmp_path) -> None:
     trainer = build_trainer(
         "dmd2", teacher, "lora", tmp_path, validation_prompts=["a", "b"], validation_steps=2
@@ -144,6 +145,7 @@ def test_workers_do_not_change_the_stream() -> None:
     assert [next(plain) for _ in range(6)] == [next(worked) for _ in range(6)]
 
 
+@pytest.mark.sampled("full")
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_student_starts_from_another_run(layout, teacher, tmp_path) -> None:
     first = build_trainer("dmd2", teacher, layout, tmp_path / "first", ema_decay=0.5)

@@ -57,6 +57,7 @@ def _columns(dataset, count):
 
 
 # -------------------------------------------------------------------------------- before training
+@pytest.mark.sampled("dit-lora", "sd3-full")
 @pytest.mark.parametrize("layout", ["lora", "full"])
 @pytest.mark.parametrize("family", ["sd_v", "sd3", "dit"])
 def test_first_loss_is_the_guidance_left_out(family, layout, tmp_path, tmp_path_factory) -> None:
@@ -115,6 +116,7 @@ def test_trainable_parameters_are_r_times_in_plus_out(tmp_path, tmp_path_factory
 
 
 # -------------------------------------------------------------------------------- while training
+@pytest.mark.full
 def test_disabling_the_adapter_restores_the_teacher(tmp_path, tmp_path_factory) -> None:
     trainer = trainer_of("sd_v", tmp_path_factory, tmp_path / "run")
     batch = first_batch(trainer)
@@ -132,6 +134,7 @@ def test_disabling_the_adapter_restores_the_teacher(tmp_path, tmp_path_factory) 
     assert fingerprint(base) == fingerprint(fresh)
 
 
+@pytest.mark.sampled("lora")
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_resume_inside_a_round_and_across_the_switch_is_exact(
     layout, tmp_path, tmp_path_factory
@@ -164,6 +167,7 @@ def test_a_round_s_teacher_is_the_student_that_finished_the_one_before(
     assert fingerprint(trainer.bank.members("student")) == target
 
 
+@pytest.mark.full
 def test_the_learning_rate_falls_in_each_round(tmp_path, tmp_path_factory) -> None:
     options = {**ROUNDS, "anneal": True, "stage_rates": (1.0, 0.5)}
     trainer = trainer_of(
@@ -185,7 +189,7 @@ def pushed(trainer):
     return trainer
 
 
-@pytest.mark.sampled(pairs=False)
+@pytest.mark.sampled("dit-lora")
 @pytest.mark.parametrize("layout", ["lora", "full"])
 @pytest.mark.parametrize("family", ["sd", "sd3", "dit"])
 def test_export_keeps_the_teacher_s_scheduler(family, layout, tmp_path, tmp_path_factory) -> None:
@@ -210,6 +214,7 @@ def calls_of(pipe, **options) -> int:
     return sum(rows)
 
 
+@pytest.mark.full
 def test_a_call_with_a_prompt_alone_makes_half_the_teacher_s_network_calls(
     tmp_path, tmp_path_factory
 ) -> None:
@@ -221,6 +226,7 @@ def test_a_call_with_a_prompt_alone_makes_half_the_teacher_s_network_calls(
     assert calls_of(teacher, num_inference_steps=6) == 12
 
 
+@pytest.mark.sampled("sd3-FlowMatchEuler")
 @pytest.mark.parametrize(("family", "scheduler"), [("sd_v", "DDIM"), ("sd3", "FlowMatchEuler")])
 def test_export_after_halving_visits_the_last_grid(
     family, scheduler, tmp_path, tmp_path_factory
@@ -238,6 +244,7 @@ def test_export_after_halving_visits_the_last_grid(
         assert saved["timestep_spacing"] == "trailing"
 
 
+@pytest.mark.full
 def test_adapter_file_keeps_the_scheduler_and_says_no_guidance(tmp_path, tmp_path_factory) -> None:
     trainer = pushed(trainer_of("sd", tmp_path_factory, tmp_path / "run"))
     out = trainer.export(tmp_path / "lora", format="lora")
@@ -246,6 +253,7 @@ def test_adapter_file_keeps_the_scheduler_and_says_no_guidance(tmp_path, tmp_pat
     assert "guidance_scale=1" in (out / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_guidance_is_not_counted_twice(tmp_path, tmp_path_factory) -> None:
     trainer = pushed(trainer_of("sd_v", tmp_path_factory, tmp_path / "run", {"teacher_steps": 4}))
     out = trainer.export(tmp_path / "out")

@@ -29,6 +29,10 @@ def make(teacher: Path, folder: Path, layout: str = "full", data: Any = None, **
     return ConsistencyTrainer(str(teacher), args, data, "meanflow", {"guidance": 2.0, **options})
 
 
+@pytest.mark.sampled(
+    "sd3-full-options2-steps2-FlowMatchEulerDiscreteScheduler",
+    "sd_v-full-options1-steps1-LCMScheduler",
+)
 @pytest.mark.parametrize(
     ("family", "layout", "options", "steps", "scheduler"),
     [

@@ -87,6 +87,7 @@ def _before_and_after() -> None:
     print(_faults(), keep_freed_memory(torch.device("cpu")), _faults())
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tunes glibc's malloc")
 def test_a_run_on_the_cpu_maps_its_pages_once() -> None:
     # Of a heap that an earlier test has grown, freed tensors come back whatever the settings.

@@ -7,6 +7,7 @@ from support.resume import differences, everything
 from support.runs import build_trainer, teacher_dir
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:export. training stopped at update")
 @pytest.mark.parametrize("case", ["dmd2", pytest.param("tscd", marks=pytest.mark.full)])
 def test_pauses_and_exports_change_nothing(case, tmp_path, tmp_path_factory) -> None:

@@ -53,7 +53,7 @@ def pairs_of(model: Any, folder: Path, guidance: float) -> PairDataset:
     return PairDataset(folder)
 
 
-@pytest.mark.parametrize("family", ["sd", pytest.param("sd3", marks=pytest.mark.full)])
+@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.full), "sd3"])
 def test_instaflow_from_teacher_to_one_stock_step(family, tmp_path, tmp_path_factory):
     teacher = teacher_dir(family, tmp_path_factory)
     first = pairs_of(teacher, tmp_path / "pairs1", 5.0)
@@ -135,6 +135,7 @@ def test_slimflow_distils_a_smaller_straight_student(tmp_path, tmp_path_factory)
     assert record["call"] == {"sigmas": [0.999]}, "a stock call must be told the released t0"
 
 
+@pytest.mark.full
 def test_anchored_students_of_flow_models_export_in_two_steps(tmp_path, tmp_path_factory):
     teacher = teacher_dir("sd3", tmp_path_factory)
     data = pairs_of(teacher, tmp_path / "pairs", 1.0)
@@ -147,6 +148,7 @@ def test_anchored_students_of_flow_models_export_in_two_steps(tmp_path, tmp_path
     assert record["custom_code"] is None
 
 
+@pytest.mark.sampled("sd3-options1-HeunFlowMatchScheduler")
 @pytest.mark.parametrize(
     ("family", "options", "name"),
     [

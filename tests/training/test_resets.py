@@ -60,6 +60,7 @@ def test_adam_starts_anew_at_the_stage_switch(first) -> None:
     assert adam_steps(first, "disc") == {2}
 
 
+@pytest.mark.sampled("3")
 @pytest.mark.parametrize("checkpoint", [1, 2, 3])
 def test_resume_before_at_and_after_the_switch_is_exact(
     first, teacher, tmp_path, checkpoint
@@ -73,6 +74,7 @@ def test_resume_before_at_and_after_the_switch_is_exact(
     assert adam_steps(again, "student") == adam_steps(first, "student")
 
 
+@pytest.mark.full
 def test_averages_restart_from_the_role_they_follow(teacher, tmp_path) -> None:
     trainer = trainer_of(teacher, tmp_path / "run", max_train_steps=3)
     trainer.train()

@@ -55,6 +55,7 @@ def resume(root: Path, teacher: str = "teacher", **options: Any) -> Any:
     return build_trainer("vsd", root / teacher, "lora", root / "run", **options)
 
 
+@pytest.mark.full
 def test_weights_replaced_in_place_are_another_teacher(root, no_weights) -> None:
     write_other_weights(root / "teacher")
     line = rf"the teacher that the run was trained with, got another content of {NET} in {root}"

@@ -63,6 +63,7 @@ def test_a_new_guidance_input_keeps_its_zeros(teacher, other, tmp_path) -> None:
     assert all(torch.equal(state[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.full
 def test_an_export_is_such_a_pipeline(teacher, tmp_path) -> None:
     first = build_trainer("dmd2", teacher, "full", tmp_path / "first")
     first.train()
@@ -109,6 +110,7 @@ def test_lora_student_sits_on_the_pipeline_and_the_fake_on_the_teacher(
     assert not torch.equal(answer(bank["fake"], trainer), before["teacher"])
 
 
+@pytest.mark.full
 def test_its_gradient_survives_checkpointing(teacher, other, tmp_path) -> None:
     prints = []
     for checkpointing in (False, True):
@@ -125,6 +127,7 @@ def test_its_gradient_survives_checkpointing(teacher, other, tmp_path) -> None:
     assert prints[0] == prints[1]
 
 
+@pytest.mark.full
 def test_it_resumes_and_exports_with_its_own_base(teacher, other, tmp_path) -> None:
     options = {"init_student_from": str(other), "checkpointing_steps": 1}
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run", **options)
@@ -152,6 +155,7 @@ def test_it_resumes_and_exports_with_its_own_base(teacher, other, tmp_path) -> N
     torch.testing.assert_close(theirs, made, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_another_base_is_another_run(teacher, other, tmp_path) -> None:
     build_trainer("dmd2", teacher, "lora", tmp_path, init_student_from=str(other)).train()
     with pytest.raises(ValueError, match="student_base"):

@@ -45,6 +45,7 @@ def folder(packages, tmp_path_factory):  # noqa: F811
     return out / "teacher"
 
 
+@pytest.mark.full
 def test_the_teacher_is_a_stock_pipeline_in_half_precision_with_all_beside_it(folder) -> None:
     pipeline = emoji_teacher(folder)
     assert type(pipeline) is StableDiffusionPipeline
