@@ -213,8 +213,8 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
     source = ModelSource.of(teacher)
     cls = family_for(source.pipeline_class)
     _check_parts(source, cls, {})
-    told = cls.conditioning == "label" or cls.supports_w
-    config = _net_config(source, cls) if told else {}
+    reads = cls.conditioning == "label" or cls.supports_w
+    config = _net_config(source, cls) if reads else {}
     return TeacherFacts(
         cls,
         source.pipeline_class,
