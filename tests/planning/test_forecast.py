@@ -295,7 +295,7 @@ def test_a_plan_tells_the_runs_own_validation(
     said = forecast(long).validation
     assert 0 < said["share"] < 0.02
     print_plan(long, 1, "h100", None)
-    assert f"validation: every {said['steps']} updates" in capsys.readouterr().out
+    assert f"validation: every {said['steps']:,} updates" in capsys.readouterr().out
     assert forecast(short).validation["steps"] == 0
     assert forecast(run_config(teacher, validation_steps=0)).validation == {}
 
