@@ -18,44 +18,21 @@ ends); one normaliser for both terms of Decoupled DMD, that of the guided mean (
 
 from __future__ import annotations
 
-import math
-import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import FakeFit, MethodConfig, Nets
+from stepdistill.core.method import FakeFit, Nets
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.times import beta_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.methods.digits import FEW, WARM, score
+from stepdistill.methods.dmd2_config import DMD2Config
 from stepdistill.methods.rollout import Sample
 from stepdistill.methods.scores import ScoreDistillation, Scores
-from stepdistill.methods.scores_config import ScoreConfig, TimeRange, Within
-
-
-class ApproachConfig(MethodConfig):
-    """A teacher that starts near the fake and walks to itself (DMDR)."""
-
-    share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the fake's adapter that the teacher carries at first (DMDR: 0.75 of its strength);
-    0 is the teacher itself."""
-    updates: int = Field(default=10_000, ge=1)
-    """Student updates over which share, and the noisy times, fade by a cosine."""
-    noisy_first: bool = False
-    """Draw times by Beta(4, 1.5) at first, which becomes uniform meanwhile."""
-
-    @property
-    def enabled(self) -> bool:
-        return self.share > 0.0
-
-    def left(self, step: int) -> float:
-        """1 at first, 0 from `updates` on."""
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.updates)))
+from stepdistill.methods.scores_config import TimeRange, Within
 
 
 @dataclass(frozen=True)
@@ -67,37 +44,6 @@ class DecoupledScores(Scores):
     @property
     def wanted(self) -> Tensor:
         return self.real.x0 + self.augmentation
-
-
-class DMD2Config(ScoreConfig):
-    """Options of dmd2."""
-
-    gan_alone: bool = False
-    """Train the student by the GAN alone, without distribution matching (an ablation of DMD2)."""
-    ca_times: Literal["shared", "below_step"] = "shared"
-    """Noise levels at which guidance is measured: those of the rest of the gradient (DMD2), or of
-    their own, below the time of the student's step (Decoupled DMD): finer ones are undecided."""
-    fake_toward_student: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the student's weights mixed into the fake's after each update (SenseFlow: 0.02)."""
-    approach: ApproachConfig = ApproachConfig()
-    """A teacher that starts near the fake; off by default."""
-
-    @model_validator(mode="after")
-    def _check_gan_alone(self) -> DMD2Config:
-        if self.gan_alone and not self.gan.enabled:
-            raise ValueError("gan_alone: expected gan.weight_g > 0, got 0. Set it, say to 1e-3.")
-        if self.gan_alone and "guidance" in self.model_fields_set and self.guidance != 1.0:
-            warnings.warn(
-                f"guidance {self.guidance} has no effect with gan_alone: the student follows the "
-                "images, not the teacher.",
-                stacklevel=2,
-            )
-        if self.ca_times != "shared" and self.guidance == 1.0:
-            warnings.warn(
-                f"ca_times {self.ca_times} has no effect: guidance 1 has no term of its own.",
-                stacklevel=2,
-            )
-        return self
 
 
 class DMD2(ScoreDistillation[DMD2Config]):
