@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -247,7 +247,12 @@ def _workers_die_quietly(loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
     return batches
 
 
-def _counted(batches: Iterable[dict[str, Any]], corrupt: CorruptLog) -> Iterator[dict[str, Any]]:
-    for raw in batches:
-        corrupt.add(len(raw["index"]), raw.pop("corrupt"))
-        yield raw
+def _counted(batches: Iterator[dict[str, Any]], corrupt: CorruptLog) -> Iterator[dict[str, Any]]:
+    try:
+        for raw in batches:
+            corrupt.add(len(raw["index"]), raw.pop("corrupt"))
+            yield raw
+    finally:
+        # Not left to garbage collection: it may close the workers' queues before their iterator,
+        # which then waits for workers that nothing tells to end, and that ignore the last resort.
+        getattr(batches, "_shutdown_workers", lambda: None)()

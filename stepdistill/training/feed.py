@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from accelerate import Accelerator
@@ -59,6 +59,13 @@ class Feed:
             )
 
         self._again, self._batches = again, again(self.seen)
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """End the workers; `open` begins again at `seen`."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+        self._batches = iter(())
         self._ahead.clear()
 
     def read_ahead(self, count: int) -> None:

@@ -207,6 +207,9 @@ class Trainer(Resumable):
             except BaseException as err:
                 self.log.broken_off(self.step, err)
                 raise
+            finally:
+                for feed in self.feeds:
+                    feed.close()
 
     def _train(self, until: int | None) -> dict[str, float]:
         args = self.args

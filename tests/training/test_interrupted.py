@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,18 @@ def test_a_killed_data_worker_costs_no_run(run, weights) -> None:
     with pytest.warns(UserWarning, match="Its batch is read again"):
         trainer.train()
     assert student(trainer) == weights
+
+
+@pytest.mark.parametrize("ends", ["finished", "error"])
+def test_no_data_worker_outlives_its_run(run, ends) -> None:
+    def fail() -> None:
+        if ends == "error":
+            raise RuntimeError("out of luck")
+
+    trainer = at_step(run(dataloader_num_workers=1), 1, fail)
+    with nullcontext() if ends == "finished" else pytest.raises(RuntimeError, match="luck"):
+        trainer.train()
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.full
