@@ -66,7 +66,11 @@ class CriticMethod(Method[S], Generic[S]):
         self, ctx: Ctx, bsz: int, t_range: TimeRange, within: Within | None = None
     ) -> Tensor:
         """(B,) noise levels in that range, and within those times."""
-        return self.config.draw_times(self.setting, ctx.stratified(bsz), t_range, within)
+        return self.config.draw_times(self.setting, self.draw_levels(ctx, bsz), t_range, within)
+
+    def draw_levels(self, ctx: Ctx, bsz: int) -> Tensor:
+        """(B,) float64 in [0, 1], where in a range its noise levels lie."""
+        return ctx.stratified(bsz)
 
     def noised(
         self, ctx: Ctx, sample: Sample, t_range: TimeRange, within: Within | None = None
@@ -104,7 +108,15 @@ class CriticMethod(Method[S], Generic[S]):
         cond = self.fake_cond(sample.cond, batch.null, ctx)
         pred = nets["fake"](x_t, t, cond, batch.null, self.fitted_guidance)
         weight = denoising_weight(config.fake_weight, pred.path.coeffs(pred.t))
-        return denoising_loss(pred, sample.x0, noise, config.fake_space, weight)
+        x0, eps, share = self.fitted_pair(sample, x_t, t, noise)
+        weight = weight if share is None else share if weight is None else weight * share
+        return denoising_loss(pred, x0, eps, config.fake_space, weight)
+
+    def fitted_pair(
+        self, sample: Sample, x_t: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(x0, eps, (B,) weight or None for 1) that the fake's error at x_t is taken against."""
+        return sample.x0, noise, None
 
     def fake_cond(self, cond: Cond, null: Cond, ctx: Ctx) -> Cond:
         """The condition the fake is fitted under; a method that guides it drops some to `null`."""

@@ -32,7 +32,6 @@ from stepdistill.methods.digits import FEW, WARM, score
 from stepdistill.methods.dmd2_config import DMD2Config
 from stepdistill.methods.rollout import Sample
 from stepdistill.methods.scores import ScoreDistillation, Scores
-from stepdistill.methods.scores_config import TimeRange, Within
 
 
 @dataclass(frozen=True)
@@ -69,23 +68,20 @@ class DMD2(ScoreDistillation[DMD2Config]):
 
     @property
     def carried_role(self) -> str:
-        return "fake" if self.config.approach.enabled else ""
+        return "fake" if self.config.approach.share else ""
 
     def after(self, nets: Nets, step: int) -> None:
         for role, other in self.mixed_roles:
             nets.mix(role, other, self.config.fake_toward_student)
 
-    def draw_times(
-        self, ctx: Ctx, bsz: int, t_range: TimeRange, within: Within | None = None
-    ) -> Tensor:
-        u, left = ctx.stratified(bsz), self.config.approach.left(ctx.step)
+    def draw_levels(self, ctx: Ctx, bsz: int) -> Tensor:
+        u, left = super().draw_levels(ctx, bsz), self.config.approach.left(ctx.step)
         if self.config.approach.noisy_first and left > 0.0:
             u = beta_times(u, 1.0 + 3.0 * left, 1.0 + 0.5 * left)
-        return self.config.draw_times(self.setting, u, t_range, within)
+        return u
 
     def scores(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Scores:
-        approach = self.config.approach
-        if approach.enabled and (share := approach.share * approach.left(ctx.step)):
+        if share := self.config.approach.share * self.config.approach.left(ctx.step):
             nets = nets.carrying("teacher", "fake", share)
         if self.config.ca_times == "shared" or self.teacher_guidance == 1.0:
             return super().scores(nets, batch, ctx, sample)

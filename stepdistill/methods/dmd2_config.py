@@ -23,10 +23,6 @@ class ApproachConfig(MethodConfig):
     noisy_first: bool = False
     """Draw times by Beta(4, 1.5) at first, which becomes uniform meanwhile."""
 
-    @property
-    def enabled(self) -> bool:
-        return self.share > 0.0
-
     def left(self, step: int) -> float:
         """1 at first, 0 from `updates` on."""
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.updates)))

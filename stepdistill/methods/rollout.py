@@ -132,8 +132,15 @@ class Rollout:
 
         Only the last call carries gradients, where the caller's grad mode allows them.
         """
+        return self.sample_at(nets, batch, ctx, self.draw_step(ctx))
+
+    def draw_step(self, ctx: Ctx) -> int:
+        """The step that the gradient reaches, the same on every rank."""
         last = len(self.times) - 1
-        k = last if self.config.trained_step == "last" else ctx.shared_randint(0, last + 1)
+        return last if self.config.trained_step == "last" else ctx.shared_randint(0, last + 1)
+
+    def sample_at(self, nets: Nets, batch: Batch, ctx: Ctx, k: int) -> Sample:
+        """The student's sample at step k; see `sample`."""
         with torch.no_grad():
             x = self.input(nets, batch, ctx, k)
         pred = nets["student"](x, ctx.times(self.times[k], batch.bsz), batch.cond)

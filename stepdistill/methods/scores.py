@@ -7,7 +7,7 @@ A method is a page: a Config on ScoreConfig and, of these hooks, the ones it nee
     phases         the student's update, then critic_steps updates of the fake and the head
     student_loss   `sample`, then `sample_loss`; terms beside them are added by `Losses.plus`
     sample         what the student makes, with graph: x0, condition, its input and time
-    noised         a sample at a random noise level, for both losses
+    noised         a sample at a random noise level (`draw_levels`), for both losses
     draw_guidance  g of an update; `guidances` what teacher and fake make of it
     teacher_score  a network's prediction at (x_t, t); a snapshot in its place, or another
     fake_score       condition, is a matter of these two alone. Without graph, but of methods that
@@ -16,7 +16,8 @@ A method is a page: a Config on ScoreConfig and, of these hooks, the ones it nee
     gradient       the gradient on x0 that the scores ask for
     matching       the scalar that carries it, or a loss of the scores without such a gradient
     student_logits the head's judgement of the sample; `sample_weights` reads factors off it
-    denoising      the fake's loss on a sample, under `fake_cond` and `fitted_guidance`
+    denoising      the fake's loss on a sample, under `fake_cond` and `fitted_guidance`, against
+                     `fitted_pair`
     warm_loss      the student's loss in the first warm_start.updates updates. The student starts at
                      the teacher (or init_student_from), the fake at the teacher; it is fitted
                      meanwhile, so that it knows the student when matching begins.

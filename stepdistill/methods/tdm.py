@@ -31,7 +31,6 @@ from stepdistill.core.method import Nets
 from stepdistill.core.path import expand
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch
-from stepdistill.losses.score import denoising_loss, denoising_weight
 from stepdistill.methods.digits import score
 from stepdistill.methods.rollout import Sample
 from stepdistill.methods.scores import ScoreDistillation
@@ -76,16 +75,14 @@ class TDM(ScoreDistillation[TDMConfig]):
 
     def sample(self, nets: Nets, batch: Batch, ctx: Ctx) -> Step:
         """A step of the rollout; its x0 alone carries gradients, not where the step ends."""
-        times = (*self.rollout.times, 0.0)
-        last = len(times) - 2
-        k = last if self.config.trained_step == "last" else ctx.shared_randint(0, last + 1)
-        with torch.no_grad():
-            x = self.rollout.input(nets, batch, ctx, k)
-        pred = nets["student"](x, ctx.times(times[k], batch.bsz), batch.cond)
-        x_m = None
-        if k < last:
-            x_m = pred.step(ctx.times(times[k + 1], batch.bsz)).detach()
-        return Step(pred.x0, batch.cond, x, pred.t, x_m, times[k], times[k + 1])
+        times, k = (*self.rollout.times, 0.0), self.rollout.draw_step(ctx)
+        made, x_m = self.rollout.sample_at(nets, batch, ctx, k), None
+        if times[k + 1] > 0.0:
+            assert made.x_t is not None, "a sample of the student's"
+            assert made.t is not None, "as above"
+            end = ctx.times(times[k + 1], batch.bsz)
+            x_m = self.setting.path.step(made.x0.detach(), made.x_t, made.t, end)
+        return Step(**vars(made), x_m=x_m, start=times[k], end=times[k + 1])
 
     def noised(
         self, ctx: Ctx, sample: Sample, t_range: TimeRange, within: Within | None = None
@@ -100,19 +97,14 @@ class TDM(ScoreDistillation[TDMConfig]):
         noise, end = ctx.randn(tuple(sample.x0.shape)), torch.full_like(t, sample.end)
         return self.setting.path.renoise(sample.x_m, end, t, noise), t, noise
 
-    def denoising(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Tensor:
-        """The fake's weighted error of the score of x_t given the step's end."""
+    def fitted_pair(
+        self, sample: Sample, x_t: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What gives the score of x_t given the step's end, in the error of any space."""
         if not isinstance(sample, Step) or sample.x_m is None:
-            return super().denoising(nets, batch, ctx, sample)
-        config = self.config
-        x_t, t, noise = self.noised(ctx, sample, config.fake_t_range)
-        cond = self.fake_cond(sample.cond, batch.null, ctx)
-        pred = nets["fake"](x_t, t, cond, batch.null, self.fitted_guidance)
-        alpha, sigma = coeffs = pred.path.coeffs(t)
-        _, beta = pred.path.travel(torch.full_like(t, sample.end), t)
+            return super().fitted_pair(sample, x_t, t, noise)
+        path = self.setting.path
+        (alpha, sigma), (_, beta) = path.coeffs(t), path.travel(torch.full_like(t, sample.end), t)
         share = (beta / sigma).clamp_min(_SMALLEST)
         eps = noise / expand(share, noise)
-        x0 = (x_t - expand(sigma, noise) * eps) / expand(alpha, noise)
-        weight = denoising_weight(config.fake_weight, coeffs)
-        weight = share**2 if weight is None else weight * share**2
-        return denoising_loss(pred, x0, eps, config.fake_space, weight)
+        return (x_t - expand(sigma, noise) * eps) / expand(alpha, noise), eps, share**2
