@@ -89,8 +89,6 @@ def left_out(served: Mapping[str, StepsServed], chosen: Sequence[Student]) -> di
     names = {student.recipe for student in chosen}
     return {
         name: f"is asked for {any_of(one.claims, 'step')} alone"
-        if one.claims != (1,)
-        else "is asked for 1 step alone"
         for name, one in served.items()
         if name not in names
     }

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stepdistill.loading.safe_files import read_tensors
 from stepdistill.losses.rewards import LPIPSOptions
@@ -65,9 +64,11 @@ class LPIPSScorer(FrozenScorer):
         self.check(options)
         super().__init__()
         import lpips
+        from diffusers.models.modeling_utils import no_init_weights
 
         self.options = options
-        with warnings.catch_warnings(), _Unfilled():
+        # It builds a whole classifier (of up to 138 M) for its first layers, which are then loaded.
+        with warnings.catch_warnings(), no_init_weights():
             warnings.simplefilter("ignore")  # lpips builds its backbone by a deprecated argument
             self.net = lpips.LPIPS(net=options.backbone, pnet_rand=True, verbose=False)
         load_backbone(self.net.net, options)
@@ -94,17 +95,6 @@ class LPIPSScorer(FrozenScorer):
             )
         pairs = zip(self.features(images), self.features(by.float()), self.net.lins, strict=True)
         return torch.stack([head((a - b) ** 2).mean(dim=(1, 2, 3)) for a, b, head in pairs]).sum(0)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Within: new networks draw no weights. lpips builds a whole classifier (of up to 138 M) for
-    its first layers, all of which are then loaded."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = (*args, *(kwargs or {}).values())
-        in_place = func in (Tensor.normal_, Tensor.uniform_)
-        drawn = in_place or getattr(func, "__module__", "") == "torch.nn.init"
-        return given[0] if drawn else func(*args, **(kwargs or {}))
 
 
 def load_backbone(net: nn.Module, options: LPIPSOptions) -> None:
