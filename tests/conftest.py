@@ -14,8 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -43,21 +41,6 @@ def pytest_collection(session: pytest.Session) -> None:
     torch.set_num_threads(1)
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
-    if session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
-        import_from_the_end(session.config)
-
-
-def import_from_the_end(config: pytest.Config) -> None:
-    """In every other worker: of a fresh clone each file's assertions are rewritten (15 s of all)
-    and kept as bytecode; workers that begin at both ends share that."""
-    if int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2 == 0:
-        return
-    for path in sorted(Path(__file__).parent.rglob("test_*.py"), reverse=True):
-        with suppress(Exception, pytest.skip.Exception):  # collection says what is wrong with it
-            from _pytest.pathlib import import_path
-
-            options = {"root": config.rootpath, "consider_namespace_packages": False}
-            import_path(path, mode="importlib", **options)  # type: ignore[arg-type]
 
 
 @pytest.hookimpl(tryfirst=True)

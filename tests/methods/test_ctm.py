@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from support.jumps import SETTINGS, SHAPE, VP, Ctx64, ExactJumper, batch
-from torch import Tensor, nn
+from support.jumps import SETTINGS, SHAPE, VP, Ctx64, ExactJumper, Linear, batch
+from torch import Tensor
 
 from stepdistill.config.files import method_config
 from stepdistill.core.method import Method, Setting
@@ -242,17 +242,6 @@ def test_bootstrapped_solver_is_the_targets_own_denoiser(kind):
 
 
 # --------------------------------------------------------------------------------- adversarial term
-class Linear(nn.Module):
-    """One logit: w times the mean of the features."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def forward(self, features):
-        return self.w * features["mid"].flatten(1).mean(1, keepdim=True)
-
-
 def test_the_head_compares_images_with_estimates():
     """Real logits are w alpha times the images' mean; only the head gets a gradient."""
     theta, head = torch.zeros((), dtype=torch.float64, requires_grad=True), Linear()

@@ -11,11 +11,11 @@ from support.jumps import (
     VP,
     Ctx64,
     ExactJumper,
+    Linear,
     batch,
     loss_of,
     solver_loss,
 )
-from torch import nn
 
 from stepdistill.config.layers import layers_of, merged
 from stepdistill.config.run import RunConfig
@@ -187,17 +187,6 @@ def test_offset_noise_shifts_whole_channels():
 
 
 # ------------------------------------------------------------------------------ adversarial term
-class Linear(nn.Module):
-    """One logit: w times the mean of the features."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def forward(self, features):
-        return self.w * features["mid"].flatten(1).mean(1, keepdim=True)
-
-
 @pytest.mark.parametrize(("step", "scale"), [(0, 0.0), (500, 1.0), (900, 3.0)])
 def test_adversarial_weight_follows_the_stage(step, scale):
     method = make(gan={"weight_g": 0.5, "loss": "hinge"}, gan_scale=(0.0, 0.5, 1.0, 3.0))

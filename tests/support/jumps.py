@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
@@ -36,6 +36,17 @@ def batch(bsz: int = 64, mean: float = 0.7, null: float = 0.0, std: float = 0.0)
         return Cond({"mean": torch.full((bsz, *SHAPE), value, dtype=torch.float64)})
 
     return Batch(cond(mean), cond(null), SHAPE, x0=mean + std * noise)
+
+
+class Linear(nn.Module):
+    """One logit: w times the mean of the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        return self.w * features["mid"].flatten(1).mean(1, keepdim=True)
 
 
 def reach(path, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
