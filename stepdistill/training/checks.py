@@ -183,8 +183,9 @@ def _mixing_fits(method: Method[Any], args: TrainConfig) -> None:
         if any(apart.values()):
             raise ValueError(
                 f"{method.name}: expected {' and '.join(pair)} stored alike, on one base, as their "
-                f"weights are mixed, got {next(k for k, v in apart.items() if v)}. Set --tuning "
-                "alike for both, or --method_config.fake_toward_student 0."
+                f"weights are mixed, got {next(k for k, v in apart.items() if v)}. Give "
+                "--tuning.student and --tuning.fake one layout, rank and alpha, or set "
+                "--method_config.fake_toward_student 0."
             )
     if method.carried_role and tuning.layout(method.carried_role) != "lora":
         raise ValueError(

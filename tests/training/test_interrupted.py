@@ -295,14 +295,16 @@ def test_a_killed_data_worker_costs_no_run(run, weights) -> None:
     assert student(trainer) == weights
 
 
-@pytest.mark.parametrize("ends", ["finished", "error"])
+@pytest.mark.parametrize("ends", ["finished", "error", "signal"])
 def test_no_data_worker_outlives_its_run(run, ends) -> None:
     def fail() -> None:
         if ends == "error":
             raise RuntimeError("out of luck")
+        if ends == "signal":
+            signalled()
 
     trainer = at_step(run(dataloader_num_workers=1), 1, fail)
-    with nullcontext() if ends == "finished" else pytest.raises(RuntimeError, match="luck"):
+    with pytest.raises(RuntimeError, match="luck") if ends == "error" else nullcontext():
         trainer.train()
     assert multiprocessing.active_children() == []
 
