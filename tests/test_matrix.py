@@ -1,8 +1,8 @@
 """Every method x every tiny family x {lora, full}: the plumbing no unit test sees.
 
-Two steps of real training on real Diffusers classes with random weights: exactly the roles a phase
-names change, all of their tensors do, the teacher's bytes never do, and a run resumed after step 1
-repeats step 2 bit for bit.
+Two steps of real training (more of a method in stages) on real Diffusers classes with random
+weights: exactly the roles a phase names change, all of their tensors do, the teacher's bytes never
+do, and a run resumed after step 1 repeats the rest bit for bit.
 
 `-m full` runs every cell so. By default a fixed sample trains, which meets every pair of a method,
 a family and a layout (families' further configurations meet both layouts). Enough of it for every
@@ -105,8 +105,8 @@ def trained(trainer: DistillationTrainer, case: str) -> dict[str, float]:
     base_before = fingerprint(dict(trainer.family.net.named_parameters()), skip_adapters=True)
     start = {r: fingerprint(trainer.bank.members(r)) for r in trainer.bank.roles}
     changed: set[str] = set()
-    for phase in trainer.method.phases(0):
-        changed |= set(phase.trains)
+    for step in trainer.method.part_starts:
+        changed |= {role for phase in trainer.method.phases(step) for role in phase.trains}
     logs = trainer.train()
 
     assert all(torch.isfinite(torch.tensor(v)) for v in logs.values())
@@ -130,7 +130,8 @@ def test_a_step(case, family, layout, tmp_path, tmp_path_factory, monkeypatch) -
     """From weights as though trained; what it would write is met by the two-step cells."""
     monkeypatch.setattr(DistillationTrainer, "save", lambda trainer: None)
     teacher = teacher_dir(family, tmp_path_factory)
-    trainer = build_trainer(case, teacher, layout, tmp_path / "run", max_train_steps=1)
+    steps = METHOD_CASES[case].one_step
+    trainer = build_trainer(case, teacher, layout, tmp_path / "run", max_train_steps=steps)
     _encode_once(trainer.family, teacher)
     _move_off_the_teacher(trainer.bank)
     trained(trainer, case)

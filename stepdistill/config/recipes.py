@@ -13,7 +13,10 @@ from stepdistill.core.recipe import Recipe
 from stepdistill.methods import METHODS
 
 # Options that count student updates: they keep their share of a run that is longer or shorter.
-COUNTED_OPTIONS = ("anneal_steps", "warm_start.updates", "warmup_steps")
+COUNTED_OPTIONS = (
+    *("anneal_steps", "warm_start.updates", "warmup_steps"),
+    *("record_updates", "backtrack_updates"),
+)
 
 COMMON: dict[str, Any] = {
     "train_batch_size": 64,

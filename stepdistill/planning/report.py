@@ -9,7 +9,7 @@ from rich.table import Table
 
 from stepdistill.config.run import RunConfig
 from stepdistill.monitoring.own_validation import line_of
-from stepdistill.planning.forecast import Forecast, forecast
+from stepdistill.planning.forecast import Cost, Forecast, forecast
 from stepdistill.planning.recipes import verdict
 
 GIB = 2**30
@@ -78,7 +78,7 @@ def table(plan: Forecast, run: RunConfig) -> Table:
         ("optimiser", plan.optimizer),
         ("text encoders and VAE", plan.encoders),
         ("encoding a prompt, above that", plan.encoding),
-        *((f"phase {c.phase}: gradients and activations", c.activations) for c in plan.phases),
+        *((f"phase {_name(c)}: gradients and activations", c.activations) for c in plan.phases),
         ("peak of one process", plan.peak),
     ]
     for name, size in rows:
@@ -86,6 +86,10 @@ def table(plan: Forecast, run: RunConfig) -> Table:
     checkpointing = "on" if plan.checkpointing else "off"
     made.caption = f"batch {run.train_batch_size}, gradient checkpointing {checkpointing}"
     return made
+
+
+def _name(cost: Cost) -> str:
+    return f"{cost.phase} from step {cost.since}" if cost.since else cost.phase
 
 
 def suggestions(run: RunConfig, plan: Forecast) -> Iterator[tuple[str, RunConfig]]:

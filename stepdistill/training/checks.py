@@ -169,6 +169,13 @@ def roles_fit(
             )
 
 
+def length_fits(
+    cls: type[Method[Any]], config: MethodConfig, args: TrainConfig, teacher: TeacherFacts
+) -> None:
+    """Errors: ValueError for a run that is too short for the method's stages."""
+    _quietly(cls, config, teacher).check_length(args.max_train_steps)
+
+
 def _mixing_fits(method: Method[Any], args: TrainConfig) -> None:
     """Errors: ValueError for roles that the method mixes, or adapters it shares, stored so that
     they can't be."""

@@ -112,6 +112,7 @@ class Trainer(Resumable):
             args.check_best_metric()
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset)
             checks.method_fits(cls, config, facts, *data)
+            checks.length_fits(cls, config, args, facts)
             checks.buckets_fit(self.dataset, self.gan_dataset, facts)
         checks.student_fits(cls, args.tuning, self.teacher)
         checks.roles_fit(cls, config, args, facts)
