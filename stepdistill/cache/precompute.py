@@ -27,7 +27,7 @@ from stepdistill.data.captions import all_captions
 from stepdistill.data.corrupt import CorruptItemError, CorruptLog
 from stepdistill.data.fingerprint import data_facts
 from stepdistill.data.rows import RowStream
-from stepdistill.data.source import Source, fitted, sizes_of
+from stepdistill.data.source import Source, fitted, pictures, sizes_of
 from stepdistill.data.stream import PromptDataset, sample_item
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_encoders, teacher_facts
@@ -112,7 +112,8 @@ class Images(_Task):
             return owner(key, world_size) != rank or key in self.store
 
         for item in self._items(_knowing(self.dataset, needless)):
-            yield image_key(item), item.get("image")
+            for picture in pictures(item):
+                yield image_key(picture), picture.get("image")
 
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         return {"x0": self.family.latents(image.unsqueeze(0).to(self.device))[0].float()}
@@ -122,8 +123,9 @@ class Images(_Task):
         count = len(self.dataset)
         probes = sorted({i * count // _PROBES for i in range(_PROBES)})
         undecoded = _knowing(self.dataset, lambda _: True)
-        keys = [image_key(item) for item in self._items(undecoded, probes)]
-        return round(count * sum(key not in self.store for key in keys) / max(len(keys), 1))
+        found = [pictures(item) for item in self._items(undecoded, probes)]
+        missing = sum(image_key(one) not in self.store for item in found for one in item)
+        return round(count * missing / max(len(found), 1))
 
 
 def owner(key: bytes, world_size: int) -> int:

@@ -54,7 +54,7 @@ class Budget:
 @dataclass(frozen=True)
 class StepsServed:
     """What a method can be asked for. claims: step counts it is meant for; all of them by one
-    student where one_student; data: "prompts", "images" or "pairs"."""
+    student where one_student; data: what it learns from."""
 
     claims: tuple[int, ...]
     one_student: bool

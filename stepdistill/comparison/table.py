@@ -10,7 +10,7 @@ from typing import Any
 
 from stepdistill.reporting.values import Measured, counted, decimals
 
-DATA_ORDER = ("prompts", "images", "pairs")  # the less to bring, the earlier
+DATA_ORDER = ("prompts", "images", "pairs", "preferences")  # the less to bring, the earlier
 _NOISE_SEEDS = 5  # of rows that do not say: an earlier version's
 NEAR = 1.1  # a student within that factor of the teacher's best is as good as it, for advice
 

@@ -132,6 +132,12 @@ class UserTeacher(TeacherSetup):
             ImageFolderDataset(self.own.train_data_dir, self.own.resolution, labels=False)
         for student in chosen:
             for training in self.trainings(student):
+                if training.data == "preferences":
+                    raise ValueError(
+                        f"methods: expected methods that learn from prompts, images or the "
+                        f"teacher's pairs, got {student.recipe}, which learns from preferences. "
+                        "Train it by itself, and judge it with stepdistill evaluate."
+                    )
                 method, args, config = self.configs(training, 1000)
                 data = PAIR if training.data == "pairs" else self.dataset(training)
                 try:

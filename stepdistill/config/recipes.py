@@ -113,11 +113,12 @@ class MethodRecipe:
 
 
 def recipes() -> dict[str, MethodRecipe]:
-    """Every method's recipes by name; of one that states none, the common settings."""
+    """Every method's recipes by name; of one that states none, the common settings. Methods that
+    learn from preferences have none without stating it: nobody has judged a demo's images."""
     return {
         recipe.name: MethodRecipe(cls, recipe)
         for cls in METHODS.values()
-        for recipe in cls.digits or (Recipe(cls.name),)
+        for recipe in cls.digits or (() if cls.data == "preferences" else (Recipe(cls.name),))
     }
 
 
@@ -125,9 +126,12 @@ def recipe_name(name: str) -> str:
     """The recipe of that name, or of the method that users call so. Errors: ValueError."""
     known = recipes()
     try:
-        return name if name in known else resolve_method(name)[0]
-    except ValueError as err:
-        raise ValueError(f"expected a method of {sorted(known)}, got {name!r}.") from err
+        resolved = name if name in known else resolve_method(name)[0]
+    except ValueError:
+        resolved = ""
+    if resolved not in known:
+        raise ValueError(f"expected a method of {sorted(known)}, got {name!r}.")
+    return resolved
 
 
 def recipe_for(name: str, student: str) -> MethodRecipe:

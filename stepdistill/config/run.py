@@ -233,7 +233,10 @@ class TrainConfig(Options):
             )
 
 
-_SOURCES = ("prompts_file", "train_data_dir", "pairs_dir", "tar_shards", "dataset_name")
+_SOURCES = (
+    *("prompts_file", "train_data_dir", "pairs_dir", "tar_shards", "dataset_name"),
+    "preferences_file",
+)
 
 
 class SourceConfig(Options):
@@ -248,6 +251,10 @@ class SourceConfig(Options):
     each image, or one sub-folder per class label."""
     pairs_dir: Here | None = None
     """Noise-image pairs made by `stepdistill pairs`."""
+    preferences_file: Here | None = None
+    """JSON lines of text, chosen and rejected: a prompt, and two images of it beside the file (or in
+    folders below it) of which the first is the better. Of --data.dataset_name: Pick-a-Pic's columns
+    jpg_0, jpg_1, label_0."""
     tar_shards: str | None = None
     """webdataset tar files: a folder, a glob, or a range such as "shards/{0000..0099}.tar"."""
     dataset_name: str | None = None
@@ -292,6 +299,8 @@ class GANDataConfig(SourceConfig):
 
     prompts_file: CliSuppress[str | None] = None
     """No source of images."""
+    preferences_file: CliSuppress[str | None] = None
+    """Likewise: half of its images are rejected ones."""
 
     @model_validator(mode="after")
     def _of_images(self) -> Self:
@@ -304,6 +313,8 @@ class GANDataConfig(SourceConfig):
                 f"{expected}prompts_file {self.prompts_file!r}. Prompts of the generator are "
                 "--data.prompts_file"
             )
+        if self.preferences_file is not None:
+            raise ValueError(f"{expected}preferences_file {self.preferences_file!r}")
         told = self.model_dump(exclude_defaults=True)
         if told and self.source is None:
             raise ValueError(f"{expected}none beside {sorted(told)}")

@@ -22,6 +22,7 @@ from stepdistill.core.options import Data, Options
 from stepdistill.core.path import NoisePath, PredictionType
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.core.times import snapped_grid
 from stepdistill.core.types import Batch, Losses
 
 
@@ -126,11 +127,22 @@ class Setting:
     """What a method may know of the model: facts, never the model itself.
 
     shift: resolution shift of the teacher's own time grid (1 on a VP table).
+    own: (number of steps, shift) -> the sampler that the teacher's own scheduler is, where it is
+        known; ValueError where the scheduler can't take so many steps.
     """
 
     path: NoisePath
     kind: PredictionType = "eps"
     shift: float = 1.0
+    own: Callable[[int, float], SamplerSpec] | None = None
+
+    def own_sampler(self, num_steps: int) -> SamplerSpec:
+        """The teacher's own, its visited times the only ones; the uniform grid where no scheduler
+        is known. Errors: ValueError where it can't take so many steps."""
+        if self.own is not None:
+            return self.own(num_steps, self.shift)
+        times = snapped_grid(self.path, num_steps, self.shift)
+        return SamplerSpec(times, "ode", trained_times=times, keeps_scheduler=True)
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,7 @@ FIELDS: Mapping[Data, frozenset[str]] = {
     "prompts": frozenset({"cond"}),
     "images": frozenset({"cond", "x0"}),
     "pairs": frozenset({"cond", "x0", "noise"}),
+    "preferences": frozenset({"cond", "x0", "rejected"}),
 }
 
 
@@ -181,7 +194,8 @@ class Method(ABC, Generic[C]):
     guidance_options: the options that say how its losses guide the teacher, each a number g, a
         range of g or a switch. The first that is set to a number or a range counts. All of these
         have to be 1 where the model has no null condition.
-    data: what it learns from by default: prompts, images, or the teacher's noise-image pairs.
+    data: what it learns from by default: prompts, images, the teacher's noise-image pairs, or
+        preferences (of two images of a prompt, x0 was chosen over `rejected`).
     steps: the step counts it is meant for. one_student: whether one training serves all of them.
     steps_option: the option that sets how many steps a student takes.
     any_student: whether a student of another architecture than the teacher's makes sense.

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every random number generator here takes
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Data = Literal["prompts", "images", "pairs"]  # what a method learns from
+Data = Literal["prompts", "images", "pairs", "preferences"]  # what a method learns from
 Guidance = Annotated[float, Field(ge=0)]  # g of null + g (cond - null)
 
 

@@ -45,6 +45,10 @@ class NoisePath(ABC):
     def model_time(self, t: Tensor) -> Tensor:
         """(B,) the time value the network is conditioned on at t."""
 
+    @abstractmethod
+    def time_of(self, model_time: float | Tensor) -> Tensor:
+        """The time t at which the network is told that (inverse of model_time)."""
+
     def snap(self, t: Tensor) -> Tensor:
         """The nearest time the teacher was trained at; t itself on a continuous path."""
         return t.double()
@@ -238,9 +242,9 @@ class VPPath(NoisePath):
         index = ((1.0 - gamma) * self.model_time(s).float()).floor().double()
         return torch.where(index > 0, (index + 1.0) / self.num_steps, 0.0)
 
-    def time_of(self, index: int | Tensor) -> Tensor:
+    def time_of(self, model_time: float | Tensor) -> Tensor:
         """The time t of table index n (inverse of model_time)."""
-        return (torch.as_tensor(index).double() + 1.0) / self.num_steps
+        return (torch.as_tensor(model_time).double() + 1.0) / self.num_steps
 
     def time_of_angle(self, angle: Tensor) -> Tensor:
         """(B,) the time, between table entries too, whose atan2(sigma, alpha) is `angle`."""
@@ -265,7 +269,7 @@ class FlowPath(NoisePath):
         return t.double() * self.num_train_timesteps
 
     def time_of(self, model_time: float | Tensor) -> Tensor:
-        """The time t at which the network is told that (inverse of model_time)."""
+        """See NoisePath."""
         return torch.as_tensor(model_time).double() / self.num_train_timesteps
 
 
@@ -305,7 +309,7 @@ class VEPath(NoisePath):
         return self.sigma_max * noise
 
     def time_of(self, model_time: float | Tensor) -> Tensor:
-        """The time t at which the network is told that (inverse of model_time)."""
+        """See NoisePath."""
         return self.time_of_sigma((torch.as_tensor(model_time).double() / self.time_scale).exp())
 
     def time_of_sigma(self, sigma: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,26 +58,12 @@ class FolderCaptions(Rows[Item]):
 
     def _parse(self, line: str | bytes, number: int = 0) -> Item:
         where = f"{self.root / 'metadata.jsonl'}:{number}"
-        try:
-            row = read_json(line if isinstance(line, str) else line.decode())
-        except ValueError as err:
-            raise ValueError(
-                f"{where}: expected an object with file_name and text, got {err}."
-            ) from err
-        return self._item(row, where)
+        text = line if isinstance(line, str) else line.decode()
+        return self._item(read_row(text, where, "file_name and text"), where)
 
     def _item(self, row: Any, where: str) -> Item:
         """Errors: ValueError for a row without a file's name and a caption."""
-        columns = (FILE_COLUMNS, self._columns)
-        names = [_first(row, names) for names in columns] if isinstance(row, dict) else [None]
-        if None in names:
-            got = f"columns {sorted(row)[:9]}" if isinstance(row, dict) else shown(row)
-            wanted = " and ".join(names[0] for names in columns)
-            raise ValueError(
-                f"{where}: expected an object with {wanted}, got {got}. Name the caption's column: "
-                "--data.caption_column."
-            )
-        name, caption = (row[name] for name in names)
+        name, caption = row_values(row, where, (FILE_COLUMNS, self._columns))
         if not isinstance(name, str):
             raise ValueError(f"{where}: expected an object with a file's name, got {shown(name)}.")
         try:
@@ -85,21 +71,8 @@ class FolderCaptions(Rows[Item]):
         except ValueError as err:
             raise ValueError(f"{where}: {err}. Write one, or take the line out.") from err
 
-    def _check(self, items: Any) -> None:
-        """Errors: ValueError for a file that is not there, or not inside the folder."""
-        inside = self.root.resolve()
-        for where, (path, _) in items:
-            try:
-                within, there = inside in path.resolve().parents, path.is_file()
-            except (OSError, ValueError) as err:  # too long; with NUL, or half a character
-                raise ValueError(
-                    f"{where}: expected a file's name, got {shown(str(path))}: "
-                    f"{type(err).__name__}. Correct it, or take the line out."
-                ) from err
-            if not within:
-                raise ValueError(f"{where}: expected files inside {self.root}, got {path}.")
-            if not there:
-                raise ValueError(f"{where}: expected every file to exist, got no {path}.")
+    def _check(self, items: Iterable[tuple[str, Item]]) -> None:
+        check_files(self.root, ((where, path) for where, (path, _) in items))
 
     def _table(self, file: Path) -> Iterator[bytes]:
         """Rows of a .csv file as JSON."""
@@ -112,7 +85,7 @@ class FolderCaptions(Rows[Item]):
                     row = {name: text for name, text in row.items() if name is not None}
                     item = self._item(row, where)
                     self._check([(where, item)])
-                    yield self._packed(row[str(_first(row, FILE_COLUMNS))], item[1])
+                    yield self._packed(row[str(first_name(row, FILE_COLUMNS))], item[1])
         except (csv.Error, UnicodeDecodeError) as err:
             raise ValueError(
                 f"{where}: expected a table as UTF-8 text with commas, got {err}. Save it anew."
@@ -150,5 +123,48 @@ class FolderCaptions(Rows[Item]):
         return (self._parse(row, number) for number, row in enumerate(rows, 1))
 
 
-def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def read_row(text: str, where: str, wanted: str) -> Any:
+    """The value of a line of JSON. Errors: ValueError naming what was wanted of it."""
+    try:
+        return read_json(text)
+    except ValueError as err:
+        raise ValueError(f"{where}: expected an object with {wanted}, got {err}.") from err
+
+
+def row_values(row: Any, where: str, columns: Sequence[Sequence[str]]) -> list[Any]:
+    """The values of a row's columns, each by the first of its names that the row has.
+
+    Errors: ValueError for a row without one, or that is no object.
+    """
+    names = [first_name(row, names) for names in columns] if isinstance(row, dict) else [None]
+    if None in names:
+        got = f"columns {sorted(row)[:9]}" if isinstance(row, dict) else shown(row)
+        *most, last = (names[0] for names in columns)
+        raise ValueError(
+            f"{where}: expected an object with {', '.join(most)} and {last}, got {got}. Name the "
+            "caption's column: --data.caption_column."
+        )
+    return [row[name] for name in names]
+
+
+def check_files(root: Path, files: Iterable[tuple[str, Path]]) -> None:
+    """Errors: ValueError for a file (where it is named, its path) that is not there, or not inside
+    the folder."""
+    inside = root.resolve()
+    for where, path in files:
+        try:
+            within, there = inside in path.resolve().parents, path.is_file()
+        except (OSError, ValueError) as err:  # too long; with NUL, or half a character
+            raise ValueError(
+                f"{where}: expected a file's name, got {shown(str(path))}: "
+                f"{type(err).__name__}. Correct it, or take the line out."
+            ) from err
+        if not within:
+            raise ValueError(f"{where}: expected files inside {root}, got {path}.")
+        if not there:
+            raise ValueError(f"{where}: expected every file to exist, got no {path}.")
+
+
+def first_name(row: Collection[str], names: Sequence[str]) -> str | None:
+    """The first of the names that a row, or a list of columns, has."""
     return next((name for name in names if name in row), None)

@@ -111,6 +111,16 @@ class Source(Dataset[dict[str, Any]], ABC):
         return None if self._buckets is None else BucketOrder(self._buckets, batch, seed)
 
 
+def pictures(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """The {"image", "content"} of an item, either of them perhaps missing; two of a pair."""
+    found = []
+    for image, content in (("image", "content"), ("rejected", "rejected_content")):
+        names = {"image": image, "content": content}
+        one = {name: item[key] for name, key in names.items() if key in item}
+        found += [one] if one else []
+    return found
+
+
 def fitted(dataset: Any, size: Size, multiple: int) -> Any:
     """A run's dataset with its images of the model's size (height, width in px), where it is one
     that reads pictures and states no other, and in buckets where it asks for them.

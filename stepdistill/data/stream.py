@@ -96,7 +96,8 @@ def sample_item(dataset: Any) -> dict[str, Any]:
     """One readable item of a dataset, without its file's hash, and of captions the first."""
     item = dataset.first() if isinstance(dataset, RowStream) else first_item(dataset)
     item = one_caption(item, 0, 0)
-    return {key: value for key, value in item.items() if key not in ("content", "size")}
+    private = ("content", "rejected_content", "size")
+    return {key: value for key, value in item.items() if key not in private}
 
 
 def provided_fields(dataset: Any) -> frozenset[str]:

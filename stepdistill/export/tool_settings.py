@@ -21,6 +21,7 @@ from stepdistill.export.flow_grid import shift_of_grid
 from stepdistill.export.schedulers import StockSampler
 from stepdistill.export.tool_rules import ToolRules, tool_rules
 from stepdistill.families.family import Family
+from stepdistill.reporting.values import counted
 
 TOLERANCE = 5e-4  # in t, half a training step
 _TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -84,7 +85,10 @@ def tool_settings(
     """
     flow = isinstance(path, FlowPath)
     sampler, why = _sampler(spec, flow), None
-    if spec.keeps_scheduler:
+    if spec.keeps_scheduler and spec.trained_times is not None:
+        number = counted(spec.num_steps, "step")
+        why = f"It is sampled as the model that it was tuned from is, in {number}."
+    elif spec.keeps_scheduler:
         why = (
             "It is sampled as its teacher is: any sampler and scheduler, without guidance (CFG 1)."
         )

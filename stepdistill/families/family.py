@@ -12,6 +12,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import diffusers
@@ -25,7 +26,7 @@ from stepdistill.core.method import Setting
 from stepdistill.core.types import Cond
 from stepdistill.families.end_input import with_end_input
 from stepdistill.families.features import FeatureBlock
-from stepdistill.families.schedule import dynamic_shift, read_schedule
+from stepdistill.families.schedule import dynamic_shift, own_sampler, read_schedule
 from stepdistill.families.vae import decode_latents, encode_images, latent_size
 from stepdistill.loading.original_layout import has_layout
 
@@ -201,7 +202,8 @@ class Family(ABC):
 
     def setting_at(self, resolution: int | None) -> Setting:
         """The same at that many px a side."""
-        return Setting(self.path, self.kind, self.shift_at(resolution, resolution))
+        own = partial(own_sampler, self.pipeline.scheduler, self.path, self.sends_sigmas)
+        return Setting(self.path, self.kind, self.shift_at(resolution, resolution), own)
 
     def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """An independent copy of the denoiser with the extra inputs a role asks for.

@@ -22,7 +22,7 @@ from stepdistill.core.method import Setting
 from stepdistill.families import FAMILIES
 from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
-from stepdistill.families.schedule import read_schedule
+from stepdistill.families.schedule import own_sampler, read_schedule
 from stepdistill.loading.merge_loras import merge_loras
 from stepdistill.loading.paper import part_config
 from stepdistill.loading.project_code import part_class
@@ -81,7 +81,7 @@ def load_family(
     cls = family_for(source.pipeline_class)
     _check_parts(source, cls, components)
     if "scheduler" not in components:
-        _setting(source)
+        _setting(source, cls.sends_sigmas)
     missing = {name: None for name, entry in index.items() if entry == [None, None]}
     parts = {**missing, **components}
     kind = source.base_quantization
@@ -221,7 +221,7 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
         cls.conditioning_in(config),
         cls.null_in(source.index),
         cls.reads_image,
-        _setting(source),
+        _setting(source, cls.sends_sigmas),
         cls.labels_in(config),
         cls.told_guidance_in(config),
     )
@@ -232,10 +232,12 @@ def _net_config(source: ModelSource, cls: type[Family]) -> Any:
     return part_config(net, True, source.described_at, cls.net_name, source.hub)
 
 
-def _setting(source: ModelSource) -> Setting:
+def _setting(source: ModelSource, sends_sigmas: bool) -> Setting:
     """From the scheduler's config alone, and the marks of a single file."""
     try:
-        return Setting(*read_schedule(_scheduler(source)))
+        scheduler = _scheduler(source)
+        path, kind, shift = read_schedule(scheduler)
+        return Setting(path, kind, shift, partial(own_sampler, scheduler, path, sends_sigmas))
     except ValueError:
         raise
     except Exception as err:  # whatever a stock class raises at values it can't use

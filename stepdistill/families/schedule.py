@@ -6,15 +6,19 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
 )
 
 from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VEPath, VPPath
+from stepdistill.core.solvers import SamplerKind, SamplerSpec
 
 
 def dynamic_shift(config: Any, num_tokens: int) -> float:
@@ -96,6 +100,47 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
             "pure noise would divide by alpha = 0. Turn rescale_betas_zero_snr off."
         )
     return path, kinds[name], 1.0
+
+
+def visited_times(scheduler: Any, path: NoisePath) -> tuple[float, ...]:
+    """Descending times, each once, of the network's calls that a scheduler has been set to."""
+    told = torch.unique(scheduler.timesteps.double().cpu())
+    times: list[float] = path.time_of(told).clamp_max(1.0).flip(0).tolist()
+    return tuple(times)
+
+
+def own_sampler(
+    scheduler: Any, path: NoisePath, sends_sigmas: bool, num_steps: int, shift: float
+) -> SamplerSpec:
+    """The sampler that a stock scheduler is in num_steps steps of its pipeline's call.
+
+    Its times are the scheduler's. In memory a scheduler that restarts from x0 (LCM) does so; one of
+    another order, or with noise of its own (Euler ancestral), takes the deterministic steps.
+    Args: sends_sigmas: whether the call hands linspace(1, 1/N, N) down. shift: of a scheduler that
+        the call tells one.
+    Errors: ValueError where the scheduler can't take so many steps.
+    """
+    config, made = scheduler.config, type(scheduler).from_config(scheduler.config)
+    call: dict[str, Any] = {"num_inference_steps": num_steps}
+    if sends_sigmas:
+        call = {"sigmas": np.linspace(1.0, 1.0 / num_steps, num_steps)}
+    if config.get("use_dynamic_shifting"):
+        exponential = config.get("time_shift_type", "exponential") == "exponential"
+        call["mu"] = math.log(shift) if exponential else shift
+    try:
+        made.set_timesteps(**call)
+    except Exception as err:  # whatever a stock class raises at a count that it can't take
+        raise ValueError(
+            f"num_steps: expected a number that {type(made).__name__} takes, got {num_steps}: "
+            f"{' '.join(str(err).split())}"
+        ) from err
+    times = visited_times(made, path)
+    restarts = isinstance(
+        made, LCMScheduler | FlowMatchLCMScheduler | CMStochasticIterativeScheduler
+    )
+    scale = config.timestep_scaling if isinstance(made, LCMScheduler) else None
+    kind: SamplerKind = "renoise" if restarts else "ode"
+    return SamplerSpec(times, kind, times, boundary_scale=scale, keeps_scheduler=True)
 
 
 def parity_scheduler(family: Any) -> Any:

@@ -292,6 +292,7 @@ def _batch(
         x0=made() if x0 else None,
         noise=made() if "noise" in method.needs else None,
         prompts=(PROMPT,) * bsz,
+        extra={"rejected": made()} if "rejected" in method.needs else {},
         gan=(made(), cond.repeat(bsz)) if own else None,
     )
     return batch, encoding
@@ -306,6 +307,7 @@ def _tensors(batch: Batch) -> list[Tensor]:
     given = [*batch.cond.tensors.values(), *batch.null.tensors.values()]
     if batch.gan is not None:
         given += [batch.gan[0], *batch.gan[1].tensors.values()]
+    given += batch.extra.values()
     return given + [x for x in (batch.x0, batch.noise) if x is not None]
 
 

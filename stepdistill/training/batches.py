@@ -21,7 +21,7 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.core.types import Batch, Cond
 from stepdistill.families.family import Family
 
-REREAD = "reread"  # (row of a raw batch, the batch) -> its image, which the source left out
+REREAD = "reread"  # (row, raw batch, key of the item) -> the image that the source left out
 _PIXELS_AT_ONCE = 2**20  # of images encoded in one call: what one of 1024 x 1024 px takes
 
 
@@ -74,7 +74,9 @@ class BatchMaker:
             own = self._x0(gan, "gan")
             assert own is not None, "the trainer checks what the source has"
             real = (own, self._cond(gan)[0])
+        rejected = self._rejected(raw) if with_x0 else None
         known = {"index", "content", "prompt", "label", "image", "x0", "noise", "size", REREAD}
+        known |= {"rejected", "rejected_content"}
         return Batch(
             cond=cond,
             null=null,
@@ -86,7 +88,8 @@ class BatchMaker:
                 key: value.to(self.device) if isinstance(value, Tensor) else value
                 for key, value in raw.items()
                 if key not in known
-            },
+            }
+            | ({} if rejected is None else {"rejected": rejected}),
             gan=real,
         )
 
@@ -135,8 +138,21 @@ class BatchMaker:
             _drop_oldest(self._prompts, self._max_prompts)
         return Cond.cat(parts)
 
+    def _rejected(self, raw: dict[str, Any]) -> Tensor | None:
+        """(B, C, *S) latents of the images that x0 was chosen over; of a kind with x0."""
+        if not {"rejected", "rejected_content"} & raw.keys():
+            return None
+        if "x0" in raw:
+            latents: Tensor = raw["rejected"].to(self.device).float()
+            return latents
+        names = {"index": "index", "image": "rejected", "content": "rejected_content"}
+        pair = {name: raw[key] for name, key in names.items() if key in raw}
+        if REREAD in raw:
+            pair[REREAD] = lambda row, _, __: raw[REREAD](row, raw, "rejected")
+        return self._x0(pair, "rejected")
+
     def _x0(self, raw: dict[str, Any], source: str = "") -> Tensor | None:
-        """(B, C, *S) latents. Args: source: of two data sources, whose rows these are."""
+        """(B, C, *S) latents. Args: source: of several, whose rows these are."""
         if "x0" in raw:
             latents: Tensor = raw["x0"].to(self.device).float()
             return latents
@@ -154,7 +170,7 @@ class BatchMaker:
             key = (source, raw["index"][row]) if content is None else content
             latent = self._latent(key, content, image)
             if latent is None and REREAD in raw:
-                latent = self._latent(key, content, raw[REREAD](row, raw))
+                latent = self._latent(key, content, raw[REREAD](row, raw, "image"))
             if latent is None:
                 raise ValueError(
                     f"cache_dir: expected the latent of {key!r}, got a shard that was broken and "

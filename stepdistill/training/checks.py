@@ -79,6 +79,8 @@ def method_fits(
         )
     if not method.needs <= has:
         hint = {
+            "rejected": "Give pairs with a winner: --data.preferences_file FILE, or --data."
+            "dataset_name with Pick-a-Pic's columns.",
             "noise": "Make pairs first: stepdistill pairs --config ...",
             "x0": "Train on images: --data.train_data_dir DIR.",
             "real": "Give the GAN images: --data.gan.train_data_dir DIR, or --data.train_data_dir.",
@@ -94,6 +96,8 @@ def method_fits(
 
 def _times_are_taken(spec: SamplerSpec, teacher: TeacherFacts) -> None:
     """Warns of a flow sampler whose first time neither a scheduler's file nor the call can say."""
+    if spec.keeps_scheduler:
+        return
     late = isinstance(teacher.setting.path, FlowPath) and spec.times[0] < 1.0
     stock = getattr(diffusers, teacher.pipeline, None) if late else None
     if stock is not None and "sigmas" not in inspect.signature(stock.__call__).parameters:

@@ -93,11 +93,14 @@ class Feed:
         raw = self._ahead.popleft()
         return {**raw, REREAD: self._reread} if isinstance(self.dataset, Source) else raw
 
-    def _reread(self, row: int, raw: dict[str, Any]) -> Tensor:
-        """The image (3, H, W) of a row, left out as the cache had its latent, which was damaged."""
+    def _reread(self, row: int, raw: dict[str, Any], key: str) -> Tensor:
+        """The image (3, H, W) of a row, left out as the cache had its latent, which was damaged.
+
+        Args: key: of the item, "image" or the "rejected" one of a pair.
+        """
         index = raw["index"][row]
         size = raw["size"][row] if "size" in raw else self.dataset.size_of(index)
-        image: Tensor = self.dataset.item(index, size)["image"]
+        image: Tensor = self.dataset.item(index, size)[key]
         return image
 
     def logs(self, like: Tensor) -> dict[str, Tensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from stepdistill.config.files import method_class
 from stepdistill.config.run import RunConfig, SourceConfig
 from stepdistill.data.hub import HubDataset, HubStream, load_rows
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
+from stepdistill.data.preferences import PreferenceFile, PreferenceRows
 from stepdistill.data.stream import EmptyRows, PromptDataset
 from stepdistill.data.tars import TarDataset
 from stepdistill.families.registry import TeacherFacts, teacher_facts
@@ -30,7 +32,7 @@ def open_dataset(run: RunConfig) -> Any:
         return EmptyRows()
     raise ValueError(
         "data: expected one of --data.prompts_file, --data.train_data_dir, --data.tar_shards, "
-        "--data.dataset_name, --data.pairs_dir, got none."
+        "--data.dataset_name, --data.pairs_dir, --data.preferences_file, got none."
     )
 
 
@@ -50,10 +52,22 @@ def _open(data: SourceConfig, facts: TeacherFacts, run: RunConfig) -> Any:
     if data.train_data_dir is not None:
         options = (by_label, told == "none", data.caption_column, facts.num_labels)
         return ImageFolderDataset(data.train_data_dir, run.resolution, *options)
+    if data.preferences_file is not None:
+        pairs = (data.preferences_file, run.resolution, told, data.caption_column)
+        return PreferenceFile(*pairs, facts.num_labels)
     if data.pairs_dir is not None:
         from stepdistill.pairs.dataset import PairDataset
 
         return PairDataset(data.pairs_dir)
+    if data.dataset_name is not None and method_class(run.method).data == "preferences":
+        if data.streaming:
+            raise ValueError(
+                "data.streaming: expected a dataset that is downloaded, as ties among its "
+                f"preferences are left out by number, got {data.dataset_name!r} streamed. Leave "
+                "it out, or write some of the pairs to a --data.preferences_file."
+            )
+        columns = (run.resolution, data.caption_column, told, facts.num_labels)
+        return PreferenceRows(_rows(data), *columns)
     return open_shards(data, told, run.resolution, run.cache_dir, facts.num_labels)
 
 
@@ -69,15 +83,19 @@ def open_shards(
     if data.tar_shards is not None:
         options = (data.shuffle_buffer, index_dir, num_labels)
         return TarDataset(data.tar_shards, resolution, told, column, *options)
-    assert data.dataset_name is not None
-    found = load_rows(
+    found = _rows(data)
+    columns = (resolution, data.image_column, column, told)
+    if data.streaming:
+        return HubStream(found, *columns, data.shuffle_buffer, data.dataset_split, num_labels)
+    return HubDataset(found, *columns, num_labels)
+
+
+def _rows(data: SourceConfig) -> Any:
+    assert data.dataset_name is not None, "the caller has looked"
+    return load_rows(
         data.dataset_name,
         data.dataset_config_name,
         data.dataset_split,
         data.dataset_revision,
         data.streaming,
     )
-    columns = (resolution, data.image_column, column, told)
-    if data.streaming:
-        return HubStream(found, *columns, data.shuffle_buffer, data.dataset_split, num_labels)
-    return HubDataset(found, *columns, num_labels)
