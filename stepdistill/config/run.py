@@ -252,9 +252,9 @@ class SourceConfig(Options):
     pairs_dir: Here | None = None
     """Noise-image pairs made by `stepdistill pairs`."""
     preferences_file: Here | None = None
-    """JSON lines of text, chosen and rejected: a prompt, and two images of it beside the file (or in
-    folders below it) of which the first is the better. Of --data.dataset_name: Pick-a-Pic's columns
-    jpg_0, jpg_1, label_0."""
+    """JSON lines of text, chosen and rejected: a prompt, and the names of two images of it (beside
+    the file, or in folders below it), of which the first is the better. A --data.dataset_name has
+    Pick-a-Pic's columns (jpg_0, jpg_1, label_0) for that."""
     tar_shards: str | None = None
     """webdataset tar files: a folder, a glob, or a range such as "shards/{0000..0099}.tar"."""
     dataset_name: str | None = None

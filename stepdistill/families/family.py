@@ -12,7 +12,6 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import diffusers
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 from stepdistill.core.denoiser import linear_guidance
 from stepdistill.core.method import Setting
+from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Cond
 from stepdistill.families.end_input import with_end_input
 from stepdistill.families.features import FeatureBlock
@@ -165,8 +165,13 @@ class Family(ABC):
         """Whether the teacher itself is told the guidance (w) in place of a null pass."""
         return False
 
-    def shift_at(self, height: int | None = None, width: int | None = None) -> float:
-        """Resolution shift of the stock call's times at that size (the model's own where None)."""
+    def shift_at(
+        self, height: int | None = None, width: int | None = None, num_steps: int = 50
+    ) -> float:
+        """Resolution shift of the stock call's times at that size (the model's own where None).
+
+        Args: num_steps: of that call, where its shift depends on them (Flux.2's).
+        """
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting"):
             return self._fixed_shift
@@ -202,8 +207,15 @@ class Family(ABC):
 
     def setting_at(self, resolution: int | None) -> Setting:
         """The same at that many px a side."""
-        own = partial(own_sampler, self.pipeline.scheduler, self.path, self.sends_sigmas)
-        return Setting(self.path, self.kind, self.shift_at(resolution, resolution), own)
+        size, kind = (resolution, resolution), (self.path, self.sends_sigmas)
+        usual = self.shift_at(*size)
+
+        def own(num_steps: int, shift: float) -> SamplerSpec:
+            # Of another shape's, in buckets, there is what the usual number of steps has.
+            told = self.shift_at(*size, num_steps) if shift == usual else shift
+            return own_sampler(self.pipeline.scheduler, *kind, num_steps, told)
+
+        return Setting(self.path, self.kind, usual, own)
 
     def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """An independent copy of the denoiser with the extra inputs a role asks for.

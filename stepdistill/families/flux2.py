@@ -49,15 +49,15 @@ class Flux2Family(VaeSizedFamily):
         self.lora_targets = (*type(self).lora_targets, *outs)  # type: ignore[misc]
         self.has_null = self.null_in(pipeline.config)
 
-    def shift_at(self, height: int | None = None, width: int | None = None) -> float:
+    def shift_at(
+        self, height: int | None = None, width: int | None = None, num_steps: int = DEFAULT_STEPS
+    ) -> float:
         """See Family.shift_at."""
-        config, (_, rows, columns) = (
-            self.pipeline.scheduler.config,
-            self.sample_shape(height, width),
-        )
+        config = self.pipeline.scheduler.config
+        _, rows, columns = self.sample_shape(height, width)
         if not config.get("use_dynamic_shifting"):
             return super().shift_at(height, width)
-        return empirical_shift(config, rows * columns, DEFAULT_STEPS)
+        return empirical_shift(config, rows * columns, num_steps)
 
     @classmethod
     def null_in(cls, index: Any) -> bool:

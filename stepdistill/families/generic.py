@@ -82,7 +82,9 @@ class GenericFamily(Family):
     def default_shape(self) -> tuple[int, ...]:
         return self._own_shape
 
-    def shift_at(self, height: int | None = None, width: int | None = None) -> float:
+    def shift_at(
+        self, height: int | None = None, width: int | None = None, num_steps: int = 50
+    ) -> float:
         """See Family.shift_at: what the stock call was heard to tell its scheduler."""
         if self._own_shape:  # else asked for while the first call is listened to
             self.sample_shape(height, width)
