@@ -57,24 +57,26 @@ class StepSigns:
         regresses on data goes by way of their mean, and no collapse can be told from that."""
         if "student" not in self._last:
             return {}
-        student = _x0(self._last["student"])
+        student = _x0(self._last["student"], batch.bsz)
         teacher, fake = self._last.get("teacher"), self._last.get("fake")
         found: dict[str, Tensor] = {}
-        if teacher is None or teacher.raw.shape != student.shape:
+        if teacher is None or teacher.raw.shape != self._last["student"].raw.shape:
             return found
-        real = _x0(teacher)
+        real = _x0(teacher, batch.bsz)
         if len(student) > 1:
             found |= _spreads("x0", student, batch.cond) | _spreads("teacher", real, batch.cond)
         if fake is not None and teacher.x_t is fake.x_t:
-            for name, x0 in (("teacher", real), ("fake", _x0(fake))):
+            for name, x0 in (("teacher", real), ("fake", _x0(fake, batch.bsz))):
                 found[f"{name}_error"] = (student - x0).square().mean()
         return found
 
 
-def _x0(pred: Prediction) -> Tensor:
-    """(B, C, *S) float32 without graph and guidance."""
+def _x0(pred: Prediction, bsz: int) -> Tensor:
+    """(B, C, *S) float32 without graph and guidance, of a call's first B rows: those of the batch,
+    where a loss asks for further ones in the same call (the rejected images of pairs)."""
     raw = pred.raw if pred.unguided is None else pred.unguided
-    return pred.path.convert(raw.detach(), pred.x_t.detach(), pred.t, pred.kind, "x0").float()
+    out, x_t = raw.detach()[:bsz], pred.x_t.detach()[:bsz]
+    return pred.path.convert(out, x_t, pred.t[:bsz], pred.kind, "x0").float()
 
 
 def _spreads(name: str, x: Tensor, cond: Cond) -> dict[str, Tensor]:
