@@ -253,6 +253,10 @@ def data_of(kind: str, teacher: Path, folder: Path) -> list[str]:
         Image.new("RGB", (16, 16), (90 * i, 20, 200)).save(folder / "pictures" / f"{i}.png")
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in range(2)]
     (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    if kind == "preferences":
+        row = {"text": "a cat", "chosen": "pictures/0.png", "rejected": "pictures/1.png"}
+        (folder / "pairs.jsonl").write_text(json.dumps(row))
+        return ["--data.preferences_file", str(folder / "pairs.jsonl")]
     return ["--data.train_data_dir", str(folder / "pictures")]
 
 

@@ -347,6 +347,13 @@ METHOD_CASES: dict[str, MethodCase] = {
         ("x0",),
         _two_with_prompts,
     ),
+    "preference": MethodCase("preference", {"num_steps": 3}, ("x0", "rejected")),
+    "preference_hinge": MethodCase(
+        "preference",
+        {"num_steps": 2, "loss": "hinge", "weight": "snr", "prior_weight": 0.2},
+        ("x0", "rejected"),
+        lambda family, layout: family == "sd",
+    ),
     "reflow": MethodCase("reflow", {"stage": "reflow"}, ("x0", "noise")),
     "reflow_raw": MethodCase(
         "reflow", {"stage": "reflow", "setup": "raw"}, ("x0", "noise"), _no_preconditioning
