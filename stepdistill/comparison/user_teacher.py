@@ -132,12 +132,6 @@ class UserTeacher(TeacherSetup):
             ImageFolderDataset(self.own.train_data_dir, self.own.resolution, labels=False)
         for student in chosen:
             for training in self.trainings(student):
-                if training.data == "preferences":
-                    raise ValueError(
-                        f"methods: expected methods that learn from prompts, images or the "
-                        f"teacher's pairs, got {student.recipe}, which learns from preferences. "
-                        "Train it by itself, and judge it with stepdistill evaluate."
-                    )
                 method, args, config = self.configs(training, 1000)
                 data = PAIR if training.data == "pairs" else self.dataset(training)
                 try:
@@ -185,9 +179,15 @@ class UserTeacher(TeacherSetup):
         )
 
     def steps_served(self, methods: Sequence[str]) -> dict[str, StepsServed]:
-        return {
-            name: StepsServed.of_method(METHODS[self.settings(name)["method"]]) for name in methods
-        }
+        chosen = {name: METHODS[self.settings(name)["method"]] for name in methods}
+        for name, cls in chosen.items():
+            if cls.data == "preferences":
+                raise ValueError(
+                    "methods: expected methods that learn from prompts, images or the teacher's "
+                    f"pairs, got {name}, which learns from preferences. Train it by itself, and "
+                    "judge it with stepdistill evaluate."
+                )
+        return {name: StepsServed.of_method(cls) for name, cls in chosen.items()}
 
     def students(self, methods: Sequence[str], steps: Sequence[int] | None) -> list[Student]:
         return super().students(methods, steps or (1, 2, 4))

@@ -108,6 +108,12 @@ def test_what_is_the_same_for_all_lies_over_a_method_s_file(tmp_path, tmp_path_f
     assert lcm["adam_beta1"] == 0.9
 
 
+def test_what_learns_from_preferences_is_not_compared(tmp_path, tmp_path_factory) -> None:
+    setup = own(tmp_path, tmp_path_factory)
+    with pytest.raises(ValueError, match=r"got preference, which learns from preferences\. Train"):
+        setup.students(["dmd2", "preference"], [2])
+
+
 SMALL = "stepdistill.config.model_at_hand.SMALL"
 
 

@@ -73,6 +73,21 @@ def test_every_family_is_forecast(name: str, tmp_path_factory: pytest.TempPathFa
     assert all(cost.activations > 0 and cost.flops > 0 for cost in plan.phases)
 
 
+def test_pairs_of_images_are_forecast(teacher: Path) -> None:
+    """Both images of a pair go through the student, in one call of twice the rows."""
+    options: dict[str, Any] = {"tuning": {"rank": 2}}
+    made = [
+        forecast(run_config(teacher, method="preference", method_config=config, **options))
+        for config in ({}, {"loss": "hinge"})
+    ]
+    assert [[cost.phase for cost in plan.phases] for plan in made] == [["student"]] * 2
+    logistic, hinge = (plan.phases[0] for plan in made)
+    assert logistic.flops > 1.2 * hinge.flops  # the reference's forward
+    twice = forecast(run_config(teacher, method="preference", method_config={"loss": "hinge"},
+                                train_batch_size=2, **options))  # fmt: skip
+    assert twice.phases[0].flops == pytest.approx(2 * hinge.flops, rel=0.1)
+
+
 def test_every_bundled_model_is_described() -> None:
     assert set(RELEASED) <= set(bundled())
     for name in bundled():
