@@ -74,7 +74,7 @@ class PreferenceFile(Preferences):
         self.lines, self.root = LineFile(path, "preferences_file"), Path(path).parent
         self.key, self._num_labels = key, num_labels
         captions = CAPTION_COLUMNS if column == "text" else (column,)
-        self._told = {"prompt": (captions,), "label": (("label",),), "none": ()}[key]
+        self._texts = {"prompt": (captions,), "label": (("label",),), "none": ()}[key]
         if not self.lines:
             raise ValueError(f"preferences_file: expected a pair a line, got none in {path}.")
         for number, line in self.lines.numbered():
@@ -84,9 +84,9 @@ class PreferenceFile(Preferences):
 
     def _row(self, line: str, where: str) -> tuple[Any, Path, Path]:
         """(what is told, the chosen image, the rejected one) of a line."""
-        columns = (*self._told, ("chosen",), ("rejected",))
+        columns = (*self._texts, ("chosen",), ("rejected",))
         row = read_row(line, where, ", ".join(names[0] for names in columns))
-        *told, chosen, rejected = row_values(row, where, columns)
+        *texts, chosen, rejected = row_values(row, where, columns)
         named = all(isinstance(name, str) and name for name in (chosen, rejected))
         if not named or chosen == rejected:
             raise ValueError(
@@ -95,9 +95,9 @@ class PreferenceFile(Preferences):
             )
         try:
             value = None
-            if told:
-                by_label = self.key == "label"
-                value = label_of(told[0], self._num_labels) if by_label else caption_of(told[0])
+            if texts:
+                text, by_label = texts[0], self.key == "label"
+                value = label_of(text, self._num_labels) if by_label else caption_of(text)
         except ValueError as err:
             raise ValueError(f"{where}: {err}. Correct it, or take the line out.") from err
         return value, self.root / chosen, self.root / rejected
@@ -115,7 +115,7 @@ class PreferenceFile(Preferences):
         return list_digest((self.lines.sha256, *sizes))
 
     def condition(self, index: int) -> dict[str, Any]:
-        return {self.key: self._pair(index)[0]} if self._told else {}
+        return {self.key: self._pair(index)[0]} if self._texts else {}
 
     def image_bytes(self, index: int, most: int = -1) -> tuple[bytes, str]:
         return _read(self._pair(index)[1], most)
@@ -160,8 +160,8 @@ class PreferenceRows(Preferences):
             )
         if caption == "text":
             caption = first_name(names, CAPTION_COLUMNS) or caption
-        told = (caption, key, rows.features, num_labels)
-        self._images = [Columns(names, image, *told) for image in IMAGES]
+        text = (caption, key, rows.features, num_labels)
+        self._images = [Columns(names, image, *text) for image in IMAGES]
         self._origin = (rows.info.dataset_name, rows.info.config_name, rows._fingerprint)
         self._numbers, self._second_won = _winners(rows)
         self._texts = None if key == "none" else rows.select_columns([caption])

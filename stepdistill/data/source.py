@@ -113,12 +113,12 @@ class Source(Dataset[dict[str, Any]], ABC):
 
 def pictures(item: dict[str, Any]) -> list[dict[str, Any]]:
     """The {"image", "content"} of an item, either of them perhaps missing; two of a pair."""
-    found = []
+    made = []
     for image, content in (("image", "content"), ("rejected", "rejected_content")):
         names = {"image": image, "content": content}
         one = {name: item[key] for name, key in names.items() if key in item}
-        found += [one] if one else []
-    return found
+        made += [one] if one else []
+    return made
 
 
 def fitted(dataset: Any, size: Size, multiple: int) -> Any:

@@ -210,12 +210,12 @@ class Family(ABC):
         size, kind = (resolution, resolution), (self.path, self.sends_sigmas)
         usual = self.shift_at(*size)
 
-        def own(num_steps: int, shift: float) -> SamplerSpec:
+        def sampler(num_steps: int, shift: float) -> SamplerSpec:
             # Of another shape's, in buckets, there is what the usual number of steps has.
-            told = self.shift_at(*size, num_steps) if shift == usual else shift
-            return own_sampler(self.pipeline.scheduler, *kind, num_steps, told)
+            of_steps = self.shift_at(*size, num_steps) if shift == usual else shift
+            return own_sampler(self.pipeline.scheduler, *kind, num_steps, of_steps)
 
-        return Setting(self.path, self.kind, usual, own)
+        return Setting(self.path, self.kind, usual, sampler)
 
     def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """An independent copy of the denoiser with the extra inputs a role asks for.

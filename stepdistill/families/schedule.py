@@ -104,8 +104,8 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
 
 def visited_times(scheduler: Any, path: NoisePath) -> tuple[float, ...]:
     """Descending times, each once, of the network's calls that a scheduler has been set to."""
-    told = torch.unique(scheduler.timesteps.double().cpu())
-    times: list[float] = path.time_of(told).clamp_max(1.0).flip(0).tolist()
+    visited = torch.unique(scheduler.timesteps.double().cpu())
+    times: list[float] = path.time_of(visited).clamp_max(1.0).flip(0).tolist()
     return tuple(times)
 
 

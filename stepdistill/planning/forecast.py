@@ -136,8 +136,8 @@ def forecast(run: RunConfig) -> Forecast:
 
     Runs that differ only in where encoders and moments are held are traced once.
     """
-    told = run.model_copy(update=_HELD)  # without a command's own options
-    plan = _traced(told.model_dump_json(include=set(RunConfig.model_fields)))
+    plain = run.model_copy(update=_HELD)  # without a command's own options
+    plan = _traced(plain.model_dump_json(include=set(RunConfig.model_fields)))
     plan = replace(plan, accumulation=run.gradient_accumulation_steps)
     if run.offload_encoders:
         plan = replace(plan, encoders=0, encoding=0)
@@ -200,7 +200,7 @@ def _measure(
     fake: FakeTensorMode,
     tracker: CostTracker,
 ) -> Forecast:
-    own = {id(p) for role in bank.roles for p in bank.members(role).values()}
+    role_params = {id(p) for role in bank.roles for p in bank.members(role).values()}
     trained = {r: _size(bank.members(r).values()) for r in bank.trained_roles}
     averaged = sum(_size(bank.members(r).values()) for r, s in bank.roles.items() if s.ema_of)
     held: list[Tensor] = [*bank.parameters(), *bank.buffers()]
@@ -243,12 +243,12 @@ def _measure(
         planned = schedule(method, run, rows, PROMPTS, run.max_train_steps)
         named = run.validation_prompts or [PROMPT] * planned.grid.prompts
         validation = planned.said(named, run.max_train_steps)
-    kept, largest = gathered_bytes(bank.nets.values())
+    gathered, largest = gathered_bytes(bank.nets.values())
     return Forecast(
         model=run.pretrained_model_name_or_path,
         method=run.method,
         num_parameters=0,
-        frozen=_size(p for p in bank.parameters() if id(p) not in own),
+        frozen=_size(p for p in bank.parameters() if id(p) not in role_params),
         trained=trained,
         averaged=averaged,
         gradients=gradients,
@@ -260,7 +260,7 @@ def _measure(
         phases=tuple(phases),
         validation=validation,
         largest_block=largest,
-        kept_gathered=kept,
+        kept_gathered=gathered,
     )
 
 
@@ -283,8 +283,8 @@ def _batch(
     def made() -> Tensor:
         return fresh(fake, (bsz, *shape), torch.float32)
 
-    own = "real" in method.needs and run.data.gan.source is not None
-    x0 = "x0" in method.needs or ("real" in method.needs and not own)
+    separate = "real" in method.needs and run.data.gan.source is not None
+    x0 = "x0" in method.needs or ("real" in method.needs and not separate)
     batch = Batch(
         cond=cond.repeat(bsz),
         null=null.repeat(bsz),
@@ -293,7 +293,7 @@ def _batch(
         noise=made() if "noise" in method.needs else None,
         prompts=(PROMPT,) * bsz,
         extra={"rejected": made()} if "rejected" in method.needs else {},
-        gan=(made(), cond.repeat(bsz)) if own else None,
+        gan=(made(), cond.repeat(bsz)) if separate else None,
     )
     return batch, encoding
 
@@ -346,5 +346,5 @@ def _to_fake(module: nn.Module, fake: FakeTensorMode) -> None:
         tables = {k: v for k, v in vars(part).items() if isinstance(v, Tensor | list)}
         vars(part).update({name: faked(table) for name, table in tables.items()})
         stores: tuple[Any, Any] = (part._parameters, part._buffers)
-        for own in stores:
-            own.update({name: faked(old) for name, old in own.items()})
+        for store in stores:
+            store.update({name: faked(old) for name, old in store.items()})

@@ -48,8 +48,13 @@ def pair(i: int) -> dict[str, Any]:
 def picked(folder: Path, labels: Any, **columns: Any) -> Any:
     """A saved dataset with Pick-a-Pic's columns, the images as plain bytes."""
     images = {f"jpg_{k}": [png(10 * (2 * i + k)) for i in range(len(labels))] for k in (0, 1)}
-    told = {"caption": [caption(i) for i in range(len(labels))], **images, "label_0": labels}
-    datasets.Dataset.from_dict({**told, **columns}).save_to_disk(str(folder))
+    columns = {
+        "caption": [caption(i) for i in range(len(labels))],
+        **images,
+        "label_0": labels,
+        **columns,
+    }
+    datasets.Dataset.from_dict(columns).save_to_disk(str(folder))
     return datasets.load_from_disk(str(folder))
 
 
@@ -59,8 +64,8 @@ def numbers(data: Any) -> list[tuple[str, int, int]]:
 
 
 def run_of(teacher: Path, *argv: str) -> Any:
-    told = ["--method", "preference", "--pretrained_model_name_or_path", str(teacher)]
-    return parse_run_config([*told, *argv])
+    words = ["--method", "preference", "--pretrained_model_name_or_path", str(teacher)]
+    return parse_run_config([*words, *argv])
 
 
 # -------------------------------------------------------------------------------- sources
@@ -176,8 +181,13 @@ def test_both_images_become_latents_alike(tmp_path, family) -> None:
     for room in (0, 1 << 20):
         batch = BatchMaker(family, CPU, 16, latents_cache_bytes=room)(raw)
         assert batch.x0 is not None
-        for found, images in ((batch.x0, raw["image"]), (batch.extra["rejected"], raw["rejected"])):
-            torch.testing.assert_close(found, family.latents(images).float(), atol=1e-5, rtol=1e-4)
+        for latents, images in (
+            (batch.x0, raw["image"]),
+            (batch.extra["rejected"], raw["rejected"]),
+        ):
+            torch.testing.assert_close(
+                latents, family.latents(images).float(), atol=1e-5, rtol=1e-4
+            )
         assert set(batch.extra) == {"rejected"}
         assert batch.has() >= {"x0", "rejected", "cond"}
     assert "rejected" not in BatchMaker(family, CPU, 16)(raw, with_x0=False).extra

@@ -171,9 +171,9 @@ def test_times_are_those_that_the_stock_scheduler_visits() -> None:
 def test_the_stock_call_visits_the_trained_times(name, tmp_path_factory) -> None:
     family = load_family(teacher_dir(name, tmp_path_factory))
     spec = family.setting.own_sampler(3)
-    told = ["a"] if family.conditioning == "prompt" else [1]
+    subject = ["a"] if family.conditioning == "prompt" else [1]
     family.pipeline.set_progress_bar_config(disable=True)
-    family.stock_call(told, 1.0, 3, torch.Generator().manual_seed(0))
+    family.stock_call(subject, 1.0, 3, torch.Generator().manual_seed(0))
     assert visited_times(family.pipeline.scheduler, family.path) == spec.times
 
 

@@ -109,8 +109,8 @@ def test_what_is_refused_before_a_weight_is_read(tmp_path, tmp_path_factory) -> 
     def trainer(data: Any = None, **options: Any) -> None:
         run = parse_run_config(words(model, tmp_path))
         args = TrainConfig(output_dir=str(tmp_path / "run"))
-        told = open_dataset(run) if data is None else data
-        PreferenceTrainer(str(model), args, told, method_config=options)
+        dataset = open_dataset(run) if data is None else data
+        PreferenceTrainer(str(model), args, dataset, method_config=options)
 
     with pytest.raises(
         ValueError, match=r"expected batch fields .*rejected.*--data\.preferences_f"
