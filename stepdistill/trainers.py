@@ -73,8 +73,13 @@ class DistillationTrainer(Trainer):
                 f"{type(self).__name__}: expected one of {self.methods()}, got {method!r}. "
                 f"Use {trainer_class(method).__name__}."
             )
+        self.check_model(model, method, method_config)
         parts = (method_config, scorers, gan_dataset)
         super().__init__(model, method, args, train_dataset, *parts)
+
+    @classmethod
+    def check_model(cls, model: Any, method: str, options: Mapping[str, Any]) -> None:
+        """Errors: ValueError where its methods can't start from that model as it was exported."""
 
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:
@@ -189,28 +194,27 @@ class LoRADistillationTrainer(DistillationTrainer):
 
     default = "lora_guidance"
 
-    def __init__(
-        self,
-        model: str | Path | ModelSource | Family,
-        args: TrainConfig,
-        train_dataset: Any,
-        method: str | None = None,
-        method_config: Mapping[str, Any] | None = None,
-        **others: Any,
-    ) -> None:
+    @classmethod
+    def check_model(cls, model: Any, method: str, options: Mapping[str, Any]) -> None:
+        """See DistillationTrainer; its guidance would count twice in a student that has it."""
         from stepdistill.export.load import refuse_double_guidance
 
-        name = method or self.default
-        if resolve_method(name)[0] in self.methods():
-            config: Any = parse_method_config(name, method_config or {})
-            refuse_double_guidance(model, config.guidance)
-        super().__init__(model, args, train_dataset, method, method_config, **others)
+        config: Any = parse_method_config(method, options)
+        refuse_double_guidance(model, config.guidance)
 
 
 class PreferenceTrainer(DistillationTrainer):
     """Preference tuning of a model that is distilled already, at its own steps (PSO)."""
 
     default = "preference"
+
+    @classmethod
+    def check_model(cls, model: Any, method: str, options: Mapping[str, Any]) -> None:
+        """See DistillationTrainer; it has to be sampled by its own scheduler."""
+        from stepdistill.export.load import refuse_other_sampling
+
+        config: Any = parse_method_config(method, options)
+        refuse_other_sampling(model, config.num_steps)
 
 
 class ReflowTrainer(DistillationTrainer):

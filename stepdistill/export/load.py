@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
 from stepdistill.loading.project_code import project_parts
 from stepdistill.loading.source import ModelSource
+from stepdistill.reporting.values import counted
 
 
 def load_pipeline(model: str | Path, **kwargs: Any) -> Any:
@@ -43,19 +45,48 @@ def refuse_double_guidance(model: Any, guidance: float) -> None:
 
     Args: model: a pipeline folder, a Hub id (not looked up), a ModelSource or a loaded Family.
     """
-    source = (
-        model.pipeline.name_or_path if isinstance(model, Family) else ModelSource.of(model).model
-    )
-    file = Path(source or "") / RECORD
-    if guidance == 1.0 or not file.is_file():
+    source, record = _export_of(model)
+    if guidance == 1.0 or not record:
         return
-    record = json.loads(file.read_text())
     if not record["guided"] and not record["guidance_embedded"]:
         raise ValueError(
             f"guidance: expected 1 for {source}, a student with guidance folded in, got "
             f"{guidance}: it would count twice. Set method_config.guidance: 1 and, to halve "
             "steps alone, guidance_stage: false."
         )
+
+
+def refuse_other_sampling(model: Any, num_steps: int) -> None:
+    """Warns where `model` is an export for another number of steps. Errors: ValueError where its
+    own scheduler, without guidance, does not sample it: it is guided, or its call is told times.
+
+    Args: model: see refuse_double_guidance.
+    """
+    source, record = _export_of(model)
+    if not record:
+        return
+    arguments = sorted({"timesteps", "sigmas", "eta"} & record["call"].keys())
+    if record["guided"] or arguments:
+        got = f"one whose call is told {arguments}" if arguments else "one that is guided"
+        raise ValueError(
+            f"model: expected a distilled pipeline that its scheduler samples by itself, without "
+            f"guidance, got {source}, {got}. Export it at steps that need no such argument."
+        )
+    if record["num_inference_steps"] != num_steps:
+        warnings.warn(
+            f"num_steps {num_steps}: {source} was exported for "
+            f"{counted(record['num_inference_steps'], 'step')}.",
+            stacklevel=4,
+        )
+
+
+def _export_of(model: Any) -> tuple[str, dict[str, Any]]:
+    """(where a model is from, its record; empty where that is no folder of an export)."""
+    source = (
+        model.pipeline.name_or_path if isinstance(model, Family) else ModelSource.of(model).model
+    )
+    file = Path(source or "") / RECORD
+    return str(source), json.loads(file.read_text()) if file.is_file() else {}
 
 
 def few_step_class(stock: Any, defaults: dict[str, Any], prompt_by_name: bool = False) -> Any:

@@ -125,6 +125,29 @@ def test_what_is_refused_before_a_weight_is_read(tmp_path, tmp_path_factory) -> 
         trainer()
 
 
+@pytest.mark.usefixtures("no_loading")
+def test_an_export_that_its_scheduler_alone_does_not_sample(tmp_path, tmp_path_factory) -> None:
+    model = turbo("sd", tmp_path, tmp_path_factory, EulerDiscreteScheduler, **TRAILING)
+    record: dict[str, Any] = {"guided": False, "call": {}, "num_inference_steps": 2}
+
+    def trainer(**changes: Any) -> None:
+        (model / "distillation.json").write_text(json.dumps({**record, **changes}))
+        args = TrainConfig(output_dir=str(tmp_path / "run"))
+        PreferenceTrainer(str(model), args, PromptDataset(["a"]))
+
+    for changes, got in (
+        ({"call": {"timesteps": [999, 749]}}, r"whose call is told \['timesteps'\]"),
+        ({"guided": True}, "one that is guided"),
+    ):
+        with pytest.raises(ValueError, match=f"model: expected a distilled pipeline .*{got}"):
+            trainer(**changes)
+    with (
+        pytest.warns(UserWarning, match=r"num_steps 4: .* was exported for 2 steps"),
+        pytest.raises(ValueError, match="expected batch fields"),
+    ):
+        trainer()
+
+
 def test_a_pair_without_a_winner_ends_the_command_in_one_line(tmp_path, tmp_path_factory) -> None:
     pairs(tmp_path).write_text('{"text": "a", "chosen": "0.png", "rejected": null}')
     model = teacher_dir("sd", tmp_path_factory)
