@@ -24,6 +24,16 @@ def score(**options: Any) -> dict[str, Any]:
     }
 
 
+def heads(**options: Any) -> dict[str, Any]:
+    """Heads alone, or beside a term, move the student: no momentum either."""
+    return {
+        "adam_beta1": 0.0,
+        "role_learning_rates": {"disc": 2e-3},
+        "max_train_steps": 800,
+        "method_config": options,
+    }
+
+
 def regression(max_train_steps: int = 2000, **options: Any) -> dict[str, Any]:
     """On the teacher's pairs, at twice the common rate."""
     rest = {"max_train_steps": max_train_steps, "method_config": options}

@@ -101,7 +101,7 @@ HOST = {
     ("context.py", "shared_rand"),
     ("times.py", "uniform_grid"),
     ("times.py", "grid"),  # of snapped_grid
-    ("scores_config.py", "draw_times"),
+    ("rollout.py", "draw_times"),
     ("warm_start.py", "warm_start_loss"),
     ("halving.py", "trailing_grid"),
     ("slimflow.py", "trained_times"),
