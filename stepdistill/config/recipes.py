@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from stepdistill.config.files import resolve_method
+from stepdistill.config.files import method_config, resolve_method
 from stepdistill.config.layers import merge
 from stepdistill.core.method import Data, Method
 from stepdistill.core.recipe import Recipe
 from stepdistill.methods import METHODS
+from stepdistill.methods.gan import GANConfig
 
 # Options that count student updates: they keep their share of a run that is longer or shorter.
-COUNTED_OPTIONS = ("anneal_steps", "warm_start.updates", "warmup_steps")
+COUNTED_OPTIONS = ("anneal_steps", "clean_first", "warm_start.updates", "warmup_steps")
 
 COMMON: dict[str, Any] = {
     "train_batch_size": 64,
@@ -49,6 +51,19 @@ class Training:
     data: Data
     share: float = 1.0
     starts_from: Literal["teacher", "student", "model"] = "teacher"
+
+    @property
+    def lacks_network(self) -> bool:
+        """Whether its heads read a pixel network that the settings don't name."""
+        options = self.settings.get("method_config", {})
+        gan = getattr(method_config(self.settings["method"], options), "gan", None)
+        wanted = isinstance(gan, GANConfig) and bool(gan.scorers())
+        return wanted and gan.pixels.network is None
+
+    def with_network(self, folder: str | Path) -> Training:
+        """The same with that pixel network."""
+        named = {"method_config": {"gan": {"pixels": {"network": str(folder)}}}}
+        return replace(self, settings=merge(self.settings, named))
 
     def lasting(self, updates: int) -> dict[str, Any]:
         """The settings of a run of that many student updates."""
