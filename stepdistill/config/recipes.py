@@ -57,8 +57,9 @@ class Training:
         """Whether its heads read a pixel network that the settings don't name."""
         options = self.settings.get("method_config", {})
         gan = getattr(method_config(self.settings["method"], options), "gan", None)
-        wanted = isinstance(gan, GANConfig) and bool(gan.scorers())
-        return wanted and gan.pixels.network is None
+        if not isinstance(gan, GANConfig) or not gan.scorers():
+            return False
+        return gan.pixels.network is None
 
     def with_network(self, folder: str | Path) -> Training:
         """The same with that pixel network."""

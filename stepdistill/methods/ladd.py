@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -78,7 +78,7 @@ class LADD(Method[L], Generic[L]):
 
     name = "ladd"
     paper = "Sauer et al. 2024, arXiv:2403.12015"
-    Config = LADDConfig
+    Config: ClassVar[type[LADDConfig]] = LADDConfig
     status = "checked on analytic teachers"
     aliases = {"latent_adversarial": {}}
     trainer = "AdversarialTrainer"

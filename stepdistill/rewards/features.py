@@ -38,6 +38,7 @@ class PixelFeatures(FrozenScorer):
     """
 
     kind: ClassVar[str] = "features"
+    judges_by = "images"
     Options: ClassVar[type[PixelOptions]] = PixelOptions
     mean: Tensor
     std: Tensor
@@ -63,7 +64,7 @@ class PixelFeatures(FrozenScorer):
         if learned is not None:
             shape = int(learned["size_px"]), int(learned["width"])
             self.net: Any = read_learned(options.network)[0] if weights else ConvFeatures(*shape)
-            side, means, stds = shape[0], 3 * [learned["mean"]], 3 * [learned["std"]]
+            side, means, stds = shape[0], 3 * (learned["mean"],), 3 * (learned["std"],)
         else:
             side, means, stds = self._load(options.network, weights)
         self.size_px = options.size_px or side
@@ -76,7 +77,7 @@ class PixelFeatures(FrozenScorer):
         listed = {f"block.{i}": _block(i, state) for i, state in enumerate(shown)}
         self.blocks = {"mid": listed[f"block.{len(shown) // 2}"], **listed}
 
-    def _load(self, network: str, weights: bool) -> tuple[int, Sequence[float], Sequence[float]]:
+    def _load(self, network: str, weights: bool) -> tuple[int, Any, Any]:
         """Set net; returns the side, means and deviations of its images."""
         if not weights:
             from transformers import AutoModel
