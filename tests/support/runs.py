@@ -250,6 +250,44 @@ METHOD_CASES: dict[str, MethodCase] = {
         ("x0",),
         scorers={"pixels": PixelStandIn()},
     ),
+    "add_teacher": MethodCase(
+        "add",
+        {
+            "distillation_weight": "sds",
+            "clean_first": 1,
+            "num_steps": 2,
+            "gan": {
+                "source": "teacher",
+                "time_mean": 0.0,
+                "same_times": True,
+                "r1": "approximate",
+                "r1_weight": 1.0,
+            },
+        },
+        ("x0",),
+        lambda family, layout: family == "sd3",
+    ),
+    "dmd2_pixels": MethodCase(
+        "dmd2",
+        {"critic_steps": 1, "gan": {"weight_g": 1e-2, "source": "pixels", "r1_weight": 0.1}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"pixels": PixelStandIn()},
+    ),
+    "meanflow_heads": MethodCase(
+        "meanflow",
+        {"num_steps": 2, "gan": {"weight_g": 0.5, "weight_d": 0.5, "source": "pixels"}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"pixels": PixelStandIn()},
+    ),
+    "scott_pixels": MethodCase(
+        "scott",
+        {"num_grid": 20, "solver_steps": 1, "gan": {"source": "pixels"}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"pixels": PixelStandIn()},
+    ),
     "vsd": MethodCase(
         "vsd", {"guidance_range": (0.5, 4.0), "null_probability": 0.5}, (), _null_has_words
     ),
