@@ -132,7 +132,7 @@ def _vision_config(network: str) -> Any:
 
     local = Path(network)
     try:
-        config: Any = AutoConfig.from_pretrained(network)
+        config: Any = AutoConfig.from_pretrained(network, trust_remote_code=False)
     except (OSError, ValueError) as err:
         kind = "a folder" if local.is_dir() else "no folder here, and no such Hub id at hand"
         raise ValueError(

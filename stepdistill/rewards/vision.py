@@ -93,7 +93,7 @@ def load_vision(model: str, where: str) -> tuple[Any, Any]:
     try:
         processor = processor_of(model, where)
         with no_pickles(where):
-            net = AutoModel.from_pretrained(model, use_safetensors=True)
+            net = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as err:
         raise ValueError(
             f"{where}: expected a folder or Hub id of a vision model in safetensors, "
@@ -113,7 +113,7 @@ def processor_of(model: str, where: str) -> Any:
 
     folder = Path(model)
     if not folder.is_dir() or (folder / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(model)
+        return AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     side = read_json(folder / "config.json").get("image_size", 224)
     height, width = side if isinstance(side, list | tuple) else (side, side)
     warnings.warn(

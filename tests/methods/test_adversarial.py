@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from support.jumps import FLOW, VP, Ctx64, Linear, batch
-from support.score import PATHS, Leaf, Recorder, batch_of
-from torch import Tensor
+from support.score import PATHS, Affine, Leaf, Recorder, batch_of
+from torch import Tensor, nn
 
 from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
@@ -52,6 +52,17 @@ class Pixels:
 
     def __call__(self, images: Tensor, by: object) -> Tensor:
         return images.flatten(1).mean(1)
+
+
+class Mid(nn.Module):
+    """A head of the one feature that there is."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        return self.net(features["mid"].float())
 
 
 def student_of(path: NoisePath, dim: int = 2) -> Leaf:
@@ -144,6 +155,37 @@ def test_levels_are_logit_normal_on_every_path(path) -> None:
     low, high = log.quantile(torch.tensor([0.16, 0.84], dtype=torch.float64))
     assert float(high - low) == pytest.approx(1.0, abs=0.1)
     assert GANConfig().law(path, Ctx(), 4) is None
+
+
+@pytest.mark.full
+def test_heads_alone_bring_a_student_to_the_data() -> None:
+    """An affine student of one step to N((1, -0.5), diag(1, 0.25)), by an MLP on x_t."""
+    torch.manual_seed(0)
+    student = Affine(FLOW, 0.3 * torch.eye(2), torch.zeros(2))
+    hidden = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 1))
+    nets = AnalyticNets(
+        {"student": student, "teacher": GaussianTeacher(FLOW, 1.0)},
+        {"disc": Mid(hidden)},
+    )
+    method, scale = ladd(FLOW), torch.tensor([1.0, 0.5])
+    weights = {"student": [student.weight, student.bias], "disc": [*hidden.parameters()]}
+    adams = {
+        role: torch.optim.Adam(params, lr=rate, betas=(0.0, 0.99))
+        for (role, params), rate in zip(weights.items(), (2e-2, 1e-2), strict=True)
+    }
+    ends = []
+    for step in range(300):
+        noise = torch.randn(128, 2, generator=torch.Generator().manual_seed(step))
+        batch, carry = batch_of(128, x0=noise * scale + torch.tensor([1.0, -0.5])), {}
+        for phase in method.phases(step):
+            adams[phase.trains[0]].zero_grad()
+            ctx = Ctx(step=step, phase=phase.name, carry=carry)
+            phase.loss(nets, batch, ctx).total.backward()
+            adams[phase.trains[0]].step()
+        ends.append(torch.cat([student.bias.detach(), student.weight.detach().norm().view(1)]))
+    mean, other, size = torch.stack(ends[-150:]).mean(0).tolist()
+    assert (mean, other) == (pytest.approx(1.0, abs=0.25), pytest.approx(-0.5, abs=0.25))
+    assert size == pytest.approx(1.25**0.5, abs=0.3)
 
 
 # ----------------------------------------------------------------------------- what heads are shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -89,9 +90,14 @@ def test_shapes_alone_need_no_weights(dino, learned) -> None:
 
 def test_what_is_no_network_is_one_line(tmp_path) -> None:
     GPT2Config(n_layer=1).save_pretrained(tmp_path / "text")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "mine.py").write_text("raise SystemExit('ran')")
+    foreign = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "code" / "config.json").write_text(json.dumps(foreign))
     for network, message in (
         (None, "pixels.network: expected a folder or Hub id of a vision model, got none. Give"),
         (str(tmp_path), r"pixels.network: expected .* \(a folder\)"),
+        (str(tmp_path / "code"), r"pixels.network: expected .* \(a folder\)"),
         ("no/such-model", "no such Hub id at hand"),
         (str(tmp_path / "text"), "pixels.network: expected a model of images, got .* of gpt2"),
     ):
