@@ -25,12 +25,13 @@ def score(**options: Any) -> dict[str, Any]:
 
 
 def heads(**options: Any) -> dict[str, Any]:
-    """Heads alone, or beside a term, move the student: no momentum either."""
+    """Heads that learn much faster than the student, which has no momentum either."""
     return {
+        "learning_rate": 2e-4,
         "adam_beta1": 0.0,
-        "role_learning_rates": {"disc": 2e-3},
+        "role_learning_rates": {"disc": 4e-3},
         "max_train_steps": 800,
-        "method_config": options,
+        "method_config": {"disc_steps": 2, **options},
     }
 
 

@@ -83,7 +83,7 @@ class LADD(Method[L], Generic[L]):
     aliases = {"latent_adversarial": {}}
     trainer = "AdversarialTrainer"
     data = "images"
-    digits = (Recipe("ladd", heads()),)
+    digits = (Recipe("ladd", heads(gan={"blocks": ["all"], "time_mean": -1.0})),)
 
     def __init__(self, config: L, setting: Setting) -> None:
         super().__init__(config, setting)
