@@ -92,10 +92,10 @@ class CriticMethod(Method[S], Generic[S]):
         if not gan.enabled:
             return losses
 
-        def own(ctx: Ctx, bsz: int) -> Tensor:
+        def levels(ctx: Ctx, bsz: int) -> Tensor:
             return self.draw_times(ctx, bsz, config.fake_t_range)
 
-        disc, logs = judge_loss(nets, gan, ctx, self.setting.path, batch, sample, own)
+        disc, logs = judge_loss(nets, gan, ctx, self.setting.path, batch, sample, levels)
         return losses.plus(gan.weight_d, disc, **logs)
 
     def critic_sample(self, nets: Nets, batch: Batch, ctx: Ctx) -> Sample:

@@ -184,11 +184,11 @@ def noised_disc_loss(
     """The discriminator's loss (before weight_d) on noised samples, and its parts to log."""
     x_t, t, cond = real
     if gan.mismatched and len(x_t) > 1:
-        x, times, told = fake
+        x, times, conds = fake
         fake = (
             torch.cat([x, x_t.detach().roll(1, 0)]),
             torch.cat([times, t.roll(1, 0)]),
-            Cond.cat([told, cond]),
+            Cond.cat([conds, cond]),
         )
     logits_fake = head_logits(nets, gan, *fake)
     exact = gan.r1_weight > 0.0 and gan.r1 == "exact"

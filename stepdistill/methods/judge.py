@@ -90,14 +90,14 @@ class Judge:
 
 
 def judge_loss(
-    nets: Nets, gan: GANConfig, ctx: Ctx, path: NoisePath, batch: Batch, fake: Sample, own: Times
+    nets: Nets, gan: GANConfig, ctx: Ctx, path: NoisePath, batch: Batch, fake: Sample, levels: Times
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The heads' loss (before weight_d) on the batch's images and on a sample, and its parts to
-    log. Args: own: see Judge.own_times."""
+    log. Args: levels: see Judge.own_times."""
 
     def draw() -> Tensor:
         t = gan.law(path, ctx, batch.bsz)
-        return own(ctx, batch.bsz) if t is None else t
+        return levels(ctx, batch.bsz) if t is None else t
 
     sides = Sample(*batch.real), fake
     return disc_loss(nets, gan, ctx, path, *sides, draw, gan.same_times)

@@ -81,9 +81,9 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
 
     def roles(self) -> dict[str, Role]:
         extra = ("s",) if self.config.r == "general" else ()
-        own = {"teacher": Role(), "student": Role(train=True, extra_inputs=extra)}
+        roles = {"teacher": Role(), "student": Role(train=True, extra_inputs=extra)}
         others = super().roles() if self.config.matching else self.config.gan.roles()
-        return {**others, **own}
+        return {**others, **roles}
 
     def phases(self, step: int) -> Sequence[Phase]:
         student, fake = super().phases(step)

@@ -222,13 +222,13 @@ def test_real_samples_under_their_neighbour_s_prompt_are_fakes(bsz) -> None:
     t_real, t_fake = torch.rand(bsz).double(), torch.rand(bsz).double()
     gan = GANConfig(weight_g=1.0, source="teacher", loss="hinge", mismatched=True)
     total, _ = noised_disc_loss(nets, gan, Ctx(), (real, t_real, cond), (fake, t_fake, cond))
-    x, t, told, _ = nets["teacher"].calls[0]
+    x, t, conds, _ = nets["teacher"].calls[0]
     if bsz == 1:
         assert torch.equal(x, fake)
     else:
         assert torch.equal(x, torch.cat([fake, real.roll(1, 0)]))
         assert torch.equal(t, torch.cat([t_fake, t_real.roll(1, 0)]))
-        assert torch.equal(told["mean"], torch.cat([cond["mean"], cond["mean"]]))
+        assert torch.equal(conds["mean"], torch.cat([cond["mean"], cond["mean"]]))
     head = nets._heads["disc"]
     expected = discriminator_loss(head({"mid": real}), head({"mid": x}), "hinge")
     assert float(total) == pytest.approx(float(expected))

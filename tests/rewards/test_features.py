@@ -50,11 +50,11 @@ def test_a_transformer_s_layers_are_blocks_of_tokens(dino) -> None:
     net = built(dino)
     assert [*net.blocks] == ["mid", "block.0", "block.1", "block.2"]
     images = torch.rand(2, 3, 40, 20, requires_grad=True)
-    found = net.features(images, ("all",))
-    assert sorted(found) == ["block.0", "block.1", "block.2"]
-    assert {tuple(value.shape) for value in found.values()} == {(2, 5, 8)}
-    assert all(net.blocks[name].dim == 8 for name in found)
-    (grad,) = torch.autograd.grad(found["block.2"].square().sum(), images)
+    states = net.features(images, ("all",))
+    assert sorted(states) == ["block.0", "block.1", "block.2"]
+    assert {tuple(value.shape) for value in states.values()} == {(2, 5, 8)}
+    assert all(net.blocks[name].dim == 8 for name in states)
+    (grad,) = torch.autograd.grad(states["block.2"].square().sum(), images)
     assert bool((grad.abs().amax((1, 2, 3)) > 0).all())
     with torch.no_grad():
         square = torch.rand(2, 3, 28, 28) * 2 - 1
@@ -70,10 +70,10 @@ def test_a_network_of_one_s_own_images_has_maps(learned) -> None:
     """The same that `evaluate` measures in: means of its last two maps are its features."""
     net = built(learned)
     images = torch.rand(2, 3, 16, 16)
-    found = net.features(images * 2 - 1, ("block.3", "block.4"))
+    states = net.features(images * 2 - 1, ("block.3", "block.4"))
     judge = LearnedFeatures(learned)
     wanted = judge(judge.preprocess(images))
-    means = torch.cat([found[name].mean((2, 3)) for name in found], 1)
+    means = torch.cat([states[name].mean((2, 3)) for name in states], 1)
     torch.testing.assert_close(means, wanted, rtol=2e-2, atol=2e-2)  # that one rounds to 8 bits
     assert net.blocks["block.4"].dim == 16
     assert net.blocks["mid"].layout == "map"

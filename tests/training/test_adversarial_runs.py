@@ -43,8 +43,8 @@ def make(
         **options.pop("args", {}),
     )  # fmt: skip
     if data is None:
-        told = teacher_facts(teacher).conditioning
-        data = TinyData(load_family(teacher).sample_shape(), told, ("x0",))
+        kind = teacher_facts(teacher).conditioning
+        data = TinyData(load_family(teacher).sample_shape(), kind, ("x0",))
     scorers = options.pop("scorers", None)
     return AdversarialTrainer(str(teacher), args, data, method, options, scorers)
 
