@@ -69,7 +69,12 @@ class ADD(LADD[ADDConfig]):
     aliases = {"adversarial_diffusion_distillation": {}}
     trainer = "AdversarialTrainer"
     data = "images"
-    digits = (Recipe("add", heads(guidance=1.0)),)
+    digits = (
+        Recipe(
+            "add",
+            heads(guidance=1.0, distillation=0.5, gan={"blocks": ["block.2", "block.4"]}),
+        ),
+    )
 
     def others(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Losses:
         """The weighted distance of x0 to what the teacher makes of it, noised; logged plain."""

@@ -96,7 +96,7 @@ def test_heads_on_a_pixel_network_get_one_of_the_training_images(tmp_path, monke
     equipped = setup.equipped(training)
     assert seen == [(tmp_path / "data", tmp_path / "features")]
     options = equipped.lasting(10)["method_config"]
-    assert options["gan"] == {"pixels": {"network": "made"}}
+    assert options["gan"]["pixels"] == {"network": "made"}
     assert not equipped.lacks_network
     assert setup.equipped(equipped) is equipped
     (other,) = setup.trainings(Student("ladd", (4,)))
