@@ -38,8 +38,8 @@ def checkpoints_activations(args: TrainConfig, net: nn.Module) -> bool:
         return args.gradient_checkpointing
     if args.tuning.base_quantization != "none":
         return True
-    own = (p.numel() for name, p in net.named_parameters() if ".lora_" not in name)
-    return sum(own) >= AUTO_PARAMETERS
+    weights = (p.numel() for name, p in net.named_parameters() if ".lora_" not in name)
+    return sum(weights) >= AUTO_PARAMETERS
 
 
 def keep_freed_memory(device: torch.device) -> bool:
@@ -76,6 +76,6 @@ def compile_blocks(bank: RoleBank, backend: str = "inductor") -> int:
 def repeated_blocks(net: Any) -> list[nn.Module]:
     """The blocks that make up most of a stock denoiser."""
     named = type(net)._repeated_blocks or ()
-    found = [m for m in net.modules() if type(m).__name__ in named]
+    blocks = [m for m in net.modules() if type(m).__name__ in named]
     lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
-    return found or [block for entries in lists for block in entries]
+    return blocks or [block for entries in lists for block in entries]
