@@ -171,9 +171,16 @@ class DistillationTrainer(Trainer):
         return push_folder(folder, repo_id, private)
 
 
+class AdversarialTrainer(DistillationTrainer):
+    """Adversarial distillation by heads on the teacher's features (LADD) or on a pixel network
+    (ADD)."""
+
+    default = "ladd"
+
+
 class ConsistencyTrainer(DistillationTrainer):
     """Consistency models of discrete (CD, LCM, ECT, SCott) and of continuous time (MeanFlow, sCM,
-    rCM), and the trajectory bootstrapped from prompts alone (BOOT)."""
+    rCM, SANA-Sprint), and the trajectory bootstrapped from prompts alone (BOOT)."""
 
     default = "consistency"
 
@@ -227,6 +234,7 @@ class VariationalScoreTrainer(DistillationTrainer):
 
 TRAINERS: tuple[type[DistillationTrainer], ...] = (
     DistillationTrainer,
+    AdversarialTrainer,
     ConsistencyTrainer,
     DistributionMatchingTrainer,
     LoRADistillationTrainer,

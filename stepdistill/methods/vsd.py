@@ -104,7 +104,8 @@ class VSD(ScoreDistillation[VSDConfig]):
         return super().needs | ({"prompts"} if self.config.clip.enabled else set())
 
     def scorers(self) -> dict[str, ScorerSpec]:
-        return {"clip": self.config.clip.spec} if self.config.clip.enabled else {}
+        clip = {"clip": self.config.clip.spec} if self.config.clip.enabled else {}
+        return {**super().scorers(), **clip}
 
     def sample_loss(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Losses:
         """VSD's loss and, while its weight lasts, that of samples CLIP finds off the prompt."""

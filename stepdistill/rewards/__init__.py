@@ -20,6 +20,7 @@ from stepdistill.rewards.base import FrozenScorer
 SCORERS: dict[str, str] = {
     "aesthetic": "stepdistill.rewards.preference:AestheticScorer",
     "clip": "stepdistill.rewards.clip:CLIPScorer",
+    "features": "stepdistill.rewards.features:PixelFeatures",
     "hps": "stepdistill.rewards.preference:HPSScorer",
     "lpips": "stepdistill.rewards.perceptual:LPIPSScorer",
 }
@@ -59,6 +60,13 @@ def check_scorers(specs: Mapping[str, ScorerSpec], given: Mapping[str, Scorer]) 
             raise TypeError(
                 f"scorers[{name!r}]: expected a callable (images, by) -> (B,), got "
                 f"{type(given[name]).__name__}."
+            )
+        elif spec.kind == "features" and not all(
+            hasattr(given[name], part) for part in ("blocks", "features")
+        ):
+            raise TypeError(
+                f"scorers[{name!r}]: expected a network whose hidden states heads read (blocks, "
+                f"features: core.method.PixelNet), got {type(given[name]).__name__}."
             )
 
 

@@ -92,7 +92,9 @@ def make_bank(
     scorers: Mapping[str, Scorer],
 ) -> RoleBank:
     """The method's networks on `device`, with the run's averaged student, started as args say."""
-    roles = roles_of(method, args)
+    # Heads on a pixel network that a run without data (an export) did not build train no more.
+    asked = roles_of(method, args).items()
+    roles = {name: role for name, role in asked if not role.reads or role.reads in scorers}
     decoder = None
     if args.decoder is not None and scorers:
         decoder = load_decoder(args.decoder, family.sample_shape()[0], device)

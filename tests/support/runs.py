@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import FIELDS, Scorer
 from stepdistill.families.family import Family
+from stepdistill.families.features import FeatureBlock, chosen_blocks
 from stepdistill.families.registry import family_for, load_family, teacher_facts
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
@@ -121,6 +123,20 @@ def _brightness(images: Tensor, by: object) -> Tensor:
 def _pixel_distance(images: Tensor, by: Any) -> Tensor:
     """A stand-in for LPIPS that needs no weights."""
     return (images - by).square().mean(dim=(1, 2, 3))
+
+
+class PixelStandIn(nn.Module):
+    """A stand-in for a pixel network that needs no weights: what its heads read are the pixels."""
+
+    blocks = MappingProxyType(
+        {"mid": FeatureBlock("map", 3, "map"), "tokens": FeatureBlock("tokens", 3, "tokens")}
+    )
+
+    def features(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        return {
+            name: images if block.layout == "map" else images.flatten(2).mT
+            for name, block in chosen_blocks(names, self.blocks).items()
+        }
 
 
 def _has_null(family: str, layout: str) -> bool:
@@ -229,6 +245,62 @@ METHOD_CASES: dict[str, MethodCase] = {
         "sid", {"guidance": 1.0, "fake_guidance": "zero_cfg"}, (), _two_with_prompts
     ),
     "tdm": MethodCase("tdm", {"num_steps": 2, "critic_steps": 2}),
+    "ladd": MethodCase(
+        "ladd",
+        {"num_steps": 2, "noisiest_share": 0.5, "disc_steps": 2, "gan": {"mismatched": True}},
+        ("x0",),
+    ),
+    "ladd_r1": MethodCase(
+        "ladd",
+        {"rollout": "simulate", "gan": {"time_mean": None, "r1": "features", "r1_weight": 1.0}},
+        (),
+        _two_with_prompts,
+        gan_fields=("x0",),
+    ),
+    "add": MethodCase(
+        "add",
+        {"num_steps": 2, "guidance": 2.0},
+        ("x0",),
+        scorers={"pixels": PixelStandIn()},
+    ),
+    "add_teacher": MethodCase(
+        "add",
+        {
+            "distillation_weight": "sds",
+            "clean_first": 1,
+            "num_steps": 2,
+            "gan": {
+                "source": "teacher",
+                "time_mean": 0.0,
+                "same_times": True,
+                "r1": "approximate",
+                "r1_weight": 1.0,
+            },
+        },
+        ("x0",),
+        lambda family, layout: family == "sd3",
+    ),
+    "dmd2_pixels": MethodCase(
+        "dmd2",
+        {"critic_steps": 1, "gan": {"weight_g": 1e-2, "source": "pixels", "r1_weight": 0.1}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"pixels": PixelStandIn()},
+    ),
+    "meanflow_heads": MethodCase(
+        "meanflow",
+        {"num_steps": 2, "gan": {"weight_g": 0.5, "weight_d": 0.5, "source": "pixels"}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"pixels": PixelStandIn()},
+    ),
+    "scott_pixels": MethodCase(
+        "scott",
+        {"num_grid": 20, "solver_steps": 1, "gan": {"source": "pixels"}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"pixels": PixelStandIn()},
+    ),
     "vsd": MethodCase(
         "vsd", {"guidance_range": (0.5, 4.0), "null_probability": 0.5}, (), _null_has_words
     ),
@@ -318,6 +390,16 @@ METHOD_CASES: dict[str, MethodCase] = {
     "rcm": MethodCase(
         "meanflow",
         {"r": "zero", "sampler": "renoise", "matching": 1.0, "critic_steps": 1},
+        ("x0",),
+        _two_with_prompts,
+    ),
+    "sana_sprint": MethodCase(
+        "meanflow",
+        {
+            "r": "zero",
+            "sampler": "renoise",
+            "gan": {"weight_g": 0.5, "weight_d": 0.5, "source": "teacher", "mismatched": True},
+        },
         ("x0",),
         _two_with_prompts,
     ),
