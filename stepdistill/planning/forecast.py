@@ -21,6 +21,7 @@ from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method
 from stepdistill.core.types import Batch
+from stepdistill.families.decoder import blank_decoder
 from stepdistill.families.family import Family
 from stepdistill.families.size import size_fits
 from stepdistill.monitoring.own_validation import PROMPTS, schedule
@@ -31,10 +32,13 @@ from stepdistill.planning.quantized import pack
 from stepdistill.planning.replay import Replay
 from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
+from stepdistill.rewards import build_scorers
 from stepdistill.roles.checkpointing import checkpointed_blocks
 from stepdistill.roles.rolebank import RoleBank
-from stepdistill.training.memory import checkpoints_activations
+from stepdistill.training.by_shape import MethodByShape
+from stepdistill.training.memory import checkpoint_decoder, checkpoints_activations
 from stepdistill.training.optim import moment_bytes
+from stepdistill.training.rewards import Rewards, scorers_of
 from stepdistill.training.setup import roles_of
 
 # No phase's cost depends on them.
@@ -58,8 +62,9 @@ class Forecast:
 
     frozen: denoiser weights no phase trains. trained, averaged: weights by role. gradients: of the
     largest phase. optimizer: both Adam moments of every trained role (optimizer_8bit: in 8 bits).
-    encoders: text encoders and VAE, where they are not offloaded. encoding: the peak of encoding a
-    prompt above all that. accumulation: micro-batches of each update. validation: what run.json
+    encoders: text encoders and VAE, where they are not offloaded. judges: scorers of images and the
+    small decoder. encoding: the peak of encoding a prompt above all that. phases: of a step at
+    which all rewards are due. accumulation: micro-batches of each update. validation: what run.json
     would say of a run's own, where it has them.
     """
 
@@ -73,6 +78,7 @@ class Forecast:
     optimizer: int
     encoders: int
     encoding: int
+    judges: int = 0
     optimizer_8bit: int = 0
     checkpointing: bool = False
     quantization: str = "none"
@@ -86,7 +92,7 @@ class Forecast:
     def resident(self) -> int:
         """Held throughout training, gradients aside."""
         weights = self.frozen + sum(self.trained.values()) + self.averaged
-        return weights + self.optimizer + self.encoders
+        return weights + self.optimizer + self.encoders + self.judges
 
     @property
     def peak(self) -> int:
@@ -109,10 +115,11 @@ class Forecast:
             return self.peak
         if sharding == "ddp":
             return self.peak + self.gradients
-        held = self.resident - self.encoders + self.gradients
+        whole = self.encoders + self.judges
+        held = self.resident - whole + self.gradients
         active = self.peak - self.resident - self.gradients
         gathered = self.kept_gathered + 2 * self.largest_block
-        return self.encoders + held // num_gpus + max(active, 0) + gathered
+        return whole + held // num_gpus + max(active, 0) + gathered
 
 
 class _PlanCtx(Ctx):
@@ -151,16 +158,17 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         method: Method[Any] = method_class(run.method)(config, family.setting_at(run.resolution))
-    if method.scorers():
-        raise ValueError(
-            f"plan: expected a run without image scorers, got {sorted(method.scorers())}. Plan "
-            "without them, and add the decoder's memory."
-        )
     count = sum(p.numel() for p in family.net.parameters())
     if run.tuning.base_quantization != "none":
         pack(family.net, run.tuning.base_quantization)
+    specs, decoder = scorers_of(method, run.rewards), None
     with torch.device("meta"), no_init_weights():
-        bank = RoleBank(family, roles_of(method, run), run.tuning)
+        judges: dict[str, Any] = {**build_scorers(specs, {}, "meta", weights=False)}
+        if run.decoder is not None and specs:
+            decoder = blank_decoder(run.decoder, family.sample_shape()[0]).requires_grad_(False)
+        bank = RoleBank(family, roles_of(method, run), run.tuning, judges, decoder)
+    if specs and decoder is None:
+        checkpoint_decoder(run, family)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _to_fake(bank, fake)
     bank.rebind()
@@ -169,7 +177,8 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
         for name, part in family.pipeline.components.items()
         if isinstance(part, nn.Module) and name != family.net_name
     ]
-    for part in encoders:
+    looking = [*judges.values(), *([] if decoder is None else [decoder])]
+    for part in (*encoders, *looking):
         _to_fake(part, fake)
     recomputes = checkpoints_activations(run, family.net)
     if recomputes:
@@ -178,9 +187,9 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     if replay:
         for net in bank.nets.values():
             Replay(tracker, fake, bank).wrap(checkpointed_blocks(net))
-        for part in encoders:
+        for part in (*encoders, *looking):
             Replay(tracker, fake).wrap(_entries(part))
-    plan = _measure(run, method, family, bank, encoders, fake, tracker)
+    plan = _measure(run, method, family, bank, encoders, looking, fake, tracker)
     return replace(plan, num_parameters=count, checkpointing=recomputes)
 
 
@@ -190,6 +199,7 @@ def _measure(
     family: Family,
     bank: RoleBank,
     encoders: list[nn.Module],
+    judges: list[nn.Module],
     fake: FakeTensorMode,
     tracker: CostTracker,
 ) -> Forecast:
@@ -197,7 +207,7 @@ def _measure(
     trained = {r: _size(bank.members(r).values()) for r in bank.trained_roles}
     averaged = sum(_size(bank.members(r).values()) for r, s in bank.roles.items() if s.ema_of)
     held: list[Tensor] = [*bank.parameters(), *bank.buffers()]
-    for part in encoders:
+    for part in (*encoders, *judges):
         held += [*part.parameters(), *part.buffers()]
     tracker.watch(held)
     before = tracker.live
@@ -205,6 +215,7 @@ def _measure(
         batch, encoding = _batch(run, method, family, tracker, fake)
     tracker.live = before + _size(_tensors(batch))
     phases, gradients, rows = [], 0, 0
+    rewards = Rewards(run, MethodByShape(method, family, run.resolution))
     ctx = _PlanCtx(max_steps=run.max_train_steps)
     with torch.autocast(
         "cpu", torch.bfloat16, enabled=run.mixed_precision != "no", cache_enabled=False
@@ -216,7 +227,12 @@ def _measure(
             ctx = _PlanCtx(phase=phase.name, max_steps=run.max_train_steps, carry=ctx.carry)
             signs = StepSigns()
             with tracker, bank.watched(signs.see):
-                loss = phase.loss(bank, batch, ctx).total.float()
+                losses = phase.loss(bank, batch, ctx)
+            if (add := rewards.due(phase, 0, batch.shape)) is not None:
+                with tracker, bank.watched(signs.count):
+                    losses = add(bank, batch, ctx, losses)
+            loss = losses.total.float()
+            del losses
             rows += signs.rows * phase.repeat * run.gradient_accumulation_steps
             del signs
             with tracker:
@@ -244,6 +260,7 @@ def _measure(
         optimizer=_moments(bank, "adamw"),
         optimizer_8bit=_moments(bank, "adamw_8bit"),
         encoders=sum(_size(p.parameters()) for p in encoders),
+        judges=sum(_size(p.parameters()) for p in judges),
         encoding=encoding,
         quantization=run.tuning.base_quantization,
         phases=tuple(phases),

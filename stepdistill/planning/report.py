@@ -77,6 +77,7 @@ def table(plan: Forecast, run: RunConfig) -> Table:
         ("averaged weights", plan.averaged),
         ("optimiser", plan.optimizer),
         ("text encoders and VAE", plan.encoders),
+        *((("scorers and small decoder", plan.judges),) if plan.judges else ()),
         ("encoding a prompt, above that", plan.encoding),
         *((f"phase {c.phase}: gradients and activations", c.activations) for c in plan.phases),
         ("peak of one process", plan.peak),

@@ -59,14 +59,34 @@ class CLIPScorer(FrozenScorer):
                 + _file_of_openai(name)
             )
 
-    def __init__(self, options: CLIPOptions) -> None:
-        super().__init__()
+    def __init__(self, options: CLIPOptions, weights: bool = True) -> None:
+        super().__init__(options)
+        self.model = self.loaded(options, weights)
+        self.tokenizer = self.tokenizer_of(options)
+        config = self.preprocessing()
+        size = config["size"]
+        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+        self.resize_mode = config["resize_mode"]
+        if self.resize_mode not in ("shortest", "squash"):
+            raise ValueError(
+                f"scorer {self.kind}: expected a model whose images are cropped or squashed, got "
+                f"resize_mode {self.resize_mode!r}."
+            )
+        for name in ("mean", "std"):
+            values = torch.tensor(config[name]).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def loaded(self, options: Any, weights: bool) -> Any:
+        """The towers: encode_image and encode_text, with normalize. Args: see FrozenScorer."""
         try:
-            self.model = open_clip.create_model(
+            return open_clip.create_model(
                 options.model,
-                options.pretrained,
+                options.pretrained if weights else None,
+                load_weights=weights,
+                device="cpu" if weights else "meta",
                 force_quick_gelu=quick_gelu(options.model, options.pretrained),
-                require_pretrained=True,
+                require_pretrained=weights,
                 weights_only=True,
             )
         except (RuntimeError, OSError) as err:
@@ -75,20 +95,14 @@ class CLIPScorer(FrozenScorer):
                 "as pretrained: PATH, or a folder as model: local-dir:PATH."
                 + _file_of_openai(options.model)
             ) from err
-        self.tokenizer = open_clip.get_tokenizer(options.model)
-        config = open_clip.get_model_preprocess_cfg(self.model)
-        size = config["size"]
-        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        self.interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-        self.resize_mode = config["resize_mode"]
-        if self.resize_mode not in ("shortest", "squash"):
-            raise ValueError(
-                f"scorer clip: expected a model whose images are cropped or squashed, got "
-                f"resize_mode {self.resize_mode!r}."
-            )
-        for name in ("mean", "std"):
-            values = torch.tensor(config[name]).view(1, 3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+
+    def tokenizer_of(self, options: Any) -> Any:
+        """B prompts -> token ids."""
+        return open_clip.get_tokenizer(options.model)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """size, interpolation, resize_mode, mean and std of the images."""
+        return dict(open_clip.get_model_preprocess_cfg(self.model))
 
     @property
     def activation(self) -> str:
@@ -118,7 +132,7 @@ class CLIPScorer(FrozenScorer):
     def score(self, images: Tensor, by: Any) -> Tensor:
         """See FrozenScorer.score; by: B prompts."""
         if isinstance(by, Tensor) or not all(isinstance(prompt, str) for prompt in by):
-            raise ValueError("scorer clip: expected prompts as text, got something else.")
+            raise ValueError(f"scorer {self.kind}: expected prompts as text, got something else.")
         with torch.no_grad():
             tokens = self.tokenizer(list(by)).to(images.device)
             text = self.model.encode_text(tokens, normalize=True)  # (B, D)

@@ -55,6 +55,8 @@ def checkpoint_blocks(net: nn.Module, contexts: Callable[[], Callable[[], Contex
             "which has none. Pass --no-gradient_checkpointing."
         )
     for block in blocks:
+        if getattr(block.forward, "func", None) is _recomputed:
+            continue  # an autoencoder that another run has had
         # A partial of a bound method: a deep copy of the network runs its own weights.
         block.forward = partial(_recomputed, block.forward, contexts)  # type: ignore[method-assign]
 

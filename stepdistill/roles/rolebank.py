@@ -247,6 +247,7 @@ class RoleBank(nn.Module):
         (decoder,) = self._decoder
         with torch.autocast(latents.device.type, enabled=False):
             images = decode_latents(decoder, latents) if decoder else self.family.images(latents)
+        images = images.to(latents.device)  # from an autoencoder that is kept on the CPU
         return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
 
     def scorer(self, name: str) -> Scorer:

@@ -16,6 +16,7 @@ from stepdistill.core.types import Batch
 from stepdistill.loading.quantization import is_packed
 from stepdistill.monitoring.step_signs import StepSigns
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.training.rewards import AddRewards
 
 
 class TrainStep(nn.Module):
@@ -25,12 +26,17 @@ class TrainStep(nn.Module):
         super().__init__()
         self.bank = bank
 
-    def forward(self, loss: Loss, batch: Batch, ctx: Ctx) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, loss: Loss, batch: Batch, ctx: Ctx, rewards: AddRewards | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss in float32, detached scalars to log, on the loss's device): the method's,
-        and signs of a collapse."""
+        that of rewards due, and signs of a collapse."""
         signs = StepSigns()
         with self.bank.watched(signs.see):
             losses = loss(self.bank, batch, ctx)
+        if rewards is not None:
+            with self.bank.watched(signs.count):
+                losses = rewards(self.bank, batch, ctx, losses)
         ctx.rows += signs.rows
         logs = {**losses.logs, **signs.logs(batch)}
         total = losses.total.float()
