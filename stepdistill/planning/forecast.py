@@ -24,6 +24,7 @@ from stepdistill.core.types import Batch
 from stepdistill.families.decoder import blank_decoder
 from stepdistill.families.family import Family
 from stepdistill.families.size import size_fits
+from stepdistill.families.vae import is_video_vae
 from stepdistill.monitoring.own_validation import PROMPTS, schedule
 from stepdistill.monitoring.step_signs import StepSigns
 from stepdistill.planning.blueprint import blueprint
@@ -187,8 +188,10 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     if replay:
         for net in bank.nets.values():
             Replay(tracker, fake, bank).wrap(checkpointed_blocks(net))
+        vae = getattr(family.pipeline, "vae", None)
         for part in (*encoders, *looking):
-            Replay(tracker, fake).wrap(_entries(part))
+            if part is not vae or not is_video_vae(part):  # its blocks hand a cache on in place
+                Replay(tracker, fake).wrap(_entries(part))
     plan = _measure(run, method, family, bank, encoders, looking, fake, tracker)
     return replace(plan, num_parameters=count, checkpointing=recomputes)
 

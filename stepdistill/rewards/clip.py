@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from torch import Tensor
 
+from stepdistill.loading.quiet import without_warnings
 from stepdistill.losses.rewards import CLIPOptions
 from stepdistill.rewards.base import FrozenScorer
 
@@ -79,16 +80,14 @@ class CLIPScorer(FrozenScorer):
 
     def loaded(self, options: Any, weights: bool) -> Any:
         """The towers: encode_image and encode_text, with normalize. Args: see FrozenScorer."""
+        told = {"force_quick_gelu": quick_gelu(options.model, options.pretrained)}
         try:
-            return open_clip.create_model(
-                options.model,
-                options.pretrained if weights else None,
-                load_weights=weights,
-                device="cpu" if weights else "meta",
-                force_quick_gelu=quick_gelu(options.model, options.pretrained),
-                require_pretrained=weights,
-                weights_only=True,
-            )
+            if weights:
+                told |= {"require_pretrained": True, "weights_only": True}
+                return open_clip.create_model(options.model, options.pretrained, **told)
+            with without_warnings():  # that there are no weights
+                told |= {"load_weights": False, "device": "meta"}
+                return open_clip.create_model(options.model, **told)
         except (RuntimeError, OSError) as err:
             raise ValueError(
                 f"scorer clip: expected weights for {options.model!r}, got {err} Give a local file "
