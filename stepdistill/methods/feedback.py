@@ -22,9 +22,11 @@ from pydantic import Field
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, Nets, Phase, Role, Setting
+from stepdistill.core.recipe import First, Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import squared_error, weighted_mean
+from stepdistill.methods.digits import regression
 from stepdistill.methods.rollout import Rollout, RolloutConfig, warn_x0_gain
 
 
@@ -48,6 +50,21 @@ class Feedback(Method[FeedbackConfig]):
     aliases = {"refl": {"trained_step": "last"}, "draft": {"trained_step": "last", "anchor": 0.0}}
     trainer = "PreferenceTrainer"
     needs_rewards = True
+    digits = (
+        Recipe(
+            "feedback",
+            {
+                "max_train_steps": 400,
+                "learning_rate": 3e-4,
+                "rewards": [
+                    {"kind": "digits", "weight": 0.1, "tau": 0.9},
+                    {"kind": "digits_held_out", "weight": 0.0},
+                ],
+            },
+            steps=(1,),
+            first=First("regression", "reflow", regression(stage="distill"), share=0.7),
+        ),
+    )
 
     def __init__(self, config: FeedbackConfig, setting: Setting) -> None:
         super().__init__(config, setting)
