@@ -283,11 +283,14 @@ def _decoded(annotation: Any, value: Any, where: str) -> Any:
     if not sequences:
         return texts[-1]
     numbers = {int, float} & {*get_args(sequences[0])}
+    groups = any(_is(kind, BaseModel) for kind in get_args(sequences[0]))
     found: list[Any] = []
     for text in texts:
         listed = _json_or(text.split(",") if numbers else [text], text)
-        found += listed if isinstance(listed, list) else [text]
-    return found if numbers else [x if isinstance(x, str) else json.dumps(x) for x in found]
+        found += listed if isinstance(listed, list) else [listed if groups else text]
+    return (
+        found if numbers or groups else [x if isinstance(x, str) else json.dumps(x) for x in found]
+    )
 
 
 def _json_or(other: Any, text: str) -> Any:

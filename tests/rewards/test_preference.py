@@ -84,8 +84,7 @@ def test_a_pickled_head_or_one_of_another_width_is_refused(folder, tmp_path) -> 
 
 
 # ------------------------------------------------------------------------------------ PickScore
-@pytest.fixture(scope="module")
-def pick_folder(tmp_path_factory) -> Path:
+def save_pick(folder: Path) -> Path:
     """A tiny CLIPModel as PickScore's folder has it: without a tokenizer."""
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     config = CLIPConfig(
@@ -93,11 +92,15 @@ def pick_folder(tmp_path_factory) -> Path:
         vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
         projection_dim=8,
     )
-    folder = tmp_path_factory.mktemp("pick") / "model"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         CLIPModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pick_folder(tmp_path_factory) -> Path:
+    return save_pick(tmp_path_factory.mktemp("pick") / "model")
 
 
 def test_pickscore_is_the_cosine_that_transformers_itself_makes(pick_folder) -> None:

@@ -340,6 +340,14 @@ METHOD_CASES: dict[str, MethodCase] = {
             "reward_crop": 2,
         },
     ),
+    "feedback_data": MethodCase(
+        "feedback",
+        {"num_steps": 2, "rollout": "data", "anchor": 0.0},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"brightness": _brightness},
+        run={"rewards": [{"kind": "brightness", "weight": 1.0, "every": 2}]},
+    ),
     "lcm_reward": MethodCase(
         "consistency",
         {"target": "self"},

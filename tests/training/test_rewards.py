@@ -7,8 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
+from diffusers import AutoencoderTiny
+from rewards.test_clip import MODEL, save_tiny
+from rewards.test_preference import save_pick
+from safetensors.torch import save_file
 from support.runs import TinyData, build_trainer, fingerprint, teacher_dir
 from support.score import PATHS, Affine, Recorder, batch_of
 from torch import Tensor
@@ -170,8 +175,47 @@ def test_a_reward_rises_while_what_is_frozen_stays(tmp_path, tmp_path_factory) -
     assert min(scores[-5:]) > max(scores[:5])
 
 
-def student_of(trainer: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.bank.members("student").items()}
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory) -> list[dict[str, Any]]:
+    """A reward of each kind that reads prompts or nothing, by tiny networks."""
+    folder = tmp_path_factory.mktemp("judges")
+    clip = {"model": f"local-dir:{save_tiny(folder / 'clip')}", "pretrained": None}
+    save_file(torch.nn.Linear(8, 1).state_dict(), folder / "head.safetensors")
+    pick = {"model": str(save_pick(folder / "pick"))}
+    weights = str(folder / "clip" / "open_clip_model.safetensors")
+    (folder / "tiny-judge.json").write_text(json.dumps(MODEL))
+    open_clip.add_model_config(folder / "tiny-judge.json")
+    return [
+        {"kind": "clip", "weight": 0.1, "tau": 0.9, "options": clip},
+        {"kind": "hps", "weight": 0.1, "options": {"model": "tiny-judge", "pretrained": weights}},
+        {"kind": "pickscore", "weight": 0.1, "tau": 0.9, "options": pick},
+        {
+            "kind": "aesthetic",
+            "weight": 0.0,
+            "every": 2,
+            "options": {**clip, "head": str(folder / "head.safetensors")},
+        },
+    ]
+
+
+def test_every_kind_trains_by_small_decoder_or_vae(judges, tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir("sd", tmp_path_factory)
+    decoder = AutoencoderTiny(
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    decoder.save_pretrained(tmp_path / "decoder")
+    for name, more in (("vae", {}), ("small", {"decoder": str(tmp_path / "decoder")})):
+        told = {"rewards": judges, "scorers": {}, **more}
+        trainer = build_trainer("feedback", teacher, "lora", tmp_path / name, **told)
+        before = fingerprint(trainer.bank.members("student"))
+        trainer.train()
+        assert fingerprint(trainer.bank.members("student")) != before
+        lines = [json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        kinds = [{key.partition("reward_")[2] for key in line} - {""} for line in lines]
+        assert kinds == [{"clip", "hps", "pickscore", "aesthetic"}, {"clip", "hps", "pickscore"}]
 
 
 @pytest.mark.parametrize("layout", ["lora", "full"])
