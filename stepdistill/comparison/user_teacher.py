@@ -135,7 +135,7 @@ class UserTeacher(TeacherSetup):
                 method, args, config = self.configs(training, 1000)
                 data = PAIR if training.data == "pairs" else self.dataset(training)
                 try:
-                    fits = (method_class(method), config, facts, data, {})
+                    fits: tuple[Any, ...] = (method_class(method), config, facts, data, {})
                     method_fits(*fits, rewards=args.rewards)
                     student_fits(method_class(method), args.tuning, source)
                     roles_fit(method_class(method), config, args, facts)

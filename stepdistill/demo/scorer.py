@@ -31,7 +31,7 @@ class DigitScorer(FrozenScorer):
 
     kind: ClassVar[str] = "digits"
     Options: ClassVar[type[MethodConfig]] = MethodConfig
-    half: ClassVar[int] = 0  # of the training pictures, and the seed
+    part: ClassVar[int] = 0  # which half of the training pictures, and the seed
 
     def __init__(self, options: Any, weights: bool = True) -> None:
         super().__init__(options)
@@ -83,7 +83,7 @@ class HeldOutDigitScorer(DigitScorer):
     """The judge that is kept out of training."""
 
     kind: ClassVar[str] = "digits_held_out"
-    half: ClassVar[int] = 1
+    part: ClassVar[int] = 1
 
 
 def vocabulary() -> list[str]:
@@ -97,9 +97,9 @@ def vocabulary() -> list[str]:
 def _trained(cls: type[DigitScorer]) -> dict[str, Tensor]:
     """The weights of that judge, trained in a second or two; global randomness stays as it was."""
     train = load_digit_splits().train
-    half = Split(train.images[cls.half :: 2], train.labels[cls.half :: 2])
+    half = Split(train.images[cls.part :: 2], train.labels[cls.part :: 2])
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(cls.half)
+        torch.manual_seed(cls.part)
         fit(scorer := cls(MethodConfig(), weights=False), half)
     return {name: value.detach() for name, value in scorer.state_dict().items()}
 

@@ -56,13 +56,15 @@ class Feedback(Method[FeedbackConfig]):
             {
                 "max_train_steps": 400,
                 "learning_rate": 3e-4,
+                "method_config": {"sampler": "ode", "trained_step": "last"},
                 "rewards": [
                     {"kind": "digits", "weight": 0.1, "tau": 0.9},
                     {"kind": "digits_held_out", "weight": 0.0},
                 ],
             },
-            steps=(1,),
-            first=First("regression", "reflow", regression(stage="distill"), share=0.7),
+            first=First(
+                "regression", "reflow", regression(stage="distill"), share=0.7, always=True
+            ),
         ),
     )
 

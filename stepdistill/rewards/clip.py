@@ -80,7 +80,7 @@ class CLIPScorer(FrozenScorer):
 
     def loaded(self, options: Any, weights: bool) -> Any:
         """The towers: encode_image and encode_text, with normalize. Args: see FrozenScorer."""
-        told = {"force_quick_gelu": quick_gelu(options.model, options.pretrained)}
+        told: dict[str, Any] = {"force_quick_gelu": quick_gelu(options.model, options.pretrained)}
         try:
             if weights:
                 told |= {"require_pretrained": True, "weights_only": True}
