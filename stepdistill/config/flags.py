@@ -120,7 +120,8 @@ def explain(err: ValidationError, model: type[BaseModel], where: str) -> ValueEr
             near = nearest(key, fields_of(model)) or "none"
             lines.append(f"expected a known option, got {key!r}. Nearest: {near}.")
         elif item["type"] == "missing":
-            lines.append(f"expected {key}, got nothing. Set it in a config file or as --{key}.")
+            flag = "" if any(isinstance(part, int) for part in item["loc"]) else f" or as --{key}"
+            lines.append(f"expected {key}, got nothing. Set it in a config file{flag}.")
         elif item["type"] == "value_error":  # a rule of ours, which says it all
             lines.append(f"{item['ctx']['error']}".rstrip(".") + ".")
         else:

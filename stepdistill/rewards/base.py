@@ -26,8 +26,7 @@ class FrozenScorer(nn.Module, ABC):
     Options: ClassVar[type[MethodConfig]]
     judges_by: ClassVar[Literal["prompts", "images", "nothing"]] = "prompts"
 
-    @abstractmethod
-    def __init__(self, options: Any, weights: bool = True) -> None:
+    def __init__(self, options: Any = None, weights: bool = True) -> None:
         super().__init__()
 
     @classmethod

@@ -357,10 +357,11 @@ class Trainer(Resumable):
                 draw_law=self.facts["draw_law"],
             )
             more = micro + 1 < len(carry)
-            losses = (self.by_shape.loss(phase, batch), batch, ctx)
-            rewards = self.rewards.due(phase, self.step, batch.shape)
+            asked: tuple[Any, ...] = (self.by_shape.loss(phase, batch), batch, ctx)
+            if (rewards := self.rewards.due(phase, self.step, batch.shape)) is not None:
+                asked = (*asked, rewards)
             with accelerator.no_sync(self.module) if more else nullcontext():
-                total, logs = self.module(*losses, rewards)
+                total, logs = self.module(*asked)
                 accelerator.backward(total / len(carry))
             self.own_validation.see(raw, ctx.rows)
             for feed in feeds:

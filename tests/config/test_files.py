@@ -126,6 +126,8 @@ def test_a_list_of_groups_is_json_objects_one_by_one_or_together() -> None:
         ]
     with pytest.raises((ValueError, TypeError), match="expected each key once"):
         parse_run_config([*X, "--rewards", '{"kind": "a", "kind": "b"}'])
+    with pytest.raises(ValueError, match=r"expected rewards.0.weight, got .* a config file\.$"):
+        parse_run_config([*X, "--rewards", '{"kind": "clip"}'])
     with pytest.raises(ValueError, match=r"rewards.0.*kind=clip"):
         parse_run_config([*X, "--rewards", "kind=clip"])
 
