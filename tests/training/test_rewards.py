@@ -25,11 +25,14 @@ from stepdistill.core.method import Setting
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.types import Losses
 from stepdistill.families.registry import load_family
+from stepdistill.loading.source import ModelSource
 from stepdistill.methods.consistency import Consistency, ConsistencyConfig
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
+from stepdistill.methods.feedback import FeedbackConfig
 from stepdistill.methods.tdm import TDM, TDMConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 from stepdistill.training.rewards import cropped, with_rewards
+from stepdistill.training.run_identity import run_facts
 
 FLOW = PATHS["flow"]
 ZERO = Losses(torch.zeros((), dtype=torch.float64))
@@ -293,6 +296,22 @@ def test_a_judge_of_the_method_s_own_is_not_named_twice(tmp_path, tmp_path_facto
     with pytest.raises(ValueError, match=r"that vsd does not judge by itself, got \['clip'\]"):
         build_trainer(
             "vsd_clip", teacher, "lora", tmp_path, rewards=[{"kind": "clip", "weight": 1.0}]
+        )
+
+
+def test_a_run_goes_on_with_its_own_rewards(tmp_path, tmp_path_factory, no_loading) -> None:
+    teacher = teacher_dir("sd3", tmp_path_factory)
+    known = run_facts(
+        ModelSource.of(teacher),
+        "feedback",
+        FeedbackConfig(),
+        TrainConfig(rewards=[{"kind": "brightness", "weight": 1.0, "tau": 2.0}]),
+    )
+    (tmp_path / "run.json").write_text(json.dumps({**known, "method_config": {"num_steps": 2}}))
+    other = [{"kind": "brightness", "weight": 0.5}]
+    with pytest.raises(ValueError, match=r"rewards \[.*'weight': 1.0.* against .*'weight': 0.5"):
+        build_trainer(
+            "feedback", teacher, "lora", tmp_path, rewards=other, resume_from_checkpoint="latest"
         )
 
 
