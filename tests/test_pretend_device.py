@@ -17,6 +17,7 @@ import pytest
 import torch
 import torchvision
 from rewards.test_clip import save_tiny
+from rewards.test_preference import save_pick
 from safetensors.torch import save_file
 from support.covering import covering
 from support.runs import METHOD_CASES, build_trainer, teacher_dir
@@ -30,7 +31,12 @@ from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards.base import FrozenScorer
 from stepdistill.rewards.clip import CLIPScorer
 from stepdistill.rewards.perceptual import LPIPSScorer
-from stepdistill.rewards.preference import AestheticOptions, AestheticScorer
+from stepdistill.rewards.preference import (
+    AestheticOptions,
+    AestheticScorer,
+    PickOptions,
+    PickScorer,
+)
 from stepdistill.testing.pretend_device import PretendDeviceError, pretend_device
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.training.snapshots import Resumable
@@ -178,6 +184,11 @@ def test_a_loss_of_images(case, family, tmp_path, tmp_path_factory) -> None:
     run_step(case, family, "lora", tmp_path, tmp_path_factory, scorers, **WAYS["half"])
 
 
+def test_an_autoencoder_stays_there_where_its_images_are_judged(tmp_path, tmp_path_factory) -> None:
+    """Though encoders are kept on the CPU: each step would wait for its gradient."""
+    run_step("lcm_reward", "sd3", "lora", tmp_path, tmp_path_factory, offload_encoders=True)
+
+
 def a_clip(folder: Path) -> FrozenScorer:
     return CLIPScorer(CLIPOptions(model=f"local-dir:{save_tiny(folder)}", pretrained=None))
 
@@ -188,6 +199,10 @@ def an_aesthetic_head(folder: Path) -> FrozenScorer:
     return AestheticScorer(AestheticOptions(head=str(folder / "head.safetensors"), **options))
 
 
+def a_pickscore(folder: Path) -> FrozenScorer:
+    return PickScorer(PickOptions(model=str(save_pick(folder))))
+
+
 def an_lpips(folder: Path) -> FrozenScorer:
     with torch.device("meta"):
         layers = torchvision.models.alexnet().features.state_dict()
@@ -196,7 +211,7 @@ def an_lpips(folder: Path) -> FrozenScorer:
     return LPIPSScorer(LPIPSOptions(backbone="alex", weights=str(folder / "alex.safetensors")))
 
 
-@pytest.mark.parametrize("judge", [a_clip, an_aesthetic_head, an_lpips])
+@pytest.mark.parametrize("judge", [a_clip, a_pickscore, an_aesthetic_head, an_lpips])
 def test_a_judge_there_scores_in_float32_within_autocast(judge, tmp_path) -> None:
     scorer = judge(tmp_path).requires_grad_(False)
     with pretend_device() as device:

@@ -68,7 +68,8 @@ class TrainConfig(Options):
     compile_backend: str = "inductor"
     """Backend of torch.compile; inductor needs Triton on CUDA, a C++ compiler on CPU."""
     offload_encoders: bool = False
-    """Keep text encoders and autoencoder on the CPU: prompts and images are encoded there, once."""
+    """Keep text encoders and autoencoder on the CPU: prompts and images are encoded there, once. An
+    autoencoder whose images are judged stays on the device; a small decoder stands in for it."""
     tuning: Tuning = Tuning()
     """How trained roles store their weights (lora or full, rank, alpha)."""
 

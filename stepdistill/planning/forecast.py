@@ -63,10 +63,10 @@ class Forecast:
 
     frozen: denoiser weights no phase trains. trained, averaged: weights by role. gradients: of the
     largest phase. optimizer: both Adam moments of every trained role (optimizer_8bit: in 8 bits).
-    encoders: text encoders and VAE, where they are not offloaded. judges: scorers of images and the
-    small decoder. encoding: the peak of encoding a prompt above all that. phases: of a step at
-    which all rewards are due. accumulation: micro-batches of each update. validation: what run.json
-    would say of a run's own, where it has them.
+    encoders: text encoders and VAE, where they are not offloaded. judges: scorers of images, and
+    the VAE or small decoder that makes these. encoding: the peak of encoding a prompt above all
+    that. phases: of a step at which all rewards are due. accumulation: micro-batches of each
+    update. validation: what run.json would say of a run's own, where it has them.
     """
 
     model: str
@@ -179,6 +179,10 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
         if isinstance(part, nn.Module) and name != family.net_name
     ]
     looking = [*judges.values(), *([] if decoder is None else [decoder])]
+    vae = getattr(family.pipeline, "vae", None)
+    if bank.judged_by_vae and vae is not None:  # it stays where they are
+        encoders = [part for part in encoders if part is not vae]
+        looking.append(vae)
     for part in (*encoders, *looking):
         _to_fake(part, fake)
     recomputes = checkpoints_activations(run, family.net)
@@ -188,7 +192,6 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     if replay:
         for net in bank.nets.values():
             Replay(tracker, fake, bank).wrap(checkpointed_blocks(net))
-        vae = getattr(family.pipeline, "vae", None)
         for part in (*encoders, *looking):
             if part is not vae or not is_video_vae(part):  # its blocks hand a cache on in place
                 Replay(tracker, fake).wrap(_entries(part))

@@ -247,8 +247,12 @@ class RoleBank(nn.Module):
         (decoder,) = self._decoder
         with torch.autocast(latents.device.type, enabled=False):
             images = decode_latents(decoder, latents) if decoder else self.family.images(latents)
-        images = images.to(latents.device)  # from an autoencoder that is kept on the CPU
         return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
+
+    @property
+    def judged_by_vae(self) -> bool:
+        """Whether scorers see what the family's own autoencoder makes."""
+        return bool(self._scorers) and self._decoder == (None,)
 
     def scorer(self, name: str) -> Scorer:
         """See Nets.scorer."""

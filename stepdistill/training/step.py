@@ -50,7 +50,8 @@ def place(
     """Move the pipeline to the device, its frozen denoiser weights to tuning.base_dtype.
 
     Text encoders follow the denoiser: T5-XXL alone is 19 GB in float32. Trained and averaged
-    weights and the autoencoder, which overflows in half precision (SDXL), stay float32.
+    weights and the autoencoder, which overflows in half precision (SDXL), stay float32. Where a
+    loss judges the autoencoder's images, it is on the device whatever the text encoders are.
 
     Args: net_device: where the denoiser goes instead.
     """
@@ -60,4 +61,7 @@ def place(
         if id(param) not in own and not is_packed(param):
             param.data = param.data.to(dtype)
     bank.family.place_encoders(dtype, torch.device("cpu") if args.offload_encoders else device)
+    vae = getattr(bank.family.pipeline, "vae", None)
+    if bank.judged_by_vae and vae is not None:
+        vae.to(device)
     bank.family.net.to(device if net_device is None else net_device)

@@ -53,10 +53,14 @@ def test_scorer_and_decoder_are_held_and_computed(clip, teacher) -> None:
     run = run_config(teacher, rewards=[clip])
     plan, plain = forecast(run), forecast(run_config(teacher))
     net = open_clip.CLIP(**MODEL)
-    assert plan.judges == 4 * sum(p.numel() for p in net.parameters())
-    assert "scorers and small decoder" in [*table(plan, run).columns[0].cells]
-    assert plan.resident == plain.resident + plan.judges
     family = load_family(teacher)
+    weights = 4 * sum(p.numel() for p in net.parameters())
+    vae = 4 * sum(p.numel() for p in family.pipeline.vae.parameters())
+    assert plan.judges == weights + vae
+    assert "scorers, and what decodes for them" in [*table(plan, run).columns[0].cells]
+    assert plan.resident == plain.resident + weights
+    offloaded = forecast(run.model_copy(update={"offload_encoders": True}))
+    assert offloaded.resident == plan.resident - plan.encoders  # the VAE stays
     latents = torch.zeros(BSZ, *family.sample_shape(), requires_grad=True)
     family.pipeline.vae.requires_grad_(False)
     net.visual.requires_grad_(False)
