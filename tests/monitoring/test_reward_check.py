@@ -116,8 +116,8 @@ def test_a_run_that_pleases_one_judge_alone_says_so(tmp_path, tmp_path_factory) 
     """The held-out one is the very opposite of the trained one."""
     teacher = teacher_dir("sd3", tmp_path_factory)
     trainer = build_trainer(
-        "feedback_last", teacher, "full", tmp_path, max_train_steps=15, learning_rate=1e-2,
-        watchdog={"sign_window": 5}, reward_crop=None, train_batch_size=16,
+        "feedback_last", teacher, "full", tmp_path, max_train_steps=10, learning_rate=1e-2,
+        watchdog={"sign_window": 5}, reward_crop=None, train_batch_size=8,
         method_options={"anchor": 0.0},
     )  # fmt: skip
     trainer.train()
