@@ -54,8 +54,8 @@ class DistillationTrainer(Trainer):
     @classmethod
     def methods(cls) -> tuple[str, ...]:
         """The methods it serves, by name."""
-        own = METHODS[cls.default].trainer if cls.default else DistillationTrainer.__name__
-        return tuple(name for name, method in METHODS.items() if method.trainer == own)
+        trainer = METHODS[cls.default].trainer if cls.default else DistillationTrainer.__name__
+        return tuple(name for name, method in METHODS.items() if method.trainer == trainer)
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class DistillationTrainer(Trainer):
                 f"{type(self).__name__}: expected one of {self.methods()}, got {method!r}. "
                 f"Use {trainer_class(method).__name__}."
             )
-        told = (method_config, scorers, gan_dataset)
-        super().__init__(model, method, args, train_dataset, *told)
+        parts = (method_config, scorers, gan_dataset)
+        super().__init__(model, method, args, train_dataset, *parts)
 
     @classmethod
     def from_config(cls, run: RunConfig) -> DistillationTrainer:

@@ -1,18 +1,19 @@
 """Every method x every tiny family x {lora, full}: the plumbing no unit test sees.
 
-Two steps of real training on real Diffusers classes with random weights: exactly the roles a phase
-names change, all of their tensors do, the teacher's bytes never do, and a run resumed after step 1
-repeats step 2 bit for bit.
+Two steps of real training (more of a method in stages) on real Diffusers classes with random
+weights: exactly the roles a phase names change, all of their tensors do, the teacher's bytes never
+do, and a run resumed after step 1 repeats the rest bit for bit.
 
 `-m full` runs every cell so. By default a fixed sample trains, which meets every pair of a method,
 a family and a layout (families' further configurations meet both layouts). Enough of it for every
-family, and every method in both layouts, takes the two steps and resumes; the rest, there for its
-pairs and cases, takes one step of the same trainer under the same assertions and writes nothing.
+method and family, and for both layouts of each trainer, takes the two steps and resumes; the rest,
+there for its pairs and cases, takes one step of the same trainer under the same assertions and
+writes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,12 @@ def pairs_met(cell: Cell) -> set[Any]:
 
 
 def resume_met(cell: Cell) -> set[Any]:
-    """What resuming that cell shows: a family, a method in that layout, a source of its own."""
+    """What resuming that cell shows: a method, a family, its trainer's methods in that layout, and
+    a source of its own."""
     (case, family, layout), spec = cell, METHOD_CASES[cell[0]]
     own = {case} if spec.gan_fields else set()
-    return {(spec.method, layout)} | ({family} & set(FAMILIES)) | own
+    kind = (METHODS[spec.method].trainer, layout)
+    return {spec.method, kind} | ({family} & set(FAMILIES)) | own
 
 
 def cost(cell: Cell) -> int:
@@ -92,8 +95,10 @@ def test_the_sample_meets_every_pair() -> None:
 def test_every_case_trains_and_every_method_and_family_resumes() -> None:
     assert {case for case, _, _ in TRAINED} == set(METHOD_CASES)
     assert {family for _, family, _ in RESUMED} >= set(FAMILIES)
-    met = {(METHOD_CASES[case].method, layout) for case, _, layout in RESUMED}
-    assert met == set(product(METHODS, LAYOUTS))
+    methods = {METHOD_CASES[case].method for case, _, _ in RESUMED}
+    assert methods == set(METHODS)
+    kinds = {(METHODS[METHOD_CASES[case].method].trainer, layout) for case, _, layout in RESUMED}
+    assert kinds == set(product({method.trainer for method in METHODS.values()}, LAYOUTS))
 
 
 # A guided teacher is what it distils, and these have no null condition to guide away from.
@@ -105,8 +110,8 @@ def trained(trainer: DistillationTrainer, case: str) -> dict[str, float]:
     base_before = fingerprint(dict(trainer.family.net.named_parameters()), skip_adapters=True)
     start = {r: fingerprint(trainer.bank.members(r)) for r in trainer.bank.roles}
     changed: set[str] = set()
-    for phase in trainer.method.phases(0):
-        changed |= set(phase.trains)
+    for step in trainer.method.part_starts:
+        changed |= {role for phase in trainer.method.phases(step) for role in phase.trains}
     logs = trainer.train()
 
     assert all(torch.isfinite(torch.tensor(v)) for v in logs.values())
@@ -130,7 +135,8 @@ def test_a_step(case, family, layout, tmp_path, tmp_path_factory, monkeypatch) -
     """From weights as though trained; what it would write is met by the two-step cells."""
     monkeypatch.setattr(DistillationTrainer, "save", lambda trainer: None)
     teacher = teacher_dir(family, tmp_path_factory)
-    trainer = build_trainer(case, teacher, layout, tmp_path / "run", max_train_steps=1)
+    steps = METHOD_CASES[case].one_step
+    trainer = build_trainer(case, teacher, layout, tmp_path / "run", max_train_steps=steps)
     _encode_once(trainer.family, teacher)
     _move_off_the_teacher(trainer.bank)
     trained(trainer, case)
@@ -151,16 +157,30 @@ def _move_off_the_teacher(bank: RoleBank) -> None:
 
 
 def _encode_once(family: Family, teacher: Path) -> None:
-    """Prompts are encoded once a process: the text encoders are those of every such trainer."""
+    """Prompts are encoded once a process: the text encoders are those of every such trainer. Of up
+    to 512 tokens, padding nearly all, the first 16 reach the networks."""
     encode = family.encode
 
     def remembered(prompts: Sequence[Any]) -> Cond:
         key = (teacher, *prompts)
         if key not in _ENCODED:
-            _ENCODED[key] = encode(prompts)
+            _ENCODED[key] = _first_tokens(encode(prompts), 16)
         return _ENCODED[key]
 
     family.encode = remembered  # type: ignore[method-assign]
+    for name in ("null", "null_for"):
+        setattr(family, name, _short(getattr(family, name)))
+
+
+def _short(make: Callable[..., Cond]) -> Callable[..., Cond]:
+    return lambda given: _first_tokens(make(given), 16)
+
+
+def _first_tokens(cond: Cond, number: int) -> Cond:
+    short = {k: v[:, :number] for k, v in cond.tensors.items() if k in ("prompt_embeds", "mask")}
+    if "length" in cond.tensors:
+        short["length"] = cond.tensors["length"].clamp(max=number)
+    return Cond({**cond.tensors, **short})
 
 
 _ENCODED: dict[Any, Cond] = {}

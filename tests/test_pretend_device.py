@@ -123,7 +123,8 @@ def test_a_step(case, family, layout, way, tmp_path, tmp_path_factory) -> None:
 
 def run_step(case, family, layout, tmp_path, tmp_path_factory, scorers=None, **options) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
-    options = {"max_train_steps": 1, "offload_encoders": family in ENCODED_ON_CPU, **options}
+    steps = METHOD_CASES[case].one_step
+    options = {"max_train_steps": steps, "offload_encoders": family in ENCODED_ON_CPU, **options}
     with pretend_device(READERS) as device:
         trainer = build_trainer(case, teacher, layout, tmp_path / "run", scorers=scorers, **options)
         assert trainer.device == device

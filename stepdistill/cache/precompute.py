@@ -85,7 +85,7 @@ class Prompts(_Task):
             texts = (item["prompt"] for item in self._read(data.condition, range(len(data))))
         else:
             texts = (item["prompt"] for item in self._items(data))
-        return ((content_key(text), text) for told in texts for text in all_captions(told))
+        return ((content_key(text), text) for captions in texts for text in all_captions(captions))
 
     def encode(self, text: Any) -> dict[str, Tensor]:
         return encode_prompt(self.family, text)
@@ -174,11 +174,11 @@ def fill(
         _check_room(cache.folder, tasks, item, say)
         for task in tasks:
             writer = CacheWriter(task.store, shard_bytes)
-            found = task.read(rank, world_size)
+            items = task.read(rank, world_size)
             try:
                 total = len(dataset) if isinstance(dataset, Sized) else None
                 name = f"encode {task.name}"
-                for key, value in bar(found, desc=name, total=total, disable=not progress):
+                for key, value in bar(items, desc=name, total=total, disable=not progress):
                     stop_if_orphaned()
                     if owner(key, world_size) == rank and key not in writer:
                         encoded = task.encode(value)
@@ -193,9 +193,9 @@ def fill(
 def _check_finite(encoded: dict[str, Tensor], kind: str, value: Any) -> None:
     """Errors: ValueError for NaN or inf, which the cache would keep for ever."""
     if any(not bool(x.isfinite().all()) for x in encoded.values() if x.is_floating_point()):
-        told = repr(value) if isinstance(value, str) else "one of them"
+        which = repr(value) if isinstance(value, str) else "one of them"
         raise ValueError(
-            f"cache: expected finite encodings of {kind}, got NaN or inf for {told}. The encoder "
+            f"cache: expected finite encodings of {kind}, got NaN or inf for {which}. The encoder "
             "overflowed: use --mixed_precision bf16 or no."
         )
 
@@ -234,8 +234,8 @@ def prepare_cache(
     """
     if cache is None:
         return dataset
-    told = {**data_facts(dataset), "resolution": args.resolution, "sizes": sizes_of(dataset)}
-    seen = cache.seen(told)
+    facts = {**data_facts(dataset), "resolution": args.resolution, "sizes": sizes_of(dataset)}
+    seen = cache.seen(facts)
     state.wait_for_everyone()  # all have looked before one writes
     say = print if state.is_main_process else (lambda _: None)
     if seen:
@@ -250,7 +250,7 @@ def prepare_cache(
             state.wait_for_everyone()
             cache.reopen()
             if state.is_main_process:
-                cache.note(told)
+                cache.note(facts)
     return dataset if cache.latents is None else _knowing(dataset, cache.latents.knows)
 
 
@@ -271,6 +271,6 @@ def cache_run(run: RunConfig, *datasets: Any) -> EncodedCache:
     family.place_encoders(run.frozen_dtype, state.device)
     cache = EncodedCache(run.cache_dir, family, run.resolution)
     for dataset in datasets:
-        own = fitted(dataset, family.image_size(run.resolution), family.size_multiple)
-        prepare_cache(cache, own, run, state)
+        fitting = fitted(dataset, family.image_size(run.resolution), family.size_multiple)
+        prepare_cache(cache, fitting, run, state)
     return cache

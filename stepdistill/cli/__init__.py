@@ -22,11 +22,11 @@ USAGE = "usage: stepdistill COMMAND [--config FILE ...] [--flag value ...]"
 
 def commands() -> dict[str, str]:
     """Command -> its line of help, read from the files without importing one."""
-    found = {}
+    modules = {}
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        found[path.stem] = text.splitlines()[0]
-    return found
+        modules[path.stem] = text.splitlines()[0]
+    return modules
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -96,8 +96,8 @@ def _run(
     made_teacher = subject.teacher(out / "teacher", seconds)
     judge = subject.judge()
 
-    told = any_of(sizes, "step", "and")
-    console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {told}")
+    steps_text = any_of(sizes, "step", "and")
+    console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {steps_text}")
     subject.write_data(out / "data")
     if recipe.needs_pairs and not made_teacher.cached:
         delete_made(out / "pairs", PAIR_FILES, "output_dir")  # another teacher's
@@ -125,7 +125,7 @@ def _run(
         time_check(time.monotonic() - started, made_teacher.cached),
     ]
     report = Report(
-        title=f"{subject.title}: {method} ({student}) in {told}",
+        title=f"{subject.title}: {method} ({student}) in {steps_text}",
         rows=rows,
         checks=checks,
         snippet=_snippet(runs[sizes[0]] / "pipeline", sizes[0], subject.prompt),
@@ -223,6 +223,6 @@ def _facts(
     for steps, run in runs.items():
         state = json.loads((list_checkpoints(run)[-1] / "trainer_state.json").read_text())
         updates = counted(state["step"], "update")
-        told = f"{updates} in {state['seconds']:.0f} s, {recipe.describe()}"
-        facts.append((f"{steps}-step student", told))
+        line = f"{updates} in {state['seconds']:.0f} s, {recipe.describe()}"
+        facts.append((f"{steps}-step student", line))
     return facts

@@ -96,8 +96,8 @@ class Digits(TeacherSetup):
 
     def judge(self, label: str, steps: int, folder: Path) -> Plain:
         call = json.loads((folder / RECORD).read_text())["call"]
-        told = {"num_inference_steps": steps, "guidance_scale": 1, **call}
-        sampler = PipelineSampler(DiffusionPipeline.from_pretrained(str(folder)), told)
+        options = {"num_inference_steps": steps, "guidance_scale": 1, **call}
+        sampler = PipelineSampler(DiffusionPipeline.from_pretrained(str(folder)), options)
         row = _judge().run(label, "student", steps, sampler, self.seeds)
         return {**row.plain(), "noise_seeds": len(self.seeds)}
 

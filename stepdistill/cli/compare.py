@@ -92,13 +92,13 @@ class Options(CommandOptions):
     def _settings_of_files(cls, data: Any) -> Any:
         from stepdistill.config.run import RunConfig
 
-        own = {key: value for key, value in data.items() if key in cls.model_fields}
+        values = {key: value for key, value in data.items() if key in cls.model_fields}
         runs = {key: value for key, value in data.items() if key in RunConfig.model_fields}
-        runs = {key: value for key, value in runs.items() if key not in own}
-        rest = {key: value for key, value in data.items() if key not in {**own, **runs}}
+        runs = {key: value for key, value in runs.items() if key not in values}
+        rest = {key: value for key, value in data.items() if key not in {**values, **runs}}
         if runs:
-            own["settings"] = merge(runs, own.get("settings", {}))
-        return {**own, **rest}
+            values["settings"] = merge(runs, values.get("settings", {}))
+        return {**values, **rest}
 
 
 EVALUATION = ("num_prompts", "num_images_per_prompt", "batch_size")
@@ -214,17 +214,17 @@ def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
             "which), not one teacher. Give --guidance for all.",
             file=sys.stderr,
         )
-    told = {name: getattr(args, name) for name in OWN if name in args.model_fields_set}
+    user_values = {name: getattr(args, name) for name in OWN if name in args.model_fields_set}
     judging = {n: getattr(args, n) for n in EVALUATION if n in args.model_fields_set}
-    own = UserOptions(**told, methods=split_methods(args.methods), eval_options=judging)
-    return "own", asdict(own), own.settled()
+    user = UserOptions(**user_values, methods=split_methods(args.methods), eval_options=judging)
+    return "own", asdict(user), user.settled()
 
 
 def _method_names(texts: Sequence[str] | None) -> list[str]:
     return [text.partition("=")[0] for text in texts or []]
 
 
-def _show(found: Any, out: Path) -> Any:
+def _show(result: Any, out: Path) -> Any:
     print((out / "table.md").read_text(encoding="utf-8"))
     print(f"report: {out / 'report.html'}")
-    return found
+    return result

@@ -49,9 +49,9 @@ def parse(argv: Sequence[str], prog: str) -> Options:
 
 
 def run(options: Options) -> int:
-    found = report(options.self_check)
-    print(json.dumps(found, indent=2) if options.format == "json" else markdown(found))
-    checks = found["self-check"].values()
+    facts = report(options.self_check)
+    print(json.dumps(facts, indent=2) if options.format == "json" else markdown(facts))
+    checks = facts["self-check"].values()
     return int(any(not value.startswith("passed") for value in checks))
 
 
@@ -67,10 +67,10 @@ def report(self_check: bool = True) -> dict[str, dict[str, str]]:
     }
 
 
-def markdown(found: dict[str, dict[str, str]]) -> str:
+def markdown(sections: dict[str, dict[str, str]]) -> str:
     """The report as lists under headings."""
     lines = ["## stepdistill doctor"]
-    for section, facts in found.items():
+    for section, facts in sections.items():
         lines += ["", f"### {section}", *(f"- {name}: {value}" for name, value in facts.items())]
     return "\n".join(lines)
 
@@ -79,9 +79,9 @@ def versions() -> dict[str, str]:
     import torch
 
     installed = {dist.name.lower().replace("-", "_") for dist in metadata.distributions()}
-    told = {"python": platform.python_version(), "system": platform.platform()}
-    told |= {n: metadata.version(n) if n in installed else "missing" for n in PACKAGES}
-    return {**told, "CUDA of torch": str(torch.version.cuda), "NVIDIA driver": driver()}
+    lines = {"python": platform.python_version(), "system": platform.platform()}
+    lines |= {n: metadata.version(n) if n in installed else "missing" for n in PACKAGES}
+    return {**lines, "CUDA of torch": str(torch.version.cuda), "NVIDIA driver": driver()}
 
 
 def driver() -> str:
@@ -98,25 +98,25 @@ def devices() -> dict[str, str]:
     import torch
 
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
     threads = torch.get_num_threads()
-    told = {"cpu": f"{os.cpu_count()} cores, {threads} threads, {free:.1f} of {whole:.1f} GB free"}
+    lines = {"cpu": f"{os.cpu_count()} cores, {threads} threads, {free:.1f} of {total:.1f} GB free"}
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         left, size = (value / GB for value in torch.cuda.mem_get_info(index))
         kind = f"{facts.name}, capability {facts.major}.{facts.minor}"
-        told[f"cuda:{index}"] = f"{kind}, {left:.1f} of {size:.1f} GB free"
+        lines[f"cuda:{index}"] = f"{kind}, {left:.1f} of {size:.1f} GB free"
     if torch.backends.mps.is_available():
-        told["mps"] = "available"
-    return told
+        lines["mps"] = "available"
+    return lines
 
 
 def disk() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    told = {"Hub cache": HF_HUB_CACHE, "temporary files": tempfile.gettempdir()}
+    folders = {"Hub cache": HF_HUB_CACHE, "temporary files": tempfile.gettempdir()}
     free = {}
-    for name, folder in told.items():
+    for name, folder in folders.items():
         here = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
         size = shutil.disk_usage(here)
         there = "" if here == Path(folder) else " (not made yet)"
@@ -129,13 +129,13 @@ def extras() -> dict[str, str]:
     from packaging.requirements import Requirement
 
     installed = {dist.name.lower().replace("_", "-") for dist in metadata.distributions()}
-    told = {}
+    lines = {}
     required = [Requirement(line) for line in metadata.requires("stepdistill") or ()]
     for extra in metadata.metadata("stepdistill").get_all("Provides-Extra") or ():
-        own = [r.name for r in required if r.marker and r.marker.evaluate({"extra": extra})]
-        missing = [name for name in own if name.lower().replace("_", "-") not in installed]
-        told[extra] = f"missing {', '.join(missing)}" if missing else "installed"
-    return told
+        needed = [r.name for r in required if r.marker and r.marker.evaluate({"extra": extra})]
+        missing = [name for name in needed if name.lower().replace("_", "-") not in installed]
+        lines[extra] = f"missing {', '.join(missing)}" if missing else "installed"
+    return lines
 
 
 def device_names() -> Iterator[str]:

@@ -25,6 +25,6 @@ class Options(CommandOptions):
 def run(options: Options) -> None:
     from stepdistill.export.run import sample_export
 
-    told = (options.model_dir, options.prompt, options.output_dir, options.num_steps, options.seed)
-    for path in sample_export(*told):
+    given = (options.model_dir, options.prompt, options.output_dir, options.num_steps, options.seed)
+    for path in sample_export(*given):
         print(path)

@@ -148,5 +148,5 @@ def _update(
 def _epoch(trainer: DistillationTrainer, samples: float) -> float:
     """Updates until all samples have been read; none is kept for ever where they are too many."""
     args, size = trainer.args, len(trainer.dataset or ())
-    kept = min(trainer.batches.latents_kept, args.max_cached_prompts)
-    return size / samples if size <= kept else math.inf
+    cached = min(trainer.batches.latents_kept, args.max_cached_prompts)
+    return size / samples if size <= cached else math.inf

@@ -52,7 +52,7 @@ def curves(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[R
                 facts = {"updates": point["updates"], "cpu_seconds": point["seconds"]}
                 made: dict[str, Any] = {**facts, "rows": rows, "seed": seed}
                 by_share.setdefault(point["share"], []).append(made)
-    found: dict[tuple[str, int], list[Reading]] = {}
+    readings: dict[tuple[str, int], list[Reading]] = {}
     for share, all_of in sorted(by_share.items()):
         for key, cell in cells(all_of).items():
             each = [
@@ -62,35 +62,35 @@ def curves(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[R
                 if (row["label"], row["steps"]) == key and row["frechet"] is not None
             ]
             mean = statistics.fmean(updates for _, updates, _, _ in each)
-            found.setdefault(key, []).append(Reading(share, cell, mean, each))
-    return found
+            readings.setdefault(key, []).append(Reading(share, cell, mean, each))
+    return readings
 
 
-def falling(found: Curves) -> dict[tuple[str, int], str]:
+def falling(measured: Curves) -> dict[tuple[str, int], str]:
     """(method, steps) -> what to say of those that the last part of the budget made better by more
     than the standard error of the difference; none where a single seed of each kind hides that.
     """
-    told = {}
-    for key, readings in found.items():
+    notes = {}
+    for key, readings in measured.items():
         if len(readings) < 2:
             continue
         before, end = readings[-2], readings[-1]
         drop = before.cell.frechet - end.cell.frechet
         noise = math.hypot(before.cell.error, end.cell.error)
         if end.share == 1.0 and drop > noise > 0:
-            told[key] = (
+            notes[key] = (
                 f"still falling at the end of the budget ({decimals(before.cell.frechet)} at "
                 f"{before.share:.3g} of it): raise it"
             )
-    return told
+    return notes
 
 
-def rows_of(found: Curves) -> list[dict[str, Any]]:
+def rows_of(measured: Curves) -> list[dict[str, Any]]:
     """A row for each student and point, for CSV."""
     return [
         {"recipe": recipe, "steps": steps, "seed": seed, "share": reading.share,
          "updates": updates, "seconds": round(seconds, 3), "frechet": frechet}
-        for (recipe, steps), readings in found.items()
+        for (recipe, steps), readings in measured.items()
         for reading in readings
         for seed, updates, seconds, frechet in reading.each
     ]  # fmt: skip

@@ -69,8 +69,8 @@ class Progress:
         self._write(read_json(self.file, ("plan",))["plan"])
 
     def _write(self, plan: Any) -> None:
-        told = {"plan": plan, "legs": [asdict(leg) for leg in self.legs], "curve": self.curve}
-        write_text(self.file, json.dumps(told) + "\n")
+        state = {"plan": plan, "legs": [asdict(leg) for leg in self.legs], "curve": self.curve}
+        write_text(self.file, json.dumps(state) + "\n")
 
     def catch_up(self, leg: Leg, run: Path) -> None:
         """Add the time that the newest checkpoint of `run` holds and nobody noted: a kill came
@@ -105,9 +105,9 @@ def stops(
     Args: asked: see `shares`; before, part: the budget's share before this training, and its own;
         last: whether none comes after it. A point at its very end belongs to it.
     """
-    found: dict[int, float] = {}
+    seconds_at: dict[int, float] = {}
     for share in asked:
         if before < share and (share <= before + part or last):
             at = updates if share == 1.0 else round((share - before) / part * updates)
-            found[min(max(at, 1), updates)] = share
-    return found
+            seconds_at[min(max(at, 1), updates)] = share
+    return seconds_at

@@ -40,12 +40,12 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Of "240s" or "500steps". Errors: ValueError for anything else."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|steps?)", text.strip())
-        if found is None or float(found[1]) <= 0:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|steps?)", text.strip())
+        if match is None or float(match[1]) <= 0:
             raise ValueError(f"budget: expected such as 240s or 500steps, got {text!r}.")
-        if found[2] == "s":
-            return cls(seconds=float(found[1]))
-        return cls(updates=max(1, round(float(found[1]))))
+        if match[2] == "s":
+            return cls(seconds=float(match[1]))
+        return cls(updates=max(1, round(float(match[1]))))
 
     def __str__(self) -> str:
         return f"{self.updates}steps" if self.seconds is None else f"{self.seconds:g}s"

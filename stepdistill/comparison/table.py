@@ -66,14 +66,14 @@ Table = Mapping[tuple[str, int], Cell]
 
 def cells(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Cell]:
     """(method, steps) -> Cell of the results' rows."""
-    found: dict[tuple[str, int], list[tuple[Mapping[str, Any], float]]] = {}
+    groups: dict[tuple[str, int], list[tuple[Mapping[str, Any], float]]] = {}
     for result in results:
         for row in result["rows"]:
             if row["frechet"] is not None:
                 spent = float(result.get("cpu_seconds", 0.0))
-                found.setdefault((row["label"], row["steps"]), []).append((row, spent))
+                groups.setdefault((row["label"], row["steps"]), []).append((row, spent))
     made = {}
-    for key, rows in found.items():
+    for key, rows in groups.items():
         frechet = [row["frechet"]["mean"] for row, _ in rows]
         recall = [row["recall"]["mean"] for row, _ in rows if row["recall"] is not None]
         made[key] = Cell(
@@ -105,15 +105,15 @@ def data_needs(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def peers(table: Table, steps: int) -> list[str]:
     """The best method at that step count, then those whose distance differs from its by less than
     the standard error of the difference."""
-    own = {key[0]: cell for key, cell in table.items() if key[1] == steps}
-    order = sorted(own, key=lambda name: own[name].frechet)
-    best = own[order[0]]
+    at_steps = {key[0]: cell for key, cell in table.items() if key[1] == steps}
+    order = sorted(at_steps, key=lambda name: at_steps[name].frechet)
+    best = at_steps[order[0]]
     return (
         order[:1]
         + [  # a NaN error is in no comparison
             name
             for name in order[1:]
-            if own[name].frechet - best.frechet <= math.hypot(own[name].error, best.error)
+            if at_steps[name].frechet - best.frechet <= math.hypot(at_steps[name].error, best.error)
         ]
     )
 
@@ -194,22 +194,22 @@ def _sentence(
     note: str,
 ) -> str:
     best = table[names[0], steps]
-    told = (
+    text = (
         f"{counted(steps, 'step')}: {names[0]} ({decimals(best.frechet)}, recall {best.recall:.2f}"
     )
-    told += f"; the teacher {decimals(teacher[steps])} there" if steps in teacher else ""
+    text += f"; the teacher {decimals(teacher[steps])} there" if steps in teacher else ""
     if most:
-        told += f", {best.frechet / teacher[most]:.2f} times its {counted(most, 'step')}"
-    told += ")"
+        text += f", {best.frechet / teacher[most]:.2f} times its {counted(most, 'step')}"
+    text += ")"
     others = names[1:]
     if others:
-        told += f"; not told apart from it by these runs: {', '.join(others)}"
+        text += f"; not told apart from it by these runs: {', '.join(others)}"
         rank = {name: DATA_ORDER.index(needs[name]) for name in names if name in needs}
         least = min(rank, key=lambda name: rank[name], default=names[0])
         if rank.get(least, 9) < rank.get(names[0], -1):
-            told += f", of which {least} needs {needs[least]} alone"
+            text += f", of which {least} needs {needs[least]} alone"
     if steps in teacher and best.frechet >= teacher[steps]:
-        told += "; no student beats the teacher at this step count: raise the budget"
+        text += "; no student beats the teacher at this step count: raise the budget"
     elif note:
-        told += f"; {names[0]} is {note}"
-    return told + "."
+        text += f"; {names[0]} is {note}"
+    return text + "."

@@ -81,8 +81,8 @@ class UserOptions:
 
     def settled(self) -> dict[str, Any]:
         """What must not change between calls in one folder; of the prompts what they say."""
-        told = {name: value for name, value in asdict(self).items() if name != "methods"}
-        return {**told, "prompts": sha256_of(Path(self.prompts_file))}
+        options = {name: value for name, value in asdict(self).items() if name != "methods"}
+        return {**options, "prompts": sha256_of(Path(self.prompts_file))}
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,15 @@ class UserTeacher(TeacherSetup):
     threads = None
     only_claims = False
 
-    def __init__(self, out: Path, own: UserOptions) -> None:
+    def __init__(self, out: Path, options: UserOptions) -> None:
         super().__init__(out)
-        self.own = own
+        self.own = options
         self._settled: dict[str, dict[str, Any]] = {}
-        facts = teacher_facts(own.teacher)
+        facts = teacher_facts(options.teacher)
         if facts.conditioning != "prompt" or facts.reads_image:
             raise ValueError(
-                f"compare: expected a teacher told by prompts alone, got {own.teacher!r}. Train "
-                "each method by itself and use stepdistill evaluate."
+                f"compare: expected a teacher told by prompts alone, got {options.teacher!r}. "
+                "Train each method by itself and use stepdistill evaluate."
             )
 
     def teacher(self) -> str:
@@ -144,17 +144,17 @@ class UserTeacher(TeacherSetup):
                     raise ValueError(f"methods: {student.recipe}: {err}") from err
 
     def prepare(self, needs_pairs: bool) -> None:
-        own = self.own
+        options = self.own
 
         def pairs() -> None:
             make_pairs(
-                own.teacher,
-                own.prompts_file,
+                options.teacher,
+                options.prompts_file,
                 self.out / "pairs",
-                num_pairs=own.num_pairs,
-                num_steps=own.pair_steps,
+                num_pairs=options.num_pairs,
+                num_steps=options.pair_steps,
                 guidance=self.pairs_guidance(),
-                resolution=own.resolution,
+                resolution=options.resolution,
             )
 
         if needs_pairs:
@@ -165,18 +165,18 @@ class UserTeacher(TeacherSetup):
             (self.out / TEACHER_ROWS).write_text(json.dumps(rows))
 
     def _options(self, student: Sequence[str]) -> Options:
-        own = self.own
+        options = self.own
         return Options(
-            teacher=own.teacher,
+            teacher=options.teacher,
             student=tuple(student),
-            prompts_file=own.prompts_file,
+            prompts_file=options.prompts_file,
             output_dir=str(self.out / "evaluation"),
-            teacher_steps=tuple(own.teacher_steps),
-            features=tuple(own.features),
-            reference=own.reference,
-            guidance=own.guidance,
-            resolution=own.resolution,
-            **own.eval_options,
+            teacher_steps=tuple(options.teacher_steps),
+            features=tuple(options.features),
+            reference=options.reference,
+            guidance=options.guidance,
+            resolution=options.resolution,
+            **options.eval_options,
         )
 
     def steps_served(self, methods: Sequence[str]) -> dict[str, StepsServed]:
@@ -194,18 +194,18 @@ class UserTeacher(TeacherSetup):
         return self._settled[name]
 
     def _settle(self, name: str) -> dict[str, Any]:
-        own, given = self.own, self.own.methods.get(name)
+        options, given = self.own, self.own.methods.get(name)
         file = given or bundled(name)  # none of a method that others add: its own defaults
         layers = [] if file is None else layers_of(file)
         by_name = given is None and is_method(name)  # else it is a file's name, which is meant
         named = name if by_name else merged(layers).get("method", name)
 
         def read(layers: Sequence[Layer], at_hand: ModelAtHand) -> tuple[Settings, Why]:
-            return self._read(str(own.settings.get("method", named)), layers, at_hand)
+            return self._read(str(options.settings.get("method", named)), layers, at_hand)
 
         chosen = [] if by_name else layers
         run, _ = read(chosen, ModelAtHand())
-        at_hand = ModelAtHand.known(ModelSource.of(own.teacher), ask=True) or ModelAtHand()
+        at_hand = ModelAtHand.known(ModelSource.of(options.teacher), ask=True) or ModelAtHand()
         run, lines = settled(read, run, chosen, at_hand, by_size=True, otherwise=layers)
         for line in lines:
             warnings.warn(f"{name}: {line}.", stacklevel=2)
@@ -216,22 +216,22 @@ class UserTeacher(TeacherSetup):
     ) -> tuple[Settings, Why]:
         """These files' settings between what a comparison starts from and what is the same for all,
         and what the model at hand has settled."""
-        own, layers = self.own, [*layers, Layer("settings", self.own.settings)]
+        user, layers = self.own, [*layers, Layer("settings", self.own.settings)]
         values = {key: value for key, value in merged(layers).items() if key not in ELSEWHERE}
         called, options = resolve_method(method, values.get("method_config"))
         cls = METHODS[called]
         options, why = suited(cls, layers, options, at_hand)
         same: dict[str, Any] = {**OURS}
-        if own.mixed_precision or not torch.cuda.is_available():
-            same["mixed_precision"] = own.mixed_precision or "no"
-        if own.train_batch_size:
-            same["train_batch_size"] = own.train_batch_size
-        if own.resolution:
-            same["resolution"] = own.resolution
-        if own.student:
-            same["tuning"] = {"student": own.student, "fake": own.student}
-        if own.guidance is not None:
-            same["method_config"] = cls.options_at(own.guidance)
+        if user.mixed_precision or not torch.cuda.is_available():
+            same["mixed_precision"] = user.mixed_precision or "no"
+        if user.train_batch_size:
+            same["train_batch_size"] = user.train_batch_size
+        if user.resolution:
+            same["resolution"] = user.resolution
+        if user.student:
+            same["tuning"] = {"student": user.student, "fake": user.student}
+        if user.guidance is not None:
+            same["method_config"] = cls.options_at(user.guidance)
         values |= {"method": called, "method_config": options}
         return Settings(merge({"mixed_precision": "bf16", **values}, same)), why
 
@@ -269,7 +269,7 @@ class Scaled(Training):
 
 def plain(system: System, label: str, reference: str, out: Path) -> Plain:
     """A row of `evaluate` as a row of the comparison in `out`, in its first feature network."""
-    found: Plain = {
+    row: Plain = {
         "label": label,
         "group": system.group,
         "steps": system.steps,
@@ -278,16 +278,16 @@ def plain(system: System, label: str, reference: str, out: Path) -> Plain:
     }
     for name in ("frechet", "recall"):
         value = system.get(name, reference=reference)
-        found[name] = None if value is None else asdict(value)
+        row[name] = None if value is None else asdict(value)
     for name, other in (("network_calls", ""), ("seconds_per_image", "seconds_per_video")):
         value = system.get(name) or system.get(other)
-        found[name] = None if value is None else value.mean
-    return found
+        row[name] = None if value is None else value.mean
+    return row
 
 
 def split_methods(texts: Sequence[str]) -> dict[str, str | None]:
     """NAME or NAME=FILE -> {name: file}. Errors: ValueError for a name without file or method."""
-    found: dict[str, str | None] = {}
+    files: dict[str, str | None] = {}
     for text in texts:
         name, _, file = text.partition("=")
         if not file and bundled(name) is None and not is_method(name):
@@ -295,8 +295,8 @@ def split_methods(texts: Sequence[str]) -> dict[str, str | None]:
                 f"methods: expected a method of {sorted(METHODS)}, a file of configs/methods or "
                 f"NAME=FILE, got {text!r}."
             )
-        found[name] = file or None
-    return found
+        files[name] = file or None
+    return files
 
 
 def is_method(name: str) -> bool:
@@ -309,5 +309,5 @@ def is_method(name: str) -> bool:
 
 def bundled(name: str) -> Path | None:
     """The settings of that name in configs/methods."""
-    own = METHODS[name].settings_file if name in METHODS else ""
-    return bundled_file(f"configs/methods/{own or name}.yaml")
+    settings_file = METHODS[name].settings_file if name in METHODS else ""
+    return bundled_file(f"configs/methods/{settings_file or name}.yaml")

@@ -155,8 +155,10 @@ def _parsed(
         name, options = resolve_method(str(name), values.get("method_config"))
         options, why = suited(METHODS[name], layers, options, at_hand)
         config = METHODS[name].Config
-        own = METHODS.files.get(name)
-        name = f"{own['file']}:{own['class']}" if own else name  # a saved form repeats the run
+        place = METHODS.files.get(name)
+        name = (
+            f"{place['file']}:{place['class']}" if place else name
+        )  # a saved form repeats the run
         values = {**values, "method": name, **({"method_config": options} if options else {})}
         argv = others if given.method else argv
     parsed = parse_options(_typed(model, config), argv, prog, about, values, model.first)

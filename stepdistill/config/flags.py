@@ -98,12 +98,12 @@ def _sub_models(info: FieldInfo) -> list[type[BaseModel]]:
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Every option of a config class by its dotted name."""
-    found = {}
+    fields = {}
     for name, info in model.model_fields.items():
-        found[prefix + name] = info
+        fields[prefix + name] = info
         for sub_model in _sub_models(info):
-            found |= fields_of(sub_model, f"{prefix}{name}.")
-    return found
+            fields |= fields_of(sub_model, f"{prefix}{name}.")
+    return fields
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> list[str]:
@@ -168,8 +168,8 @@ def _parser_of(
         shown = everything or names[0][2:] in first
         return _add(group, *names, **options if shown else options | {"help": argparse.SUPPRESS})
 
-    told = "YAML files of these options, merged left to right; flags are laid over them"
-    parser.add_argument("--config", nargs="+", metavar="FILE", help=told)
+    about_files = "YAML files of these options, merged left to right; flags are laid over them"
+    parser.add_argument("--config", nargs="+", metavar="FILE", help=about_files)
     fields: dict[str, Any] = {k: (info.annotation, info) for k, info in model.model_fields.items()}
     shape = create_model(model.__name__, __base__=_Flags, **fields)
     CliSettingsSource(shape, root_parser=parser, add_argument_method=add)
@@ -285,13 +285,13 @@ def _decoded(annotation: Any, value: Any, where: str) -> Any:
         return texts[-1]
     numbers = {int, float} & {*get_args(sequences[0])}
     groups = any(_is(kind, BaseModel) for kind in get_args(sequences[0]))
-    found: list[Any] = []
+    values: list[Any] = []
     for text in texts:
         listed = _json_or(text.split(",") if numbers else [text], text)
-        found += listed if isinstance(listed, list) else [listed if groups else text]
-    return (
-        found if numbers or groups else [x if isinstance(x, str) else json.dumps(x) for x in found]
-    )
+        values += listed if isinstance(listed, list) else [listed if groups else text]
+    if numbers or groups:
+        return values
+    return [x if isinstance(x, str) else json.dumps(x) for x in values]
 
 
 def _json_or(other: Any, text: str) -> Any:
@@ -304,15 +304,15 @@ def _json_or(other: Any, text: str) -> Any:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Errors: TypeError for a key said twice, of which json would keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise TypeError(f"flags: expected each key once, got {[key for key, _ in pairs]}.")
-    return found
+    return mapping
 
 
 def _mapping(texts: Sequence[str], where: str) -> dict[str, Any]:
     """One mapping of JSON objects and of key=value, in which a dotted key is one in another."""
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for text in texts:
         key, equals, rest = text.partition("=")
         value = _json_or(None, text)
@@ -322,8 +322,8 @@ def _mapping(texts: Sequence[str], where: str) -> dict[str, Any]:
                     f"{where}: expected KEY=VALUE or a JSON object, got {text[:100]!r}."
                 )
             value = _nested(key, _json_or(rest, rest))
-        found = merge(found, value)
-    return found
+        mapping = merge(mapping, value)
+    return mapping
 
 
 def _nested(name: str, value: Any) -> dict[str, Any]:

@@ -58,9 +58,9 @@ class ModelAtHand:
         family = _family(model["pipeline"])
         if family is None:
             return cls()
-        told = family.told_guidance_in(model["parts"][family.net_name]["config"])
+        embeds = family.told_guidance_in(model["parts"][family.net_name]["config"])
         has_null = family.null_in(model["options"])
-        return cls(family.name, 0, Abilities(told_guidance=told, has_null=has_null))
+        return cls(family.name, 0, Abilities(told_guidance=embeds, has_null=has_null))
 
     @classmethod
     def of(cls, source: ModelSource) -> ModelAtHand:

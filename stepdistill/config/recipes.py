@@ -13,7 +13,10 @@ from stepdistill.core.recipe import Recipe
 from stepdistill.methods import METHODS
 
 # Options that count student updates: they keep their share of a run that is longer or shorter.
-COUNTED_OPTIONS = ("anneal_steps", "warm_start.updates", "warmup_steps")
+COUNTED_OPTIONS = (
+    *("anneal_steps", "warm_start.updates", "warmup_steps"),
+    *("record_updates", "backtrack_updates"),
+)
 
 COMMON: dict[str, Any] = {
     "train_batch_size": 64,
@@ -92,24 +95,24 @@ class MethodRecipe:
 
     def trainings(self, num_steps: int) -> list[Training]:
         """What trains a student of that many steps, in order."""
-        own, data, first = self.settings(num_steps), self.method.data, self.recipe.first
+        settings, data, first = self.settings(num_steps), self.method.data, self.recipe.first
         if first is None or (num_steps > 1 and not first.always):
-            return [Training(self.method.name, own, data)]
+            return [Training(self.method.name, settings, data)]
         warm = self._over_common(first.method, first.settings)
         if first.always:
             options = METHODS[first.method].for_steps(num_steps)
             warm = merge(warm, {"method_config": options})
         return [
             Training(first.label, warm, METHODS[first.method].data, first.share),
-            Training(self.method.name, own, data, 1.0 - first.share, first.gives),
+            Training(self.method.name, settings, data, 1.0 - first.share, first.gives),
         ]
 
     def describe(self) -> str:
         """Batch and rates in a few words."""
         common = self._over_common(self.method.name, self.recipe.settings)
         rates = {"student": common["learning_rate"], **common["role_learning_rates"]}
-        told = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
-        return f"batch {common['train_batch_size']}, learning rates {told}"
+        rates_text = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
+        return f"batch {common['train_batch_size']}, learning rates {rates_text}"
 
 
 def recipes() -> dict[str, MethodRecipe]:

@@ -179,8 +179,10 @@ class TrainConfig(Options):
         """Of the frozen denoiser's weights: tuning.base_dtype, or what autocast uses."""
         import torch  # which --help does without
 
-        own = self.tuning.base_dtype
-        dtype: torch.dtype = getattr(torch, _DTYPES[self.mixed_precision] if own == "auto" else own)
+        asked = self.tuning.base_dtype
+        dtype: torch.dtype = getattr(
+            torch, _DTYPES[self.mixed_precision] if asked == "auto" else asked
+        )
         return dtype
 
     @classmethod
@@ -316,9 +318,9 @@ class GANDataConfig(SourceConfig):
                 f"{expected}prompts_file {self.prompts_file!r}. Prompts of the generator are "
                 "--data.prompts_file"
             )
-        told = self.model_dump(exclude_defaults=True)
-        if told and self.source is None:
-            raise ValueError(f"{expected}none beside {sorted(told)}")
+        given = self.model_dump(exclude_defaults=True)
+        if given and self.source is None:
+            raise ValueError(f"{expected}none beside {sorted(given)}")
         return self
 
 

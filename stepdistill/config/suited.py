@@ -82,7 +82,7 @@ def settled(
         if after[name] != before.get(name):
             change = f"{name} {_shown(after[name])} in place of {_shown(before.get(name))}"
             by_reason.setdefault(reason, []).append(change)
-    return made, [*lines, *(f"{', '.join(told)}, as {why}" for why, told in by_reason.items())]
+    return made, [*lines, *(f"{', '.join(names)}, as {why}" for why, names in by_reason.items())]
 
 
 def _shown(value: Any) -> Any:

@@ -97,7 +97,8 @@ class Nets(Protocol):
     def carrying(self, role: str, other: str, share: float) -> Nets:
         """These networks, but that `role`, which has no adapter, carries a share of other's.
 
-        Args: other: `Method.carried_role`.
+        Args: other: `Method.carried_role`; at share 1 any role, however it is stored, which then
+            stands in the place of `role`.
         """
         ...
 
@@ -325,6 +326,15 @@ class Method(ABC, Generic[C]):
     @abstractmethod
     def phases(self, step: int) -> Sequence[Phase]:
         """The updates that make up student step `step`, in order."""
+
+    @property
+    def part_starts(self) -> tuple[int, ...]:
+        """The first student step of each part of a run that has phases of its own, from 0 on."""
+        return (0,)
+
+    def check_length(self, max_steps: int) -> None:
+        """Errors: ValueError for a run of max_steps student updates with stages that never come."""
+        self.sampler_at(0, max_steps)
 
     def resets(self, step: int, max_steps: int) -> tuple[str, ...]:
         """Trained roles whose optimiser state is cleared before student step `step`.

@@ -86,15 +86,15 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def index(self) -> dict[str, dict[str, Any]]:
         """name -> facts of the package's own classes; none is imported."""
         file = files(self.package) / INDEX
-        found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
-        return found
+        facts: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+        return facts
 
     @property
     def others(self) -> dict[str, str]:
         """Names of classes that the index can't know -> module:Class or FILE.py:CLASS."""
         places = {name: place for name, place in self._places.items() if place.attr is not None}
-        own = {name: f"{f['file']}:{f['class']}" for name, f in self.files.items()}
-        return {name: place.value for name, place in places.items()} | own
+        of_files = {name: f"{f['file']}:{f['class']}" for name, f in self.files.items()}
+        return {name: place.value for name, place in places.items()} | of_files
 
     def facts_of(self, cls: type[T]) -> dict[str, Any]:
         """The index's facts of a class."""
@@ -103,8 +103,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def index_text(self) -> str:
         """What index.json has to hold, from the classes."""
-        own = {name: self.facts_of(self[name]) for name in self if name not in self.others}
-        return json.dumps(own, indent=1) + "\n"
+        facts = {name: self.facts_of(self[name]) for name in self if name not in self.others}
+        return json.dumps(facts, indent=1) + "\n"
 
     def write_index(self) -> None:
         """Write index.json anew: after a class of the package, or a fact of one, has changed."""
@@ -161,8 +161,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def _load(self, place: EntryPoint) -> type[T]:
         if place.attr is None:  # a module of the package: the class that is named like it
             module = import_module(place.module)
-            found = [v for v in vars(module).values() if getattr(v, "name", None) == place.name]
-            return next(cls for cls in found if cls.__module__ == place.module)
+            classes = [v for v in vars(module).values() if getattr(v, "name", None) == place.name]
+            return next(cls for cls in classes if cls.__module__ == place.module)
         try:
             cls = place.load()
         except (ImportError, AttributeError) as err:

@@ -70,9 +70,9 @@ class Cond:
     def where_not(self, rows: Tensor, other: Cond) -> Cond:
         """These rows, but `other`'s where the mask `rows` (B,), on the CPU, is true."""
 
-        def mixed(name: str, own: Tensor) -> Tensor:
-            mask = rows.to(own.device).view(-1, *([1] * (own.ndim - 1)))
-            return torch.where(mask, other[name], own)
+        def mixed(name: str, value: Tensor) -> Tensor:
+            mask = rows.to(value.device).view(-1, *([1] * (value.ndim - 1)))
+            return torch.where(mask, other[name], value)
 
         return Cond({name: mixed(name, value) for name, value in self.tensors.items()})
 

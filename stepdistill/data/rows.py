@@ -56,9 +56,9 @@ class RowStream(ABC):
 
     def rows(self, seed: int = 0, epoch: int = 0) -> Iterator[Any]:
         """All undecoded rows of an epoch, from one process to itself."""
-        whole = Substreams(self.shards, 1, seed)
-        for substream in range(whole.number):
-            yield from self.stretch(whole, epoch, substream)
+        stream = Substreams(self.shards, 1, seed)
+        for substream in range(stream.number):
+            yield from self.stretch(stream, epoch, substream)
 
     def stretch(
         self, substreams: Substreams, epoch: int, substream: int, skip: int = 0

@@ -45,18 +45,18 @@ class Lens:
     ) -> dict[str, Tensor]:
         """Rows of features, pixel statistics and (where there are prompts) scores."""
         framed = to_tensor([self.frame(image) for image in images])
-        found = {
+        features = {
             f"features/{net.name}": net(net.preprocess(framed)).cpu().float() for net in self.nets
         }
         if prompts is None:  # real images, which may differ in size: they are seen framed alone
-            return {**found, "pixels": pixel_statistics(framed)}
-        whole = to_tensor(images)
-        found["pixels"] = pixel_statistics(whole)
+            return {**features, "pixels": pixel_statistics(framed)}
+        pixels = to_tensor(images)
+        features["pixels"] = pixel_statistics(pixels)
         for name, scorer in self.scorers.items():
             with torch.no_grad():
-                score = scorer(_on(scorer, whole.expand(-1, 3, -1, -1) * 2 - 1), list(prompts))
-            found[f"score/{name}"] = score.cpu().float()
-        return found
+                score = scorer(_on(scorer, pixels.expand(-1, 3, -1, -1) * 2 - 1), list(prompts))
+            features[f"score/{name}"] = score.cpu().float()
+        return features
 
     def try_nets(self, image: Image.Image) -> None:
         """Errors: ValueError naming a network that can't be given such an image."""

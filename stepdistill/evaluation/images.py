@@ -116,10 +116,10 @@ def image_files(folder: str | Path, where: str = "reference") -> list[Path]:
     Args: where: the option that names it. Errors: ValueError where there are none.
     """
     root = Path(folder)
-    found = [root / name for name in image_names(root)] if root.is_dir() else []
-    if not found:
+    files = [root / name for name in image_names(root)] if root.is_dir() else []
+    if not files:
         raise ValueError(f"{where}: expected a folder with images, got none in {str(folder)!r}.")
-    return found
+    return files
 
 
 def open_image(path: Path, where: str = "reference") -> Image.Image:

@@ -54,16 +54,16 @@ def manifold_scores(real: Tensor, generated: Tensor, k: int = 3) -> ManifoldScor
     real, generated = real - centre, generated - centre
     slack = 8 * (real.shape[1] + 2) * torch.finfo(torch.float64).eps
     balls = torch.zeros(len(generated), dtype=torch.long)  # (M,) real balls that hold each point
-    reached, covered = [], []
+    near_real, covered = [], []
     for rows, radius in zip(real.split(ROWS), real_radius.split(ROWS), strict=True):
         distance = _squared_distance(rows, generated, slack)  # (ROWS, M)
         in_real = distance <= radius[:, None]
         balls += in_real.sum(0)
         covered.append(in_real.any(1))
-        reached.append((distance <= generated_radius[None, :]).any(1))
+        near_real.append((distance <= generated_radius[None, :]).any(1))
     return ManifoldScores(
         precision=float((balls > 0).double().mean()),
-        recall=float(torch.cat(reached).double().mean()),
+        recall=float(torch.cat(near_real).double().mean()),
         density=float(balls.double().mean() / k),
         coverage=float(torch.cat(covered).double().mean()),
     )

@@ -54,12 +54,12 @@ def measure(filled: Filled) -> tuple[list[System], dict[str, str]]:
     for place, source in enumerate(filled.sources):
         by: dict[tuple[str, str], list[dict[str, float | None]]] = {}
         for index, drawing in enumerate(filled.drawings):
-            own, facts = filled.stores[place, index].read()
-            for name, told in drawn.items():
-                told.update(dict.fromkeys(str(one[name]) for one in facts if name in one))
-            found = _values(filled, drawing, own, bases[index], real)
-            found["", ""] |= _costs(facts, "video" if "motion" in own else "image")
-            for key, values in found.items():
+            seen, facts = filled.stores[place, index].read()
+            for name, names in drawn.items():
+                names.update(dict.fromkeys(str(one[name]) for one in facts if name in one))
+            values_of = _values(filled, drawing, seen, bases[index], real)
+            values_of["", ""] |= _costs(facts, "video" if "motion" in seen else "image")
+            for key, values in values_of.items():
                 by.setdefault(key, []).append(values)
         numbers = []
         for (network, reference), rows in by.items():
@@ -67,7 +67,7 @@ def measure(filled: Filled) -> tuple[list[System], dict[str, str]]:
                 continue  # a set against itself
             numbers += numbers_of(rows, network=network, reference=reference)
         frames = (
-            min(own["pixels"][0].flatten(0, -2).shape[0], SHOWN_FRAMES) if "motion" in own else 1
+            min(seen["pixels"][0].flatten(0, -2).shape[0], SHOWN_FRAMES) if "motion" in seen else 1
         )
         pictures = previews(filled.stores[place, 0], preview_indices(first), frames)
         row = (source.label, source.group, source.steps, numbers, len(first), pictures, frames)
@@ -78,38 +78,38 @@ def measure(filled: Filled) -> tuple[list[System], dict[str, str]]:
 def _values(
     filled: Filled,
     drawing: Drawing,
-    own: Mapping[str, torch.Tensor],
+    seen: Mapping[str, torch.Tensor],
     base: Mapping[str, torch.Tensor],
     real: Mapping[str, torch.Tensor],
 ) -> dict[tuple[str, str], dict[str, float | None]]:
     """(network, reference) -> metric -> value, of one noise seed."""
-    found: dict[tuple[str, str], dict[str, float | None]] = {}
+    values: dict[tuple[str, str], dict[str, float | None]] = {}
     prompts = [drawing.prompt(i) for i in range(len(drawing))]
     for net in filled.nets:
-        features = own[f"features/{net}"]
+        features = seen[f"features/{net}"]
         for name, reference in (("real", real), ("teacher", base)):
             if reference:
                 against = per_frame(reference[f"features/{net}"])
                 distances = set_distances(against, per_frame(features), filled.nearest_k)
-                found[net, name] = dict(distances)
-        found[net, ""] = {"diversity": diversity(per_video(features), prompts)}
-        found[net, ""]["frame_distance"] = frame_distance(features)
-    for key, value in own.items():
+                values[net, name] = dict(distances)
+        values[net, ""] = {"diversity": diversity(per_video(features), prompts)}
+        values[net, ""]["frame_distance"] = frame_distance(features)
+    for key, value in seen.items():
         if key.startswith("score/"):
             score = float(value.double().mean())
-            found[key.removeprefix("score/"), ""] = {"score": score}
-    pixels, teacher = _pixels(own), _pixels(base)
-    found["", "teacher"] = {f"{k}_drift": drift(pixels[k], teacher[k]) for k in pixels}
-    found["", ""] = dict(pixels)
-    return found
+            values[key.removeprefix("score/"), ""] = {"score": score}
+    pixels, teacher = _pixels(seen), _pixels(base)
+    values["", "teacher"] = {f"{k}_drift": drift(pixels[k], teacher[k]) for k in pixels}
+    values["", ""] = dict(pixels)
+    return values
 
 
 def _pixels(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
     mean = per_frame(tensors["pixels"]).double().mean(0)
-    found = {"saturation": float(mean[0]), "contrast": float(mean[1])}
+    values = {"saturation": float(mean[0]), "contrast": float(mean[1])}
     if "motion" in tensors:
-        found["motion"] = float(tensors["motion"].double().mean())
-    return found
+        values["motion"] = float(tensors["motion"].double().mean())
+    return values
 
 
 def _costs(facts: Sequence[Mapping[str, Any]], what: str) -> dict[str, float | None]:

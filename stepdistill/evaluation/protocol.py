@@ -34,21 +34,23 @@ def preset_text(
     name = options["preset"]
     if name is None:
         return None
-    own = preset(name)
-    values = {**UNNAMED, **own.options}
-    changed = [key for key in own.options if options[key] != values[key]]
-    changed += [key for key in UNNAMED if key not in own.options and options[key] != values[key]]
+    preset_values = preset(name)
+    values = {**UNNAMED, **preset_values.options}
+    changed = [key for key in preset_values.options if options[key] != values[key]]
+    changed += [
+        key for key in UNNAMED if key not in preset_values.options and options[key] != values[key]
+    ]
     if options["size_px"] is None and "size_px" not in changed:
         changed = [key for key in changed if key != "resize_filter"]  # nothing is resized
     wanted = values["num_reference"]
     few = wanted is not None and options["reference"] is not None and num_reference < wanted
     if few and "num_reference" not in changed:
         changed.append("num_reference")
-    others = [network for network in networks if network != own.features]
+    others = [network for network in networks if network != preset_values.features]
     if others:
         mixed = len(others) < len(networks)
         changed.append(f"features ({', '.join(others)})" if mixed else "features")
-    if own.real and reference != "real":
+    if preset_values.real and reference != "real":
         changed.append("no reference" if options["reference"] is None else "reference")
     return f"{name}, changed: {', '.join(changed)}" if changed else name
 
@@ -67,10 +69,10 @@ def protocol_of(
         see Drawing.
     Notes: a guidance reaches a pipeline only where that has a null condition (see systems.py).
     """
-    own = "none" if prompts[0] is None else "the pipeline's own"
+    default = "none" if prompts[0] is None else "the pipeline's own"
     null = teacher_facts(options.source).has_null
-    plain = f"{options.student_guidance:g}" if null else own
-    told = options.model_dump()
+    plain = f"{options.student_guidance:g}" if null else default
+    given = options.model_dump()
     reference = "real" if num_real else "teacher"
     return {
         **facts,
@@ -86,12 +88,12 @@ def protocol_of(
         "device": drawn["device"],
         "drawn_at": drawn["size"],
         "dtype": options.dtype,
-        "guidance": options.guidance if null and options.guidance is not None else own,
+        "guidance": options.guidance if null and options.guidance is not None else default,
         "student_guidance": f"the export's own; {plain} of other pipelines",
         "peak_memory_of": f"{drawn['peak_of']}, the metrics' networks among it",
-        "preset": preset_text(told, list(facts["networks"]), reference, num_real),
+        "preset": preset_text(given, list(facts["networks"]), reference, num_real),
         "frames": None if frames is None else frames_text(frames),
-        "options": told,
+        "options": given,
     }
 
 
@@ -101,9 +103,9 @@ def images_text(facts: Mapping[str, Any], group: str, metric: str, network: str 
     Real images are framed for all metrics, drawn ones for feature networks alone.
     """
     framed = group == "real" or (network and metric != "score")
-    told: str = facts["frame"] if framed else "as made"
+    frame: str = facts["frame"] if framed else "as made"
     some = bool(network) or metric.startswith(("saturation", "contrast"))
-    return f"{told}; frames: {facts['frames']}" if facts["frames"] and some else told
+    return f"{frame}; frames: {facts['frames']}" if facts["frames"] and some else frame
 
 
 def reference_text(facts: Mapping[str, Any], reference: str) -> tuple[str, str]:

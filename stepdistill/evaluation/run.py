@@ -62,11 +62,11 @@ def evaluate(
     drawings = [_drawing(options, family, prompts, seed) for seed in options.seeds]
     filled = _fill(options, facts, lens, sources, drawings, files, state)
     systems, drawn = measure(filled)
-    told = protocol_of(options, facts, prompts, len(files), drawn, drawings[0].frames)
+    protocol = protocol_of(options, facts, prompts, len(files), drawn, drawings[0].frames)
     report = Report(
         title=f"{Path(options.teacher).name} and its students",
         systems=systems,
-        protocol={**told, "versions": versions()},
+        protocol={**protocol, "versions": versions()},
         reference="real" if files else "teacher",
         networks=[net.name for net in nets],
         folder=out,
@@ -186,17 +186,17 @@ def check_distinct(what: str, names: Sequence[str]) -> None:
 
 def read_prompts(options: Options) -> list[Any]:
     """The prompts, labels, or (unconditional) as many None. Errors: ValueError for none or few."""
-    told = teacher_facts(options.source).conditioning
-    if told == "none":
+    conditioning = teacher_facts(options.source).conditioning
+    if conditioning == "none":
         return [None] * (options.num_prompts or 64)
     if options.first_frames is not None:
         return _first(first_frames(options.first_frames), options.first_frames, options)
     if options.prompts_file is None:
         raise ValueError(
-            f"prompts_file: expected a file of {told}s for {options.teacher}, got none."
+            f"prompts_file: expected a file of {conditioning}s for {options.teacher}, got none."
         )
     lines = _first(LineFile(options.prompts_file), options.prompts_file, options)
-    for number, line in enumerate(lines if told == "label" else (), start=1):
+    for number, line in enumerate(lines if conditioning == "label" else (), start=1):
         if not line.strip().isdigit():
             raise ValueError(
                 f"prompts_file: expected a class number in every line of {options.prompts_file}, "
@@ -229,11 +229,11 @@ def _sources(
         family.reads_image,
     )
     counts = sorted(set(options.teacher_steps))
-    found = teacher_sources(options.source, counts, loading)
+    sources = teacher_sources(options.source, counts, loading)
     for path in options.student:
         steps = list(dict.fromkeys(options.steps))
-        found += student_sources(path, steps, loading, out / "exports")
-    return with_distinct_labels(found)
+        sources += student_sources(path, steps, loading, out / "exports")
+    return with_distinct_labels(sources)
 
 
 def _drawing(options: Options, family: type[Family], prompts: Sequence[Any], seed: int) -> Drawing:
@@ -262,12 +262,12 @@ def _fill(
 
     real = None
     if files:
-        told_by = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        settings = {**facts, "files": settings_hash({"files": told_by}), "versions": versions()}
+        identity = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        settings = {**facts, "files": settings_hash({"files": identity}), "versions": versions()}
         real = Store.of(root, "real", settings, len(files), options.shard_images)
-        with counting("real images", len(files)) as told:
+        with counting("real images", len(files)) as progress:
             seen = (options.batch_size, options.num_previews)
-            read_into(real, files, lens, *seen, *where, told.update)
+            read_into(real, files, lens, *seen, *where, progress.update)
     stores = {}
     for place, source in enumerate(sources):
         for index, drawing in enumerate(drawings):
@@ -284,9 +284,11 @@ def _fill(
                 settings["frames"] = drawing.frames
             name = f"{source.group}_{source.steps}"
             store = Store.of(root, name, settings, len(drawing), options.shard_images)
-            with counting(f"{source.label}, {counted(source.steps, 'step')}", len(drawing)) as told:
+            with counting(
+                f"{source.label}, {counted(source.steps, 'step')}", len(drawing)
+            ) as progress:
                 try:
-                    draw_into(store, source.load, drawing, lens, *where, told.update)
+                    draw_into(store, source.load, drawing, lens, *where, progress.update)
                 except FloatingPointError as err:
                     name = f"{source.label} at {counted(source.steps, 'step')}"
                     raise ValueError(f"{name}: {err}.") from err

@@ -94,8 +94,10 @@ class PipelineSampler:
         if self.conditioning == "prompt":
             return {"prompt": list(prompts)}
         taken = inspect.signature(type(self.pipeline).__call__).parameters
-        told = {"class_labels": [int(p) for p in prompts]} if self.conditioning == "label" else {}
-        return {**told, **({"batch_size": len(prompts)} if "batch_size" in taken else {})}
+        condition = (
+            {"class_labels": [int(p) for p in prompts]} if self.conditioning == "label" else {}
+        )
+        return {**condition, **({"batch_size": len(prompts)} if "batch_size" in taken else {})}
 
 
 def _now(device: torch.device) -> float:

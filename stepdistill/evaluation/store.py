@@ -60,8 +60,8 @@ class Store:
             for first in range(0, self.count, self.size)
         ]
         # Shared out before the finished ones are left out: all processes agree on whose is whose.
-        own = shards[rank::world_size]
-        return [shard for shard in own if not self._whole(shard)]
+        share = shards[rank::world_size]
+        return [shard for shard in share if not self._whole(shard)]
 
     def _whole(self, shard: range) -> bool:
         try:

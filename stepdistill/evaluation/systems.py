@@ -230,15 +230,15 @@ def _put_lora(family: Family, folder: Path, file: str) -> None:
 
 def _weights(model: str) -> dict[str, Any]:
     """What tells a pipeline apart: hashes of weights and configurations, or the Hub's commit."""
-    found = base_model(model)
-    told = {"model": found.hub_id or Path(model).name, "weights": found.sha256 or found.commit}
+    base = base_model(model)
+    facts = {"model": base.hub_id or Path(model).name, "weights": base.sha256 or base.commit}
     if Path(model).is_dir():
         sha, root = hashlib.sha256(), Path(model)
         for file in sorted(root.rglob("*.json")):
             if file.name != RECORD:  # whose call is told, and whose rest changes no image
                 sha.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-        told["configs"] = sha.hexdigest()
-    return told
+        facts["configs"] = sha.hexdigest()
+    return facts
 
 
 def _kind(output: str, reads_image: bool) -> str:

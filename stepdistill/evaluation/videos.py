@@ -61,8 +61,8 @@ def first_frames(folder: str) -> list[FirstFrame]:
             f"{folder!r}."
         )
     return [
-        FirstFrame(all_captions(told)[0], path, sha256_of(path)[:16])
-        for path, told in FolderCaptions(root)
+        FirstFrame(all_captions(caption)[0], path, sha256_of(path)[:16])
+        for path, caption in FolderCaptions(root)
     ]
 
 
@@ -85,9 +85,9 @@ def check_video(options: Any, output: str, reads_image: bool) -> None:
                     f"{options.teacher}, which makes images."
                 )
     if reads_image != (options.first_frames is not None):
-        told = "a folder of first frames for" if reads_image else "no first frames beside"
+        expected = "a folder of first frames for" if reads_image else "no first frames beside"
         raise ValueError(
-            f"first_frames: expected {told} {options.teacher}, got {options.first_frames!r}."
+            f"first_frames: expected {expected} {options.teacher}, got {options.first_frames!r}."
         )
     choice = options.frames or DEFAULT_FRAMES
     if choice not in ("first", "all") and not (choice.isdigit() and int(choice) > 0):
@@ -127,9 +127,9 @@ def look_at_videos(
     chosen = frame_indices(choice, len(videos[0]))
     frames = [video[i] for video in videos for i in chosen]
     rows = look(frames, [text_of(prompt) for prompt in prompts for _ in chosen])
-    found = {name: row.unflatten(0, (len(videos), len(chosen))) for name, row in rows.items()}
-    found["motion"] = torch.stack([motion(video) for video in videos])
-    return found
+    features = {name: row.unflatten(0, (len(videos), len(chosen))) for name, row in rows.items()}
+    features["motion"] = torch.stack([motion(video) for video in videos])
+    return features
 
 
 def motion(video: Sequence[Image.Image]) -> Tensor:

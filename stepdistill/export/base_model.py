@@ -48,11 +48,11 @@ def weights_sha256(path: Path) -> str | None:
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     if not files:
         return None
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files:
         name = file.name if file == path else file.relative_to(path).as_posix()
-        whole.update(f"{name} {sha256_of(file)}\n".encode())
-    return whole.hexdigest()
+        digest.update(f"{name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _licence(card: Path) -> dict[str, str]:

@@ -77,7 +77,7 @@ def workflow(rules: ToolRules, record: Mapping[str, Any]) -> dict[str, Any]:
     comfy, (height, width) = tools["comfyui"], tools["size"]
     base = Path(str(record["base_model"] or "")).name or "base"
     base = base if base.endswith(".safetensors") else f"{base}.safetensors"
-    if rules.whole:
+    if rules.in_one_checkpoint:
         model = graph.add("CheckpointLoaderSimple", [base])
         clip, vae = (model[0], 1), (model[0], 2)
     else:

@@ -142,8 +142,8 @@ def _first_argument(family: Family) -> str:
 def size_call(family: Family, resolution: int | None) -> dict[str, Any]:
     """Height and width, px, where the student was trained at another size than the model's own."""
     taken = inspect.signature(type(family.pipeline).__call__).parameters
-    own = family.default_shape
-    if resolution is None or family.sample_shape(resolution, resolution) == own:
+    shape = family.default_shape
+    if resolution is None or family.sample_shape(resolution, resolution) == shape:
         return {}
     return {name: resolution for name in ("height", "width") if name in taken}
 

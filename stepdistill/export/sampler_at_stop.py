@@ -17,13 +17,13 @@ def sampler_at_stop(
 
     Warns where it is not the finished run's. Errors: ValueError for steps off the grid reached.
     """
-    planned, reached = method.sampler(), method.sampler_at(step, max_steps)
-    if planned.times != reached.times:
+    planned, actual = method.sampler(), method.sampler_at(step, max_steps)
+    if planned.times != actual.times:
         warnings.warn(
             f"export: training stopped at update {step} of {max_steps}, before its last grid. The "
             f"student is sampled on the grid that it reached, in "
-            f"{counted(reached.num_steps, 'step')} and not in {planned.num_steps}. Train on: "
+            f"{counted(actual.num_steps, 'step')} and not in {planned.num_steps}. Train on: "
             "--resume_from_checkpoint latest.",
             stacklevel=3,
         )
-    return reached if num_steps is None else method.sampler_at(step, max_steps, num_steps)
+    return actual if num_steps is None else method.sampler_at(step, max_steps, num_steps)

@@ -35,7 +35,7 @@ class ToolRules:
     table: Literal["vp", "flow", "flux"] = "flow"
     shift: float = 1.0
     shift_node: str = "ModelSamplingSD3"
-    whole: bool = False  # whether people keep it in one checkpoint with its VAE
+    in_one_checkpoint: bool = False  # whether people keep it in one checkpoint with its VAE
     clip: tuple[str, ...] | None = None
     vae: str | None = None
     latent: str = "EmptySD3LatentImage"
@@ -51,7 +51,7 @@ _SD = ToolRules(
     "stable-diffusion-v1",
     {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
     "vp",
-    whole=True,
+    in_one_checkpoint=True,
     latent="EmptyLatentImage",
     a1111=_KOHYA,
     sd_scripts=_KOHYA,
@@ -79,7 +79,7 @@ RULES: dict[str, ToolRules] = {
         "stable-diffusion-3-medium",
         {"ss_base_model_version": "medium"},
         shift=3.0,
-        whole=True,
+        in_one_checkpoint=True,
         clip=(
             "TripleCLIPLoader",
             *("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"),

@@ -207,9 +207,9 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
     """
     if isinstance(teacher, Family):
         name = type(teacher.pipeline).__name__
-        told = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
+        facts = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
         in_config = teacher.labels_in(teacher.config), teacher.told_guidance_in(teacher.config)
-        return TeacherFacts(type(teacher), name, *told, *in_config)
+        return TeacherFacts(type(teacher), name, *facts, *in_config)
     source = ModelSource.of(teacher)
     cls = family_for(source.pipeline_class)
     _check_parts(source, cls, {})

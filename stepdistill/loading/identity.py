@@ -72,8 +72,8 @@ def _read_files(folder: Path, variant: str | None) -> Iterator[Path]:
 
 
 def _variant(file: Path) -> str | None:
-    found = _VARIANT.fullmatch(file.name)
-    return found["name"] if found else None
+    match = _VARIANT.fullmatch(file.name)
+    return match["name"] if match else None
 
 
 def file_hash(path: Path) -> str:
@@ -99,10 +99,10 @@ def _hex(content: bytes) -> str:
 def _values(path: Path) -> Any:
     """Of a configuration, without a saver's notes; None for what is none."""
     try:
-        found = read_json(path)
+        values = read_json(path)
     except ValueError:
         return None  # the loader will say so
-    return {name: value for name, value in found.items() if name not in _NOTES}
+    return {name: value for name, value in values.items() if name not in _NOTES}
 
 
 def _samples(fd: int, size: int, safetensors: bool) -> Iterator[tuple[int, int]]:
@@ -130,9 +130,9 @@ def commit_of(model: str, revision: str | None) -> str | None:
             file = hf_hub_download(model, name, revision=revision, local_files_only=True)
         except (*UNREACHABLE, HFValidationError):
             continue
-        found = SNAPSHOT.search(Path(file).as_posix())
-        if found:
-            return found[3]
+        match = SNAPSHOT.search(Path(file).as_posix())
+        if match:
+            return match[3]
     try:
         return HfApi().model_info(model, revision=revision).sha
     except (*UNREACHABLE, HFValidationError):

@@ -86,9 +86,9 @@ def check_weights(folder: Path, index: Mapping[str, Any]) -> None:
         if name.startswith("_") or not isinstance(entry, list | tuple) or not part.is_dir():
             continue
         files = [p for p in part.iterdir() if p.is_file()]
-        whole = sorted(p for p in files if p.suffix == ".safetensors")
+        complete = sorted(p for p in files if p.suffix == ".safetensors")
         pickled = sorted(p.name for p in files if p.suffix.lower() in PICKLED)
-        if pickled and not whole:
+        if pickled and not complete:
             raise ValueError(
                 f"{part}: expected safetensors, got the pickled {pickled[0]}, which is not read "
                 "(it can run code). Save the pipeline anew with safe_serialization=True."
@@ -98,7 +98,7 @@ def check_weights(folder: Path, index: Mapping[str, Any]) -> None:
                 check_shard_index(shards)
         config = part / "config.json"
         quantised = config.is_file() and "quantization_config" in read_json(config)
-        for path in whole:
+        for path in complete:
             check_safetensors(path, floating=name in _NETS and not quantised)
 
 

@@ -92,9 +92,9 @@ class ModelSource:
         folder = Path(where)
         check_place(where)
         if not folder.exists():
-            found: dict[str, Any] = DiffusionPipeline.load_config(where, **self.hub)
-            check_index(found, where)
-            return found
+            entries: dict[str, Any] = DiffusionPipeline.load_config(where, **self.hub)
+            check_index(entries, where)
+            return entries
         file = folder / "model_index.json"
         read = read_json(file, ("_class_name",))
         if not isinstance(read.get("_class_name"), str):
@@ -117,12 +117,12 @@ class ModelSource:
         """Of its files without the LoRAs; see loading/identity.py."""
         if not self.model:  # a pipeline in memory that came from nowhere
             return {}
-        own = identity_of(self.model, self.revision, self.variant)
+        files = identity_of(self.model, self.revision, self.variant)
         if not self.is_single_file:
-            return own
-        described, whole = identity_of(self.described_at), is_whole(self.model)
-        read = (name for name in described if not (whole and name.endswith(".safetensors")))
-        return own | {f"single_file_config/{name}": described[name] for name in read}
+            return files
+        described, complete = identity_of(self.described_at), is_whole(self.model)
+        read = (name for name in described if not (complete and name.endswith(".safetensors")))
+        return files | {f"single_file_config/{name}": described[name] for name in read}
 
     def facts(self) -> dict[str, Any]:
         """What identifies the teacher in a run's record. Errors: see `parse_lora`."""

@@ -41,16 +41,16 @@ def parse_lora(text: str) -> LoraSource:
         a pickled file, or a folder with no or several LoRA files.
     """
     path, scale = _split_scale(text)
-    found = Path(absolute(path))
-    if found.is_file():
-        if found.suffix != ".safetensors":
+    there = Path(absolute(path))
+    if there.is_file():
+        if there.suffix != ".safetensors":
             raise ValueError(
-                f"teacher_lora: expected a .safetensors file, got {found}. Pickled weights are "
+                f"teacher_lora: expected a .safetensors file, got {there}. Pickled weights are "
                 "not read; convert them with safetensors."
             )
-        return LoraSource(str(found.parent), found.name, scale)
-    if found.is_dir():
-        return LoraSource(str(found), _file_in(found), scale)
+        return LoraSource(str(there.parent), there.name, scale)
+    if there.is_dir():
+        return LoraSource(str(there), _file_in(there), scale)
     check_lora("teacher_lora", path)
     user, name, *file = path.split("/", 2)
     return LoraSource(f"{user}/{name}", file[0] if file else LORA_WEIGHT_NAME_SAFE, scale)

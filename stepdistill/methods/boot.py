@@ -80,11 +80,11 @@ class BOOT(Method[BOOTConfig]):
 
     def signal(self, nets: Nets, eps: Tensor, point: Tensor, cond: Cond) -> Tensor:
         """g (B, C, *S): the student's y at grid points (B,), of the trajectories from eps."""
-        path, told = self.setting.path, self.told.to(eps.device)[point]
+        path, label_times = self.setting.path, self.told.to(eps.device)[point]
         # An EDM network scales its input by the noise level it is told: noise of that size.
         of_level = isinstance(path, VEPath)
-        start = path.add_noise(0.0 * eps, eps, told) if of_level else path.prior(eps)
-        return nets["student"](start, told, cond).x0
+        start = path.add_noise(0.0 * eps, eps, label_times) if of_level else path.prior(eps)
+        return nets["student"](start, label_times, cond).x0
 
     def loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """| g(eps, s) - stopgrad y_s |^2, weighted, in which a share of the samples stands at the

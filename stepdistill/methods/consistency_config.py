@@ -190,9 +190,9 @@ class ConsistencyConfig(MethodConfig):
             made["embed_guidance"] = (False, why)
         fields = cls.model_fields
         low, high = options.get("guidance_range", fields["guidance_range"].default)
-        told = options.get("inference_guidance", fields["inference_guidance"].default)
-        if not low <= told <= high:
-            made["inference_guidance"] = (min(max(told, low), high), why)
+        guidance = options.get("inference_guidance", fields["inference_guidance"].default)
+        if not low <= guidance <= high:
+            made["inference_guidance"] = (min(max(guidance, low), high), why)
         return made
 
     @property

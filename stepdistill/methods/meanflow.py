@@ -80,8 +80,8 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
 
     def roles(self) -> dict[str, Role]:
         extra = ("s",) if self.config.r == "general" else ()
-        own = {"teacher": Role(), "student": Role(train=True, extra_inputs=extra)}
-        return {**super().roles(), **own} if self.config.matching else own
+        roles = {"teacher": Role(), "student": Role(train=True, extra_inputs=extra)}
+        return {**super().roles(), **roles} if self.config.matching else roles
 
     def phases(self, step: int) -> Sequence[Phase]:
         return super().phases(step)[: 2 if self.config.matching else 1]

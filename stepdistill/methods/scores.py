@@ -85,6 +85,10 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
         student = Phase("student", loss, ("student",), reads_x0=reads, reads_real=False)
         return student, self.critic_phase()
 
+    @property
+    def part_starts(self) -> tuple[int, ...]:
+        return tuple(sorted({0, self.config.warm_start.updates}))
+
     def warm_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         config, times = self.config.warm_start, self.rollout.times
         g = self.teacher_guidance

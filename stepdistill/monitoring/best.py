@@ -74,20 +74,20 @@ def new_best(
 
 def write_best(output_dir: Path, best: Best) -> None:
     """Point to a checkpoint, which is whole."""
-    told = {"checkpoint": best.checkpoint, **asdict(best)}
-    write_text(output_dir / BEST_FILE, json.dumps(told, indent=2))
+    record = {"checkpoint": best.checkpoint, **asdict(best)}
+    write_text(output_dir / BEST_FILE, json.dumps(record, indent=2))
 
 
 def read_best(output_dir: Path) -> Best | None:
     """The best so far, or None where no run has kept one (or its pointer is unreadable)."""
     try:
-        told: dict[str, Any] = read_json(output_dir / BEST_FILE)
+        record: dict[str, Any] = read_json(output_dir / BEST_FILE)
         return Best(
-            int(told["step"]),
-            str(told["metric"]),
-            str(told["mode"]),
-            float(told["value"]),
-            bool(told["extra"]),
+            int(record["step"]),
+            str(record["metric"]),
+            str(record["mode"]),
+            float(record["value"]),
+            bool(record["extra"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -169,11 +169,11 @@ class RunLog:
         means = torch.stack([self._sums[k].float() / self._counts[k] for k in keys])
         if self._accelerator.num_processes > 1:
             means = self._accelerator.reduce(means, reduction="mean")
-        told = zip(keys, means.tolist(), strict=True)
-        return {key: value for key, value in told if math.isfinite(value)}
+        pairs = zip(keys, means.tolist(), strict=True)
+        return {key: value for key, value in pairs if math.isfinite(value)}
 
     # -------------------------------------------------------------- validation
-    def validation(self, found: Validation | None, step: int, seconds: float) -> bool:
+    def validation(self, result: Validation | None, step: int, seconds: float) -> bool:
         """Write a validation (made on the main process) down; call on all ranks.
 
         Returns: whether it is the best so far, so that the step's checkpoint should be kept.
@@ -184,16 +184,16 @@ class RunLog:
         # stopped early and resumed must go the way of one that was not.
         planned = step % (self._args.validation_steps or 1) == 0
         line = {"step": step, "seconds": round(seconds, 3)}
-        if found is not None:
-            finite = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
-            told = {**line, **finite, "trajectory": found.trajectory}
-            self._append("validation.jsonl", told if planned else {**told, "early": True})
-            self.image("validation", found.grid, step)
+        if result is not None:
+            finite = {k: v for k, v in result.metrics.items() if math.isfinite(v)}
+            scalars = {**line, **finite, "trajectory": result.trajectory}
+            self._append("validation.jsonl", scalars if planned else {**scalars, "early": True})
+            self.image("validation", result.grid, step)
             if self._args.report_to:
-                told = {f"validation/{k}": v for k, v in finite.items()}
+                scalars = {f"validation/{k}": v for k, v in finite.items()}
                 with self._aside("report_to"):
-                    self._accelerator.log(told, step=step)
-        shared: list[Any] = [None if found is None else found.metrics]
+                    self._accelerator.log(scalars, step=step)
+        shared: list[Any] = [None if result is None else result.metrics]
         metrics = broadcast_object_list(shared)[0]
         if planned:
             check_measured(self._args, metrics)

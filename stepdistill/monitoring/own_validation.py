@@ -154,18 +154,18 @@ class OwnValidation:
         if self._why_not:
             self.leave()
             return {"steps": 0, "why": self._why_not}
-        found = schedule(self._method, args, self._rows / step, len(self._prompts), steps)
-        if not found.every:
+        planned = schedule(self._method, args, self._rows / step, len(self._prompts), steps)
+        if not planned.every:
             self.leave()
-            return found.said((), steps)
-        prompts = args.validation_prompts or self._prompts[: found.grid.prompts]
+            return planned.said((), steps)
+        prompts = args.validation_prompts or self._prompts[: planned.grid.prompts]
         self._chosen = {
-            "validation_steps": found.every,
+            "validation_steps": planned.every,
             "validation_prompts": prompts,
-            "num_validation_images": found.grid.images,
-            "validation_teacher_steps": found.grid.teacher_steps,
+            "num_validation_images": planned.grid.images,
+            "validation_teacher_steps": planned.grid.teacher_steps,
         }
-        return found.said(prompts, steps)
+        return planned.said(prompts, steps)
 
     def leave(self) -> None:
         """Make none from now on."""

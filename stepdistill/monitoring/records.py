@@ -56,33 +56,33 @@ def mend(folder: Path, step: int) -> list[str]:
     set aside as it is: nothing that a run needs lies in it.
     Returns: a line of what was set aside, for each such record.
     """
-    told = []
+    lines = []
     for name in LINES:
         path = folder / name
         if not path.is_file():
             continue
-        kept, damaged = _cut(path.read_bytes(), step)
+        text, damaged = _cut(path.read_bytes(), step)
         if damaged:
-            told.append(f"{name}: {damaged} damaged lines left out, as it was: {_copy(path)}")
-        write_text(path, kept)
+            lines.append(f"{name}: {damaged} damaged lines left out, as it was: {_copy(path)}")
+        write_text(path, text)
     for name in (RUN_FILE, BEST_FILE):
         path = folder / name
         try:
             if path.is_file():
                 read_json(path)
         except ValueError as err:
-            told.append(f"{one_line(err)} Set aside as {set_aside(path).name}.")
+            lines.append(f"{one_line(err)} Set aside as {set_aside(path).name}.")
     for name in FILES:
         path = folder / name
         if os.path.lexists(path) and not path.is_file():
-            told.append(f"{path}: in the way of a record, set aside as {set_aside(path).name}.")
-    return told
+            lines.append(f"{path}: in the way of a record, set aside as {set_aside(path).name}.")
+    return lines
 
 
 def _cut(raw: bytes, step: int) -> tuple[str, int]:
     """(a JSONL file's whole lines written up to `step`, but for those an early end added; how many
     lines were damaged). A last one that was cut short is none of these."""
-    kept, damaged = [], 0
+    lines, damaged = [], 0
     for line in raw.split(b"\n")[:-1]:
         try:
             text = line.decode("utf-8")
@@ -94,8 +94,8 @@ def _cut(raw: bytes, step: int) -> tuple[str, int]:
             damaged += bool(line.strip())
             continue
         if at <= step and not record.get("early") and record.get("kind") != "end":
-            kept.append(text + "\n")
-    return "".join(kept), damaged
+            lines.append(text + "\n")
+    return "".join(lines), damaged
 
 
 def _copy(path: Path) -> str:

@@ -51,18 +51,18 @@ class Reference:
 
 def teacher_guidance(method: Method[Any], args: TrainConfig) -> float:
     """Guidance of the teacher that the student is held against: the method's, unless args say."""
-    told = args.validation_guidance
-    return method.teacher_guidance if told is None else told
+    given = args.validation_guidance
+    return method.teacher_guidance if given is None else given
 
 
 def probe_times(spec: SamplerSpec) -> tuple[float, ...]:
     """At most MAX_PROBES descending times that the student is trained at, its sampler's first."""
-    found = spec.times if spec.num_steps > 1 or spec.trained_times is None else spec.trained_times
-    found = tuple(sorted(found, reverse=True))
+    times = spec.times if spec.num_steps > 1 or spec.trained_times is None else spec.trained_times
+    times = tuple(sorted(times, reverse=True))
     if spec.trained_times is None and spec.num_steps == 1:
-        found = uniform_grid(MAX_PROBES)
-    keep = max(1, -(-len(found) // MAX_PROBES))
-    return found[::keep]
+        times = uniform_grid(MAX_PROBES)
+    keep = max(1, -(-len(times) // MAX_PROBES))
+    return times[::keep]
 
 
 def conditions(
@@ -134,20 +134,20 @@ def saved_reference(
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if path.is_file():
         with safe_open(path, framework="pt") as saved:
-            told = saved.metadata() or {}
-            if told.get("key") == key:
-                errors = {float(t): e for t, e in json.loads(told["errors"])}
+            metadata = saved.metadata() or {}
+            if metadata.get("key") == key:
+                errors = {float(t): e for t, e in json.loads(metadata["errors"])}
                 tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
                 states = {t: tensors[f"x_t/{i}"] for i, t in enumerate(errors)}
                 return Reference(tensors["x0"], states, errors, tensors.get("unguided"))
-    found = solve_reference(teacher, family, prompts, args, guidance, probes, batch)
-    tensors = {f"x_t/{i}": x.contiguous() for i, x in enumerate(found.states.values())}
-    tensors["x0"] = found.x0.contiguous()
+    reference = solve_reference(teacher, family, prompts, args, guidance, probes, batch)
+    tensors = {f"x_t/{i}": x.contiguous() for i, x in enumerate(reference.states.values())}
+    tensors["x0"] = reference.x0.contiguous()
     if guidance != 1.0 and teacher.has_null and not teacher.embeds_guidance:
         plain = solve_reference(teacher, family, prompts, args, 1.0, (), batch)
-        found = replace(found, unguided=plain.x0)
+        reference = replace(reference, unguided=plain.x0)
         tensors["unguided"] = plain.x0.contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"key": key, "errors": json.dumps(list(found.errors.items()))}
-    write_atomic(path, lambda aside: save_file(tensors, aside, told))
-    return found
+    metadata = {"key": key, "errors": json.dumps(list(reference.errors.items()))}
+    write_atomic(path, lambda aside: save_file(tensors, aside, metadata))
+    return reference

@@ -40,10 +40,10 @@ class RewardCheck:
         if self._off or not self._watched:
             return ""
         ends = {kind: f"/reward_{kind}" for kind in (*self._trained, *self._watched)}
-        found = (
+        scores = (
             (kind, v) for kind, end in ends.items() for k, v in values.items() if k.endswith(end)
         )
-        self._lines.append(dict(found))
+        self._lines.append(dict(scores))
         if len(self._lines) < self._length:
             return ""
         now = {kind: moments for kind in ends if (moments := self._moments(kind)) is not None}

@@ -31,20 +31,20 @@ def _learning(run: RunRecords) -> Answer:
     metric = next((name for name in _DISTANCES if name in values), None)
     if metric is None:
         asked = run.facts.get("train_config", {}).get("validation_steps")
-        told = "the first validation is to come" if asked else "--validation_steps measures it"
-        return "open", "not known", question, told
+        text = "the first validation is to come" if asked else "--validation_steps measures it"
+        return "open", "not known", question, text
     (first_step, first), (step, last) = values[metric][0], values[metric][-1]
     lowest_step, lowest = min(values[metric], key=lambda point: point[1])
     if step == first_step:
         return "open", "not known", question, f"{_DISTANCES[metric]} {short(first)} at {step}"
-    told = f"{_DISTANCES[metric]} {short(first)} at {first_step}, {short(last)} at {step}"
+    text = f"{_DISTANCES[metric]} {short(first)} at {first_step}, {short(last)} at {step}"
     if last > (1 + _NOTICEABLE) * lowest and lowest_step > first_step:
-        told += f", {short(lowest)} at {lowest_step}"
+        text += f", {short(lowest)} at {lowest_step}"
     if last < (1 - _NOTICEABLE) * first:
-        return "good", "yes", question, told
+        return "good", "yes", question, text
     if last > (1 + _NOTICEABLE) * first:
-        return "bad", "no", question, told
-    return "open", "level", question, told
+        return "bad", "no", question, text
+    return "open", "level", question, text
 
 
 def _left(run: RunRecords) -> Answer:
@@ -67,18 +67,18 @@ def _looks(run: RunRecords) -> Answer:
     question, limits = "Does it look right?", WatchdogConfig()
     last: dict[str, Any] = run.validations[-1] if run.validations else {}
     diversity, saturation = last.get("diversity_ratio"), last.get("saturation_excess", 0.0)
-    told = []
+    lines = []
     if diversity is not None:
-        told.append(f"diversity {short(diversity)} of the teacher's")
+        lines.append(f"diversity {short(diversity)} of the teacher's")
     if saturation > limits.max_saturation:
-        told.append(f"{saturation:.0%} more values at black or white than the teacher's")
-    told.append(counted(len(run.alarms), "alarm") if run.alarms else "no alarm")
+        lines.append(f"{saturation:.0%} more values at black or white than the teacher's")
+    lines.append(counted(len(run.alarms), "alarm") if run.alarms else "no alarm")
     bad = saturation > limits.max_saturation or (diversity or 1.0) < limits.min_diversity
     if bad or run.alarms:
-        return "bad", "look", question, ", ".join(told)
+        return "bad", "look", question, ", ".join(lines)
     if not last:
         return "open", "not known", question, "no samples yet; no alarm"
-    return "good", "yes", question, ", ".join(told)
+    return "good", "yes", question, ", ".join(lines)
 
 
 def _next(run: RunRecords) -> Answer:
@@ -94,10 +94,10 @@ def _next(run: RunRecords) -> Answer:
     if state == "finished":
         exported = run.folder / "pipeline"
         if exported.is_dir():
-            told = f"stepdistill sample {shlex.quote(str(exported))} --prompt ..."
+            command = f"stepdistill sample {shlex.quote(str(exported))} --prompt ..."
         else:
-            told = f"stepdistill export {folder} OUT --format pipeline"
-        return "good", "try it", question, told
+            command = f"stepdistill export {folder} OUT --format pipeline"
+        return "good", "try it", question, command
     if state.startswith("stopped"):
         return "bad", "change it", question, "as the reason above says"
     return "open", "go on", question, "the same command with --resume_from_checkpoint latest"

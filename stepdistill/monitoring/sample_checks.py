@@ -27,25 +27,25 @@ class SampleChecks:
 
         Args: done: share of the run.
         """
-        config, found = self._config, {}
+        config, alarms = self._config, {}
         if config.drift != "off":
-            told = [*self._drift(metrics)]
-            if told:
-                found["drift"] = "x0 drifts from the teacher's: " + ", ".join(told)
+            lines = [*self._drift(metrics)]
+            if lines:
+                alarms["drift"] = "x0 drifts from the teacher's: " + ", ".join(lines)
         if config.diversity != "off":
             ratio = self._diversity_ratio(metrics)
             if ratio is not None and self._progress.bad(
                 "diversity", 1.0 / max(ratio, 1e-9), 1.0 / config.min_diversity, done
             ):
-                found["diversity"] = f"diversity is {ratio:.3g} of what it should be"
+                alarms["diversity"] = f"diversity is {ratio:.3g} of what it should be"
         if config.fake_lag != "off" and step > 0:  # before any update the fake is the teacher
             lag = metrics.get("fake_lag", 0.0)
             sure = abs(lag) - 2.0 * metrics.get("fake_lag_error", 0.0)
             if sure > config.max_fake_lag:
-                found["fake_lag"] = f"the fake lags the student by {lag:.3g} of its gradient"
+                alarms["fake_lag"] = f"the fake lags the student by {lag:.3g} of its gradient"
         for check in ("drift", "diversity", "fake_lag"):
-            self.strikes[check] = self.strikes.get(check, 0) + 1 if check in found else 0
-        return found
+            self.strikes[check] = self.strikes.get(check, 0) + 1 if check in alarms else 0
+        return alarms
 
     def guidance(self, metrics: Mapping[str, float]) -> str | None:
         """What is wrong with the teacher's own guided samples, against its unguided ones.
@@ -53,10 +53,10 @@ class SampleChecks:
         A student that matches them is where it was sent; no later value can be better.
         """
         measures = self._measures(metrics, "guided_", "guided_")
-        told = [f"{name} {value:.3g}" for name, value, most in measures if value > most]
-        if self._config.drift == "off" or not told:
+        signs = [f"{name} {value:.3g}" for name, value, most in measures if value > most]
+        if self._config.drift == "off" or not signs:
             return None
-        return f"its guidance drives its samples off: {', '.join(told)}"
+        return f"its guidance drives its samples off: {', '.join(signs)}"
 
     def _drift(self, metrics: Mapping[str, float]) -> list[str]:
         return [

@@ -97,22 +97,22 @@ def sample_metrics(
 
     Args: latents (N, C, *S), images (N, C, H, W) or videos, all on the CPU.
     """
-    found = {"saturation": saturation(images)}
+    metrics = {"saturation": saturation(images)}
     if per_prompt > 1:
-        found["diversity"] = diversity(latents, per_prompt)
+        metrics["diversity"] = diversity(latents, per_prompt)
     if reference is None:
-        return found
+        return metrics
     teacher, teacher_images = reference
     spread = float(teacher.float().std())
-    found["frechet_diagonal"] = frechet_diagonal(
+    metrics["frechet_diagonal"] = frechet_diagonal(
         features(frame_of(images)), features(frame_of(teacher_images))
     )
     error = (latents.float() - teacher.float()).square().mean().sqrt()
-    found["teacher_rmse"] = float(error) / max(spread, 1e-6)
-    found["x0_mean_drift"], found["x0_std_ratio"] = x0_drift(latents, teacher)
-    found["saturation_excess"] = found["saturation"] - saturation(teacher_images)
+    metrics["teacher_rmse"] = float(error) / max(spread, 1e-6)
+    metrics["x0_mean_drift"], metrics["x0_std_ratio"] = x0_drift(latents, teacher)
+    metrics["saturation_excess"] = metrics["saturation"] - saturation(teacher_images)
     if per_prompt > 1:
         usual = diversity(teacher, per_prompt)
         if usual > 0.0:
-            found["diversity_ratio"] = found["diversity"] / usual
-    return found
+            metrics["diversity_ratio"] = metrics["diversity"] / usual
+    return metrics

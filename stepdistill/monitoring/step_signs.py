@@ -62,16 +62,16 @@ class StepSigns:
             return {}
         student = _x0(self._last["student"])
         teacher, fake = self._last.get("teacher"), self._last.get("fake")
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         if teacher is None or teacher.raw.shape != student.shape:
-            return found
+            return values
         real = _x0(teacher)
         if len(student) > 1:
-            found |= _spreads("x0", student, batch.cond) | _spreads("teacher", real, batch.cond)
+            values |= _spreads("x0", student, batch.cond) | _spreads("teacher", real, batch.cond)
         if fake is not None and teacher.x_t is fake.x_t:
             for name, x0 in (("teacher", real), ("fake", _x0(fake))):
-                found[f"{name}_error"] = (student - x0).square().mean()
-        return found
+                values[f"{name}_error"] = (student - x0).square().mean()
+        return values
 
 
 def _x0(pred: Prediction) -> Tensor:
@@ -119,7 +119,7 @@ class SignChecks:
 
     def bad(self, values: Mapping[str, float], done: float) -> dict[str, str]:
         """check -> what is wrong now. Call once a planned log line, with its means."""
-        found: dict[str, str] = {}
+        alarms: dict[str, str] = {}
         for check, name, value, threshold in self._signs(values):
             recent = self._recent.setdefault(name, deque(maxlen=self._lines))
             recent.append(value)
@@ -128,16 +128,21 @@ class SignChecks:
             usual = statistics.median(recent)
             if self._progress.bad(name, usual, threshold, done):
                 ratio = usual if check == "fake_error" else 1.0 / usual
-                found.setdefault(check, f"{_MEANING[name]} is {ratio:.3g} of the teacher's")
-        return found
+                alarms.setdefault(check, f"{_MEANING[name]} is {ratio:.3g} of the teacher's")
+        return alarms
 
     def _signs(self, values: Mapping[str, float]) -> Iterator[tuple[str, str, float, float]]:
         """(check, name, value that should be low, threshold) of what the line has."""
         config = self._config
         for name in _SPREADS:
-            own, teacher = (values.get(f"student/{of}_{name}", 0.0) for of in ("x0", "teacher"))
+            student, teacher = (values.get(f"student/{of}_{name}", 0.0) for of in ("x0", "teacher"))
             if teacher > 0.0:
-                yield "spread", name, (teacher / max(own, 1e-12)) ** 0.5, 1.0 / config.min_spread
+                yield (
+                    "spread",
+                    name,
+                    (teacher / max(student, 1e-12)) ** 0.5,
+                    1.0 / config.min_spread,
+                )
         fake, real = (values.get(f"student/{of}_error", 0.0) for of in ("fake", "teacher"))
         if real > 0.0:
             yield "fake_error", "fake_error", fake / real, config.max_fake_error

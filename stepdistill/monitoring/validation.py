@@ -58,8 +58,8 @@ def validate(
 def grid_prompts(args: TrainConfig, family: Family) -> list[Any]:
     """Each validation prompt as often as it has images; numbers are class ids where labels tell."""
     by_label = family.conditioning == "label"
-    told = [int(p) if by_label and p.isdigit() else p for p in args.validation_prompts]
-    return [p for p in told for _ in range(args.num_validation_images)]
+    prompts = [int(p) if by_label and p.isdigit() else p for p in args.validation_prompts]
+    return [p for p in prompts for _ in range(args.num_validation_images)]
 
 
 def save_grid(images: Sequence[Image.Image], columns: int, path: Path) -> Image.Image:
@@ -109,7 +109,7 @@ class Validator:
         """The teacher's samples and their images (N, 3, H, W), or videos."""
         if not self.args.validation_teacher_steps:
             return None
-        found = saved_reference(
+        reference = saved_reference(
             self._folder,
             self._teacher,
             self._bank.family,
@@ -119,12 +119,12 @@ class Validator:
             probe_times(self._method.sampler()) if self._same_path else (),
             self.batch,
         )
-        images = self._images(found.x0)
+        images = self._images(reference.x0)
         save_grid(to_pil(images), self.args.num_validation_images, self._folder / "teacher.png")
-        if found.unguided is not None:
-            plain = (found.unguided, self._images(found.unguided))
-            self._guided = guidance_metrics((found.x0, images), plain)
-        return found, images
+        if reference.unguided is not None:
+            plain = (reference.unguided, self._images(reference.unguided))
+            self._guided = guidance_metrics((reference.x0, images), plain)
+        return reference, images
 
     @property
     def _same_path(self) -> bool:
@@ -177,7 +177,7 @@ class Validator:
         self, student: Denoiser, spec: SamplerSpec, teacher: Reference
     ) -> dict[str, list[float]]:
         """RMS distance of x0 predictions on the teacher's trajectory from its end, by time."""
-        prompts, found = grid_prompts(self.args, self._bank.family), []
+        prompts, errors = grid_prompts(self.args, self._bank.family), []
         for t, states in teacher.states.items():
             parts = []
             for i in range(0, len(prompts), self.batch):
@@ -190,9 +190,9 @@ class Validator:
                     self._device,
                 )
                 parts.append(_jump(student, spec, x, t, cond, null).float().cpu())
-            found.append(rms(torch.cat(parts) - teacher.x0))
+            errors.append(rms(torch.cat(parts) - teacher.x0))
         times = list(teacher.states)
-        return {"t": times, "student": found, "teacher": [teacher.errors[t] for t in times]}
+        return {"t": times, "student": errors, "teacher": [teacher.errors[t] for t in times]}
 
     def _fake_lag(self, spec: SamplerSpec, fit: FakeFit) -> tuple[float, float]:
         """(lag, standard error) on samples that stop at each of the sampler's steps in turn.
@@ -215,11 +215,11 @@ class Validator:
             ending = replace(spec, times=spec.times[:stop])
             for part in rows.split(self.batch) if len(rows) else ():
                 index = part.tolist()
-                own = [prompts[i] for i in index]
+                chosen = [prompts[i] for i in index]
                 x0 = sample_latents(
-                    bank["student"], bank.family, ending, own, args.seed, *size, index[0]
+                    bank["student"], bank.family, ending, chosen, args.seed, *size, index[0]
                 )
-                cond, null = conditions(bank.family, teacher, own, guided, self._device)
+                cond, null = conditions(bank.family, teacher, chosen, guided, self._device)
 
                 def noise(k: int, index: list[int] = index, like: Tensor = x0) -> Tensor:
                     return keyed_noise(shape, args.seed, index, 1000 + k).to(like)

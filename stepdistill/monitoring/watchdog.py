@@ -137,14 +137,14 @@ class Watchdog:
         seen = {f"{phase}: expected a finite loss": v for phase, v in self._losses.items()}
         if not self._scaled:  # a GradScaler overflows now and then by design, and skips
             seen |= {f"{role}: expected a finite gradient": v for role, v in self._pending.items()}
-        found = [(*self._first_bad(values), rule) for rule, values in seen.items()]
-        bad = [one for one in found if one[0] >= 0]
+        firsts = [(*self._first_bad(values), rule) for rule, values in seen.items()]
+        bad = [one for one in firsts if one[0] >= 0]
         if bad:
             step, proven, rule = min(bad, key=lambda one: one[0])
-            told = f"{rule}, got a non-finite one at step {step}"
+            line = f"{rule}, got a non-finite one at step {step}"
             before = takewhile(lambda other: other != rule, seen)  # phases that were finite there
             proven |= any(at == step for other in before for at, _ in seen[other])
-            self._stop(told, newest=step if proven else step - 1)
+            self._stop(line, newest=step if proven else step - 1)
         self._losses.clear()
 
     def _first_bad(self, values: Sequence[tuple[int, Tensor]]) -> tuple[int, bool]:
@@ -159,10 +159,10 @@ class Watchdog:
         finite = torch.stack([value.float() for _, value in values]).isfinite()
         if self._accelerator.num_processes > 1:
             finite = self._accelerator.reduce(finite.float()) == self._accelerator.num_processes
-        found = (~finite).nonzero()
-        if not len(found):
+        places = (~finite).nonzero()
+        if not len(places):
             return -1, False
-        first = int(found[0])
+        first = int(places[0])
         return values[first][0], first > 0 and values[first - 1][0] == values[first][0]
 
     def check_updates(self, step: int) -> None:
@@ -184,8 +184,8 @@ class Watchdog:
             pending.clear()
             ratio, at, norm = worst
             if self.config.grad_norm != "off" and ratio > self.config.grad_norm_ratio:
-                told = f"gradient norm {norm:.3g} is {ratio:.3g} times its running median"
-                self._alarm(at, "grad_norm", role, self.config.grad_norm, told, now=step)
+                line = f"gradient norm {norm:.3g} is {ratio:.3g} times its running median"
+                self._alarm(at, "grad_norm", role, self.config.grad_norm, line, now=step)
         self._recover(step)
 
     def _recover(self, step: int) -> None:
@@ -201,9 +201,9 @@ class Watchdog:
 
         Errors: WatchdogStop where a check stops.
         """
-        for check, told in self.signs.bad(values, done).items():
+        for check, line in self.signs.bad(values, done).items():
             role = "fake" if check == "fake_error" else "student"
-            self._alarm(step, check, role, getattr(self.config, check), told)
+            self._alarm(step, check, role, getattr(self.config, check), line)
         if hacked := self.rewards.bad(values):
             self._alarm(step, "reward", "student", self.config.reward, hacked)
 
@@ -217,13 +217,13 @@ class Watchdog:
         if off is not None:  # no learning rate helps
             action = "stop" if self.config.drift == "stop" else "warn"
             self._alarm(step, "guidance", "teacher", action, off)
-        found = self.samples.bad(step, metrics, done)
-        if not found:
+        alarms = self.samples.bad(step, metrics, done)
+        if not alarms:
             self.healthy_step = step
-        for check, told in found.items():
+        for check, line in alarms.items():
             if self.samples.strikes[check] >= self.config.patience:
                 role = "fake" if check == "fake_lag" else "student"
-                self._alarm(step, check, role, getattr(self.config, check), told)
+                self._alarm(step, check, role, getattr(self.config, check), line)
 
     # ------------------------------------------------------------------ acting
     def _alarm(
@@ -273,9 +273,9 @@ class Watchdog:
 
     def take_alarms(self) -> Sequence[dict[str, Any]]:
         """What was told since the last call, as plain records with their printed line."""
-        told = [{**asdict(alarm), "line": alarm.line} for alarm in self.alarms]
+        records = [{**asdict(alarm), "line": alarm.line} for alarm in self.alarms]
         self.alarms = []
-        return told
+        return records
 
     # -------------------------------------------------------------------- state
     def state_dict(self) -> dict[str, Any]:

@@ -77,10 +77,12 @@ class PairWriter:
             if old.model_hash and "model_hash" not in changed:
                 changed = [key for key in changed if key != "model"]  # it was moved
             if changed:
-                told = ", ".join(f"{k} {old_values[k]!r}, now {new_values[k]!r}" for k in changed)
+                changes = ", ".join(
+                    f"{k} {old_values[k]!r}, now {new_values[k]!r}" for k in changed
+                )
                 raise ValueError(
                     f"pairs: expected the settings that {str(folder)!r} was made with, got another "
-                    f"{told}. Use a new folder, or the old settings to go on."
+                    f"{changes}. Use a new folder, or the old settings to go on."
                 )
             if size > num_pairs:
                 raise ValueError(f"pairs: expected num_pairs >= {size} on disk, got {num_pairs}.")

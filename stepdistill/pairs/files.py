@@ -151,7 +151,7 @@ def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) ->
     shapes = {name: shape for name, (_, shape) in opened.layout.items()}
     kinds = {dtype for dtype, _ in opened.layout.values()}
     prompts = header.get("prompts")
-    whole = (
+    complete = (
         isinstance(prompts, list)
         and all(type(p) in (str, int) for p in prompts)
         and len(opened) == len(prompts) == len(rows)
@@ -159,7 +159,7 @@ def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) ->
     if (
         shapes != expected
         or not kinds <= {"F32", "BF16"}
-        or not whole
+        or not complete
         or header.get("start") != rows[0]
     ):
         raise ValueError(

@@ -75,12 +75,12 @@ def blueprint(model: str, dtype: torch.dtype) -> Family:
 
     Errors: ValueError for an unknown model, or a part that no configuration describes.
     """
-    told = describe(model)
-    cls = family_for(told["pipeline"])
-    parts = {name: _build(name, part, dtype) for name, part in told["parts"].items()}
+    described = describe(model)
+    cls = family_for(described["pipeline"])
+    parts = {name: _build(name, part, dtype) for name, part in described["parts"].items()}
     module = import_module("diffusers")
-    pipeline_class: type[DiffusionPipeline] = getattr(module, told["pipeline"])
-    return cls(pipeline_class(**parts, **told["options"]))
+    pipeline_class: type[DiffusionPipeline] = getattr(module, described["pipeline"])
+    return cls(pipeline_class(**parts, **described["options"]))
 
 
 def _build(name: str, part: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
@@ -93,14 +93,14 @@ def _build(name: str, part: Mapping[str, Any] | None, dtype: torch.dtype) -> Any
         return CLIPImageProcessor(**part.get("config", {}))
     if "Tokenizer" in class_name or "Processor" in class_name:
         return _tokenizer(class_name, part)
-    found = part_class(library, class_name)
+    cls = part_class(library, class_name)
     if "Scheduler" in class_name:
-        return found.from_config(part["config"])
+        return cls.from_config(part["config"])
     with torch.device("meta"), no_init_weights():
         if library == "diffusers":
-            net: nn.Module = found.from_config(part["config"])
+            net: nn.Module = cls.from_config(part["config"])
         else:
-            net = found(found.config_class.from_dict(dict(part["config"])))
+            net = cls(cls.config_class.from_dict(dict(part["config"])))
     for param in net.parameters():
         if param.is_floating_point() and not class_name.startswith("Autoencoder"):
             param.data = param.data.to(dtype)

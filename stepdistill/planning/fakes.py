@@ -71,8 +71,8 @@ class Shapes:
                     storages[i] = elem.untyped_storage()
                     out.append(fake(mode, elem))
                     continue
-                whole = torch.empty(self.storages[i], dtype=torch.uint8, device="meta")
-                storages[i] = whole.untyped_storage()
+                storage = torch.empty(self.storages[i], dtype=torch.uint8, device="meta")
+                storages[i] = storage.untyped_storage()
             elem = torch.empty(0, dtype=dtype, device="meta")
             out.append(fake(mode, elem.set_(storages[i], offset, size, stride)))
         return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,12 +50,15 @@ PROMPT = "a photograph of an astronaut riding a horse, studio light, highly deta
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes and operations of one update of one phase. activations: the peak above `resident`."""
+    """Bytes and operations of one update of one phase. activations: the peak above `resident`.
+    since: the student step from which on updates are so; share: of the run's that are."""
 
     phase: str
     repeat: int
     activations: int
     flops: int
+    since: int = 0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,10 @@ class Forecast:
 
     @property
     def flops_per_step(self) -> int:
-        """Operations of one student step: every phase, every repeat, every micro-batch."""
-        return self.accumulation * sum(c.flops * c.repeat for c in self.phases)
+        """Operations of one student step: every phase, every repeat, every micro-batch; where they
+        change in a run, the mean."""
+        total = sum(c.flops * c.repeat * c.share for c in self.phases)
+        return round(self.accumulation * total)
 
     def peak_on(self, num_gpus: int, sharding: str = "ddp") -> int:
         """Bytes on each of `num_gpus`: ddp adds the gradient buckets, fsdp2 shards what is held.
@@ -138,8 +144,8 @@ def forecast(run: RunConfig) -> Forecast:
 
     Runs that differ only in where encoders and moments are held are traced once.
     """
-    told = run.model_copy(update=_HELD)  # without a command's own options
-    plan = _traced(told.model_dump_json(include=set(RunConfig.model_fields)))
+    plain = run.model_copy(update=_HELD)  # without a command's own options
+    plan = _traced(plain.model_dump_json(include=set(RunConfig.model_fields)))
     plan = replace(plan, accumulation=run.gradient_accumulation_steps)
     if run.offload_encoders:
         plan = replace(plan, encoders=0, encoding=0)
@@ -159,6 +165,7 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         method: Method[Any] = method_class(run.method)(config, family.setting_at(run.resolution))
+    method.check_length(run.max_train_steps)
     count = sum(p.numel() for p in family.net.parameters())
     if run.tuning.base_quantization != "none":
         pack(family.net, run.tuning.base_quantization)
@@ -209,7 +216,7 @@ def _measure(
     fake: FakeTensorMode,
     tracker: CostTracker,
 ) -> Forecast:
-    own = {id(p) for role in bank.roles for p in bank.members(role).values()}
+    role_params = {id(p) for role in bank.roles for p in bank.members(role).values()}
     trained = {r: _size(bank.members(r).values()) for r in bank.trained_roles}
     averaged = sum(_size(bank.members(r).values()) for r, s in bank.roles.items() if s.ema_of)
     held: list[Tensor] = [*bank.parameters(), *bank.buffers()]
@@ -222,44 +229,48 @@ def _measure(
     tracker.live = before + _size(_tensors(batch))
     phases, gradients, rows = [], 0, 0
     rewards = Rewards(run, MethodByShape(method, family, run.resolution))
-    ctx = _PlanCtx(max_steps=run.max_train_steps)
+    last = run.max_train_steps
+    parts = pairwise((*(start for start in method.part_starts if start < last), last))
     with torch.autocast(
         "cpu", torch.bfloat16, enabled=run.mixed_precision != "no", cache_enabled=False
     ):
-        for phase in method.phases(0):
-            bank.train_only(phase.trains)
-            tracker.reset_peak()
-            start, flops = tracker.live, tracker.flops
-            ctx = _PlanCtx(phase=phase.name, max_steps=run.max_train_steps, carry=ctx.carry)
-            signs = StepSigns()
-            with tracker, bank.watched(signs.see):
-                losses = phase.loss(bank, batch, ctx)
-            if (add := rewards.due(phase, 0, batch.shape)) is not None:
-                with tracker, bank.watched(signs.count):
-                    losses = add(bank, batch, ctx, losses)
-            loss = losses.total.float()
-            del losses
-            rows += signs.rows * phase.repeat * run.gradient_accumulation_steps
-            del signs
-            with tracker:
-                loss.backward()
-            del loss
-            activations = tracker.peak - start
-            phases.append(Cost(phase.name, phase.repeat, activations, tracker.flops - flops))
-            gradients = max(gradients, sum(trained[r] for r in phase.trains))
-            for param in bank.parameters():
-                param.grad = None
+        for since, end in parts:
+            carry: dict[str, object] = {}
+            for phase in method.phases(since):
+                bank.train_only(phase.trains)
+                tracker.reset_peak()
+                start, flops = tracker.live, tracker.flops
+                ctx = _PlanCtx(step=since, phase=phase.name, max_steps=last, carry=carry)
+                signs = StepSigns()
+                with tracker, bank.watched(signs.see):
+                    losses = phase.loss(bank, batch, ctx)
+                if (add := rewards.due(phase, 0, batch.shape)) is not None:
+                    with tracker, bank.watched(signs.count):
+                        losses = add(bank, batch, ctx, losses)
+                loss = losses.total.float()
+                del losses
+                if since == 0:  # a run of ours goes by its first steps, too
+                    rows += signs.rows * phase.repeat * run.gradient_accumulation_steps
+                del signs
+                with tracker:
+                    loss.backward()
+                del loss
+                cost = Cost(phase.name, phase.repeat, tracker.peak - start, tracker.flops - flops)
+                phases.append(replace(cost, since=since, share=(end - since) / last))
+                gradients = max(gradients, sum(trained[r] for r in phase.trains))
+                for param in bank.parameters():
+                    param.grad = None
     validation: dict[str, Any] = {}
     if run.validation_steps is None:
         planned = schedule(method, run, rows, PROMPTS, run.max_train_steps)
         named = run.validation_prompts or [PROMPT] * planned.grid.prompts
         validation = planned.said(named, run.max_train_steps)
-    kept, largest = gathered_bytes(bank.nets.values())
+    gathered, largest = gathered_bytes(bank.nets.values())
     return Forecast(
         model=run.pretrained_model_name_or_path,
         method=run.method,
         num_parameters=0,
-        frozen=_size(p for p in bank.parameters() if id(p) not in own),
+        frozen=_size(p for p in bank.parameters() if id(p) not in role_params),
         trained=trained,
         averaged=averaged,
         gradients=gradients,
@@ -272,7 +283,7 @@ def _measure(
         phases=tuple(phases),
         validation=validation,
         largest_block=largest,
-        kept_gathered=kept,
+        kept_gathered=gathered,
     )
 
 
@@ -295,8 +306,8 @@ def _batch(
     def made() -> Tensor:
         return fresh(fake, (bsz, *shape), torch.float32)
 
-    own = "real" in method.needs and run.data.gan.source is not None
-    x0 = "x0" in method.needs or ("real" in method.needs and not own)
+    separate = "real" in method.needs and run.data.gan.source is not None
+    x0 = "x0" in method.needs or ("real" in method.needs and not separate)
     batch = Batch(
         cond=cond.repeat(bsz),
         null=null.repeat(bsz),
@@ -304,7 +315,7 @@ def _batch(
         x0=made() if x0 else None,
         noise=made() if "noise" in method.needs else None,
         prompts=(PROMPT,) * bsz,
-        gan=(made(), cond.repeat(bsz)) if own else None,
+        gan=(made(), cond.repeat(bsz)) if separate else None,
     )
     return batch, encoding
 
@@ -356,5 +367,5 @@ def _to_fake(module: nn.Module, fake: FakeTensorMode) -> None:
         tables = {k: v for k, v in vars(part).items() if isinstance(v, Tensor | list)}
         vars(part).update({name: faked(table) for name, table in tables.items()})
         stores: tuple[Any, Any] = (part._parameters, part._buffers)
-        for own in stores:
-            own.update({name: faked(old) for name, old in own.items()})
+        for store in stores:
+            store.update({name: faked(old) for name, old in store.items()})

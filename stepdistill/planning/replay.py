@@ -53,7 +53,7 @@ class _Backward(NamedTuple):
 @dataclass
 class _Record:
     """peak: above what lived before. result: a tree of plain values and places. held: numbers of
-    the input storages that the graph keeps, and kept: bytes that it keeps besides."""
+    the input storages that the graph keeps, and unfreed: bytes that it keeps besides."""
 
     peak: int
     flops: int
@@ -61,7 +61,7 @@ class _Record:
     result: tuple[list[Any], Any]
     differentiable: tuple[bool, ...]
     held: tuple[int, ...] = ()
-    kept: int = 0
+    unfreed: int = 0
     backward: dict[Any, _Backward] = field(default_factory=dict)
 
     def filled_with(self, tensors: Sequence[Tensor]) -> Any:
@@ -218,7 +218,7 @@ class _Call:
         if record is None:
             return None
         record.flops = tracker.flops - flops
-        record.kept = tracker.live - before - record.out.nbytes
+        record.unfreed = tracker.live - before - record.out.nbytes
         graph = [x.grad_fn for x in tree_leaves(out) if isinstance(x, Tensor)]
         live = tracker.live
         del out
@@ -270,19 +270,21 @@ class _Call:
             out = [x for x, here in zip(out, arrived, strict=True) if here]
             end = _Finish.apply(probe, *out)  # type: ignore[no-untyped-call]
         out.clear()
-        kept = {i for i, here in zip(record.held, elsewhere, strict=True) if here}
+        needed = {i for i, here in zip(record.held, elsewhere, strict=True) if here}
         for i in range(len(self.shapes.storages)):
-            if i not in kept:
+            if i not in needed:
                 self._drop(copies, i)
         end.backward()
         probe.ended([])
-        own = [p.grad if b is None else None for p, b in zip(self.params, before, strict=True)]
+        param_grads = [
+            p.grad if b is None else None for p, b in zip(self.params, before, strict=True)
+        ]
         for param, grad in zip(self.params, before, strict=True):
             param.grad = grad
         wanted = [i for i, d in enumerate(self.differentiable) if d]
         filled = [wanted[i] for i in probe.filled]
-        filled += [len(self.differentiable) + i for i, g in enumerate(own) if g is not None]
-        of_params = Shapes.of([g for g in own if g is not None])
+        filled += [len(self.differentiable) + i for i, g in enumerate(param_grads) if g is not None]
+        of_params = Shapes.of([g for g in param_grads if g is not None])
         return _Backward(probe.peak, probe.flops, tuple(filled), probe.grads, of_params)
 
 
@@ -348,15 +350,15 @@ class _Playback:
     def __init__(self, call: _Call, record: _Record) -> None:
         self.call, self.record = call, record
         self.held: list[list[Tensor]] = []
-        self.kept: Tensor | None = None
+        self.held_bytes: Tensor | None = None
 
     def begin(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The results; holds what the block's own graph would."""
         places = self.call.shapes.tensors
         for i in self.record.held:
             self.held.append([t for t, place in zip(inputs, places, strict=True) if place[0] == i])
-        if self.record.kept:
-            self.kept = fresh(self.call.mode, [self.record.kept], torch.uint8)
+        if self.record.unfreed:
+            self.held_bytes = fresh(self.call.mode, [self.record.unfreed], torch.uint8)
         return self.record.out.made(self.call.mode)
 
     def end(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -367,7 +369,7 @@ class _Playback:
             live = tracker.live
             tensors.clear()
             elsewhere.append(tracker.live == live)
-        self.kept = None
+        self.held_bytes = None
         known, made = self.call.gradients(self.record, grads, tuple(elsewhere))
         tracker.peak = max(peak, start + known.peak)
         tracker.flops += known.flops

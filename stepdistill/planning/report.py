@@ -9,7 +9,7 @@ from rich.table import Table
 
 from stepdistill.config.run import RunConfig
 from stepdistill.monitoring.own_validation import line_of
-from stepdistill.planning.forecast import Forecast, forecast
+from stepdistill.planning.forecast import Cost, Forecast, forecast
 from stepdistill.planning.recipes import verdict
 
 GIB = 2**30
@@ -42,8 +42,8 @@ def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None)
     console.print(table(plan, run))
     for sharding in ("ddp", "fsdp2") if num_gpus > 1 else ("ddp",):
         size = plan.peak_on(num_gpus, sharding)
-        told = f"{num_gpus} x {sharding}" if num_gpus > 1 else "one process"
-        console.print(f"{told}: {size / GIB:.2f} GiB on each device")
+        text = f"{num_gpus} x {sharding}" if num_gpus > 1 else "one process"
+        console.print(f"{text}: {size / GIB:.2f} GiB on each device")
     console.print(
         f"{plan.flops_per_step / 1e12:.1f} TFLOP a step; estimate: "
         f"{hours_per_1k(plan, gpu):.2f} h per 1,000 steps on {gpu} "
@@ -58,10 +58,10 @@ def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None)
         console.print(f"{tight}fits {room / 1e9:g} GB")
         return True
     console.print(f"does not fit {room / 1e9:g} GB")
-    for told, smaller in suggestions(run, plan):
+    for text, smaller in suggestions(run, plan):
         size = forecast(smaller).peak_on(num_gpus)
         fit = "fits" if size <= room else "does not fit either"
-        console.print(f"  {told}: {size / GIB:.2f} GiB, {fit}")
+        console.print(f"  {text}: {size / GIB:.2f} GiB, {fit}")
         if size <= room:
             break
     return False
@@ -79,7 +79,7 @@ def table(plan: Forecast, run: RunConfig) -> Table:
         ("text encoders" if plan.judges else "text encoders and VAE", plan.encoders),
         *((("scorers, and what decodes for them", plan.judges),) if plan.judges else ()),
         ("encoding a prompt, above that", plan.encoding),
-        *((f"phase {c.phase}: gradients and activations", c.activations) for c in plan.phases),
+        *((f"phase {_name(c)}: gradients and activations", c.activations) for c in plan.phases),
         ("peak of one process", plan.peak),
     ]
     for name, size in rows:
@@ -89,23 +89,27 @@ def table(plan: Forecast, run: RunConfig) -> Table:
     return made
 
 
+def _name(cost: Cost) -> str:
+    return f"{cost.phase} from step {cost.since}" if cost.since else cost.phase
+
+
 def suggestions(run: RunConfig, plan: Forecast) -> Iterator[tuple[str, RunConfig]]:
     """Cheaper runs, the change that saves most first, each keeping the changes before it.
 
     Which saves most is estimated from the run's forecast; a harsher form of a change (nf4 after
     int8) is offered once the milder one is made.
     """
-    told: list[str] = []
+    lines: list[str] = []
     done: set[str] = set()
     while True:
         left = [change for change in _changes(run, plan) if change[1] not in done]
         if not left:
             return
         _, name, changes = max(left, key=lambda change: change[0])
-        told.append(name)
+        lines.append(name)
         done.add(name)
         run = run.model_copy(update=dict(changes))
-        yield ", ".join(told), run
+        yield ", ".join(lines), run
 
 
 def _changes(run: RunConfig, plan: Forecast) -> Iterator[tuple[float, str, Mapping[str, object]]]:

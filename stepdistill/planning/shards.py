@@ -14,12 +14,12 @@ def gathered_bytes(nets: Iterable[nn.Module]) -> tuple[int, int]:
 
     A block inside another is gathered on top of what the outer one holds by itself.
     """
-    kept, most = 0, 0
+    whole_step, most = 0, 0
     for net in nets:
         blocks = {id(block) for block in blocks_of(net)}
-        kept += _own(net, blocks)
+        whole_step += _own(net, blocks)
         most = max(most, _deepest(net, blocks, 0))
-    return kept, most
+    return whole_step, most
 
 
 def _own(module: nn.Module, blocks: set[int]) -> int:

@@ -127,9 +127,9 @@ def _described(value: Any, given: list[FakeTensor]) -> Any:
 class _Result:
     """What an operation gave: given tensors themselves (in place), or tensors that lie so."""
 
-    def __init__(self, whole: type | None, given: list[int | None], made: Shapes, flops: int):
-        """whole: tuple or list of several, None of one. given: of each, which one it is."""
-        self.whole, self.given, self.made, self.flops = whole, given, made, flops
+    def __init__(self, sequence: type | None, given: list[int | None], made: Shapes, flops: int):
+        """sequence: tuple or list of several, None of one. given: of each, which one it is."""
+        self.sequence, self.given, self.made, self.flops = sequence, given, made, flops
 
     @classmethod
     def of(cls, out: Any, given: list[FakeTensor], flops: int) -> _Result | None:
@@ -155,4 +155,4 @@ class _Result:
         if self.made.tensors:
             made = iter(self.made.made(mode, [tensor.untyped_storage() for tensor in given]))
         out = [next(made) if i is None else given[i] for i in self.given]
-        return out[0] if self.whole is None else self.whole(out)
+        return out[0] if self.sequence is None else self.sequence(out)

@@ -80,14 +80,16 @@ class CLIPScorer(FrozenScorer):
 
     def loaded(self, options: Any, weights: bool) -> Any:
         """The towers: encode_image and encode_text, with normalize. Args: see FrozenScorer."""
-        told: dict[str, Any] = {"force_quick_gelu": quick_gelu(options.model, options.pretrained)}
+        arguments: dict[str, Any] = {
+            "force_quick_gelu": quick_gelu(options.model, options.pretrained)
+        }
         try:
             if weights:
-                told |= {"require_pretrained": True, "weights_only": True}
-                return open_clip.create_model(options.model, options.pretrained, **told)
+                arguments |= {"require_pretrained": True, "weights_only": True}
+                return open_clip.create_model(options.model, options.pretrained, **arguments)
             with without_warnings():  # that there are no weights
-                told |= {"load_weights": False, "device": "meta"}
-                return open_clip.create_model(options.model, **told)
+                arguments |= {"load_weights": False, "device": "meta"}
+                return open_clip.create_model(options.model, **arguments)
         except (RuntimeError, OSError) as err:
             raise ValueError(
                 f"scorer clip: expected weights for {options.model!r}, got {err} Give a local file "

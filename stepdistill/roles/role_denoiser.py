@@ -83,6 +83,12 @@ class RoleDenoiser(Denoiser):
         other._adapter, other._activate = adapter, activate
         return other
 
+    def seen_by(self, see: Callable[[Prediction], None]) -> RoleDenoiser:
+        """The same, with another who is told of its predictions."""
+        other = copy.copy(self)
+        other._see = see
+        return other
+
     @contextmanager
     def in_pipeline(self) -> Iterator[Any]:
         """Within: the family's stock pipeline around this role's network, adapter unmerged."""

@@ -274,6 +274,9 @@ class RoleBank(nn.Module):
 
     def carrying(self, role: str, other: str, share: float) -> Nets:
         """See Nets.carrying."""
+        if share == 1.0:
+            stands_in = self._denoisers[other].seen_by(partial(self._seen, role))
+            return Carrying(self, role, stands_in)
         adapter = self._adapter_of[other]
         assert adapter is not None, f"role {other!r} has no adapter"
         assert self._adapter_of[role] is None, f"role {role!r} has an adapter of its own"

@@ -71,9 +71,9 @@ class BatchMaker:
             null = self._null.repeat(cond.bsz)
         real, x0 = None, self._x0(raw) if with_x0 else None
         if gan is not None:
-            own = self._x0(gan, "gan")
-            assert own is not None, "the trainer checks what the source has"
-            real = (own, self._cond(gan)[0])
+            x0_gan = self._x0(gan, "gan")
+            assert x0_gan is not None, "the trainer checks what the source has"
+            real = (x0_gan, self._cond(gan)[0])
         known = {"index", "content", "prompt", "label", "image", "x0", "noise", "size", REREAD}
         return Batch(
             cond=cond,
@@ -121,9 +121,9 @@ class BatchMaker:
             if prompt in self._prompts:
                 self._prompts.move_to_end(prompt)
                 continue
-            found = None if self.disk is None else self.disk.prompt(prompt)
-            if found is not None:
-                stored[prompt] = found.to(self.device)
+            cached = None if self.disk is None else self.disk.prompt(prompt)
+            if cached is not None:
+                stored[prompt] = cached.to(self.device)
             else:
                 # One by one: the last bits depend on the batch a prompt is encoded in, and which
                 # prompts are new depends on where a run was resumed.
@@ -167,10 +167,10 @@ class BatchMaker:
         """(C, *S) of an image (3, H, W), which may be missing where the disk has its latent; None
         where both are."""
         if self.disk is not None and self.disk.latents is not None:
-            told = {"image": image} if content is None else {"content": content}
-            found = self.disk.latent(image_key(told))
-            if found is not None:
-                return found
+            key_facts = {"image": image} if content is None else {"content": content}
+            stored = self.disk.latent(image_key(key_facts))
+            if stored is not None:
+                return stored
         if key in self._latents:
             self._latents.move_to_end(key)
             return self._latents[key]
@@ -192,9 +192,9 @@ class BatchMaker:
         return many if self._max_latents is None else min(many, self._max_latents)
 
 
-def _drop_oldest(kept: OrderedDict[Any, Any], limit: int) -> None:
-    while len(kept) > limit:
-        kept.popitem(last=False)
+def _drop_oldest(entries: OrderedDict[Any, Any], limit: int) -> None:
+    while len(entries) > limit:
+        entries.popitem(last=False)
 
 
 def batch_maker(

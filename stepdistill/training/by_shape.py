@@ -60,10 +60,10 @@ class MethodByShape:
             return phase.loss
 
         def loss(nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
-            own = next(p for p in other.phases(ctx.step) if p.name == phase.name)
+            phase_here = next(p for p in other.phases(ctx.step) if p.name == phase.name)
             if state := self.method.state_dict():
                 other.load_state_dict(state)
-            losses = own.loss(nets, batch, ctx)
+            losses = phase_here.loss(nets, batch, ctx)
             if state:
                 self.method.load_state_dict(other.state_dict())
             return losses

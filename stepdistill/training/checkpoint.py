@@ -85,10 +85,10 @@ def prune(newest: Path, limit: int | None, protect: Collection[str] = ()) -> Non
         for p in list_checkpoints(newest.parent)
         if order_of(p) < order_of(newest) and f"checkpoint-{step_of(p)}" not in stays
     ]
-    whole = [p for p in older if fault_of(p, hashes=False) is None]
-    kept = [*whole, newest][-limit:]
+    complete = [p for p in older if fault_of(p, hashes=False) is None]
+    staying = [*complete, newest][-limit:]
     for folder in older:
-        if order_of(folder) < order_of(kept[0]) and not is_users(folder):
+        if order_of(folder) < order_of(staying[0]) and not is_users(folder):
             discard(folder)
 
 
@@ -242,8 +242,8 @@ def load_checkpoint(folder: Path, bank: RoleBank, optimizer: Optimizer) -> dict[
 
 def _stored_as(folder: Path, begins: str) -> list[Path]:
     """What StoredTensors reads of the checkpoint under names that begin so."""
-    found = [p for p in folder.glob(f"{begins}*") if p.is_dir() or p.suffix == ".safetensors"]
-    return sorted({p.with_suffix("") for p in found})
+    files = [p for p in folder.glob(f"{begins}*") if p.is_dir() or p.suffix == ".safetensors"]
+    return sorted({p.with_suffix("") for p in files})
 
 
 def saved_student(source: str | Path) -> Path:
@@ -254,15 +254,15 @@ def saved_student(source: str | Path) -> Path:
     """
     folder = Path(source)
     skipped: list[str] = []
-    whole: Path | None = folder
+    complete: Path | None = folder
     if not (folder / MANIFEST).is_file():
-        whole, skipped = newest_valid(folder)
+        complete, skipped = newest_valid(folder)
     for line in skipped:
         warnings.warn(f"init_student_from: {line}", stacklevel=3)
-    fault = "no whole checkpoint" if whole is None else fault_of(whole)
-    if whole is None or fault is not None:
+    fault = "no whole checkpoint" if complete is None else fault_of(complete)
+    if complete is None or fault is not None:
         raise ValueError(
             f"init_student_from: expected a run or checkpoint folder, got {folder} with {fault}."
         )
-    averaged = _stored_as(whole, "role_ema")
-    return averaged[0] if averaged else whole / "role_student"
+    averaged = _stored_as(complete, "role_ema")
+    return averaged[0] if averaged else complete / "role_student"

@@ -74,12 +74,12 @@ def method_fits(
                 "config. Set --method_config.gan.weight_g, or leave it out.",
                 stacklevel=5,
             )
-    elif {"cond", "x0"} <= (found := fields(gan_dataset)):
+    elif {"cond", "x0"} <= (present := fields(gan_dataset)):
         has |= {"real"}
     else:
         raise ValueError(
             f"data.gan: expected real samples (image or x0) with their prompts or labels, got "
-            f"{sorted(found)} from {type(gan_dataset).__name__}. Name a source of images: "
+            f"{sorted(present)} from {type(gan_dataset).__name__}. Name a source of images: "
             "--data.gan.train_data_dir DIR."
         )
     if not needs <= has:
@@ -172,6 +172,13 @@ def roles_fit(
                 f"{method.name}: expected networks that can be differentiated forward (jvp), got "
                 f"{what}. Set --method_config.estimator backward."
             )
+
+
+def length_fits(
+    cls: type[Method[Any]], config: MethodConfig, args: TrainConfig, teacher: TeacherFacts
+) -> None:
+    """Errors: ValueError for a run that is too short for the method's stages."""
+    _quietly(cls, config, teacher).check_length(args.max_train_steps)
 
 
 def _mixing_fits(method: Method[Any], args: TrainConfig) -> None:

@@ -43,8 +43,8 @@ def checkpoints_activations(args: TrainConfig, net: nn.Module) -> bool:
         return args.gradient_checkpointing
     if args.tuning.base_quantization != "none":
         return True
-    own = (p.numel() for name, p in net.named_parameters() if ".lora_" not in name)
-    return sum(own) >= AUTO_PARAMETERS
+    weights = (p.numel() for name, p in net.named_parameters() if ".lora_" not in name)
+    return sum(weights) >= AUTO_PARAMETERS
 
 
 def checkpoint_decoder(args: TrainConfig, family: Family) -> None:
@@ -56,8 +56,8 @@ def checkpoint_decoder(args: TrainConfig, family: Family) -> None:
     vae = getattr(family.pipeline, "vae", None)
     if vae is None or is_video_vae(vae) or not checkpointed_blocks(vae):
         return
-    told, size = args.gradient_checkpointing, sum(p.numel() for p in vae.parameters())
-    if told is True or (told == "auto" and size >= AUTO_DECODER):
+    asked, size = args.gradient_checkpointing, sum(p.numel() for p in vae.parameters())
+    if asked is True or (asked == "auto" and size >= AUTO_DECODER):
         checkpoint_blocks(vae, lambda: lambda: (nullcontext(), nullcontext()))
 
 
@@ -95,6 +95,6 @@ def compile_blocks(bank: RoleBank, backend: str = "inductor") -> int:
 def repeated_blocks(net: Any) -> list[nn.Module]:
     """The blocks that make up most of a stock denoiser."""
     named = type(net)._repeated_blocks or ()
-    found = [m for m in net.modules() if type(m).__name__ in named]
+    blocks = [m for m in net.modules() if type(m).__name__ in named]
     lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
-    return found or [block for entries in lists for block in entries]
+    return blocks or [block for entries in lists for block in entries]

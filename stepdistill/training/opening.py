@@ -99,9 +99,10 @@ def memory_line(
     parts.pop(bank.family.net_name)
     beside = sum(parts.values())
     held = _size(bank.parameters()) + (0 if args.offload_encoders else beside)
-    own = {role: list(bank.members(role).values()) for role in bank.trained_roles}
-    moments = sum(moment_bytes(p, args.optimizer) for tensors in own.values() for p in tensors)
-    gradients = max(sum(_size(own[role]) for role in phase.trains) for phase in method.phases(0))
+    trained = {role: list(bank.members(role).values()) for role in bank.trained_roles}
+    moments = sum(moment_bytes(p, args.optimizer) for tensors in trained.values() for p in tensors)
+    phases = (phase for start in method.part_starts for phase in method.phases(start))
+    gradients = max(sum(_size(trained[role]) for role in phase.trains) for phase in phases)
     forecast = held + moments + gradients
     text = (
         f"memory:  {gib(held)} of weights held; forecast {gib(forecast)} with gradients and "

@@ -68,8 +68,8 @@ class StopRequest:
         """
         signalled, broken = float(self._noted or orphaned()), float(failed)
         if accelerator.num_processes > 1:
-            told = torch.tensor([signalled, seconds, broken], device=accelerator.device)
-            signalled, seconds, broken = accelerator.reduce(told, reduction="mean").tolist()
+            flags = torch.tensor([signalled, seconds, broken], device=accelerator.device)
+            signalled, seconds, broken = accelerator.reduce(flags, reduction="mean").tolist()
         any_late = seconds >= (float("inf") if limit is None else limit)
         self.failed = broken > 0
         self.preempted = signalled > 0 and not self.failed

@@ -38,13 +38,14 @@ def scorers_of(method: Method[Any], rewards: Sequence[RewardConfig]) -> dict[str
 
     Errors: ValueError for a kind that the method has already, with options of its own.
     """
-    specs, own = {one.kind: ScorerSpec(one.kind, one.options) for one in rewards}, method.scorers()
-    if twice := sorted(specs.keys() & own.keys()):
+    specs = {one.kind: ScorerSpec(one.kind, one.options) for one in rewards}
+    of_method = method.scorers()
+    if twice := sorted(specs.keys() & of_method.keys()):
         raise ValueError(
             f"rewards: expected kinds that {method.name} does not judge by itself, got {twice}. "
             "Leave them out here, or turn its own loss off."
         )
-    return {**own, **specs}
+    return {**of_method, **specs}
 
 
 def check_kinds(

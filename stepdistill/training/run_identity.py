@@ -166,11 +166,11 @@ def same_run(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     if len(was) != len(now) or not all(map(same_lora, was, now)):
         differ["teacher_lora"] = (was, now)
     if differ:
-        told = "; ".join(
+        changes = "; ".join(
             f"{key} {was!r} (saved) against {now!r}" for key, (was, now) in differ.items()
         )
         raise ValueError(
-            f"resume_from_checkpoint: expected the settings of the saved run, got {told}. "
+            f"resume_from_checkpoint: expected the settings of the saved run, got {changes}. "
             "Use the saved settings or another --output_dir."
         )
 
@@ -218,15 +218,15 @@ def same_data(
             changed += [(name, was, got)] if any(was.get(k) != got.get(k) for k in keys) else []
     if changed and not allowed:
         name, was, got = changed[0]
-        told = [
+        changes = [
             f"{f['source']} of {f['items']} items{' in buckets' * ('buckets' in f)}, "
             f"sha256 {f['sha256']}"
             for f in (was, got)
         ]
         raise ValueError(
-            f"{name}: expected the data that the run was begun with ({told[0]}), got {told[1]}. "
-            "Give those, or go on with the new ones by --data_changed ok: run.json and the model "
-            "card will say so."
+            f"{name}: expected the data that the run was begun with ({changes[0]}), got "
+            f"{changes[1]}. Give those, or go on with the new ones by --data_changed ok: run.json "
+            "and the model card will say so."
         )
     return not changed
 

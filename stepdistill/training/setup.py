@@ -43,7 +43,7 @@ def make_accelerator(args: TrainConfig) -> Accelerator:
     if sharding_asked():
         check_sharding(args)
     with without_plugin():
-        found = Accelerator(
+        accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             log_with=args.report_to or None,
             project_dir=args.output_dir,
@@ -53,12 +53,12 @@ def make_accelerator(args: TrainConfig) -> Accelerator:
                 AutocastKwargs(cache_enabled=False),
             ],
         )
-    if args.mixed_precision == "fp16" and found.scaler is None:
+    if args.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError(
-            f"mixed_precision: expected no or bf16 on {found.device.type}, got fp16 (Accelerate "
-            "ignores it there, its gradient scaler too). Set --mixed_precision bf16."
+            f"mixed_precision: expected no or bf16 on {accelerator.device.type}, got fp16 "
+            "(Accelerate ignores it there, its gradient scaler too). Set --mixed_precision bf16."
         )
-    return found
+    return accelerator
 
 
 def prepared(

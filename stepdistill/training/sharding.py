@@ -93,7 +93,7 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
     named = set(getattr(net, "_no_split_modules", None) or ())
     lists = [m for m in net.children() if isinstance(m, nn.ModuleList)]
     entries = {id(entry) for entries in lists for entry in entries}
-    found = [
+    blocks = [
         module
         for module in net.modules()
         if module is not net
@@ -101,8 +101,8 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
         and any(True for _ in module.parameters())
     ]
     if isinstance(net, DiTTransformer2DModel):  # calls a part of its first block from outside it
-        found.append(net.transformer_blocks[0].norm1.emb)
-    return found[::-1]  # modules() goes from the outside in
+        blocks.append(net.transformer_blocks[0].norm1.emb)
+    return blocks[::-1]  # modules() goes from the outside in
 
 
 def shard(step: TrainStep, device: torch.device) -> None:
@@ -116,12 +116,12 @@ def shard(step: TrainStep, device: torch.device) -> None:
     for net in step.bank.nets.values():
         for block in blocks_of(net):
             fully_shard(block, mesh=mesh)
-    whole: Any = fully_shard(step, mesh=mesh)
+    sharded: Any = fully_shard(step, mesh=mesh)
     step.bank.rebind()
     nothing: Any = None
     with torch.no_grad():
         step(_no_loss, nothing, Ctx())  # settles that the step is the root, whoever runs first
-    whole.reshard()  # what stays gathered would miss the next change of requires_grad
+    sharded.reshard()  # what stays gathered would miss the next change of requires_grad
 
 
 def _no_loss(_nets: Nets, _batch: Batch, _ctx: Ctx) -> Losses:

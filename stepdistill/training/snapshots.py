@@ -97,8 +97,8 @@ class Resumable:
         self.restore(folder)
         before = state["facts"].get("data")
         if not same_data(before, self.facts.get("data"), allowed=True):
-            told = {"step": self.step, "before": before}
-            self.facts.setdefault("data_changed", []).append(told)
+            position = {"step": self.step, "before": before}
+            self.facts.setdefault("data_changed", []).append(position)
             self.accelerator.print(f"resume: other data from step {self.step} on (data_changed)")
         self.accelerator.print(f"resume: continuing {folder.name} at step {self.step}")
 

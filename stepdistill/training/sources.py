@@ -15,8 +15,8 @@ from stepdistill.families.registry import TeacherFacts, teacher_facts
 def open_dataset(run: RunConfig) -> Any:
     """The dataset of a RunConfig's one data source. Errors: ValueError where there is none."""
     facts = teacher_facts(run.source)  # refuses unserved classes first
-    told = facts.conditioning
-    if told == "none" and run.data.prompts_file is not None:
+    conditioning = facts.conditioning
+    if conditioning == "none" and run.data.prompts_file is not None:
         raise ValueError(
             "data: expected images or no data for an unconditional model, got a prompts_file. "
             "Leave it out, or give --data.train_data_dir."
@@ -26,7 +26,7 @@ def open_dataset(run: RunConfig) -> Any:
         if run.data.buckets:
             dataset.by_ratio = True
         return dataset
-    if told == "none":
+    if conditioning == "none":
         return EmptyRows()
     raise ValueError(
         "data: expected one of --data.prompts_file, --data.train_data_dir, --data.tar_shards, "
@@ -42,24 +42,24 @@ def open_gan_dataset(run: RunConfig) -> Any:
 
 
 def _open(data: SourceConfig, facts: TeacherFacts, run: RunConfig) -> Any:
-    told, by_label = facts.conditioning, facts.conditioning == "label"
+    conditioning, by_label = facts.conditioning, facts.conditioning == "label"
     if data.prompts_file is not None:
         if by_label:
             return LabelFileDataset.from_file(data.prompts_file, facts.num_labels)
         return PromptDataset.from_file(data.prompts_file)
     if data.train_data_dir is not None:
-        options = (by_label, told == "none", data.caption_column, facts.num_labels)
+        options = (by_label, conditioning == "none", data.caption_column, facts.num_labels)
         return ImageFolderDataset(data.train_data_dir, run.resolution, *options)
     if data.pairs_dir is not None:
         from stepdistill.pairs.dataset import PairDataset
 
         return PairDataset(data.pairs_dir)
-    return open_shards(data, told, run.resolution, run.cache_dir, facts.num_labels)
+    return open_shards(data, conditioning, run.resolution, run.cache_dir, facts.num_labels)
 
 
 def open_shards(
     data: SourceConfig,
-    told: str,
+    conditioning: str,
     resolution: int | None,
     index_dir: str | None,
     num_labels: int | None = None,
@@ -68,16 +68,16 @@ def open_shards(
     column = data.caption_column
     if data.tar_shards is not None:
         options = (data.shuffle_buffer, index_dir, num_labels)
-        return TarDataset(data.tar_shards, resolution, told, column, *options)
+        return TarDataset(data.tar_shards, resolution, conditioning, column, *options)
     assert data.dataset_name is not None
-    found = load_rows(
+    rows = load_rows(
         data.dataset_name,
         data.dataset_config_name,
         data.dataset_split,
         data.dataset_revision,
         data.streaming,
     )
-    columns = (resolution, data.image_column, column, told)
+    columns = (resolution, data.image_column, column, conditioning)
     if data.streaming:
-        return HubStream(found, *columns, data.shuffle_buffer, data.dataset_split, num_labels)
-    return HubDataset(found, *columns, num_labels)
+        return HubStream(rows, *columns, data.shuffle_buffer, data.dataset_split, num_labels)
+    return HubDataset(rows, *columns, num_labels)

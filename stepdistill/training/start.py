@@ -75,9 +75,9 @@ def load_student_base(family: Family, source: str, dtype: torch.dtype) -> Any:
     """That network, in `dtype`. Errors: ValueError where it is not the teacher's architecture."""
     teacher: Any = family.net
     net = _denoiser_of(family, type(teacher), source, dtype)
-    own, found = teacher.config, net.config
+    expected, got = teacher.config, net.config
     private = {"sample_size", "time_cond_proj_dim"}  # neither changes what an adapter sits on
-    differ = [k for k in own if k[0] != "_" and k not in private and own[k] != found.get(k)]
+    differ = [k for k in expected if k[0] != "_" and k not in private and expected[k] != got.get(k)]
     if differ:
         raise ValueError(
             f"init_student_from: expected a {family.net_name} of the teacher's architecture, got "
@@ -116,17 +116,17 @@ def pipeline_student(bank: RoleBank, source: str) -> dict[str, Tensor]:
     """
     net: Any = bank.nets["student"]
     loaded = _denoiser_of(bank.family, type(net), source, torch.float32)
-    own = net.state_dict()
+    weights = net.state_dict()
     state = {
         name: value
         for name, value in loaded.state_dict().items()
-        if name in own or not name.endswith("cond_proj.weight") or bool(value.any())
+        if name in weights or not name.endswith("cond_proj.weight") or bool(value.any())
     }
     if bank.roles["student"].extra_inputs:
-        state = {**own, **state}
-    differ = [n for n in own if n in state and state[n].shape != own[n].shape]
-    if differ or own.keys() != state.keys():
-        odd = [*sorted(own.keys() ^ state.keys())[:3], *differ[:3]]
+        state = {**weights, **state}
+    differ = [n for n in weights if n in state and state[n].shape != weights[n].shape]
+    if differ or weights.keys() != state.keys():
+        odd = [*sorted(weights.keys() ^ state.keys())[:3], *differ[:3]]
         raise ValueError(
             f"init_student_from: expected a {bank.family.net_name} of the student's architecture, "
             f"got {source!r}, which differs in {odd}."

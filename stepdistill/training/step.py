@@ -56,9 +56,9 @@ def place(
     Args: net_device: where the denoiser goes instead.
     """
     dtype = args.frozen_dtype
-    own = {id(p) for role in bank.roles for p in bank.members(role).values()}
+    role_params = {id(p) for role in bank.roles for p in bank.members(role).values()}
     for param in bank.family.net.parameters():
-        if id(param) not in own and not is_packed(param):
+        if id(param) not in role_params and not is_packed(param):
             param.data = param.data.to(dtype)
     bank.family.place_encoders(dtype, torch.device("cpu") if args.offload_encoders else device)
     vae = getattr(bank.family.pipeline, "vae", None)

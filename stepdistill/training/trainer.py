@@ -114,15 +114,16 @@ class Trainer(Resumable):
             args.check_best_metric()
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset, args.rewards)
             checks.method_fits(cls, config, facts, *data)
+            checks.length_fits(cls, config, args, facts)
             checks.buckets_fit(self.dataset, self.gan_dataset, facts)
         checks.student_fits(cls, args.tuning, self.teacher)
         checks.roles_fit(cls, config, args, facts)
         training = self.dataset is not None
         check_start(args, facts, training)
         self.facts = run_identity.run_facts(self.teacher, self.method_name, config, args, training)
-        own = {"method_file": METHODS.files.get(self.method_name)}
-        own |= {"family_file": FAMILIES.files.get(facts.family.name)}
-        self.facts |= {name: file for name, file in own.items() if file is not None}
+        files = {"method_file": METHODS.files.get(self.method_name)}
+        files |= {"family_file": FAMILIES.files.get(facts.family.name)}
+        self.facts |= {name: file for name, file in files.items() if file is not None}
         if training:
             self.facts["data"] = data_facts(self.dataset)
         self.resume_from = run_identity.output_dir_is_ours(args, self.facts)
@@ -339,7 +340,7 @@ class Trainer(Resumable):
         feeds = [self.feed] if gan_feed is None else [self.feed, gan_feed]
         self.bank.train_only(phase.trains)
         self.optimizer.zero_grad(set_to_none=True)
-        for micro, kept in enumerate(carry):
+        for micro, carried in enumerate(carry):
             raw = next(self.feed)
             batch = self.batches(raw, with_x0, next(gan_feed) if gan_feed else None)
             ctx = Ctx(
@@ -352,7 +353,7 @@ class Trainer(Resumable):
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 device=self.device,
-                carry=kept.setdefault(batch.shape, {}),
+                carry=carried.setdefault(batch.shape, {}),
                 mean_over_ranks=self._mean_over_ranks,
                 draw_law=self.facts["draw_law"],
             )
@@ -404,33 +405,33 @@ class Trainer(Resumable):
         short, on the main process, stop.preempted is set and a resumed run validates first.
         """
         self.accelerator.wait_for_everyone()
-        found, failure, self.owes_validation = None, None, False
+        result, failure, self.owes_validation = None, None, False
         with gathered(self.module):
             if self.accelerator.is_main_process:
                 spec = self.method.sampler_at(self.step, self.args.max_train_steps)
                 try:
                     with self.stop.at_once():
-                        found = self.validator.run(self.student(), spec, self.step)
+                        result = self.validator.run(self.student(), spec, self.step)
                 except Stopped:
                     self.stop.preempted = True
                 except Exception as err:
                     failure = err
         shared = [self.stop.preempted, None if failure is None else one_line(failure)]
-        self.stop.preempted, told = broadcast_object_list(shared)
+        self.stop.preempted, message = broadcast_object_list(shared)
         if self.stop.preempted:
             self.stop.tell(self.accelerator)
-        if self.stop.preempted or told is not None:
+        if self.stop.preempted or message is not None:
             if (
-                told is not None and self.own_validation.chosen
+                message is not None and self.own_validation.chosen
             ):  # nobody asked for it: go on without
                 self.own_validation.leave()
-                self.facts["validation"] = {"steps": 0, "why": f"it failed: {told}"}
+                self.facts["validation"] = {"steps": 0, "why": f"it failed: {message}"}
                 self._validate_by(self.facts["validation"])
                 return False, None
             self.owes_validation = validates(self.own_validation.args, self.step)
-            failed = None if told is None else RuntimeError(f"validation: {told}")
+            failed = None if message is None else RuntimeError(f"validation: {message}")
             return False, failure or failed
-        better = self.log.validation(found, self.step, self.seconds)
+        better = self.log.validation(result, self.step, self.seconds)
         self.accelerator.wait_for_everyone()
         return better, None
 

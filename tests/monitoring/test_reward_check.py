@@ -1,4 +1,4 @@
-"""A held-out reward that falls while the trained one rises is told; noise and gains are not."""
+"""A held-out reward that falls while the trained one rises is texts; noise and gains are not."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def said(one: RewardCheck, hps: float, pick: float, lines: int = 100, noise: flo
     """Both go there from 0 in a straight line, with noise about it."""
     generator = torch.Generator().manual_seed(0)
     drawn = (noise * torch.randn(lines, 2, generator=generator)).tolist()
-    told = []
+    texts = []
     for i, (a, b) in enumerate(drawn):
         done = i / lines
         values = {"student/reward_hps": hps * done + a, "student/reward_pick": pick * done + b}
-        told += [text] if (text := one.bad(values)) else []
-    return told
+        texts += [text] if (text := one.bad(values)) else []
+    return texts
 
 
 def test_one_that_falls_while_the_other_rises_is_told() -> None:
-    told = said(check(), 1.0, -0.5)
-    assert len(told) == 9  # every stretch behind the first
-    assert told[-1].startswith("hps rose from 0.04")
-    assert "while pick, kept out of training, fell from -0.02" in told[-1]
+    texts = said(check(), 1.0, -0.5)
+    assert len(texts) == 9  # every stretch behind the first
+    assert texts[-1].startswith("hps rose from 0.04")
+    assert "while pick, kept out of training, fell from -0.02" in texts[-1]
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def test_a_fall_after_a_rise_is_told_from_the_best() -> None:
     one = check()
     assert said(one, 1.0, 1.0) == []
     values = {"student/reward_hps": 1.5, "student/reward_pick": 0.2}
-    told = [text for _ in range(10) if (text := one.bad(values))]
-    assert len(told) == 1
-    assert "hps rose from 0.94" in told[0]
-    assert "fell from 0.94 to 0.2" in told[0]
+    texts = [text for _ in range(10) if (text := one.bad(values))]
+    assert len(texts) == 1
+    assert "hps rose from 0.94" in texts[0]
+    assert "fell from 0.94 to 0.2" in texts[0]
 
 
 def test_noise_is_not_a_fall() -> None:
@@ -81,10 +81,10 @@ def test_a_resumed_run_tells_what_an_uninterrupted_one_does() -> None:
     drawn = (0.01 * torch.randn(60, generator=generator)).tolist()
     rows = [{"s/reward_hps": i / 60 + x, "s/reward_pick": x - i / 90} for i, x in enumerate(drawn)]
     expected = [whole.bad(row) for row in rows]
-    told = [first.bad(row) for row in rows[:33]]
+    texts = [first.bad(row) for row in rows[:33]]
     again = check()
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert told + [again.bad(row) for row in rows[33:]] == expected
+    assert texts + [again.bad(row) for row in rows[33:]] == expected
     assert any(expected)
     check().load_state_dict(None)  # of a run begun before
 

@@ -216,10 +216,9 @@ def test_every_method_is_validated(case, layout, tmp_path, tmp_path_factory) -> 
         case,
         teacher_dir("sd", tmp_path_factory),
         layout,
-        tmp_path,
-        max_train_steps=2,  # a null prompt's first vsd update is zero: fake and teacher agree
+        tmp_path,  # two steps: a null prompt's first vsd update is zero, fake and teacher agree
         validation_prompts=["a red cube"],
-        validation_steps=2,
+        validation_steps=METHOD_CASES[case].steps,
         num_validation_images=1,
         validation_teacher_steps=2,
     )

@@ -344,3 +344,40 @@ def test_unknown_models_and_gpus_are_refused(teacher: Path) -> None:
         forecast(run_config("no/such/model"))
     with pytest.raises(ValueError, match="--gpu"):
         print_plan(run_config(teacher), 1, "abacus", None)
+
+
+# --------------------------------------------------------------- phases that change in a run
+def test_all_parts_of_a_run_are_forecast(teacher: Path) -> None:
+    """disback's recording, then its distribution matching, each by its share of the run."""
+    options = {"num_steps": 1, "critic_steps": 2, "nodes": 3, "record_updates": 4}
+    config = {**options, "backtrack_updates": 2}
+    run = run_config(teacher, method="disback", method_config=config, max_train_steps=10, **LORA)
+    plan = forecast(run)
+    plain = forecast(run_config(teacher, method_config={"num_steps": 1, "critic_steps": 2}, **LORA))
+    record, student, fake = plan.phases
+    assert [(c.phase, c.since, c.share) for c in plan.phases] == [
+        ("record", 0, 0.4), ("student", 4, 0.6), ("fake", 4, 0.6)
+    ]  # fmt: skip
+    assert (fake.flops, fake.repeat) == (plain.phases[1].flops, 2)
+    assert student.flops > plain.phases[0].flops  # the target is an adapter more
+    assert record.flops > fake.flops  # it draws its own sample, which the fake's first does not
+    expected = 0.4 * record.flops + 0.6 * (student.flops + 2 * fake.flops)
+    assert plan.flops_per_step == round(expected)
+    nodes = plan.averaged - plain.averaged
+    assert nodes == 2 * plan.trained["fake"]
+    assert plan.peak == pytest.approx(plain.peak + nodes, rel=0.02)
+
+
+def test_a_warm_start_and_what_follows_are_forecast(teacher: Path) -> None:
+    config = {"num_steps": 1, "warm_start": {"updates": 4, "teacher_steps": 2}}
+    plan = forecast(run_config(teacher, method_config=config, max_train_steps=8, **LORA))
+    told = [(c.phase, c.since) for c in plan.phases]
+    assert told == [("student", 0), ("fake", 0), ("student", 4), ("fake", 4)]
+    alone = forecast(run_config(teacher, method_config=config, max_train_steps=4, **LORA))
+    assert [(c.phase, c.since) for c in alone.phases] == told[:2]
+    assert alone.phases[0].flops == plan.phases[0].flops != plan.phases[2].flops
+
+
+def test_a_run_too_short_for_its_stages_is_not_forecast(teacher: Path) -> None:
+    with pytest.raises(ValueError, match="expected max_train_steps above 300"):
+        forecast(run_config(teacher, method="disback", method_config={}, max_train_steps=300))

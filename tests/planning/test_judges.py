@@ -29,8 +29,8 @@ def clip(tmp_path_factory) -> dict[str, Any]:
     """A reward by a tiny CLIP, of which there is no weight."""
     folder = tmp_path_factory.mktemp("clip")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
-    told = {"model": f"local-dir:{folder}", "pretrained": None}
-    return {"kind": "clip", "weight": 1.0, "options": told}
+    given = {"model": f"local-dir:{folder}", "pretrained": None}
+    return {"kind": "clip", "weight": 1.0, "options": given}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def run_config(teacher: Path, **options: Any) -> RunConfig:
-    told = {"method": "feedback", "method_config": {"anchor": 0.0}, "tuning": {"rank": 2}}
-    told |= {"train_batch_size": BSZ, "validation_steps": 0}
-    return RunConfig(pretrained_model_name_or_path=str(teacher), **{**told, **options})
+    given = {"method": "feedback", "method_config": {"anchor": 0.0}, "tuning": {"rank": 2}}
+    given |= {"train_batch_size": BSZ, "validation_steps": 0}
+    return RunConfig(pretrained_model_name_or_path=str(teacher), **{**given, **options})
 
 
 def student(plan: Forecast) -> Any:

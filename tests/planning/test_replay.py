@@ -17,14 +17,14 @@ from stepdistill.planning.replay import Replay
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.testing.tiny import TINY_FAMILY
 
-DEFAULT = [("sd_v", "consistency", "lora", True), ("sd3", "dmd2", "full", False)]
+DEFAULT = [("dit", "consistency", "lora", True), ("sd3", "dmd2", "full", False)]
 FULL = [
-    (family, method, layout, checkpointing)
-    for family in ("sd", "sdxl", "flux", "qwen_image", "wan", "wan_i2v", "z_image", "dit")
-    for method, layout, checkpointing in (
-        ("dmd2", "lora", True),
-        ("dmd2", "full", False),
-    )
+    ("sd_v", "consistency", "lora", True),
+    *(
+        (family, "dmd2", layout, checkpointing)
+        for family in ("sd", "sdxl", "flux", "qwen_image", "wan", "wan_i2v", "z_image", "dit")
+        for layout, checkpointing in (("lora", True), ("full", False))
+    ),
 ]
 
 

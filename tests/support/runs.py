@@ -148,6 +148,7 @@ class MethodCase:
 
     gan_fields: what a data source of the discriminator's own has; none means that it has none.
     run: options of the run.
+    steps: student steps in which every role is trained twice.
     """
 
     method: str
@@ -157,6 +158,12 @@ class MethodCase:
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     gan_fields: tuple[str, ...] = ()
     run: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 2
+
+    @property
+    def one_step(self) -> int:
+        """Student steps in which every role is trained: one, or those of all stages."""
+        return 1 if self.steps == 2 else self.steps
 
     def unexpectedly_still(self, role: str, still: set[str]) -> set[str]:
         """Tensors that did not move though they should have.
@@ -211,6 +218,12 @@ METHOD_CASES: dict[str, MethodCase] = {
     ),
     "f_distill": MethodCase(
         "f_distill", {"critic_steps": 1, "ratio_ema": 0.5, "gan": {"weight_g": 1e-2}}, ("x0",)
+    ),
+    # A step records, then the target is a node, then the teacher.
+    "disback": MethodCase(
+        "disback",
+        {"critic_steps": 1, "nodes": 2, "record_updates": 1, "backtrack_updates": 1},
+        steps=3,
     ),
     "sid": MethodCase("sid", {"num_steps": 2, "alpha": 1.2}),
     "sid_long_short": MethodCase(
@@ -432,14 +445,14 @@ def build_trainer(
     method_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> DistillationTrainer:
-    """A two-step trainer of that case on a saved tiny teacher; datasets: in place of TinyData;
+    """A trainer of the case's few steps on a saved tiny teacher; datasets: in place of TinyData;
     method_options: over the case's."""
     spec, more = METHOD_CASES[case], method_options or {}
     args = TrainConfig(
         output_dir=str(output_dir),
         **{
             "tuning": Tuning(student=layout, fake=layout, rank=2, alpha=alpha),
-            "max_train_steps": 2,
+            "max_train_steps": spec.steps,
             "train_batch_size": 2,
             "learning_rate": 1e-3,
             "logging_steps": 1,

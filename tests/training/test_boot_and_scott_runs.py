@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stepdistill.families.registry import load_family, teacher_facts
 PROMPTS = ["a cat", "a dog"]
 UNGUIDED = {"guidance_range": (1.0, 1.0)}
 ALONE = {"eta": 0.0, "solver_steps": 1, "gan": {"weight_g": 0.0}}
+full = partial(pytest.param, marks=pytest.mark.full)
 
 
 def make(method: str, teacher: Path, folder: Path, layout: str, data: Any = None, **options):
@@ -35,11 +37,11 @@ def make(method: str, teacher: Path, folder: Path, layout: str, data: Any = None
     ("method", "family", "layout", "options", "scheduler", "call"),
     [
         ("boot", "sd", "lora", {}, "LCMScheduler", {"timesteps": [499]}),
-        ("boot", "sd_v", "full", {"told_times": (1.0, 0.5)}, "LCMScheduler", {}),
+        full("boot", "sd_v", "full", {"told_times": (1.0, 0.5)}, "LCMScheduler", {}),
         ("boot", "dit", "full", {}, "DDIMScheduler", {}),
-        ("boot", "sd3", "lora", {}, "FlowMatchLCMScheduler", {"sigmas": [0.5]}),
+        full("boot", "sd3", "lora", {}, "FlowMatchLCMScheduler", {"sigmas": [0.5]}),
         ("boot", "sd3", "full", {"told_times": (1.0, 0.5)}, "FlowMatchLCMScheduler", {}),
-        ("scott", "sd3", "lora", {}, "FlowMatchLCMScheduler", {}),
+        full("scott", "sd3", "lora", {}, "FlowMatchLCMScheduler", {}),
         ("scott", "sd_v", "full", {}, "LCMScheduler", {}),
     ],
 )

@@ -54,6 +54,7 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
         ("student", BSZ, True), ("fake", BSZ, True), TEACHER,
         ("fake", BSZ, True), FEATURES, FEATURES,
     ],
+    "disback": [("student", BSZ, True), ("fake", BSZ, False), TEACHER, ("fake", BSZ, True)],
     "tdm": [
         ("student", BSZ, True), ("fake", BSZ, False), TEACHER, ("fake", BSZ, True),
         ("student", BSZ, False), ("fake", BSZ, True),
@@ -174,7 +175,7 @@ def observed(monkeypatch: pytest.MonkeyPatch, seen: Iteration) -> Iterator[None]
 
 
 def iteration(case: str, monkeypatch: Any, tmp_path: Any, factory: Any) -> Iteration:
-    """The second of two updates."""
+    """The last of two updates, or of more."""
     family = "sd3" if METHOD_CASES[case].fits("sd3", "lora") else "sd"
     trainer: Any = build_trainer(
         case, teacher_dir(family, factory), "lora", tmp_path / "run",
@@ -183,7 +184,7 @@ def iteration(case: str, monkeypatch: Any, tmp_path: Any, factory: Any) -> Itera
     seen, update = Iteration(), trainer._update
 
     def watched(*args: Any) -> None:
-        if trainer.step == 0:
+        if trainer.step + 1 < trainer.args.max_train_steps:
             return update(*args)
         with observed(monkeypatch, seen):
             return update(*args)

@@ -1,4 +1,4 @@
-"""The VAE whose images are judged recomputes its activations: the same gradient, less kept."""
+"""The VAE whose images are judged recomputes its activations: the same gradient, less held."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def gradient(family: Any) -> tuple[Tensor, int]:
     """(of a sum of squared pixels in the latents, bytes that its graph keeps)."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, *family.sample_shape(), generator=generator).requires_grad_()
-    kept: dict[int, int] = {}
+    held: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        held[storage.data_ptr()] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = family.images(latents).square().sum()
     loss.backward()
     assert latents.grad is not None
-    return latents.grad, sum(kept.values())
+    return latents.grad, sum(held.values())
 
 
 class Args:
-    def __init__(self, told: bool | str) -> None:
-        self.gradient_checkpointing = told
+    def __init__(self, asked: bool | str) -> None:
+        self.gradient_checkpointing = asked
 
 
 @pytest.mark.parametrize("name", ["sd", "flux2"])
@@ -50,7 +50,7 @@ def test_the_gradient_is_the_same_and_less_is_kept(name, tmp_path_factory) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "limit", "recomputes"),
+    ("name", "asked", "limit", "recomputes"),
     [
         ("sd", "auto", 20_000_000, False),
         ("sd", "auto", 1, True),
@@ -60,27 +60,27 @@ def test_the_gradient_is_the_same_and_less_is_kept(name, tmp_path_factory) -> No
         ("edm", True, 1, False),
     ],
 )
-def test_which_decoders_recompute(name, told, limit, recomputes, monkeypatch, tmp_path_factory):
+def test_which_decoders_recompute(name, asked, limit, recomputes, monkeypatch, tmp_path_factory):
     """By size, or as told; never a video's, nor one without blocks that can, nor pixels."""
     monkeypatch.setattr(memory, "AUTO_DECODER", limit)
     family = load_family(teacher_dir(name, tmp_path_factory))
-    checkpoint_decoder(Args(told), family)  # type: ignore[arg-type]
-    _, kept = gradient(family)
+    checkpoint_decoder(Args(asked), family)  # type: ignore[arg-type]
+    _, held = gradient(family)
     monkeypatch.setattr(memory, "checkpoint_blocks", lambda *_: pytest.fail("once is enough"))
     again = load_family(teacher_dir(name, tmp_path_factory))
     if not recomputes:
-        checkpoint_decoder(Args(told), again)  # type: ignore[arg-type]
+        checkpoint_decoder(Args(asked), again)  # type: ignore[arg-type]
     _, plain = gradient(again)
-    assert (kept < plain) == recomputes
+    assert (held < plain) == recomputes
 
 
 def test_a_run_that_judges_images_does_so_and_one_that_does_not_leaves_the_vae(
     tmp_path, tmp_path_factory, monkeypatch
 ) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr("stepdistill.training.setup.checkpoint_decoder", lambda *_: asked.append(1))
+    calls: list[int] = []
+    monkeypatch.setattr("stepdistill.training.setup.checkpoint_decoder", lambda *_: calls.append(1))
     teacher = teacher_dir("sd", tmp_path_factory)
     build_trainer("lcm", teacher, "lora", tmp_path / "plain")
-    assert asked == []
+    assert calls == []
     build_trainer("lcm_reward", teacher, "lora", tmp_path / "judged")
-    assert asked == [1]
+    assert calls == [1]

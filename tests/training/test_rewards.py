@@ -76,13 +76,13 @@ def test_a_step_with_a_graph_gives_the_very_sample_of_the_sampler() -> None:
     student = Affine(FLOW, torch.tensor([[0.5, 0.2], [0.0, 1.0]]).double(), torch.ones(2).double())
     noise = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).double()
     for spec in (SamplerSpec((1.0, 0.5), "ode"), SamplerSpec((1.0, 0.5), "tcd", gamma=0.3)):
-        told = (student, spec, noise, batch_of(4).cond, None, None, lambda _: noise)
-        plain = sample_x0(*told)
-        graph = sample_x0(*told, gradient_at=1)
+        given = (student, spec, noise, batch_of(4).cond, None, None, lambda _: noise)
+        plain = sample_x0(*given)
+        graph = sample_x0(*given, gradient_at=1)
         assert torch.equal(plain, graph)
         assert graph.requires_grad
         assert not plain.requires_grad
-        assert sample_x0(*told, gradient_at=0).requires_grad
+        assert sample_x0(*given, gradient_at=0).requires_grad
 
 
 def test_a_sample_that_the_loss_has_is_judged_in_its_place() -> None:
@@ -128,8 +128,8 @@ def test_a_watched_score_is_logged_and_has_no_gradient() -> None:
         {}, scorers={"total": total, "other": lambda images, by: -total(images, by)}
     )
     two = [RewardConfig(kind="total", weight=1.0), RewardConfig(kind="other", weight=0.0)]
-    told = (nets, batch_of(), Ctx(), SamplerSpec((1.0,)))
-    losses = with_rewards(replace(ZERO, sample=x0), *told, two)
+    given = (nets, batch_of(), Ctx(), SamplerSpec((1.0,)))
+    losses = with_rewards(replace(ZERO, sample=x0), *given, two)
     losses.total.backward()
     torch.testing.assert_close(x0.grad, torch.full((64, 2), -1 / 64, dtype=torch.float64))
     assert {k: float(v) for k, v in losses.logs.items()} == {
@@ -211,8 +211,8 @@ def test_every_kind_trains_by_small_decoder_or_vae(judges, tmp_path, tmp_path_fa
     )
     decoder.save_pretrained(tmp_path / "decoder")
     for name, more in (("vae", {}), ("small", {"decoder": str(tmp_path / "decoder")})):
-        told = {"rewards": judges, "scorers": {}, **more}
-        trainer = build_trainer("feedback", teacher, "lora", tmp_path / name, **told)
+        given = {"rewards": judges, "scorers": {}, **more}
+        trainer = build_trainer("feedback", teacher, "lora", tmp_path / name, **given)
         before = fingerprint(trainer.bank.members("student"))
         trainer.train()
         assert fingerprint(trainer.bank.members("student")) != before
@@ -262,9 +262,9 @@ def test_a_reward_that_cannot_be_had_is_one_line_before_weights_load(
     rewards, message, tmp_path, tmp_path_factory, no_loading
 ) -> None:
     teacher = teacher_dir("sd3", tmp_path_factory)
-    own = {"own": total} if any(one["kind"] == "own" for one in rewards) else None
+    judges = {"own": total} if any(one["kind"] == "own" for one in rewards) else None
     with pytest.raises(ValueError, match=message):
-        make(teacher, tmp_path / "run", scorers=own, rewards=rewards)
+        make(teacher, tmp_path / "run", scorers=judges, rewards=rewards)
 
 
 @pytest.mark.parametrize(
