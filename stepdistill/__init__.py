@@ -16,6 +16,7 @@ _PUBLIC = {
     "ConsistencyTrainer": "stepdistill.trainers",
     "DistributionMatchingTrainer": "stepdistill.trainers",
     "LoRADistillationTrainer": "stepdistill.trainers",
+    "PreferenceTrainer": "stepdistill.trainers",
     "ReflowTrainer": "stepdistill.trainers",
     "TrajectorySegmentedTrainer": "stepdistill.trainers",
     "VariationalScoreTrainer": "stepdistill.trainers",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from stepdistill.trainers import ConsistencyTrainer as ConsistencyTrainer
     from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer
     from stepdistill.trainers import LoRADistillationTrainer as LoRADistillationTrainer
+    from stepdistill.trainers import PreferenceTrainer as PreferenceTrainer
     from stepdistill.trainers import ReflowTrainer as ReflowTrainer
     from stepdistill.trainers import TrajectorySegmentedTrainer as TrajectorySegmentedTrainer
     from stepdistill.trainers import VariationalScoreTrainer as VariationalScoreTrainer

@@ -214,6 +214,12 @@ class LoRADistillationTrainer(DistillationTrainer):
         super().__init__(model, args, train_dataset, method, method_config, **others)
 
 
+class PreferenceTrainer(DistillationTrainer):
+    """What people (or their stand-ins, scorers) prefer, for a student that is distilled already."""
+
+    default = "feedback"
+
+
 class ReflowTrainer(DistillationTrainer):
     """Rectified flow on noise-image pairs: reflow, rf++, SlimFlow, one-step distillation."""
 
@@ -238,6 +244,7 @@ TRAINERS: tuple[type[DistillationTrainer], ...] = (
     ConsistencyTrainer,
     DistributionMatchingTrainer,
     LoRADistillationTrainer,
+    PreferenceTrainer,
     ReflowTrainer,
     TrajectorySegmentedTrainer,
     VariationalScoreTrainer,

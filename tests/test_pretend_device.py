@@ -17,6 +17,7 @@ import pytest
 import torch
 import torchvision
 from rewards.test_clip import save_tiny
+from rewards.test_preference import save_pick
 from safetensors.torch import save_file
 from support.covering import covering
 from support.runs import METHOD_CASES, build_trainer, teacher_dir
@@ -32,7 +33,12 @@ from stepdistill.rewards.base import FrozenScorer
 from stepdistill.rewards.clip import CLIPScorer
 from stepdistill.rewards.features import PixelFeatures
 from stepdistill.rewards.perceptual import LPIPSScorer
-from stepdistill.rewards.preference import AestheticOptions, AestheticScorer
+from stepdistill.rewards.preference import (
+    AestheticOptions,
+    AestheticScorer,
+    PickOptions,
+    PickScorer,
+)
 from stepdistill.rewards.vision import KIND, ConvFeatures
 from stepdistill.storage.folders import write_folder
 from stepdistill.testing.pretend_device import PretendDeviceError, pretend_device
@@ -188,6 +194,11 @@ def test_a_loss_of_images(case, family, tmp_path, tmp_path_factory) -> None:
     run_step(case, family, "lora", tmp_path, tmp_path_factory, scorers, **WAYS["half"])
 
 
+def test_an_autoencoder_stays_there_where_its_images_are_judged(tmp_path, tmp_path_factory) -> None:
+    """Though encoders are kept on the CPU: each step would wait for its gradient."""
+    run_step("lcm_reward", "sd3", "lora", tmp_path, tmp_path_factory, offload_encoders=True)
+
+
 def a_clip(folder: Path) -> FrozenScorer:
     return CLIPScorer(CLIPOptions(model=f"local-dir:{save_tiny(folder)}", pretrained=None))
 
@@ -196,6 +207,10 @@ def an_aesthetic_head(folder: Path) -> FrozenScorer:
     save_file(torch.nn.Linear(8, 1).state_dict(), folder / "head.safetensors")
     options = {"model": f"local-dir:{save_tiny(folder)}", "pretrained": None}
     return AestheticScorer(AestheticOptions(head=str(folder / "head.safetensors"), **options))
+
+
+def a_pickscore(folder: Path) -> FrozenScorer:
+    return PickScorer(PickOptions(model=str(save_pick(folder))))
 
 
 def an_lpips(folder: Path) -> FrozenScorer:
@@ -212,7 +227,9 @@ def a_vision_network(folder: Path) -> FrozenScorer:
     return PixelFeatures(PixelOptions(network=str(folder / "net")))
 
 
-@pytest.mark.parametrize("judge", [a_clip, an_aesthetic_head, an_lpips, a_vision_network])
+@pytest.mark.parametrize(
+    "judge", [a_clip, a_pickscore, an_aesthetic_head, an_lpips, a_vision_network]
+)
 def test_a_judge_there_scores_in_float32_within_autocast(judge, tmp_path) -> None:
     scorer = judge(tmp_path).requires_grad_(False)
     with pretend_device() as device:

@@ -112,9 +112,12 @@ class MethodRecipe:
     def trainings(self, num_steps: int) -> list[Training]:
         """What trains a student of that many steps, in order."""
         settings, data, first = self.settings(num_steps), self.method.data, self.recipe.first
-        if first is None or num_steps > 1:
+        if first is None or (num_steps > 1 and not first.always):
             return [Training(self.method.name, settings, data)]
         warm = self._over_common(first.method, first.settings)
+        if first.always:
+            options = METHODS[first.method].for_steps(num_steps)
+            warm = merge(warm, {"method_config": options})
         return [
             Training(first.label, warm, METHODS[first.method].data, first.share),
             Training(self.method.name, settings, data, 1.0 - first.share, first.gives),

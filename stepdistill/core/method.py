@@ -201,6 +201,7 @@ class Method(ABC, Generic[C]):
     steps: the step counts it is meant for. one_student: whether one training serves all of them.
     steps_option: the option that sets how many steps a student takes.
     any_student: whether a student of another architecture than the teacher's makes sense.
+    needs_rewards: whether its own losses are nothing without the run's rewards.
     settings_file: its file in configs/methods that ends in a few-step student, if not NAME.yaml.
     digits: how students of the demo's digits are trained; none: by the common settings.
     """
@@ -217,6 +218,7 @@ class Method(ABC, Generic[C]):
     one_student: ClassVar[bool] = False
     steps_option: ClassVar[str] = "num_steps"
     any_student: ClassVar[bool] = True
+    needs_rewards: ClassVar[bool] = False
     settings_file: ClassVar[str] = ""
     digits: ClassVar[tuple[Recipe, ...]] = ()
 

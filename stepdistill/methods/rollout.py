@@ -170,6 +170,13 @@ class Rollout:
         """
         return self.sample_at(nets, batch, ctx, self.draw_step(ctx))
 
+    @property
+    def shown(self) -> bool:
+        """Whether x0 of a trained step is an image that sampling makes: of the last one, or of any
+        that is noised anew."""
+        config = self.config
+        return config.sampler == "renoise" or config.trained_step == "last" or len(self.times) == 1
+
     def draw_step(self, ctx: Ctx) -> int:
         """The step that the gradient reaches, the same on every rank."""
         last = len(self.times) - 1

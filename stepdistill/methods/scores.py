@@ -28,7 +28,7 @@ A method is a page: a Config on ScoreConfig and, of these hooks, the ones it nee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -99,7 +99,8 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
     def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         sample = self.sample(nets, batch, ctx)
         ctx.carry["sample"] = sample.detach()
-        return self.sample_loss(nets, batch, ctx, sample)
+        losses = self.sample_loss(nets, batch, ctx, sample)
+        return replace(losses, sample=sample.x0) if self.rollout.shown else losses
 
     def sample_loss(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Losses:
         """What the student's sample costs: `matching` and, where there is a head, its judgement."""

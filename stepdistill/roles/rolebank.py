@@ -254,6 +254,11 @@ class RoleBank(nn.Module):
             images = decode_latents(decoder, latents) if decoder else self.family.images(latents)
         return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
 
+    @property
+    def judged_by_vae(self) -> bool:
+        """Whether scorers see what the family's own autoencoder makes."""
+        return bool(self._scorers) and self._decoder == (None,)
+
     def scorer(self, name: str) -> Scorer:
         """See Nets.scorer."""
         return self._scorers[name]

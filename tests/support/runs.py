@@ -120,6 +120,11 @@ def _brightness(images: Tensor, by: object) -> Tensor:
     return images.mean(dim=(1, 2, 3)).tanh()
 
 
+def _darkness(images: Tensor, by: object) -> Tensor:
+    """The other taste."""
+    return -_brightness(images, by)
+
+
 def _pixel_distance(images: Tensor, by: Any) -> Tensor:
     """A stand-in for LPIPS that needs no weights."""
     return (images - by).square().mean(dim=(1, 2, 3))
@@ -158,6 +163,7 @@ class MethodCase:
     """One method with options, the data it needs, and where it applies.
 
     gan_fields: what a data source of the discriminator's own has; none means that it has none.
+    run: options of the run.
     steps: student steps in which every role is trained twice.
     """
 
@@ -167,6 +173,7 @@ class MethodCase:
     fits: Callable[[str, str], bool] = _anywhere
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     gan_fields: tuple[str, ...] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 2
 
     @property
@@ -411,6 +418,39 @@ METHOD_CASES: dict[str, MethodCase] = {
         _two_with_prompts,
     ),
     "scott": MethodCase("scott", {"num_grid": 20, "eta": 0.5, "solver_steps": 2}, ("x0",)),
+    "feedback": MethodCase(
+        "feedback",
+        {"num_steps": 2},
+        scorers={"brightness": _brightness},
+        run={"rewards": [{"kind": "brightness", "weight": 1.0, "tau": 2.0}]},
+    ),
+    "feedback_last": MethodCase(
+        "feedback",
+        {"num_steps": 2, "sampler": "ode", "trained_step": "last", "anchor_on": "v"},
+        (),
+        _two_with_prompts,
+        {"brightness": _brightness, "darkness": _darkness},
+        run={
+            "rewards": [{"kind": "brightness", "weight": 1.0}, {"kind": "darkness", "weight": 0.0}],
+            "reward_crop": 2,
+        },
+    ),
+    "feedback_data": MethodCase(
+        "feedback",
+        {"num_steps": 2, "rollout": "data", "anchor": 0.0},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"brightness": _brightness},
+        run={"rewards": [{"kind": "brightness", "weight": 1.0, "every": 2}]},
+    ),
+    "lcm_reward": MethodCase(
+        "consistency",
+        {"target": "self"},
+        ("x0",),
+        _two_with_prompts,
+        {"brightness": _brightness},
+        run={"rewards": [{"kind": "brightness", "weight": 1.0}]},
+    ),
     "lcm_w": MethodCase(
         "consistency", {"target": "ema", "embed_guidance": True}, ("x0",), _w_embedding
     ),
@@ -484,10 +524,12 @@ def build_trainer(
     scorers: Mapping[str, Scorer] | None = None,
     dataset: Any = None,
     gan_dataset: Any = None,
+    method_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> DistillationTrainer:
-    """A trainer of the case's few steps on a saved tiny teacher; datasets: in place of TinyData."""
-    spec = METHOD_CASES[case]
+    """A trainer of the case's few steps on a saved tiny teacher; datasets: in place of TinyData;
+    method_options: over the case's."""
+    spec, more = METHOD_CASES[case], method_options or {}
     args = TrainConfig(
         output_dir=str(output_dir),
         **{
@@ -497,6 +539,7 @@ def build_trainer(
             "learning_rate": 1e-3,
             "logging_steps": 1,
             "disable_progress_bar": True,
+            **spec.run,
             **options,
         },
     )
@@ -516,7 +559,7 @@ def build_trainer(
             args,
             data,
             method=spec.method,
-            method_config=spec.options if facts.has_null else unguided(spec),
+            method_config={**(spec.options if facts.has_null else unguided(spec)), **more},
             scorers=spec.scorers if scorers is None else scorers,
             gan_dataset=gan_dataset,
         )

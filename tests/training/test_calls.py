@@ -92,6 +92,11 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
     "scott": [
         ("student", BSZ, True), TEACHER, TEACHER, ("target", BSZ, False), SEES, SEES, SEES,
     ],
+    # The sample that rewards judge is the anchor's, or one step's of the student's own sampler.
+    "feedback": [("student", BSZ, True), ("reference", BSZ, False)],
+    "lcm_reward": [
+        ("student", BSZ, True), TEACHER, ("student", BSZ, False), ("student", BSZ, True),
+    ],
     "meanflow": [TEACHER, ("student", BSZ, True), ("student", BSZ, False)],
     "rcm": [
         TEACHER, ("student", BSZ, True), ("student", BSZ, False),
