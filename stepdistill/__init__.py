@@ -12,6 +12,7 @@ _PUBLIC = {
     "TrainConfig": "stepdistill.config.run",
     "RunConfig": "stepdistill.config.run",
     "Tuning": "stepdistill.config.tuning",
+    "AdversarialTrainer": "stepdistill.trainers",
     "ConsistencyTrainer": "stepdistill.trainers",
     "DistributionMatchingTrainer": "stepdistill.trainers",
     "LoRADistillationTrainer": "stepdistill.trainers",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from stepdistill.families.registry import load_family as load_family
     from stepdistill.loading.source import ModelSource as ModelSource
     from stepdistill.methods import METHODS as METHODS
+    from stepdistill.trainers import AdversarialTrainer as AdversarialTrainer
     from stepdistill.trainers import ConsistencyTrainer as ConsistencyTrainer
     from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer
     from stepdistill.trainers import LoRADistillationTrainer as LoRADistillationTrainer

@@ -176,9 +176,16 @@ class DistillationTrainer(Trainer):
         return push_folder(folder, repo_id, private)
 
 
+class AdversarialTrainer(DistillationTrainer):
+    """Adversarial distillation by heads on the teacher's features (LADD) or on a pixel network
+    (ADD)."""
+
+    default = "ladd"
+
+
 class ConsistencyTrainer(DistillationTrainer):
     """Consistency models of discrete (CD, LCM, ECT, SCott) and of continuous time (MeanFlow, sCM,
-    rCM), and the trajectory bootstrapped from prompts alone (BOOT)."""
+    rCM, SANA-Sprint), and the trajectory bootstrapped from prompts alone (BOOT)."""
 
     default = "consistency"
 
@@ -204,17 +211,19 @@ class LoRADistillationTrainer(DistillationTrainer):
 
 
 class PreferenceTrainer(DistillationTrainer):
-    """Preference tuning of a model that is distilled already, at its own steps (PSO)."""
+    """What people (PSO), or their stand-ins, scorers (feedback), prefer, for a student that is
+    distilled already."""
 
     default = "preference"
 
     @classmethod
     def check_model(cls, model: Any, method: str, options: Mapping[str, Any]) -> None:
-        """See DistillationTrainer; it has to be sampled by its own scheduler."""
+        """See DistillationTrainer; what learns from pairs is sampled by its own scheduler."""
         from stepdistill.export.load import refuse_other_sampling
 
-        config: Any = parse_method_config(method, options)
-        refuse_other_sampling(model, config.num_steps)
+        if method == cls.default:
+            config: Any = parse_method_config(method, options)
+            refuse_other_sampling(model, config.num_steps)
 
 
 class ReflowTrainer(DistillationTrainer):
@@ -237,6 +246,7 @@ class VariationalScoreTrainer(DistillationTrainer):
 
 TRAINERS: tuple[type[DistillationTrainer], ...] = (
     DistillationTrainer,
+    AdversarialTrainer,
     ConsistencyTrainer,
     DistributionMatchingTrainer,
     LoRADistillationTrainer,
