@@ -20,7 +20,7 @@ from rewards.test_clip import save_tiny
 from rewards.test_preference import save_pick
 from safetensors.torch import save_file
 from support.covering import covering
-from support.runs import METHOD_CASES, build_trainer, teacher_dir
+from support.runs import METHOD_CASES, build_trainer, learned_network, teacher_dir
 from torch import Tensor
 
 from stepdistill.families.registry import FAMILIES
@@ -39,8 +39,6 @@ from stepdistill.rewards.preference import (
     PickOptions,
     PickScorer,
 )
-from stepdistill.rewards.vision import KIND, ConvFeatures
-from stepdistill.storage.folders import write_folder
 from stepdistill.testing.pretend_device import PretendDeviceError, pretend_device
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.training.snapshots import Resumable
@@ -222,9 +220,7 @@ def an_lpips(folder: Path) -> FrozenScorer:
 
 
 def a_vision_network(folder: Path) -> FrozenScorer:
-    facts = {"model_type": KIND, "size_px": 16, "width": 4, "mean": 0.4, "std": 0.3, "data": "none"}
-    write_folder(folder / "net", {"model": ConvFeatures(16, 4).state_dict()}, {"config": facts})
-    return PixelFeatures(PixelOptions(network=str(folder / "net")))
+    return PixelFeatures(PixelOptions(network=str(learned_network(folder))))
 
 
 @pytest.mark.parametrize(

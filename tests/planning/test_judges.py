@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 from rewards.test_clip import MODEL
-from support.runs import teacher_dir
+from support.runs import learned_network, teacher_dir
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,8 +104,9 @@ def test_other_decoders(family, clip, tmp_path_factory) -> None:
     assert student(forecast(run)).flops > 0
 
 
-def test_every_kind_has_a_skeleton(clip, caplog) -> None:
+def test_every_kind_has_a_skeleton(clip, caplog, tmp_path) -> None:
     options = {"clip": clip["options"], "aesthetic": {**clip["options"], "head": "none"}}
+    options["features"] = {"network": str(learned_network(tmp_path))}
     with torch.device("meta"):
         for kind in SCORERS:
             spec = ScorerSpec(kind, options.get(kind, {}))

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import learned_network
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, GPT2Config
 
-from stepdistill.evaluation.learned import KIND, LearnedFeatures
+from stepdistill.evaluation.learned import LearnedFeatures
 from stepdistill.losses.pixels import PixelOptions
 from stepdistill.rewards import build_scorers, check_scorers
 from stepdistill.rewards.features import PixelFeatures
-from stepdistill.rewards.vision import ConvFeatures
-from stepdistill.storage.folders import write_folder
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,7 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("learned") / "net"
-    torch.manual_seed(0)
-    facts = {"model_type": KIND, "size_px": 16, "width": 4, "mean": 0.4, "std": 0.3, "data": "none"}
-    write_folder(folder, {"model": ConvFeatures(16, 4).state_dict()}, {"config": facts})
-    return folder
+    return learned_network(tmp_path_factory.mktemp("learned"))
 
 
 def built(network: Path, **options: object) -> PixelFeatures:

@@ -22,6 +22,8 @@ from stepdistill.families.features import FeatureBlock, chosen_blocks
 from stepdistill.families.registry import family_for, load_family, teacher_facts
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
+from stepdistill.rewards.vision import KIND, ConvFeatures
+from stepdistill.storage.folders import write_folder
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.trainers import DistillationTrainer, trainer_class
 from stepdistill.training import trainer as training
@@ -128,6 +130,15 @@ def _darkness(images: Tensor, by: object) -> Tensor:
 def _pixel_distance(images: Tensor, by: Any) -> Tensor:
     """A stand-in for LPIPS that needs no weights."""
     return (images - by).square().mean(dim=(1, 2, 3))
+
+
+def learned_network(folder: Path) -> Path:
+    """A network of 16 px as `features train` makes them, untrained, in a new folder there."""
+    facts = {"model_type": KIND, "size_px": 16, "width": 4, "mean": 0.4, "std": 0.3, "data": "none"}
+    torch.manual_seed(0)
+    net = ConvFeatures(16, 4).state_dict()
+    write_folder(folder / "net", {"model": net}, {"config": facts})
+    return folder / "net"
 
 
 class PixelStandIn(nn.Module):

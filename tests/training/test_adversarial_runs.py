@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import PixelStandIn, TinyData, fingerprint, teacher_dir
+from support.runs import PixelStandIn, TinyData, fingerprint, learned_network, teacher_dir
 from transformers import Dinov2Config, Dinov2Model
 
 from stepdistill import AdversarialTrainer, ConsistencyTrainer, RunConfig, TrainConfig, Tuning
@@ -111,6 +111,10 @@ def test_a_plan_knows_both_phases(tmp_path, tmp_path_factory) -> None:
     plan = forecast(run)
     assert [(cost.phase, cost.repeat) for cost in plan.phases] == [("student", 1), ("disc", 4)]
     assert set(plan.trained) == {"student", "disc"}
+    options = {"gan": {"pixels": {"network": str(learned_network(tmp_path))}}}
+    again = forecast(run.model_copy(update={"method": "add", "method_config": options}))
+    assert [cost.phase for cost in again.phases] == ["student", "disc"]
+    assert again.judges > 0
 
 
 def test_each_facade_serves_its_own(tmp_path, tmp_path_factory) -> None:
