@@ -163,7 +163,9 @@ class _Routed:
         if router.num_students == 1:
             return [0] * len(rows)
         if router.bounds is not None:
-            return [max(sum(int(label) >= first for first in router.bounds) - 1, 0) for label in rows]
+            return [
+                max(sum(int(label) >= first for first in router.bounds) - 1, 0) for label in rows
+            ]
         centroids = torch.tensor(router.centroids, dtype=torch.float64)
         offsets = torch.tensor(router.offsets, dtype=torch.float64)
         return nearest(embed(self, rows), centroids, offsets).tolist()
@@ -264,7 +266,9 @@ def routed(pipeline: Any, students: StudentAdapters) -> Any:
     """A stock pipeline in memory with these students; its parts are shared, not copied."""
     init = inspect.signature(type(pipeline).__init__).parameters
     parts = {
-        name: getattr(pipeline, name, None) if name in pipeline.components else pipeline.config[name]
+        name: getattr(pipeline, name, None)
+        if name in pipeline.components
+        else pipeline.config[name]
         for name in init
         if name in pipeline.components or name in pipeline.config
     }
