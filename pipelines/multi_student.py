@@ -25,6 +25,7 @@ back in order; one torch.Generator then draws in that order, a list of them imag
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -204,8 +205,9 @@ class _Routed:
         places = sorted(range(len(order)), key=order.__getitem__)
         if isinstance(results[0], tuple):
             return tuple(_joined(values, places) for values in zip(*results, strict=True))
-        fields = {key: _joined([made[key] for made in results], places) for key in results[0]}
-        return type(results[0])(**fields)
+        names = [field.name for field in dataclasses.fields(results[0])]
+        joined = [_joined([getattr(made, name) for made in results], places) for name in names]
+        return type(results[0])(*joined)
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """The stock method's folder, with this file in it, which its model_index.json names."""

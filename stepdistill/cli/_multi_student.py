@@ -106,8 +106,8 @@ def _checked(run: RunConfig, num_students: int, export_dir: Path) -> list[Any]:
         )
     if run.tuning.student != "lora":
         raise ValueError(
-            "num_students: expected students that are adapters on one base (--tuning.student lora),"
-            f" got {run.tuning.student}."
+            "num_students: expected students that are adapters on one base, got tuning.student "
+            f"{run.tuning.student}. Set --tuning.student lora."
         )
     if run.resume_from_checkpoint not in (None, "latest"):
         raise ValueError(

@@ -38,7 +38,16 @@ def call(command: str, family: str, out: Path, factory: Any, *more: str) -> None
             *("--pretrained_model_name_or_path", str(teacher_dir(family, factory))),
             *("--data.prompts_file", str(rows), "--max_train_steps", "2"),
             *("--method_config.num_steps", "1", "--method_config.critic_steps", "1"),
-            *("--learning_rate", "0.1", "--tuning.rank", "2", "--checkpointing_steps", "1"),
+            *(
+                "--learning_rate",
+                "0.1",
+                "--tuning.rank",
+                "2",
+                "--tuning.student",
+                "lora",
+                "--checkpointing_steps",
+                "1",
+            ),
             *("--validation_steps", "0", "--disable_progress_bar", *more),
         ]
     )
@@ -175,7 +184,9 @@ def trainer_state(checkpoint: Path | None) -> dict[str, torch.Tensor]:
     assert checkpoint is not None
     files = sorted(checkpoint.rglob("*.safetensors"))
     assert files
-    return {f"{file.name} {name}": value for file in files for name, value in load_file(file).items()}
+    return {
+        f"{file.name} {name}": value for file in files for name, value in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize(
