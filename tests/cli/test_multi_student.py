@@ -210,8 +210,8 @@ def test_mistakes_are_told_before_weights(
 
 def test_other_options_in_a_begun_folder_are_refused(tmp_path_factory) -> None:
     out = three("sd", tmp_path_factory)
+    options = ["--num_students", "3", "--learning_rate", "0.2"]
     with pytest.raises(SystemExit, match="another learning_rate"):
-        options = ["--num_students", "3", "--learning_rate", "0.2"]
         call("multi_student", "sd", out, tmp_path_factory, *options)
     record = json.loads((out / "multi_student.json").read_text())
     assert record["sizes"] == [2, 2, 2]

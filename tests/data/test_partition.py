@@ -1,4 +1,4 @@
-"""Balanced parts: sizes within one, each point with the router's answer, the cheapest such parts."""
+"""Balanced parts: sizes within one, the router's answer for each point, the least cost."""
 
 from __future__ import annotations
 
