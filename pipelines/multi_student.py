@@ -54,7 +54,7 @@ def embed(pipeline: Any, prompts: Sequence[str], batch_size: int = 32) -> Tensor
 
     Every prompt is padded to one length, so that no row depends on those beside it.
     """
-    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    tokenizer, encoder = _text_parts(pipeline)
     most = getattr(tokenizer, "tokenizer", tokenizer).model_max_length
     rows = []
     for start in range(0, len(prompts), batch_size):
@@ -70,6 +70,15 @@ def embed(pipeline: Any, prompts: Sequence[str], batch_size: int = 32) -> Tensor
         weight = mask[..., None].double().cpu()
         rows.append((states.double().cpu() * weight).sum(1) / weight.sum(1).clamp_min(1))
     return F.normalize(torch.cat(rows), dim=1)
+
+
+def _text_parts(pipeline: Any) -> tuple[Any, Any]:
+    """(tokenizer, text encoder), the first that the pipeline has."""
+    for number in ("", "_2", "_3"):
+        encoder = getattr(pipeline, f"text_encoder{number}", None)
+        if encoder is not None:
+            return getattr(pipeline, f"tokenizer{number}"), encoder
+    raise ValueError("prompt: expected a text encoder to choose a student by, got none loaded.")
 
 
 def nearest(points: Tensor, centroids: Tensor, offsets: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ def export_students(
         if number == 0:
             sampler = sampler_of(family, bank[role].path, spec)
             record = describe(family, spec, sampler, facts, bank[role].path)
-            net, first = stock_net(bank, role, adapter=False), family
+            net: Any = stock_net(bank, role, adapter=False)
+            first = family
         denoiser = bank[role]
         images.append(sampler_image(family, denoiser, spec, record, prompts[number], base.device))
     down, up = (

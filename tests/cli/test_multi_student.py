@@ -90,7 +90,7 @@ def test_shares_are_equal_and_hold_every_line(family, tmp_path_factory) -> None:
     parts = shares(three(family, tmp_path_factory))
     assert [len(set(part)) for part in parts] == [2, 2, 2]
     rows = LABELS if family == "dit" else PROMPTS
-    assert sorted(sum(parts, [])) == sorted(map(str, rows))
+    assert sorted(row for part in parts for row in part) == sorted(map(str, rows))
 
 
 @pytest.mark.parametrize("family", ["sd", "dit"])
