@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
+from stepdistill.config.files import parse_run_config
 from stepdistill.core.solvers import sample_x0
 from stepdistill.storage.checkpoints import newest_valid
-from stepdistill.trainers import DistillationTrainer, trainer_of_run
+from stepdistill.trainers import DistillationTrainer, ended_run, trainer_of_run
 
 PROMPTS = ["a cat", "a dog", "a red car", "two blue boats", "a house", "the sea at night", "a cat"]
 LABELS = [0, 1, 2, 3, 4, 5, 0]
@@ -29,38 +30,46 @@ def own_module_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.syspath_prepend(folder)
 
 
+def options(family: str, out: Path, factory: Any) -> list[str]:
+    return [
+        *("--method", "dmd2", "--output_dir", str(out), "--max_train_steps", "2"),
+        *("--pretrained_model_name_or_path", str(teacher_dir(family, factory))),
+        *("--method_config.num_steps", "1", "--method_config.critic_steps", "1"),
+        *("--learning_rate", "0.1", "--tuning.rank", "2", "--tuning.student", "lora"),
+        *("--checkpointing_steps", "1", "--validation_steps", "0", "--disable_progress_bar"),
+    ]
+
+
 def call(command: str, family: str, out: Path, factory: Any, *more: str) -> None:
     rows = out.parent / f"{family}.txt"
     rows.write_text("".join(f"{row}\n" for row in (LABELS if family == "dit" else PROMPTS)))
-    main(
-        [
-            *(command, "--method", "dmd2", "--output_dir", str(out)),
-            *("--pretrained_model_name_or_path", str(teacher_dir(family, factory))),
-            *("--data.prompts_file", str(rows), "--max_train_steps", "2"),
-            *("--method_config.num_steps", "1", "--method_config.critic_steps", "1"),
-            *(
-                "--learning_rate",
-                "0.1",
-                "--tuning.rank",
-                "2",
-                "--tuning.student",
-                "lora",
-                "--checkpointing_steps",
-                "1",
-            ),
-            *("--validation_steps", "0", "--disable_progress_bar", *more),
-        ]
-    )
+    main([command, *options(family, out, factory), "--data.prompts_file", str(rows), *more])
 
 
 _DONE: dict[str, Path] = {}
+_TRAINED: list[str] = []  # of the run that was cut off
 
 
 def three(family: str, factory: Any) -> Path:
-    """A finished run of three students, made once a test process."""
+    """A finished run of three students, made once a test process; `sd` was cut off in the second
+    one's middle, and gone on with."""
     if family not in _DONE:
-        out = factory.mktemp("msd") / family
-        call("multi_student", family, out, factory, "--num_students", "3")
+        out, train = factory.mktemp("msd") / family, DistillationTrainer.train
+
+        def cut_off(self: Any, until: int | None = None) -> Any:
+            _TRAINED.append(self.output_dir.name)
+            if _TRAINED.count("student-1") == 1 and self.output_dir.name == "student-1":
+                train(self, until=1)
+                raise SystemExit(75)
+            return train(self, until)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if family == "sd":
+                patch.setattr(DistillationTrainer, "train", cut_off)
+                with pytest.raises(SystemExit, match="75"):
+                    call("multi_student", family, out, factory, "--num_students", "3")
+                assert not (out / "student-2").exists()
+            call("multi_student", family, out, factory, "--num_students", "3")
         _DONE[family] = out
     return _DONE[family]
 
@@ -142,39 +151,29 @@ def test_sample_runs_it_and_the_card_says_so(tmp_path, tmp_path_factory, capsys)
     assert (tmp_path / "dry" / "students" / "multi_student.py").is_file()
 
 
-def test_a_run_cut_off_in_the_second_student_goes_on(
-    tmp_path, tmp_path_factory, monkeypatch
-) -> None:
-    whole = three("sd", tmp_path_factory)
-    train, trained = DistillationTrainer.train, []
-
-    def stopped(self, until=None):
-        trained.append(self.output_dir.name)
-        if self.output_dir.name == "student-1":
-            train(self, until=1)
-            raise SystemExit(75)
-        return train(self, until)
-
-    monkeypatch.setattr(DistillationTrainer, "train", stopped)
-    with pytest.raises(SystemExit, match="75"):
-        call("multi_student", "sd", tmp_path / "sd", tmp_path_factory, "--num_students", "3")
-    monkeypatch.setattr(
-        DistillationTrainer,
-        "train",
-        lambda self, until=None: trained.append(self.output_dir.name) or train(self, until),
-    )
-    call("multi_student", "sd", tmp_path / "sd", tmp_path_factory, "--num_students", "3")
-    assert trained == ["student-0", "student-1", "student-1", "student-2"]
-    file = "pipeline/students/diffusion_pytorch_model.safetensors"
-    ours, theirs = load_file(tmp_path / "sd" / file), load_file(whole / file)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def test_a_student_cut_off_is_the_plain_run_on_its_share(tmp_path, tmp_path_factory) -> None:
+    out = three("sd", tmp_path_factory)
+    assert _TRAINED == ["student-0", "student-1", "student-1", "student-2"]
+    same(out / "student-1", plain(tmp_path / "base", out / "prompts-1.txt", tmp_path_factory))
 
 
 def test_one_student_is_the_method(tmp_path, tmp_path_factory) -> None:
-    call("train", "sd", tmp_path / "base", tmp_path_factory)
     call("multi_student", "sd", tmp_path / "one", tmp_path_factory, "--num_students", "1")
-    folders = [newest_valid(tmp_path / name)[0] for name in ("base", "one/student-0")]
-    states = [trainer_state(folder) for folder in folders]
+    base = plain(tmp_path / "base", tmp_path / "sd.txt", tmp_path_factory)
+    same(tmp_path / "one" / "student-0", base)
+    assert stock(tmp_path / "one" / "pipeline").students_of(PROMPTS) == [0] * 7
+
+
+def plain(out: Path, prompts: Path, factory: Any) -> Path:
+    """The folder of `stepdistill train` on these prompts, without its export."""
+    argv = [*options("sd", out, factory), "--data.prompts_file", str(prompts)]
+    ended_run(parse_run_config(argv, by_size=True))
+    return out
+
+
+def same(run: Path, other: Path) -> None:
+    """Bit for bit, in all tensors of their last checkpoints."""
+    states = [trainer_state(newest_valid(folder)[0]) for folder in (run, other)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -210,8 +209,8 @@ def test_mistakes_are_told_before_weights(
 
 def test_other_options_in_a_begun_folder_are_refused(tmp_path_factory) -> None:
     out = three("sd", tmp_path_factory)
-    options = ["--num_students", "3", "--learning_rate", "0.2"]
+    more = ["--num_students", "3", "--learning_rate", "0.2"]
     with pytest.raises(SystemExit, match="another learning_rate"):
-        call("multi_student", "sd", out, tmp_path_factory, *options)
+        call("multi_student", "sd", out, tmp_path_factory, *more)
     record = json.loads((out / "multi_student.json").read_text())
     assert record["sizes"] == [2, 2, 2]
