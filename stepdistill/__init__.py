@@ -12,9 +12,11 @@ _PUBLIC = {
     "TrainConfig": "stepdistill.config.run",
     "RunConfig": "stepdistill.config.run",
     "Tuning": "stepdistill.config.tuning",
+    "AdversarialTrainer": "stepdistill.trainers",
     "ConsistencyTrainer": "stepdistill.trainers",
     "DistributionMatchingTrainer": "stepdistill.trainers",
     "LoRADistillationTrainer": "stepdistill.trainers",
+    "PreferenceTrainer": "stepdistill.trainers",
     "ReflowTrainer": "stepdistill.trainers",
     "TrajectorySegmentedTrainer": "stepdistill.trainers",
     "VariationalScoreTrainer": "stepdistill.trainers",
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
     from stepdistill.families.registry import load_family as load_family
     from stepdistill.loading.source import ModelSource as ModelSource
     from stepdistill.methods import METHODS as METHODS
+    from stepdistill.trainers import AdversarialTrainer as AdversarialTrainer
     from stepdistill.trainers import ConsistencyTrainer as ConsistencyTrainer
     from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer
     from stepdistill.trainers import LoRADistillationTrainer as LoRADistillationTrainer
+    from stepdistill.trainers import PreferenceTrainer as PreferenceTrainer
     from stepdistill.trainers import ReflowTrainer as ReflowTrainer
     from stepdistill.trainers import TrajectorySegmentedTrainer as TrajectorySegmentedTrainer
     from stepdistill.trainers import VariationalScoreTrainer as VariationalScoreTrainer

@@ -171,9 +171,16 @@ class DistillationTrainer(Trainer):
         return push_folder(folder, repo_id, private)
 
 
+class AdversarialTrainer(DistillationTrainer):
+    """Adversarial distillation by heads on the teacher's features (LADD) or on a pixel network
+    (ADD)."""
+
+    default = "ladd"
+
+
 class ConsistencyTrainer(DistillationTrainer):
     """Consistency models of discrete (CD, LCM, ECT, SCott) and of continuous time (MeanFlow, sCM,
-    rCM), and the trajectory bootstrapped from prompts alone (BOOT)."""
+    rCM, SANA-Sprint), and the trajectory bootstrapped from prompts alone (BOOT)."""
 
     default = "consistency"
 
@@ -207,6 +214,12 @@ class LoRADistillationTrainer(DistillationTrainer):
         super().__init__(model, args, train_dataset, method, method_config, **others)
 
 
+class PreferenceTrainer(DistillationTrainer):
+    """What people (or their stand-ins, scorers) prefer, for a student that is distilled already."""
+
+    default = "feedback"
+
+
 class ReflowTrainer(DistillationTrainer):
     """Rectified flow on noise-image pairs: reflow, rf++, SlimFlow, one-step distillation."""
 
@@ -227,9 +240,11 @@ class VariationalScoreTrainer(DistillationTrainer):
 
 TRAINERS: tuple[type[DistillationTrainer], ...] = (
     DistillationTrainer,
+    AdversarialTrainer,
     ConsistencyTrainer,
     DistributionMatchingTrainer,
     LoRADistillationTrainer,
+    PreferenceTrainer,
     ReflowTrainer,
     TrajectorySegmentedTrainer,
     VariationalScoreTrainer,

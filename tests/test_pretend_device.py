@@ -17,20 +17,28 @@ import pytest
 import torch
 import torchvision
 from rewards.test_clip import save_tiny
+from rewards.test_preference import save_pick
 from safetensors.torch import save_file
 from support.covering import covering
-from support.runs import METHOD_CASES, build_trainer, teacher_dir
+from support.runs import METHOD_CASES, build_trainer, learned_network, teacher_dir
 from torch import Tensor
 
 from stepdistill.families.registry import FAMILIES
+from stepdistill.losses.pixels import PixelOptions
 from stepdistill.losses.rewards import CLIPOptions, LPIPSOptions
 from stepdistill.methods import METHODS
 from stepdistill.monitoring.logs import RunLog
 from stepdistill.monitoring.validation import Validator
 from stepdistill.rewards.base import FrozenScorer
 from stepdistill.rewards.clip import CLIPScorer
+from stepdistill.rewards.features import PixelFeatures
 from stepdistill.rewards.perceptual import LPIPSScorer
-from stepdistill.rewards.preference import AestheticOptions, AestheticScorer
+from stepdistill.rewards.preference import (
+    AestheticOptions,
+    AestheticScorer,
+    PickOptions,
+    PickScorer,
+)
 from stepdistill.testing.pretend_device import PretendDeviceError, pretend_device
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.training.snapshots import Resumable
@@ -172,11 +180,21 @@ class TinyScorer(FrozenScorer):
         ("reflow_lpips", "sd3"),
         *(pytest.param(*c, marks=pytest.mark.full) for c in (("cd_lpips", "sd"), ("rfpp", "sd"))),
         pytest.param("vsd_clip", "sd3", marks=pytest.mark.full),
+        pytest.param("add", "sd3", marks=pytest.mark.full),
     ],
 )
 def test_a_loss_of_images(case, family, tmp_path, tmp_path_factory) -> None:
-    scorers = {"lpips": TinyScorer()} if case != "vsd_clip" else {"clip": a_clip(tmp_path)}
+    scorers: dict[str, Any] = {"lpips": TinyScorer()}
+    if case == "vsd_clip":
+        scorers = {"clip": a_clip(tmp_path)}
+    elif case == "add":
+        scorers = {"pixels": a_vision_network(tmp_path)}
     run_step(case, family, "lora", tmp_path, tmp_path_factory, scorers, **WAYS["half"])
+
+
+def test_an_autoencoder_stays_there_where_its_images_are_judged(tmp_path, tmp_path_factory) -> None:
+    """Though encoders are kept on the CPU: each step would wait for its gradient."""
+    run_step("lcm_reward", "sd3", "lora", tmp_path, tmp_path_factory, offload_encoders=True)
 
 
 def a_clip(folder: Path) -> FrozenScorer:
@@ -189,6 +207,10 @@ def an_aesthetic_head(folder: Path) -> FrozenScorer:
     return AestheticScorer(AestheticOptions(head=str(folder / "head.safetensors"), **options))
 
 
+def a_pickscore(folder: Path) -> FrozenScorer:
+    return PickScorer(PickOptions(model=str(save_pick(folder))))
+
+
 def an_lpips(folder: Path) -> FrozenScorer:
     with torch.device("meta"):
         layers = torchvision.models.alexnet().features.state_dict()
@@ -197,13 +219,20 @@ def an_lpips(folder: Path) -> FrozenScorer:
     return LPIPSScorer(LPIPSOptions(backbone="alex", weights=str(folder / "alex.safetensors")))
 
 
-@pytest.mark.parametrize("judge", [a_clip, an_aesthetic_head, an_lpips])
+def a_vision_network(folder: Path) -> FrozenScorer:
+    return PixelFeatures(PixelOptions(network=str(learned_network(folder))))
+
+
+@pytest.mark.parametrize(
+    "judge", [a_clip, a_pickscore, an_aesthetic_head, an_lpips, a_vision_network]
+)
 def test_a_judge_there_scores_in_float32_within_autocast(judge, tmp_path) -> None:
     scorer = judge(tmp_path).requires_grad_(False)
     with pretend_device() as device:
         scorer.to(device)
         images = torch.ones(2, 3, 64, 64, device=device, requires_grad=True)
-        by = images.detach() if judge is an_lpips else ["a cat", "a dog"]
+        prompts = ["a cat", "a dog"]
+        by = images.detach() if judge in (an_lpips, a_vision_network) else prompts
         with torch.autocast(device.type, dtype=torch.bfloat16):
             assert (images @ images).dtype == torch.bfloat16
             values = scorer(images, by)

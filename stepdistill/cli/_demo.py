@@ -23,6 +23,7 @@ from stepdistill.demo.report import Report, print_report, write_report
 from stepdistill.demo.subject import Digits, RowJudge, Subject
 from stepdistill.demo.teacher import Teacher, quiet_loading
 from stepdistill.demo.verdict import time_check
+from stepdistill.evaluation.learned import train_features
 from stepdistill.monitoring.records import FILES
 from stepdistill.reporting.values import any_of, counted
 from stepdistill.storage.checkpoints import list_checkpoints
@@ -158,6 +159,8 @@ def _stages(
         command += ["--num_pairs", "4096", "--num_steps", "8", "--batch_size", "256"]
         stages.append(Stage("pairs", command))
     for index, training in enumerate(trainings):
+        if training.lacks_network:  # the judge's is another
+            training = training.with_network(train_features(out / "data", out / "features"))
         folder = run if index + 1 == len(trainings) else run / "first"
         exported = training.starts_from == "model"
         command = ["train", "--config", str(_config(training, folder))]

@@ -23,6 +23,7 @@ from stepdistill.demo.classifier import train_classifier
 from stepdistill.demo.data import load_digit_splits, write_data
 from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
 from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher, quiet_loading
+from stepdistill.evaluation.learned import train_features
 from stepdistill.evaluation.samples import PipelineSampler
 from stepdistill.export.pipeline import RECORD
 from stepdistill.pairs.dataset import PairDataset
@@ -86,6 +87,12 @@ class Digits(TeacherSetup):
 
     def trainings(self, student: Student) -> list[Training]:
         return recipes()[student.recipe].trainings(student.trained_for)
+
+    def equipped(self, training: Training) -> Training:
+        """With a pixel network of the training images, another than the judge's."""
+        if not training.lacks_network:
+            return training
+        return training.with_network(train_features(self.out / "data", self.out / "features"))
 
     def dataset(self, training: Training) -> Any:
         if training.data == "prompts":

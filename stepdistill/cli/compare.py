@@ -125,8 +125,10 @@ def setups() -> Setups:
     from stepdistill.cli._digits import Digits
     from stepdistill.comparison.user_teacher import UserOptions, UserTeacher
     from stepdistill.demo.classifier import register_digits
+    from stepdistill.demo.scorer import register_scorers
 
     register_digits()
+    register_scorers()
     return {
         "digits": Digits,
         "own": lambda out, **options: UserTeacher(out, UserOptions(**options)),

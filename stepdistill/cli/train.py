@@ -18,6 +18,8 @@ def parse(argv: Sequence[str], prog: str) -> RunConfig:
 
 
 def run(options: RunConfig) -> None:
+    from stepdistill.demo.scorer import register_scorers
     from stepdistill.trainers import train_run
 
+    register_scorers()  # of the demo's digits, which its recipes name
     train_run(options)

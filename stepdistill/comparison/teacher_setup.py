@@ -65,6 +65,10 @@ class TeacherSetup(ABC):
     def judge(self, label: str, steps: int, folder: Path) -> Plain:
         """The row of an exported pipeline."""
 
+    def equipped(self, training: Training) -> Training:
+        """The training with what its settings leave to the comparison: nothing."""
+        return training
+
     def pairs_guidance(self) -> float:
         """The teacher's, where its pairs are made."""
         return 1.0
@@ -141,7 +145,7 @@ class TeacherSetup(ABC):
 
         Args: saves: checkpoints on the way, from the newest of which it goes on.
         """
-        first = run.parent / "first"
+        training, first = self.equipped(training), run.parent / "first"
         ours: dict[str, Any] = {
             "output_dir": str(run),
             "seed": seed,

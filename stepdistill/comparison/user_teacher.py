@@ -135,7 +135,8 @@ class UserTeacher(TeacherSetup):
                 method, args, config = self.configs(training, 1000)
                 data = PAIR if training.data == "pairs" else self.dataset(training)
                 try:
-                    method_fits(method_class(method), config, facts, data, {})
+                    fits: dict[str, Any] = {"scorers": {}, "rewards": args.rewards}
+                    method_fits(method_class(method), config, facts, data, **fits)
                     student_fits(method_class(method), args.tuning, source)
                     roles_fit(method_class(method), config, args, facts)
                     check_start(args, facts, training=True)

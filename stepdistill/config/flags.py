@@ -120,7 +120,8 @@ def explain(err: ValidationError, model: type[BaseModel], where: str) -> ValueEr
             near = nearest(key, fields_of(model)) or "none"
             lines.append(f"expected a known option, got {key!r}. Nearest: {near}.")
         elif item["type"] == "missing":
-            lines.append(f"expected {key}, got nothing. Set it in a config file or as --{key}.")
+            flag = "" if any(isinstance(part, int) for part in item["loc"]) else f" or as --{key}"
+            lines.append(f"expected {key}, got nothing. Set it in a config file{flag}.")
         elif item["type"] == "value_error":  # a rule of ours, which says it all
             lines.append(f"{item['ctx']['error']}".rstrip(".") + ".")
         else:
@@ -283,11 +284,14 @@ def _decoded(annotation: Any, value: Any, where: str) -> Any:
     if not sequences:
         return texts[-1]
     numbers = {int, float} & {*get_args(sequences[0])}
+    groups = any(_is(kind, BaseModel) for kind in get_args(sequences[0]))
     values: list[Any] = []
     for text in texts:
         listed = _json_or(text.split(",") if numbers else [text], text)
-        values += listed if isinstance(listed, list) else [text]
-    return values if numbers else [x if isinstance(x, str) else json.dumps(x) for x in values]
+        values += listed if isinstance(listed, list) else [listed if groups else text]
+    if numbers or groups:
+        return values
+    return [x if isinstance(x, str) else json.dumps(x) for x in values]
 
 
 def _json_or(other: Any, text: str) -> Any:

@@ -38,8 +38,6 @@ class About(Options):
     """Family of its models; none means any."""
     model: str = "any"
     """The model that its values are for, as `plan` knows it; any for recipes by size."""
-    without: dict[str, Any] = Field(default={})
-    """Options that stand for image scorers of its own, which `plan` can't forecast."""
     size: Literal["", "small"] = ""
     """small: for models below 50 M parameters, where it is its method's default."""
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from stepdistill.config.files import resolve_method
+from stepdistill.config.files import method_config, resolve_method
 from stepdistill.config.layers import merge
 from stepdistill.core.method import Data, Method
 from stepdistill.core.recipe import Recipe
 from stepdistill.methods import METHODS
+from stepdistill.methods.gan import GANConfig
 
 # Options that count student updates: they keep their share of a run that is longer or shorter.
 COUNTED_OPTIONS = (
-    *("anneal_steps", "warm_start.updates", "warmup_steps"),
+    *("anneal_steps", "clean_first", "warm_start.updates", "warmup_steps"),
     *("record_updates", "backtrack_updates"),
 )
 
@@ -52,6 +54,20 @@ class Training:
     data: Data
     share: float = 1.0
     starts_from: Literal["teacher", "student", "model"] = "teacher"
+
+    @property
+    def lacks_network(self) -> bool:
+        """Whether its heads read a pixel network that the settings don't name."""
+        options = self.settings.get("method_config", {})
+        gan = getattr(method_config(self.settings["method"], options), "gan", None)
+        if not isinstance(gan, GANConfig) or not gan.scorers():
+            return False
+        return gan.pixels.network is None
+
+    def with_network(self, folder: str | Path) -> Training:
+        """The same with that pixel network."""
+        named = {"method_config": {"gan": {"pixels": {"network": str(folder)}}}}
+        return replace(self, settings=merge(self.settings, named))
 
     def lasting(self, updates: int) -> dict[str, Any]:
         """The settings of a run of that many student updates."""
@@ -96,9 +112,12 @@ class MethodRecipe:
     def trainings(self, num_steps: int) -> list[Training]:
         """What trains a student of that many steps, in order."""
         settings, data, first = self.settings(num_steps), self.method.data, self.recipe.first
-        if first is None or num_steps > 1:
+        if first is None or (num_steps > 1 and not first.always):
             return [Training(self.method.name, settings, data)]
         warm = self._over_common(first.method, first.settings)
+        if first.always:
+            options = METHODS[first.method].for_steps(num_steps)
+            warm = merge(warm, {"method_config": options})
         return [
             Training(first.label, warm, METHODS[first.method].data, first.share),
             Training(self.method.name, settings, data, 1.0 - first.share, first.gives),

@@ -22,6 +22,7 @@ from typing_extensions import Self
 from stepdistill.config.flags import AT_COMMAS
 from stepdistill.config.metrics import BEST_METRICS, METRICS
 from stepdistill.config.places import Here
+from stepdistill.config.rewards import RewardConfig, check_rewards
 from stepdistill.config.teacher import TeacherOptions
 from stepdistill.config.tuning import Tuning
 from stepdistill.config.watchdog import WatchdogConfig
@@ -59,14 +60,16 @@ class TrainConfig(Options):
     """Autocast dtype of network calls; trained weights and losses stay float32."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. auto does
-    so for quantised denoisers, and those of 500 M parameters and more."""
+    so for quantised denoisers, and those of 500 M parameters and more; of a VAE whose images are
+    judged, from 20 M on."""
     compile: bool = False
     """Compile the denoisers' repeated blocks with torch.compile: minutes at the start, faster
     steps after. Once for each role, with and without gradients."""
     compile_backend: str = "inductor"
     """Backend of torch.compile; inductor needs Triton on CUDA, a C++ compiler on CPU."""
     offload_encoders: bool = False
-    """Keep text encoders and autoencoder on the CPU: prompts and images are encoded there, once."""
+    """Keep text encoders and autoencoder on the CPU: prompts and images are encoded there, once. An
+    autoencoder whose images are judged stays on the device; a small decoder stands in for it."""
     tuning: Tuning = Tuning()
     """How trained roles store their weights (lora or full, rank, alpha)."""
 
@@ -77,6 +80,12 @@ class TrainConfig(Options):
     decoder: str | None = None
     """Folder or Hub id of a small decoder (AutoencoderTiny, such as TAESD) for losses that judge
     images; none means the pipeline's VAE, whose gradient takes far more memory."""
+    rewards: list[RewardConfig] = Field(default=[])
+    """Judges of the student's samples, whose loss is added to that of any method, such as
+    {"kind": "clip", "weight": 0.1, "tau": 0.35}."""
+    reward_crop: int | None = Field(default=None, ge=1)
+    """Side, in latents (of 8 px in most models), of a square drawn anew each time that alone is
+    decoded for rewards; none decodes all."""
 
     # ------------------------------------------------------------ optimiser
     learning_rate: float = Field(default=1e-5, gt=0)
@@ -183,6 +192,9 @@ class TrainConfig(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        check_rewards(self.rewards)
+        if self.reward_crop is not None and not self.rewards:
+            raise ValueError("reward_crop: expected rewards beside it, got none")
         if self.validation_steps and not self.validation_prompts:
             raise ValueError(
                 "validation_steps: expected validation_prompts beside it, got none. "

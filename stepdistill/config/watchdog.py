@@ -52,7 +52,13 @@ class WatchdogConfig(Options):
     """That ratio from which on it is told: a fake that knows the student's samples is at 1 or
     below, as their own mean is the best guess; above it the student follows the fake's errors."""
     sign_window: int = Field(default=100, ge=1)
-    """Student updates that the running medians of spread and fake_error are taken over."""
+    """Student updates that the running medians of spread and fake_error are taken over, and the
+    stretches of reward."""
+
+    reward: Action = "warn"
+    """A reward kept out of training (weight 0) that has fallen from its best, beyond three standard
+    errors, while a trained one has risen by as clear a difference: the student pleases one judge
+    alone. back_off lowers the student's learning rate."""
 
     fake_lag: Action = "warn"
     """Share of the student's gradient that the fake score's lag accounts for (distribution

@@ -37,6 +37,7 @@ class Role:
         predicted (InstaFlow's raw set-up).
     features: blocks a head reads, by the family's names ("mid" exists everywhere, ("all",) is all).
     heads_per_block: logits of each of these blocks, every one by a head of its own.
+    reads: the scorer, a PixelNet, whose blocks they are in place of the family's.
     """
 
     source: Literal["teacher", "head"] = "teacher"
@@ -46,6 +47,7 @@ class Role:
     as_flow: bool = False
     features: tuple[str, ...] = ()
     heads_per_block: int = 1
+    reads: str = ""
 
 
 class Scorer(Protocol):
@@ -56,6 +58,20 @@ class Scorer(Protocol):
     """
 
     def __call__(self, images: Tensor, by: Tensor | Sequence[str]) -> Tensor: ...
+
+
+class PixelNet(Scorer, Protocol):
+    """A scorer whose hidden states heads read, differentiable in the images (rewards.features)."""
+
+    @property
+    def blocks(self) -> Mapping[str, Any]:
+        """Feature name -> families.features.FeatureBlock; "mid" is one."""
+        ...
+
+    def features(self, images: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Hidden states of these blocks, or of "all", of images (B, 3, H, W) in [-1, 1]: maps
+        (B, D, H, W), tokens (B, N, D)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -185,6 +201,7 @@ class Method(ABC, Generic[C]):
     steps: the step counts it is meant for. one_student: whether one training serves all of them.
     steps_option: the option that sets how many steps a student takes.
     any_student: whether a student of another architecture than the teacher's makes sense.
+    needs_rewards: whether its own losses are nothing without the run's rewards.
     settings_file: its file in configs/methods that ends in a few-step student, if not NAME.yaml.
     digits: how students of the demo's digits are trained; none: by the common settings.
     """
@@ -201,6 +218,7 @@ class Method(ABC, Generic[C]):
     one_student: ClassVar[bool] = False
     steps_option: ClassVar[str] = "num_steps"
     any_student: ClassVar[bool] = True
+    needs_rewards: ClassVar[bool] = False
     settings_file: ClassVar[str] = ""
     digits: ClassVar[tuple[Recipe, ...]] = ()
 

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class First:
-    """A training before a recipe's own, for students of one step.
+    """A training before a recipe's own.
 
     method: whose. settings: see Recipe. share: of the student's time budget. gives: what the
     recipe's own training starts from: the student, or its export as the model, teacher and
-    student alike.
+    student alike. always: whether students of every step count have it, by the method's options
+    for so many; else those of one step alone.
     """
 
     label: str
@@ -25,6 +26,7 @@ class First:
     settings: Mapping[str, Any]
     share: float
     gives: Literal["student", "model"] = "student"
+    always: bool = False
 
 
 @dataclass(frozen=True)

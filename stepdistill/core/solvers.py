@@ -240,12 +240,14 @@ def sample_x0(
     null: Cond | None = None,
     guidance: float | Tensor | None = None,
     fresh_noise: Callable[[int], Tensor] | None = None,
+    gradient_at: int | None = None,
 ) -> Tensor:
     """x0 (B, C, *S): the student's (or teacher's) sampler, the one loop used everywhere.
 
     Args:
         noise: (B, C, *S) unit normal. guidance: overrides the spec's where given.
         fresh_noise: step index -> (B, C, *S), needed by "renoise" and "tcd" beyond one step.
+        gradient_at: the step whose call alone has a graph, and whose x0 is returned.
     """
     path, bsz = denoiser.path, noise.shape[0]
     guidance = spec.guidance if guidance is None else guidance
@@ -264,9 +266,10 @@ def sample_x0(
         cleaner = path.before_travel(at(s), spec.gamma if spec.kind == "tcd" else 0.0)
         ends_at = at(clean) if spec.kind == "renoise" else cleaner
         end = ends_at if spec.tells_end else None
-        pred = denoiser(x, at(t), cond, null, guidance, w=w, s=end)
-        x0 = boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
-        if s == 0.0:
+        with torch.set_grad_enabled(i == gradient_at):
+            pred = denoiser(x, at(t), cond, null, guidance, w=w, s=end)
+            x0 = boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
+        if s == 0.0 or i == gradient_at:
             return x0
         if spec.kind in ("ode", "anchored"):
             base = (x, at(t)) if spec.kind == "ode" else (first, at(spec.times[0]))

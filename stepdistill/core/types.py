@@ -140,12 +140,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """One phase's result: the scalar to differentiate, and detached scalars to log."""
+    """One phase's result: the scalar to differentiate, and detached scalars to log.
+
+    sample: (B, C, *S) what the student's own sampler made, with graph, of a loss that has it
+        anyway: a run's rewards judge that, and else one drawn for them.
+    """
 
     total: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
+    sample: Tensor | None = None
 
     def plus(self, weight: float, term: Tensor, **logs: Tensor) -> Losses:
         """These losses and `weight` times a further term, with further values to log."""
         detached = {name: value.detach() for name, value in logs.items()}
-        return Losses(self.total + weight * term, {**self.logs, **detached})
+        total, logs = self.total + weight * term, {**self.logs, **detached}
+        return replace(self, total=total, logs=logs)

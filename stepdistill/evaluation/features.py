@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -29,11 +28,12 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.registry import from_file, is_file_class
-from stepdistill.loading.safe_files import no_pickles, read_tensors
+from stepdistill.loading.safe_files import read_tensors
+from stepdistill.rewards.vision import KIND, load_vision
 from stepdistill.storage.files import one_line, read_json, sha256_of
 
 from .images import clean_resize
-from .learned import KIND, LearnedFeatures
+from .learned import LearnedFeatures
 from .store import network_sha256
 
 INCEPTION_SHA256 = "6726825d"  # beginning of the published file's hash, part of its name
@@ -223,20 +223,8 @@ class VisionFeatures:
     """
 
     def __init__(self, model: str, device: Device = "cpu", name: str = "dino") -> None:
-        from transformers import AutoModel
-
         self.name = name
-        try:
-            self.processor = _processor(model, name)
-            with no_pickles("features dino"):
-                net = AutoModel.from_pretrained(model, use_safetensors=True)
-        except (OSError, ValueError) as err:
-            raise ValueError(
-                f"features {name}: expected a folder or Hub id of a vision model in safetensors, "
-                f"got {model!r}. {err}"
-            ) from err
-        if "vision_config" in net.config.to_dict():  # one of images and text: its first half
-            net = net.vision_model
+        net, self.processor = load_vision(model, f"features {name}")
         self.net: Any = net.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         steps = {k: v for k, v in self.processor.to_dict().items() if k in _PROCESSOR_FACTS}
@@ -254,23 +242,6 @@ class VisionFeatures:
         pooled = None if self.name == "dino" else output.get("pooler_output")
         features: Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
         return features.float()
-
-
-def _processor(model: str, name: str) -> Any:
-    from transformers import AutoImageProcessor, ViTImageProcessor
-
-    folder = Path(model)
-    if not folder.is_dir() or (folder / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(model)
-    side = read_json(folder / "config.json").get("image_size", 224)
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    warnings.warn(
-        f"features {name}: expected a preprocessor_config.json in {model}, got none: images come "
-        f"at {height} x {width} px in [-1, 1]. Save the model's processor beside it where it was "
-        "trained on others.",
-        stacklevel=4,
-    )
-    return ViTImageProcessor(size={"height": height, "width": width})
 
 
 _PROCESSOR_FACTS = ("size", "crop_size", "resample", "do_center_crop", "image_mean", "image_std")

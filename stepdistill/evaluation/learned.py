@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,13 @@ from torch.nn import functional as F
 from stepdistill.core.context import stable_seed
 from stepdistill.core.stopping import stop_if_orphaned
 from stepdistill.loading.safe_files import read_tensors
+from stepdistill.rewards.vision import KIND, ConvFeatures, read_learned
 from stepdistill.storage.files import locked, read_json, sha256_of
 from stepdistill.storage.folders import fault_of, write_folder
 
 from .images import Frame, clean_resize, image_files, middle, open_image, to_tensor
 from .store import network_sha256, settings_hash
 
-KIND = "stepdistill_features"  # model_type of config.json
 LARGEST_PX = 64  # a side by default: what is finer is left to published networks
 LEAST_IMAGES = 16
 TEMPERATURE = 0.2
@@ -57,39 +56,6 @@ class FeatureSettings:
     seed: int = 0
 
 
-class ConvFeatures(nn.Module):
-    """(B, D) means of the last two of three levels of convolutions; D = 6 width.
-
-    A first convolution brings S px to about 16, levels halve that.
-    """
-
-    def __init__(self, size_px: int, width: int) -> None:
-        super().__init__()
-        stride = max(1, size_px // 16)
-        first = nn.Conv2d(3, width, 2 * stride + 1, stride, stride)
-        widths = [
-            (width, width),
-            (width, 2 * width),
-            (2 * width, 2 * width),
-            (2 * width, 4 * width),
-        ]
-        convs = [first, *(nn.Conv2d(a, b, 3, padding=1) for a, b in widths)]
-        for conv in convs:
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(cast(Tensor, conv.bias))
-        self.layers = nn.ModuleList(convs)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Of standardised pixels (B, 3, S, S), or smaller crops."""
-        means = []
-        for place, layer in enumerate(self.layers):
-            if place in (2, 4) and min(pixels.shape[-2:]) > 1:
-                pixels = F.avg_pool2d(pixels, 2)
-            pixels = F.relu(layer(pixels))
-            means.append(pixels.mean(dim=(2, 3)))
-        return torch.cat(means[-2:], dim=1)
-
-
 class LearnedFeatures:
     """Such a network from its folder, as a feature network of `stepdistill evaluate`.
 
@@ -97,17 +63,9 @@ class LearnedFeatures:
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        path = Path(folder).resolve()
-        config = read_json(path / "config.json", ("size_px", "width", "mean", "std", "data"))
-        self.name, self.config, self.device = path.name, config, torch.device(device)
-        self.net = ConvFeatures(int(config["size_px"]), int(config["width"]))
-        try:
-            self.net.load_state_dict(read_tensors(path / "model.safetensors"))
-        except RuntimeError as err:
-            raise ValueError(
-                f"features {path.name}: expected the weights that its config.json describes, got "
-                f"others. Make it again: stepdistill features train. {err}"
-            ) from err
+        self.net, config = read_learned(folder)
+        self.name, self.config = Path(folder).resolve().name, config
+        self.device = torch.device(device)
         self.net.to(self.device).eval().requires_grad_(False)
         self.facts = {
             "weights": network_sha256(self.net),

@@ -6,6 +6,7 @@ with gradients through a full VAE takes more memory than the denoiser itself; th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,13 @@ def decoder_config(source: str) -> dict[str, Any]:
             f"{source!r}. Leave decoder out to use the pipeline's own VAE."
         )
     return config
+
+
+def blank_decoder(source: str, channels: int) -> Any:
+    """The decoder without its weights; of a Hub id the layout that all released ones have."""
+    if Path(source).exists():
+        return AutoencoderTiny.from_config(decoder_config(source))
+    return AutoencoderTiny(latent_channels=channels)
 
 
 def load_decoder(source: str, channels: int, device: torch.device | str = "cpu") -> Any:

@@ -27,6 +27,17 @@ QUIET = (
 )
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Within: no logger of any library warns."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 class _Known(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage().lstrip()

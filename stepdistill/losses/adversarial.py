@@ -3,13 +3,14 @@
 With the softplus pair the optimal logit is log p_real / p_fake, which is what f-distill reads.
 Sources: Goodfellow et al. 2014, arXiv:1406.2661 (non-saturating); Lim & Ye 2017, arXiv:1705.02894
 (hinge); Mescheder et al. 2018, arXiv:1801.04406 (R1); Lin et al. 2025, arXiv:2501.08316
-(approximate R1).
+(approximate R1); Sauer et al. 2023, arXiv:2311.17042 (R1 of a head's own input).
 """
 
 # Shapes: B batch, K heads. Any logit shape works: losses are means over all elements.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -59,14 +60,20 @@ def approximate_r1(logits: Tensor, perturbed: Tensor) -> Tensor:
     return F.mse_loss(logits.float(), perturbed.float())
 
 
-def exact_r1(logits: Tensor, x: Tensor) -> Tensor:
+def exact_r1(logits: Tensor, x: Tensor | Sequence[Tensor]) -> Tensor:
     """E[|dD/dx|^2] over samples and heads, with a graph for the second derivative.
 
-    Args: logits: (B, K) at real inputs x (B, ...), which must carry gradients.
+    Args: logits: (B, K) at real inputs x (B, ...), which must carry gradients; several inputs, of
+        which a head may read one alone, count as one (ADD's R1 of what heads read).
     Notes: `approximate_r1` is about noise_std^2 times this.
     """
-    total = torch.zeros((), device=x.device)
+    inputs = [x] if isinstance(x, Tensor) else [*x]
+    total = torch.zeros((), device=logits.device)
     for head in logits.float().unbind(1):
-        (slope,) = torch.autograd.grad(head.sum(), x, create_graph=True)
-        total = total + slope.float().square().flatten(1).sum(1).mean()
+        slopes = torch.autograd.grad(
+            head.sum(), inputs, create_graph=True, allow_unused=len(inputs) > 1
+        )
+        for slope in slopes:
+            if slope is not None:
+                total = total + slope.float().square().flatten(1).sum(1).mean()
     return total / logits.shape[1]

@@ -2,7 +2,8 @@
 
 A scorer itself comes from the run (`nets.scorer(name)`); here is only what methods share.
 Sources: Zhang et al. 2018, arXiv:1801.03924 (LPIPS); Dao et al. 2024, arXiv:2408.14176
-(SwiftBrush v2's clamped CLIP loss).
+(SwiftBrush v2's clamped CLIP loss); Xu et al. 2023, arXiv:2304.05977 (ReFL); Clark et al. 2023,
+arXiv:2309.17400 (DRaFT).
 """
 
 # Shapes: B batch, H, W image size in px.
@@ -82,9 +83,11 @@ class ClampedCLIPConfig(CLIPOptions):
         return self.weight + (self.weight_end - self.weight) * step / max_steps
 
 
-def clamped_reward_loss(score: Tensor, tau: float) -> Tensor:
+def reward_loss(score: Tensor, tau: float | None) -> Tensor:
     """Scalar mean of max(0, tau - score): each sample on its own, so none hides behind a good one.
+    Without tau the mean of -score.
 
-    Args: score: (B,), higher is better. Source: arXiv:2408.14176, Sec. 4.3.
+    Args: score: (B,), higher is better. Source: arXiv:2304.05977 (ReFL), arXiv:2404.13686
+        (Hyper-SD), arXiv:2408.14176, Sec. 4.3; arXiv:2309.17400 (DRaFT) without tau.
     """
-    return F.relu(tau - score.float()).mean()
+    return -score.float().mean() if tau is None else F.relu(tau - score.float()).mean()

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import Method, Nets, Phase, Role, Setting
+from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.score import denoising_loss, denoising_weight
-from stepdistill.methods.gan import disc_loss
-from stepdistill.methods.rollout import Rollout, Sample, warn_x0_gain
-from stepdistill.methods.scores_config import ScoreConfig, TimeRange, Within
+from stepdistill.methods.judge import judge_loss
+from stepdistill.methods.rollout import Rollout, Sample, TimeRange, Within, warn_x0_gain
+from stepdistill.methods.scores_config import ScoreConfig
 
 S = TypeVar("S", bound=ScoreConfig)
 
@@ -48,6 +48,9 @@ class CriticMethod(Method[S], Generic[S]):
     def roles(self) -> dict[str, Role]:
         trained = {"student": Role(train=True), "fake": Role(train=True)}
         return {"teacher": Role(), **trained, **self.config.gan.roles()}
+
+    def scorers(self) -> dict[str, ScorerSpec]:
+        return self.config.gan.scorers()
 
     def critic_phase(self) -> Phase:
         """critic_steps updates of the fake and, where there is one, the head."""
@@ -83,17 +86,17 @@ class CriticMethod(Method[S], Generic[S]):
     def fake_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """`denoising` of a student sample and, where there is a head, its own loss."""
         config, sample = self.config, self.critic_sample(nets, batch, ctx)
+        gan = config.gan
         error = self.denoising(nets, batch, ctx, sample)
         losses = Losses(error, {"fake": error.detach()})
-        if not config.gan.enabled:
+        if not gan.enabled:
             return losses
 
-        def draw() -> Tensor:
-            return self.draw_times(ctx, batch.bsz, config.fake_t_range)
+        def levels(ctx: Ctx, bsz: int) -> Tensor:
+            return self.draw_times(ctx, bsz, config.fake_t_range)
 
-        real, path = Sample(*batch.real), self.setting.path
-        disc, logs = disc_loss(nets, config.gan, ctx, path, real, sample, draw)
-        return losses.plus(config.gan.weight_d, disc, **logs)
+        disc, logs = judge_loss(nets, gan, ctx, self.setting.path, batch, sample, levels)
+        return losses.plus(gan.weight_d, disc, **logs)
 
     def critic_sample(self, nets: Nets, batch: Batch, ctx: Ctx) -> Sample:
         """A sample without graph: the student update's own if `order` says so and it made one."""

@@ -24,6 +24,17 @@ def score(**options: Any) -> dict[str, Any]:
     }
 
 
+def heads(**options: Any) -> dict[str, Any]:
+    """Heads that learn much faster than the student, which has no momentum either."""
+    return {
+        "learning_rate": 2e-4,
+        "adam_beta1": 0.0,
+        "role_learning_rates": {"disc": 4e-3},
+        "max_train_steps": 800,
+        "method_config": {"disc_steps": 2, **options},
+    }
+
+
 def regression(max_train_steps: int = 2000, **options: Any) -> dict[str, Any]:
     """On the teacher's pairs, at twice the common rate."""
     rest = {"max_train_steps": max_train_steps, "method_config": options}

@@ -61,6 +61,12 @@ class FDistillConfig(ScoreConfig):
                 f"the log density ratio), got {gan.weight_g}, {gan.weight_d} and {gan.loss}. "
                 "Set gan.weight_g, say 1e-3, or use method dmd2."
             )
+        if gan.source == "pixels" or gan.mismatched:
+            raise ValueError(
+                "gan: expected a head that sees noised samples of data and student alone (its "
+                f"logit is the ratio), got source {gan.source}, mismatched {gan.mismatched}. Set "
+                "gan.source: fake or teacher, gan.mismatched: false."
+            )
         if not 0.0 < low < high:
             raise ValueError(f"ratio_clip: expected 0 < low < high, got {self.ratio_clip}.")
         return self

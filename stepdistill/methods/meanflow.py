@@ -4,9 +4,10 @@ The student's u(x_t, t, r) is the average velocity between t and r, and `residua
 it fails to be: D. The loss moves u by D / (|D| + c)^p. With r = 0, f = x_t - t u is a consistency
 function and D its derivative along the trajectory: normalised, the tangent of sCM (cosine 1). On a
 VP path sCM's circle with sigma_data 1 is the path itself.
-rCM adds the distribution matching of scores.py on the student's own samples.
+rCM adds the distribution matching of scores.py on the student's own samples, SANA-Sprint heads on
+the teacher's features (judge.py) of what the student makes in a second call.
 Sources: Geng et al. 2025, arXiv:2505.13447; Lu and Song 2024, arXiv:2410.11081; Zheng et al. 2025
-(rCM), arXiv:2510.08431.
+(rCM), arXiv:2510.08431; Chen et al. 2025 (SANA-Sprint), arXiv:2503.09641.
 Differs from the papers: sCM's learned weight is left out; its c is relative to |D|, not to
 cos t / (sin t + cos t)^2 |D|; times of a VP teacher lie on its table.
 """
@@ -16,7 +17,6 @@ cos t / (sin t + cos t)^2 |D|; times of a VP teacher lie on its table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ from stepdistill.losses.regression import per_sample
 from stepdistill.losses.score import surrogate
 from stepdistill.methods.digits import residual_recipe, score
 from stepdistill.methods.grid import drawn_times, flow_time, warn_end_is_told
-from stepdistill.methods.meanflow_config import MeanFlowConfig
-from stepdistill.methods.residual import residual, scm_weight
+from stepdistill.methods.judge import Judge
+from stepdistill.methods.meanflow_config import LADD, SCM, MeanFlowConfig
+from stepdistill.methods.residual import residual, residual_weight
+from stepdistill.methods.rollout import Sample
 from stepdistill.methods.scores import ScoreDistillation
-
-SCM: dict[str, Any] = {"r": "zero", "sampler": "renoise"}
 
 
 class MeanFlow(ScoreDistillation[MeanFlowConfig]):
@@ -45,7 +45,7 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
     paper = "Geng et al. 2025, arXiv:2505.13447; Lu and Song 2024, arXiv:2410.11081"
     Config = MeanFlowConfig
     status = "checked on analytic teachers"
-    aliases = {"scm": SCM, "rcm": {**SCM, "matching": 1.0}}
+    aliases = {"scm": SCM, "rcm": {**SCM, "matching": 1.0}, "sana_sprint": {**SCM, "gan": LADD}}
     trainer = "ConsistencyTrainer"
     data = "images"
     digits = (
@@ -63,6 +63,7 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
             )
         if config.r == "general":
             warn_end_is_told("r general", "r: zero or phases")
+        self.judge = Judge(config.gan, setting.path, lambda ctx, bsz: self.draw_pair(ctx, bsz)[0])
         # Ends of phases, ascending from clean data.
         self.edges = torch.tensor((0.0, *self.rollout.times[::-1]), dtype=torch.float64)
 
@@ -81,18 +82,30 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
     def roles(self) -> dict[str, Role]:
         extra = ("s",) if self.config.r == "general" else ()
         roles = {"teacher": Role(), "student": Role(train=True, extra_inputs=extra)}
-        return {**super().roles(), **roles} if self.config.matching else roles
+        others = super().roles() if self.config.matching else self.config.gan.roles()
+        return {**others, **roles}
 
     def phases(self, step: int) -> Sequence[Phase]:
-        return super().phases(step)[: 2 if self.config.matching else 1]
+        student, fake = super().phases(step)
+        return (student, fake) if self.config.matching else self.judge.phases(student)
 
     def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """The residual's loss and, behind the warm-up, what the student's own samples cost."""
         losses, config = self.residual_loss(nets, batch, ctx), self.config
+        if config.gan.enabled and not config.matching:
+            return self.judge.plus(losses, nets, ctx, self.judged(nets, batch, ctx))
         if not config.matching or config.ramp(ctx.step) < 1.0:
             return losses
         matched = super().student_loss(nets, batch, ctx)
         return losses.plus(config.matching, matched.total, **matched.logs)
+
+    def judged(self, nets: Nets, batch: Batch, ctx: Ctx) -> Sample:
+        """What heads judge: the end of the student's own steps or, with r zero, its x0."""
+        if self.config.r != "zero":
+            return self.rollout.sample_at(nets, batch, ctx, len(self.rollout.times) - 1)
+        pure = ctx.rand(batch.bsz) < self.config.pure_noise
+        t = torch.where(pure, self.rollout.times[0], self.draw_pair(ctx, batch.bsz)[0])
+        return self.rollout.from_data(nets, batch, ctx, t, pure)
 
     def residual_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """Moves u by its weighted, normalised residual D; logs the mean square of D itself."""
@@ -109,9 +122,7 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
         u = average(x_t, t)
         error = residual(config, ctx.step, average, real, u.detach(), r)
         size = per_sample(error**2)
-        weight = (size.sqrt() + config.norm_c) ** -config.norm_power
-        if config.time_weight == "scm":
-            weight = weight * scm_weight(flow_time(path, t))
+        weight = residual_weight(config, flow_time(path, t), size)
         loss = surrogate(u, -expand(weight, error) * error)
         return Losses(loss, {"loss": loss.detach(), "residual": size.mean()})
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from stepdistill.methods.gan import GANConfig
 from stepdistill.methods.scores_config import ScoreConfig
 
+SCM: dict[str, Any] = {"r": "zero", "sampler": "renoise"}
+LADD = {"weight_g": 0.5, "weight_d": 0.5, "source": "teacher", "loss": "hinge"}  # SANA-Sprint's
 # What distribution matching alone reads.
 MATCHING = (
     *("order", "critic_steps", "dm_t_range", "fake_t_range", "weight", "fake_space"),
-    *("fake_weight", "gan", "rollout", "trained_step"),
+    *("fake_weight", "rollout", "trained_step"),
 )
 
 
@@ -53,6 +56,12 @@ class MeanFlowConfig(ScoreConfig):
     """Guidance g of the teacher, null + g (cond - null), folded in; 1 means none."""
     matching: float = Field(default=0.0, ge=0)
     """Weight of distribution matching beside the residual, with a fake score (rCM); 0 has none."""
+    pure_noise: float = Field(default=0.5, ge=0, le=1)
+    """Share of the samples judged by the GAN that the student makes from pure noise, not from
+    noised images; read with r zero, without matching."""
+    gan: GANConfig = GANConfig()
+    """Adversarial term, off by default; without matching its source is the teacher (SANA-Sprint) or
+    a pixel network, and weight_d has to be of the order of 1."""
 
     @model_validator(mode="after")
     def _check_residual(self) -> MeanFlowConfig:
@@ -66,6 +75,23 @@ class MeanFlowConfig(ScoreConfig):
             raise ValueError(
                 "matching: expected 0 with r general (its rollouts tell no r), got "
                 f"{self.matching}. Set r: zero or phases."
+            )
+        if self.gan.enabled and self.r == "general":
+            raise ValueError(
+                "gan: expected weight_g 0 with r general (its rollouts tell no r), got "
+                f"{self.gan.weight_g:g}. Set r: zero or phases."
+            )
+        if self.gan.enabled and not self.matching and self.gan.source == "fake":
+            raise ValueError(
+                "gan.source: expected teacher or pixels without matching (there is no fake), got "
+                "fake. Set gan.source: teacher."
+            )
+        if "pure_noise" in self.model_fields_set and not (
+            self.gan.enabled and self.r == "zero" and not self.matching
+        ):
+            warnings.warn(
+                "pure_noise has no effect: it is of a gan with r zero, without matching.",
+                stacklevel=2,
             )
         idle = [n for n in MATCHING if n in self.model_fields_set and not self.matching]
         if idle:

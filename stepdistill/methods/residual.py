@@ -37,6 +37,12 @@ def scm_weight(tau: Tensor) -> Tensor:
     return (1.0 - tau) / tau * (tau**2 + (1.0 - tau) ** 2).sqrt()
 
 
+def residual_weight(config: MeanFlowConfig, tau: Tensor, size: Tensor) -> Tensor:
+    """(B,) weight of D at rectified-flow times tau (B,). Args: size: (B,) mean squares of D."""
+    weight = (size.sqrt() + config.norm_c) ** -config.norm_power
+    return weight if config.time_weight == "none" else weight * scm_weight(tau)
+
+
 @torch.no_grad()
 def residual(
     config: MeanFlowConfig, step: int, average: Average, real: Prediction, u: Tensor, r: Tensor

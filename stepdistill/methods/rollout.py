@@ -12,20 +12,30 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import MethodConfig, Nets, Setting
-from stepdistill.core.path import NoisePath
+from stepdistill.core.path import NoisePath, VEPath
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.core.times import snapped_grid
+from stepdistill.core.times import shift_times, snapped_grid, uniform_times, unshift_times
 from stepdistill.core.types import Batch, Cond
 
 MAX_X0_GAIN = 5.0
+
+
+def _check_range(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0.0 <= value[0] < value[1] <= 1.0:
+        raise ValueError(f"time range: expected 0 <= low < high <= 1, got {value}.")
+    return value
+
+
+Within = tuple[float | Tensor, float | Tensor]  # (lowest, highest) time
+TimeRange = Annotated[tuple[float, float], AfterValidator(_check_range)]
 
 
 class RolloutConfig(MethodConfig):
@@ -90,6 +100,32 @@ class RolloutConfig(MethodConfig):
             )
         return self.student_times
 
+    def draw_times(
+        self,
+        setting: Setting,
+        u: Tensor,
+        t_range: tuple[float, float],
+        within: Within | None = None,
+    ) -> Tensor:
+        """(B,) float64 from u ~ U(0, 1): the shifted uniform law cut to t_range, on the table.
+
+        Cut, not clamped: clamping to [0.02, 0.98] at shift 5 would put 9 % of the draws on 0.98.
+        On a VE path the range is of Karras steps, 0 being the teacher's sigma_min.
+        Args: within: times, or (B,) of each sample, that the range is cut to besides.
+        """
+        path, shift = setting.path, self.shift_of(setting)
+        first = 0.0  # the path's time at which the range is 0
+        if isinstance(path, VEPath):
+            first = float(path.time_of_sigma(torch.tensor(path.sigma_min)))
+        low, high = unshift_times(torch.tensor(t_range), shift).tolist()
+        ends: tuple[float | Tensor, float | Tensor] = (low, high)
+        if within is not None:
+            parts = ((torch.as_tensor(end) - first) / (1.0 - first) for end in within)
+            low_end, high_end = (unshift_times(part, shift).clamp(low, high) for part in parts)
+            ends = (low_end, high_end)
+        t = shift_times(uniform_times(u, *ends), shift)
+        return path.snap(uniform_times(t, first, 1.0) if first else t)
+
     def spec(self, setting: Setting, num_steps: int | None = None) -> SamplerSpec:
         """The matching sampler. Errors: ValueError where num_steps leaves the trained grid."""
         trained = self.trained_times(setting)
@@ -134,6 +170,13 @@ class Rollout:
         """
         return self.sample_at(nets, batch, ctx, self.draw_step(ctx))
 
+    @property
+    def shown(self) -> bool:
+        """Whether x0 of a trained step is an image that sampling makes: of the last one, or of any
+        that is noised anew."""
+        config = self.config
+        return config.sampler == "renoise" or config.trained_step == "last" or len(self.times) == 1
+
     def draw_step(self, ctx: Ctx) -> int:
         """The step that the gradient reaches, the same on every rank."""
         last = len(self.times) - 1
@@ -145,6 +188,17 @@ class Rollout:
             x = self.input(nets, batch, ctx, k)
         pred = nets["student"](x, ctx.times(self.times[k], batch.bsz), batch.cond)
         return Sample(pred.x0, batch.cond, x, pred.t)
+
+    def from_data(self, nets: Nets, batch: Batch, ctx: Ctx, t: Tensor, pure: Tensor) -> Sample:
+        """The student's sample in one call at t (B,) from noised images, or where `pure` (B,) from
+        pure noise."""
+        x0 = batch.x0
+        assert x0 is not None, "the trainer checks `needs`"
+        noise = ctx.randn(tuple(x0.shape))
+        mask = pure.view(-1, *([1] * (x0.ndim - 1)))
+        x_t = torch.where(mask, self.path.prior(noise), self.path.noised(x0, noise, t))
+        pred = nets["student"](x_t, t, batch.cond)
+        return Sample(pred.x0, batch.cond, x_t, pred.t)
 
     def input(self, nets: Nets, batch: Batch, ctx: Ctx, k: int) -> Tensor:
         """The student's input (B, C, *S) at step k."""

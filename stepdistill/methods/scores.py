@@ -28,7 +28,7 @@ A method is a page: a Config on ScoreConfig and, of these hooks, the ones it nee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -42,7 +42,7 @@ from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.adversarial import generator_loss
 from stepdistill.losses.score import dmd_gradient, surrogate
 from stepdistill.methods.critic import CriticMethod
-from stepdistill.methods.gan import head_logits
+from stepdistill.methods.judge import sample_logits
 from stepdistill.methods.rollout import Sample
 from stepdistill.methods.scores_config import ScoreConfig
 from stepdistill.methods.warm_start import warm_start_loss
@@ -99,7 +99,8 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
     def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         sample = self.sample(nets, batch, ctx)
         ctx.carry["sample"] = sample.detach()
-        return self.sample_loss(nets, batch, ctx, sample)
+        losses = self.sample_loss(nets, batch, ctx, sample)
+        return replace(losses, sample=sample.x0) if self.rollout.shown else losses
 
     def sample_loss(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Losses:
         """What the student's sample costs: `matching` and, where there is a head, its judgement."""
@@ -154,8 +155,11 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
         self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample, scores: Scores | None
     ) -> Tensor:
         """(B, K) logits of the student's samples, at a noise level of their own as in DMD2."""
-        x_t, t, _ = self.noised(ctx, sample, self.config.fake_t_range)
-        return head_logits(nets, self.config.gan, x_t, t, batch.cond)
+
+        def noised() -> tuple[Tensor, Tensor]:
+            return self.noised(ctx, sample, self.config.fake_t_range)[:2]
+
+        return sample_logits(nets, self.config.gan, ctx, self.setting.path, sample, noised)
 
     def sample_weights(self, ctx: Ctx, t: Tensor, logits: Tensor) -> Tensor | None:
         """(B,) factors on the gradient, or None for reverse KL's 1."""

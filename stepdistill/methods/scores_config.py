@@ -1,32 +1,16 @@
 """Options of score distillation, shared by the methods built on `scores.ScoreDistillation`."""
 
-# Shapes: B batch. t: (B,).
-
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-import torch
-from pydantic import AfterValidator, Field
-from torch import Tensor
+from pydantic import Field
 
 from stepdistill.core.method import Setting
-from stepdistill.core.path import VEPath
-from stepdistill.core.times import shift_times, uniform_times, unshift_times
 from stepdistill.losses.score import DenoisingSpace, DenoisingWeight, ScoreWeight
 from stepdistill.methods.gan import GANConfig
-from stepdistill.methods.rollout import RolloutConfig
+from stepdistill.methods.rollout import RolloutConfig, TimeRange
 from stepdistill.methods.warm_start import WarmStartConfig
-
-
-def _check_range(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0.0 <= value[0] < value[1] <= 1.0:
-        raise ValueError(f"time range: expected 0 <= low < high <= 1, got {value}.")
-    return value
-
-
-Within = tuple[float | Tensor, float | Tensor]  # (lowest, highest) time
-TimeRange = Annotated[tuple[float, float], AfterValidator(_check_range)]
 
 
 class ScoreConfig(RolloutConfig):
@@ -66,29 +50,3 @@ class ScoreConfig(RolloutConfig):
                 f"fake_weight: expected none or alpha2 with errors in {space}, got edm. Set "
                 "fake_space: x0."
             )
-
-    def draw_times(
-        self,
-        setting: Setting,
-        u: Tensor,
-        t_range: tuple[float, float],
-        within: Within | None = None,
-    ) -> Tensor:
-        """(B,) float64 from u ~ U(0, 1): the shifted uniform law cut to t_range, on the table.
-
-        Cut, not clamped: clamping to [0.02, 0.98] at shift 5 would put 9 % of the draws on 0.98.
-        On a VE path the range is of Karras steps, 0 being the teacher's sigma_min.
-        Args: within: times, or (B,) of each sample, that the range is cut to besides.
-        """
-        path, shift = setting.path, self.shift_of(setting)
-        first = 0.0  # the path's time at which the range is 0
-        if isinstance(path, VEPath):
-            first = float(path.time_of_sigma(torch.tensor(path.sigma_min)))
-        low, high = unshift_times(torch.tensor(t_range), shift).tolist()
-        ends: tuple[float | Tensor, float | Tensor] = (low, high)
-        if within is not None:
-            parts = ((torch.as_tensor(end) - first) / (1.0 - first) for end in within)
-            low_end, high_end = (unshift_times(part, shift).clamp(low, high) for part in parts)
-            ends = (low_end, high_end)
-        t = shift_times(uniform_times(u, *ends), shift)
-        return path.snap(uniform_times(t, first, 1.0) if first else t)

@@ -17,36 +17,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import Nets, Phase, Role, Setting
+from stepdistill.core.method import Nets, Phase, Role, ScorerSpec, Setting
 from stepdistill.core.path import VPPath
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import Solver, stochastic_step
 from stepdistill.core.types import Batch, Losses
-from stepdistill.losses.adversarial import AdversarialLoss, generator_loss
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.consistency_config import ConsistencyConfig
 from stepdistill.methods.digits import jumps
-from stepdistill.methods.gan import GANConfig, disc_loss, head_logits
+from stepdistill.methods.judge import Judge, JudgeGAN
 from stepdistill.methods.rollout import Sample
 
 
-class SCottGAN(GANConfig):
+class SCottGAN(JudgeGAN):
     """Off with weight_g 0. Needs real images."""
 
     weight_g: float = Field(default=0.4, ge=0)
     """Weight of the generator loss beside the consistency loss; 0 turns the GAN off."""
-    weight_d: float = Field(default=1.0, gt=0)
-    """Weight of the discriminator loss, which has updates of its own."""
-    source: Literal["teacher"] = "teacher"
-    """Whose features the head reads: the frozen teacher's."""
-    loss: AdversarialLoss = "hinge"
-    """softplus (non-saturating), hinge, or clipped_hinge (the generator's stops at the margin)."""
 
 
 class SCottConfig(ConsistencyConfig):
@@ -80,6 +73,7 @@ class SCott(Consistency):
 
     def __init__(self, config: SCottConfig, setting: Setting) -> None:
         super().__init__(config, setting)
+        self.judge = Judge(config.gan, setting.path, self.draw_times)
         if isinstance(setting.path, VPPath):
             entries = setting.path.num_steps // config.num_grid
             if config.shrink is None and config.solver_steps > entries:
@@ -90,16 +84,17 @@ class SCott(Consistency):
 
     @property
     def needs(self) -> frozenset[str]:
-        return super().needs | ({"real"} if self.config.gan.enabled else set())
+        return super().needs | self.judge.needs
 
     def roles(self) -> dict[str, Role]:
         return {**super().roles(), **self.config.gan.roles()}
 
+    def scorers(self) -> dict[str, ScorerSpec]:
+        return {**super().scorers(), **self.config.gan.scorers()}
+
     def phases(self, step: int) -> Sequence[Phase]:
         """The student's update, then the head's on the same x0."""
-        student = Phase("student", self.loss, ("student",), reads_real=False)
-        disc = Phase("disc", self.disc_loss, ("disc",), reads_x0=False)
-        return (student, disc) if self.config.gan.enabled else (student,)
+        return self.judge.phases(Phase("student", self.loss, ("student",), reads_real=False))
 
     def solver(self, ctx: Ctx) -> Solver:
         steps, eta = self.config.solver_steps, self.config.eta
@@ -111,22 +106,5 @@ class SCott(Consistency):
 
     def loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """The consistency loss, and what the head thinks of the student's x0."""
-        (losses, x0), gan = self.compare(nets, batch, ctx), self.config.gan
-        if not gan.enabled:
-            return losses
-        ctx.carry["sample"] = Sample(x0, batch.cond).detach()
-        t = self.draw_times(ctx, batch.bsz)
-        x_t = self.setting.path.add_noise(x0, ctx.randn(tuple(x0.shape)), t)
-        judged = generator_loss(head_logits(nets, gan, x_t, t, batch.cond), gan.loss)
-        return losses.plus(gan.weight_g, judged, gan_g=judged)
-
-    def disc_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
-        """The head's loss on images and on the x0 that the student's update made."""
-        fake, gan = cast(Sample, ctx.carry["sample"]), self.config.gan
-
-        def draw() -> Tensor:
-            return self.draw_times(ctx, batch.bsz)
-
-        real, path = Sample(*batch.real), self.setting.path
-        total, logs = disc_loss(nets, gan, ctx, path, real, fake, draw)
-        return Losses(gan.weight_d * total, {name: value.detach() for name, value in logs.items()})
+        losses, x0 = self.compare(nets, batch, ctx)
+        return self.judge.plus(losses, nets, ctx, Sample(x0, batch.cond))

@@ -32,9 +32,9 @@ from stepdistill.core.path import expand
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch
 from stepdistill.methods.digits import score
-from stepdistill.methods.rollout import Sample
+from stepdistill.methods.rollout import Sample, TimeRange, Within
 from stepdistill.methods.scores import ScoreDistillation
-from stepdistill.methods.scores_config import ScoreConfig, TimeRange, Within
+from stepdistill.methods.scores_config import ScoreConfig
 
 _SMALLEST = 1e-4  # of beta over sigma: at t = t_m there is nothing to learn, and no division by 0
 

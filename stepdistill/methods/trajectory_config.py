@@ -9,10 +9,10 @@ from pydantic import Field, field_validator, model_validator
 from stepdistill.core.method import MethodConfig
 from stepdistill.losses.adversarial import AdversarialLoss
 from stepdistill.losses.regression import DistanceName
-from stepdistill.methods.gan import GANConfig
+from stepdistill.methods.gan import HeadConfig
 
 
-class TrajectoryGAN(GANConfig):
+class TrajectoryGAN(HeadConfig):
     """Adversarial consistency, off unless weight_g > 0. Real is the target's jump (ctm: images)."""
 
     weight_d: float = Field(default=1.0, gt=0)

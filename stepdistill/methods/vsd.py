@@ -22,7 +22,7 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Nets, ScorerSpec
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.types import Batch, Cond, Losses
-from stepdistill.losses.rewards import ClampedCLIPConfig, clamped_reward_loss
+from stepdistill.losses.rewards import ClampedCLIPConfig, reward_loss
 from stepdistill.losses.score import DenoisingSpace, DenoisingWeight, ScoreWeight
 from stepdistill.methods.digits import WARM, score
 from stepdistill.methods.rollout import Sample
@@ -104,7 +104,8 @@ class VSD(ScoreDistillation[VSDConfig]):
         return super().needs | ({"prompts"} if self.config.clip.enabled else set())
 
     def scorers(self) -> dict[str, ScorerSpec]:
-        return {"clip": self.config.clip.spec} if self.config.clip.enabled else {}
+        clip = {"clip": self.config.clip.spec} if self.config.clip.enabled else {}
+        return {**super().scorers(), **clip}
 
     def sample_loss(self, nets: Nets, batch: Batch, ctx: Ctx, sample: Sample) -> Losses:
         """VSD's loss and, while its weight lasts, that of samples CLIP finds off the prompt."""
@@ -114,7 +115,7 @@ class VSD(ScoreDistillation[VSDConfig]):
             return losses
         assert batch.prompts is not None, "the trainer checks `needs`"
         score = nets.scorer("clip")(nets.images(sample.x0), batch.prompts)
-        loss = clamped_reward_loss(score, clip.tau)
+        loss = reward_loss(score, clip.tau)
         return losses.plus(weight, loss, clip=loss, clip_score=score.detach().mean())
 
     def fake_cond(self, cond: Cond, null: Cond, ctx: Ctx) -> Cond:

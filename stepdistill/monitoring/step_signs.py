@@ -45,11 +45,14 @@ class StepSigns:
 
     def see(self, role: str, pred: Prediction) -> None:
         """Keep the student's last prediction with gradients, and the others' last."""
-        graph = pred.raw.requires_grad
-        calls = 1 if pred.unguided is None else 2
-        self.rows += len(pred.t) * calls * (_GRADIENT_ROWS if graph else 1)
-        if role != "student" or graph:
+        self.count(role, pred)
+        if role != "student" or pred.raw.requires_grad:
             self._last[role] = replace(pred, features={})  # those may be large
+
+    def count(self, role: str, pred: Prediction) -> None:
+        """Count the samples of a prediction, of which nothing is kept."""
+        calls = 1 if pred.unguided is None else 2
+        self.rows += len(pred.t) * calls * (_GRADIENT_ROWS if pred.raw.requires_grad else 1)
 
     @torch.no_grad()
     def logs(self, batch: Batch) -> dict[str, Tensor]:

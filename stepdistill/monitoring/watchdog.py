@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stepdistill.config.run import TrainConfig
+from stepdistill.monitoring.reward_check import RewardCheck
 from stepdistill.monitoring.sample_checks import SampleChecks
 from stepdistill.monitoring.step_signs import SignChecks
 from stepdistill.storage.checkpoints import list_checkpoints, newest_valid, step_of
@@ -78,6 +79,7 @@ class Watchdog:
         self._trusted: int | None = None  # while updates are skipped: the last step to go back to
         self.samples = SampleChecks(self.config)
         self.signs = SignChecks(self.config, args.logging_steps)
+        self.rewards = RewardCheck(self.config, args.logging_steps, args.rewards)
         self.healthy_step: int | None = None
         self.alarms: list[Alarm] = []
 
@@ -202,6 +204,8 @@ class Watchdog:
         for check, line in self.signs.bad(values, done).items():
             role = "fake" if check == "fake_error" else "student"
             self._alarm(step, check, role, getattr(self.config, check), line)
+        if hacked := self.rewards.bad(values):
+            self._alarm(step, "reward", "student", self.config.reward, hacked)
 
     # --------------------------------------------------------- at validations
     def check_samples(self, step: int, metrics: Mapping[str, float], done: float = 0.0) -> None:
@@ -291,6 +295,7 @@ class Watchdog:
             "healthy_step": self.healthy_step,
             "samples": self.samples.state_dict(),
             "signs": self.signs.state_dict(),
+            "rewards": self.rewards.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -310,3 +315,4 @@ class Watchdog:
         self.healthy_step = state["healthy_step"]
         self.samples.load_state_dict(state["samples"])
         self.signs.load_state_dict(state.get("signs"))
+        self.rewards.load_state_dict(state.get("rewards"))

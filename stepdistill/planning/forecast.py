@@ -22,8 +22,10 @@ from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method
 from stepdistill.core.types import Batch
+from stepdistill.families.decoder import blank_decoder
 from stepdistill.families.family import Family
 from stepdistill.families.size import size_fits
+from stepdistill.families.vae import is_video_vae
 from stepdistill.monitoring.own_validation import PROMPTS, schedule
 from stepdistill.monitoring.step_signs import StepSigns
 from stepdistill.planning.blueprint import blueprint
@@ -32,10 +34,13 @@ from stepdistill.planning.quantized import pack
 from stepdistill.planning.replay import Replay
 from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
+from stepdistill.rewards import build_scorers
 from stepdistill.roles.checkpointing import checkpointed_blocks
 from stepdistill.roles.rolebank import RoleBank
-from stepdistill.training.memory import checkpoints_activations
+from stepdistill.training.by_shape import MethodByShape
+from stepdistill.training.memory import checkpoint_decoder, checkpoints_activations
 from stepdistill.training.optim import moment_bytes
+from stepdistill.training.rewards import Rewards, scorers_of
 from stepdistill.training.setup import roles_of
 
 # No phase's cost depends on them.
@@ -62,9 +67,10 @@ class Forecast:
 
     frozen: denoiser weights no phase trains. trained, averaged: weights by role. gradients: of the
     largest phase. optimizer: both Adam moments of every trained role (optimizer_8bit: in 8 bits).
-    encoders: text encoders and VAE, where they are not offloaded. encoding: the peak of encoding a
-    prompt above all that. accumulation: micro-batches of each update. validation: what run.json
-    would say of a run's own, where it has them.
+    encoders: text encoders and VAE, where they are not offloaded. judges: scorers of images, and
+    the VAE or small decoder that makes these. encoding: the peak of encoding a prompt above all
+    that. phases: of a step at which all rewards are due. accumulation: micro-batches of each
+    update. validation: what run.json would say of a run's own, where it has them.
     """
 
     model: str
@@ -77,6 +83,7 @@ class Forecast:
     optimizer: int
     encoders: int
     encoding: int
+    judges: int = 0
     optimizer_8bit: int = 0
     checkpointing: bool = False
     quantization: str = "none"
@@ -90,7 +97,7 @@ class Forecast:
     def resident(self) -> int:
         """Held throughout training, gradients aside."""
         weights = self.frozen + sum(self.trained.values()) + self.averaged
-        return weights + self.optimizer + self.encoders
+        return weights + self.optimizer + self.encoders + self.judges
 
     @property
     def peak(self) -> int:
@@ -115,10 +122,11 @@ class Forecast:
             return self.peak
         if sharding == "ddp":
             return self.peak + self.gradients
-        held = self.resident - self.encoders + self.gradients
+        whole = self.encoders + self.judges
+        held = self.resident - whole + self.gradients
         active = self.peak - self.resident - self.gradients
         gathered = self.kept_gathered + 2 * self.largest_block
-        return self.encoders + held // num_gpus + max(active, 0) + gathered
+        return whole + held // num_gpus + max(active, 0) + gathered
 
 
 class _PlanCtx(Ctx):
@@ -158,16 +166,17 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
         warnings.simplefilter("ignore")
         method: Method[Any] = method_class(run.method)(config, family.setting_at(run.resolution))
     method.check_length(run.max_train_steps)
-    if method.scorers():
-        raise ValueError(
-            f"plan: expected a run without image scorers, got {sorted(method.scorers())}. Plan "
-            "without them, and add the decoder's memory."
-        )
     count = sum(p.numel() for p in family.net.parameters())
     if run.tuning.base_quantization != "none":
         pack(family.net, run.tuning.base_quantization)
+    specs, decoder = scorers_of(method, run.rewards), None
     with torch.device("meta"), no_init_weights():
-        bank = RoleBank(family, roles_of(method, run), run.tuning)
+        judges: dict[str, Any] = {**build_scorers(specs, {}, "meta", weights=False)}
+        if run.decoder is not None and specs:
+            decoder = blank_decoder(run.decoder, family.sample_shape()[0]).requires_grad_(False)
+        bank = RoleBank(family, roles_of(method, run), run.tuning, judges, decoder)
+    if specs and decoder is None:
+        checkpoint_decoder(run, family)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _to_fake(bank, fake)
     bank.rebind()
@@ -176,7 +185,12 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
         for name, part in family.pipeline.components.items()
         if isinstance(part, nn.Module) and name != family.net_name
     ]
-    for part in encoders:
+    looking = [*judges.values(), *([] if decoder is None else [decoder])]
+    vae = getattr(family.pipeline, "vae", None)
+    if bank.judged_by_vae and vae is not None:  # it stays where they are
+        encoders = [part for part in encoders if part is not vae]
+        looking.append(vae)
+    for part in (*encoders, *looking):
         _to_fake(part, fake)
     recomputes = checkpoints_activations(run, family.net)
     if recomputes:
@@ -185,9 +199,10 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     if replay:
         for net in bank.nets.values():
             Replay(tracker, fake, bank).wrap(checkpointed_blocks(net))
-        for part in encoders:
-            Replay(tracker, fake).wrap(_entries(part))
-    plan = _measure(run, method, family, bank, encoders, fake, tracker)
+        for part in (*encoders, *looking):
+            if part is not vae or not is_video_vae(part):  # its blocks hand a cache on in place
+                Replay(tracker, fake).wrap(_entries(part))
+    plan = _measure(run, method, family, bank, encoders, looking, fake, tracker)
     return replace(plan, num_parameters=count, checkpointing=recomputes)
 
 
@@ -197,6 +212,7 @@ def _measure(
     family: Family,
     bank: RoleBank,
     encoders: list[nn.Module],
+    judges: list[nn.Module],
     fake: FakeTensorMode,
     tracker: CostTracker,
 ) -> Forecast:
@@ -204,7 +220,7 @@ def _measure(
     trained = {r: _size(bank.members(r).values()) for r in bank.trained_roles}
     averaged = sum(_size(bank.members(r).values()) for r, s in bank.roles.items() if s.ema_of)
     held: list[Tensor] = [*bank.parameters(), *bank.buffers()]
-    for part in encoders:
+    for part in (*encoders, *judges):
         held += [*part.parameters(), *part.buffers()]
     tracker.watch(held)
     before = tracker.live
@@ -212,6 +228,7 @@ def _measure(
         batch, encoding = _batch(run, method, family, tracker, fake)
     tracker.live = before + _size(_tensors(batch))
     phases, gradients, rows = [], 0, 0
+    rewards = Rewards(run, MethodByShape(method, family, run.resolution))
     last = run.max_train_steps
     parts = pairwise((*(start for start in method.part_starts if start < last), last))
     with torch.autocast(
@@ -226,7 +243,12 @@ def _measure(
                 ctx = _PlanCtx(step=since, phase=phase.name, max_steps=last, carry=carry)
                 signs = StepSigns()
                 with tracker, bank.watched(signs.see):
-                    loss = phase.loss(bank, batch, ctx).total.float()
+                    losses = phase.loss(bank, batch, ctx)
+                if (add := rewards.due(phase, 0, batch.shape)) is not None:
+                    with tracker, bank.watched(signs.count):
+                        losses = add(bank, batch, ctx, losses)
+                loss = losses.total.float()
+                del losses
                 if since == 0:  # a run of ours goes by its first steps, too
                     rows += signs.rows * phase.repeat * run.gradient_accumulation_steps
                 del signs
@@ -255,6 +277,7 @@ def _measure(
         optimizer=_moments(bank, "adamw"),
         optimizer_8bit=_moments(bank, "adamw_8bit"),
         encoders=sum(_size(p.parameters()) for p in encoders),
+        judges=sum(_size(p.parameters()) for p in judges),
         encoding=encoding,
         quantization=run.tuning.base_quantization,
         phases=tuple(phases),

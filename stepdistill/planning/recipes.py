@@ -7,12 +7,12 @@ by `stepdistill recipes --refresh` alone, and held against the recipes by tests.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config.layers import Layer, merge, merged, recipe_files
+from stepdistill.config.layers import Layer, merged, recipe_files
 from stepdistill.storage.files import json_sha256, read_json, write_text
 
 CARDS = (12, 16, 24, 48, 80)  # GB
@@ -26,15 +26,13 @@ def verdict(peak: float, memory: float) -> str:
 
 
 def run_of(layers: Sequence[Layer]) -> Any:
-    """The RunConfig of a recipe at its model's real size, without its image scorers."""
+    """The RunConfig of a recipe at its model's real size."""
     from stepdistill.config.files import parse_run_config
 
     about = layers[-1].recipe
     assert about is not None
     argv = ["--recipe", layers[-1].name, "--pretrained_model_name_or_path", about.model]
-    run: Any = parse_run_config(argv)
-    changes: Mapping[str, Any] = about.without
-    return run.model_validate(merge(run.model_dump(), changes))
+    return parse_run_config(argv)
 
 
 def sized() -> dict[str, list[Layer]]:
@@ -56,7 +54,7 @@ def settings_hash(layers: Sequence[Layer]) -> str:
     about = layers[-1].recipe
     assert about is not None
     model = INDEX.parent / "models" / f"{about.model}.json"
-    said = [merged(layers), about.without, json.loads(model.read_text(encoding="utf-8"))]
+    said = [merged(layers), json.loads(model.read_text(encoding="utf-8"))]
     return json_sha256(said)[:16]
 
 

@@ -1,7 +1,8 @@
 """Frozen judges of images, differentiable in them: the table of kinds, and how a run gets its own.
 
-A method asks by name (`Method.scorers`); the run builds the kind from SCORERS or takes an object
-of the user's with Scorer's signature, which wins. Everything wrong is said before weights load.
+A method (`Method.scorers`) or a run's rewards ask by name; the run builds the kind from SCORERS or
+takes an object of the user's with Scorer's signature, which wins. Everything wrong is said before
+weights load.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from stepdistill.rewards.base import FrozenScorer
 SCORERS: dict[str, str] = {
     "aesthetic": "stepdistill.rewards.preference:AestheticScorer",
     "clip": "stepdistill.rewards.clip:CLIPScorer",
+    "features": "stepdistill.rewards.features:PixelFeatures",
     "hps": "stepdistill.rewards.preference:HPSScorer",
     "lpips": "stepdistill.rewards.perceptual:LPIPSScorer",
+    "pickscore": "stepdistill.rewards.preference:PickScorer",
 }
 
 
@@ -49,7 +52,7 @@ def check_scorers(specs: Mapping[str, ScorerSpec], given: Mapping[str, Scorer]) 
     if unasked:
         raise ValueError(
             f"scorers: expected names the method asks for ({sorted(specs) or 'none'}), got "
-            f"{unasked}. Turn the loss on that reads them, or leave them out."
+            f"{unasked}. Turn the loss on that reads them, name them in rewards, or leave them out."
         )
     for name, spec in specs.items():
         if name not in given:
@@ -60,26 +63,36 @@ def check_scorers(specs: Mapping[str, ScorerSpec], given: Mapping[str, Scorer]) 
                 f"scorers[{name!r}]: expected a callable (images, by) -> (B,), got "
                 f"{type(given[name]).__name__}."
             )
+        elif spec.kind == "features" and not all(
+            hasattr(given[name], part) for part in ("blocks", "features")
+        ):
+            raise TypeError(
+                f"scorers[{name!r}]: expected a network whose hidden states heads read (blocks, "
+                f"features: core.method.PixelNet), got {type(given[name]).__name__}."
+            )
 
 
 def build_scorers(
     specs: Mapping[str, ScorerSpec],
     given: Mapping[str, Scorer],
     device: torch.device | str = "cpu",
+    weights: bool = True,
 ) -> dict[str, Scorer]:
-    """The scorers a method asked for, by its names, on `device` and frozen.
+    """The scorers a run asked for, by its names, on `device` and frozen.
 
-    Args: given: the user's own objects; a module among them is moved and frozen too.
+    Args: given: the user's own objects; a module among them is moved and frozen too. weights:
+        whether to read any; nothing is checked without.
     Errors: see `check_scorers`.
     """
-    check_scorers(specs, given)
+    if weights:
+        check_scorers(specs, given)
     built: dict[str, Scorer] = {}
     for name, spec in specs.items():
         if name in given:
             scorer = given[name]
         else:
             cls = scorer_class(spec.kind)
-            scorer = cls(cls.read_options(spec.options))
+            scorer = cls(cls.read_options(spec.options), weights)
         if isinstance(scorer, nn.Module):
             scorer.to(device).eval().requires_grad_(False)
         built[name] = scorer

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ValidationError
@@ -18,11 +18,16 @@ from stepdistill.core.method import MethodConfig
 class FrozenScorer(nn.Module, ABC):
     """A judge whose weights never train. Implements `core.method.Scorer`.
 
-    kind: its name in SCORERS. Options: its options.
+    kind: its name in SCORERS. Options: its options. judges_by: what it is told beside an image.
+    Args: weights: whether to read them; a forecast needs shapes alone.
     """
 
     kind: ClassVar[str]
     Options: ClassVar[type[MethodConfig]]
+    judges_by: ClassVar[Literal["prompts", "images", "nothing"]] = "prompts"
+
+    def __init__(self, options: Any = None, weights: bool = True) -> None:
+        super().__init__()
 
     @classmethod
     def read_options(cls, options: Mapping[str, Any]) -> Any:

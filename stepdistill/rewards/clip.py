@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from torch import Tensor
 
+from stepdistill.loading.quiet import without_warnings
 from stepdistill.losses.rewards import CLIPOptions
 from stepdistill.rewards.base import FrozenScorer
 
@@ -59,36 +60,50 @@ class CLIPScorer(FrozenScorer):
                 + _file_of_openai(name)
             )
 
-    def __init__(self, options: CLIPOptions) -> None:
-        super().__init__()
-        try:
-            self.model = open_clip.create_model(
-                options.model,
-                options.pretrained,
-                force_quick_gelu=quick_gelu(options.model, options.pretrained),
-                require_pretrained=True,
-                weights_only=True,
-            )
-        except (RuntimeError, OSError) as err:
-            raise ValueError(
-                f"scorer clip: expected weights for {options.model!r}, got {err} Give a local file "
-                "as pretrained: PATH, or a folder as model: local-dir:PATH."
-                + _file_of_openai(options.model)
-            ) from err
-        self.tokenizer = open_clip.get_tokenizer(options.model)
-        config = open_clip.get_model_preprocess_cfg(self.model)
+    def __init__(self, options: CLIPOptions, weights: bool = True) -> None:
+        super().__init__(options)
+        self.model = self.loaded(options, weights)
+        self.tokenizer = self.tokenizer_of(options)
+        config = self.preprocessing()
         size = config["size"]
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.resize_mode = config["resize_mode"]
         if self.resize_mode not in ("shortest", "squash"):
             raise ValueError(
-                f"scorer clip: expected a model whose images are cropped or squashed, got "
+                f"scorer {self.kind}: expected a model whose images are cropped or squashed, got "
                 f"resize_mode {self.resize_mode!r}."
             )
         for name in ("mean", "std"):
             values = torch.tensor(config[name]).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
+
+    def loaded(self, options: Any, weights: bool) -> Any:
+        """The towers: encode_image and encode_text, with normalize. Args: see FrozenScorer."""
+        arguments: dict[str, Any] = {
+            "force_quick_gelu": quick_gelu(options.model, options.pretrained)
+        }
+        try:
+            if weights:
+                arguments |= {"require_pretrained": True, "weights_only": True}
+                return open_clip.create_model(options.model, options.pretrained, **arguments)
+            with without_warnings():  # that there are no weights
+                arguments |= {"load_weights": False, "device": "meta"}
+                return open_clip.create_model(options.model, **arguments)
+        except (RuntimeError, OSError) as err:
+            raise ValueError(
+                f"scorer clip: expected weights for {options.model!r}, got {err} Give a local file "
+                "as pretrained: PATH, or a folder as model: local-dir:PATH."
+                + _file_of_openai(options.model)
+            ) from err
+
+    def tokenizer_of(self, options: Any) -> Any:
+        """B prompts -> token ids."""
+        return open_clip.get_tokenizer(options.model)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """size, interpolation, resize_mode, mean and std of the images."""
+        return dict(open_clip.get_model_preprocess_cfg(self.model))
 
     @property
     def activation(self) -> str:
@@ -118,7 +133,7 @@ class CLIPScorer(FrozenScorer):
     def score(self, images: Tensor, by: Any) -> Tensor:
         """See FrozenScorer.score; by: B prompts."""
         if isinstance(by, Tensor) or not all(isinstance(prompt, str) for prompt in by):
-            raise ValueError("scorer clip: expected prompts as text, got something else.")
+            raise ValueError(f"scorer {self.kind}: expected prompts as text, got something else.")
         with torch.no_grad():
             tokens = self.tokenizer(list(by)).to(images.device)
             text = self.model.encode_text(tokens, normalize=True)  # (B, D)

@@ -35,6 +35,7 @@ class LPIPSScorer(FrozenScorer):
     """Perceptual distance (B,) of images and references, both in [-1, 1]; lower is nearer."""
 
     kind: ClassVar[str] = "lpips"
+    judges_by = "images"
     Options: ClassVar[type[LPIPSOptions]] = LPIPSOptions
 
     @classmethod
@@ -60,9 +61,10 @@ class LPIPSScorer(FrozenScorer):
                 f"torchvision's {options.backbone} state dict is one; null takes its cache."
             )
 
-    def __init__(self, options: LPIPSOptions) -> None:
-        self.check(options)
-        super().__init__()
+    def __init__(self, options: LPIPSOptions, weights: bool = True) -> None:
+        if weights:
+            self.check(options)
+        super().__init__(options)
         import lpips
         from diffusers.models.modeling_utils import no_init_weights
 
@@ -71,7 +73,8 @@ class LPIPSScorer(FrozenScorer):
         with warnings.catch_warnings(), no_init_weights():
             warnings.simplefilter("ignore")  # lpips builds its backbone by a deprecated argument
             self.net = lpips.LPIPS(net=options.backbone, pnet_rand=True, verbose=False)
-        load_backbone(self.net.net, options)
+        if weights:
+            load_backbone(self.net.net, options)
         if options.pooling == "avg":
             for block in self.net.net.children():
                 for name, layer in block.named_children():

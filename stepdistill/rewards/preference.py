@@ -1,7 +1,8 @@
-"""Models of human preference on CLIP: HPSv2 (a fine-tuned CLIP) and linear aesthetic heads.
+"""Models of human preference on CLIP: HPSv2 and PickScore (fine-tuned), and linear aesthetic heads.
 
-Sources: Wu et al. 2023, arXiv:2306.09341 (HPSv2); Schuhmann et al. 2022, arXiv:2210.08402, Sec. 3
-and appendix (LAION's aesthetic predictor on normalised CLIP image embeddings).
+Sources: Wu et al. 2023, arXiv:2306.09341 (HPSv2); Kirstain et al. 2023, arXiv:2305.01569
+(PickScore, in the layout of transformers' CLIPModel); Schuhmann et al. 2022, arXiv:2210.08402,
+Sec. 3 and appendix (LAION's aesthetic predictor on normalised CLIP image embeddings).
 """
 
 # Shapes: B batch, H, W image size in px, D embedding width.
@@ -12,12 +13,18 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+import open_clip
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
 
-from stepdistill.loading.safe_files import read_tensors
+from stepdistill.core.method import MethodConfig
+from stepdistill.loading.place import is_hub_id
+from stepdistill.loading.safe_files import no_pickles, read_tensors
 from stepdistill.losses.rewards import CLIPOptions
 from stepdistill.rewards.clip import CLIPScorer
+from stepdistill.storage.files import read_json
 
 
 class HPSOptions(CLIPOptions):
@@ -49,6 +56,103 @@ class HPSScorer(CLIPScorer):
         super().check(options)
 
 
+# Of PickScore v1: a forecast asks no Hub.
+_VIT_H: dict[str, Any] = {
+    "projection_dim": 1024,
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+}
+
+
+class PickOptions(MethodConfig):
+    """PickScore v1, or any CLIPModel of transformers."""
+
+    model: str = "yuvalkirstain/PickScore_v1"
+    """Folder or Hub id of the CLIPModel, with safetensors weights."""
+
+
+class Towers(nn.Module):
+    """The two towers of a CLIPModel, called as open_clip's are."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
+        """(B, D) of preprocessed images (B, 3, H, W)."""
+        out = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
+        return F.normalize(out, dim=1) if normalize else out
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """(B, D) of token ids (B, N)."""
+        out = self.clip.text_projection(self.clip.text_model(input_ids=tokens).pooler_output)
+        return F.normalize(out, dim=1) if normalize else out
+
+
+class PickScorer(CLIPScorer):
+    """Cosine (B,) of an image and its prompt in PickScore's space; higher is preferred.
+
+    Notes: without the temperature (about 100) that its authors multiply by. What follows the end
+    of a text is not attended to, so padding doesn't matter.
+    """
+
+    kind: ClassVar[str] = "pickscore"
+    Options: ClassVar[Any] = PickOptions
+
+    @classmethod
+    def check(cls, options: Any) -> None:
+        """Errors: ValueError for what is neither a CLIPModel's folder nor a Hub id."""
+        folder = Path(options.model)
+        config = folder / "config.json"
+        if folder.exists() or not is_hub_id(options.model):
+            kind = read_json(config).get("model_type") if config.is_file() else None
+            if kind != "clip" or not [*folder.glob("*.safetensors")]:
+                raise ValueError(
+                    "scorer pickscore: expected model to be the folder of a CLIPModel with "
+                    f"safetensors weights, or a Hub id, got {options.model!r}. Fetch "
+                    "yuvalkirstain/PickScore_v1 from the Hub."
+                )
+
+    def loaded(self, options: Any, weights: bool) -> Towers:
+        """See CLIPScorer.loaded."""
+        try:
+            if not weights:
+                here = Path(options.model).exists()
+                config = CLIPConfig.from_pretrained(options.model) if here else CLIPConfig(**_VIT_H)
+                return Towers(CLIPModel(config))
+            with no_pickles("scorer pickscore"):
+                return Towers(CLIPModel.from_pretrained(options.model, use_safetensors=True))
+        except OSError as err:
+            raise ValueError(
+                f"scorer pickscore: expected the weights of {options.model!r}, got {err} Give "
+                "their folder as model: PATH."
+            ) from err
+
+    def tokenizer_of(self, options: Any) -> Any:
+        """See CLIPScorer.tokenizer_of: CLIP's own, which the Hub's folder leaves out."""
+        length = self.model.clip.config.text_config.max_position_embeddings
+        return open_clip.SimpleTokenizer(context_length=length)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """See CLIPScorer.preprocessing: CLIP's."""
+        clip = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+        size = self.model.clip.config.vision_config.image_size
+        return {**clip, "size": size, "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
 class AestheticOptions(CLIPOptions):
     """Aesthetic score of an image alone."""
 
@@ -66,6 +170,7 @@ class AestheticScorer(CLIPScorer):
     """Linear head (B,) on the normalised image embedding; LAION's run from 1 to 10."""
 
     kind: ClassVar[str] = "aesthetic"
+    judges_by = "nothing"
     Options: ClassVar[type[CLIPOptions]] = AestheticOptions
     weight: Tensor
     bias: Tensor
@@ -81,9 +186,12 @@ class AestheticScorer(CLIPScorer):
             )
         super().check(options)
 
-    def __init__(self, options: Any) -> None:
-        super().__init__(options)
-        weight, bias = linear_head(read_tensors(options.head), options.head)
+    def __init__(self, options: Any, weights: bool = True) -> None:
+        super().__init__(options, weights)
+        if weights:
+            weight, bias = linear_head(read_tensors(options.head), options.head)
+        else:
+            weight, bias = torch.empty(self.model.visual.output_dim), torch.empty(())
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 

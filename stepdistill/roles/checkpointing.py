@@ -22,7 +22,8 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 def checkpointed_blocks(net: nn.Module) -> list[nn.Module]:
     """The blocks that recompute: entries of the module lists of a network and of those of its parts
-    that Diffusers marks as able to checkpoint, but for entries with such parts of their own.
+    that Diffusers marks as able to checkpoint, but for entries with such parts of their own (and
+    for None, which stands for an attention that a VAE does without).
 
     Those that Diffusers recomputes, and a UNet's resampling layers.
     """
@@ -33,7 +34,7 @@ def checkpointed_blocks(net: nn.Module) -> list[nn.Module]:
         for entries in holder.children()
         if isinstance(entries, nn.ModuleList)
         for block in entries
-        if not any(_marked(part) for part in block.modules())
+        if block is not None and not any(_marked(part) for part in block.modules())
     ]
 
 
@@ -55,6 +56,8 @@ def checkpoint_blocks(net: nn.Module, contexts: Callable[[], Callable[[], Contex
             "which has none. Pass --no-gradient_checkpointing."
         )
     for block in blocks:
+        if getattr(block.forward, "func", None) is _recomputed:
+            continue  # an autoencoder that another run has had
         # A partial of a bound method: a deep copy of the network runs its own weights.
         block.forward = partial(_recomputed, block.forward, contexts)  # type: ignore[method-assign]
 

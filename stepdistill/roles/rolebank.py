@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.denoiser import Denoiser, Prediction
-from stepdistill.core.method import Nets, Role, Scorer
+from stepdistill.core.method import Nets, PixelNet, Role, Scorer
 from stepdistill.families.family import Family
-from stepdistill.families.features import chosen_blocks
+from stepdistill.families.features import FeatureBlock, chosen_blocks
 from stepdistill.families.vae import decode_latents
 from stepdistill.loading.quantization import check_base
 from stepdistill.loading.stored_tensors import StoredTensors
@@ -82,7 +82,6 @@ class RoleBank(nn.Module):
             self.nets[role] = family.copy_net(extra_inputs, like).float()
             self._net_of[role], self._adapter_of[role] = role, None
         self.nets[BASE] = family.net.requires_grad_(False)
-        blocks = family.feature_blocks()
         if student_base is not None:
             self.nets[STUDENT_BASE] = student_base.requires_grad_(False)
         for role in self._stored("lora"):
@@ -92,7 +91,7 @@ class RoleBank(nn.Module):
             self._add_adapter(role)
         for role, spec in self.roles.items():
             if spec.source == "head":
-                chosen = [*chosen_blocks(spec.features, blocks).values()]
+                chosen = [*chosen_blocks(spec.features, self._blocks(role)).values()]
                 self.heads[role] = make_head(chosen, spec.heads_per_block)
             elif role not in self._net_of:
                 self._net_of[role], self._adapter_of[role] = BASE, None
@@ -126,16 +125,16 @@ class RoleBank(nn.Module):
                 "Fuse them first (pipeline.fuse_lora, then unload_lora_weights), or load it again."
             )
         check_base(self.family.net, self.tuning.base_quantization, self._stored("full"))
-        blocks = self.family.feature_blocks()
         for role, spec in self.roles.items():
             if spec.ema_of is not None and spec.ema_of not in self.roles:
                 raise ValueError(
                     f"role {role!r}: expected ema_of a role of this method, got {spec.ema_of!r}."
                 )
+            blocks = self._blocks(role)
             unknown = sorted(set(spec.features) - set(blocks) - {"all"})
             if unknown:
                 raise ValueError(
-                    f"role {role!r}: expected feature blocks of {self.family.name} "
+                    f"role {role!r}: expected feature blocks of {spec.reads or self.family.name} "
                     f"({', '.join(blocks)}), got {unknown}."
                 )
             if spec.extra_inputs and self.tuning.layout(role, spec.ema_of) == "lora":
@@ -144,6 +143,12 @@ class RoleBank(nn.Module):
                     "(an adapter has no place for new weights), got 'lora'. "
                     f"Set --tuning.{role} full, or turn off what asks for them."
                 )
+
+    def _blocks(self, role: str) -> Mapping[str, FeatureBlock]:
+        """The blocks that a head may read: of the family's networks, or of a pixel network."""
+        if not (reads := self.roles[role].reads):
+            return self.family.feature_blocks()
+        return cast(PixelNet, self._scorers[reads]).blocks
 
     def _origin(self, role: str) -> Role:
         """The role whose network this one copies: itself, or what its EMA follows."""
@@ -234,7 +239,7 @@ class RoleBank(nn.Module):
 
     def head(self, role: str, features: Mapping[str, Tensor]) -> Tensor:
         """(B, K) logits: of each block that is read, a column per head on it."""
-        names = chosen_blocks(self.roles[role].features, self.family.feature_blocks())
+        names = chosen_blocks(self.roles[role].features, self._blocks(role))
         logits: Tensor = self.heads[role]([features[name] for name in names])
         forget_graphless_casts()
         return logits
@@ -248,6 +253,11 @@ class RoleBank(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             images = decode_latents(decoder, latents) if decoder else self.family.images(latents)
         return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
+
+    @property
+    def judged_by_vae(self) -> bool:
+        """Whether scorers see what the family's own autoencoder makes."""
+        return bool(self._scorers) and self._decoder == (None,)
 
     def scorer(self, name: str) -> Scorer:
         """See Nets.scorer."""

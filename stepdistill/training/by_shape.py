@@ -28,9 +28,9 @@ class MethodByShape:
 
     def __init__(self, method: Method[Any], family: Family, resolution: int | None) -> None:
         self.method, self._family = method, family
-        self._shape = family.sample_shape(resolution, resolution)
+        self.shape = family.sample_shape(resolution, resolution)
         self._others: dict[float, Method[Any]] = {method.setting.shift: method}
-        self._shifts: dict[tuple[int, ...], float] = {self._shape: method.setting.shift}
+        self._shifts: dict[tuple[int, ...], float] = {self.shape: method.setting.shift}
 
     def shift(self, shape: tuple[int, ...]) -> float:
         """The stock call's shift for latents of that shape (C, H, W)."""
@@ -52,7 +52,7 @@ class MethodByShape:
 
     def loss(self, phase: Phase, batch: Batch) -> Callable[[Nets, Batch, Ctx], Losses]:
         """The phase's loss on a batch of that shape."""
-        return phase.loss if batch.shape == self._shape else self._of(phase, batch.shape)
+        return phase.loss if batch.shape == self.shape else self._of(phase, batch.shape)
 
     def _of(self, phase: Phase, shape: tuple[int, ...]) -> Callable[[Nets, Batch, Ctx], Losses]:
         other = self.at(shape)

@@ -225,13 +225,20 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, bank: RoleBank, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Load weights and optimiser in place, in shards or not; returns the method's saved buffers."""
+    """Load weights and optimiser in place, in shards or not; returns the method's saved buffers.
+
+    A head that the bank has not (its pixel network is needed to train alone) is left out.
+    """
     for role in bank.roles:
         if bank.members(role):
             bank.load_role_state(role, StoredTensors(folder / f"role_{role}"))
-    load_optimizer_state(bank, optimizer, None, read_json(folder / "optimizer.json"))
-    for source in _stored_as(folder, "optimizer"):  # earlier runs have one for all roles
-        load_optimizer_state(bank, optimizer, StoredTensors(source), {})
+    plain = read_json(folder / "optimizer.json").items()
+    held = {key: value for key, value in plain if key.partition("/")[0] in bank}
+    load_optimizer_state(bank, optimizer, None, held)
+    for source in _stored_as(folder, "optimizer"):
+        role = source.name.removeprefix("optimizer_")
+        if role in bank or source.name == "optimizer":  # earlier runs have one for all roles
+            load_optimizer_state(bank, optimizer, StoredTensors(source), {})
     buffers: dict[str, Tensor] = {}
     for source in _stored_as(folder, "method"):
         stored = StoredTensors(source)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
 
+from stepdistill.config.rewards import RewardConfig
 from stepdistill.config.run import TrainConfig
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Method, MethodConfig, Scorer
@@ -20,6 +21,7 @@ from stepdistill.families.registry import TeacherFacts
 from stepdistill.loading.source import ModelSource
 from stepdistill.rewards import check_scorers
 from stepdistill.roles.student_net import check_student_config
+from stepdistill.training.rewards import check_kinds, scorers_of
 from stepdistill.training.start import student_base_of
 
 
@@ -31,11 +33,14 @@ def method_fits(
     scorers: Mapping[str, Scorer],
     best_metric: str | None = None,
     gan_dataset: Any = None,
+    rewards: Sequence[RewardConfig] = (),
 ) -> None:
-    """Errors: ValueError where the datasets lack a field the method's losses read, where a scorer
-    they call can't be had (see `rewards.check_scorers`), or where no run of the method measures
-    best_metric. Warns of a gan_dataset that no loss reads."""
+    """Errors: ValueError where the datasets lack a field the method's losses or the rewards read,
+    where a scorer they call can't be had (see `rewards.check_scorers`), or where no run of the
+    method measures best_metric. Warns of a gan_dataset that no loss reads."""
     method = _quietly(cls, config, teacher)
+    specs = scorers_of(method, rewards)
+    needs = method.needs | check_kinds(method, rewards, scorers)
     spec, as_flow = method.sampler(), method.roles()["student"].as_flow
     if as_flow and best_metric == "trajectory_rmse":
         raise ValueError(
@@ -77,7 +82,7 @@ def method_fits(
             f"{sorted(present)} from {type(gan_dataset).__name__}. Name a source of images: "
             "--data.gan.train_data_dir DIR."
         )
-    if not method.needs <= has:
+    if not needs <= has:
         hint = {
             "noise": "Make pairs first: stepdistill pairs --config ...",
             "x0": "Train on images: --data.train_data_dir DIR.",
@@ -85,11 +90,11 @@ def method_fits(
             "prompts": "A loss that reads text needs items with a prompt.",
         }
         raise ValueError(
-            f"{cls.name}: expected batch fields {sorted(method.needs)}, got {sorted(has)} from "
+            f"{cls.name}: expected batch fields {sorted(needs)}, got {sorted(has)} from "
             f"{type(dataset).__name__}. "
-            + next((text for name, text in hint.items() if name in method.needs - has), "")
+            + next((text for name, text in hint.items() if name in needs - has), "")
         )
-    check_scorers(method.scorers(), scorers)
+    check_scorers(specs, scorers)
 
 
 def _times_are_taken(spec: SamplerSpec, teacher: TeacherFacts) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from torch import nn
 
 from stepdistill.config.run import TrainConfig
+from stepdistill.families.family import Family
+from stepdistill.families.vae import is_video_vae
 from stepdistill.loading.source import ModelSource
+from stepdistill.roles.checkpointing import checkpoint_blocks, checkpointed_blocks
 from stepdistill.roles.rolebank import RoleBank
 
 # Graphs of one block: roles, with and without gradients, batches with and without their null half.
@@ -20,6 +24,7 @@ GRAPH_LIMIT = 64
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 MOST_MAPPED = 32 * 2**20  # bytes; glibc takes no larger MMAP_THRESHOLD
 AUTO_PARAMETERS = 500_000_000  # "auto" recomputes activations from this size of the denoiser on
+AUTO_DECODER = 20_000_000  # and from this of the VAE; Stable Diffusion's has 84 M
 
 
 def with_quantized_base(source: ModelSource, args: TrainConfig) -> ModelSource:
@@ -40,6 +45,20 @@ def checkpoints_activations(args: TrainConfig, net: nn.Module) -> bool:
         return True
     weights = (p.numel() for name, p in net.named_parameters() if ".lora_" not in name)
     return sum(weights) >= AUTO_PARAMETERS
+
+
+def checkpoint_decoder(args: TrainConfig, family: Family) -> None:
+    """Recompute the activations of the family's own VAE where a loss judges its images: as told, or
+    by its size. Its decoder takes more than the denoiser, at 1024 px 12 GiB of bf16 an image.
+
+    Not a video VAE, whose blocks pass a cache on in place, nor one without such blocks.
+    """
+    vae = getattr(family.pipeline, "vae", None)
+    if vae is None or is_video_vae(vae) or not checkpointed_blocks(vae):
+        return
+    asked, size = args.gradient_checkpointing, sum(p.numel() for p in vae.parameters())
+    if asked is True or (asked == "auto" and size >= AUTO_DECODER):
+        checkpoint_blocks(vae, lambda: lambda: (nullcontext(), nullcontext()))
 
 
 def keep_freed_memory(device: torch.device) -> bool:

@@ -37,6 +37,7 @@ _FIXED = (
     "method",
     "method_config",
     "tuning",
+    "rewards",
     "seed",
 )
 
@@ -71,6 +72,7 @@ def run_facts(
         "method": method,
         "method_config": config.model_dump(mode="json"),
         "tuning": args.tuning.model_dump(mode="json"),
+        "rewards": [one.model_dump(mode="json") for one in args.rewards],
         "seed": args.seed,
         "draw_law": DRAW_LAW,
         "train_config": args.model_dump(mode="json"),
@@ -151,7 +153,7 @@ def same_run(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """
     known = _same_models(saved, facts)
     # Runs begun before these were written down had none.
-    earlier = {"student_base": None, **saved}
+    earlier = {"student_base": None, "rewards": [], **saved}
     earlier["tuning"] = {**Tuning().model_dump(mode="json"), **dict(saved.get("tuning") or {})}
     for key in ("model", "student_base"):
         earlier[key] = absolute(earlier[key]) if earlier.get(key) else earlier.get(key)

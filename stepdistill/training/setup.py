@@ -16,7 +16,11 @@ from stepdistill.core.method import Method, Role, Scorer
 from stepdistill.families.decoder import load_decoder
 from stepdistill.families.family import Family
 from stepdistill.roles.rolebank import RoleBank
-from stepdistill.training.memory import checkpoints_activations, compile_blocks
+from stepdistill.training.memory import (
+    checkpoint_decoder,
+    checkpoints_activations,
+    compile_blocks,
+)
 from stepdistill.training.optim import build_optimizer
 from stepdistill.training.sharding import check_sharding, shard, sharding_asked, without_plugin
 from stepdistill.training.start import load_student_base, start_student, student_base_of
@@ -92,10 +96,14 @@ def make_bank(
     scorers: Mapping[str, Scorer],
 ) -> RoleBank:
     """The method's networks on `device`, with the run's averaged student, started as args say."""
-    roles = roles_of(method, args)
+    # Heads on a pixel network that a run without data (an export) did not build train no more.
+    asked = roles_of(method, args).items()
+    roles = {name: role for name, role in asked if not role.reads or role.reads in scorers}
     decoder = None
     if args.decoder is not None and scorers:
         decoder = load_decoder(args.decoder, family.sample_shape()[0], device)
+    elif scorers:
+        checkpoint_decoder(args, family)
     elif args.decoder is not None:
         warnings.warn(
             f"decoder {args.decoder!r} has no effect: no loss of this run judges images.",

@@ -16,6 +16,7 @@ from stepdistill.core.types import Batch
 from stepdistill.loading.quantization import is_packed
 from stepdistill.monitoring.step_signs import StepSigns
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.training.rewards import AddRewards
 
 
 class TrainStep(nn.Module):
@@ -25,12 +26,17 @@ class TrainStep(nn.Module):
         super().__init__()
         self.bank = bank
 
-    def forward(self, loss: Loss, batch: Batch, ctx: Ctx) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, loss: Loss, batch: Batch, ctx: Ctx, rewards: AddRewards | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss in float32, detached scalars to log, on the loss's device): the method's,
-        and signs of a collapse."""
+        that of rewards due, and signs of a collapse."""
         signs = StepSigns()
         with self.bank.watched(signs.see):
             losses = loss(self.bank, batch, ctx)
+        if rewards is not None:
+            with self.bank.watched(signs.count):
+                losses = rewards(self.bank, batch, ctx, losses)
         ctx.rows += signs.rows
         logs = {**losses.logs, **signs.logs(batch)}
         total = losses.total.float()
@@ -44,7 +50,8 @@ def place(
     """Move the pipeline to the device, its frozen denoiser weights to tuning.base_dtype.
 
     Text encoders follow the denoiser: T5-XXL alone is 19 GB in float32. Trained and averaged
-    weights and the autoencoder, which overflows in half precision (SDXL), stay float32.
+    weights and the autoencoder, which overflows in half precision (SDXL), stay float32. Where a
+    loss judges the autoencoder's images, it is on the device whatever the text encoders are.
 
     Args: net_device: where the denoiser goes instead.
     """
@@ -54,4 +61,7 @@ def place(
         if id(param) not in role_params and not is_packed(param):
             param.data = param.data.to(dtype)
     bank.family.place_encoders(dtype, torch.device("cpu") if args.offload_encoders else device)
+    vae = getattr(bank.family.pipeline, "vae", None)
+    if bank.judged_by_vae and vae is not None:
+        vae.to(device)
     bank.family.net.to(device if net_device is None else net_device)

@@ -54,6 +54,7 @@ from stepdistill.training.optim import (
     set_learning_rate,
 )
 from stepdistill.training.preemption import StopRequest
+from stepdistill.training.rewards import Rewards, scorers_of
 from stepdistill.training.setup import make_accelerator, make_bank, prepared
 from stepdistill.training.sharding import gathered, is_sharded
 from stepdistill.training.snapshots import Resumable
@@ -73,7 +74,8 @@ class Trainer(Resumable):
             None is enough to resume and export.
         gan_dataset: real samples for the discriminator with their own prompts or labels, where they
             are not the train_dataset's.
-        scorers: judges of images by the method's names for them, in place of the built-in ones.
+        scorers: judges of images by the method's or the rewards' names for them, in place of the
+            built-in ones.
     Errors: ValueError or TypeError for anything wrong with these, before a weight is loaded.
     """
 
@@ -110,7 +112,7 @@ class Trainer(Resumable):
         if self.dataset is not None:
             refuse_owned(self.output_dir, "output_dir")  # an export may read it meanwhile
             args.check_best_metric()
-            data = (self.dataset, scorers, args.best_metric, self.gan_dataset)
+            data = (self.dataset, scorers, args.best_metric, self.gan_dataset, args.rewards)
             checks.method_fits(cls, config, facts, *data)
             checks.length_fits(cls, config, args, facts)
             checks.buckets_fit(self.dataset, self.gan_dataset, facts)
@@ -149,7 +151,7 @@ class Trainer(Resumable):
         """The networks by role, wrapped, with their optimiser."""
         training = self.dataset is not None
         # Without data nothing is trained, and nothing judged.
-        specs = self.method.scorers() if training else {}
+        specs = scorers_of(self.method, self.args.rewards) if training else {}
         judges = build_scorers(specs, scorers, self.device)
         self.bank = make_bank(self.family, self.method, self.args, self.device, judges)
         self.module, self.optimizer = prepared(self.accelerator, self.bank, self.args, training)
@@ -161,6 +163,7 @@ class Trainer(Resumable):
         self.batches = batch_maker(self.family, self.device, args, self.dataset is not None)
         size = (self.family.image_size(args.resolution), self.family.size_multiple)
         self.by_shape = MethodByShape(self.method, self.family, args.resolution)
+        self.rewards = Rewards(args, self.by_shape)
         self.feed = Feed(fitted(self.dataset, *size), args)
         self.gan_feed: Feed | None = None
         reads_real = self.gan_dataset is not None and "real" in self.method.needs
@@ -355,8 +358,11 @@ class Trainer(Resumable):
                 draw_law=self.facts["draw_law"],
             )
             more = micro + 1 < len(carry)
+            asked: tuple[Any, ...] = (self.by_shape.loss(phase, batch), batch, ctx)
+            if (rewards := self.rewards.due(phase, self.step, batch.shape)) is not None:
+                asked = (*asked, rewards)
             with accelerator.no_sync(self.module) if more else nullcontext():
-                total, logs = self.module(self.by_shape.loss(phase, batch), batch, ctx)
+                total, logs = self.module(*asked)
                 accelerator.backward(total / len(carry))
             self.own_validation.see(raw, ctx.rows)
             for feed in feeds:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from stepdistill.cli import _digits
 from stepdistill.cli._digits import Digits
 from stepdistill.comparison.students import (
     Budget,
@@ -49,7 +50,7 @@ def test_lcm_is_the_demo_s_consistency(tmp_path) -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_choices(tmp_path) -> None:
-    choices = r"methods: expected a method of \['boot', 'consistency'.*'lcmm'"
+    choices = r"methods: expected a method of \['add', 'boot', 'consistency'.*'lcmm'"
     with pytest.raises(ValueError, match=choices):
         Digits(tmp_path).students(["lcmm"], None)
     with pytest.raises(ValueError, match="methods: expected a method of"):
@@ -83,3 +84,20 @@ def test_a_method_that_none_of_the_step_counts_suits_is_named(tmp_path) -> None:
     names = ["vsd", "dmd2", "pcm"]
     chosen = setup.students(names, [4])
     assert left_out(setup.steps_served(names), chosen) == {"vsd": "is asked for 1 step alone"}
+
+
+def test_heads_on_a_pixel_network_get_one_of_the_training_images(tmp_path, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(_digits, "train_features", lambda *where: seen.append(where) or "made")
+    setup = Digits(tmp_path)
+    student = Student("add", (4,))
+    setup.check_settings(student)
+    (training,) = setup.trainings(student)
+    equipped = setup.equipped(training)
+    assert seen == [(tmp_path / "data", tmp_path / "features")]
+    options = equipped.lasting(10)["method_config"]
+    assert options["gan"]["pixels"] == {"network": "made"}
+    assert not equipped.lacks_network
+    assert setup.equipped(equipped) is equipped
+    (other,) = setup.trainings(Student("ladd", (4,)))
+    assert setup.equipped(other) is other

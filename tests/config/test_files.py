@@ -16,6 +16,9 @@ from stepdistill.storage.bundled import bundled_names
 ROOT = Path(__file__).parents[2]
 
 
+X = ["--pretrained_model_name_or_path", "x", "--method", "dmd2"]
+
+
 def write(path: Path, **values) -> str:
     path.write_text(yaml.safe_dump(values))
     return str(path)
@@ -111,6 +114,22 @@ def test_missing_model_is_said() -> None:
 def test_method_options_are_checked_too() -> None:
     with pytest.raises(ValueError, match="guidance"):
         method_config("dmd2", {"guidence": 3})
+
+
+def test_a_list_of_groups_is_json_objects_one_by_one_or_together() -> None:
+    one, two = '{"kind": "clip", "weight": 0.1}', '{"kind": "hps", "weight": 0, "every": 2}'
+    for flags in ([one, two], [one, "--rewards", two], [f"[{one}, {two}]"]):
+        run = parse_run_config([*X, "--rewards", *flags])
+        assert [(r.kind, r.weight, r.every) for r in run.rewards] == [
+            ("clip", 0.1, 1),
+            ("hps", 0.0, 2),
+        ]
+    with pytest.raises((ValueError, TypeError), match="expected each key once"):
+        parse_run_config([*X, "--rewards", '{"kind": "a", "kind": "b"}'])
+    with pytest.raises(ValueError, match=r"expected rewards.0.weight, got .* a config file\.$"):
+        parse_run_config([*X, "--rewards", '{"kind": "clip"}'])
+    with pytest.raises(ValueError, match=r"rewards.0.*kind=clip"):
+        parse_run_config([*X, "--rewards", "kind=clip"])
 
 
 def test_environment_is_not_read(monkeypatch) -> None:

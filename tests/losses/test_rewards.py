@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepdistill.losses.rewards import ClampedCLIPConfig, LPIPSOptions, clamped_reward_loss
+from stepdistill.losses.rewards import ClampedCLIPConfig, LPIPSOptions, reward_loss
 
 
 def test_a_score_costs_what_it_lacks_of_tau() -> None:
     score = torch.tensor([0.1, 0.4, -0.2], requires_grad=True)
-    loss = clamped_reward_loss(score, 0.3)
+    loss = reward_loss(score, 0.3)
     loss.backward()
     assert loss.item() == pytest.approx((0.2 + 0.0 + 0.5) / 3)
     torch.testing.assert_close(score.grad, torch.tensor([-1 / 3, 0.0, -1 / 3]))

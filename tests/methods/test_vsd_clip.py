@@ -20,7 +20,7 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath
 from stepdistill.core.types import Batch
-from stepdistill.losses.rewards import ClampedCLIPConfig, clamped_reward_loss
+from stepdistill.losses.rewards import ClampedCLIPConfig, reward_loss
 from stepdistill.methods.vsd import VSD, VSDConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 
@@ -76,7 +76,7 @@ def test_a_weight_may_rise_from_zero() -> None:
 
 def test_the_clamp_is_before_the_mean() -> None:
     score = torch.tensor([-1.0, 1.0])
-    assert clamped_reward_loss(score, 0.5).item() == 0.75
+    assert reward_loss(score, 0.5).item() == 0.75
 
 
 def test_off_by_default_it_asks_for_nothing() -> None:

@@ -331,10 +331,10 @@ def test_a_run_that_does_not_fit_is_told_what_would(
 
 
 def test_a_resolution_far_from_the_model_s_own_is_told(teacher: Path) -> None:
-    run = run_config(teacher, resolution=512, method_config={"clip": {"weight": 1.0}}, method="vsd")
+    run = run_config(teacher, resolution=512, rewards=[{"kind": "clop", "weight": 1.0}])
     with (
         pytest.warns(UserWarning, match="resolution: expected about the model's own 16 x 16 px"),
-        pytest.raises(ValueError, match="a run without image scorers"),  # ends it before a trace
+        pytest.raises(ValueError, match="scorers: expected a kind"),  # ends it before a trace
     ):
         forecast(run)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rewards.test_clip import MODEL, PROMPTS, save_tiny, smooth
 from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel
 
 from stepdistill.losses.rewards import CLIPOptions
 from stepdistill.rewards.clip import CLIPScorer
@@ -18,6 +19,8 @@ from stepdistill.rewards.preference import (
     AestheticScorer,
     HPSOptions,
     HPSScorer,
+    PickOptions,
+    PickScorer,
 )
 
 
@@ -78,3 +81,60 @@ def test_a_pickled_head_or_one_of_another_width_is_refused(folder, tmp_path) -> 
     )
     with pytest.raises(ValueError, match="expected a head for width 8, got 5"):
         AestheticScorer(options)(smooth(32, 32), PROMPTS)
+
+
+# ------------------------------------------------------------------------------------ PickScore
+def save_pick(folder: Path) -> Path:
+    """A tiny CLIPModel as PickScore's folder has it: without a tokenizer."""
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = CLIPConfig(
+        text_config={**tower, "num_attention_heads": 2, "max_position_embeddings": 77},
+        vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pick_folder(tmp_path_factory) -> Path:
+    return save_pick(tmp_path_factory.mktemp("pick") / "model")
+
+
+def test_pickscore_is_the_cosine_that_transformers_itself_makes(pick_folder) -> None:
+    options = PickOptions(model=str(pick_folder))
+    PickScorer.check(options)
+    scorer, images = PickScorer(options), smooth(48, 32)
+    stock = CLIPModel.from_pretrained(pick_folder).eval()
+    with torch.no_grad():
+        made = stock(
+            input_ids=scorer.tokenizer(list(PROMPTS)), pixel_values=scorer.preprocess(images)
+        )
+        expected = (made.image_embeds * made.text_embeds).sum(1)
+        torch.testing.assert_close(scorer(images, PROMPTS), expected)
+    images.requires_grad_()
+    scorer(images, PROMPTS).sum().backward()
+    assert float(images.grad.abs().sum()) > 0
+
+
+def test_pickscore_reads_no_padding(pick_folder) -> None:
+    """open_clip pads by 0, transformers by the end token."""
+    scorer = PickScorer(PickOptions(model=str(pick_folder)))
+    tokens = scorer.tokenizer(list(PROMPTS))
+    end = tokens.argmax(1, keepdim=True)
+    padded = torch.where(torch.arange(77)[None] > end, tokens.max(), tokens)
+    assert not torch.equal(padded, tokens)
+    with torch.no_grad():
+        texts = [scorer.model.encode_text(some, normalize=True) for some in (tokens, padded)]
+    torch.testing.assert_close(*texts)
+
+
+def test_pickscore_without_its_folder_is_refused(pick_folder, tmp_path) -> None:
+    for model in (str(tmp_path / "none"), str(tmp_path)):
+        with pytest.raises(ValueError, match="expected model to be the folder of a CLIPModel"):
+            PickScorer.check(PickOptions(model=model))
+    PickScorer.check(PickOptions())  # of the Hub: fetched where it is built
+    with pytest.raises(ValueError, match="expected the weights of 'nobody/nothing'"):
+        PickScorer(PickOptions(model="nobody/nothing"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -17,9 +18,12 @@ from torch.utils.data import Dataset
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import FIELDS, Scorer
 from stepdistill.families.family import Family
+from stepdistill.families.features import FeatureBlock, chosen_blocks
 from stepdistill.families.registry import family_for, load_family, teacher_facts
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
+from stepdistill.rewards.vision import KIND, ConvFeatures
+from stepdistill.storage.folders import write_folder
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.trainers import DistillationTrainer, trainer_class
 from stepdistill.training import trainer as training
@@ -118,9 +122,37 @@ def _brightness(images: Tensor, by: object) -> Tensor:
     return images.mean(dim=(1, 2, 3)).tanh()
 
 
+def _darkness(images: Tensor, by: object) -> Tensor:
+    """The other taste."""
+    return -_brightness(images, by)
+
+
 def _pixel_distance(images: Tensor, by: Any) -> Tensor:
     """A stand-in for LPIPS that needs no weights."""
     return (images - by).square().mean(dim=(1, 2, 3))
+
+
+def learned_network(folder: Path) -> Path:
+    """A network of 16 px as `features train` makes them, untrained, in a new folder there."""
+    facts = {"model_type": KIND, "size_px": 16, "width": 4, "mean": 0.4, "std": 0.3, "data": "none"}
+    torch.manual_seed(0)
+    net = ConvFeatures(16, 4).state_dict()
+    write_folder(folder / "net", {"model": net}, {"config": facts})
+    return folder / "net"
+
+
+class PixelStandIn(nn.Module):
+    """A stand-in for a pixel network that needs no weights: what its heads read are the pixels."""
+
+    blocks = MappingProxyType(
+        {"mid": FeatureBlock("map", 3, "map"), "tokens": FeatureBlock("tokens", 3, "tokens")}
+    )
+
+    def features(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        return {
+            name: images if block.layout == "map" else images.flatten(2).mT
+            for name, block in chosen_blocks(names, self.blocks).items()
+        }
 
 
 def _has_null(family: str, layout: str) -> bool:
@@ -142,6 +174,7 @@ class MethodCase:
     """One method with options, the data it needs, and where it applies.
 
     gan_fields: what a data source of the discriminator's own has; none means that it has none.
+    run: options of the run.
     steps: student steps in which every role is trained twice.
     """
 
@@ -151,6 +184,7 @@ class MethodCase:
     fits: Callable[[str, str], bool] = _anywhere
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     gan_fields: tuple[str, ...] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 2
 
     @property
@@ -229,6 +263,62 @@ METHOD_CASES: dict[str, MethodCase] = {
         "sid", {"guidance": 1.0, "fake_guidance": "zero_cfg"}, (), _two_with_prompts
     ),
     "tdm": MethodCase("tdm", {"num_steps": 2, "critic_steps": 2}),
+    "ladd": MethodCase(
+        "ladd",
+        {"num_steps": 2, "noisiest_share": 0.5, "disc_steps": 2, "gan": {"mismatched": True}},
+        ("x0",),
+    ),
+    "ladd_r1": MethodCase(
+        "ladd",
+        {"rollout": "simulate", "gan": {"time_mean": None, "r1": "features", "r1_weight": 1.0}},
+        (),
+        _two_with_prompts,
+        gan_fields=("x0",),
+    ),
+    "add": MethodCase(
+        "add",
+        {"num_steps": 2, "guidance": 2.0},
+        ("x0",),
+        scorers={"pixels": PixelStandIn()},
+    ),
+    "add_teacher": MethodCase(
+        "add",
+        {
+            "distillation_weight": "sds",
+            "clean_first": 1,
+            "num_steps": 2,
+            "gan": {
+                "source": "teacher",
+                "time_mean": 0.0,
+                "same_times": True,
+                "r1": "approximate",
+                "r1_weight": 1.0,
+            },
+        },
+        ("x0",),
+        lambda family, layout: family == "sd3",
+    ),
+    "dmd2_pixels": MethodCase(
+        "dmd2",
+        {"critic_steps": 1, "gan": {"weight_g": 1e-2, "source": "pixels", "r1_weight": 0.1}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"pixels": PixelStandIn()},
+    ),
+    "meanflow_heads": MethodCase(
+        "meanflow",
+        {"num_steps": 2, "gan": {"weight_g": 0.5, "weight_d": 0.5, "source": "pixels"}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"pixels": PixelStandIn()},
+    ),
+    "scott_pixels": MethodCase(
+        "scott",
+        {"num_grid": 20, "solver_steps": 1, "gan": {"source": "pixels"}},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"pixels": PixelStandIn()},
+    ),
     "vsd": MethodCase(
         "vsd", {"guidance_range": (0.5, 4.0), "null_probability": 0.5}, (), _null_has_words
     ),
@@ -321,6 +411,16 @@ METHOD_CASES: dict[str, MethodCase] = {
         ("x0",),
         _two_with_prompts,
     ),
+    "sana_sprint": MethodCase(
+        "meanflow",
+        {
+            "r": "zero",
+            "sampler": "renoise",
+            "gan": {"weight_g": 0.5, "weight_d": 0.5, "source": "teacher", "mismatched": True},
+        },
+        ("x0",),
+        _two_with_prompts,
+    ),
     "boot": MethodCase("boot", {"num_grid": 10}),
     "boot_heun": MethodCase(
         "boot",
@@ -329,6 +429,39 @@ METHOD_CASES: dict[str, MethodCase] = {
         _two_with_prompts,
     ),
     "scott": MethodCase("scott", {"num_grid": 20, "eta": 0.5, "solver_steps": 2}, ("x0",)),
+    "feedback": MethodCase(
+        "feedback",
+        {"num_steps": 2},
+        scorers={"brightness": _brightness},
+        run={"rewards": [{"kind": "brightness", "weight": 1.0, "tau": 2.0}]},
+    ),
+    "feedback_last": MethodCase(
+        "feedback",
+        {"num_steps": 2, "sampler": "ode", "trained_step": "last", "anchor_on": "v"},
+        (),
+        _two_with_prompts,
+        {"brightness": _brightness, "darkness": _darkness},
+        run={
+            "rewards": [{"kind": "brightness", "weight": 1.0}, {"kind": "darkness", "weight": 0.0}],
+            "reward_crop": 2,
+        },
+    ),
+    "feedback_data": MethodCase(
+        "feedback",
+        {"num_steps": 2, "rollout": "data", "anchor": 0.0},
+        ("x0",),
+        lambda family, layout: family == "sd3",
+        {"brightness": _brightness},
+        run={"rewards": [{"kind": "brightness", "weight": 1.0, "every": 2}]},
+    ),
+    "lcm_reward": MethodCase(
+        "consistency",
+        {"target": "self"},
+        ("x0",),
+        _two_with_prompts,
+        {"brightness": _brightness},
+        run={"rewards": [{"kind": "brightness", "weight": 1.0}]},
+    ),
     "lcm_w": MethodCase(
         "consistency", {"target": "ema", "embed_guidance": True}, ("x0",), _w_embedding
     ),
@@ -402,10 +535,12 @@ def build_trainer(
     scorers: Mapping[str, Scorer] | None = None,
     dataset: Any = None,
     gan_dataset: Any = None,
+    method_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> DistillationTrainer:
-    """A trainer of the case's few steps on a saved tiny teacher; datasets: in place of TinyData."""
-    spec = METHOD_CASES[case]
+    """A trainer of the case's few steps on a saved tiny teacher; datasets: in place of TinyData;
+    method_options: over the case's."""
+    spec, more = METHOD_CASES[case], method_options or {}
     args = TrainConfig(
         output_dir=str(output_dir),
         **{
@@ -415,6 +550,7 @@ def build_trainer(
             "learning_rate": 1e-3,
             "logging_steps": 1,
             "disable_progress_bar": True,
+            **spec.run,
             **options,
         },
     )
@@ -434,7 +570,7 @@ def build_trainer(
             args,
             data,
             method=spec.method,
-            method_config=spec.options if facts.has_null else unguided(spec),
+            method_config={**(spec.options if facts.has_null else unguided(spec)), **more},
             scorers=spec.scorers if scorers is None else scorers,
             gan_dataset=gan_dataset,
         )

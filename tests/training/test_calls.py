@@ -26,6 +26,7 @@ BSZ = 2
 # (adapter or "base", rows, with gradients) of each call of one iteration at batch 2, in order.
 TEACHER = ("base", 2 * BSZ, False)  # guided: both conditions in one batch
 SEES = ("base features", BSZ, True)  # the frozen teacher's alone, under a head that trains
+SEES_BOTH = ("base features", 2 * BSZ, True)  # samples, and images under others' prompts
 FEATURES = ("fake features", BSZ, True)
 CALLS: dict[str, list[tuple[str, int, bool]]] = {
     "dmd2": [
@@ -59,6 +60,14 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
         ("student", BSZ, True), ("fake", BSZ, False), TEACHER, ("fake", BSZ, True),
         ("student", BSZ, False), ("fake", BSZ, True),
     ],
+    "ladd": [
+        ("student", BSZ, True), SEES, SEES_BOTH, SEES, ("student", BSZ, False), SEES_BOTH, SEES,
+    ],
+    "add": [("student", BSZ, True), TEACHER],
+    "sana_sprint": [
+        TEACHER, ("student", BSZ, True), ("student", BSZ, False), ("student", BSZ, True), SEES,
+        SEES_BOTH, SEES,
+    ],
     "vsd": [("student", BSZ, True), ("fake", 2 * BSZ, False), TEACHER, ("fake", BSZ, True)],
     "tscd": [("student", BSZ, True), TEACHER, ("target", BSZ, False)],
     "pcm": [
@@ -83,6 +92,11 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
     "scott": [
         ("student", BSZ, True), TEACHER, TEACHER, ("target", BSZ, False), SEES, SEES, SEES,
     ],
+    # The sample that rewards judge is the anchor's, or one step's of the student's own sampler.
+    "feedback": [("student", BSZ, True), ("reference", BSZ, False)],
+    "lcm_reward": [
+        ("student", BSZ, True), TEACHER, ("student", BSZ, False), ("student", BSZ, True),
+    ],
     "meanflow": [TEACHER, ("student", BSZ, True), ("student", BSZ, False)],
     "rcm": [
         TEACHER, ("student", BSZ, True), ("student", BSZ, False),
@@ -102,7 +116,7 @@ HOST = {
     ("context.py", "shared_rand"),
     ("times.py", "uniform_grid"),
     ("times.py", "grid"),  # of snapped_grid
-    ("scores_config.py", "draw_times"),
+    ("rollout.py", "draw_times"),
     ("warm_start.py", "warm_start_loss"),
     ("halving.py", "trailing_grid"),
     ("slimflow.py", "trained_times"),

@@ -100,6 +100,7 @@ FACTS: dict[str, Any] = {
     "method": "dmd2",
     "method_config": {},
     "tuning": {},
+    "rewards": [],
     "seed": 0,
     "train_config": {"decoder": "/d"},
 }
@@ -117,6 +118,7 @@ RUNS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({"identity": {"teacher": ONE}}, {"identity": {"teacher": ONE}, "model": "/b"}, None),
     ({"identity": {"teacher": ONE}}, {"identity": {"teacher": TWO}}, "content of unet/x.safet"),
     ({}, {"identity": {"teacher": ONE}}, None),  # an earlier run
+    ({}, {"rewards": [{"kind": "clip"}]}, "rewards [] (saved) against [{'kind': 'clip'}]"),
     ({}, {"identity": {"teacher": ONE}, "model": "/b"}, "model '/a' (saved) against '/b'"),
     ({"identity": {"teacher": {"commit": "1"}}}, {"identity": {"teacher": ONE}}, None),
     (
