@@ -283,13 +283,11 @@ def launch(argv: Sequence[str], trainer: type[DistillationTrainer]) -> None:
         train_run(run)
 
 
-def train_run(run: RunConfig) -> None:
-    """Train, export, push when asked.
+def ended_run(run: RunConfig) -> DistillationTrainer:
+    """Train to the end; returns the trainer.
 
     Errors: SystemExit 75 where a signal stopped it, saved; 76 where the watchdog did.
     """
-    export_dir = Path(run.export_dir or Path(run.output_dir) / "pipeline")
-    refuse_foreign(export_dir, "export_dir")  # not after a week's training
     running = DistillationTrainer.from_config(run)
     running.accelerator.print("\n".join(opening_lines(running, run.reasons)))
     try:
@@ -299,6 +297,14 @@ def train_run(run: RunConfig) -> None:
         sys.exit(stop.status)
     if running.stop.preempted:
         sys.exit(running.stop.status)
+    return running
+
+
+def train_run(run: RunConfig) -> None:
+    """Train, export, push when asked. Errors: see `ended_run`."""
+    export_dir = Path(run.export_dir or Path(run.output_dir) / "pipeline")
+    refuse_foreign(export_dir, "export_dir")  # not after a week's training
+    running = ended_run(run)
     folder = running.export(export_dir)
     if running.accelerator.is_main_process:
         running.log.report()  # which says how to try what is there

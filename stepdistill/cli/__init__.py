@@ -16,7 +16,13 @@ from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
-IN_RANKS = ("train", "cache", "pairs", "evaluate")  # that a launcher may start in several processes
+IN_RANKS = (
+    "train",
+    "multi_student",
+    "cache",
+    "pairs",
+    "evaluate",
+)  # that a launcher may start in several processes
 USAGE = "usage: stepdistill COMMAND [--config FILE ...] [--flag value ...]"
 
 

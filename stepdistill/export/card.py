@@ -125,6 +125,12 @@ def changed_data(run: Mapping[str, Any]) -> str | None:
     return "; ".join(changes) or None
 
 
+def students_text(record: Mapping[str, Any]) -> str | None:
+    """How many students a routed pipeline has, and what a call picks one by."""
+    students = record.get("students")
+    return students and f"{students['count']}, one a call, by {students['by']}"
+
+
 def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, name: str) -> None:
     """README.md with Hub metadata, the snippet and the facts of the run."""
     base = record["base_model"]
@@ -148,6 +154,7 @@ def write_card(folder: Path, record: Mapping[str, Any], pipeline_class: str, nam
         f"| seed | {run.get('seed', '?')} |\n"
         f"| times | {record['times']} |\n"
         f"| size | {size_text(record)} |\n"
+        + (f"| students | {students} |\n" if (students := students_text(record)) else "")
         + (f"| data changed at | {changed} |\n" if (changed := changed_data(run)) else "")
         + "".join(
             f"| merged into the teacher | {code(lora_file(lora))} at scale {lora['scale']:g} |\n"

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stepdistill.export.base_model import BaseModel, base_model
-from stepdistill.export.card import changed_data, data_text
+from stepdistill.export.card import changed_data, data_text, students_text
 from stepdistill.reporting.markdown import code, plain
 
 SAMPLES = "samples.png"  # a grid that training wrote beside the export
@@ -119,6 +119,7 @@ def _provenance(record: Mapping[str, Any], base: BaseModel) -> str:
         "guidance": "none" if scale is None else f"{scale:g}",
         "weights": f"averaged over training (EMA, decay {decay:g})" if decay else "last",
         "student updates": run.get("step", "unknown"),
+        "students": students_text(record),
         "training data": data_text(data) or "not recorded",
         "data changed": changed_data(run),
         "real images of the GAN": data_text(data.get("gan")),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from stepdistill.export.card import call_options
+from stepdistill.export.multi_student import holds_students, load_students
 from stepdistill.export.pipeline import RECORD
 from stepdistill.loading.safe_files import load_stock
 from stepdistill.loading.source import ModelSource
@@ -51,7 +52,10 @@ def sample_export(
     out = Path(output_dir)
     _refuse_others_files(out, len(prompts))
     without = dict.fromkeys(record["load_without"])
-    pipe = load_stock(folder, ModelSource.of(folder).index, **without)
+    if holds_students(folder):
+        pipe = load_students(folder, without)
+    else:
+        pipe = load_stock(folder, ModelSource.of(folder).index, **without)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     written = []

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,38 +39,76 @@ def check_export(
     Errors: RuntimeError where it is above what the dtype explains.
     """
     stock = load_family(folder, torch_dtype=net.dtype).pipeline.to(net.device)
-    stock.set_progress_bar_config(disable=True)
     prompt: Any = "a test" if family.conditioning == "prompt" else 0
-    names = {"prompt": "prompt", "label": "class_labels"}
-    subject = {names[family.conditioning]: [prompt]} if family.conditioning in names else {}
-    size = {n: v for n, v in record["call"].items() if n in ("height", "width")}
-    options = typed_options(record)
-    if family.reads_image:  # its frame is of the model's own size
-        options, size = {n: v for n, v in options.items() if n not in size}, {}
-    devices = [net.device] if net.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    ours = sampler_image(family, denoiser, spec, record, prompt, net.device)
+    theirs = pipeline_image(stock, family, record, prompt)
+    return check_images(ours, theirs, net.dtype, folder)
+
+
+@torch.no_grad()
+def pipeline_image(stock: Any, family: Family, record: Mapping[str, Any], prompt: Any) -> Tensor:
+    """(1, C, H, W) in [0, 1] of a pipeline called as the record says, noise of seed 0."""
+    stock.set_progress_bar_config(disable=True)
+    subject, options, _ = _call(family, record, prompt)
+    with _seeded(stock.device):
         # The default generator serves the pipelines that pass theirs on and those that don't.
-        torch.manual_seed(0)
         result = stock(
             **subject,
             **{**family.call_extras, **options},
             generator=torch.default_generator,
             output_type="pt",
         )
-        theirs = family.images_in(result)
-        torch.manual_seed(0)
+    return family.images_in(result).float().cpu()
+
+
+@torch.no_grad()
+def sampler_image(
+    family: Family,
+    denoiser: Denoiser,
+    spec: SamplerSpec,
+    record: Mapping[str, Any],
+    prompt: Any,
+    device: torch.device,
+) -> Tensor:
+    """The same of the in-memory sampler."""
+    subject, _, size = _call(family, record, prompt)
+    with _seeded(device):
         if spec.keeps_scheduler:
             call = {**subject, **family.call_extras, **call_options(record), **size}
-            ours = _in_stock_loop(family, denoiser, call)
-        else:
-            ours = _in_memory(family, denoiser, spec, prompt, size, net.device)
-    worst = float((ours - theirs.float().cpu()).abs().max())
-    if not worst <= TOLERANCE.get(net.dtype, HALF_TOLERANCE):
+            return _in_stock_loop(family, denoiser, call)
+        return _in_memory(family, denoiser, spec, prompt, size, device)
+
+
+def check_images(ours: Tensor, theirs: Tensor, dtype: torch.dtype, folder: Path) -> float:
+    """Their largest difference. Errors: RuntimeError where it is above what the dtype explains."""
+    worst = float((ours - theirs).abs().max())
+    if not worst <= TOLERANCE.get(dtype, HALF_TOLERANCE):
         raise RuntimeError(
             f"export: expected the saved pipeline to make the in-memory sampler's image, got a "
             f"difference of {worst:.2e}. The unfinished export is kept in {folder}."
         )
     return worst
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Within: default generators of seed 0, which then are as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def _call(
+    family: Family, record: Mapping[str, Any], prompt: Any
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(subject, options to type, size) of a call for one prompt or label."""
+    names = {"prompt": "prompt", "label": "class_labels"}
+    subject = {names[family.conditioning]: [prompt]} if family.conditioning in names else {}
+    size = {n: v for n, v in record["call"].items() if n in ("height", "width")}
+    options = typed_options(record)
+    if family.reads_image:  # its frame is of the model's own size
+        options, size = {n: v for n, v in options.items() if n not in size}, {}
+    return subject, options, size
 
 
 def _in_stock_loop(family: Family, denoiser: Denoiser, call: Mapping[str, Any]) -> Tensor:

@@ -13,20 +13,21 @@ from stepdistill.roles.rolebank import RoleBank
 
 
 @torch.no_grad()
-def stock_net(bank: RoleBank, role: str) -> nn.Module:
+def stock_net(bank: RoleBank, role: str, adapter: bool = True) -> nn.Module:
     """A stock Diffusers module with the role's weights; the bank is left as it is.
 
     Merging adds scale * B A to each adapted weight in float32, then returns to the base's dtype.
+    Args: adapter: where false, the base that the role's adapter sits on, without it.
     """
     if role in bank.nets:
         return bank.nets[role]
     base: Any = bank.base_of(role)
     if is_quantized(base):
-        return _merged_anew(bank, role)
+        return _merged_anew(bank, role, adapter)
     deltas = {
         name: layer.get_delta_weight(role)
         for name, layer in base.named_modules()
-        if isinstance(layer, BaseTunerLayer) and bank.members(role)
+        if isinstance(layer, BaseTunerLayer) and bank.members(role) and adapter
     }
     state = {}
     for key, value in base.state_dict().items():
@@ -42,7 +43,7 @@ def stock_net(bank: RoleBank, role: str) -> nn.Module:
     return merged.to(device=base.device, dtype=base.dtype).eval().requires_grad_(False)
 
 
-def _merged_anew(bank: RoleBank, role: str) -> nn.Module:
+def _merged_anew(bank: RoleBank, role: str, adapter: bool) -> nn.Module:
     """The weights that a quantised base was made from, read again on the CPU, plus the adapter.
 
     Errors: ValueError where they are not known: the teacher came quantised.
@@ -54,7 +55,7 @@ def _merged_anew(bank: RoleBank, role: str) -> nn.Module:
         )
     net = bank.family.unquantized()
     for name, layer in bank.base_of(role).named_modules():
-        if isinstance(layer, BaseTunerLayer) and bank.members(role):
+        if isinstance(layer, BaseTunerLayer) and bank.members(role) and adapter:
             weight: Any = net.get_submodule(name).weight
             delta = layer.get_delta_weight(role).float().cpu()
             weight.data = (weight.data.float() + delta).to(weight.dtype)

@@ -1,6 +1,6 @@
-"""Schedulers in pipelines/, for samplers that no stock scheduler takes.
+"""Schedulers in pipelines/, for samplers that no stock scheduler takes, and the routed pipeline.
 
-A pipeline that needs one holds a copy of its file, which Diffusers runs with trust_remote_code=True
+A folder that needs one holds a copy of its file, which Diffusers runs with trust_remote_code=True
 alone. Here the class always comes from this project's own file: no code of a folder ever runs.
 """
 
@@ -18,8 +18,10 @@ from stepdistill.storage.bundled import bundled_file
 
 
 def project_file(module: Any) -> Path | None:
-    """The file of a scheduler module of pipelines/, None for any other name."""
-    if not isinstance(module, str) or not module.isidentifier() or "_scheduler" not in module:
+    """The file of such a module of pipelines/, None for any other name."""
+    if not isinstance(module, str) or not module.isidentifier():
+        return None
+    if "_scheduler" not in module and module != "multi_student":
         return None
     return bundled_file(f"pipelines/{module}.py")
 

@@ -35,6 +35,7 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "features": (["train", "--train_data_dir", "dir"], "seed", (1, 2)),
     "list": ([], "", (None, None)),
     "merge": (["a:0.5", "b", "--output", "out"], "method", ("cat", "linear")),
+    "multi_student": ([*TEACHER, "--method", "dmd2"], "num_students", (2, 3)),
     "pairs": ([*TEACHER, "--pairs_dir", "p"], "guidance", (2.5, 3.0)),
     "plan": (
         ["--pretrained_model_name_or_path", "sdxl", "--method", "dmd2"],
