@@ -59,7 +59,8 @@ def train_students(run: RunConfig, num_students: int, reasons: list[str]) -> Pat
             state.wait_for_everyone()
             record = read_json(out / RECORD)
         if state.is_main_process:
-            print(f"{counted(num_students, 'student')} on shares of {record['sizes']} prompts")
+            sizes = ", ".join(map(str, record["sizes"]))
+            print(f"{counted(num_students, 'student')}; prompts of each: {sizes}")
         for number in range(num_students):
             part = _part(run, number)
             if _is_trained(part):

@@ -19,7 +19,7 @@ from stepdistill.core.path import VPPath
 from stepdistill.core.types import Batch
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.families.registry import load_family
-from stepdistill.methods import critic
+from stepdistill.methods import judge
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.planning.forecast import forecast
 from stepdistill.trainers import DistillationTrainer
@@ -73,13 +73,13 @@ def batches(monkeypatch) -> list[Batch]:
 # ------------------------------------------------------------------- who reads what
 def test_each_loss_reads_its_own_source(teacher, tmp_path, batches, monkeypatch) -> None:
     """Prompts of the one, x0 and their prompts of the other, drawn for the head's updates alone."""
-    judged, disc_loss = [], critic.disc_loss
+    judged, disc_loss = [], judge.disc_loss
 
     def judging(nets: Any, gan: Any, ctx: Any, path: Any, real: Any, *rest: Any) -> Any:
         judged.append(real)
         return disc_loss(nets, gan, ctx, path, real, *rest)
 
-    monkeypatch.setattr(critic, "disc_loss", judging)
+    monkeypatch.setattr(judge, "disc_loss", judging)
     trainer = trainer_of(teacher, tmp_path, gan_dataset=Real())
     trainer.train()
     for_head = [False, True, True] * 2  # the student's update, then two of fake and head
