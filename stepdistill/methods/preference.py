@@ -31,7 +31,6 @@ from stepdistill.core.path import FlowPath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.preference import hinge, logistic, pair_errors, preference_gap
-from stepdistill.reporting.values import counted
 
 
 class PreferenceConfig(MethodConfig):
@@ -89,8 +88,8 @@ class Preference(Method[PreferenceConfig]):
             wanted = torch.tensor(asked, dtype=torch.float64)
             if wanted.shape != self.grid.shape or bool((wanted - self.grid).abs().max() > 1e-4):
                 raise ValueError(
-                    f"student_times: expected those that the model's scheduler visits in "
-                    f"{counted(config.num_steps, 'step')}, {_rounded(self.spec.times)}, got "
+                    f"student_times: expected those that the model's scheduler visits at "
+                    f"num_steps {config.num_steps}, {_rounded(self.spec.times)}, got "
                     f"{_rounded(asked)}. Save the model with a scheduler that visits yours, or "
                     "leave it out."
                 )
