@@ -157,6 +157,7 @@ def test_a_student_cut_off_is_the_plain_run_on_its_share(tmp_path, tmp_path_fact
     same(out / "student-1", plain(tmp_path / "base", out / "prompts-1.txt", tmp_path_factory))
 
 
+@pytest.mark.full  # by default the student that is cut off is compared with a plain run
 def test_one_student_is_the_method(tmp_path, tmp_path_factory) -> None:
     call("multi_student", "sd", tmp_path / "one", tmp_path_factory, "--num_students", "1")
     base = plain(tmp_path / "base", tmp_path / "sd.txt", tmp_path_factory)

@@ -86,9 +86,8 @@ def test_a_crop_and_a_checkpointed_vae_take_less_memory(clip, teacher) -> None:
     assert recomputed.flops > plain.flops
 
 
-@pytest.mark.parametrize(
-    "decoder", [None, pytest.param("madebyollin/taesd3", id="small", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("decoder", [None, pytest.param("madebyollin/taesd3", id="small")])
 def test_it_is_the_same_when_every_block_is_run(clip, decoder, teacher) -> None:
     options = {"gradient_checkpointing": decoder is None, "decoder": decoder}
     run = run_config(teacher, rewards=[clip], **options).model_dump_json()

@@ -4,6 +4,7 @@ refused early."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:pixels. expected a preprocessor_config", "ignore:.*an eps-prediction student"
 )
 PROMPTS = ["a cat", "a dog"]
+full = partial(pytest.param, marks=pytest.mark.full)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,8 @@ def make(
     ("method", "family", "layout", "scheduler"),
     [
         ("ladd", "sd3", "lora", "FlowMatchLCMScheduler"),
-        ("ladd", "sd_v", "full", "LCMScheduler"),
-        ("add", "sd3", "full", "FlowMatchLCMScheduler"),
+        full("ladd", "sd_v", "full", "LCMScheduler"),
+        full("add", "sd3", "full", "FlowMatchLCMScheduler"),
         ("add", "sd_v", "lora", "LCMScheduler"),
     ],
 )

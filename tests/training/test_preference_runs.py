@@ -64,7 +64,7 @@ def words(model: Path, folder: Path, *flags: str) -> list[str]:
     ("family", "cls", "flags"),
     [
         ("sd", EulerAncestralDiscreteScheduler, ["--tuning.student", "lora", "--tuning.rank", "2"]),
-        ("sd", LCMScheduler, ["--tuning.student", "full"]),
+        pytest.param(*("sd", LCMScheduler, ["--tuning.student", "full"]), marks=pytest.mark.full),
     ],
 )
 def test_a_turbo_model_from_the_command_line(
