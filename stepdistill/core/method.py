@@ -187,6 +187,15 @@ class MethodConfig(Options):
         recipe; a user's own are refused where they are checked."""
         return {}
 
+    def changed(self, *names: str) -> tuple[str, ...]:
+        """Those of these options that have another value than by default. (Which were given says
+        nothing: a resolved config, as a run saves it, gives all.)"""
+        defaults = {
+            name: type(self).model_fields[name].get_default(call_default_factory=True)
+            for name in names
+        }
+        return tuple(name for name in names if getattr(self, name) != defaults[name])
+
 
 C = TypeVar("C", bound=MethodConfig)
 Status = Literal["derived", "checked on analytic teachers", "trained on real data here"]

@@ -43,8 +43,8 @@ class DisBackConfig(ScoreConfig):
     @model_validator(mode="after")
     def _check_schedule(self) -> DisBackConfig:
         least = {"record_updates": 1, "backtrack_updates": 2}
-        for name, nodes in least.items():
-            if name in self.model_fields_set and self.nodes < nodes:
+        for name in self.changed(*least):
+            if self.nodes < (nodes := least[name]):
                 warnings.warn(
                     f"{name} {getattr(self, name)} has no effect with nodes {self.nodes}: it needs "
                     f"{nodes} or more.",

@@ -45,7 +45,7 @@ class DMD2Config(ScoreConfig):
     def _check_gan_alone(self) -> DMD2Config:
         if self.gan_alone and not self.gan.enabled:
             raise ValueError("gan_alone: expected gan.weight_g > 0, got 0. Set it, say to 1e-3.")
-        if self.gan_alone and "guidance" in self.model_fields_set and self.guidance != 1.0:
+        if self.gan_alone and self.changed("guidance") and self.guidance != 1.0:
             warnings.warn(
                 f"guidance {self.guidance} has no effect with gan_alone: the student follows the "
                 "images, not the teacher.",

@@ -110,9 +110,7 @@ class GANConfig(HeadConfig):
                 "mismatched: expected false with source pixels (its network sees no prompt), got "
                 "true. Set gan.source: teacher, or leave it out."
             )
-        noisy = {"time_mean": None, "same_times": False, "same_noise": False}
-        idle = [name for name, off in noisy.items() if getattr(self, name) != off]
-        if idle:
+        if idle := self.changed("time_mean", "same_times", "same_noise"):
             warnings.warn(
                 f"gan: {', '.join(idle)} has no effect: a pixel network sees no noise.",
                 stacklevel=2,

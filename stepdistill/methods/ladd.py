@@ -63,8 +63,7 @@ class LADDConfig(RolloutConfig):
 
     @model_validator(mode="after")
     def _check_steps(self) -> LADDConfig:
-        laws = ("noisiest_share", "clean_first")
-        idle = [name for name in laws if name in self.model_fields_set]
+        idle = self.changed("noisiest_share", "clean_first")
         if idle and self.trained_step == "last":
             warnings.warn(f"{', '.join(idle)} has no effect: trained_step is last.", stacklevel=2)
         return self

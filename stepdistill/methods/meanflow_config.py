@@ -86,15 +86,15 @@ class MeanFlowConfig(ScoreConfig):
                 "gan.source: expected teacher or pixels without matching (there is no fake), got "
                 "fake. Set gan.source: teacher."
             )
-        if "pure_noise" in self.model_fields_set and not (
+        if self.changed("pure_noise") and not (
             self.gan.enabled and self.r == "zero" and not self.matching
         ):
             warnings.warn(
                 "pure_noise has no effect: it is of a gan with r zero, without matching.",
                 stacklevel=2,
             )
-        idle = [n for n in MATCHING if n in self.model_fields_set and not self.matching]
-        if idle:
+        idle = self.changed(*MATCHING)
+        if idle and not self.matching:
             warnings.warn(
                 f"{', '.join(idle)} has no effect: nothing is matched. Set matching, say to 1.",
                 stacklevel=2,

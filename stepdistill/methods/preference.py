@@ -55,7 +55,7 @@ class PreferenceConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _warn_of_prior_weight(self) -> PreferenceConfig:
-        if "prior_weight" in self.model_fields_set and self.loss != "hinge":
+        if self.changed("prior_weight") and self.loss != "hinge":
             warnings.warn("prior_weight has no effect: only loss hinge reads it.", stacklevel=2)
         return self
 

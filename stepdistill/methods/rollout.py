@@ -66,7 +66,7 @@ class RolloutConfig(MethodConfig):
                 raise ValueError(
                     f"student_times: expected descending times in (0, 1], got {times}."
                 )
-            if "num_steps" in self.model_fields_set and self.num_steps != len(times):
+            if self.changed("num_steps") and self.num_steps != len(times):
                 warnings.warn(
                     f"num_steps {self.num_steps} has no effect: student_times overrules it.",
                     stacklevel=2,

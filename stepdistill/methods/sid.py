@@ -58,7 +58,7 @@ class SiDConfig(ScoreConfig):
                 f"fake_guidance: expected guidance 1 beside zero_cfg, got {self.guidance:g}: the "
                 "null prompt of the fake stands in for it. Set guidance: 1."
             )
-        if "weight" in self.model_fields_set:
+        if self.changed("weight"):
             warnings.warn(
                 f"weight {self.weight!r} has no effect: sid has its own normaliser.", stacklevel=2
             )

@@ -61,7 +61,7 @@ class VSDConfig(ScoreConfig):
                     f"guidance_range: expected 0 <= low < high, got {self.guidance_range}. "
                     "For a fixed value set guidance."
                 )
-            if "guidance" in self.model_fields_set:
+            if self.changed("guidance"):
                 warnings.warn(
                     f"guidance {self.guidance} has no effect: guidance_range overrules it.",
                     stacklevel=2,

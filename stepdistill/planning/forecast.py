@@ -122,11 +122,11 @@ class Forecast:
             return self.peak
         if sharding == "ddp":
             return self.peak + self.gradients
-        whole = self.encoders + self.judges
-        held = self.resident - whole + self.gradients
+        unsharded = self.encoders + self.judges
+        held = self.resident - unsharded + self.gradients
         active = self.peak - self.resident - self.gradients
         gathered = self.kept_gathered + 2 * self.largest_block
-        return whole + held // num_gpus + max(active, 0) + gathered
+        return unsharded + held // num_gpus + max(active, 0) + gathered
 
 
 class _PlanCtx(Ctx):

@@ -11,6 +11,7 @@ Source: Radford et al. 2021, arXiv:2103.00020.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,7 +87,8 @@ class CLIPScorer(FrozenScorer):
         try:
             if weights:
                 arguments |= {"require_pretrained": True, "weights_only": True}
-                return open_clip.create_model(options.model, options.pretrained, **arguments)
+                with without_warnings(logging.ERROR):  # what goes wrong is in our own error
+                    return open_clip.create_model(options.model, options.pretrained, **arguments)
             with without_warnings():  # that there are no weights
                 arguments |= {"load_weights": False, "device": "meta"}
                 return open_clip.create_model(options.model, **arguments)

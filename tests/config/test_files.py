@@ -24,6 +24,14 @@ def write(path: Path, **values) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_resolved_config_is_read_without_a_warning(name, recwarn) -> None:
+    """As runs save it: it gives every option, so none is an idle one of the user's."""
+    config = METHODS[name].Config
+    assert config(**config().model_dump()) == config()
+    assert not [one for one in recwarn if "has no effect" in str(one.message)]
+
+
 def test_merge_is_deep() -> None:
     assert merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}}) == {"a": {"x": 1, "y": 3}}
 

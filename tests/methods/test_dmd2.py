@@ -149,7 +149,7 @@ def test_times_on_a_ve_path_stay_at_noise_levels_the_teacher_knows() -> None:
 
 
 # -------------------------------------------------------------------------- Gaussian recovery
-@pytest.mark.sampled("sigma2-flow")
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["vp", "flow"])
 @pytest.mark.parametrize("weight", ["dmd_l1", "sigma2"])
 def test_a_linear_generator_recovers_the_teachers_mean_and_covariance(

@@ -70,7 +70,7 @@ def test_it_resumes_inside_either_stage_and_between(teacher, tmp_path) -> None:
             assert first == second, (step, role)
 
 
-@pytest.mark.parametrize("layout", ["lora", "full"])
+@pytest.mark.parametrize("layout", ["lora", pytest.param("full", marks=pytest.mark.full)])
 def test_without_nodes_every_weight_is_dmd2_s(layout, teacher, tmp_path) -> None:
     weights = []
     for method, options in (("disback", {"nodes": 0}), ("dmd2", {})):
@@ -82,7 +82,10 @@ def test_without_nodes_every_weight_is_dmd2_s(layout, teacher, tmp_path) -> None
 
 @pytest.mark.parametrize(
     ("family", "layout", "scheduler"),
-    [("sd_v", "lora", "LCMScheduler"), ("sd3", "full", "FlowMatchLCMScheduler")],
+    [
+        pytest.param("sd_v", "lora", "LCMScheduler", marks=pytest.mark.full),
+        ("sd3", "full", "FlowMatchLCMScheduler"),
+    ],
 )
 def test_a_student_exports_to_stock_schedulers(
     family, layout, scheduler, tmp_path, tmp_path_factory

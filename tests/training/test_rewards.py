@@ -201,6 +201,7 @@ def judges(tmp_path_factory) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.full
 def test_every_kind_trains_by_small_decoder_or_vae(judges, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd", tmp_path_factory)
     decoder = AutoencoderTiny(
