@@ -42,9 +42,13 @@ class ScoreConfig(RolloutConfig):
     gan: GANConfig = GANConfig()
     """Adversarial term; off by default, and then no image is needed."""
 
+    def error_space(self, setting: Setting) -> str:
+        """fake_space, of a network of that setting."""
+        return setting.kind if self.fake_space == "native" else self.fake_space
+
     def check_fake_weight(self, setting: Setting) -> None:
         """Errors: ValueError for EDM's weight on an error that is not of x0."""
-        space = setting.kind if self.fake_space == "native" else self.fake_space
+        space = self.error_space(setting)
         if self.fake_weight == "edm" and space != "x0":
             raise ValueError(
                 f"fake_weight: expected none or alpha2 with errors in {space}, got edm. Set "

@@ -8,7 +8,8 @@ step's x0. Noise between x_m and x0 depends on x0, so the fake is not fitted to 
 of x_t given x_m, whose mean given x_t is that of x_t:
     |(beta / sigma_t) eps_f - z|^2,
 in any space the error of (x_t - sigma_t^2 z / beta) / alpha_t, (sigma_t / beta) z, times
-(beta / sigma_t)^2. At t_m = 0 it is the plain regression on x0, so one step is DMD2.
+(beta / sigma_t)^2 and what an error of eps becomes there: alpha_t grows small at the noisy end, 0
+in a table of zero terminal SNR. At t_m = 0 it is the plain regression on x0, so one step is DMD2.
 Sources: Luo et al. 2025, arXiv:2503.06674; Fan et al. 2025, arXiv:2510.27684 (the score of a
 sub-interval).
 Differs from the paper's demo: its fake regresses x0 in every step, which gives half the teacher's
@@ -36,7 +37,9 @@ from stepdistill.methods.rollout import Sample, TimeRange, Within
 from stepdistill.methods.scores import ScoreDistillation
 from stepdistill.methods.scores_config import ScoreConfig
 
-_SMALLEST = 1e-4  # of beta over sigma: at t = t_m there is nothing to learn, and no division by 0
+# Of beta over sigma, and of alpha: at t = t_m, and at alpha 0, there is nothing to learn, and no
+# division by 0.
+_SMALLEST = 1e-4
 
 
 class TDMConfig(ScoreConfig):
@@ -105,6 +108,9 @@ class TDM(ScoreDistillation[TDMConfig]):
             return super().fitted_pair(sample, x_t, t, noise)
         path = self.setting.path
         (alpha, sigma), (_, beta) = path.coeffs(t), path.travel(torch.full_like(t, sample.end), t)
-        share = (beta / sigma).clamp_min(_SMALLEST)
+        share, alpha = (beta / sigma).clamp_min(_SMALLEST), alpha.clamp_min(_SMALLEST)
         eps = noise / expand(share, noise)
-        return (x_t - expand(sigma, noise) * eps) / expand(alpha, noise), eps, share**2
+        x0 = (x_t - expand(sigma, noise) * eps) / expand(alpha, noise)
+        factors = {"x0": alpha / sigma, "eps": torch.ones_like(alpha)}
+        by_eps = factors.get(self.config.error_space(self.setting), alpha)
+        return x0, eps, (share * by_eps) ** 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Setting
-from stepdistill.core.path import NoisePath
+from stepdistill.core.path import NoisePath, VPPath
 from stepdistill.core.types import Batch, Cond
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.tdm import TDM, TDMConfig
@@ -184,3 +184,26 @@ def test_it_is_sampled_without_noise_between_steps() -> None:
 def test_other_samplers_are_refused() -> None:
     with pytest.raises(ValueError, match="sampler"):
         TDMConfig(sampler="renoise")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "space"), [("x0", "native"), ("v", "native"), ("v", "eps")])
+def test_a_table_of_zero_terminal_snr_has_bounded_errors(kind: str, space: str) -> None:
+    """alpha is 0 at its noisy end, where x_t and its noise say nothing of x0: a step that ends
+    before x0 is fitted there, too, and no noise level of it outweighs the others."""
+    angle = torch.linspace(0.05, torch.pi / 2, 1000, dtype=torch.float64)
+    path = VPPath(angle.cos() ** 2)
+    method, times = (
+        make(path, kind, num_steps=4, fake_space=space),
+        torch.tensor([0.9, 0.99, 0.999, 1.0]),
+    )
+    batch, student = batch_of(BSZ, 3), FlowMap(path, method.rollout.times)
+    seed = next(s for s in range(99) if Ctx(seed=s).shared_randint(0, 4) == 0)
+    fake = GaussianTeacher(path, STD, kind)  # type: ignore[arg-type]
+    nets = AnalyticNets({"student": student, "fake": fake})
+    sample = method.sample(nets, batch, Ctx(seed=seed))
+    errors = []
+    for t in path.snap(times):
+        method.draw_times = lambda *_, t=t, **__: t.expand(BSZ)  # type: ignore[method-assign]
+        errors.append(float(method.denoising(nets, batch, Ctx(seed=1), sample)))
+    assert all(math.isfinite(error) for error in errors)
+    assert max(errors) < 10.0 * errors[0]
