@@ -60,7 +60,7 @@ class Report:
         table = Table(COLUMNS, [Line(row.group, cells(row)) for row in self.rows])
         verdicts = Verdicts([(c.kind, c.word, c.claim, c.measured) for c in self.checks])
         sections: list[tuple[str, Sequence[Block]]] = [
-            ("The bar", [verdicts]),
+            ("Aims", [verdicts]),
             ("Samples", [*(_strip(row, self.pictures) for row in self.rows), Text(self.note)]),
             ("Figures", [table, Text(self.caption)]),
             ("Use it", [Text(self.snippet, "pre")]),
@@ -107,7 +107,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(table)
     console.print(report.caption, style="dim")
     for check in report.checks:
-        colour = {"good": "green", "open": "yellow", "bad": "red"}[check.kind]
+        colour = {"good": "green", "open": "yellow"}[check.kind]
         word = f"[{colour}]{check.word:>11}[/{colour}]"
         line = f"{word}  {escape(check.claim)}  [dim]{escape(check.measured)}[/dim]"
         console.print(line, highlight=False, soft_wrap=True)

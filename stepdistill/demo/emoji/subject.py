@@ -150,8 +150,8 @@ class EmojiSubject:
         )
         if one is None or fifty is None:
             return []
-        claim = f"Aim: 1-step student at most {ONE_STEP_AIM} × the teacher's at 50 steps"
-        return [ratio_check(claim, one, fifty, ONE_STEP_AIM, aim=True)]
+        claim = f"1-step student at most {ONE_STEP_AIM} × the teacher's at 50 steps"
+        return [ratio_check(claim, one, fifty, ONE_STEP_AIM)]
 
 
 assert PREVIEWS_PER_CLASS == 2
