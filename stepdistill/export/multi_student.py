@@ -80,7 +80,7 @@ def export_students(
         load_alike(aside)
         (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         write_card(aside, record, type(pipeline).__name__, out_dir.name)
-        saved = load_students(aside, record["load_without"], torch_dtype=net.dtype).to(net.device)
+        saved = load_students(aside, record["load_without"], dtype=net.dtype).to(net.device)
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             chosen = saved.students_of([prompt])
             if chosen != [number]:
@@ -125,6 +125,6 @@ def load_students(folder: str | Path, load_without: Iterable[str] = (), **option
                 os.symlink(part, Path(stock) / part.name)
         (Path(stock) / "model_index.json").write_text(json.dumps(plain))
         pipeline = load_stock(stock, plain, **dict.fromkeys(load_without), **options)
-    dtype = {name: options[name] for name in ("torch_dtype",) if name in options}
+    dtype = {name: options[name] for name in ("dtype",) if name in options}
     parts = code.StudentAdapters.from_pretrained(str(root), subfolder="students", **dtype)
     return code.routed(pipeline, parts)

@@ -89,7 +89,7 @@ def load_student_base(family: Family, source: str, dtype: torch.dtype) -> Any:
 def _denoiser_of(family: Family, cls: Any, source: str, dtype: torch.dtype) -> Any:
     with no_pickles("init_student_from"):
         net = cls.from_pretrained(
-            source, subfolder=family.net_name, use_safetensors=True, torch_dtype=dtype
+            source, subfolder=family.net_name, use_safetensors=True, dtype=dtype
         )
     return net.eval()
 
