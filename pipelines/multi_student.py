@@ -89,6 +89,11 @@ def nearest(points: Tensor, centroids: Tensor, offsets: Tensor) -> Tensor:
     return (_squares(points, centroids) + offsets).argmin(1)
 
 
+def block_of(label: int, bounds: Sequence[int]) -> int:
+    """The last block whose first label is not above it; the first one for a label below all."""
+    return max(sum(int(label) >= first for first in bounds) - 1, 0)
+
+
 def _squares(points: Tensor, centroids: Tensor) -> Tensor:
     """(B, K) squared distances, one centroid at a time: no row depends on those beside it."""
     return torch.stack([(points - centre).square().sum(1) for centre in centroids], 1)
@@ -173,9 +178,7 @@ class _Routed:
         if router.num_students == 1:
             return [0] * len(rows)
         if router.bounds is not None:
-            return [
-                max(sum(int(label) >= first for first in router.bounds) - 1, 0) for label in rows
-            ]
+            return [block_of(label, router.bounds) for label in rows]
         centroids = torch.tensor(router.centroids, dtype=torch.float64)
         offsets = torch.tensor(router.offsets, dtype=torch.float64)
         return nearest(embed(self, rows), centroids, offsets).tolist()

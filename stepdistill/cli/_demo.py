@@ -15,6 +15,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from stepdistill.cli._digits import equipped
 from stepdistill.config.recipes import MethodRecipe, Training, recipe_for
 from stepdistill.demo.emoji.subject import EmojiSubject
 from stepdistill.demo.metrics import Row
@@ -23,7 +24,6 @@ from stepdistill.demo.report import Report, print_report, write_report
 from stepdistill.demo.subject import Digits, RowJudge, Subject
 from stepdistill.demo.teacher import Teacher, quiet_loading
 from stepdistill.demo.verdict import time_check
-from stepdistill.evaluation.learned import train_features
 from stepdistill.monitoring.records import FILES
 from stepdistill.reporting.values import any_of, counted
 from stepdistill.storage.checkpoints import list_checkpoints
@@ -159,8 +159,7 @@ def _stages(
         command += ["--num_pairs", "4096", "--num_steps", "8", "--batch_size", "256"]
         stages.append(Stage("pairs", command))
     for index, training in enumerate(trainings):
-        if training.lacks_network:  # the judge's is another
-            training = training.with_network(train_features(out / "data", out / "features"))
+        training = equipped(training, out)
         folder = run if index + 1 == len(trainings) else run / "first"
         exported = training.starts_from == "model"
         command = ["train", "--config", str(_config(training, folder))]

@@ -89,10 +89,8 @@ class Digits(TeacherSetup):
         return recipes()[student.recipe].trainings(student.trained_for)
 
     def equipped(self, training: Training) -> Training:
-        """With a pixel network of the training images, another than the judge's."""
-        if not training.lacks_network:
-            return training
-        return training.with_network(train_features(self.out / "data", self.out / "features"))
+        """See `equipped`."""
+        return equipped(training, self.out)
 
     def dataset(self, training: Training) -> Any:
         if training.data == "prompts":
@@ -113,3 +111,11 @@ class Digits(TeacherSetup):
 def _judge() -> Judge:
     digits = load_digit_splits()
     return Judge(digits, train_classifier(digits.train))
+
+
+def equipped(training: Training, out: Path) -> Training:
+    """With a pixel network of the training images, another than the judge's, where its heads read
+    one that nobody named."""
+    if not training.lacks_network:
+        return training
+    return training.with_network(train_features(out / "data", out / "features"))

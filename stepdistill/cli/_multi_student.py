@@ -10,13 +10,10 @@ one base, and begin at the teacher, so there is no teacher score matching.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from stepdistill.config.run import RunConfig
 from stepdistill.data.lines import LineFile
@@ -32,6 +29,7 @@ from stepdistill.storage.folders import refuse_foreign
 from stepdistill.storage.ranks import agreed, owned_by_first, process_state
 from stepdistill.trainers import ended_run, trainer_of_run
 from stepdistill.training.checkpoint import read_state
+from stepdistill.training.memory import release_memory
 from stepdistill.training.sources import open_dataset
 
 RECORD = "multi_student.json"
@@ -71,7 +69,7 @@ def train_students(run: RunConfig, num_students: int, reasons: list[str]) -> Pat
             trainer = ended_run(part)
             trainer.accelerator.wait_for_everyone()
             del trainer
-            _free()
+            release_memory()
         if state.is_main_process:
             shares = [_part(run, number).data.prompts_file for number in range(num_students)]
             first: list[Any] = [LineFile(str(share))[0] for share in shares]
@@ -176,10 +174,11 @@ def _router(
     router: dict[str, Any] = dict.fromkeys(ROUTER)
     if num_students == 1:
         return router, [0] * len(rows)
+    code = project_module("multi_student")
     if facts.conditioning == "label":
         bounds = router["bounds"] = class_blocks(rows, num_students)
-        return router, [sum(row >= first for first in bounds) - 1 for row in rows]
-    code, distinct = project_module("multi_student"), list(dict.fromkeys(rows))
+        return router, [code.block_of(row, bounds) for row in rows]
+    distinct = list(dict.fromkeys(rows))
     device = process_state().device
     pipeline = load_encoders(run.source, device).pipeline.to(device)
     points = code.embed(pipeline, distinct)
@@ -221,11 +220,4 @@ def _students(run: RunConfig, num_students: int) -> Iterator[Student]:
         facts = {**trainer.facts, "step": trainer.step, "seconds": round(trainer.seconds, 1)}
         yield trainer.family, trainer.bank, spec, facts, role
         del trainer
-        _free()
-
-
-def _free() -> None:
-    """Give back what a student held before the next one loads."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        release_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field
@@ -27,17 +28,17 @@ class RewardConfig(Options):
     """Options of a kind: its model, weights, ..."""
 
 
-def trained(rewards: list[RewardConfig]) -> list[str]:
+def trained(rewards: Sequence[RewardConfig]) -> list[str]:
     """Kinds that the student learns from."""
     return [one.kind for one in rewards if one.weight > 0]
 
 
-def watched(rewards: list[RewardConfig]) -> list[str]:
+def watched(rewards: Sequence[RewardConfig]) -> list[str]:
     """Kinds that are kept out of training."""
     return [one.kind for one in rewards if one.weight == 0]
 
 
-def check_rewards(rewards: list[RewardConfig]) -> None:
+def check_rewards(rewards: Sequence[RewardConfig]) -> None:
     """Errors: ValueError for a kind said twice, or where the student learns from none."""
     kinds = [one.kind for one in rewards]
     twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})

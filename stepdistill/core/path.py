@@ -29,9 +29,14 @@ def full(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def rows(mask: Tensor, like: Tensor) -> Tensor:
+    """(B,) mask shaped to broadcast over `like` (B, C, *S)."""
+    return mask.view(-1, *([1] * (like.ndim - 1)))
+
+
 def expand(coeff: Tensor, like: Tensor) -> Tensor:
     """(B,) coefficients shaped to broadcast over `like` (B, C, *S), in its (full) dtype."""
-    return coeff.to(like.dtype).view(-1, *([1] * (like.ndim - 1)))
+    return rows(coeff.to(like.dtype), like)
 
 
 class NoisePath(ABC):
@@ -75,8 +80,7 @@ class NoisePath(ABC):
         x0, first = full(x0), full(self.prior(noise))
         alpha, sigma = (expand(c, x0) for c in self.coeffs(torch.full_like(t, start)))
         eps = (first - alpha * x0) / sigma
-        at_start = (t >= start).view(-1, *([1] * (x0.ndim - 1)))
-        return torch.where(at_start, first, self.add_noise(x0, eps, t)), eps
+        return torch.where(rows(t >= start, x0), first, self.add_noise(x0, eps, t)), eps
 
     def log_snr(self, t: Tensor) -> Tensor:
         """(B,) log(alpha^2 / sigma^2); +inf at t=0."""
@@ -97,8 +101,8 @@ class NoisePath(ABC):
         leave a trace of x0 that no sampler's first input has.
         """
         x_t = self.add_noise(x0, eps, t)
-        first = (t >= 1.0 - 1e-9).view(-1, *([1] * (x_t.ndim - 1)))
-        return torch.where(first, self.prior(full(eps)).to(x_t.dtype), x_t)
+        first = t >= 1.0 - 1e-9
+        return torch.where(rows(first, x_t), self.prior(full(eps)).to(x_t.dtype), x_t)
 
     def renoise(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """x_s at the noisier time s >= t, by the forward kernel q(x_s | x_t).

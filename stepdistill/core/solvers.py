@@ -232,6 +232,21 @@ def ode_invert(
 
 
 @torch.no_grad()
+def one_call_x0(
+    denoiser: Denoiser,
+    spec: SamplerSpec,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    null: Cond | None = None,
+) -> Tensor:
+    """x0 (B, C, *S) of a student's single call at t (B,), as its sampler's last step makes it."""
+    w = None if spec.w is None else torch.full_like(t, spec.w).float()
+    end = torch.zeros_like(t) if spec.tells_end else None
+    pred = denoiser(x_t, t, cond, null, spec.guidance, w=w, s=end)
+    return boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
+
+
 def sample_x0(
     denoiser: Denoiser,
     spec: SamplerSpec,

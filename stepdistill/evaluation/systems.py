@@ -7,7 +7,6 @@ run (exported here for each asked step count), or any other few-step pipeline.
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from stepdistill.loading.project_code import part_class
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import lora_facts
 from stepdistill.storage.files import RUN_FILE, read_json
+from stepdistill.training.memory import release_memory
 
 from .samples import PipelineSampler
 from .store import settings_hash
@@ -116,9 +116,7 @@ def _released(sources: Sequence[Source], load: Any) -> list[Source]:
 
     def release() -> None:
         load.cache_clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     return [*sources[:-1], *(replace(one, release=release) for one in sources[-1:])]
 

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, Nets, Phase, Role, Setting
-from stepdistill.core.path import VEPath, expand, full
+from stepdistill.core.path import VEPath, expand, full, rows
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec, Solver, teacher_step
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.regression import squared_error, weighted_mean
 from stepdistill.methods.boot_config import BOOTConfig, one_step
-from stepdistill.methods.grid import SolverGrid, heun_step, rows
+from stepdistill.methods.grid import SolverGrid, heun_step
 from stepdistill.methods.rollout import warn_x0_gain
 
 

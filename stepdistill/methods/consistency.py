@@ -20,13 +20,13 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting, Status
-from stepdistill.core.path import VPPath
+from stepdistill.core.path import VPPath, rows
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec, Solver, teacher_step
 from stepdistill.core.types import Batch, Losses
 from stepdistill.methods.consistency_config import ConsistencyConfig
 from stepdistill.methods.digits import ECT, UNGUIDED, jumps
-from stepdistill.methods.grid import SolverGrid, heun_step, rows
+from stepdistill.methods.grid import SolverGrid, heun_step
 from stepdistill.methods.perceptual import pair_distance
 
 

@@ -20,18 +20,13 @@ from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.method import Setting
-from stepdistill.core.path import NoisePath, VEPath, VPPath, full
+from stepdistill.core.path import NoisePath, VEPath, VPPath, full, rows
 from stepdistill.core.solvers import boundary_x0
 from stepdistill.core.times import logit_normal_times, shift_times
 from stepdistill.core.types import Cond
 
 Boundary = Literal["auto", "lcm", "cd", "none"]
 LOWEST = 1e-3  # of rectified-flow times drawn from laws on all of (0, 1), as FastGen clamps them
-
-
-def rows(mask: Tensor, like: Tensor) -> Tensor:
-    """(B,) mask shaped to broadcast over `like`."""
-    return mask.view(-1, *([1] * (like.ndim - 1)))
 
 
 def flow_time(path: NoisePath, t: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import MethodConfig, Nets, Setting
-from stepdistill.core.path import NoisePath, VEPath
+from stepdistill.core.path import NoisePath, VEPath, rows
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import shift_times, snapped_grid, uniform_times, unshift_times
 from stepdistill.core.types import Batch, Cond
@@ -195,8 +195,7 @@ class Rollout:
         x0 = batch.x0
         assert x0 is not None, "the trainer checks `needs`"
         noise = ctx.randn(tuple(x0.shape))
-        mask = pure.view(-1, *([1] * (x0.ndim - 1)))
-        x_t = torch.where(mask, self.path.prior(noise), self.path.noised(x0, noise, t))
+        x_t = torch.where(rows(pure, x0), self.path.prior(noise), self.path.noised(x0, noise, t))
         pred = nets["student"](x_t, t, batch.cond)
         return Sample(pred.x0, batch.cond, x_t, pred.t)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.denoiser import Prediction
-from stepdistill.core.path import full
+from stepdistill.core.path import full, rows
 from stepdistill.methods.grid import SolverGrid
 
 
@@ -111,5 +111,4 @@ class Jumps:
 def jump(pred: Prediction, s: Tensor) -> Tensor:
     """x_s (B, C, *S), the deterministic step to s (B,) <= t; bit-exactly x_t where s = t."""
     x_t = full(pred.x_t)
-    there = (s >= pred.t).view(-1, *([1] * (x_t.ndim - 1)))
-    return torch.where(there, x_t, pred.step(s))
+    return torch.where(rows(s >= pred.t, x_t), x_t, pred.step(s))

@@ -23,7 +23,7 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Nets, Role
-from stepdistill.core.path import full
+from stepdistill.core.path import full, rows
 from stepdistill.core.recipe import First, Recipe
 from stepdistill.core.times import uniform_times
 from stepdistill.core.types import Batch, Losses
@@ -87,7 +87,7 @@ class SlimFlow(Reflow):
         if self.config.flip != "none":
             one = self.config.flip == "batch"
             coin = ctx.times(ctx.shared_rand(), batch.bsz) if one else ctx.rand(batch.bsz)
-            mirrored = (coin < 0.5).view(-1, *([1] * (x0.ndim - 1)))
+            mirrored = rows(coin < 0.5, x0)
             x0, noise = (torch.where(mirrored, x.flip(-1), x) for x in (x0, noise))
         b = self.annealing(ctx.step) if self.config.stage == "reflow" else 0.0
         if b > 0.0:

@@ -28,12 +28,11 @@ class RewardCheck:
         self, config: WatchdogConfig, logging_steps: int, rewards: Sequence[RewardConfig]
     ) -> None:
         self._off = config.reward == "off"
-        self._trained, self._watched = trained([*rewards]), watched([*rewards])
+        self._trained, self._watched = trained(rewards), watched(rewards)
         self._length = max(_FEWEST, math.ceil(config.sign_window / logging_steps))
         self._lines: list[dict[str, float]] = []
-        self._best: dict[
-            str, dict[str, Moments]
-        ] = {}  # held-out kind -> scores of its best stretch
+        # Held-out kind -> scores of its best stretch.
+        self._best: dict[str, dict[str, Moments]] = {}
 
     def bad(self, values: Mapping[str, float]) -> str:
         """What is wrong now, or "". Call once a planned log line, with its means."""

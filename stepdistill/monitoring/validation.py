@@ -22,7 +22,7 @@ from torch import Tensor
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.denoiser import Denoiser, is_guided
 from stepdistill.core.method import FakeFit, Method
-from stepdistill.core.solvers import SamplerSpec, boundary_x0
+from stepdistill.core.solvers import SamplerSpec, one_call_x0
 from stepdistill.core.times import shift_times
 from stepdistill.families.family import Family
 from stepdistill.monitoring.fake_lag import LAG_TIMES, lag_of, lag_terms
@@ -189,7 +189,8 @@ class Validator:
                     spec.guidance,
                     self._device,
                 )
-                parts.append(_jump(student, spec, x, t, cond, null).float().cpu())
+                at = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+                parts.append(one_call_x0(student, spec, x, at, cond, null).float().cpu())
             errors.append(rms(torch.cat(parts) - teacher.x0))
         times = list(teacher.states)
         return {"t": times, "student": errors, "teacher": [teacher.errors[t] for t in times]}
@@ -226,13 +227,3 @@ class Validator:
 
                 terms.append(lag_terms(teacher, fake, x0, cond, null, fit, times, noise))
         return lag_of(torch.cat(terms))
-
-
-def _jump(
-    student: Denoiser, spec: SamplerSpec, x_t: Tensor, t: float, cond: Any, null: Any
-) -> Tensor:
-    """The student's x0 (B, C, *S) in one call from x_t at t, as its sampler ends."""
-    at = torch.full((x_t.shape[0],), t, dtype=torch.float64, device=x_t.device)
-    w = None if spec.w is None else torch.full_like(at, spec.w).float()
-    pred = student(x_t, at, cond, null, spec.guidance, w=w)
-    return boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 from contextlib import nullcontext
@@ -59,6 +60,13 @@ def checkpoint_decoder(args: TrainConfig, family: Family) -> None:
     asked, size = args.gradient_checkpointing, sum(p.numel() for p in vae.parameters())
     if asked is True or (asked == "auto" and size >= AUTO_DECODER):
         checkpoint_blocks(vae, lambda: lambda: (nullcontext(), nullcontext()))
+
+
+def release_memory() -> None:
+    """Give back what was held, before something as large is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def keep_freed_memory(device: torch.device) -> bool:

@@ -15,7 +15,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +22,11 @@ from torch import Tensor
 from stepdistill.cli.compare import setups
 from stepdistill.comparison.cost import measure, train
 from stepdistill.comparison.students import Student
-from stepdistill.core.solvers import boundary_x0
+from stepdistill.core.path import expand
+from stepdistill.core.solvers import one_call_x0
 from stepdistill.core.types import Cond
 from stepdistill.methods.boot import BOOT
-from stepdistill.monitoring.reference import rms
+from stepdistill.monitoring.reference import Reference, rms, solve_reference
 from stepdistill.reporting.charts import Chart, Curve
 from stepdistill.reporting.plots import save_charts
 from stepdistill.reporting.style import CYCLE
@@ -38,65 +38,56 @@ STEPS, SAMPLES, SEED = 100, 64, 7
 Errors = list[tuple[float, float]]  # (time, error)
 
 
-def teachers_states(trainer: DistillationTrainer, cond: Cond, eps: Tensor) -> list[Tensor]:
-    """x_t of its ODE at times 1, 1 - 1 / STEPS, ..., 0."""
-    teacher, path = trainer.bank["teacher"], trainer.family.path
-    states = [path.prior(eps)]
-    for k in range(STEPS, 0, -1):
-        t, s = (torch.full((len(eps),), i / STEPS, dtype=torch.float64) for i in (k, k - 1))
-        pred = teacher(states[-1], t, cond)
-        states.append(pred.x0 if k == 1 else pred.step(s))
-    return states
-
-
-def errors_of(trainer: DistillationTrainer, states: Sequence[Tensor], cond: Cond) -> Errors:
-    """Of the student's single calls, from noise to data."""
-    if isinstance(trainer.method, BOOT):
-        return signal_errors(trainer, states, cond)
-    student, spec = trainer.student(), trainer.method.sampler()
-
-    def says(x_t: Tensor, t: Tensor) -> Tensor:
-        w = None if spec.w is None else torch.full_like(t, spec.w).float()
-        pred = student(x_t, t, cond, w=w, s=torch.zeros_like(t) if spec.tells_end else None)
-        return boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
-
-    return along(states, says)
-
-
-def along(states: Sequence[Tensor], says: Any) -> Errors:
-    """Errors of x0 = says(x_t, t) at every tenth of the times."""
-    spread, made = float(states[-1].std()), []
-    for k in range(0, STEPS, STEPS // 10):
-        t = torch.full((len(states[k]),), 1.0 - k / STEPS, dtype=torch.float64)
-        made.append((float(t[0]), rms(says(states[k], t) - states[-1]) / spread))
-    return made
-
-
-def signal_errors(trainer: DistillationTrainer, states: Sequence[Tensor], cond: Cond) -> Errors:
-    """Of boot's signals at its own grid times, the start left out, where there is no signal yet."""
-    method: Any = trainer.method
-    path, eps, spread, made = trainer.family.path, states[0], float(states[-1].std()), []
-    for index in range(method.config.num_grid - 1, -1, -1):
-        point = torch.full((len(eps),), index)
-        _, s = method.grid.pair(point)
-        k = round(STEPS * (1.0 - float(s[0])))
-        at = torch.full_like(s, 1.0 - k / STEPS)  # the state nearest in time
-        alpha, sigma = (c.view(-1, 1, 1, 1).float() for c in path.coeffs(at))
-        signal = states[k] if k == STEPS else (states[k] - sigma * eps) / alpha
-        error = method.signal(trainer.bank, eps, point, cond) - signal
-        made.append((float(s[0]), rms(error) / spread))
-    return made
-
-
 @torch.no_grad()
 def judged(trainer: DistillationTrainer, name: str, prompts: Path) -> dict[str, Errors]:
     """Errors of the teacher's own predictions, and of the student of that name."""
-    texts = prompts.read_text().splitlines()
-    cond = trainer.family.encode((texts * SAMPLES)[:SAMPLES])
-    eps = keyed_noise(trainer.family.sample_shape(), SEED, range(SAMPLES))
-    states, teacher = teachers_states(trainer, cond, eps), trainer.bank["teacher"]
-    naive = along(states, lambda x, t: teacher(x, t, cond).x0)
-    return {"teacher": naive, name: errors_of(trainer, states, cond)}
+    texts, method, teacher = (
+        prompts.read_text().splitlines(),
+        trainer.method,
+        trainer.bank["teacher"],
+    )
+    rows, family = (texts * SAMPLES)[:SAMPLES], trainer.family
+    options = {"seed": SEED, "validation_teacher_steps": STEPS}
+    args, cond = trainer.args.model_copy(update=options), family.encode(rows)
+    times = tuple(1.0 - k / 10 for k in range(10))
+    told = boot_times(method) if isinstance(method, BOOT) else ()
+    made = solve_reference(teacher, family, rows, args, 1.0, (*times, *told), SAMPLES)
+    spread = float(made.x0.std())
+    errors = {"teacher": [(t, made.errors[t] / spread) for t in times]}
+    if isinstance(method, BOOT):
+        eps = keyed_noise(family.sample_shape(), SEED, range(SAMPLES))
+        wrong = signal_errors(method, trainer, eps, made, cond)
+    else:
+        wrong, student, spec = [], trainer.student(), method.sampler()
+        for t in times:
+            at = torch.full((SAMPLES,), t, dtype=torch.float64)
+            x0 = one_call_x0(student, spec, made.states[t], at, cond)
+            wrong.append((t, rms(x0 - made.x0)))
+    return {**errors, name: [(t, error / spread) for t, error in wrong]}
+
+
+def boot_times(method: BOOT) -> tuple[float, ...]:
+    """Its grid times, from noise on, but for the start, where there is no signal yet, and 0."""
+    points = torch.arange(1, method.config.num_grid)
+    return tuple(method.grid.pair(points)[1].flip(0).tolist())
+
+
+def signal_errors(
+    method: BOOT, trainer: DistillationTrainer, eps: Tensor, made: Reference, cond: Cond
+) -> Errors:
+    """Of boot's signals (x_t - sigma eps) / alpha at its own times, the last being x0."""
+    errors = []
+    for t, point in zip(
+        (*boot_times(method), 0.0), range(method.config.num_grid)[::-1], strict=True
+    ):
+        said = method.signal(trainer.bank, eps, torch.full((len(eps),), point), cond)
+        if t > 0.0:
+            at = torch.full((len(eps),), t, dtype=torch.float64)
+            alpha, sigma = (expand(c, eps) for c in trainer.family.path.coeffs(at))
+            errors.append((t, rms(said - (made.states[t] - sigma * eps) / alpha)))
+        else:
+            errors.append((t, rms(said - made.x0)))
+    return errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Errors]:

@@ -23,7 +23,13 @@ from support.fixed import EMPTY, SHAPE, STOCK_KIND, Fixed, network
 from torch import Tensor
 
 from stepdistill.core.path import FlowPath, NoisePath, VPPath
-from stepdistill.core.solvers import SamplerSpec, boundary_coeffs, cd_boundary_coeffs, sample_x0
+from stepdistill.core.solvers import (
+    SamplerSpec,
+    boundary_coeffs,
+    cd_boundary_coeffs,
+    one_call_x0,
+    sample_x0,
+)
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 
@@ -233,6 +239,8 @@ def test_a_network_is_told_where_its_own_jump_ends(kind: Any, gamma: float, ends
     net = Told(FlowPath(), "flow")
     sample_x0(net, spec, noise, EMPTY, fresh_noise=fresh.__getitem__)
     assert net.seen == pytest.approx(ends)
+    one_call_x0(net, spec, noise, torch.full((len(noise),), 0.5, dtype=torch.float64), EMPTY)
+    assert net.seen[-1] == 0.0
 
 
 def test_the_specs_guidance_is_used_unless_overridden() -> None:
