@@ -94,7 +94,7 @@ def workflow(rules: ToolRules, record: Mapping[str, Any]) -> dict[str, Any]:
         positive = graph.add("FluxGuidance", [comfy["flux_guidance"]], conditioning=positive)
     size = [width, height, *([tools["frames"]] if record["output"] == "frames" else []), 1]
     images: dict[str, Output | None] = {}
-    if record["reads_image"]:
+    if record["reads"] and record["output"] == "frames":
         images["start_image"] = graph.add("LoadImage", ["first_frame.png", "image"])
         if tools["reads_clip_vision"]:
             vision = graph.add("CLIPVisionLoader", ["clip_vision_h.safetensors"])

@@ -166,7 +166,7 @@ def describe(
         "conditioning": family.conditioning,
         "denoiser": [family.net_name, type(family.net).__name__],
         "output": family.output,
-        "reads_image": family.reads_image,
+        "reads": list(family.needs_images()),
         "prompt_by_name": family.conditioning == "prompt" and _first_argument(family) != "prompt",
         "method": facts.get("method"),
         "num_inference_steps": spec.num_steps,

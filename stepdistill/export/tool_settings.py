@@ -55,7 +55,7 @@ def tools_of(
 
     size: (height, width), px; frames of a video; reads_clip_vision: of a first frame.
     """
-    rules = tool_rules(family.net, family.reads_image)
+    rules = tool_rules(family.net, family.from_first_frame())
     if rules is None:
         return None
     pipeline, shape, video = family.pipeline, family.sample_shape(px, px), family.output == "frames"
@@ -69,7 +69,7 @@ def tools_of(
         **settings,
         "size": [int(side * factor) for side in shape[-2:]],
         "frames": (shape[1] - 1) * pipeline.vae_scale_factor_temporal + 1 if video else None,
-        "reads_clip_vision": family.reads_image and family.config.image_dim is not None,
+        "reads_clip_vision": family.from_first_frame() and family.config.image_dim is not None,
     }
 
 

@@ -243,7 +243,7 @@ def _vae_rows(family: Family) -> list[Row]:
     blank = family.images(torch.zeros(1, *family.sample_shape()))
     generator = torch.Generator().manual_seed(SEED)
     images = torch.rand(blank.shape, generator=generator) * 2 - 1
-    if family.reads_image:  # a video begins with the frame that the stock call is given
+    if family.from_first_frame():  # a video begins with the frame that the stock call is given
         frame = family.pipeline.video_processor.preprocess(family.call_extras["image"])
         images[:, :, 0] = frame
     stock = Stock(family)

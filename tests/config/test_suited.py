@@ -52,7 +52,7 @@ def check(run: RunConfig, teacher: Path) -> None:
     """What a trainer says before it loads a weight."""
     cls, facts = method_class(run.method), teacher_facts(teacher)
     config = method_config(run.method, run.method_config)
-    data = TinyData((4, 4, 4), facts.conditioning, ("x0", "noise"), facts.reads_image)
+    data = TinyData((4, 4, 4), facts.conditioning, ("x0", "noise"), bool(facts.needs_images))
     judges = cls(config, facts.setting).scorers()
     method_fits(cls, config, facts, data, dict.fromkeys(judges, lambda images, by: images))
     roles_fit(cls, config, run, facts)

@@ -564,9 +564,9 @@ def build_trainer(
     data, facts = dataset, teacher_facts(teacher)
     if data is None:
         shape = _latent_shape(teacher)
-        data = TinyData(shape, facts.conditioning, spec.fields, facts.reads_image)
+        data = TinyData(shape, facts.conditioning, spec.fields, bool(facts.needs_images))
     if gan_dataset is None and spec.gan_fields:
-        told = (facts.conditioning, spec.gan_fields, facts.reads_image)
+        told = (facts.conditioning, spec.gan_fields, bool(facts.needs_images))
         gan_dataset = TinyData(_latent_shape(teacher), *told, seed=1)
     load = training.load_family
     if load is load_family and args.frozen_dtype == torch.float32 and str(teacher) in _SHAPES:
