@@ -63,6 +63,7 @@ def first_frames(folder: str) -> list[FirstFrame]:
     return [
         FirstFrame(all_captions(caption)[0], path, sha256_of(path)[:16])
         for path, caption in FolderCaptions(root)
+        if path is not None
     ]
 
 

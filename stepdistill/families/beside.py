@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from stepdistill.core.types import CONDITIONING, MASK
 from stepdistill.families.family import Family
 
-CONDITIONING, MASK = "conditioning", "mask"  # keys of an item
 RULES = {
     "image": "images (3, H, W), or several of them (K, 3, H, W)",
     "control": "images (3, H, W), or several of them (K, 3, H, W)",
@@ -25,9 +25,21 @@ RULES = {
 }
 
 
+def fields_beside(family: type[Family]) -> dict[str, bool]:
+    """Keys of an item's images beside the one it becomes -> whether every item has to have it."""
+    return {
+        _key(name): needed and not family.from_first_frame()
+        for name, needed in family.reads.items()
+    }
+
+
+def _key(name: str) -> str:
+    return MASK if name == "mask" else CONDITIONING
+
+
 def images_beside(family: Family | type[Family], item: Mapping[str, Any]) -> dict[str, Any]:
     """What an item, or a batch of them, has of the images that the family reads, by their names."""
-    keys = {name: MASK if name == "mask" else CONDITIONING for name in family.reads}
+    keys = {name: _key(name) for name in family.reads}
     if family.from_first_frame() and CONDITIONING not in item:
         keys["image"] = "image"
     return {name: item[key] for name, key in keys.items() if item.get(key) is not None}

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from stepdistill.cache.encoded import EncodedCache, image_key
 from stepdistill.config.run import TrainConfig
-from stepdistill.core.types import Batch, Cond
-from stepdistill.families.beside import CONDITIONING, MASK, images_beside
+from stepdistill.core.types import CONDITIONING, MASK, Batch, Cond
+from stepdistill.families.beside import images_beside
 from stepdistill.families.family import Family
 
 REREAD = "reread"  # (row, raw batch, key of the item) -> the image that the source left out
