@@ -145,7 +145,8 @@ def size_call(family: Family, resolution: int | None) -> dict[str, Any]:
     shape = family.default_shape
     if resolution is None or family.sample_shape(resolution, resolution) == shape:
         return {}
-    return {name: resolution for name in ("height", "width") if name in taken}
+    options = family.size_options(resolution, resolution)
+    return {name: value for name, value in options.items() if name in taken}
 
 
 def describe(

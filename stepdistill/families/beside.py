@@ -92,5 +92,13 @@ def pictures(processor: Any, images: Tensor, most: int | None = None) -> list[li
     return [made[row * count : (row + 1) * count] for row in range(len(several))]
 
 
+def stand_in(side: int) -> Image.Image:
+    """A square picture for where no data are: each colour another gradient, so that a wrong scale,
+    order of rows or of channels shows."""
+    linear = Image.linear_gradient("L")
+    colours = (linear, linear.rotate(90), Image.radial_gradient("L"))
+    return Image.merge("RGB", colours).resize((side, side))
+
+
 def _article(name: str) -> str:
     return f"an {name}" if name[0] in "aeio" else f"a {name}"

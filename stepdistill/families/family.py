@@ -81,6 +81,7 @@ class Family(ABC):
     net_name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
     conditioning: Literal["prompt", "label", "none"] = "prompt"
+    one_prompt: ClassVar[bool] = False  # whether the stock call takes one prompt at a time
     has_null: bool = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether a stock denoiser can have a guidance embedding
     supports_s: ClassVar[bool] = True  # whether a copy can be told where its jump ends (end_input)
@@ -370,6 +371,10 @@ class Family(ABC):
     def call_extras(self) -> dict[str, Any]:
         """Arguments that keep the stock call at the model's own size, where its defaults do not."""
         return {}
+
+    def size_options(self, height: int, width: int) -> dict[str, Any]:
+        """Arguments that make the stock call's images of that size, px."""
+        return {"height": height, "width": width}
 
     def stock_guidance(self, guidance: float) -> float:
         """guidance_scale of the stock call for g of null + g (cond - null), or for g told."""

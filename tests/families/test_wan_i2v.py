@@ -125,7 +125,7 @@ def test_items_without_a_frame_are_refused_before_loading(tmp_path, tmp_path_fac
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")
     with pytest.raises(ValueError, match="first frame"):
         type(trainer)(str(teacher), trainer.args, ["a prompt"], method="dmd2")
-    items = TinyData(trainer.family.sample_shape(), "prompt", (), frames=True)
+    items = TinyData(trainer.family.sample_shape(), "prompt", (), beside="image")
     build = {"method": "dmd2", "method_config": {"gan": {"weight_g": 1e-2}}}
     with pytest.raises(ValueError, match="expected batch fields"):
         type(trainer)(str(teacher), trainer.args, items, **build)
