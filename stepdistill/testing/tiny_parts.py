@@ -183,22 +183,27 @@ def qwen_vl(
         "patch_size": 4,
         "fullatt_block_indexes": [0],
     }
-    ids = {}
-    if tokenizer is not None:
-        names = ("vision_start", "vision_end", "image", "video")
-        tokens = zip(names, VISION_TOKENS[2:], strict=True)
-        ids = {f"{n}_token_id": tokenizer.convert_tokens_to_ids(token) for n, token in tokens}
+    ids = {} if tokenizer is None else vision_ids(tokenizer)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def qwen_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
-    """What prepares images for `qwen_vl`: 16 patches of 4 px of each, four of them one token."""
-    patches: dict[str, Any] = {"patch_size": 4, "size": {"shortest_edge": 256, "longest_edge": 256}}
+def vision_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    """What a Qwen 2.5 VL's configuration has to say of a tokenizer with VISION_TOKENS."""
+    names = ("vision_start", "vision_end", "image", "video")
+    tokens = zip(names, VISION_TOKENS[2:], strict=True)
+    return {f"{n}_token_id": tokenizer.convert_tokens_to_ids(token) for n, token in tokens}
+
+
+def qwen_processor(tokenizer: Qwen2Tokenizer, tiny: bool = True) -> Qwen2VLProcessor:
+    """What prepares images for a Qwen 2.5 VL; for `qwen_vl` 16 patches of 4 px of each, four of
+    them one token. Args: tiny: else for a released one."""
+    patches: dict[str, Any] = {"patch_size": 4} if tiny else {}
+    size: dict[str, Any] = {"size": {"shortest_edge": 256, "longest_edge": 256}} if tiny else {}
     return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**patches),
+        image_processor=Qwen2VLImageProcessor(**patches, **size),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(patch_size=4),
+        video_processor=Qwen2VLVideoProcessor(**patches),
         chat_template=tokenizer.chat_template,
     )
 
