@@ -95,6 +95,20 @@ def test_batches_have_them_and_no_method_sees_them(editing) -> None:
     assert torch.equal(batch.null["references"], batch.cond["references"])
 
 
+def test_a_pair_of_a_prompt_and_an_image_is_encoded_once(make_family, monkeypatch) -> None:
+    family, calls = make_family("flux_kontext"), []
+    make = family.with_images
+    monkeypatch.setattr(family, "with_images", lambda *given: calls.append(1) or make(*given))
+    raw = {"index": [0, 1, 2], "prompt": ["a", "b", "a"], CONDITIONING: pixels(2)[[0, 1, 0]]}
+    maker = BatchMaker(family, torch.device("cpu"))
+    batches = [maker(raw), maker({**raw, CONDITIONING: pixels(2)[[0, 0, 1]]})]
+    assert len(calls) == 4  # (a, 0), (b, 1), (b, 0), (a, 1)
+    plain = BatchMaker(family, torch.device("cpu"), cache_latents=False)
+    again = [plain(raw), plain({**raw, CONDITIONING: pixels(2)[[0, 0, 1]]})]
+    for one, two in zip(batches, again, strict=True):
+        assert all(torch.equal(one.cond[name], value) for name, value in two.cond.tensors.items())
+
+
 def test_flux2_trains_without_them_too(make_family) -> None:
     family = make_family("flux2")
     batch = BatchMaker(family, torch.device("cpu"))({"index": [0], "prompt": ["a"]})
