@@ -125,11 +125,11 @@ class BatchMaker:
             key = (prompt, shape, *((n, image_key({"image": x})) for n, x in own.items()))
             made = self._kept(key)
             if made is None:  # one by one, as prompts are
-                made = self.family.with_images(cond.slice(row, row + 1), own, shape).to("cpu")
+                made = self.family.with_images(cond.slice(row, row + 1), own, shape)
                 self._keep(key, made)
             assert isinstance(made, Cond)
-            rows.append(made)
-        return Cond.cat(rows).to(self.device)
+            rows.append(made.to(self.device))
+        return Cond.cat(rows)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
@@ -213,7 +213,7 @@ class BatchMaker:
             return None
         fresh = self.family.latents(image.unsqueeze(0))[0].float()  # one by one, where the VAE is
         if self._latents_room:
-            self._keep(key, fresh.cpu())
+            self._keep(key, fresh)
         return fresh
 
     def _kept(self, key: Any) -> Tensor | Cond | None:
@@ -223,7 +223,8 @@ class BatchMaker:
         return self._latents[key]
 
     def _keep(self, key: Any, value: Tensor | Cond) -> None:
-        self._latents[key] = value
+        """In the host's memory: of what was just encoded, which waits for the device anyway."""
+        self._latents[key] = value.to("cpu")
         self._latents_size += _nbytes(value)
         limit = len(self._latents) if self._max_latents is None else self._max_latents
         while self._latents_size > self._latents_room or len(self._latents) > limit:
