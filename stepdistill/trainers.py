@@ -223,7 +223,7 @@ class PreferenceTrainer(DistillationTrainer):
 
         if not method_class(method).any_student:
             config: Any = parse_method_config(method, options)
-            refuse_other_sampling(model, config.num_steps)
+            refuse_other_sampling(model, config.num_steps, config.call_times is not None)
 
 
 class ReflowTrainer(DistillationTrainer):

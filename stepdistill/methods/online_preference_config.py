@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from stepdistill.core.method import MethodConfig, ScorerSpec
+from stepdistill.core.method import ScorerSpec
 from stepdistill.core.options import Options, Positive
+from stepdistill.methods.own_steps import OwnStepsConfig
 
 
 class RankingConfig(Options):
@@ -25,7 +26,7 @@ class RankingConfig(Options):
         return ScorerSpec(self.kind, self.options)
 
 
-class OnlinePreferenceConfig(MethodConfig):
+class OnlinePreferenceConfig(OwnStepsConfig):
     """Options of online_preference."""
 
     num_steps: int = Field(default=4, ge=2)

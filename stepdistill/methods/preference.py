@@ -25,15 +25,15 @@ from torch import Tensor
 
 from stepdistill.core.abilities import Abilities
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import MethodConfig, Nets, Phase, Setting
+from stepdistill.core.method import Nets, Phase, Setting
 from stepdistill.core.options import Positive
 from stepdistill.core.path import FlowPath
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.preference import hinge, logistic, pair_errors, preference_gap
-from stepdistill.methods.own_steps import OwnSteps
+from stepdistill.methods.own_steps import OwnSteps, OwnStepsConfig
 
 
-class PreferenceConfig(MethodConfig):
+class PreferenceConfig(OwnStepsConfig):
     """Options of preference."""
 
     num_steps: int = Field(default=4, ge=1)
@@ -87,8 +87,8 @@ class Preference(OwnSteps[PreferenceConfig]):
                 raise ValueError(
                     f"student_times: expected those that the model's scheduler visits at "
                     f"num_steps {config.num_steps}, {_rounded(self.spec.times)}, got "
-                    f"{_rounded(asked)}. Save the model with a scheduler that visits yours, or "
-                    "leave it out."
+                    f"{_rounded(asked)}. Leave it out, or say as call_times what the model's call "
+                    "is told."
                 )
         if config.weight == "snr" and float(setting.path.coeffs(self.grid)[0].min()) < 1e-6:
             raise ValueError(
