@@ -183,21 +183,24 @@ def _move_off_the_teacher(bank: RoleBank) -> None:
 def _encode_once(family: Family, teacher: Path) -> None:
     """Prompts are encoded once a process: the text encoders are those of every such trainer. Of up
     to 512 tokens, padding nearly all, the first 16 reach the networks."""
-    encode = family.encode
+    for name in ("encode", "encode_text"):
+        setattr(family, name, _remembered(getattr(family, name), (teacher, name)))
+    for name in ("null", "null_for", "with_images"):
+        setattr(family, name, _short(getattr(family, name)))
 
+
+def _remembered(encode: Callable[..., Cond], kind: tuple[Any, ...]) -> Callable[..., Cond]:
     def remembered(prompts: Sequence[Any]) -> Cond:
-        key = (teacher, *prompts)
+        key = (*kind, *prompts)
         if key not in _ENCODED:
             _ENCODED[key] = _first_tokens(encode(prompts), 16)
         return _ENCODED[key]
 
-    family.encode = remembered  # type: ignore[method-assign]
-    for name in ("null", "null_for"):
-        setattr(family, name, _short(getattr(family, name)))
+    return remembered
 
 
 def _short(make: Callable[..., Cond]) -> Callable[..., Cond]:
-    return lambda given: _first_tokens(make(given), 16)
+    return lambda *given: _first_tokens(make(*given), 16)
 
 
 def _first_tokens(cond: Cond, number: int) -> Cond:

@@ -89,10 +89,10 @@ def _checked(run: RunConfig, num_students: int, export_dir: Path) -> list[Any]:
             "num_students: expected a model with prompts or class labels to share out, got an "
             "unconditional one. Use stepdistill train."
         )
-    if facts.reads_image:
+    if facts.needs_images:
         raise ValueError(
             f"num_students: expected a model that a prompt is enough for, got {facts.pipeline}, "
-            "which reads a first frame too. Use stepdistill train."
+            "which reads an image too. Use stepdistill train."
         )
     if run.data.prompts_file is None:
         raise ValueError(
