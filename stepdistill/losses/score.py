@@ -19,16 +19,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Literal
 
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser, Prediction
-from stepdistill.core.options import Count, Guidance, Options, Positive
 from stepdistill.core.path import NoisePath, PredictionType, expand, full
 from stepdistill.core.types import Cond
+from stepdistill.losses.score_options import (
+    GradientKind,
+    GradientWeight,
+    ScoreGradientConfig,
+    annealed,
+)
 
 ScoreWeight = Literal["dmd_l1", "sigma2", "uniform"]
 DenoisingSpace = Literal["native", "x0", "eps", "v", "flow"]
@@ -148,89 +152,7 @@ def denoising_weight(
 
 
 # ------------------------------------------------------------------ gradients of a renderer
-GradientKind = Literal["sds", "vsd", "csd", "csm", "nfsd", "bsd", "recon", "dreammat"]
-GradientWeight = Literal["sigma2", "uniform", "fantasia3d", "ism", "alpha"]
-GRADIENT_KINDS: tuple[GradientKind, ...] = get_args(GradientKind)
 LATE = 0.2  # NFSD: above this time the null prediction holds more than the noise
-
-
-def _points(value: float | tuple[float, ...]) -> float | tuple[float, ...]:
-    if not isinstance(value, tuple):
-        return value
-    steps = [0.0, value[2]] if len(value) == 3 else [value[0], *value[3::2]]
-    if len(value) != 3 and (len(value) < 4 or len(value) % 2):
-        rule = "a number, [v0, v1, end] or [start, v0, v1, end, v2, end2, ...]"
-        raise ValueError(f"annealed value: expected {rule}, got {[*value]}.")
-    if steps != sorted({*steps}):
-        raise ValueError(f"annealed value: expected rising steps, got {steps} of {[*value]}.")
-    return value
-
-
-Annealed = Annotated[float | tuple[float, ...], AfterValidator(_points)]
-
-
-def annealed(value: float | tuple[float, ...], step: int) -> float:
-    """The value at that step: a number, [v0, v1, end] or [start, v0, v1, end, v2, end2, ...].
-
-    Linear between its points, constant outside; three numbers start at step 0, as in threestudio.
-    """
-    if not isinstance(value, tuple):
-        return value
-    start, first, *rest = (0.0, *value) if len(value) == 3 else value
-    for last, end in zip(rest[::2], rest[1::2], strict=True):
-        if step < end:
-            return first + (last - first) * max(0.0, (step - start) / (end - start))
-        start, first = end, last
-    return first
-
-
-class ScoreGradientConfig(Options):
-    """Which score gradient, and how it is weighted over times and steps.
-
-    Numbers marked annealed may be [v0, v1, end], or [start, v0, v1, end, ...] in steps.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    kind: GradientKind = "vsd"
-    """sds, vsd, csd, csm, nfsd, bsd, recon or dreammat."""
-    guidance: Guidance | None = None
-    """g of null + g (cond - null); none means the kind's own: sds 100, vsd 7.5, nfsd 7.5, bsd 15,
-    recon 50. csd, csm and dreammat have none."""
-    weight: GradientWeight | None = None
-    """Over times: sigma2, uniform, fantasia3d (alpha sigma^2), ism (sigma / alpha) or alpha; none
-    means the kind's own. recon's is ism, whatever is said here."""
-    negative_weight: Annealed = 0.5
-    """csd: of the negative prompt, annealed; counts where there is one."""
-    coefficients: tuple[Annealed, Annealed, Annealed, Annealed] = (
-        *(1.05, (0.0, -1.0, -0.5, 2000.0)),
-        *((0.0, 0.0, -0.5, 2000.0), 0.0),
-    )
-    """dreammat: of cond, null, the empty prompt and the noise, each annealed."""
-    rescale: float = Field(default=0.0, ge=0, le=1)
-    """recon: share of the guided x0 that takes the spread of the conditional one."""
-    inversion_steps: Count = 10
-    """csm: DDIM steps from the image up to x_t."""
-    min_t: Annealed = 0.02
-    """Least time that x_t is drawn at, annealed; 0 is data, 1 is noise."""
-    max_t: Annealed = 0.98
-    """Largest one, annealed: [5000, 0.98, 0.5, 5001] is ProlificDreamer's."""
-    times: Literal["random", "sqrt_anneal"] = "random"
-    """random: uniform between the two; sqrt_anneal: falling from max_t to min_t as the square root
-    of the share of steps done."""
-    max_gradient: Positive | None = None
-    """Bound of every element of the gradient; none means none."""
-
-    @model_validator(mode="after")
-    def _check_times(self) -> ScoreGradientConfig:
-        for step in (0, 10**9):
-            low, high = annealed(self.min_t, step), annealed(self.max_t, step)
-            if not 0.0 < low <= high <= 1.0:
-                raise ValueError(
-                    f"min_t, max_t: expected 0 < min_t <= max_t <= 1, got {low:g} and {high:g} at "
-                    f"the {'end' if step else 'start'}."
-                )
-        return self
 
 
 def gradient_times(
@@ -270,12 +192,12 @@ def _dreammat(config: ScoreGradientConfig, _g: float, _t: Tensor, step: int) -> 
     return dict(zip(names, values, strict=True))
 
 
-# Sources: sds Poole et al. 2022, arXiv:2209.14988; vsd Wang et al. 2023, arXiv:2305.16213; csd Yu et
-# al. 2023, arXiv:2310.19415; csm TV-3DG, arXiv:2410.21299, whose weight and steps are not published;
-# nfsd Katzir et al. 2023, arXiv:2310.17590, in MVControl's form (the paper guides away from the
-# empty prompt: give that as the negative one); bsd Huang et al. 2024, arXiv:2407.13976, whose two
-# directions `score_grad` mixes; recon Shi et al. 2023 (MVDream), arXiv:2308.16512; dreammat Zhang et
-# al. 2024, arXiv:2405.17176.
+# Sources: sds Poole et al. 2022, arXiv:2209.14988; vsd Wang et al. 2023, arXiv:2305.16213; csd Yu
+# et al. 2023, arXiv:2310.19415; csm TV-3DG, arXiv:2410.21299, whose weight and steps are not
+# published; nfsd Katzir et al. 2023, arXiv:2310.17590, in MVControl's form (the paper guides away
+# from the empty prompt: give that as the negative one); bsd Huang et al. 2024, arXiv:2407.13976,
+# whose two directions `score_grad` mixes; recon Shi et al. 2023 (MVDream), arXiv:2308.16512;
+# dreammat Zhang et al. 2024, arXiv:2405.17176.
 COEFFICIENTS: Mapping[GradientKind, GradientRow] = {
     "sds": GradientRow(
         100.0, "sigma2", lambda c, g, t, step: {"cond": g, "null": 1 - g, "noise": -1.0}

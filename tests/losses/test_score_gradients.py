@@ -12,15 +12,13 @@ from torch import Tensor
 from stepdistill.core.path import FlowPath, NoisePath, VPPath, expand
 from stepdistill.core.types import Cond
 from stepdistill.losses.score import (
-    GRADIENT_KINDS,
-    ScoreGradientConfig,
-    annealed,
     balanced,
     ddim_inverted,
     gradient_times,
     score_grad,
     summed_surrogate,
 )
+from stepdistill.losses.score_options import GRADIENT_KINDS, ScoreGradientConfig, annealed
 from stepdistill.testing.analytic import AnalyticDenoiser, GaussianTeacher
 
 VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2)
