@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.cli.particles import Options
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Role
@@ -27,7 +26,7 @@ from stepdistill.demo.teacher import RECORD, TeacherConfig, load_or_train_teache
 from stepdistill.evaluation.samples import Samples
 from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.loading.source import ModelSource
-from stepdistill.particles.options import FakeConfig, ParticleConfig, parse_gradient
+from stepdistill.particles.options import FakeConfig, Options, ParticleConfig, parse_gradient
 from stepdistill.particles.report import FILES, Shown, figures, grid, write_report
 from stepdistill.particles.run import Made, optimise
 from stepdistill.particles.voxels import turntable
@@ -68,7 +67,6 @@ def run_particles(options: Options) -> Path:
     Errors: ValueError for wrong options, before a weight is loaded.
     """
     wanted = [parse_gradient(text) for text in options.gradients]
-    _check(options, wanted)
     out = Path(options.output_dir)
     labels = [kind if g is None else f"{kind}-{g:g}" for kind, g in wanted]
     if not any((out / label).is_dir() for label in labels):
@@ -99,18 +97,6 @@ def run_particles(options: Options) -> Path:
             _note(setup),
             "particles" if options.parameters != "voxels" else "a turn around the scene",
         )
-
-
-def _check(options: Options, wanted: Sequence[tuple[str, float | None]]) -> None:
-    if len(set(wanted)) < len(wanted) or not wanted:
-        raise ValueError(f"gradients: expected different ones, got {[*options.gradients]}.")
-    stray = {"kind", "guidance"} & options.gradient.model_fields_set
-    if stray:
-        raise ValueError(
-            f"gradient.{min(stray)}: expected it in --gradients KIND:GUIDANCE, got it apart."
-        )
-    if any(kind == "nfsd" for kind, _ in wanted) and options.negative_prompt is None:
-        raise ValueError("negative_prompt: expected one with nfsd, got none.")
 
 
 def _setup(options: Options, out: Path) -> Setup:

@@ -19,6 +19,8 @@ GRADIENT_KINDS: tuple[GradientKind, ...] = get_args(GradientKind)
 def _points(value: float | tuple[float, ...]) -> float | tuple[float, ...]:
     if not isinstance(value, tuple):
         return value
+    if len(value) == 1:  # as flags give a number
+        return value[0]
     steps = [0.0, value[2]] if len(value) == 3 else [value[0], *value[3::2]]
     if len(value) != 3 and (len(value) < 4 or len(value) % 2):
         rule = "a number, [v0, v1, end] or [start, v0, v1, end, v2, end2, ...]"

@@ -80,22 +80,22 @@ class ScoreGuidance:
         roles = {"teacher": Role()}
         if config.kind == "vsd":
             roles["fake"] = Role(train=True)
-        self.bank = RoleBank(family, roles, Tuning(fake="lora", rank=fake.rank))
         family.pipeline.to(self.device)
-        self.net = self.bank.base_of("teacher")
         self.embedding: TimestepEmbedding | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # adapter and projection begin at random
+            self.bank = RoleBank(family, roles, Tuning(fake="lora", rank=fake.rank))
+            self.net = self.bank.base_of("teacher")
+            if camera and "fake" in roles:
+                self.embedding = camera_embedding(self.net).to(self.device)
+        if "fake" in roles:
+            trained = [*self.bank.members("fake").values()]
+            trained += [] if self.embedding is None else self.embedding.parameters()
+            self.optimizer = torch.optim.AdamW(trained, lr=fake.learning_rate)
         self._controlnet, self._scale = controlnet, control_scale
         if controlnet is not None:
             controlnet.to(self.device).eval().requires_grad_(False)
-        if "fake" in roles:
-            trained = [*self.bank.members("fake").values()]
-            if camera:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    self.embedding = camera_embedding(self.net).to(self.device)
-                trained += self.embedding.parameters()
-            self.optimizer = torch.optim.AdamW(trained, lr=fake.learning_rate)
         with torch.no_grad():
             self._cond = family.encode(prompts).to(self.device)
             self._null = family.null(1).to(self.device)

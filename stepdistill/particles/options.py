@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
+from stepdistill.config.flags import AT_COMMAS
+from stepdistill.config.places import Model
+from stepdistill.config.teacher import TeacherOptions
 from stepdistill.core.options import Count, Options, Positive, Seed
 from stepdistill.losses.score_options import GRADIENT_KINDS, GradientKind, ScoreGradientConfig
 
@@ -74,3 +77,33 @@ def parse_gradient(text: str) -> tuple[GradientKind, float | None]:
             f"and guidance >= 0, got {text!r}."
         )
     return kind, guidance
+
+
+class Options(ParticleConfig, TeacherOptions):
+    pretrained_model_name_or_path: Model | None = None  # type: ignore[assignment]
+    """Teacher pipeline: local folder or Hub id; none means the demo's, made in
+    OUTPUT_DIR/teacher."""
+    prompt: tuple[str, ...] = ()
+    """What is optimised for, num_particles of each; the demo's teacher knows its own."""
+    gradients: Annotated[tuple[str, ...], AT_COMMAS] = ("sds", "vsd")
+    """KIND[:GUIDANCE] of sds, vsd, csd, csm, nfsd, bsd, recon, dreammat; an optimisation each."""
+    teacher_steps: Count = 25
+    """Steps of the teacher's solver for the row to compare with."""
+    output_dir: str = "particles"
+    """Folder of report and states; the same call goes on there."""
+
+    @model_validator(mode="after")
+    def _check_gradients(self) -> Options:
+        wanted = [parse_gradient(text) for text in self.gradients]
+        if len({*wanted}) < len(wanted) or not wanted:
+            raise ValueError(f"gradients: expected different ones, got {[*self.gradients]}.")
+        stray = {"kind", "guidance"} & self.gradient.model_fields_set
+        if stray:
+            raise ValueError(
+                f"gradient.{min(stray)}: expected it in --gradients KIND:GUIDANCE, got it apart."
+            )
+        if any(kind == "nfsd" for kind, _ in wanted) and self.negative_prompt is None:
+            raise ValueError("negative_prompt: expected one with nfsd, got none.")
+        if self.prompt and not all(self.prompt):
+            raise ValueError("prompt: expected texts, got an empty one.")
+        return self

@@ -93,9 +93,10 @@ def optimise(
     saved = fault_of(folder) is None
     if saved and (was := read_json(folder / "state.json", ("facts",))["facts"]) != facts:
         odd = next(name for name in facts if was.get(name) != facts[name])
+        odd = f"{'another' if odd == 'teacher' else 'other'} {odd}"
         raise ValueError(
             f"output_dir: expected a new folder, or one of the same call, got {folder}, made with "
-            f"other {odd}. Choose another folder."
+            f"{'another' if odd == 'teacher' else 'other'} {odd}. Choose another folder."
         )
     count = len(prompts) * config.num_particles
     voxels = config.parameters == "voxels"

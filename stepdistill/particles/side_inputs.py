@@ -18,6 +18,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.types import Cond
@@ -27,8 +28,8 @@ CAMERA_WIDTH = 16
 
 @dataclass(frozen=True)
 class SideInputs:
-    """camera: (B, 4, 4) camera to world, or (B, 16). control: (B, K, H, W) in [0, 1]. Null and
-    negative conditions keep both."""
+    """camera: (B, 4, 4) camera to world, or (B, 16). control: (B, K, H, W) in [0, 1], of any
+    size. Null and negative conditions keep both."""
 
     camera: Tensor | None = None
     control: Tensor | None = None
@@ -121,9 +122,18 @@ class Told(Denoiser):
                 self._controlnet(
                     *args[:2],
                     **text,
-                    controlnet_cond=rows(self._control).to(x_t),
+                    controlnet_cond=rows(self._sized(x_t)).to(x_t),
                     conditioning_scale=self._scale,
                     return_dict=False,
                 )
             )
         return args, more
+
+    def _sized(self, x_t: Tensor) -> Tensor:
+        """The control images at the size of which the ControlNet makes that of x_t."""
+        assert self._control is not None
+        halvings = len(self._controlnet.config.conditioning_embedding_out_channels) - 1
+        size = [side * 2**halvings for side in x_t.shape[-2:]]
+        if [*self._control.shape[-2:]] == size:
+            return self._control
+        return F.interpolate(self._control, size, mode="bilinear", antialias=True)

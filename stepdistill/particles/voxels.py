@@ -53,8 +53,9 @@ class VoxelScene(nn.Module):
         points = camera[:, None, None, None, :3, 3] + depths.view(-1, 1, 1, 1) * rays[:, None]
         solid, colour = F.softplus(self.grid[:, :1]), torch.sigmoid(self.grid[:, 1:])
         both = torch.cat([10 * solid, colour], 1).expand(len(camera), -1, -1, -1, -1)
-        seen = F.grid_sample(both, points, align_corners=True)  # (B, 4, N, H, W), 0 outside
-        passed = torch.exp(-seen[:, :1] * (2 * reach / num_samples))
+        seen = F.grid_sample(both, points, padding_mode="border", align_corners=True)
+        within = (points.abs().amax(-1) <= 1).to(seen).unsqueeze(1)  # (B, 1, N, H, W)
+        passed = torch.exp(-seen[:, :1] * within * (2 * reach / num_samples))
         light = torch.cat([torch.ones_like(passed[:, :, :1]), passed[:, :, :-1]], 2).cumprod(2)
         return 2 * (light * (1 - passed) * seen[:, 1:]).sum(2) - 1
 
