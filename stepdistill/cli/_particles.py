@@ -41,7 +41,22 @@ VIEWS, LARGE = (
     12,
     4,
 )  # of a turntable; its second line is that much larger than the teacher's images
-DIGIT_FAKE = FakeConfig(rank=16, learning_rate=2e-3)  # a network of 100 k parameters learns fast
+# Of the demo's digits, where nothing else is said: small networks learn fast, and at the teacher's
+# own distribution (guidance 1) vsd has a recall to keep.
+DIGIT_GRADIENTS = ("sds:1", "sds:7.5", "vsd:1")
+DIGITS: dict[str, Any] = {
+    "fake": FakeConfig(rank=16, learning_rate=2e-3),
+    "learning_rate": 0.1,
+    "max_steps": 400,
+    "batch_size": 128,
+}
+DIGIT_SCENES: dict[str, Any] = {
+    "fake": DIGITS["fake"],
+    "num_particles": 1,
+    "max_steps": 600,
+    "learning_rate": 0.05,
+}
+MAX_T = (0.5, 0.98, 0.5, 1.0)  # largest time over the share of steps done: ProlificDreamer's stages
 ROUND_DIGITS = (0, 8)  # that look alike from all around
 GUIDED = 7.5  # what the teacher's second row is sampled at
 
@@ -66,14 +81,18 @@ def run_particles(options: Options) -> Path:
 
     Errors: ValueError for wrong options, before a weight is loaded.
     """
-    wanted = [parse_gradient(text) for text in options.gradients]
     out = Path(options.output_dir)
+    digits = _is_digits(options)
+    texts = options.gradients
+    if digits and "gradients" not in options.model_fields_set:
+        texts = DIGIT_GRADIENTS
+    wanted = [parse_gradient(text) for text in texts]
     labels = [kind if g is None else f"{kind}-{g:g}" for kind, g in wanted]
     if not any((out / label).is_dir() for label in labels):
         refuse_written_on(out, FILES, "output_dir")
     quiet_loading()
     with owned(out, "output_dir"):
-        setup = _setup(options, out)
+        setup = _digits(options, out) if digits else _own(options)
         device = process_state().device
         known_by = setup.source.identity()
         shown: list[Shown] = []
@@ -91,7 +110,7 @@ def run_particles(options: Options) -> Path:
             shown.append(_row(setup, name, made))
         return write_report(
             out,
-            f"Particles: {', '.join(options.gradients)}",
+            f"Particles: {', '.join(texts)}",
             [*_references(setup, options.teacher_steps, device), *shown],
             _facts(setup, options),
             _note(setup),
@@ -99,38 +118,53 @@ def run_particles(options: Options) -> Path:
         )
 
 
-def _setup(options: Options, out: Path) -> Setup:
-    """The teacher and its prompts; the demo's, made in OUT/teacher where none is named."""
-    config = ParticleConfig(**{n: getattr(options, n) for n in ParticleConfig.model_fields})
+def _is_digits(options: Options) -> bool:
+    """Whether the teacher is the demo's: none is named, or one that it made."""
     folder = options.pretrained_model_name_or_path
-    digits = folder is None or (Path(folder) / RECORD).is_file()
-    if not digits:
-        source = options.source
-        facts = teacher_facts(source)
-        if facts.reads_image or facts.conditioning == "none":
-            needs = "a first frame too" if facts.reads_image else "no prompt"
-            raise ValueError(
-                f"pretrained_model_name_or_path: expected a model that a prompt is enough for, got "
-                f"{folder!r}, which reads {needs}."
-            )
-        if not options.prompt:
-            raise ValueError("prompt: expected one or more beside a teacher of yours, got none.")
-        labels = facts.conditioning == "label"
-        return Setup(source, [int(p) if labels else p for p in options.prompt], config)
+    return folder is None or (Path(folder) / RECORD).is_file()
+
+
+def _config(options: Options) -> ParticleConfig:
+    return ParticleConfig(**{n: getattr(options, n) for n in ParticleConfig.model_fields})
+
+
+def _own(options: Options) -> Setup:
+    """A teacher of the user's and the prompts given."""
+    source, folder = options.source, options.pretrained_model_name_or_path
+    facts = teacher_facts(source)
+    if facts.reads_image or facts.conditioning == "none":
+        needs = "a first frame too" if facts.reads_image else "no prompt"
+        raise ValueError(
+            "pretrained_model_name_or_path: expected a model that a prompt is enough for, got "
+            f"{folder!r}, which reads {needs}."
+        )
+    if not options.prompt:
+        raise ValueError("prompt: expected one or more beside a teacher of yours, got none.")
+    labels = facts.conditioning == "label"
+    if labels and not all(text.isdecimal() for text in options.prompt):
+        raise ValueError(f"prompt: expected class labels of {folder!r}, got {[*options.prompt]}.")
+    prompts = [int(text) if labels else text for text in options.prompt]
+    return Setup(source, prompts, _config(options))
+
+
+def _digits(options: Options, out: Path) -> Setup:
+    """The demo's teacher, made in OUT/teacher where none is named, with what suits it."""
     torch.set_num_threads(1)  # a second thread saves nothing on networks this small
-    data = load_digit_splits()
+    data, folder = load_digit_splits(), options.pretrained_model_name_or_path
     if folder is None:
         folder = str(load_or_train_teacher(TeacherConfig(), data.train, out / "teacher").folder)
-    if "fake" not in options.model_fields_set:
-        config = config.model_copy(update={"fake": DIGIT_FAKE})
+    scenes, given = options.parameters == "voxels", options.model_fields_set
+    suited = {n: v for n, v in (DIGIT_SCENES if scenes else DIGITS).items() if n not in given}
+    config = _config(options).model_copy(update=suited)
+    if "max_t" not in config.gradient.model_fields_set:
+        start, first, last, end = MAX_T
+        steps = config.max_steps
+        max_t = (round(start * steps), first, last, round(end * steps))
+        gradient = config.gradient.model_copy(update={"max_t": max_t})
+        config = config.model_copy(update={"gradient": gradient})
     source = ModelSource(folder)
-    if options.parameters == "voxels":
-        prompts = options.prompt or [prompt_for(k) for k in ROUND_DIGITS]
-        if "num_particles" not in options.model_fields_set:
-            config = config.model_copy(update={"num_particles": 1})
-        return Setup(source, prompts, config)
-    if options.prompt:
-        return Setup(source, options.prompt, config)
+    if scenes or options.prompt:
+        return Setup(source, options.prompt or [prompt_for(k) for k in ROUND_DIGITS], config)
     judge = Judge(data, train_classifier(data.train))
     return Setup(source, judge.prompts, config.model_copy(update={"num_particles": 1}), judge)
 
@@ -141,7 +175,7 @@ def _references(setup: Setup, steps: int, device: torch.device) -> list[Shown]:
     if setup.judge is not None:
         rows.append(_judged(setup.judge.floor((0,)), {}))
     if setup.config.parameters == "voxels":
-        return rows
+        return []
     family = load_family(setup.source)
     bank = RoleBank(family, {"teacher": Role()}, Tuning())
     family.pipeline.to(device)
@@ -158,7 +192,7 @@ def _references(setup: Setup, steps: int, device: torch.device) -> list[Shown]:
             null = family.null(some.bsz).to(device)
             rest = (noise[start : start + 64], some, null, g, times)
             parts.append(family.images(ode_solve(bank["teacher"], *rest)).cpu())
-        name = f"teacher, {counted(steps, 'step')}" + ("" if g == 1.0 else f", guidance {g:g}")
+        name = "teacher" + ("" if g == 1.0 else f", guidance {g:g}")
         rows.append(_images_row(setup, "teacher", name, torch.cat(parts), {}))
     return rows
 
@@ -201,6 +235,7 @@ def _facts(setup: Setup, options: Options) -> list[tuple[str, str]]:
         ("optimised", f"{len(setup.each)} x {config.parameters}"),
         ("updates", f"{counted(config.max_steps, 'step')} of Adam at {config.learning_rate:g}"),
         ("fake of vsd", f"LoRA, rank {config.fake.rank}, at {config.fake.learning_rate:g}"),
+        ("teacher's own samples", counted(options.teacher_steps, "step")),
         ("seed", str(options.seed)),
     ]
 
