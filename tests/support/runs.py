@@ -138,6 +138,11 @@ def _darkness(images: Tensor, by: object) -> Tensor:
     return -_brightness(images, by)
 
 
+def _contrast(images: Tensor, by: object) -> Tensor:
+    """Another that needs no weights, and that no two images have in common."""
+    return images.flatten(1).std(dim=1)
+
+
 def _pixel_distance(images: Tensor, by: Any) -> Tensor:
     """A stand-in for LPIPS that needs no weights."""
     return (images - by).square().mean(dim=(1, 2, 3))
@@ -490,6 +495,18 @@ METHOD_CASES: dict[str, MethodCase] = {
         {"guidance": 5.0, "guidance_stage": False, "num_steps": (8, 4)},
         ("x0",),
         _two_with_prompts,
+    ),
+    "online_preference": MethodCase(
+        "online_preference",
+        {"num_steps": 2, "reward": {"kind": "contrast"}},
+        scorers={"contrast": _contrast},
+    ),
+    "online_preference_all": MethodCase(
+        "online_preference",
+        {"num_steps": 3, "reward": {"kind": "contrast"}, "trained_steps": "all"},
+        (),
+        _two_with_prompts,
+        {"contrast": _contrast},
     ),
     "preference": MethodCase("preference", {"num_steps": 3}, ("x0", "rejected")),
     "preference_hinge": MethodCase(
