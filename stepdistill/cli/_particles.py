@@ -19,8 +19,8 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Role
 from stepdistill.core.solvers import ode_solve
 from stepdistill.core.times import uniform_grid
-from stepdistill.demo.classifier import train_classifier
-from stepdistill.demo.data import load_digit_splits, prompt_for
+from stepdistill.demo.classifier import DigitClassifier, train_classifier
+from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits, prompt_for
 from stepdistill.demo.metrics import PREVIEWS_PER_CLASS, Judge, Row
 from stepdistill.demo.teacher import RECORD, TeacherConfig, load_or_train_teacher, quiet_loading
 from stepdistill.evaluation.samples import Samples
@@ -63,19 +63,22 @@ DIGIT_SCENES: dict[str, Any] = {
     "learning_rate": 0.05,
 }
 MAX_T = (0.5, 0.98, 0.5, 1.0)  # largest time over the share of steps done: ProlificDreamer's stages
+PROMPTS = [prompt_for(k) for k in range(len(DIGIT_NAMES))]
 ROUND_DIGITS = (0, 8)  # that look alike from all around
 GUIDED = 7.5  # what the teacher's second row is sampled at
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the command works on. judge: of the digits, where all their prompts are asked for."""
+    """What the command works on. judge: of the digits, where all their prompts are asked for.
+    classifier: of theirs, that reads the views of scenes."""
 
     source: ModelSource
     prompts: Sequence[Any]
     gradient: GradientSettings
     config: ParticleConfig
     judge: Judge | None = None
+    classifier: DigitClassifier | None = None
 
     @property
     def each(self) -> list[Any]:
@@ -114,7 +117,7 @@ def run_particles(options: ParticleOptions) -> Path:
 
                 where = (setup.source, setup.prompts, gradient, setup.config, out / label)
                 made = optimise(*where, teacher=known_by, device=device, tell=tell)
-            shown.append(_row(setup, name, made))
+            shown += _rows(setup, name, made)
         return write_report(
             out,
             f"Particles: {', '.join(texts)}",
@@ -177,10 +180,13 @@ def _digits(options: ParticleOptions, out: Path) -> Setup:
         steps = config.max_steps
         max_t = (round(start * steps), first, last, round(end * steps))
         gradient = gradient.model_copy(update={"max_t": max_t})
-    if scenes or options.prompt:
-        prompts = options.prompt or [prompt_for(k) for k in ROUND_DIGITS]
-        return Setup(source, prompts, gradient, config)
-    judge = Judge(data, train_classifier(data.train))
+    if options.prompt and not scenes:
+        return Setup(source, options.prompt, gradient, config)
+    classifier = train_classifier(data.train)
+    if scenes:
+        prompts = options.prompt or [PROMPTS[k] for k in ROUND_DIGITS]
+        return Setup(source, prompts, gradient, config, classifier=classifier)
+    judge = Judge(data, classifier)
     one = config.model_copy(update={"num_particles": 1})
     return Setup(source, judge.prompts, gradient, one, judge)
 
@@ -213,15 +219,24 @@ def _references(setup: Setup, steps: int, device: torch.device) -> list[Shown]:
     return rows
 
 
-def _row(setup: Setup, name: str, made: Made) -> Shown:
+def _rows(setup: Setup, name: str, made: Made) -> list[Shown]:
+    """A line of the report; of voxels one a scene, as the teacher sees it and in more pixels."""
     cost = {"ms / step": f"{1000 * made.seconds / made.num_steps:.0f}"}
     if made.images is not None:
-        return _images_row(setup, "student", name, made.images.cpu(), cost)
-    small = made.teacher.image_size(setup.config.resolution)[0]
-    views = [
-        [*turntable(one.cpu(), VIEWS, s)] for one in made.scenes for s in (small, LARGE * small)
-    ]
-    return Shown("student", name, views, cost)
+        return [_images_row(setup, "student", name, made.images.cpu(), cost)]
+    side, rows = made.teacher.image_size(setup.config.resolution)[0], []
+    for prompt, scene in zip(setup.each, made.scenes, strict=True):
+        small, large = (turntable(scene.cpu(), VIEWS, size) for size in (side, LARGE * side))
+        read: dict[str, str] = {}
+        if setup.classifier is not None and prompt in PROMPTS:
+            label = torch.full((VIEWS,), PROMPTS.index(prompt))
+            share = setup.classifier.accuracy(small.mean(1, keepdim=True), label)
+            read = {"views read as it": f"{share:.2f}"}
+        as_large = small.repeat_interleave(LARGE, 2).repeat_interleave(LARGE, 3)
+        rows.append(
+            Shown("student", f"{name}: {prompt}", [[*as_large], [*large]], {**read, **cost})
+        )
+    return rows
 
 
 def _images_row(setup: Setup, group: str, name: str, images: Tensor, cost: dict[str, str]) -> Shown:
@@ -262,7 +277,11 @@ def _note(setup: Setup) -> str:
         "Spread: standard deviation of a pixel among the images of a prompt. "
     )
     if setup.config.parameters == "voxels":
-        return "A grid of density and colour, optimised from cameras all around it."
+        return (
+            "A grid of density and colour, optimised from cameras all around it; below what the "
+            "teacher saw, the same in more pixels. Views read as it: share of them that a digit "
+            "classifier takes for the prompt's digit."
+        )
     if setup.judge is None:
         return own
     return own + (

@@ -98,7 +98,7 @@ def optimise(
         odd = f"{'another' if odd == 'teacher' else 'other'} {odd}"
         raise ValueError(
             f"output_dir: expected a new folder, or one of the same call, got {folder}, made with "
-            f"{'another' if odd == 'teacher' else 'other'} {odd}. Choose another folder."
+            f"{odd}. Choose another folder."
         )
     count = len(prompts) * config.num_particles
     voxels = config.parameters == "voxels"

@@ -49,6 +49,13 @@ def test_every_gradient_reaches_a_renderer_and_leaves_the_teacher(kind) -> None:
     assert fingerprint(guidance.net.state_dict(), skip_adapters=True) == before
 
 
+def test_pixels_have_a_graph_to_their_latents_where_they_have_one_themselves() -> None:
+    """The autoencoder is frozen: data encoded for a cache or a batch builds none."""
+    family = loaded()
+    assert not family.latents(torch.zeros(1, 3, 16, 16)).requires_grad
+    assert family.latents(torch.zeros(1, 3, 16, 16, requires_grad=True)).requires_grad
+
+
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "pixart", "dit"])
 def test_other_families_are_guided_alike(family) -> None:
     prompt = 3 if family == "dit" else "a cat"
@@ -60,13 +67,11 @@ def test_other_families_are_guided_alike(family) -> None:
 
 
 def test_the_fake_learns_what_it_is_shown() -> None:
-    """Zeros: the noise is x_t / sigma. Its loss falls, and with it vsd leaves sds behind."""
+    """Zeros: at the draws of step 0 again, its loss has fallen."""
     guidance = guided()
-    losses = []
-    for step in range(40):
-        guidance.of_latents(torch.zeros(8, *guidance.shape), step)
-        losses.append(guidance.fit_fake(step))
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    guidance.of_latents(torch.zeros(4, *guidance.shape), 0)
+    first, *_, again = [guidance.fit_fake(step) for step in (0, 1, 2, 3, 4, 5, 6, 7, 0)]
+    assert again < 0.97 * first
 
 
 def test_draws_are_keyed_by_seed_and_step_and_the_state_goes_on() -> None:

@@ -86,7 +86,7 @@ def test_a_finished_call_is_found_again_and_another_one_refused(teacher, tmp_pat
         "other prompts": lambda: optimise(teacher, ["a dog"], *few, where[1]),
         "another teacher": lambda: optimise(*where[0], *few, where[1], teacher="b"),
     }.items():
-        with pytest.raises(ValueError, match=rf"^output_dir: expected a new folder.* {call}\."):
+        with pytest.raises(ValueError, match=rf"^output_dir: expected a new folder.* made with {call}\."):
             odd()
 
 
