@@ -142,8 +142,8 @@ def _own(options: ParticleOptions) -> Setup:
     """A teacher of the user's and the prompts given."""
     source, folder = options.source, options.pretrained_model_name_or_path
     facts = teacher_facts(source)
-    if facts.reads_image or facts.conditioning == "none":
-        needs = "a first frame too" if facts.reads_image else "no prompt"
+    if facts.needs_images or facts.conditioning == "none":
+        needs = "an image too" if facts.needs_images else "no prompt"
         raise ValueError(
             "pretrained_model_name_or_path: expected a model that a prompt is enough for, got "
             f"{folder!r}, which reads {needs}."
