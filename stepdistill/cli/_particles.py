@@ -227,15 +227,13 @@ def _rows(setup: Setup, name: str, made: Made) -> list[Shown]:
     side, rows = made.teacher.image_size(setup.config.resolution)[0], []
     for prompt, scene in zip(setup.each, made.scenes, strict=True):
         small, large = (turntable(scene.cpu(), VIEWS, size) for size in (side, LARGE * side))
-        read: dict[str, str] = {}
+        said = {"prompt": str(prompt)}
         if setup.classifier is not None and prompt in PROMPTS:
             label = torch.full((VIEWS,), PROMPTS.index(prompt))
             share = setup.classifier.accuracy(small.mean(1, keepdim=True), label)
-            read = {"views read as it": f"{share:.2f}"}
+            said["views read as it"] = f"{share:.2f}"
         as_large = small.repeat_interleave(LARGE, 2).repeat_interleave(LARGE, 3)
-        rows.append(
-            Shown("student", f"{name}: {prompt}", [[*as_large], [*large]], {**read, **cost})
-        )
+        rows.append(Shown("student", name, [[*as_large], [*large]], {**said, **cost}))
     return rows
 
 

@@ -16,7 +16,8 @@ from stepdistill.particles.guidance import ScoreGuidance
 from stepdistill.particles.options import FakeConfig
 from stepdistill.particles.side_inputs import SideInputs
 from stepdistill.particles.voxels import VoxelScene, orbit, turntable
-from stepdistill.testing.tiny import TINY
+from stepdistill.testing.tiny import TINY, unet
+from stepdistill.testing.tiny_parts import TEXT_WIDTH
 
 CAMERA = orbit(torch.tensor([0.0, 1.0]), torch.tensor([0.1, -0.2]))
 
@@ -127,6 +128,24 @@ def test_another_camera_is_another_score_of_the_fake() -> None:
     cond = guidance.family.encode(["a cat", "a cat"])
     with torch.no_grad():
         assert not torch.allclose(fake(x_t, t, cond).eps, other(x_t, t, cond).eps)
+
+
+def test_the_fake_with_its_camera_is_a_stock_unet_of_projected_class_labels() -> None:
+    """class_embed_type "projection" of 16 numbers: the same weights give the same answer."""
+    guidance, (x_t, t) = guided(camera=True), (torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.7]))
+    cond = guidance.family.encode(["a cat", "a dog"])
+    stock = unet(
+        TEXT_WIDTH, class_embed_type="projection", projection_class_embeddings_input_dim=16
+    ).eval()
+    stock.class_embedding.load_state_dict(guidance.embedding.state_dict())
+    rest = stock.load_state_dict(loaded().net.state_dict(), strict=False)
+    assert all(name.startswith("class_embedding.") for name in rest.missing_keys)
+    model_t = guidance.family.path.model_time(t.double())
+    with torch.no_grad():  # an untrained LoRA adds nothing
+        made = guidance._asked("fake", SideInputs(camera=CAMERA))(x_t, t.double(), cond)
+        labels = CAMERA.flatten(1)
+        answer = stock(x_t, model_t.float(), cond["prompt_embeds"], class_labels=labels).sample
+    torch.testing.assert_close(made.raw, answer)
 
 
 @pytest.mark.parametrize("kind", ["vsd", "csd"])
