@@ -84,7 +84,8 @@ class ParticleOptions(ParticleConfig, TeacherOptions):
     prompt: tuple[str, ...] = ()
     """What is optimised for, num_particles of each; the demo's teacher knows its own."""
     gradients: Annotated[tuple[str, ...], AT_COMMAS] = ("sds", "vsd")
-    """KIND[:GUIDANCE] of sds, vsd, csd, csm, nfsd, bsd, recon, dreammat; an optimisation each."""
+    """KIND[:GUIDANCE] of sds, vsd, csd, csm, nfsd, bsd, recon, dreammat; an optimisation each.
+    Unless it is said, the demo's digits get sds:1, sds:7.5 and vsd:1."""
     gradient: GradientSettings = GradientSettings()
     """Weights, times and annealed numbers of all of them."""
     teacher_steps: Count = 25

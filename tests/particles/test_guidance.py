@@ -57,7 +57,7 @@ def test_pixels_have_a_graph_to_their_latents_where_they_have_one_themselves() -
     assert family.latents(torch.zeros(1, 3, 16, 16, requires_grad=True)).requires_grad
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "pixart", "dit"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "pixart", "wan", "dit"])
 def test_other_families_are_guided_alike(family) -> None:
     prompt = 3 if family == "dit" else "a cat"
     guidance = ScoreGuidance(loaded(family), [prompt], ScoreGradientConfig(kind="vsd"))
