@@ -5,7 +5,8 @@ weights: exactly the roles a phase names change, all of their tensors do, the te
 do, and a run resumed after step 1 repeats the rest bit for bit.
 
 `-m full` runs every cell so. By default a fixed sample trains, which meets every pair of a method,
-a family and a layout (families' further configurations meet both layouts). Enough of it for every
+a family and a layout (families' further configurations, and those of sound, meet both layouts: they
+differ from the others in their latents' rank alone). Enough of it for every
 method and family, and for both layouts of each trainer, takes the two steps and resumes; the rest,
 there for its pairs and cases, takes one step of the same trainer under the same assertions and
 writes nothing.
@@ -41,10 +42,13 @@ CELLS: list[Cell] = [
 ]
 
 
+PAIRED = {name for name, family in FAMILIES.items() if family.output != "audios"}
+
+
 def pairs_met(cell: Cell) -> set[Any]:
     """What training that cell shows: a case, its method's pairs, and a family in that layout."""
     (case, family, layout), method = cell, METHOD_CASES[cell[0]].method
-    pair = {(method, family)} if family in FAMILIES else set()
+    pair = {(method, family)} if family in PAIRED else set()
     return {case, (method, layout), (family, layout)} | pair
 
 
@@ -80,10 +84,14 @@ def test_every_method_is_in_the_matrix() -> None:
 
 
 def test_the_sample_meets_every_pair() -> None:
-    """All of methods x families x layouts, but for what no case of a method fits."""
-    axes = (METHODS, FAMILIES, LAYOUTS)
-    met = [{(METHOD_CASES[case].method, *rest) for case, *rest in TRAINED}]
-    met += [{(METHOD_CASES[case].method, *rest) for case, *rest in CELLS}]
+    """All of methods x families x layouts, but for what no case of a method fits; of families of
+    sound the layouts."""
+    axes = (METHODS, PAIRED, LAYOUTS)
+    seen = [
+        [cell for cell in cells if cell[1] not in set(FAMILIES) - PAIRED]
+        for cells in (TRAINED, CELLS)
+    ]
+    met = [{(METHOD_CASES[case].method, *rest) for case, *rest in cells} for cells in seen]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         sample, possible = ({(cell[one], cell[other]) for cell in cells} for cells in met)
         every = set(product(axes[one], axes[other]))

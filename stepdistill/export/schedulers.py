@@ -87,8 +87,8 @@ def stock_sampler(
     Args:
         flow_in_vp: the student is a velocity network inside a pipeline made for VP schedulers.
         accepts: argument names of that pipeline's call.
-        sends_sigmas: its call hands the scheduler linspace(1, 1/N, N), shifted by that, for N steps;
-            0 where it does not.
+        sends_sigmas: its call hands the scheduler linspace(1, 1/N, N), shifted by that, for N
+            steps; 0 where it does not.
         scales_input: its loop calls the scheduler's scale_model_input.
     Errors: ValueError for a spec no stock scheduler samples in that pipeline.
     """

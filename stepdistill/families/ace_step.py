@@ -40,6 +40,7 @@ class AceStepFamily(AudioFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("AceStepPipeline",)
     tiny = "stepdistill.testing.tiny_audio:tiny_ace_step"
     sends_sigmas: ClassVar[float] = 3.0
+    packed_noise: ClassVar[bool] = True
     grid_argument: ClassVar[str] = "timesteps"
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
@@ -122,7 +123,11 @@ class AceStepFamily(AudioFamily):
         silence = encoder.silence_latent[:, :frames].to(text)
         dtype = encoder.text_projector.weight.dtype
         packed, _ = encoder(
-            text.to(dtype), text_mask, lyrics.to(dtype), lyrics_mask, silence.to(dtype),
+            text.to(dtype),
+            text_mask,
+            lyrics.to(dtype),
+            lyrics_mask,
+            silence.to(dtype),
             torch.arange(1, device=device),
         )
         return packed[0], text.shape[1]
@@ -139,7 +144,9 @@ class AceStepFamily(AudioFamily):
         waves = super().images(latents)
         peak = waves.abs().amax((1, 2), keepdim=True)
         waves = waves / peak.clamp_min(1.0)
-        return waves * (10.0 ** (-1.0 / 20.0) / waves.abs().amax((1, 2), keepdim=True).clamp_min(1e-6))
+        return waves * (
+            10.0 ** (-1.0 / 20.0) / waves.abs().amax((1, 2), keepdim=True).clamp_min(1e-6)
+        )
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents.mT

@@ -89,7 +89,9 @@ class AudioFamily(Family):
         """
         wanted = (self.channels, self.num_samples)
         if images.ndim != 3 or tuple(images.shape[1:]) != wanted:
-            raise ValueError(f"latents: expected waves {('B', *wanted)}, got {tuple(images.shape)}.")
+            raise ValueError(
+                f"latents: expected waves {('B', *wanted)}, got {tuple(images.shape)}."
+            )
         vae = self.pipeline.vae
         coded = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
         latents: Tensor = coded.mode() if generator is None else coded.sample(generator)

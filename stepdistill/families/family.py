@@ -88,6 +88,7 @@ class Family(ABC):
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
     # Shift of the linspace(1, 1/N, N) that the stock call hands its scheduler; 0 where it does not.
     sends_sigmas: ClassVar[float] = 0.0
+    packed_noise: ClassVar[bool] = False  # whether the stock call draws it in the layout of `pack`
     grid_argument: ClassVar[str] = "sigmas"  # by which a call can be given flow times
     reads_image: ClassVar[bool] = False  # whether the condition holds a first frame
     # What the stock call's result holds.
@@ -385,8 +386,7 @@ class Family(ABC):
         """`net` as it answers under a stock scheduler: another where that one counts time anew."""
         return net
 
-    @property
-    def net_code(self) -> str:
+    def net_code(self, scheduler: Any) -> str:
         """What `net_for` does to `pipe`, as Python for a card; empty where it does nothing."""
         return ""
 

@@ -21,7 +21,7 @@ import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
 
-from stepdistill.core.path import TrigPath, VPPath
+from stepdistill.core.path import TrigPath
 from stepdistill.core.types import Cond
 from stepdistill.families.audio import AudioFamily
 from stepdistill.families.family import check_prompts, net_dtype
@@ -53,9 +53,9 @@ class StableAudioFamily(AudioFamily):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        if not isinstance(self.path, VPPath) or self.kind != "v":
+        if self.kind not in ("v", "flow"):  # of the latter are students that were made so
             raise ValueError(
-                f"{self.name}: expected a scheduler of its v-predicting VP path, got "
+                f"{self.name}: expected a scheduler for v-prediction on its VP path, got "
                 f"{type(pipeline.scheduler).__name__}, which tells the network other times. Save "
                 "the pipeline with its CosineDPMSolverMultistepScheduler."
             )
@@ -91,26 +91,27 @@ class StableAudioFamily(AudioFamily):
         )[0]
         return out
 
+    def _unit(self, scheduler: Any) -> float | None:
+        """Time to an entry of the scheduler's table; None where it tells this network's times."""
+        if not (isinstance(self.path, TrigPath) and "trained_betas" in scheduler.config):
+            return None
+        return 2 * self.path.last / math.pi / self.path.num_steps
+
     def net_for(self, net: nn.Module, scheduler: Any) -> nn.Module:
         """A copy that is told entries n of a table, t = (n + 1) / N, in place of times."""
-        if not (isinstance(self.path, TrigPath) and hasattr(scheduler, "alphas_cumprod")):
+        unit = self._unit(scheduler)
+        if unit is None:
             return net
         made = copy.deepcopy(net)
-        count_entries(made, self._unit)
+        count_entries(made, unit)
         return made
 
-    @property
-    def _unit(self) -> float:
-        path = self.path
-        assert isinstance(path, TrigPath)
-        return 2 * path.last / math.pi / path.num_steps
-
-    @property
-    def net_code(self) -> str:
-        if not isinstance(self.path, TrigPath):
+    def net_code(self, scheduler: Any) -> str:
+        unit = self._unit(scheduler)
+        if unit is None:
             return ""
         source = inspect.getsource(count_entries).replace("  # type: ignore[no-untyped-def]", "")
-        return _CODE.format(source=source.rstrip(), unit=self._unit)
+        return _CODE.format(source=source.rstrip(), unit=unit)
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid" and "block.i": the token of time and length, then one a latent."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class TrigODEScheduler(CosineDPMSolverMultistepScheduler):  # type: ignore[misc]
-    """Its own grid, times and preconditioning; latents are x / sqrt(1 + sigma^2), as on TrigPath."""
+    """Its own grid, times and preconditioning; latents as on TrigPath, x / sqrt(1 + sigma^2)."""
 
     init_noise_sigma = 1.0
 

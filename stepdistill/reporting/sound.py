@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import wave
 from html import escape
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 RANGE_DB = 80.0  # below the loudest point: black
+LARGEST = 2 << 20  # bytes of a sound in a page
 HEIGHT, WIDTH = 128, 384  # of a spectrogram, px, at most
 
 
@@ -25,14 +25,16 @@ def magnitudes(waves: Tensor, size: int = 512) -> Tensor:
     size = min(size, 1 << (mono.shape[-1].bit_length() - 1))
     window = torch.hann_window(size, device=mono.device)
     padded = torch.nn.functional.pad(mono, (size // 2, size // 2))
-    spectrum = torch.stft(padded, size, max(size // 4, 1), window=window, center=False, return_complex=True)
+    spectrum = torch.stft(
+        padded, size, max(size // 4, 1), window=window, center=False, return_complex=True
+    )
     # The root's gradient at 0 is infinite: the tiny number keeps silence differentiable.
     return (spectrum.real.square() + spectrum.imag.square() + 1e-12).sqrt()
 
 
 @torch.no_grad()
 def spectrogram(waves: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1], low notes at the bottom: decibels below each wave's loudest point."""
+    """(B, 3, H, W) in [-1, 1], low notes at the bottom: decibels below a wave's loudest point."""
     size = max(64, min(1024, 1 << max(waves.shape[-1] // WIDTH * 4, 1).bit_length()))
     decibels = 20 * magnitudes(waves, size).log10()
     decibels = decibels - decibels.amax((1, 2), keepdim=True)
@@ -42,10 +44,10 @@ def spectrogram(waves: Tensor) -> Tensor:
     return (2 * share - 1).expand(-1, 3, -1, -1)
 
 
-def write_wav(path: Path | io.BytesIO, samples: Tensor, rate: int) -> None:
+def write_wav(path: Path, samples: Tensor, rate: int) -> None:
     """One wave (A, T) as 16-bit PCM. Args: rate: Hz."""
     whole = (samples.float().clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous().cpu()
-    with wave.open(path if isinstance(path, io.BytesIO) else str(path), "wb") as file:
+    with wave.open(str(path), "wb") as file:
         file.setparams((samples.shape[0], 2, rate, 0, "NONE", "not compressed"))
         file.writeframes(whole.numpy().tobytes())
 
@@ -67,7 +69,7 @@ def wav_facts(path: str | Path) -> tuple[int, int, int]:
 
 
 def read_wav(path: str | Path, rate: int, channels: int) -> Tensor:
-    """(A, T) float32 of a file at that rate; one channel serves for all, several are averaged to one.
+    """(A, T) float32 of a file at that rate; one channel serves for all, all are averaged to one.
 
     Errors: ValueError for another rate or number of channels.
     """
@@ -87,9 +89,12 @@ def read_wav(path: str | Path, rate: int, channels: int) -> Tensor:
     return samples.mean(0, keepdim=True) if channels == 1 else samples.expand(channels, -1)
 
 
-def audio_tag(samples: Tensor, rate: int, alt: str) -> str:
-    """An <audio> that plays the wave (A, T), the sound inside the page."""
-    buffer = io.BytesIO()
-    write_wav(buffer, samples, rate)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<audio controls aria-label="{escape(alt)}" src="data:audio/wav;base64,{data}"></audio>'
+def file_audio(path: Path, alt: str) -> str:
+    """An <audio> that plays the file, the sound inside the page; empty where it can't be read or is
+    larger than LARGEST."""
+    try:
+        data = path.read_bytes() if path.stat().st_size <= LARGEST else b""
+    except OSError:
+        return ""
+    address = f"data:audio/wav;base64,{base64.b64encode(data).decode('ascii')}"
+    return f'<audio controls aria-label="{escape(alt)}" src="{address}"></audio>' if data else ""

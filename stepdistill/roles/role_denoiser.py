@@ -154,7 +154,8 @@ class RoleDenoiser(Denoiser):
                 f"{list(features)} of one with tuning.student_config. Leave that option out."
             )
         blocks = chosen_blocks(features, self._blocks) if features else {}
-        with self._activate(self._adapter), capture(
-            self._net, blocks, only, self._family.num_calls(cond)
-        ) as feats:
+        with (
+            self._activate(self._adapter),
+            capture(self._net, blocks, only, self._family.num_calls(cond)) as feats,
+        ):
             yield feats

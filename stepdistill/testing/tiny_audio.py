@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import (
     AceStepPipeline,
     AceStepTransformer1DModel,
@@ -85,7 +84,7 @@ def tiny_ace_step(seed: int = 0, **transformer: Any) -> AceStepPipeline:
             num_lyric_encoder_hidden_layers=1,
             num_timbre_encoder_hidden_layers=1,
         )
-        condition.register_buffer("silence_latent", torch.randn(1, 256, 4))
+        condition.silence_latent.normal_()
         return AceStepPipeline(
             vae=oobleck(64, length=LENGTH),
             text_encoder=encoder,
