@@ -179,7 +179,7 @@ def describe(
         "guidance_scale": family.stock_guidance(guidance) if family.has_null else None,
         "guidance_embedded": spec.w is not None,
         "guided": spec.guidance != 1.0,
-        "call": {**size, **family.guided_call(spec.guidance), **sampler.call},
+        "call": {**size, **family.length_call, **family.guided_call(spec.guidance), **sampler.call},
         "load_without": missing_parts(family.pipeline),
         "kind": spec.kind,
         "heun": spec.heun,

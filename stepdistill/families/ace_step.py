@@ -158,6 +158,10 @@ class AceStepFamily(AudioFamily):
     def call_extras(self) -> dict[str, Any]:
         return {"audio_duration": self.seconds}
 
+    @property
+    def length_call(self) -> dict[str, Any]:
+        return {} if self.seconds == STOCK_SECONDS else self.call_extras
+
     def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
         """See Family.settle_guidance: a model that says it is turbo is not guided."""
         pipeline.transformer = copy.copy(pipeline.transformer)

@@ -363,6 +363,12 @@ class Family(ABC):
         """Arguments that keep the stock call at the model's own size, where its defaults do not."""
         return {}
 
+    @property
+    def length_call(self) -> dict[str, Any]:
+        """The part of `call_extras` that a student's card tells: where a model states what the
+        stock call can't know."""
+        return {}
+
     def stock_guidance(self, guidance: float) -> float:
         """guidance_scale of the stock call for g of null + g (cond - null), or for g told."""
         return guidance

@@ -6,12 +6,17 @@ from __future__ import annotations
 
 import base64
 import wave
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from .pictures import img, png
 
 RANGE_DB = 80.0  # below the loudest point: black
 LARGEST = 2 << 20  # bytes of a sound in a page
@@ -87,6 +92,31 @@ def read_wav(path: str | Path, rate: int, channels: int) -> Tensor:
         raw = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
     samples = torch.from_numpy(raw.reshape(-1, its_channels).T.astype(np.float32) / 32767)
     return samples.mean(0, keepdim=True) if channels == 1 else samples.expand(channels, -1)
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """Spectrograms above what they show. sounds: (label, caption, a WAV file, its wave (A, T)); see
+    blocks.Block."""
+
+    sounds: Sequence[tuple[str, str, Path, Tensor]]
+
+    def html(self) -> str:
+        """A figure each."""
+        return "".join(
+            f'<figure class="strip student"><figcaption><b>{escape(label)}</b>'
+            f"<span>{escape(caption)}</span></figcaption>"
+            f'<div class="lines">{img(png(spectrum_pixels(samples)), f"{label}: spectrogram")}'
+            f"{file_audio(file, label)}</div></figure>"
+            for label, caption, file, samples in self.sounds
+        )
+
+
+def spectrum_pixels(samples: Tensor) -> NDArray[np.uint8]:
+    """(H, W) of one wave (A, T)."""
+    share = (spectrogram(samples.unsqueeze(0))[0, 0].cpu().numpy() + 1) / 2
+    pixels: NDArray[np.uint8] = (255 * share).round().astype(np.uint8)
+    return pixels
 
 
 def file_audio(path: Path, alt: str) -> str:
