@@ -30,7 +30,7 @@ class Options(CommandOptions):
     structure: str | None = None
     """Equal sections by letters, as ABA: the same letter sounds alike."""
     loss: str | None = None
-    """FILE.py:FUNCTION of yours, (waves (B, channels, samples), rate) -> a loss; the file is run."""
+    """FILE.py:FUNCTION of yours, (waves (B, channels, samples), rate) -> a loss. It is run."""
     weights: list[str] = Field(default_factory=list)
     """NAME:WEIGHT of a loss (keep, continue, intensity, centroid, structure, own); none means 1."""
     iterations: Count = 70
