@@ -69,6 +69,8 @@ class AceStepFamily(AudioFamily):
         """See Family.run."""
         dtype = net_dtype(net)
         x, t, embeds = x_t.mT.to(dtype), model_t.to(dtype), cond["prompt_embeds"].to(dtype)
+        if self._context.is_meta and not x.is_meta:  # of a model without numbers, as `plan` makes
+            self._context = torch.zeros_like(self._context, device=x.device)
         self._context = self._context.to(x.device)
         made = [
             net(

@@ -65,9 +65,13 @@ def optimise_module() -> Any:
 
 
 def part_class(library: str, name: str) -> Any:
-    """The class that a model_index.json names: a library's, or one of pipelines/."""
-    ours = project_file(library) is not None
-    return getattr(project_module(library) if ours else import_module(library), name)
+    """The class that a model_index.json names: a library's, one of a pipeline's own folder in
+    Diffusers (stable_audio), or one of pipelines/."""
+    if project_file(library) is not None:
+        return getattr(project_module(library), name)
+    if library.isidentifier() and util.find_spec(f"diffusers.pipelines.{library}"):
+        library = f"diffusers.pipelines.{library}"
+    return getattr(import_module(library), name)
 
 
 def project_parts(model: str | Path, index: Mapping[str, Any], **hub: Any) -> dict[str, Any]:

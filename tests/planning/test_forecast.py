@@ -29,6 +29,8 @@ RELEASED = {
     "qwen_image": 20430,
     "wan_1_3b": 1419,
     "wan_14b": 14288,
+    "stable_audio": 1057,
+    "ace_step": 1575,
 }
 
 

@@ -100,6 +100,7 @@ def build(config: SoundTeacher) -> StableAudioPipeline:
 def train(config: SoundTeacher, folder: Path) -> tuple[Path, dict[str, Any]]:
     """(the saved pipeline, what the training took); goes on from FOLDER/teacher.pt."""
     out, state_file = folder / "teacher", folder / "teacher.pt"
+    folder.mkdir(parents=True, exist_ok=True)
     family = StableAudioFamily(build(config))
     net, path, spread = family.net, family.path, channel_spread(config.seed)
     kinds = [caption(k) for k in range(len(KINDS))]
