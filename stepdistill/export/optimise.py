@@ -28,6 +28,7 @@ from stepdistill.reporting.bars import bar
 from stepdistill.reporting.blocks import Facts, Text
 from stepdistill.reporting.page import Report
 from stepdistill.reporting.sound import Sounds, read_wav, write_wav
+from stepdistill.reporting.values import counted
 from stepdistill.storage.files import read_json
 from stepdistill.storage.folders import refuse_foreign, replacing
 
@@ -130,7 +131,7 @@ def write_result(
     history = made["history"]
     captions = {
         "before": f"the first noise of seed {made['seed']}, loss {history[0]:.4g} after "
-        f"{made['surrogate_steps']} steps",
+        f"{counted(made['surrogate_steps'], 'step')}",
         "after": f"the noise optimised in {len(history) - 1} iterations, loss {made['lowest']:.4g}",
     }
     sounds = [(name, captions[name], folder / f"{name}.wav", waves[name]) for name in waves]

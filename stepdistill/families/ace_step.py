@@ -20,19 +20,15 @@ import torch
 from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
 from diffusers.pipelines.ace_step import pipeline_ace_step
 from torch import Tensor
-from torch.nn.functional import pad
 
 from stepdistill.core.path import rows
 from stepdistill.core.types import Cond
-from stepdistill.families.audio import AudioFamily
-from stepdistill.families.family import check_prompts, net_dtype
+from stepdistill.families.ace_step_rows import STOCK_SECONDS, PackedPrompts, by_length, in_order
+from stepdistill.families.family import net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
 
-MAX_TEXT = 256  # the stock call's max_text_length
-STOCK_SECONDS = 60.0  # and its audio_duration
 
-
-class AceStepFamily(AudioFamily):
+class AceStepFamily(PackedPrompts):
     """AceStepPipeline, from text. A VAE config's entry sample_size, in samples, states another
     length than the stock call's default."""
 
@@ -53,12 +49,6 @@ class AceStepFamily(AudioFamily):
         device = pipeline.condition_encoder.silence_latent.device
         silence, _ = pipeline.prepare_src_latents(device, torch.float32, latent_length=length)
         self._context = torch.cat([silence, torch.ones_like(silence)], -1)  # (1, L, 2 C)
-
-    @property
-    def seconds(self) -> float:
-        """audio_duration of the stock call."""
-        size = self.pipeline.vae.config.get("sample_size")
-        return STOCK_SECONDS if size is None else size / self.sample_rate
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -94,52 +84,6 @@ class AceStepFamily(AudioFamily):
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid" and "block.i": a token to patch_size latents."""
         return token_blocks(self.config.hidden_size, layers=self.config.num_hidden_layers)
-
-    def num_calls(self, cond: Cond) -> int:
-        return len(by_length(cond))
-
-    def image_features(
-        self, features: dict[str, Tensor], x_t: Tensor, cond: Cond
-    ) -> dict[str, Tensor]:
-        return {name: in_order(value, cond) for name, value in features.items()}
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Any]) -> Cond:
-        """prompt_embeds (B, N, D), each prompt packed alone, zero after its length (B,)."""
-        made = [self._packed(prompt) for prompt in check_prompts(prompts)]
-        lengths = torch.tensor([len(row) for row, _ in made])
-        room = MAX_TEXT + max(len(row) - text for row, text in made)  # lyrics and timbre are alike
-        embeds = [pad(row, (0, 0, 0, room - len(row))) for row, _ in made]
-        return Cond({"prompt_embeds": torch.stack(embeds), "length": lengths})
-
-    def _packed(self, prompt: str) -> tuple[Tensor, int]:
-        """(tokens (N, D) of one prompt, how many of them are text), as the stock call packs it."""
-        pipeline, encoder = self.pipeline, self.pipeline.condition_encoder
-        device, seconds = pipeline.text_encoder.device, self.seconds
-        instruction = pipeline._get_task_instruction()
-        parts = pipeline.encode_prompt(
-            [prompt], "", device, audio_duration=seconds, instruction=instruction
-        )
-        text, text_mask, lyrics, lyrics_mask = parts
-        frames = math.ceil(30 * pipeline.latents_per_second)  # of silence, for the timbre
-        silence = encoder.silence_latent[:, :frames].to(text)
-        dtype = encoder.text_projector.weight.dtype
-        packed, _ = encoder(
-            text.to(dtype),
-            text_mask,
-            lyrics.to(dtype),
-            lyrics_mask,
-            silence.to(dtype),
-            torch.arange(1, device=device),
-        )
-        return packed[0], text.shape[1]
-
-    @torch.no_grad()
-    def null(self, bsz: int) -> Cond:
-        """See Family.null: one learned token throughout, which fits any length (0)."""
-        like = self.encode([""])["prompt_embeds"].expand(bsz, -1, -1)
-        embeds = self.pipeline.condition_encoder.null_condition_emb.to(like).expand_as(like)
-        return Cond({"prompt_embeds": embeds, "length": torch.zeros(bsz, dtype=torch.int64)})
 
     def images(self, latents: Tensor) -> Tensor:
         """Waves (B, A, T) at the loudness of the stock call, a peak of -1 dB."""
@@ -185,19 +129,3 @@ class AceStepFamily(AudioFamily):
                 **self.call_extras,
             )
         return self.images_in(result)
-
-
-def by_length(cond: Cond) -> list[tuple[int, list[int]]]:
-    """(tokens, rows) of each call; rows of any length (0) go with the first."""
-    lengths: list[int] = cond["length"].tolist()
-    first, *others = sorted({n for n in lengths if n}) or [1]
-    return [
-        (n, [i for i, own in enumerate(lengths) if own == n or (own == 0 and n == first)])
-        for n in (first, *others)
-    ]
-
-
-def in_order(value: Tensor, cond: Cond) -> Tensor:
-    """Rows (B, ...) of all calls, one call after another, as the batch has them."""
-    order = [row for _, index in by_length(cond) for row in index]
-    return value if order == sorted(order) else value[[order.index(i) for i in range(len(order))]]

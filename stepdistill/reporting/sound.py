@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .pictures import img, png
+from .values import counted
 
 RANGE_DB = 80.0  # below the loudest point: black
 LARGEST = 2 << 20  # bytes of a sound in a page
@@ -67,8 +68,8 @@ def wav_facts(path: str | Path) -> tuple[int, int, int]:
         raise ValueError(f"{path}: expected a WAV file, got {err or 'none'}.") from err
     if width != 2 or count == 0:
         raise ValueError(
-            f"{path}: expected 16-bit PCM, got {8 * width} bit in {count} samples. Convert it, for "
-            "example by ffmpeg -i IN -c:a pcm_s16le OUT.wav."
+            f"{path}: expected 16-bit PCM, got {8 * width} bit in {counted(count, 'sample')}. "
+            "Convert it, for example by ffmpeg -i IN -c:a pcm_s16le OUT.wav."
         )
     return (*facts, count)
 
@@ -86,7 +87,8 @@ def read_wav(path: str | Path, rate: int, channels: int) -> Tensor:
         )
     if its_channels != channels and 1 not in (its_channels, channels):
         raise ValueError(
-            f"{path}: expected {channels} channels or one, got {its_channels}. Mix it down."
+            f"{path}: expected {counted(channels, 'channel')} or one, got {its_channels}. "
+            "Mix it down."
         )
     with wave.open(str(path), "rb") as file:
         raw = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
