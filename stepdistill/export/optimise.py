@@ -86,7 +86,11 @@ def optimise_export(
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     call = call_options(record)
-    options = {"learning_rate": learning_rate, "seed": seed, "stop_below": stop_below}
+    options: dict[str, Any] = {
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "stop_below": stop_below,
+    }
     terms = [(weight, term) for weight, term in losses.values()]
     with bar(total=iterations + 1, desc="optimise", leave=False) as done:
         options["watch"] = lambda i, value: (done.set_postfix(loss=f"{value:.4g}"), done.update())

@@ -11,6 +11,7 @@ first and last half window has no neighbour and is not reproduced.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from diffusers import AutoencoderOobleck
@@ -89,7 +90,7 @@ def _centre(matrix: Tensor, width: int) -> Tensor:
     return weight
 
 
-def _set(conv: nn.Module, weight: Tensor) -> None:
+def _set(conv: Any, weight: Tensor) -> None:
     """Of a weight-normed convolution, whose rows of zeros keep any direction at length 0."""
     length = weight.flatten(1).norm(dim=1).view(-1, 1, 1)
     conv.weight_g.copy_(length)
