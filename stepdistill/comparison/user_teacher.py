@@ -114,7 +114,7 @@ class UserTeacher(TeacherSetup):
         self._settled: dict[str, dict[str, Any]] = {}
         facts = teacher_facts(options.teacher)
         sound = facts.family.output == "audios"
-        if facts.conditioning != "prompt" or facts.reads_image or sound:
+        if facts.conditioning != "prompt" or facts.needs_images or sound:
             raise ValueError(
                 f"compare: expected a teacher of images told by prompts alone, got "
                 f"{options.teacher!r}. Train each method by itself and use stepdistill evaluate."

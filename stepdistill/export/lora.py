@@ -85,7 +85,7 @@ def export_lora(
     record["net_code"] = family.net_code(sampler.scheduler)
     base: Any = bank.base_of(role)
     adapters = folded(adapters_of(base, role), getattr(torch, dtype))
-    rules, name = tool_rules(family.net, family.reads_image), out_dir.resolve().name
+    rules, name = tool_rules(family.net, family.from_first_frame()), out_dir.resolve().name
     headers = {} if rules is None else modelspec(rules, record, name)
     with replacing(out_dir, "export") as aside:
         aside.mkdir()

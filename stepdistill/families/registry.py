@@ -186,7 +186,7 @@ class TeacherFacts:
 
     family, pipeline: the Family class, and the Diffusers class name it was found by.
     conditioning: "prompt", "label" or "none". has_null: whether there is an empty condition to
-    guide away from. reads_image: whether the condition holds a first frame beside the prompt.
+    guide away from. needs_images: what it needs beside the prompt (see Family.reads).
     num_labels: how many class labels it knows; None where it reads none. told_guidance: whether a
     student of it can be told the guidance.
     """
@@ -195,7 +195,7 @@ class TeacherFacts:
     pipeline: str
     conditioning: Literal["prompt", "label", "none"]
     has_null: bool
-    reads_image: bool
+    needs_images: tuple[str, ...]
     setting: Setting
     num_labels: int | None = None
     told_guidance: bool = False
@@ -208,7 +208,7 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
     """
     if isinstance(teacher, Family):
         name = type(teacher.pipeline).__name__
-        facts = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
+        facts = (teacher.conditioning, teacher.has_null, teacher.needs_images(), teacher.setting)
         in_config = teacher.labels_in(teacher.config), teacher.told_guidance_in(teacher.config)
         return TeacherFacts(type(teacher), name, *facts, *in_config)
     source = ModelSource.of(teacher)
@@ -221,7 +221,7 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
         source.pipeline_class,
         cls.conditioning_in(config),
         cls.null_in(source.index),
-        cls.reads_image,
+        cls.needs_images(),
         _setting(source, cls.sends_sigmas),
         cls.labels_in(config),
         cls.told_guidance_in(config),

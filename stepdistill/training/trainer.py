@@ -185,7 +185,7 @@ class Trainer(Resumable):
             return (
                 "weights in shards would be gathered on one device; --validation_steps asks for it"
             )
-        return "its model needs an image beside the prompt" if self.family.reads_image else ""
+        return "its model needs an image beside the prompt" if self.family.needs_images() else ""
 
     # ------------------------------------------------------------------ loop
     def train(self, until: int | None = None) -> dict[str, float]:
