@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,23 +27,21 @@ HEIGHT, WIDTH = 128, 384  # of a spectrogram, px, at most
 
 def magnitudes(waves: Tensor, size: int = 512) -> Tensor:
     """(B, size // 2 + 1, W) of waves (B, A, T), their mean channel, Hann windows of `size` samples
-    at a quarter of that; gradients flow. Shorter waves are seen through shorter windows."""
+    at an eighth of that. Shorter waves are seen through shorter windows."""
     mono = waves.float().mean(1)
     size = min(size, 1 << (mono.shape[-1].bit_length() - 1))
     window = torch.hann_window(size, device=mono.device)
     padded = torch.nn.functional.pad(mono, (size // 2, size // 2))
-    spectrum = torch.stft(
-        padded, size, max(size // 4, 1), window=window, center=False, return_complex=True
-    )
-    # The root's gradient at 0 is infinite: the tiny number keeps silence differentiable.
-    return (spectrum.real.square() + spectrum.imag.square() + 1e-12).sqrt()
+    hop = max(size // 8, 1)
+    made = torch.stft(padded, size, hop, window=window, center=False, return_complex=True)
+    return made.abs().clamp_min(1e-6)
 
 
 @torch.no_grad()
 def spectrogram(waves: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1], low notes at the bottom: decibels below a wave's loudest point."""
-    size = max(64, min(1024, 1 << max(waves.shape[-1] // WIDTH * 4, 1).bit_length()))
-    decibels = 20 * magnitudes(waves, size).log10()
+    about = round(math.log2(4 * math.sqrt(waves.shape[-1])))  # as fine in pitch as in time
+    decibels = 20 * magnitudes(waves, 1 << max(6, min(11, about))).log10()
     decibels = decibels - decibels.amax((1, 2), keepdim=True)
     share = (decibels / RANGE_DB + 1).clamp(0, 1).flip(1).unsqueeze(1)
     fits = (min(share.shape[2], HEIGHT), min(share.shape[3], WIDTH))

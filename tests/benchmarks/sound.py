@@ -40,9 +40,10 @@ from stepdistill.loading.source import ModelSource
 from stepdistill.reporting.blocks import Facts, Text
 from stepdistill.reporting.page import Report
 from stepdistill.reporting.sound import Sounds, write_wav
+from stepdistill.reporting.values import counted
 from stepdistill.sampling import sample_latents
 
-GUIDANCE, TEACHER_STEPS = 2.0, 25
+TEACHER_STEPS, SHELL = 25, 0.5  # SHELL: weight that holds the noise near unit noise
 HELD_OUT = 77_000_000  # index of sounds that nothing is trained on
 PARTS = [(0.0, 0.36), (0.68, SAMPLES / RATE)]  # seconds of a sound that stay
 GROUPS = [[kind[i] for kind in KINDS] for i in range(3)]
@@ -112,7 +113,7 @@ def train_judge(spread: Tensor, seed: int, steps: int) -> Judge:
 
 
 def distil(
-    teacher: Path, out: Path, data: SoundData, updates: int, seed: int
+    teacher: Path, out: Path, data: SoundData, updates: int, seed: int, guidance: float
 ) -> ConsistencyTrainer:
     """The trained student's trainer."""
     options: dict[str, Any] = {
@@ -136,7 +137,7 @@ def distil(
         TrainConfig(**options),
         data,
         method="consistency",
-        method_config={"guidance_range": (GUIDANCE, GUIDANCE), "target": "self", "num_grid": 40},
+        method_config={"guidance_range": (guidance, guidance), "target": "self", "num_grid": 40},
     )
     trainer.train()
     return trainer
@@ -145,8 +146,8 @@ def distil(
 def inpaint(
     export: Path, spread: Tensor, seed: int, iterations: int, number: int
 ) -> dict[str, Any]:
-    """What stays of held-out sounds: its error in the latents' spread before and after, through one
-    step and through the export's own; and the sounds."""
+    """What stays of held-out sounds: its error in the latents' spread before and after, in the
+    export's own steps, optimised through one; and the sounds."""
     record = json.loads((export / "distillation.json").read_text())
     pipe = optimise_module().OptimiseLatentPipeline.from_pipe(
         load_stock(export, ModelSource.of(export).index)
@@ -157,7 +158,8 @@ def inpaint(
     for i, kind in enumerate(kinds):
         target = sounds([kind], seed, HELD_OUT + 500 + i)[0]
         keep = optimise_module().Keep(target, PARTS)
-        result = pipe(caption(kind), loss=keep, iterations=iterations, seed=seed + i, **call)
+        more = {"iterations": iterations, "seed": seed + i, "shell": SHELL}
+        result = pipe(caption(kind), loss=keep, **more, **call)
         first = torch.randn(result.noise.shape, generator=torch.Generator().manual_seed(seed + i))
         errors, waves = {}, {}
         for name, noise in (("before", first), ("after", result.noise)):
@@ -169,10 +171,6 @@ def inpaint(
             {
                 "caption": caption(kind),
                 "kept_rmse": errors,
-                "surrogate_rmse": [
-                    (value**0.5) / float(keep.target.std())
-                    for value in (result.history[0], min(result.history))
-                ],
                 "radius": float(result.noise.square().mean().sqrt()),
                 "waves": {"target": target, **waves},
             }
@@ -189,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--iterations", type=int, default=70)
     parser.add_argument("--inpainted", type=int, default=3)
     parser.add_argument("--judge_steps", type=int, default=400)
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     out, seed, started = args.output_dir, args.seed, time.process_time()
@@ -198,14 +197,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     spread = channel_spread(seed)
     judge = train_judge(spread, seed, args.judge_steps)
     data = SoundData(spread, seed, 8 * len(KINDS))
-    trainer = distil(teacher, out / "run", data, args.updates, seed)
+    trainer = distil(teacher, out / "run", data, args.updates, seed, args.guidance)
     exports = {n: trainer.export(str(out / f"student-{n}"), num_steps=n) for n in (4, 1)}
     kinds = [k for k in range(len(KINDS)) for _ in range(args.per_caption)]
     prompts, family = [caption(k) for k in kinds], trainer.family
     wanted = real(kinds + kinds, spread, seed, HELD_OUT)
     base, grid = trainer.bank["teacher"], trainer.method.sampler()
     systems: dict[str, tuple[Any, SamplerSpec]] = {
-        f"teacher, {n} steps": (base, SamplerSpec(uniform_grid(n), "ode", guidance=GUIDANCE))
+        f"teacher, {n} steps": (base, SamplerSpec(uniform_grid(n), "ode", guidance=args.guidance))
         for n in (TEACHER_STEPS, 4, 1)
     }
     systems |= {f"student, {n} steps": (trainer.student(), grid.with_steps(n)) for n in (4, 1)}
@@ -227,10 +226,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "frechet": distance,
         }
         print(name, json.dumps(measured[name]), flush=True)
-    painted = inpaint(Path(exports[4]), spread, seed, args.iterations, args.inpainted)
+    painted: dict[str, Any] = {"sounds": []}
+    for steps, export in exports.items():
+        more = inpaint(Path(export), spread, seed, args.iterations, args.inpainted)["sounds"]
+        painted["sounds"] += [{"steps": steps, **one} for one in more]
     results = {
         "teacher": took,
         "updates": args.updates,
+        "guidance": args.guidance,
         "seed": seed,
         "samples": len(kinds),
         "measured": measured,
@@ -269,7 +272,7 @@ def write_page(
                 made.append(sound(f"{name}, {caption(kinds[i])}", note, wave))
     steered = [
         sound(
-            f"{name}, {i}, {one['caption']}",
+            f"{name}, {i}, {counted(one['steps'], 'step')}, {one['caption']}",
             f"kept part's error {one['kept_rmse'].get(name, 0.0):.3f} of the latents' spread",
             wave,
         )
