@@ -404,7 +404,7 @@ def _descend(
     for i in range(iterations + 1):
         with torch.enable_grad():
             total = value(x)
-        now = float(total)
+        now = float(total.detach())
         if not math.isfinite(now):
             raise FloatingPointError(
                 f"optimise_latent: expected a finite loss, got {now} at iteration {i}. Keep the "

@@ -38,6 +38,7 @@ class AceStepFamily(PackedPrompts):
     sends_sigmas: ClassVar[float] = 3.0
     packed_noise: ClassVar[bool] = True
     grid_argument: ClassVar[str] = "timesteps"
+    typed: ClassVar[tuple[str, ...]] = ("num_inference_steps",)
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("gate_proj", "up_proj", "down_proj"),
