@@ -47,6 +47,7 @@ class SamplerSpec:
            begins; None for plain x0.
     keeps_scheduler: the student serves the teacher's own scheduler, and export leaves it in place.
     tells_end: the network is told where each step ends, which no stock pipeline does.
+    grid: all times of a grid that another expert has the rest of; none where `times` are all.
     """
 
     times: tuple[float, ...]
@@ -60,6 +61,7 @@ class SamplerSpec:
     keeps_scheduler: bool = False
     heun: bool = False
     tells_end: bool = False
+    grid: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
@@ -89,6 +91,20 @@ class SamplerSpec:
     def num_calls(self) -> int:
         """Network calls of one image, each of two batch rows where it is guided."""
         return 2 * len(self.times) - 1 if self.heun else len(self.times)
+
+    @property
+    def hands_over(self) -> float:
+        """The time at which another expert goes on; 0 where clean data come after the last call."""
+        if not self.grid:
+            return 0.0
+        return (*self.grid, 0.0)[self.grid.index(self.times[-1]) + 1]
+
+    @property
+    def whole(self) -> SamplerSpec:
+        """The sampler of both experts' students."""
+        return (
+            replace(self, times=self.grid, trained_times=self.grid, grid=()) if self.grid else self
+        )
 
     def with_steps(self, num_steps: int, shift: float = 1.0) -> SamplerSpec:
         """The same rule on the uniform grid of num_steps. Errors: ValueError off the grid."""
@@ -256,6 +272,7 @@ def sample_x0(
     guidance: float | Tensor | None = None,
     fresh_noise: Callable[[int], Tensor] | None = None,
     gradient_at: int | None = None,
+    until: float = 0.0,
 ) -> Tensor:
     """x0 (B, C, *S): the student's (or teacher's) sampler, the one loop used everywhere.
 
@@ -263,6 +280,7 @@ def sample_x0(
         noise: (B, C, *S) unit normal. guidance: overrides the spec's where given.
         fresh_noise: step index -> (B, C, *S), needed by "renoise" and "tcd" beyond one step.
         gradient_at: the step whose call alone has a graph, and whose x0 is returned.
+        until: the time where sampling stops; above 0 the state there is returned, not x0.
     """
     path, bsz = denoiser.path, noise.shape[0]
     guidance = spec.guidance if guidance is None else guidance
@@ -276,7 +294,7 @@ def sample_x0(
         assert isinstance(path, VEPath), "cd's boundary is a VE path's"
         clean = float(path.time_of_sigma(torch.tensor(spec.boundary_sigma, dtype=torch.float64)))
     x = first = path.prior(noise)
-    ends = (*spec.times[1:], 0.0)
+    ends = (*spec.times[1:], until)
     for i, (t, s) in enumerate(zip(spec.times, ends, strict=True)):
         cleaner = path.before_travel(at(s), spec.gamma if spec.kind == "tcd" else 0.0)
         ends_at = at(clean) if spec.kind == "renoise" else cleaner
@@ -301,4 +319,4 @@ def sample_x0(
             x = path.renoise(x0, at(clean), at(s), fresh_noise(i))
         else:
             x = path.renoise(path.step(x0, x, at(t), cleaner), cleaner, at(s), fresh_noise(i))
-    raise AssertionError("unreachable: the last end time is 0")
+    return x

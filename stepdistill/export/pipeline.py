@@ -18,6 +18,7 @@ from stepdistill.core.path import FlowPath, NoisePath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.card import write_card
 from stepdistill.export.defaults import settle
+from stepdistill.export.experts import joined, settle_experts
 from stepdistill.export.schedulers import StockSampler, stock_sampler
 from stepdistill.export.tool_settings import tools_of
 from stepdistill.export.verify import check_export
@@ -41,6 +42,7 @@ def export_pipeline(
     facts: Mapping[str, Any],
     role: str = "student",
     verify: bool = True,
+    high_student: str | Path | None = None,
     add: Callable[[Path], object] = lambda folder: None,
     progress: bool = False,
 ) -> Path:
@@ -48,19 +50,25 @@ def export_pipeline(
 
     Args: facts: what the run was (model, method, step, ...), kept in distillation.json; add:
         writes more files into the folder before it takes its place; progress: show a bar.
+        high_student: the export of the other expert's run, beside the student of a low-noise one.
     Errors: ValueError for an out_dir with anything else in it; RuntimeError where the written
         pipeline does not make the in-memory sampler's image.
     """
     refuse_foreign(out_dir, "export")
     denoiser: Any = bank[role]
+    if family.expert == "low":
+        family, denoiser, net, spec = joined(family, bank, role, spec, high_student)
+    else:
+        net = stock_net(bank, role)
     sampler = sampler_of(family, denoiser.path, spec)
-    pipeline, net = copy.copy(family.pipeline), stock_net(bank, role)
-    pipeline.register_modules(**{family.net_name: net, "scheduler": sampler.scheduler})
+    pipeline = copy.copy(family.pipeline)
+    pipeline.register_modules(**family.parts_of(net), scheduler=sampler.scheduler)
     quantized = is_quantized(family.net)
     if quantized:
         denoiser = denoiser.on(net)  # what is written is the student on the base as it was
     like = net if quantized else family.net
     record = describe(family, spec, sampler, facts, denoiser.path)
+    record["experts"] = settle_experts(family, pipeline, spec.times)
     pipeline, record["typed"] = settle(family, pipeline, record)
     done = bar(total=3, desc="export", leave=False, disable=not progress)  # write, verify, samples
     alone = without_bars("diffusers", "transformers")
@@ -164,7 +172,7 @@ def describe(
         "base_model": facts.get("model"),
         "family": family.name,
         "conditioning": family.conditioning,
-        "denoiser": [family.net_name, type(family.net).__name__],
+        "denoiser": [family.net_name, type(family.parts_of(family.net)[family.net_name]).__name__],
         "output": family.output,
         "reads_image": family.reads_image,
         "prompt_by_name": family.conditioning == "prompt" and _first_argument(family) != "prompt",
@@ -178,10 +186,14 @@ def describe(
         "kind": spec.kind,
         "heun": spec.heun,
         "times": None if spec.keeps_scheduler else list(spec.times),
+        "expert": family.expert,
+        "grid": list(spec.grid),
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),
         "visited_model_times": list(sampler.visited),
         "teacher_shift": family.shift_at(resolution, resolution),
-        "tools": tools_of(family, path, spec, sampler, resolution),
+        "tools": tools_of(family, path, spec, sampler, resolution)
+        if family.expert == "both"
+        else None,
         "run": dict(facts),
         "run_sha256": json_sha256(dict(facts)),
         "versions": {name: importlib.metadata.version(name) for name in packages},

@@ -1,4 +1,7 @@
-"""Wan 2.1 (and 2.2's 5B): a transformer over UMT5 tokens and video patches, on a flow path.
+"""Wan 2.1 and 2.2: a transformer over UMT5 tokens and video patches, on a flow path.
+
+2.2's A14B has two, one for high and one for low noise (families/experts.py); its 5B tells a time to
+each token.
 
 Latents are (C, F', H, W), four frames to one after the first, scaled by channel. No config of a
 checkpoint states its size: an entry sample_size = [frames, height, width] in the VAE's, px, does
@@ -16,7 +19,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import Family, check_prompts
+from stepdistill.families.expert_family import ExpertFamily
+from stepdistill.families.family import check_prompts
 from stepdistill.families.features import FeatureBlock, token_blocks
 from stepdistill.families.vae import latent_size
 
@@ -24,13 +28,13 @@ MAX_TOKENS = 512  # the stock call's max_sequence_length
 STOCK_SIZE = (81, 480, 832)  # frames, height, width of the stock call
 
 
-class WanFamily(Family):
-    """WanPipeline with one transformer."""
+class WanFamily(ExpertFamily):
+    """WanPipeline with one transformer, or one for high and one for low noise."""
 
     name: ClassVar[str] = "wan"
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
     tiny = "stepdistill.testing.tiny_video:tiny_wan"
-    variants = {"wan_tokens": {"expand_timesteps": True}}
+    variants = {"wan_tokens": {"expand_timesteps": True}, "wan_experts": {"boundary_ratio": 0.875}}
     supports_s: ClassVar[bool] = False  # some embed a time for each token
     net_name: ClassVar[str] = "transformer"
     output: ClassVar[Literal["images", "frames"]] = "frames"
@@ -39,14 +43,6 @@ class WanFamily(Family):
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("ffn.net.0.proj", "ffn.net.2"),
     )
-
-    def __init__(self, pipeline: Any) -> None:
-        if pipeline.config.boundary_ratio is not None or pipeline.transformer_2 is not None:
-            raise ValueError(
-                f"{self.name}: expected a pipeline of one transformer, got two (Wan 2.2 A14B), of "
-                "which each denoises a range of its own. Use Wan 2.1, or 2.2's 5B model."
-            )
-        super().__init__(pipeline)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -94,7 +90,10 @@ class WanFamily(Family):
         return out
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
-        """ "mid" and "block.i": tokens of all frames."""
+        """ "mid" and "block.i": tokens of all frames; none of two experts, of which each row of a
+        batch runs one."""
+        if self.experts is not None:
+            return {}
         width = self.config.num_attention_heads * self.config.attention_head_dim
         return token_blocks(width, blocks=self.config.num_layers)
 

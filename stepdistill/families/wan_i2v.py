@@ -1,9 +1,10 @@
 """Wan image to video: the text family with a first frame in its condition.
 
 Wan 2.1 reads the frame as further channels (a mask and its latent) and as CLIP tokens, and makes
-every frame itself. Wan 2.2's 5B keeps the first latent frame clean and tells it t = 0. There the
-output at that frame is set to what leads to the clean latent: teacher, fake and student then agree
-on it, so no loss sees it and no sampler moves it (the setting of Magic 1-For-1, arXiv:2502.07701).
+every frame itself; 2.2's A14B likewise, without the tokens. Wan 2.2's 5B keeps the first latent
+frame clean and tells it t = 0. There the output at that frame is set to what leads to the clean
+latent: teacher, fake and student then agree on it, so no loss sees it and no sampler moves it (the
+setting of Magic 1-For-1, arXiv:2502.07701).
 """
 
 # Shapes: B batch, C channels, F frames, H, W spatial, N tokens, D width.
@@ -23,12 +24,15 @@ from stepdistill.families.wan import WanFamily
 
 
 class WanImageToVideoFamily(WanFamily):
-    """WanImageToVideoPipeline with one transformer; `first_frame` stands in for data."""
+    """WanImageToVideoPipeline with one transformer or two; `first_frame` stands in for data."""
 
     name: ClassVar[str] = "wan_i2v"
     pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
     tiny = "stepdistill.testing.tiny_video:tiny_wan_i2v"
-    variants = {"wan_i2v_kept": {"expand_timesteps": True}}
+    variants = {
+        "wan_i2v_kept": {"expand_timesteps": True},
+        "wan_i2v_experts": {"boundary_ratio": 0.9},
+    }
     reads_image: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any) -> None:

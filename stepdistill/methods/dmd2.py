@@ -51,6 +51,7 @@ class DMD2(ScoreDistillation[DMD2Config]):
     name = "dmd2"
     paper = "Yin et al. 2024, arXiv:2405.14867"
     Config = DMD2Config
+    serves_part = True
     status = "trained on real data here"
     digits = (Recipe("dmd2", score(guidance=1.0), {2: FEW, 4: FEW}, first=WARM),)
 

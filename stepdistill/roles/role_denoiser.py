@@ -94,7 +94,7 @@ class RoleDenoiser(Denoiser):
         """Within: the family's stock pipeline around this role's network, adapter unmerged."""
         family = self._family
         pipeline = copy.copy(family.pipeline)
-        pipeline.register_modules(**{family.net_name: self._net})
+        pipeline.register_modules(**family.parts_of(self._net))
         with self._activate(self._adapter):
             yield pipeline
 

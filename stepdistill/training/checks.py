@@ -39,6 +39,7 @@ def method_fits(
     where a scorer they call can't be had (see `rewards.check_scorers`), or where no run of the
     method measures best_metric. Warns of a gan_dataset that no loss reads."""
     method = _quietly(cls, config, teacher)
+    _states_fit(method, dataset)
     specs = scorers_of(method, rewards)
     needs = method.needs | check_kinds(method, rewards, scorers)
     spec, as_flow = method.sampler(), method.roles()["student"].as_flow
@@ -97,6 +98,20 @@ def method_fits(
             + next((text for name, text in hint.items() if name in needs - has), "")
         )
     check_scorers(specs, scorers)
+
+
+def _states_fit(method: Method[Any], dataset: Any) -> None:
+    """Errors: ValueError where a low-noise expert's states are not of the time that it starts at,
+    or states are given to what starts at noise."""
+    until = getattr(getattr(dataset, "settings", None), "until", 0.0)
+    first = method.sampler().times[0] if method.setting.owned[1] < 1.0 else 0.0
+    if until and abs(until - first) > 1e-6:
+        wanted = f"states at {first:g}, the low-noise expert's first time" if first else "pairs"
+        raise ValueError(
+            f"data.pairs_dir: expected {wanted}, got states at {until:g}, where another student's "
+            "high-noise expert ended. Make states with the export of a run of the same steps and "
+            "shift (stepdistill pairs), or train --expert low."
+        )
 
 
 def _times_are_taken(spec: SamplerSpec, teacher: TeacherFacts) -> None:

@@ -126,6 +126,9 @@ class Trainer(Resumable):
         self.facts |= {name: file for name, file in files.items() if file is not None}
         if training:
             self.facts["data"] = data_facts(self.dataset)
+            states = getattr(self.dataset, "settings", None)
+            if getattr(states, "until", 0.0):  # of a high-noise expert's student
+                self.facts["high_student"] = states.model
         self.resume_from = run_identity.output_dir_is_ours(args, self.facts)
 
     def _start_processes(self) -> None:
@@ -185,6 +188,8 @@ class Trainer(Resumable):
             return (
                 "weights in shards would be gathered on one device; --validation_steps asks for it"
             )
+        if self.family.expert != "both":
+            return "one expert of two makes no images"
         return "its model needs an image beside the prompt" if self.family.reads_image else ""
 
     # ------------------------------------------------------------------ loop

@@ -535,7 +535,7 @@ def unguided(spec: MethodCase) -> dict[str, Any]:
 
 def build_trainer(
     case: str,
-    teacher: Path,
+    teacher: Path | ModelSource,
     layout: str,
     output_dir: Path,
     alpha: float | None = None,
@@ -573,7 +573,7 @@ def build_trainer(
         load = _read_once
     with patch.object(training, "load_family", load):
         return trainer_class(spec.method)(
-            str(teacher),
+            teacher if isinstance(teacher, ModelSource) else str(teacher),
             args,
             data,
             method=spec.method,
@@ -596,12 +596,14 @@ def _read_once(model: str | ModelSource) -> Family:
     if read is None or any(next(part.parameters()).device.type != "cpu" for part in shared):
         read = _READ[folder] = load_family(source)  # or a run has moved them
     pipeline = copy.copy(read.pipeline)
-    fresh = {name: copy.deepcopy(getattr(pipeline, name)) for name in (read.net_name, "scheduler")}
+    fresh = {
+        name: copy.deepcopy(getattr(pipeline, name)) for name in (*read.net_parts, "scheduler")
+    }
     pipeline.register_modules(**fresh)
     return type(read)(pipeline)
 
 
-def _latent_shape(teacher: Path) -> tuple[int, ...]:
+def _latent_shape(teacher: Path | ModelSource) -> tuple[int, ...]:
     key = str(teacher)
     if key not in _SHAPES:
         _SHAPES[key] = load_family(teacher).sample_shape()
