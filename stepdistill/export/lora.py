@@ -171,7 +171,7 @@ def _write(
 
     Args: adapters: see `folded`; headers, own_name: of other tools' files.
     """
-    net = next(iter(family.parts_of(family.net).values()))
+    net = family.first_net
     if format in PREFIX:
         metadata = {"format": "pt", **headers}
         if format == "kohya":

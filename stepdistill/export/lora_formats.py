@@ -216,14 +216,9 @@ def read_format(path: Path, net: Any, form: str) -> dict[str, Tensor]:
     return deltas
 
 
-def _one(family: Family) -> Any:
-    """The family's denoiser, or one of two experts, which are alike."""
-    return next(iter(family.parts_of(family.net).values()))
-
-
 def _empty_net(family: Family) -> Any:
     """A network never filled: its memory is reserved and not touched, so it costs nothing."""
-    net = _one(family)
+    net = family.first_net
     with init_empty_weights():
         empty = type(net).from_config(net.config)
     return empty.to_empty(device="cpu")
@@ -265,7 +260,7 @@ def read_back(
 
     Args: component: where of the pipeline it is loaded; none means its denoiser.
     """
-    read, net = {}, _one(family)
+    read, net = {}, family.first_net
     if path.name == PEFT_FILE:
         read["peft"] = read_with_peft(family, path)
     elif diffusers_reads(net, form, adapters):

@@ -172,7 +172,7 @@ def describe(
         "base_model": facts.get("model"),
         "family": family.name,
         "conditioning": family.conditioning,
-        "denoiser": [family.net_name, type(family.parts_of(family.net)[family.net_name]).__name__],
+        "denoiser": [family.net_name, type(family.first_net).__name__],
         "output": family.output,
         "reads_image": family.reads_image,
         "prompt_by_name": family.conditioning == "prompt" and _first_argument(family) != "prompt",

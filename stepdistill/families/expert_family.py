@@ -7,7 +7,7 @@ without a boundary, and `owned` says which times are its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -51,6 +51,10 @@ class ExpertFamily(Family):
     def net(self) -> nn.Module:
         """See Family.net."""
         return super().net if self.experts is None else self.experts
+
+    def net_of(self, nets: Sequence[Any]) -> Any:
+        """See Family.net_of."""
+        return super().net_of(nets) if self.experts is None else self.experts.of(*nets)
 
     def parts_of(self, net: Any) -> dict[str, Any]:
         """See Family.parts_of."""

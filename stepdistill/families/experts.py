@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp import FSDPModule
 
 from stepdistill.core.times import SAME_TIME
 
@@ -58,6 +60,10 @@ class Experts(nn.Module):
         nets = (WanTransformer3DModel.from_config(options) for _ in range(2))
         return cls(*nets, boundary=config["boundary"])
 
+    def of(self, high: nn.Module, low: nn.Module) -> Experts:
+        """Two others in these ones' place."""
+        return Experts(high, low, self.boundary)
+
     def register_to_config(self, **entries: Any) -> None:
         """Note entries in both configurations."""
         for net in (self.high, self.low):
@@ -83,24 +89,43 @@ class Experts(nn.Module):
 
         Args: timestep: (B,) model times. inputs: of the stock network; tensors are batch-first.
         Notes: which rows are whose is read on the host, once a call: networks of this size take
-            seconds, and to ask both for every row would double them.
+            seconds, and to ask both for every row would double them. In shards all processes
+            gather the same blocks, so an expert that any of them asks, all do, for nothing.
         """
-        rows = self.high_rows(timestep)
-        if len(set(rows)) == 1:
-            expert = self.high if rows[0] else self.low
-            out: Tensor = expert(timestep=timestep, **inputs)[0]
-            return (out,)
-        inputs["timestep"], order, outs = timestep, list[int](), []
-        for expert, theirs in ((self.high, True), (self.low, False)):
-            index = [row for row, is_high in enumerate(rows) if is_high == theirs]
-            order += index
-            some = {
-                name: value[index] if isinstance(value, Tensor) else value
-                for name, value in inputs.items()
-            }
-            outs.append(expert(**some)[0])
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return (torch.cat(outs)[back],)
+        high = self.high_rows(timestep)
+        of = {
+            expert: [row for row, is_high in enumerate(high) if is_high == (expert is self.high)]
+            for expert in (self.high, self.low)
+        }
+        asked = self._anywhere(list(map(bool, of.values())), timestep.device)
+        inputs["timestep"], outs, idle = timestep, list[Tensor](), list[Tensor]()
+        for (expert, rows), here_or_there in zip(of.items(), asked, strict=True):
+            if not here_or_there:
+                continue
+            some = inputs
+            if len(rows) < len(high):
+                some = {
+                    name: value[rows or [0]] if isinstance(value, Tensor) else value
+                    for name, value in inputs.items()
+                }
+            (outs if rows else idle).append(expert(**some)[0])
+        out = outs[0]
+        if len(outs) == 2:
+            order = [row for rows in of.values() for row in rows]
+            back = sorted(range(len(order)), key=order.__getitem__)
+            out = torch.cat(outs)[back]
+        for unread in idle:  # a graph without a gradient
+            out = out + 0.0 * unread
+        return (out,)
+
+    def _anywhere(self, here: list[bool], device: torch.device) -> list[bool]:
+        """Which of the two experts some process of a sharded run asks; else those asked here."""
+        blocks: Any = self.high.blocks
+        if not isinstance(blocks[0], FSDPModule):
+            return here
+        asked = torch.tensor(here, dtype=torch.int32, device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return [bool(count) for count in asked.tolist()]
 
     def high_rows(self, timestep: Tensor) -> list[bool]:
         """Whether each of the rows is the high expert's; of times without numbers (a forecast's)

@@ -129,6 +129,16 @@ class Family(ABC):
         return "high" if self.owned[1] == 1.0 else "low"
 
     @property
+    def first_net(self) -> Any:
+        """The stock denoiser, or one of several, which are alike."""
+        return next(iter(self.parts_of(self.net).values()))
+
+    def net_of(self, nets: Sequence[Any]) -> Any:
+        """`parts_of` undone: such a network of its parts."""
+        (net,) = nets
+        return net
+
+    @property
     def net_parts(self) -> tuple[str, ...]:
         """The pipeline's components that make up `net`."""
         return tuple(self.parts_of(self.net))
@@ -173,8 +183,7 @@ class Family(ABC):
     @property
     def lora_formats(self) -> tuple[str, ...]:
         """What a LoRA student can be exported as."""
-        net = next(iter(self.parts_of(self.net).values()))
-        return ("lora", "kohya", "comfyui") if has_layout(net) else ("lora",)
+        return ("lora", "kohya", "comfyui") if has_layout(self.first_net) else ("lora",)
 
     @classmethod
     def labels_in(cls, config: Any) -> int | None:

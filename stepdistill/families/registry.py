@@ -237,7 +237,7 @@ class TeacherFacts:
     conditioning: "prompt", "label" or "none". has_null: whether there is an empty condition to
     guide away from. reads_image: whether the condition holds a first frame beside the prompt.
     num_labels: how many class labels it knows; None where it reads none. told_guidance: whether a
-    student of it can be told the guidance.
+    student of it can be told the guidance. num_nets: how many denoisers share the times.
     """
 
     family: type[Family]
@@ -248,6 +248,7 @@ class TeacherFacts:
     setting: Setting
     num_labels: int | None = None
     told_guidance: bool = False
+    num_nets: int = 1
 
 
 def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
@@ -259,7 +260,8 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
         name = type(teacher.pipeline).__name__
         facts = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
         in_config = teacher.labels_in(teacher.config), teacher.told_guidance_in(teacher.config)
-        return TeacherFacts(type(teacher), name, *facts, *in_config)
+        counted = len(teacher.net_parts)
+        return TeacherFacts(type(teacher), name, *facts, *in_config, counted)
     source = ModelSource.of(teacher)
     cls = family_for(source.pipeline_class)
     _check_parts(source, cls, {})
@@ -274,6 +276,7 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
         replace(_setting(source, cls.sends_sigmas), owned=_owned(source)),
         cls.labels_in(config),
         cls.told_guidance_in(config),
+        len(_net_folders(source, cls)),
     )
 
 

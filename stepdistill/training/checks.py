@@ -88,6 +88,8 @@ def method_fits(
             "rejected": "Give pairs with a winner: --data.preferences_file FILE, or --data."
             "dataset_name with Pick-a-Pic's columns.",
             "noise": "Make pairs first: stepdistill pairs --config ...",
+            "start": "Make the high-noise student's states first: stepdistill pairs HIGH_EXPORT "
+            "--prompts_file FILE --pairs_dir DIR, then --data.pairs_dir DIR.",
             "x0": "Train on images: --data.train_data_dir DIR.",
             "real": "Give the GAN images: --data.gan.train_data_dir DIR, or --data.train_data_dir.",
             "prompts": "A loss that reads text needs items with a prompt.",
