@@ -12,7 +12,7 @@ from stepdistill.core.method import Role
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.types import Cond
 from stepdistill.families.wan_i2v import WanImageToVideoFamily
-from stepdistill.losses.score import dmd_gradient
+from stepdistill.losses.score import dmd_gradient, surrogate
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.parity import LIMIT, check_family
 from stepdistill.testing.tiny_video import tiny_wan_i2v
@@ -83,6 +83,23 @@ def test_no_loss_sees_a_kept_frame() -> None:
         gradient = dmd_gradient(torch.zeros_like(x), real, fake)
     assert float(gradient[:, :, 0].abs().max()) < 1e-5
     assert float(gradient[:, :, 1:].abs().max()) > 1e-3
+
+
+def test_a_kept_frame_biases_no_mean() -> None:
+    """The gradient of the later frames is that of means over them alone: the frame of zeros lowers
+    the normaliser by as much as the mean of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    x0, real, fake = torch.randn(3, 2, 4, 5, 4, 8, generator=generator)
+    for tensor in (real, fake):
+        tensor[:, :, 0] = x0[:, :, 0]
+    grads = []
+    for frames in (slice(0, None), slice(1, None)):
+        x = x0[:, :, frames].clone().requires_grad_()
+        gradient = dmd_gradient(x.detach(), real[:, :, frames], fake[:, :, frames])
+        surrogate(x, gradient).backward()
+        grads.append(x.grad)
+    assert torch.equal(grads[0][:, :, 0], torch.zeros_like(grads[0][:, :, 0]))
+    assert torch.allclose(grads[0][:, :, 1:], grads[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ode", "renoise"])
