@@ -152,8 +152,8 @@ def _files(
             made, file = out_dir / file, expert_name(file, expert)
             mark(made.rename(out_dir / file), expert, trained_boundary(family))
         files[component] = file
-        found = compare(family, out_dir / file, format, adapters, component)
-        for reader, gap in found.items():
+        gaps = compare(family, out_dir / file, format, adapters, component)
+        for reader, gap in gaps.items():
             read[reader] = max(gap, read.get(reader, 0.0))
     return files, read
 

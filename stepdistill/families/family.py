@@ -191,6 +191,12 @@ class Family(ABC):
         return None
 
     @classmethod
+    def frame_size_in(cls, vae: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(height, width) in px of first frames, by the autoencoder's configuration; None where it
+        reads none."""
+        return None
+
+    @classmethod
     def null_in(cls, index: Any) -> bool:
         """Whether a pipeline with that model_index.json has an empty condition."""
         return cls.has_null

@@ -238,6 +238,7 @@ class TeacherFacts:
     guide away from. reads_image: whether the condition holds a first frame beside the prompt.
     num_labels: how many class labels it knows; None where it reads none. told_guidance: whether a
     student of it can be told the guidance. num_nets: how many denoisers share the times.
+    frame_size: (height, width) of first frames, px.
     """
 
     family: type[Family]
@@ -249,6 +250,7 @@ class TeacherFacts:
     num_labels: int | None = None
     told_guidance: bool = False
     num_nets: int = 1
+    frame_size: tuple[int, int] | None = None
 
 
 def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
@@ -260,13 +262,15 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
         name = type(teacher.pipeline).__name__
         facts = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
         in_config = teacher.labels_in(teacher.config), teacher.told_guidance_in(teacher.config)
+        frames = teacher.frame_size_in(teacher.pipeline.vae.config) if teacher.reads_image else None
         counted = len(teacher.net_parts)
-        return TeacherFacts(type(teacher), name, *facts, *in_config, counted)
+        return TeacherFacts(type(teacher), name, *facts, *in_config, counted, frames)
     source = ModelSource.of(teacher)
     cls = family_for(source.pipeline_class)
     _check_parts(source, cls, {})
     reads = cls.conditioning == "label" or cls.supports_w
-    config = _net_config(source, cls) if reads else {}
+    config = _part_config(source, cls.net_name) if reads else {}
+    vae = _part_config(source, "vae") if cls.reads_image else {}
     return TeacherFacts(
         cls,
         source.pipeline_class,
@@ -277,12 +281,13 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
         cls.labels_in(config),
         cls.told_guidance_in(config),
         len(_net_folders(source, cls)),
+        cls.frame_size_in(vae),
     )
 
 
-def _net_config(source: ModelSource, cls: type[Family]) -> Any:
-    net = part_class(*source.index[cls.net_name])
-    return part_config(net, True, source.described_at, cls.net_name, source.hub)
+def _part_config(source: ModelSource, name: str) -> Any:
+    part = part_class(*source.index[name])
+    return part_config(part, True, source.described_at, name, source.hub)
 
 
 def _setting(source: ModelSource, sends_sigmas: bool) -> Setting:

@@ -1,17 +1,16 @@
 """Wan image to video: the text family with a first frame in its condition.
 
-Wan 2.1 reads the frame as further channels (a mask and its latent) and as CLIP tokens, and makes
-every frame itself; 2.2's A14B likewise, without the tokens. Wan 2.2's 5B keeps the first latent
-frame clean and tells it t = 0. There the output at that frame is set to what leads to the clean
-latent: teacher, fake and student then agree on it, so no loss sees it and no sampler moves it (the
-setting of Magic 1-For-1, arXiv:2502.07701).
+Wan 2.1 reads the frame as further channels (a mask and its latent) and as CLIP tokens (2.2's A14B
+without these) and makes every frame itself. 2.2's 5B keeps the first latent frame clean and tells
+it t = 0. There the output at that frame is set to what leads to the clean latent: teacher, fake and
+student agree on it, so no loss sees it and no sampler moves it (Magic 1-For-1, arXiv:2502.07701).
 """
 
 # Shapes: B batch, C channels, F frames, H, W spatial, N tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from stepdistill.core.path import expand
 from stepdistill.core.types import Cond
-from stepdistill.families.wan import WanFamily
+from stepdistill.families.wan import STOCK_SIZE, WanFamily
 
 
 class WanImageToVideoFamily(WanFamily):
@@ -41,6 +40,11 @@ class WanImageToVideoFamily(WanFamily):
         # No flat colour, on which a wrong scale or order of rows would not show.
         self.first_frame: Image.Image = Image.linear_gradient("L").resize((width, height))
         self.first_frame = self.first_frame.convert("RGB")
+
+    @classmethod
+    def frame_size_in(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        """See Family.frame_size_in."""
+        return tuple((vae.get("sample_size") or STOCK_SIZE)[1:])
 
     @property
     def keeps_first(self) -> bool:

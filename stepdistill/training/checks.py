@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
+from torch import Tensor
 
 from stepdistill.config.rewards import RewardConfig
 from stepdistill.config.run import TrainConfig
@@ -15,6 +16,8 @@ from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.core.path import FlowPath
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.data.rows import RowStream
+from stepdistill.data.source import Source
 from stepdistill.data.stream import provided_fields, sample_item
 from stepdistill.families.family import Family
 from stepdistill.families.registry import TeacherFacts
@@ -100,6 +103,21 @@ def method_fits(
             + next((text for name, text in hint.items() if name in needs - has), "")
         )
     check_scorers(specs, scorers)
+
+
+def frames_fit(dataset: Any, teacher: TeacherFacts, resolution: int | None) -> None:
+    """Errors: ValueError for first frames of another size than the videos; the pipeline would
+    stretch them. Sources of ours resize and crop theirs."""
+    if teacher.frame_size is None or isinstance(dataset, Source | RowStream):
+        return
+    image = sample_item(dataset).get("image")
+    size = teacher.frame_size if resolution is None else (resolution, resolution)
+    if isinstance(image, Tensor) and tuple(image.shape[-2:]) != size:
+        got = " x ".join(map(str, image.shape[-2:]))
+        raise ValueError(
+            f"train_dataset: expected first frames of {size[0]} x {size[1]} px (height, width), "
+            f"the size of the model's videos, got {got}. Resize and crop them, or set --resolution."
+        )
 
 
 def _states_fit(method: Method[Any], dataset: Any) -> None:

@@ -115,6 +115,7 @@ class Trainer(Resumable):
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset, args.rewards)
             checks.method_fits(cls, config, facts, *data)
             checks.length_fits(cls, config, args, facts)
+            checks.frames_fit(self.dataset, facts, args.resolution)
             checks.buckets_fit(self.dataset, self.gan_dataset, facts)
         checks.student_fits(cls, args.tuning, self.teacher)
         checks.roles_fit(cls, config, args, facts)

@@ -189,11 +189,11 @@ def test_an_expert_a_run_and_one_pipeline_of_both(tmp_path, tmp_path_factory) ->
         with pytest.raises(ValueError, match=f"high_student: .*{match}"):
             low.export(tmp_path / "other", high_student=wrong)
     record_file = half / RECORD
-    kept = record_file.read_text()
-    record_file.write_text(kept.replace('"expert": "high"', '"expert": "low"'))
+    text = record_file.read_text()
+    record_file.write_text(text.replace('"expert": "high"', '"expert": "low"'))
     with pytest.raises(ValueError, match=r"high_student: .*got one of low"):
         low.export(tmp_path / "other", high_student=half)
-    record_file.write_text(kept.replace('"kind": "ode"', '"kind": "renoise"'))
+    record_file.write_text(text.replace('"kind": "ode"', '"kind": "renoise"'))
     with pytest.raises(ValueError, match="of the same steps"):
         low.export(tmp_path / "other", high_student=half)
 

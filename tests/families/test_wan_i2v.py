@@ -129,6 +129,17 @@ def test_batches_take_the_items_frame_for_both_passes(expands) -> None:
         assert torch.allclose(first["frame"], family.latents(video)[:, :, :1], atol=1e-5)
 
 
+@pytest.mark.usefixtures("no_loading")
+def test_a_first_frame_of_another_size_is_refused_before_loading(
+    tmp_path, tmp_path_factory
+) -> None:
+    teacher = teacher_dir("wan_i2v", tmp_path_factory)
+    data = TinyData((4, 2, 4, 8), "prompt", (), frames=True)
+    data.items[0]["image"] = torch.zeros(3, 32, 16)
+    with pytest.raises(ValueError, match=r"first frames of 16 x 32 px .* got 32 x 16"):
+        build_trainer("dmd2", teacher, "lora", tmp_path / "run", dataset=data)
+
+
 def test_items_without_a_frame_are_refused_before_loading(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("wan_i2v", tmp_path_factory)
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")

@@ -29,15 +29,15 @@ class States(TinyData):
 
 def times_told(trainer) -> set[float]:
     """The model times that the networks are told in a training."""
-    told: set[float] = set()
+    times: set[float] = set()
 
     def hear(_net, _args, kwargs) -> None:
-        told.update(kwargs["timestep"].tolist())
+        times.update(kwargs["timestep"].tolist())
 
     hook = trainer.family.net.register_forward_pre_hook(hear, with_kwargs=True)
     trainer.train()
     hook.remove()
-    return told
+    return times
 
 
 @pytest.mark.parametrize("method", ["tdm", "dmd2", "sid"])
