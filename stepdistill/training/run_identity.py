@@ -161,7 +161,7 @@ def same_run(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     differ = {
         key: (earlier.get(key), facts[key])
         for key in _FIXED
-        if key not in known and earlier.get(key) != facts[key]
+        if key not in known and earlier.get(key) != facts.get(key, earlier.get(key))
     }
     was, now = earlier.get("teacher_lora") or [], facts["teacher_lora"]
     if len(was) != len(now) or not all(map(same_lora, was, now)):

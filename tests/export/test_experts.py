@@ -12,6 +12,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors import safe_open
 from support.runs import build_trainer, teacher_dir
 
+from stepdistill import cli
 from stepdistill.core.path import FlowPath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
@@ -24,7 +25,6 @@ from stepdistill.families.wan import WanFamily
 from stepdistill.loading.expert_files import expert_of
 from stepdistill.loading.source import ModelSource
 from stepdistill.pairs.dataset import PairDataset
-from stepdistill.pairs.teacher import make_pairs
 from stepdistill.testing.tiny_video import tiny_wan, wan_scheduler
 
 BOUNDARY = {"t2v": 0.875, "i2v": 0.9}
@@ -151,7 +151,9 @@ def test_an_expert_a_run_and_one_pipeline_of_both(tmp_path, tmp_path_factory) ->
     record = json.loads((half / RECORD).read_text())
     assert (record["expert"], record["num_inference_steps"]) == ("high", 2)
 
-    states = make_pairs(half, prompts, tmp_path / "states", num_pairs=3, batch_size=2)
+    states = tmp_path / "states"
+    command = f"pairs --pretrained_model_name_or_path {half} --prompts_file {prompts}"
+    cli.main([*command.split(), "--num_pairs", "3", "--pairs_dir", str(states)])
     data = PairDataset(states)
     assert data.settings.until == pytest.approx(uniform_grid(4, 5.0)[2])
     assert set(data[0]) == {"prompt", "start"}

@@ -113,4 +113,4 @@ def test_bad_input_is_told_before_a_call(given, message) -> None:
 @pytest.mark.full
 def test_it_needs_no_package_of_ours(tmp_path) -> None:
     code = f"exec(open({str(FILE)!r}).read()); print(chain_clips.__name__)"
-    assert "chain_clips" in run_without_package(code, tmp_path)
+    run_without_package(code, tmp_path)  # raises where it fails
