@@ -150,7 +150,8 @@ class Denoiser(ABC):
         """The prediction at x_t, guided where `guidance` is not None or 1.
 
         Args:
-            x_t: (B, C, *S). t: (B,).
+            x_t: (B, C, *S). t: (B,); of a network that is told a time for each latent frame of a
+                video, (B, F).
             guidance: g of null + g (cond - null), a number or (B,).
             w: (B,) guidance told to the network itself (LCM's embedding, w = g - 1).
             features: names of blocks whose hidden states the Prediction should carry.
@@ -161,7 +162,8 @@ class Denoiser(ABC):
             ending = copy.copy(self)
             ending.end = s
             return ending(x_t, t, cond, w=w, features=features)
-        if t.ndim != 1 or t.shape[0] != x_t.shape[0]:
+        of_frames = x_t.ndim == 5 and t.shape == (len(x_t), x_t.shape[2])
+        if t.shape != (len(x_t),) and not of_frames:
             raise ValueError(
                 f"denoiser: expected t of shape (B,) = ({x_t.shape[0]},), got {tuple(t.shape)}."
             )

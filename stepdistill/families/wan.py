@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
+from stepdistill.families.causal import chunk_of, make_causal
 from stepdistill.families.expert_family import ExpertFamily
 from stepdistill.families.family import check_prompts
 from stepdistill.families.features import FeatureBlock, token_blocks
@@ -70,12 +71,22 @@ class WanFamily(ExpertFamily):
         return dict(zip(("num_frames", "height", "width"), self.size, strict=True))
 
     def token_times(self, x_t: Tensor, model_t: Tensor) -> Tensor:
-        """What the network is told: (B,), or (B, N), a time for each token, with 2.2's 5B."""
+        """What the network is told: (B,), or (B, N), a time for each token, with 2.2's 5B and
+        where each frame has one."""
+        _, height, width = self.config.patch_size
+        of_frame = (x_t.shape[3] // height) * (x_t.shape[4] // width)
+        if model_t.ndim == 2:
+            return model_t.float().repeat_interleave(of_frame, dim=1)
         if not self.pipeline.config.expand_timesteps:
             return model_t.float()
-        _, height, width = self.config.patch_size
-        count = x_t.shape[2] * (x_t.shape[3] // height) * (x_t.shape[4] // width)
-        return model_t.float().unsqueeze(1).expand(-1, count)
+        return model_t.float().unsqueeze(1).expand(-1, x_t.shape[2] * of_frame)
+
+    def copy_net(self, extra_inputs: Sequence[str] = (), net: Any = None) -> nn.Module:
+        """See Family.copy_net; also a copy that is causal by chunks of frames (causal.py)."""
+        chunk = chunk_of(extra_inputs)
+        if chunk is None or self.experts is not None or self.reads_image:
+            return super().copy_net(extra_inputs, net)
+        return make_causal(super().copy_net((), net), chunk)
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
