@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepdistill.core.causal import Following
 from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.path import VEPath, expand, full
 from stepdistill.core.times import uniform_grid
@@ -47,6 +48,8 @@ class SamplerSpec:
            begins; None for plain x0.
     keeps_scheduler: the student serves the teacher's own scheduler, and export leaves it in place.
     tells_end: the network is told where each step ends, which no stock pipeline does.
+    chunk: latent frames of a chunk of a causal video student, which follows its own clean frames; 0
+        makes all frames at once.
     grid: all times of a grid that another expert has the rest of; none where `times` are all.
     """
 
@@ -62,6 +65,7 @@ class SamplerSpec:
     heun: bool = False
     tells_end: bool = False
     grid: tuple[float, ...] = ()
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
@@ -282,6 +286,8 @@ def sample_x0(
         gradient_at: the step whose call alone has a graph, and whose x0 is returned.
         until: the time where sampling stops; above 0 the state there is returned, not x0.
     """
+    if spec.chunk:
+        return _by_chunks(denoiser, spec, noise, cond, null, guidance, fresh_noise, gradient_at)
     path, bsz = denoiser.path, noise.shape[0]
     guidance = spec.guidance if guidance is None else guidance
 
@@ -320,3 +326,29 @@ def sample_x0(
         else:
             x = path.renoise(path.step(x0, x, at(t), cleaner), cleaner, at(s), fresh_noise(i))
     return x
+
+
+def _by_chunks(
+    denoiser: Denoiser,
+    spec: SamplerSpec,
+    noise: Tensor,
+    cond: Cond,
+    null: Cond | None,
+    guidance: float | Tensor | None,
+    fresh_noise: Callable[[int], Tensor] | None,
+    gradient_at: int | None,
+) -> Tensor:
+    """x0 (B, C, F, H, W) of `sample_x0`, each chunk of frames behind those made before it."""
+    made, one = noise[:, :, :0], replace(spec, chunk=0)
+    for start in range(0, noise.shape[2], spec.chunk):
+        part = slice(start, start + spec.chunk)
+
+        def fresh(step: int, part: slice = part) -> Tensor:
+            assert fresh_noise is not None, "asked for where it is given"
+            return fresh_noise(step)[:, :, part]
+
+        following = Following(denoiser, made.detach())
+        drawn = None if fresh_noise is None else fresh
+        how = (cond, null, guidance, drawn, gradient_at)
+        made = torch.cat([made, sample_x0(following, one, noise[:, :, part], *how)], dim=2)
+    return made

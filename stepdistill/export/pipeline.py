@@ -17,6 +17,7 @@ from typing import Any
 from stepdistill.core.path import FlowPath, NoisePath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.card import write_card
+from stepdistill.export.causal import as_played, causal_pipeline, causal_sampler
 from stepdistill.export.defaults import settle
 from stepdistill.export.experts import joined, settle_experts
 from stepdistill.export.schedulers import StockSampler, stock_sampler
@@ -61,8 +62,11 @@ def export_pipeline(
     else:
         net = stock_net(bank, role)
     sampler = sampler_of(family, denoiser.path, spec)
-    pipeline = copy.copy(family.pipeline)
-    pipeline.register_modules(**family.parts_of(net), scheduler=sampler.scheduler)
+    if spec.chunk:
+        pipeline = causal_pipeline(family, net, sampler, spec.chunk)
+    else:
+        pipeline = copy.copy(family.pipeline)
+        pipeline.register_modules(**family.parts_of(net), scheduler=sampler.scheduler)
     quantized = is_quantized(family.net)
     if quantized:
         denoiser = denoiser.on(net)  # what is written is the student on the base as it was
@@ -80,7 +84,8 @@ def export_pipeline(
         (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         write_card(aside, record, type(pipeline).__name__, out_dir.name)
         if verify:
-            check_export(aside, record, family, denoiser, spec, like)
+            played = as_played(denoiser, spec, sampler) if spec.chunk else (denoiser, spec)
+            check_export(aside, record, family, *played, like)
         done.update()
         add(aside)
         done.update()
@@ -114,6 +119,8 @@ def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampl
     """The stock sampler of a student on `path` in the family's pipeline."""
     if spec.keeps_scheduler:  # its times are its own affair
         return StockSampler(family.pipeline.scheduler, ())
+    if spec.chunk:
+        return causal_sampler(family, path, spec)
     # A teacher that is itself such an export is known by the entry its scheduler was given.
     flow = isinstance(path, FlowPath)
     family.refuse_one_step(type(family.pipeline).__name__, flow, spec.num_steps)
@@ -192,7 +199,7 @@ def describe(
         "visited_model_times": list(sampler.visited),
         "teacher_shift": family.shift_at(resolution, resolution),
         "tools": tools_of(family, path, spec, sampler, resolution)
-        if family.expert == "both"
+        if family.expert == "both" and not spec.chunk
         else None,
         "run": dict(facts),
         "run_sha256": json_sha256(dict(facts)),

@@ -13,7 +13,7 @@ Forcing), where clean chunks are written to the cache by a call of their own at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,20 +21,6 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
-
-_INPUT = "causal:"  # of a role's extra inputs: what stands behind it is the chunk's frames
-
-
-def causal_input(chunk: int) -> str:
-    """The entry of Role.extra_inputs that asks for a network causal by chunks of that many latent
-    frames."""
-    return f"{_INPUT}{chunk}"
-
-
-def chunk_of(extra_inputs: Sequence[str]) -> int | None:
-    """Frames of a chunk that a role asks for; None where its network is not to be causal."""
-    named = [entry.removeprefix(_INPUT) for entry in extra_inputs if entry.startswith(_INPUT)]
-    return int(named[0]) if named else None
 
 
 class Causal:

@@ -83,6 +83,7 @@ class Family(ABC):
     has_null: bool = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether a stock denoiser can have a guidance embedding
     supports_s: ClassVar[bool] = True  # whether a copy can be told where its jump ends (end_input)
+    causal: ClassVar[bool] = False  # whether a copy can be made causal by chunks of frames
     forward_mode: ClassVar[bool] = True  # whether its denoiser can be differentiated forward (JVP)
     one_size: ClassVar[bool] = False  # whether network or condition know one image size alone
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input

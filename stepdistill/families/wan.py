@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from stepdistill.core.causal import chunk_of
 from stepdistill.core.types import Cond
-from stepdistill.families.causal import chunk_of, make_causal
+from stepdistill.families.causal import make_causal
 from stepdistill.families.expert_family import ExpertFamily
 from stepdistill.families.family import check_prompts
 from stepdistill.families.features import FeatureBlock, token_blocks
@@ -40,6 +41,7 @@ class WanFamily(ExpertFamily):
     net_name: ClassVar[str] = "transformer"
     output: ClassVar[Literal["images", "frames"]] = "frames"
     one_size: ClassVar[bool] = True  # of its videos
+    causal: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("ffn.net.0.proj", "ffn.net.2"),
@@ -86,6 +88,11 @@ class WanFamily(ExpertFamily):
         chunk = chunk_of(extra_inputs)
         if chunk is None or self.experts is not None or self.reads_image:
             return super().copy_net(extra_inputs, net)
+        if self.sample_shape()[1] % chunk:
+            raise ValueError(
+                f"chunk: expected a divisor of the model's {self.sample_shape()[1]} latent frames, "
+                f"got {chunk}. Set --method_config.chunk."
+            )
         return make_causal(super().copy_net((), net), chunk)
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:

@@ -33,6 +33,7 @@ class WanImageToVideoFamily(WanFamily):
         "wan_i2v_experts": {"boundary_ratio": 0.9},
     }
     reads_image: ClassVar[bool] = True
+    causal: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)

@@ -13,6 +13,7 @@ from torch import Tensor
 from stepdistill.config.rewards import RewardConfig
 from stepdistill.config.run import TrainConfig
 from stepdistill.config.tuning import Tuning
+from stepdistill.core.causal import chunk_of
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.core.path import FlowPath
 from stepdistill.core.solvers import SamplerSpec
@@ -193,6 +194,11 @@ def roles_fit(
             f"tuning.student: expected full of a student with extra inputs {student.extra_inputs} "
             "(an adapter has no place for new weights), got lora. Set --tuning.student full, or "
             "turn off what asks for them."
+        )
+    if chunk_of(student.extra_inputs) and (not family.causal or teacher.num_nets > 1):
+        raise ValueError(
+            f"{method.name}: expected a text-to-video model of one denoiser (Wan 2.1) for a causal "
+            f"student, got {teacher.pipeline}. Set --method_config.chunk 0."
         )
     if "s" in student.extra_inputs and not family.supports_s:
         raise ValueError(

@@ -9,8 +9,9 @@ import torch
 from diffusers import SkyReelsV2Transformer3DModel, WanTransformer3DModel
 
 from stepdistill.config.tuning import Tuning
+from stepdistill.core.causal import causal_input
 from stepdistill.core.method import Role
-from stepdistill.families.causal import caching, causal_input, make_causal, state_of
+from stepdistill.families.causal import caching, make_causal, state_of
 from stepdistill.families.wan import WanFamily
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.tiny_video import tiny_wan, wan_transformer
