@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -111,6 +111,13 @@ class Denoiser(ABC):
         raise ValueError(
             f"denoiser: expected no blocks to leave out of {type(self).__name__}, got {blocks}."
         )
+
+    @contextmanager
+    def remembered(self) -> Iterator[Callable[[Tensor, Cond], None] | None]:
+        """Within: a causal network that is asked for one chunk of frames at a time, and a function
+        that has it remember a finished one (x0 (B, C, F, H, W), cond) for those that follow; None
+        where it remembers nothing, and is told the past in every call."""
+        yield None
 
     @abstractmethod
     def raw(

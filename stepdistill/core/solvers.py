@@ -9,6 +9,7 @@ the stock scheduler that has to reproduce it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.causal import Following
-from stepdistill.core.denoiser import Denoiser, Prediction
+from stepdistill.core.denoiser import Denoiser, Prediction, is_guided
 from stepdistill.core.path import VEPath, expand, full
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
@@ -338,17 +339,26 @@ def _by_chunks(
     fresh_noise: Callable[[int], Tensor] | None,
     gradient_at: int | None,
 ) -> Tensor:
-    """x0 (B, C, F, H, W) of `sample_x0`, each chunk of frames behind those made before it."""
+    """x0 (B, C, F, H, W) of `sample_x0`, each chunk of frames behind those made before it.
+
+    The past is remembered by networks that can, but where a graph or a guided call needs it anew.
+    """
     made, one = noise[:, :, :0], replace(spec, chunk=0)
-    for start in range(0, noise.shape[2], spec.chunk):
-        part = slice(start, start + spec.chunk)
+    g = spec.guidance if guidance is None else guidance
+    anew = gradient_at is not None or is_guided(g)
+    with nullcontext() if anew else denoiser.remembered() as remember:
+        for start in range(0, noise.shape[2], spec.chunk):
+            part = slice(start, start + spec.chunk)
 
-        def fresh(step: int, part: slice = part) -> Tensor:
-            assert fresh_noise is not None, "asked for where it is given"
-            return fresh_noise(step)[:, :, part]
+            def fresh(step: int, part: slice = part) -> Tensor:
+                assert fresh_noise is not None, "asked for where it is given"
+                return fresh_noise(step)[:, :, part]
 
-        following = Following(denoiser, made.detach())
-        drawn = None if fresh_noise is None else fresh
-        how = (cond, null, guidance, drawn, gradient_at)
-        made = torch.cat([made, sample_x0(following, one, noise[:, :, part], *how)], dim=2)
+            asked = denoiser if remember is not None else Following(denoiser, made.detach())
+            drawn = None if fresh_noise is None else fresh
+            how = (cond, null, guidance, drawn, gradient_at)
+            x0 = sample_x0(asked, one, noise[:, :, part], *how)
+            if remember is not None:
+                remember(x0, cond)
+            made = torch.cat([made, x0], dim=2)
     return made

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
 
 
@@ -115,15 +115,15 @@ def make_causal(net: Any, chunk: int) -> nn.Module:
     return made
 
 
-def state_of(net: Any) -> Causal:
-    """The shared state of a causal network. Errors: ValueError for another."""
-    processor = net.blocks[0].attn1.processor
-    if not isinstance(processor, CausalAttention):
-        raise ValueError(
-            f"causal: expected a network that `make_causal` made so, got a {type(net).__name__} "
-            "whose frames all see each other."
-        )
-    return processor.state
+def is_causal(net: Any) -> bool:
+    """Whether `make_causal` made it so."""
+    return _state_of(net) is not None
+
+
+def _state_of(net: Any) -> Causal | None:
+    first = next((m for m in net.modules() if isinstance(m, WanAttention)), None)
+    processor = None if first is None else first.processor
+    return processor.state if isinstance(processor, CausalAttention) else None
 
 
 @contextmanager
@@ -132,7 +132,8 @@ def caching(net: Any) -> Iterator[Causal]:
 
     Without gradients: a recomputed block would see a later cache.
     """
-    state = state_of(net)
+    state = _state_of(net)
+    assert state is not None, "the caller has asked"
     state.cache, state.start, state.keeps = {}, 0, False
     try:
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.runs import build_trainer, fingerprint, teacher_dir
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.causal import Following, causal_input
 from stepdistill.core.context import Ctx
+from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Role, Setting
 from stepdistill.core.path import FlowPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
@@ -64,6 +66,24 @@ def test_a_rollout_is_what_sampling_makes(kind, bank) -> None:
         else (None,)
     )
     assert grad is None  # no graph reaches an input: the past is a value
+
+
+@pytest.mark.parametrize("kind", ["ode", "renoise"])
+def test_sampling_remembers_the_past(kind, bank) -> None:
+    """With the cache of keys and values, and with the past told anew in every call."""
+    noise, cond = torch.randn(2, 4, 4, 4, 8), batch_of(bank).cond
+    spec, frames = SamplerSpec((1.0, 0.9, 0.6), kind, chunk=1), []
+    net = bank.base_of("student")
+    hook = net.register_forward_pre_hook(
+        lambda _, __, kwargs: frames.append(kwargs["hidden_states"].shape[2]), with_kwargs=True
+    )
+    how = (spec, noise, cond, None, None, lambda step: noise.roll(step + 1, dims=2))
+    cached = sample_x0(bank["student"], *how)
+    assert frames == [1] * 4 * (3 + 1)  # a call more for each chunk, which writes it down
+    hook.remove()
+    with patch.object(type(bank["student"]), "remembered", Denoiser.remembered):
+        anew = sample_x0(bank["student"], *how)
+    assert torch.allclose(cached, anew, atol=1e-5)
 
 
 def test_frames_see_the_past_and_not_the_future(bank) -> None:
