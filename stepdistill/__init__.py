@@ -20,6 +20,9 @@ _PUBLIC = {
     "ReflowTrainer": "stepdistill.trainers",
     "TrajectorySegmentedTrainer": "stepdistill.trainers",
     "VariationalScoreTrainer": "stepdistill.trainers",
+    "ScoreGradientConfig": "stepdistill.losses.score_options",
+    "ScoreGuidance": "stepdistill.particles.guidance",
+    "SideInputs": "stepdistill.particles.side_inputs",
     "METHODS": "stepdistill.methods",
     "ModelSource": "stepdistill.loading.source",
     "load_family": "stepdistill.families.registry",
@@ -34,7 +37,10 @@ if TYPE_CHECKING:
     from stepdistill.export.load import load_pipeline as load_pipeline
     from stepdistill.families.registry import load_family as load_family
     from stepdistill.loading.source import ModelSource as ModelSource
+    from stepdistill.losses.score_options import ScoreGradientConfig as ScoreGradientConfig
     from stepdistill.methods import METHODS as METHODS
+    from stepdistill.particles.guidance import ScoreGuidance as ScoreGuidance
+    from stepdistill.particles.side_inputs import SideInputs as SideInputs
     from stepdistill.trainers import AdversarialTrainer as AdversarialTrainer
     from stepdistill.trainers import ConsistencyTrainer as ConsistencyTrainer
     from stepdistill.trainers import DistributionMatchingTrainer as DistributionMatchingTrainer

@@ -223,19 +223,19 @@ class LoRADistillationTrainer(DistillationTrainer):
 
 
 class PreferenceTrainer(DistillationTrainer):
-    """What people (PSO), or their stand-ins, scorers (feedback), prefer, for a student that is
-    distilled already."""
+    """What people (PSO), or their stand-ins, scorers (online PSO, feedback), prefer, for a student
+    that is distilled already."""
 
     default = "preference"
 
     @classmethod
     def check_model(cls, model: Any, method: str, options: Mapping[str, Any]) -> None:
-        """See DistillationTrainer; what learns from pairs is sampled by its own scheduler."""
+        """See DistillationTrainer; PSO's model is sampled by its own scheduler."""
         from stepdistill.export.load import refuse_other_sampling
 
-        if method == cls.default:
+        if not method_class(method).any_student:
             config: Any = parse_method_config(method, options)
-            refuse_other_sampling(model, config.num_steps)
+            refuse_other_sampling(model, config.num_steps, config.call_times is not None)
 
 
 class ReflowTrainer(DistillationTrainer):

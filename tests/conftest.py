@@ -107,7 +107,9 @@ def build_family(name: str) -> Family:
     """A fresh tiny family of that name in TINY."""
     from stepdistill.families.registry import family_for
     from stepdistill.testing.tiny import TINY
+    from stepdistill.testing.tiny_video import small_references
 
+    small_references()
     pipeline = TINY[name]()
     return family_for(type(pipeline).__name__)(pipeline)
 

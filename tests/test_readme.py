@@ -18,10 +18,10 @@ from support.processes import run, run_script
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
-from stepdistill.config.layers import merged, recipe_files
 from stepdistill.export.tool_rules import RULES
 from stepdistill.families.registry import FAMILIES
 from stepdistill.methods import METHODS
+from stepdistill.planning.recipes import listed
 
 METHODS_PAGE, FAMILIES_PAGE = (
     page("stepdistill/methods/README.md"),
@@ -115,12 +115,10 @@ def test_recipe_table_is_the_package_s() -> None:
     table = (
         page("configs/README.md").split("| recipe | method | steps | data |")[1].split("\n\n")[0]
     )
-    rows = re.findall(r"^\| `(\S+)` \| `(\w+)` \| (.+) \| (\w+) \|$", table, flags=re.MULTILINE)
-    known = [(n, merged(one)["method"], one[-1].recipe) for n, one in recipe_files().items()]
+    rows = re.findall(r"^\| `(\S+)` \| (`.+`) \| (.+) \| (\w+) \|$", table, flags=re.MULTILINE)
     assert rows == [
-        (name, method, ", ".join(map(str, about.steps)) or "-", about.data)
-        for name, method, about in known
-        if about is not None
+        (name, f"`{'`, `'.join(methods)}`", ", ".join(map(str, about.steps)) or "-", about.data)
+        for name, (about, methods, _) in listed().items()
     ]
 
 

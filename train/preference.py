@@ -1,4 +1,4 @@
-"""Preferences: people's choices (PSO, offline) or rewards (feedback), for a distilled model.
+"""Preferences: people's choices (PSO) or rewards (online PSO, feedback), for a distilled model.
 
 One GPU (or a CPU), people's choices as JSON lines of text, chosen and rejected:
     accelerate launch train/preference.py \
@@ -9,6 +9,12 @@ Pick-a-Pic's columns, a model that takes one step:
     accelerate launch train/preference.py \
         --config configs/methods/preference.yaml --pretrained_model_name_or_path DIR \
         --method_config.num_steps 1 --data.dataset_name PICKS --output_dir runs/picks
+
+A model's own samples, ranked by PickScore:
+    accelerate launch train/preference.py \
+        --config configs/methods/online_preference.yaml \
+        --pretrained_model_name_or_path SDXL_TURBO --data.prompts_file prompts.txt \
+        --output_dir runs/online
 
 Rewards beside an anchor, on the student of another run:
     accelerate launch train/preference.py \

@@ -96,7 +96,7 @@ class EncodedCache:
         self.latents: TensorCache | None = None
         if family.conditioning == "prompt":
             self.prompts = self._open("prompts")
-        if "vae" in family.pipeline.components and not family.reads_image:
+        if "vae" in family.pipeline.components and not family.from_first_frame():
             self.latents = self._open("latents")
 
     def _open(self, kind: str) -> TensorCache:

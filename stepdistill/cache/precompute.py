@@ -40,7 +40,7 @@ _PROBES = 512  # images looked at to say how many are missing
 
 def encode_prompt(family: Family, prompt: Any) -> dict[str, Tensor]:
     """One prompt's tensors without the batch's dimension; alone, so that its bits are its own."""
-    return {name: value[0] for name, value in family.encode([prompt]).tensors.items()}
+    return {name: value[0] for name, value in family.encode_text([prompt]).tensors.items()}
 
 
 class _Task:

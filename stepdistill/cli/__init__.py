@@ -48,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         sys.exit(f"error: expected a command, got {name!r}. Nearest: {', '.join(near)}.")
-    from stepdistill.config.flags import ending_early, mistakes_in_one_line, parse_options
+    from stepdistill.config.flags import (
+        CommandOptions,
+        ending_early,
+        mistakes_in_one_line,
+        parse_options,
+    )
     from stepdistill.config.places import check_places
     from stepdistill.config.run import RunConfig
     from stepdistill.loading.quiet import quieten
@@ -65,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             options = parse_options(
                 module.Options, rest, f"stepdistill {name}", str(module.__doc__)
             )
-        if not isinstance(options, RunConfig):  # of which parse has looked first
-            check_places(options)
+        if isinstance(options, CommandOptions) and not isinstance(options, RunConfig):
+            check_places(options)  # those of runs parse has looked at
         status = module.run(options)
     if status is not None:
         sys.exit(status)

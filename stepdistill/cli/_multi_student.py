@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stepdistill.cli._several import is_trained, plain_options, refuse_other_options
 from stepdistill.config.run import RunConfig
 from stepdistill.data.lines import LineFile
 from stepdistill.data.partition import balanced_centroids, class_blocks
@@ -23,20 +24,14 @@ from stepdistill.export.sampler_at_stop import sampler_at_stop
 from stepdistill.families.registry import TeacherFacts, load_encoders, teacher_facts
 from stepdistill.loading.project_code import project_module
 from stepdistill.reporting.values import counted
-from stepdistill.storage.checkpoints import newest_valid, step_of
 from stepdistill.storage.files import read_json, write_text
 from stepdistill.storage.folders import refuse_foreign
 from stepdistill.storage.ranks import agreed, owned_by_first, process_state
 from stepdistill.trainers import ended_run, trainer_of_run
-from stepdistill.training.checkpoint import read_state
 from stepdistill.training.memory import release_memory
 from stepdistill.training.sources import open_dataset
 
 RECORD = "multi_student.json"
-# Options that change neither a student nor the shares: a later call may say others.
-_FREE = {"export_dir", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "report_to"}
-_FREE |= {"disable_progress_bar", "logging_steps", "checkpointing_steps", "checkpoints_total_limit"}
-_FREE |= {"dataloader_num_workers", "recipe"}
 
 
 def train_students(run: RunConfig, num_students: int, reasons: list[str]) -> Path:
@@ -61,7 +56,7 @@ def train_students(run: RunConfig, num_students: int, reasons: list[str]) -> Pat
             print(f"{counted(num_students, 'student')}; prompts of each: {sizes}")
         for number in range(num_students):
             part = _part(run, number)
-            if _is_trained(part):
+            if is_trained(part):
                 continue
             if state.is_main_process:
                 print(f"student {number} of {num_students}: {part.output_dir}")
@@ -94,10 +89,15 @@ def _checked(run: RunConfig, num_students: int, export_dir: Path) -> list[Any]:
             "num_students: expected a model with prompts or class labels to share out, got an "
             "unconditional one. Use stepdistill train."
         )
-    if facts.reads_image:
+    if facts.needs_images:
         raise ValueError(
             f"num_students: expected a model that a prompt is enough for, got {facts.pipeline}, "
-            "which reads a first frame too. Use stepdistill train."
+            "which reads an image too. Use stepdistill train."
+        )
+    if facts.num_nets > 1 or facts.setting.owned != (0.0, 1.0):
+        raise ValueError(
+            f"num_students: expected a model of one denoiser, got {facts.pipeline} of two experts. "
+            "Use stepdistill train."
         )
     if run.data.prompts_file is None:
         raise ValueError(
@@ -128,22 +128,14 @@ def _checked(run: RunConfig, num_students: int, export_dir: Path) -> list[Any]:
             read_json(file, ("options", *ROUTER))["options"],
             _options(run, num_students, rows),
         )
-        odd = [name for name in now if name not in _FREE and was.get(name) != now[name]]
-        if odd:
-            raise ValueError(
-                f"output_dir: expected the options that {run.output_dir} was begun with, got "
-                f"another {odd[0]}: {now[odd[0]]!r} in place of {was.get(odd[0])!r}. Say the "
-                "earlier one, or choose another folder."
-            )
+        refuse_other_options(run.output_dir, was, now)
     return rows
 
 
 def _options(run: RunConfig, num_students: int, rows: list[Any]) -> dict[str, Any]:
     """What the students and their shares follow from, as JSON gives it back."""
     fingerprint = LineFile(str(run.data.prompts_file)).sha256
-    options = {**run.model_dump(), "num_students": num_students, "prompts": fingerprint}
-    read: dict[str, Any] = json.loads(json.dumps(options))
-    return read
+    return plain_options(run, num_students=num_students, prompts=fingerprint)
 
 
 def _split(run: RunConfig, num_students: int, rows: list[Any]) -> None:
@@ -200,15 +192,6 @@ def _part(run: RunConfig, number: int) -> RunConfig:
     changes = {"output_dir": str(out / f"student-{number}"), "data": data, "export_dir": None}
     changes |= {"resume_from_checkpoint": "latest", "push_to_hub": False, "hub_model_id": None}
     return run.model_copy(update=changes)
-
-
-def _is_trained(part: RunConfig) -> bool:
-    """Whether its newest whole checkpoint is at the run's last update, or its time was up."""
-    checkpoint, _ = newest_valid(Path(part.output_dir))
-    if checkpoint is None:
-        return False
-    spent, most = float(read_state(checkpoint)["seconds"]), part.max_train_seconds
-    return step_of(checkpoint) >= part.max_train_steps or (most is not None and spent >= most)
 
 
 def _students(run: RunConfig, num_students: int) -> Iterator[Student]:

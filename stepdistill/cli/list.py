@@ -44,7 +44,8 @@ def run(options: Options) -> None:
         methods.add_row(name, called, facts["paper"], steps, facts["data"], facts["status"])
     families = table("families", "family", "pipeline classes", "conditioning", "LoRA loaded by")
     for name, facts in FAMILIES.index.items():
-        reads = "prompt and image" if facts["reads_image"] else facts["conditioning"]
+        images = (f"{name}" if needed else f"({name})" for name, needed in facts["reads"].items())
+        reads = " and ".join((facts["conditioning"], *images))
         loader = "Diffusers" if facts["has_lora_loader"] else "PEFT"
         families.add_row(name, ", ".join(facts["pipelines"]), reads, loader)
     for registry, made in ((METHODS, methods), (FAMILIES, families)):

@@ -17,8 +17,7 @@ def run(options: Options) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from stepdistill.config.layers import recipe_files
-    from stepdistill.planning.recipes import CARDS, known, method_of, refresh, sized, verdict
+    from stepdistill.planning.recipes import CARDS, listed, refresh, sized, verdict
 
     if options.refresh:
         refresh(sized())
@@ -34,20 +33,15 @@ def run(options: Options) -> None:
     table.caption = (
         "GiB: peak of one process as the recipe stands, by `plan`; does it fit a card of "
         f"{', '.join(map(str, CARDS))} GB (tight: above 90 % of it). `stepdistill plan --recipe "
-        "NAME` tells what makes it fit.\n"
+        "NAME` tells what makes it fit (of several trainings NAME/TRAINING; GiB is the largest).\n"
         "stepdistill train --recipe NAME --pretrained_model_name_or_path MODEL --data..."
     )
-    sizes = known()
-    for name, layers in recipe_files().items():
-        about = layers[-1].recipe
-        if about is None:
-            continue
+    for name, (about, methods, peak) in listed().items():
         model = "below 50 M" if about.size == "small" else about.model
         memory = ["-"] * (1 + len(CARDS))
-        if name in sizes:
-            peak = sizes[name]["peak"]
+        if peak is not None:
             memory = [f"{peak / 2**30:.1f}", *(verdict(peak, card * 1e9) for card in CARDS)]
         steps = ", ".join(map(str, about.steps)) or "-"
-        table.add_row(name, model, method_of(layers), steps, about.data, *memory, about.about)
+        table.add_row(name, model, ", ".join(methods), steps, about.data, *memory, about.about)
     console = Console()
     Console(width=console.width if console.is_terminal else 150).print(table)

@@ -113,7 +113,7 @@ class UserTeacher(TeacherSetup):
         self.own = options
         self._settled: dict[str, dict[str, Any]] = {}
         facts = teacher_facts(options.teacher)
-        if facts.conditioning != "prompt" or facts.reads_image:
+        if facts.conditioning != "prompt" or facts.needs_images:
             raise ValueError(
                 f"compare: expected a teacher told by prompts alone, got {options.teacher!r}. "
                 "Train each method by itself and use stepdistill evaluate."

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepdistill.config.layers import Layer, layers_of, recipe_files
+from stepdistill.config.layers import Layer, recipe_files
 from stepdistill.config.planned import bundled, description
 from stepdistill.core.abilities import Abilities
 
@@ -90,7 +90,7 @@ class ModelAtHand:
         for name, layers in recipe_files().items():
             about, values = layers[-1].recipe, layers[-1].values
             if about is not None and about.size == "small" and values.get("method") == method:
-                return layers_of(name), [
+                return layers, [
                     f"recipe {name}, as the denoiser has {self.size / 1e6:.2g} M parameters: rates "
                     "of papers, for a thousand times as many, would move nothing (--recipe or "
                     "--config NAME for another)"

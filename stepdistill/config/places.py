@@ -83,7 +83,7 @@ def check_given(values: Mapping[str, Any], argv: Sequence[str], model: type[Base
     }
     _check({name: place for name, place in named.items() if name not in flags}, values)
     for name, texts in flags.items():
-        for text in texts:
+        for text in texts if texts != ["null"] else ():  # which says none
             named[name].check(name, text)
 
 

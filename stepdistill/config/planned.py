@@ -21,8 +21,11 @@ def bundled() -> list[str]:
 
 def description(name: str) -> dict[str, Any]:
     """One of them: {"pipeline": class name, "options": {...}, "parts": {name: {"class", "config"}}}
-    (a part that is left out is None)."""
+    (a part that is left out is None). A file names another in "like" for what it shares with it."""
     made: dict[str, Any] = json.loads((_folder() / f"{name}.json").read_text())
+    if "like" in made:
+        base = description(made.pop("like"))
+        made = {**base, **made, "parts": {**base["parts"], **made.get("parts", {})}}
     return made
 
 

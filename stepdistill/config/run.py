@@ -285,6 +285,12 @@ class SourceConfig(Options):
     caption_column: str = "text"
     """Column of captions (or class labels) in the dataset, the folder's metadata, or a tar's .json;
     where it holds lists of captions, one is drawn each time."""
+    conditioning_column: str | None = None
+    """Column of the dataset, or of the folder's metadata, of images to edit, to refer to or to be
+    controlled by, for models that read one beside the prompt; conditioning_file_name and other
+    usual names are found. A list in it means several of them."""
+    mask_column: str | None = None
+    """Likewise of masks, white where the image is repainted; mask_file_name is found."""
     streaming: bool = False
     """Read the dataset as a stream and download nothing first. Every worker of every process reads
     all of it; resuming reads up to its place."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ON_HOST = ("length",)
+ON_HOST = ("length", "text", "null_length")
+CONDITIONING, MASK = "conditioning", "mask"  # an item's images beside the one it becomes
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Cond:
     """Conditioning of a batch: named tensors whose first dimension is the batch.
 
     Args: tensors: name -> (B, ...); every tensor has the same B. Integers named in ON_HOST stay on
-        the CPU: networks take them as Python numbers, and to read those would wait for a GPU.
+        the CPU: they are read as Python values, and to read those would wait for a GPU.
     Errors: ValueError where batch sizes differ.
     """
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from stepdistill.core.types import MASK
 from stepdistill.data.corrupt import CorruptItemError
 
 # Pillow's formats, and the endings of file names that are taken for pictures.
@@ -66,6 +68,24 @@ def decode_image(data: bytes, name: str, size_px: int | Size | None) -> Tensor:
         shown = ImageOps.fit(shown, (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1).float()
     return pixels / 127.5 - 1.0
+
+
+def decode_beside(
+    files: Mapping[str, Sequence[tuple[bytes, str]]], size_px: int | Size | None
+) -> dict[str, Tensor]:
+    """An item's further images (bytes, name) by their keys, as `decode_image`; several of a key are
+    (K, 3, H, W), of the first one's size where none is given. A mask is (1, H, W) in [0, 1].
+    """
+    made = {}
+    for key, named in files.items():
+        images: list[Tensor] = []
+        for one in named:
+            size = tuple(images[0].shape[-2:]) if images and size_px is None else size_px
+            images.append(decode_image(*one, size))
+        if key == MASK:
+            images = [image.mean(dim=0, keepdim=True) / 2 + 0.5 for image in images]
+        made[key] = images[0] if len(images) == 1 else torch.stack(images)
+    return made
 
 
 def picture_size(data: bytes) -> Size:

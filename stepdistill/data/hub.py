@@ -15,7 +15,9 @@ from typing import Any
 
 from stepdistill.data.captions import caption_of, label_of
 from stepdistill.data.corrupt import CorruptItemError
+from stepdistill.data.decode import decode_beside
 from stepdistill.data.fingerprint import list_digest
+from stepdistill.data.metadata import CAPTION_COLUMNS, FILE_COLUMNS, Beside, first_name
 from stepdistill.data.rows import RowStream
 from stepdistill.data.source import Source, decoded
 
@@ -39,7 +41,8 @@ class Columns:
 
     Args: image: column of images; one that is not there means prompts alone. key: what is told
         beside an image: "prompt", "label" or "none". features: the columns' types where they are
-        known. num_labels: of the model, where it is known.
+        known. num_labels: of the model, where it is known. beside: further images by their keys
+        (see metadata.Beside); a column of them may hold lists, all of one length.
     Errors: ValueError where a column that is needed is not there, or has values of another type.
     """
 
@@ -51,7 +54,13 @@ class Columns:
         key: str,
         features: Mapping[str, Any] | None = None,
         num_labels: int | None = None,
+        beside: Mapping[str, Beside] | None = None,
     ) -> None:
+        self.beside = _beside(names, beside or {})
+        if self.beside:  # columns as editing sets call them
+            image = first_name(names, (image, *(FILE_COLUMNS if image == "image" else ()))) or image
+            captions = CAPTION_COLUMNS if caption == "text" else ()
+            caption = first_name(names, (caption, *captions)) or caption
         if key == "none" and image not in names:
             raise ValueError(
                 f"image_column: expected one of {sorted(names)}, got {image!r}. "
@@ -70,7 +79,12 @@ class Columns:
     @property
     def wanted(self) -> list[str]:
         captions = [] if self.key == "none" else [self.caption]
-        return captions if self.image is None else [self.image, *captions]
+        return [*self.images, *captions]
+
+    @property
+    def images(self) -> list[str]:
+        """All columns of images."""
+        return [*([] if self.image is None else [self.image]), *self.beside.values()]
 
     def condition(self, row: dict[str, Any], name: str) -> dict[str, Any]:
         """{"prompt"} or {"label"} of a row. Errors: CorruptItemError where it has none."""
@@ -85,15 +99,37 @@ class Columns:
 
     def image_bytes(self, row: dict[str, Any], name: str) -> tuple[bytes, str] | None:
         """The row's image file and its name. Errors: CorruptItemError where it can't be read."""
-        if self.image is None:
-            return None
-        try:
-            image = row[self.image]
-            path = image["path"]
-            named = Path(path).name if path else name
-            return (image["bytes"] or Path(path).read_bytes()), named
-        except (OSError, TypeError, KeyError) as err:
-            raise CorruptItemError(name) from err
+        return None if self.image is None else _stored(row[self.image], name)
+
+    def beside_bytes(self, row: dict[str, Any], name: str) -> dict[str, list[tuple[bytes, str]]]:
+        """See Source.beside_bytes."""
+        values = {key: row[column] for key, column in self.beside.items()}
+        return {
+            key: [_stored(one, name) for one in (value if isinstance(value, list) else [value])]
+            for key, value in values.items()
+        }
+
+
+def _stored(image: Any, name: str) -> tuple[bytes, str]:
+    try:
+        path = image["path"]
+        named = Path(path).name if path else name
+        return (image["bytes"] or Path(path).read_bytes()), named
+    except (OSError, TypeError, KeyError) as err:
+        raise CorruptItemError(name) from err
+
+
+def _beside(names: list[str], beside: Mapping[str, Beside]) -> dict[str, str]:
+    """Key -> column. Errors: ValueError for one that is needed and not there."""
+    columns = {key: first_name(names, one.names) for key, one in beside.items()}
+    absent = next((key for key, one in beside.items() if one.needed and not columns[key]), None)
+    if absent is not None:
+        raise ValueError(
+            f"{absent}_column: expected one of {sorted(names)}, got none of the known names "
+            f"({', '.join(beside[absent].names)}), and the model reads one beside the prompt. Name "
+            f"it: --data.{absent}_column."
+        )
+    return {key: column for key, column in columns.items() if column is not None}
 
 
 def _check_type(column: str, feature: Any, key: str) -> None:
@@ -182,8 +218,11 @@ def shard_rows(streamed: Streamed, split: str, column: str) -> list[int]:
 def undecoded(rows: Any, columns: Columns) -> Any:
     """Only the columns that are read, images as bytes."""
     rows = rows.select_columns(columns.wanted)
-    if columns.image is not None:
-        rows = rows.cast_column(columns.image, _library().Image(decode=False))
+    plain = _library().Image(decode=False)
+    for name in columns.images:
+        feature = rows.features[name] if rows.features else None
+        many = hasattr(feature, "feature")  # a list of them
+        rows = rows.cast_column(name, type(feature)(plain) if many else plain)
     return rows
 
 
@@ -198,12 +237,14 @@ class HubDataset(Source):
         caption: str,
         key: str = "prompt",
         num_labels: int | None = None,
+        beside: Mapping[str, Beside] | None = None,
     ) -> None:
         super().__init__(size_px)
-        label_facts = (rows.features, num_labels)
-        self.columns = Columns(rows.column_names, image, caption, key, *label_facts)
+        facts = (rows.features, num_labels, beside)
+        self.columns = Columns(rows.column_names, image, caption, key, *facts)
         self.rows = undecoded(rows, self.columns)
         self._origin = (rows.info.dataset_name, rows.info.config_name, rows._fingerprint)
+        caption = self.columns.caption
         self._texts = rows.select_columns([caption]) if key != "none" else None
 
     def fingerprint(self) -> str:
@@ -221,6 +262,11 @@ class HubDataset(Source):
         if self.columns.image is None:
             return None
         return self.columns.image_bytes(self.rows[index], f"row {index}")
+
+    def beside_bytes(self, index: int) -> dict[str, list[tuple[bytes, str]]]:
+        if not self.columns.beside:
+            return {}
+        return self.columns.beside_bytes(self.rows[index], f"row {index}")
 
 
 class HubStream(RowStream):
@@ -240,9 +286,11 @@ class HubStream(RowStream):
         buffer: int = 4096,
         split: str = "train",
         num_labels: int | None = None,
+        beside: Mapping[str, Beside] | None = None,
     ) -> None:
         names = streamed.rows.column_names or list(next(iter(streamed.rows)))
-        self.columns = Columns(names, image, caption, key, streamed.rows.features, num_labels)
+        facts = (streamed.rows.features, num_labels, beside)
+        self.columns = Columns(names, image, caption, key, *facts)
         self.size_px, self.buffer = size_px, buffer
         self._rows = undecoded(streamed.rows, self.columns)
         column = self.columns.wanted[-1]  # the caption where there is one: few bytes a row
@@ -268,5 +316,9 @@ class HubStream(RowStream):
 
     def decode(self, row: dict[str, Any]) -> dict[str, Any]:
         condition = self.columns.condition(row, "a row without caption")
-        named = self.columns.image_bytes(row, str(next(iter(condition.values()), "an image"))[:40])
-        return {**condition, **decoded(named, self.size_px, self.known)}
+        name = str(next(iter(condition.values()), "an image"))[:40]
+        return {
+            **condition,
+            **decoded(self.columns.image_bytes(row, name), self.size_px, self.known),
+            **decode_beside(self.columns.beside_bytes(row, name), self.size_px),
+        }

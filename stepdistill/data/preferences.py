@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from stepdistill.data.captions import caption_of, label_of, shown
-from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.data.decode import Size
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.hub import Columns, undecoded
@@ -28,7 +27,7 @@ from stepdistill.data.metadata import (
     read_row,
     row_values,
 )
-from stepdistill.data.source import Source, decoded
+from stepdistill.data.source import Source, decoded, file_bytes
 from stepdistill.reporting.values import counted
 
 IMAGES, LABEL = ("jpg_0", "jpg_1"), "label_0"  # Pick-a-Pic's: the first image's share of the win
@@ -118,18 +117,10 @@ class PreferenceFile(Preferences):
         return {self.key: self._pair(index)[0]} if self._texts else {}
 
     def image_bytes(self, index: int, most: int = -1) -> tuple[bytes, str]:
-        return _read(self._pair(index)[1], most)
+        return file_bytes(self._pair(index)[1], most)
 
     def rejected_bytes(self, index: int) -> tuple[bytes, str]:
-        return _read(self._pair(index)[2])
-
-
-def _read(path: Path, most: int = -1) -> tuple[bytes, str]:
-    try:
-        with path.open("rb") as file:
-            return file.read(most), path.name
-    except OSError as err:
-        raise CorruptItemError(path.name) from err
+        return file_bytes(self._pair(index)[2])
 
 
 class PreferenceRows(Preferences):

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 
 from stepdistill.data.buckets import BucketOrder, bucket_sizes, nearest
 from stepdistill.data.corrupt import CorruptItemError
-from stepdistill.data.decode import Size, decode_image, image_content, picture_size
+from stepdistill.data.decode import Size, decode_beside, decode_image, image_content, picture_size
 from stepdistill.data.order import EpochOrder
 from stepdistill.data.rows import RowStream
 
@@ -56,6 +57,13 @@ class Source(Dataset[dict[str, Any]], ABC):
         Errors: CorruptItemError where it can't be read.
         """
 
+    def beside_bytes(self, index: int) -> Mapping[str, Sequence[tuple[bytes, str]]]:
+        """Files of its images beside the one it becomes, by their keys in an item.
+
+        Errors: CorruptItemError where one can't be read.
+        """
+        return {}
+
     def order(self, seed: int) -> EpochOrder | None:
         """The order of its epochs; None means the one of a set without shards."""
         return None
@@ -68,6 +76,7 @@ class Source(Dataset[dict[str, Any]], ABC):
         return {
             **self.condition(index),
             **decoded(self.image_bytes(index), size, self.known),
+            **decode_beside(self.beside_bytes(index), size),
             **({"size": size} if self.has_buckets else {}),
         }
 
@@ -109,6 +118,15 @@ class Source(Dataset[dict[str, Any]], ABC):
     def bucket_order(self, seed: int, batch: int) -> BucketOrder | None:
         """The order of its global batches of that many samples, where it has buckets."""
         return None if self._buckets is None else BucketOrder(self._buckets, batch, seed)
+
+
+def file_bytes(path: Path, most: int = -1) -> tuple[bytes, str]:
+    """See Source.image_bytes, of a file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(most), path.name
+    except OSError as err:
+        raise CorruptItemError(path.name) from err
 
 
 def pictures(item: dict[str, Any]) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from stepdistill.loading.safe_files import read_tensors
 from stepdistill.rewards.vision import KIND, ConvFeatures, read_learned
 from stepdistill.storage.files import locked, read_json, sha256_of
 from stepdistill.storage.folders import fault_of, write_folder
+from stepdistill.storage.optimizers import load_optimizer_tensors, optimizer_tensors
 
 from .images import Frame, clean_resize, image_files, middle, open_image, to_tensor
 from .store import network_sha256, settings_hash
@@ -188,11 +189,8 @@ def view(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _save(both: nn.Module, optimizer: torch.optim.Optimizer, part: Path, step: int) -> None:
-    state = optimizer.state_dict()["state"]
-    moments = {f"{i}.{name}": value for i, one in state.items() for name, value in one.items()}
-    write_folder(
-        part, {"model": both.state_dict(), "optimizer": moments}, {"state": {"step": step}}
-    )
+    tensors = {"model": both.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+    write_folder(part, tensors, {"state": {"step": step}})
 
 
 def _resumed(both: nn.Module, optimizer: torch.optim.Optimizer, part: Path) -> int:
@@ -200,9 +198,5 @@ def _resumed(both: nn.Module, optimizer: torch.optim.Optimizer, part: Path) -> i
     if fault_of(part) is not None:
         return 0
     both.load_state_dict(read_tensors(part / "model.safetensors"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in read_tensors(part / "optimizer.safetensors").items():
-        place, _, moment = name.partition(".")
-        state.setdefault(int(place), {})[moment] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    load_optimizer_tensors(optimizer, read_tensors(part / "optimizer.safetensors"))
     return int(read_json(part / "state.json", ("step",))["step"])

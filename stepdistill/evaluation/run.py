@@ -101,7 +101,7 @@ def open_judges(
     """
     family = teacher_facts(options.source).family
     frame = Frame(options.size_px, options.crop_px, options.resize_filter)
-    check_video(options, family.output, family.reads_image)
+    check_video(options, family.output, bool(family.needs_images()))
     prompts = read_prompts(options)
     files = image_files(options.reference)[: options.num_reference] if options.reference else []
     check_counts(options, prompts, files)
@@ -226,7 +226,7 @@ def _sources(
         options.student_guidance,
         options.num_frames,
         family.output,
-        family.reads_image,
+        bool(family.needs_images()),
     )
     counts = sorted(set(options.teacher_steps))
     sources = teacher_sources(options.source, counts, loading)

@@ -50,7 +50,8 @@ class Source:
 @dataclass(frozen=True)
 class Loading:
     """How pipelines are loaded and called. resolution, num_frames: height and width in px, and
-    a video's frames, or the model's own; output, reads_image: what all must be (see Family).
+    a video's frames, or the model's own; output, reads_image: what all must be (of Family: output,
+        needs_images).
 
     guidance, student_guidance: null + g (cond - null), of the teacher (None: the pipeline class's
     default) and of a student without distillation.json.
@@ -211,10 +212,11 @@ def _plain(
 
 def _family(model: str | ModelSource, loading: Loading) -> Family:
     family = load_family(model, torch_dtype=loading.dtype)
-    if (family.output, family.reads_image) != (loading.output, loading.reads_image):
+    made, wanted = bool(family.needs_images()), (loading.output, loading.reads_image)
+    if (family.output, made) != wanted:
         raise ValueError(
-            f"evaluate: expected {_kind(loading.output, loading.reads_image)}, as the teacher is, "
-            f"got {_kind(family.output, family.reads_image)} in {str(model)!r}."
+            f"evaluate: expected {_kind(*wanted)}, as the teacher is, "
+            f"got {_kind(family.output, made)} in {str(model)!r}."
         )
     family.pipeline.to(loading.device)
     return family
@@ -259,7 +261,7 @@ def _weights(model: str) -> dict[str, Any]:
 
 def _kind(output: str, reads_image: bool) -> str:
     made = "images" if output == "images" else "videos"
-    return f"a pipeline that makes {made}{' from a first frame' * reads_image}"
+    return f"a pipeline that makes {made}{' from an image too' * reads_image}"
 
 
 def _own_size(family: Family) -> dict[str, Any]:

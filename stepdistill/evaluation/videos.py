@@ -63,6 +63,7 @@ def first_frames(folder: str) -> list[FirstFrame]:
     return [
         FirstFrame(all_captions(caption)[0], path, sha256_of(path)[:16])
         for path, caption in FolderCaptions(root)
+        if path is not None
     ]
 
 
@@ -72,20 +73,23 @@ def text_of(prompt: Any) -> Any:
 
 
 def check_video(options: Any, output: str, reads_image: bool) -> None:
-    """Args: output, reads_image: of the teacher's Family.
+    """Args: output: of the teacher's Family. reads_image: whether it needs one beside the prompt.
 
     Errors: ValueError for options of videos beside images, for a choice of frames other than first,
         all or a number above 0, and for first frames that are missing or not read.
     """
     if output == "images":
-        for name in ("frames", "num_frames", "first_frames"):
+        for name in ("frames", "num_frames", *(() if reads_image else ("first_frames",))):
             if getattr(options, name) is not None:
                 raise ValueError(
                     f"{name}: expected it beside a pipeline that makes videos, got "
                     f"{options.teacher}, which makes images."
                 )
     if reads_image != (options.first_frames is not None):
-        expected = "a folder of first frames for" if reads_image else "no first frames beside"
+        expected = "no first frames beside"
+        if reads_image:
+            what = "first frames" if output == "frames" else "images to edit"
+            expected = f"a folder of {what} for"
         raise ValueError(
             f"first_frames: expected {expected} {options.teacher}, got {options.first_frames!r}."
         )

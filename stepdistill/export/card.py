@@ -62,11 +62,16 @@ def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     """The first argument of the call, as code."""
     if record["conditioning"] == "none":
         return ""
-    if record.get("reads_image"):
-        return f'load_image("first_frame.png"), {prompt!r}'
+    if record.get("reads"):
+        return f'image=load_image("{image_file(record["output"])}"), prompt={prompt!r}'
     if record["conditioning"] == "label":
         return "class_labels=[0]"
     return f"prompt={prompt!r}" if record.get("prompt_by_name") else repr(prompt)
+
+
+def image_file(output: str) -> str:
+    """What the card calls the picture beside a prompt. Args: output: see Family.output."""
+    return "first_frame.png" if output == "frames" else "input.png"
 
 
 def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> str:
@@ -81,10 +86,10 @@ def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> 
 
 def saving_code(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     """The call, and the saving of its image or video, as code."""
-    call = call_code(record, prompt)
+    call, loader = call_code(record, prompt), ", load_image" if record.get("reads") else ""
     if record.get("output") != "frames":
-        return f'pipe({call}).images[0].save("image.png")'
-    loader = ", load_image" if record.get("reads_image") else ""
+        code = f'pipe({call}).images[0].save("image.png")'
+        return f"from diffusers.utils{loader.replace(',', ' import')}\n{code}" if loader else code
     return (
         f"from diffusers.utils import export_to_video{loader}\n"
         f'export_to_video(pipe({call}).frames[0], "video.mp4")'

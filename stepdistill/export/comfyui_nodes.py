@@ -1,7 +1,7 @@
 """The nodes of ComfyUI that workflows here use: names, inputs, widgets, outputs and their types.
 
 Source: ComfyUI 0.8, nodes.py and comfy_extras/nodes_*.py:
-custom_sampler, flux, hunyuan, images, model_advanced, sd3, wan.
+custom_sampler, edit_model, flux, hunyuan, images, model_advanced, qwen, sd3, wan.
 """
 
 from __future__ import annotations
@@ -53,6 +53,15 @@ NODES: dict[str, Node] = {
     "ModelSamplingFlux": _node("model:MODEL", f"max_shift:FLOAT base_shift:FLOAT {_SIZE}", "MODEL"),
     "ModelSamplingDiscrete": _node("model:MODEL", "sampling:COMBO zsnr:BOOLEAN", "MODEL"),
     "CLIPTextEncode": _node("clip:CLIP", "text:STRING", "CONDITIONING"),
+    # Images to edit: as reference latents, of Qwen's nodes in the prompt's tokens too.
+    "VAEEncode": _node("pixels:IMAGE vae:VAE", "", "LATENT"),
+    "ReferenceLatent": _node("conditioning:CONDITIONING latent:LATENT", "", "CONDITIONING"),
+    "TextEncodeQwenImageEdit": _node(
+        "clip:CLIP vae:VAE image:IMAGE", "prompt:STRING", "CONDITIONING"
+    ),
+    "TextEncodeQwenImageEditPlus": _node(
+        "clip:CLIP vae:VAE image1:IMAGE image2:IMAGE image3:IMAGE", "prompt:STRING", "CONDITIONING"
+    ),
     "FluxGuidance": _node("conditioning:CONDITIONING", "guidance:FLOAT", "CONDITIONING"),
     "EmptyLatentImage": _node("", f"{_SIZE} batch_size:INT", "LATENT"),
     "EmptySD3LatentImage": _node("", f"{_SIZE} batch_size:INT", "LATENT"),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stepdistill.export.card import image_file
 from stepdistill.export.comfyui_nodes import NODES
 from stepdistill.export.tool_rules import ToolRules
 
@@ -68,6 +69,22 @@ class _Graph:
         }
 
 
+def _told(
+    graph: _Graph, texts: Sequence[str], clip: Output, vae: Output, image_node: str | None
+) -> list[Output]:
+    """The conditions of the texts, and of an image where the model edits one."""
+    if image_node is None:
+        return [graph.add("CLIPTextEncode", [text], clip=clip) for text in texts]
+    picture = graph.add("LoadImage", [image_file("images"), "image"])
+    if image_node != "ReferenceLatent":  # of Qwen: text and image in one
+        name = "image1" if image_node.endswith("Plus") else "image"
+        ends: dict[str, Output | None] = {"clip": clip, "vae": vae, name: picture}
+        return [graph.add(image_node, [text], **ends) for text in texts]
+    latent = graph.add("VAEEncode", pixels=picture, vae=vae)
+    plain = [graph.add("CLIPTextEncode", [text], clip=clip) for text in texts]
+    return [graph.add(image_node, conditioning=one, latent=latent) for one in plain]
+
+
 def workflow(rules: ToolRules, record: Mapping[str, Any]) -> dict[str, Any]:
     """The workflow of a LoRA export whose record has settings for ComfyUI.
 
@@ -88,14 +105,14 @@ def workflow(rules: ToolRules, record: Mapping[str, Any]) -> dict[str, Any]:
     model = graph.add("LoraLoaderModelOnly", [record["lora"]["file"], 1.0], model=model)
     if comfy["node"] is not None:
         model = graph.add(*comfy["node"], model=model)
-    positive = graph.add("CLIPTextEncode", [rules.before_prompt + "a prompt"], clip=clip)
-    negative = graph.add("CLIPTextEncode", [""], clip=clip)
+    texts = (rules.before_prompt + "a prompt", "")
+    positive, negative = _told(graph, texts, clip, vae, tools["image_node"])
     if comfy.get("flux_guidance") is not None:
         positive = graph.add("FluxGuidance", [comfy["flux_guidance"]], conditioning=positive)
     size = [width, height, *([tools["frames"]] if record["output"] == "frames" else []), 1]
     images: dict[str, Output | None] = {}
-    if record["reads_image"]:
-        images["start_image"] = graph.add("LoadImage", ["first_frame.png", "image"])
+    if record["reads"] and record["output"] == "frames":
+        images["start_image"] = graph.add("LoadImage", [image_file("frames"), "image"])
         if tools["reads_clip_vision"]:
             vision = graph.add("CLIPVisionLoader", ["clip_vision_h.safetensors"])
             images["clip_vision_output"] = graph.add(

@@ -56,21 +56,25 @@ def refuse_double_guidance(model: Any, guidance: float) -> None:
         )
 
 
-def refuse_other_sampling(model: Any, num_steps: int) -> None:
+def refuse_other_sampling(model: Any, num_steps: int, told_times: bool) -> None:
     """Warns where `model` is an export for another number of steps. Errors: ValueError where its
-    own scheduler, without guidance, does not sample it: it is guided, or its call is told times.
+    own scheduler, without guidance, does not sample it: it is guided, or its call is told what
+    the run is not.
 
-    Args: model: see refuse_double_guidance.
+    Args: model: see refuse_double_guidance. told_times: whether the run knows the times that the
+        model's call is told.
     """
     source, record = _export_of(model)
     if not record:
         return
-    arguments = sorted({"timesteps", "sigmas", "eta"} & record["call"].keys())
+    known = {"timesteps", "sigmas"} if told_times else set()
+    arguments = sorted(({"timesteps", "sigmas", "eta"} - known) & record["call"].keys())
     if record["guided"] or arguments:
         got = f"one whose call is told {arguments}" if arguments else "one that is guided"
         raise ValueError(
             f"model: expected a distilled pipeline that its scheduler samples by itself, without "
-            f"guidance, got {source}, {got}. Export it at steps that need no such argument."
+            f"guidance, got {source}, {got}. Say such times as --method_config.call_times, or "
+            "export it at steps that need no such argument."
         )
     if record["num_inference_steps"] != num_steps:
         warnings.warn(

@@ -90,7 +90,7 @@ def export_lora(
     student_model = facts.get("student_base") or facts.get("model")
     record = describe(family, spec, sampler, {**facts, "model": student_model}, path)
     base: Any = bank.base_of(role)
-    rules, name = tool_rules(family.net, family.reads_image), out_dir.resolve().name
+    rules, name = tool_rules(family.net, family.from_first_frame()), out_dir.resolve().name
     headers = modelspec(rules, record, name) if rules is not None and record["tools"] else {}
     with replacing(out_dir, "export") as aside:
         aside.mkdir()

@@ -160,7 +160,8 @@ def size_call(family: Family, resolution: int | None) -> dict[str, Any]:
     shape = family.default_shape
     if resolution is None or family.sample_shape(resolution, resolution) == shape:
         return {}
-    return {name: resolution for name in ("height", "width") if name in taken}
+    options = family.size_options(resolution, resolution)
+    return {name: value for name, value in options.items() if name in taken}
 
 
 def describe(
@@ -181,7 +182,7 @@ def describe(
         "conditioning": family.conditioning,
         "denoiser": [family.net_name, type(family.first_net).__name__],
         "output": family.output,
-        "reads_image": family.reads_image,
+        "reads": list(family.needs_images()),
         "prompt_by_name": family.conditioning == "prompt" and _first_argument(family) != "prompt",
         "method": facts.get("method"),
         "num_inference_steps": spec.num_steps,

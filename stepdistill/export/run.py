@@ -38,10 +38,10 @@ def sample_export(
     if not file.is_file():
         raise ValueError(f"sample: expected an exported pipeline with {RECORD}, got {folder}.")
     record = read_json(file, ("num_inference_steps", "load_without", "conditioning", "call"))
-    if record.get("reads_image"):
+    if record.get("reads"):
         raise ValueError(
-            f"sample: expected a pipeline that a prompt is enough for, got {folder}, which reads a "
-            "first frame too. Call it as its model card shows."
+            f"sample: expected a pipeline that a prompt is enough for, got {folder}, which reads "
+            "an image too. Call it as its model card shows."
         )
     steps = record["num_inference_steps"]
     if num_steps not in (None, steps):

@@ -48,14 +48,22 @@ def listed(sigmas: Sequence[float]) -> str:
     return ", ".join(f"{s:.6f}".rstrip("0").rstrip(".") for s in (*sigmas, 0.0))
 
 
+IMAGE_NODES = {
+    "FluxKontextPipeline": "ReferenceLatent",
+    "QwenImageEditPipeline": "TextEncodeQwenImageEdit",
+    "QwenImageEditPlusPipeline": "TextEncodeQwenImageEditPlus",
+}
+
+
 def tools_of(
     family: Family, path: NoisePath, spec: SamplerSpec, sampler: StockSampler, px: int | None
 ) -> dict[str, Any] | None:
     """`tool_settings` of a student and what a workflow needs; None where no tool has names for it.
 
-    size: (height, width), px; frames of a video; reads_clip_vision: of a first frame.
+    size: (height, width), px; frames of a video; reads_clip_vision: of a first frame; image_node:
+    what takes an image to edit.
     """
-    rules = tool_rules(family.net, family.reads_image)
+    rules = tool_rules(family.net, family.from_first_frame())
     if rules is None:
         return None
     pipeline, shape, video = family.pipeline, family.sample_shape(px, px), family.output == "frames"
@@ -69,7 +77,8 @@ def tools_of(
         **settings,
         "size": [int(side * factor) for side in shape[-2:]],
         "frames": (shape[1] - 1) * pipeline.vae_scale_factor_temporal + 1 if video else None,
-        "reads_clip_vision": family.reads_image and family.config.image_dim is not None,
+        "image_node": IMAGE_NODES.get(type(pipeline).__name__),
+        "reads_clip_vision": family.from_first_frame() and family.config.image_dim is not None,
     }
 
 

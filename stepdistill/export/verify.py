@@ -112,7 +112,7 @@ def _call(
     subject = {names[family.conditioning]: [prompt]} if family.conditioning in names else {}
     size = {n: v for n, v in record["call"].items() if n in ("height", "width")}
     options = typed_options(record)
-    if family.reads_image:  # its frame is of the model's own size
+    if family.from_first_frame():  # that is of the model's own size
         options, size = {n: v for n, v in options.items() if n not in size}, {}
     return subject, options, size
 

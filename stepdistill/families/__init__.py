@@ -9,5 +9,5 @@ from stepdistill.core.registry import Registry
 if TYPE_CHECKING:
     from stepdistill.families.family import Family
 
-_FACTS = ("pipelines", "conditioning", "reads_image", "has_lora_loader")
+_FACTS = ("pipelines", "conditioning", "needs_images", "reads", "has_lora_loader")
 FAMILIES: Registry[Family] = Registry(__name__, "stepdistill.families.family:Family", _FACTS)

@@ -73,6 +73,7 @@ class Family(ABC):
     variants: name of a further one -> what is laid over that, or the function's arguments.
     typed: what the stock call of a few-step student must be told all the same: no config says it.
     dynamic_shift: whether the stock call tells its scheduler a shift by the size.
+    reads: of "image" (to edit, to begin a video with, to refer to), "mask" and "control".
     """
 
     name: ClassVar[str]
@@ -80,6 +81,7 @@ class Family(ABC):
     net_name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
     conditioning: Literal["prompt", "label", "none"] = "prompt"
+    one_prompt: ClassVar[bool] = False  # whether the stock call takes one prompt at a time
     has_null: bool = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether a stock denoiser can have a guidance embedding
     supports_s: ClassVar[bool] = True  # whether a copy can be told where its jump ends (end_input)
@@ -88,7 +90,8 @@ class Family(ABC):
     one_size: ClassVar[bool] = False  # whether network or condition know one image size alone
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
     sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
-    reads_image: ClassVar[bool] = False  # whether the condition holds a first frame
+    reads: ClassVar[Mapping[str, bool]] = {}  # images beside x_t -> whether it needs them
+    image_keys: ClassVar[tuple[str, ...]] = ()  # where its Cond holds those: kept by a null
     output: ClassVar[Literal["images", "frames"]] = "images"  # what the stock call's result holds
     tiny: ClassVar[str | Mapping[str, Any]] = ""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -175,6 +178,16 @@ class Family(ABC):
     def told_guidance_in(cls, config: Any) -> bool:
         """Whether a copy of a denoiser of that configuration can be told the guidance (w)."""
         return cls.supports_w
+
+    @classmethod
+    def needs_images(cls) -> tuple[str, ...]:
+        """The images beside x_t without which there is no call."""
+        return tuple(name for name, needed in cls.reads.items() if needed)
+
+    @classmethod
+    def from_first_frame(cls) -> bool:
+        """Whether it makes a video from a first frame, which an item's image then is."""
+        return cls.output == "frames" and "image" in cls.reads
 
     @classmethod
     def has_lora_loader(cls) -> bool:
@@ -356,16 +369,28 @@ class Family(ABC):
         """The Cond of B empty prompts, as the stock pipeline makes it for guidance."""
         return self.encode([""]).repeat(bsz)
 
-    def with_image(self, cond: Cond, images: Tensor, shape: Sequence[int]) -> Cond:
-        """The Cond with these first frames (B, 3, H, W) in [-1, 1], for latents of shape (C, *S).
+    def encode_text(self, prompts: Sequence[Any]) -> Cond:
+        """What of `encode` the prompts alone decide, for `with_images`."""
+        return self.encode(prompts)
 
-        Only where `reads_image`.
+    def with_images(self, cond: Cond, images: Mapping[str, Tensor], shape: Sequence[int]) -> Cond:
+        """The Cond of `encode_text` with images beside x_t, for latents of shape (C, *S).
+
+        Args: images: by the names in `reads`: "image" and "control" (B, 3, H, W), or of several
+            (B, K, 3, H, W), in [-1, 1]; "mask" (B, 1, H, W) in [0, 1], 1 where it is repainted.
+        Errors: ValueError for others (see families.beside), TypeError where it reads none.
         """
-        raise TypeError(f"{self.name}: expected no first frames, its condition holds none.")
+        raise TypeError(f"{self.name}: expected no images beside the prompt, it reads none.")
 
-    def null_for(self, cond: Cond) -> Cond:
-        """The null counterpart of that very Cond, on its device."""
-        return self.null(cond.bsz).to(next(iter(cond.tensors.values())).device)
+    def null_for(self, cond: Cond, null: Cond | None = None) -> Cond:
+        """The null counterpart of that very Cond, on its device: its images without the prompt.
+
+        Args: null: one row of `null`, where the caller has it.
+        """
+        empty = (self.null(1) if null is None else null).repeat(cond.bsz)
+        device = next(iter(cond.tensors.values())).device
+        kept = {name: cond[name] for name in self.image_keys if name in cond.tensors}
+        return Cond({**empty.to(device).tensors, **kept})
 
     def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B, C, *S) of images (B, 3, H, W) in [-1, 1]."""
@@ -388,6 +413,10 @@ class Family(ABC):
     def call_extras(self) -> dict[str, Any]:
         """Arguments that keep the stock call at the model's own size, where its defaults do not."""
         return {}
+
+    def size_options(self, height: int, width: int) -> dict[str, Any]:
+        """Arguments that make the stock call's images of that size, px."""
+        return {"height": height, "width": width}
 
     def stock_guidance(self, guidance: float) -> float:
         """guidance_scale of the stock call for g of null + g (cond - null), or for g told."""

@@ -18,10 +18,11 @@ from stepdistill.core.types import Cond
 from stepdistill.families.family import TRANSFORMER_LORA_TARGETS, check_prompts, net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
 from stepdistill.families.flux_guidance import GuidanceToldFamily, fold_guidance
-from stepdistill.families.vae_sized import PATCH, VaeSizedFamily
+from stepdistill.families.references import SequenceFamily
+from stepdistill.families.vae_sized import PATCH
 
 
-class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
+class FluxFamily(GuidanceToldFamily, SequenceFamily):
     """FluxPipeline: dev (guidance embedding) and schnell (none)."""
 
     name: ClassVar[str] = "flux"
@@ -82,22 +83,29 @@ class FluxFamily(GuidanceToldFamily, VaeSizedFamily):
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
-        dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
+        dtype, images = net_dtype(net), self.images_of(x_t, cond)
         embeds = cond["prompt_embeds"].to(dtype)
-        ids = self.pipeline._prepare_latent_image_ids(
-            len(x_t), height // PATCH, width // PATCH, x_t.device, dtype
-        )
+        ids = [self._positions(latents, dtype) for latents in images]
+        for reference in ids[1:]:
+            reference[:, 0] = 1
         out: Tensor = net(
-            hidden_states=self.pack(x_t.to(dtype)),
+            hidden_states=self.packed(images, dtype),
             timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
             guidance=self.embedded_guidance(model_t, w),
             pooled_projections=cond["pooled"].to(dtype),
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
-            img_ids=ids,
+            img_ids=torch.cat(ids),
             return_dict=False,
         )[0]
-        return self.unpack(out, (height, width))
+        return self.of_x_t(out, x_t)
+
+    def _positions(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N, 3) of the tokens of an image."""
+        bsz, _, height, width = latents.shape
+        sides = (height // PATCH, width // PATCH)
+        ids: Tensor = self.pipeline._prepare_latent_image_ids(bsz, *sides, latents.device, dtype)
+        return ids
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid" and "block.i", joint then single: image tokens (a block returns text, image)."""

@@ -10,24 +10,27 @@ export keeps the one of its own grid in the scheduler's config.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.family import check_prompts, net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
+from stepdistill.families.references import ReferenceFamily
 from stepdistill.families.schedule import empirical_shift
 from stepdistill.families.vae import latent_size
-from stepdistill.families.vae_sized import PATCH, VaeSizedFamily
+from stepdistill.families.vae_sized import PATCH
 
 DEFAULT_STEPS = 50  # the stock call's num_inference_steps
 MAX_TOKENS = 512  # the stock call's max_sequence_length
+MAX_AREA = 1024 * 1024  # px of a reference, fixed in the stock call
 
 
-class Flux2Family(VaeSizedFamily):
+class Flux2Family(ReferenceFamily):
     """Flux2KleinPipeline. A step-distilled one (is_distilled) ignores guidance: it has no null."""
 
     name: ClassVar[str] = "flux2"
@@ -35,6 +38,7 @@ class Flux2Family(VaeSizedFamily):
     tiny = "stepdistill.testing.tiny_flux2:tiny_flux2"
     typed = ("num_inference_steps",)
     dynamic_shift = True
+    reads: ClassVar[Mapping[str, bool]] = {"image": False}
     net_name: ClassVar[str] = "transformer"
     sends_sigmas: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -95,18 +99,22 @@ class Flux2Family(VaeSizedFamily):
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
-        dtype = net_dtype(net)
+        dtype, images = net_dtype(net), self.images_of(x_t, cond)
+        ids = [self.pipeline._prepare_latent_ids(x_t)]
+        if images[1:]:
+            ids += [self.pipeline._prepare_image_ids([x[:1] for x in images[1:]])]
+        ids[1:] = [references.expand(len(x_t), -1, -1) for references in ids[1:]]
         embeds = cond["prompt_embeds"].to(dtype)
         out: Tensor = net(
-            hidden_states=self.pack(x_t.to(dtype)),
+            hidden_states=self.packed(images, dtype),
             timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
             guidance=self.embedded_guidance(model_t, w),
             encoder_hidden_states=embeds,
             txt_ids=self.pipeline._prepare_text_ids(embeds).to(x_t.device),
-            img_ids=self.pipeline._prepare_latent_ids(x_t).to(x_t.device),
+            img_ids=torch.cat(ids, dim=1).to(x_t.device),
             return_dict=False,
         )[0]
-        return self.unpack(out, x_t.shape)
+        return self.of_x_t(out, x_t)
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid" and "block.i", joint then single: image tokens (a block returns text, image)."""
@@ -118,15 +126,8 @@ class Flux2Family(VaeSizedFamily):
         width = config.num_attention_heads * config.attention_head_dim
         return token_blocks(width, item=1, **counts)
 
-    def image_features(
-        self, features: dict[str, Tensor], x_t: Tensor, cond: Cond
-    ) -> dict[str, Tensor]:
-        """See Family.image_features: single blocks put the text tokens before the image's."""
-        tokens = x_t.shape[-2] * x_t.shape[-1]
-        return {name: value[:, -tokens:] for name, value in features.items()}
-
     @torch.no_grad()
-    def encode(self, prompts: Sequence[Any]) -> Cond:
+    def encode_text(self, prompts: Sequence[Any]) -> Cond:
         """prompt_embeds (B, N, 3 D): hidden states of three layers, padding included."""
         embeds, _ = self.pipeline.encode_prompt(
             check_prompts(prompts),
@@ -134,6 +135,14 @@ class Flux2Family(VaeSizedFamily):
             max_sequence_length=MAX_TOKENS,
         )
         return Cond({"prompt_embeds": embeds})
+
+    def reference_pixels(self, picture: Image.Image) -> Tensor:
+        """See ReferenceFamily.reference_pixels: at most a megapixel, of whole tokens."""
+        processor, multiple = self.pipeline.image_processor, self.latent_px
+        picture = processor._resize_if_exceeds_area(picture, MAX_AREA)
+        height, width = (s // multiple * multiple for s in (picture.height, picture.width))
+        pixels: Tensor = processor.preprocess(picture, height, width, resize_mode="crop")
+        return pixels
 
     def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
         """See Family.settle_guidance: it goes on as a step-distilled one."""

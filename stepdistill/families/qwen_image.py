@@ -18,13 +18,14 @@ from torch.nn.functional import pad
 from stepdistill.core.types import Cond
 from stepdistill.families.family import check_prompts, net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
-from stepdistill.families.vae_sized import PATCH, VaeSizedFamily
+from stepdistill.families.references import SequenceFamily
+from stepdistill.families.vae_sized import PATCH
 
 MAX_TOKENS = 512  # the stock call's max_sequence_length
 NEGATIVE = " "  # the null prompt that the stock call's documentation names
 
 
-class QwenImageFamily(VaeSizedFamily):
+class QwenImageFamily(SequenceFamily):
     """QwenImagePipeline."""
 
     name: ClassVar[str] = "qwen_image"
@@ -59,19 +60,20 @@ class QwenImageFamily(VaeSizedFamily):
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
-        dtype, (height, width) = net_dtype(net), x_t.shape[-2:]
+        dtype, images = net_dtype(net), self.images_of(x_t, cond)
         length = cond["length"]
         longest = int(length.max())  # as the stock call pads a batch of its own
         mask = (torch.arange(longest) < length.unsqueeze(1)).to(x_t.device)
         out: Tensor = net(
-            hidden_states=self.pack(x_t.to(dtype)),
+            hidden_states=self.packed(images, dtype),
             timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
             encoder_hidden_states=cond["prompt_embeds"][:, :longest].to(dtype),
             encoder_hidden_states_mask=None if length.min() == longest else mask,
-            img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x_t),
+            img_shapes=[[(1, *(side // PATCH for side in x.shape[-2:])) for x in images]]
+            * len(x_t),
             return_dict=False,
         )[0]
-        return self.unpack(out, (height, width))
+        return self.of_x_t(out, x_t)
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """ "mid" and "block.i", image tokens (a block returns text tokens, image tokens)."""

@@ -235,7 +235,7 @@ class TeacherFacts:
 
     family, pipeline: the Family class, and the Diffusers class name it was found by.
     conditioning: "prompt", "label" or "none". has_null: whether there is an empty condition to
-    guide away from. reads_image: whether the condition holds a first frame beside the prompt.
+    guide away from. needs_images: what it needs beside the prompt (see Family.reads).
     num_labels: how many class labels it knows; None where it reads none. told_guidance: whether a
     student of it can be told the guidance. num_nets: how many denoisers share the times.
     frame_size: (height, width) of first frames, px.
@@ -245,7 +245,7 @@ class TeacherFacts:
     pipeline: str
     conditioning: Literal["prompt", "label", "none"]
     has_null: bool
-    reads_image: bool
+    needs_images: tuple[str, ...]
     setting: Setting
     num_labels: int | None = None
     told_guidance: bool = False
@@ -260,9 +260,13 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
     """
     if isinstance(teacher, Family):
         name = type(teacher.pipeline).__name__
-        facts = (teacher.conditioning, teacher.has_null, teacher.reads_image, teacher.setting)
+        facts = (teacher.conditioning, teacher.has_null, teacher.needs_images(), teacher.setting)
         in_config = teacher.labels_in(teacher.config), teacher.told_guidance_in(teacher.config)
-        frames = teacher.frame_size_in(teacher.pipeline.vae.config) if teacher.reads_image else None
+        frames = (
+            teacher.frame_size_in(teacher.pipeline.vae.config)
+            if teacher.from_first_frame()
+            else None
+        )
         counted = len(teacher.net_parts)
         return TeacherFacts(type(teacher), name, *facts, *in_config, counted, frames)
     source = ModelSource.of(teacher)
@@ -270,13 +274,13 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
     _check_parts(source, cls, {})
     reads = cls.conditioning == "label" or cls.supports_w
     config = _part_config(source, cls.net_name) if reads else {}
-    vae = _part_config(source, "vae") if cls.reads_image else {}
+    vae = _part_config(source, "vae") if cls.from_first_frame() else {}
     return TeacherFacts(
         cls,
         source.pipeline_class,
         cls.conditioning_in(config),
         cls.null_in(source.index),
-        cls.reads_image,
+        cls.needs_images(),
         replace(_setting(source, cls.sends_sigmas), owned=_owned(source)),
         cls.labels_in(config),
         cls.told_guidance_in(config),

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
-@torch.no_grad()
 def encode_images(vae: Any, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """(z - shift) / scale, float32 (B, C, H', W'): z sampled with `generator`, else its mode.
 
     A grey VAE (one input channel) reads the mean of the three colours. A video VAE takes images as
-    single frames, and videos (B, 3, F, H, W) to latents (B, C, F', H', W').
+    single frames, and videos (B, 3, F, H, W) to latents (B, C, F', H', W'). A graph is built where
+    the images have one alone: a family's autoencoder is frozen.
     Errors: ValueError for images of another shape.
     """
     video = is_video_vae(vae)

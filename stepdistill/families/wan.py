@@ -86,7 +86,7 @@ class WanFamily(ExpertFamily):
     def copy_net(self, extra_inputs: Sequence[str] = (), net: Any = None) -> nn.Module:
         """See Family.copy_net; also a copy that is causal by chunks of frames (causal.py)."""
         chunk = chunk_of(extra_inputs)
-        if chunk is None or self.experts is not None or self.reads_image:
+        if chunk is None or self.experts is not None or not self.causal:
             return super().copy_net(extra_inputs, net)
         if self.sample_shape()[1] % chunk:
             raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stepdistill.core.path import expand
 from stepdistill.core.types import Cond
+from stepdistill.families.beside import check_images, pictures
 from stepdistill.families.wan import STOCK_SIZE, WanFamily
 
 
@@ -32,8 +33,9 @@ class WanImageToVideoFamily(WanFamily):
         "wan_i2v_kept": {"expand_timesteps": True},
         "wan_i2v_experts": {"boundary_ratio": 0.9},
     }
-    reads_image: ClassVar[bool] = True
     causal: ClassVar[bool] = False
+    reads: ClassVar[Mapping[str, bool]] = {"image": True}
+    image_keys: ClassVar[tuple[str, ...]] = ("frame", "frame_tokens")
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -88,34 +90,34 @@ class WanImageToVideoFamily(WanFamily):
         flow = (x_t[:, :, :1].float() - frame) / t.clamp_min(1e-6).float()
         return torch.cat([flow.to(out.dtype), out[:, :, 1:]], dim=2)
 
+    def encode_text(self, prompts: Sequence[Any]) -> Cond:
+        """See Family.encode_text: prompt_embeds (B, N, D)."""
+        return super().encode(prompts)
+
     def encode(self, prompts: Sequence[Any]) -> Cond:
-        """prompt_embeds (B, N, D), and of `first_frame` what `with_image` gives."""
-        cond = super().encode(prompts)
+        """prompt_embeds (B, N, D), and of `first_frame` what `with_images` gives."""
+        cond = self.encode_text(prompts)
         return self._with(cond, [self.first_frame] * cond.bsz, self.sample_shape())
 
-    def with_image(self, cond: Cond, images: Tensor, shape: Sequence[int]) -> Cond:
-        """See Family.with_image: frame (B, 4 + C, F, H, W), or (B, C, 1, H, W) where it is kept;
+    def with_images(self, cond: Cond, images: Mapping[str, Tensor], shape: Sequence[int]) -> Cond:
+        """See Family.with_images: frame (B, 4 + C, F, H, W), or (B, C, 1, H, W) where it is kept;
         frame_tokens (B, N, D) of CLIP where the transformer reads them."""
-        pixels = self.pipeline.video_processor.postprocess(images.cpu(), output_type="pil")
-        return self._with(cond, pixels, shape)
-
-    def null_for(self, cond: Cond) -> Cond:
-        """See Family.null_for: as in the stock call, the same frame without the prompt."""
-        empty = super().encode([""]).repeat(cond.bsz)["prompt_embeds"]
-        return Cond({**cond.tensors, "prompt_embeds": empty.to(cond["prompt_embeds"])})
+        check_images(self, images, "with_images")
+        frames = pictures(self.pipeline.video_processor, images["image"], most=1)
+        return self._with(cond, [frame for (frame,) in frames], shape)
 
     @torch.no_grad()
-    def _with(self, cond: Cond, pictures: Sequence[Image.Image], shape: Sequence[int]) -> Cond:
+    def _with(self, cond: Cond, frames: Sequence[Image.Image], shape: Sequence[int]) -> Cond:
         pipe, device = self.pipeline, cond["prompt_embeds"].device
         at = pipe.vae.device  # where the encoders are: pixels take no way through the run's device
         rows: dict[str, list[Tensor]] = {"frame": []}
         if self.config.image_dim is not None:
             rows["frame_tokens"] = []
         height, width = (side * pipe.vae_scale_factor_spatial for side in shape[-2:])
-        frames = (shape[1] - 1) * pipe.vae_scale_factor_temporal + 1
-        for picture in pictures:  # one by one: the last bits depend on the batch
+        length = (shape[1] - 1) * pipe.vae_scale_factor_temporal + 1
+        for picture in frames:  # one by one: the last bits depend on the batch
             pixels = pipe.video_processor.preprocess(picture, height=height, width=width)
-            sizes = (height, width, frames, torch.float32, at)
+            sizes = (height, width, length, torch.float32, at)
             # Latents of its own, which nobody reads here, it would draw from a global generator.
             unread = {"latents": torch.empty(0)}
             pixels = pixels.to(at, torch.float32)

@@ -6,12 +6,15 @@ a MEAN over the image's d numbers: log-odds in nats are d / 2 times these, so a 
 / d a nat, and does not move with the size of images. With w the chosen image, l the rejected one,
 noised alike, D = l_w - k l_l of the tuned model and D_ref of the model before:
     loss = -log sigmoid(beta (D_ref - D)).
-Source: Miao et al. 2024, arXiv:2410.03190, its offline form as released.
+Online the two images are the model's own, and a step's log-density is that of what it drew.
+Source: Miao et al. 2024, arXiv:2410.03190, as released.
 """
 
 # Shapes: B pairs, C channels, *S spatial or (F, H, W).
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -54,3 +57,26 @@ def hinge(
     """
     margin = -beta * gap
     return (1.0 - margin).relu() + prior_weight * errors[1], margin, margin > 1.0
+
+
+def log_ratio(later: Tensor, mean: Tensor, reference: Tensor, std: Tensor) -> Tensor:
+    """(B,) log p / p_ref of a step that drew `later` from N(mean, std^2), as a mean over numbers.
+
+    Args: later, mean, reference: (B, C, *S), of the tuned model and of the model before. std: ().
+    """
+    farther = per_sample(squared_error(later, reference)) - per_sample(squared_error(later, mean))
+    return farther / (2.0 * std.to(farther.dtype) ** 2)
+
+
+def online(ratio: Tensor, won: Tensor, beta: float, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, margins (B,), whether a ratio is clamped (2B,)) of pairs of the model's own samples;
+    ln 2 where the model is the reference, 0 and no gradient where nothing has won.
+
+    Args: ratio: (2B,) log-ratios, the B first samples first. won: (B,) 1 where the first of a pair
+        won, -1 where the second did, 0 where neither.
+    """
+    low, high = math.log1p(-clip), math.log1p(clip)
+    one, other = ratio.clamp(low, high).chunk(2)
+    margin = beta * won.to(ratio.dtype) * (one - other)
+    losses = -logsigmoid(margin) * won.abs().to(ratio.dtype)
+    return losses, margin, (ratio < low) | (ratio > high)

@@ -25,15 +25,15 @@ from torch import Tensor
 
 from stepdistill.core.abilities import Abilities
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import Method, MethodConfig, Nets, Phase, Role, Setting
+from stepdistill.core.method import Nets, Phase, Setting
 from stepdistill.core.options import Positive
 from stepdistill.core.path import FlowPath
-from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.preference import hinge, logistic, pair_errors, preference_gap
+from stepdistill.methods.own_steps import OwnSteps, OwnStepsConfig
 
 
-class PreferenceConfig(MethodConfig):
+class PreferenceConfig(OwnStepsConfig):
     """Options of preference."""
 
     num_steps: int = Field(default=4, ge=1)
@@ -67,7 +67,7 @@ class PreferenceConfig(MethodConfig):
         return {}
 
 
-class Preference(Method[PreferenceConfig]):
+class Preference(OwnSteps[PreferenceConfig]):
     """Offline preference tuning of a few-step model at its own steps."""
 
     name = "preference"
@@ -75,14 +75,11 @@ class Preference(Method[PreferenceConfig]):
     Config = PreferenceConfig
     status = "checked on analytic teachers"
     aliases = {"pso": {}, "pairwise_sample_optimization": {}, "pso_db": {"loss": "hinge"}}
-    trainer = "PreferenceTrainer"
     data = "preferences"
     steps = (1, 2, 4, 8)
-    any_student = False
 
     def __init__(self, config: PreferenceConfig, setting: Setting) -> None:
         super().__init__(config, setting)
-        self.spec = setting.own_sampler(config.num_steps)
         self.grid = torch.tensor(self.spec.times, dtype=torch.float64)
         if (asked := config.student_times) is not None:
             wanted = torch.tensor(asked, dtype=torch.float64)
@@ -90,8 +87,8 @@ class Preference(Method[PreferenceConfig]):
                 raise ValueError(
                     f"student_times: expected those that the model's scheduler visits at "
                     f"num_steps {config.num_steps}, {_rounded(self.spec.times)}, got "
-                    f"{_rounded(asked)}. Save the model with a scheduler that visits yours, or "
-                    "leave it out."
+                    f"{_rounded(asked)}. Leave it out, or say as call_times what the model's call "
+                    "is told."
                 )
         if config.weight == "snr" and float(setting.path.coeffs(self.grid)[0].min()) < 1e-6:
             raise ValueError(
@@ -99,9 +96,6 @@ class Preference(Method[PreferenceConfig]):
                 f"({_rounded(self.spec.times[:1])}), got snr, which is 0 there. Set "
                 "--method_config.weight sigma."
             )
-
-    def roles(self) -> dict[str, Role]:
-        return {"teacher": Role(), "student": Role(train=True)}
 
     def phases(self, step: int) -> Sequence[Phase]:
         return (Phase("student", self.loss, trains=("student",)),)
@@ -135,14 +129,6 @@ class Preference(Method[PreferenceConfig]):
             "flat": flat.float().mean(),
         }
         return Losses(losses.mean(), logs)
-
-    def sampler(self, num_steps: int | None = None) -> SamplerSpec:
-        """The model's own scheduler at its own steps. Errors: ValueError for other steps."""
-        if num_steps not in (None, self.config.num_steps):
-            raise ValueError(
-                f"num_steps: expected {self.config.num_steps}, the tuned model's, got {num_steps}."
-            )
-        return self.spec
 
 
 def _rounded(times: Sequence[float]) -> tuple[float, ...]:

@@ -52,10 +52,10 @@ def make_pairs(
     """
     source = ModelSource.of(teacher)
     facts = teacher_facts(source)
-    if facts.reads_image:
+    if facts.needs_images:
         raise ValueError(
             f"pairs: expected a model that a prompt is enough for, got {source.model!r}, which "
-            "reads a first frame too. Give the trainer a dataset of image, x0 and noise instead."
+            "reads an image too. Give the trainer a dataset of conditioning, x0 and noise instead."
         )
     if (prompts_file is None) == (train_data_dir is None):
         raise ValueError(

@@ -29,6 +29,7 @@ from stepdistill.testing import tiny_parts
 
 # Tokenizer classes by the start of their names, and what stands in for one without its files.
 _STAND_INS: dict[str, Callable[[], Any]] = {
+    "Qwen2VL": lambda: tiny_parts.qwen_processor(tiny_parts.qwen_tokenizer(vision=True), False),
     "CLIP": lambda: tiny_parts.clip_tokenizer(77),
     "T5": lambda: tiny_parts.t5(8)[0],
     "Qwen2": lambda: tiny_parts.qwen(8)[0],
@@ -92,6 +93,9 @@ def blueprint(model: str, dtype: torch.dtype, expert: Expert = "both") -> Family
             parts[cls.net_name], parts[PARTS["low"]] = parts[PARTS["low"]], None
     module = import_module("diffusers")
     pipeline_class: type[DiffusionPipeline] = getattr(module, described["pipeline"])
+    if "folder" not in (described["parts"].get("processor") or {"folder": ""}):
+        ids = tiny_parts.vision_ids(parts["processor"].tokenizer)  # as the stand-in has them
+        parts["text_encoder"].config.update(ids)
     family = cls(pipeline_class(**parts, **options))
     family.owned = owned
     return family

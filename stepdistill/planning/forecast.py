@@ -22,8 +22,10 @@ from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method
 from stepdistill.core.types import Batch
+from stepdistill.families.beside import stand_in
 from stepdistill.families.decoder import blank_decoder
 from stepdistill.families.family import Family
+from stepdistill.families.references import ReferenceFamily
 from stepdistill.families.size import size_fits
 from stepdistill.families.vae import is_video_vae
 from stepdistill.monitoring.own_validation import PROMPTS, schedule
@@ -299,6 +301,10 @@ def _batch(
     tracker.reset_peak()
     shape = family.sample_shape(run.resolution, run.resolution)
     item: Any = PROMPT if family.conditioning == "prompt" else 0
+    if isinstance(family, ReferenceFamily):
+        asked = run.data.conditioning_column is not None
+        if asked or family.reference is not None:  # of the run's size, as its data are
+            family.reference = stand_in(run.resolution or family.size_px)
     with torch.no_grad():
         cond, null = family.encode([item]), family.null(1)
     encoding = tracker.peak - start
@@ -341,7 +347,7 @@ def _size(tensors: Any) -> int:
 def _entries(module: nn.Module) -> list[nn.Module]:
     """The entries of a network's outermost module lists."""
     if isinstance(module, nn.ModuleList):
-        return [*module]
+        return [entry for entry in module if entry is not None]  # a place that is left empty
     return [entry for child in module.children() for entry in _entries(child)]
 
 

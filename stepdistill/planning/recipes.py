@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config.layers import Layer, merged, recipe_files
+from stepdistill.config.layers import About, Layer, merged, recipe_files, several_trainings
 from stepdistill.storage.files import json_sha256, read_json, write_text
 
 CARDS = (12, 16, 24, 48, 80)  # GB
@@ -68,6 +68,22 @@ def forecast_of(layers: Sequence[Layer]) -> dict[str, Any]:
 def known() -> dict[str, dict[str, Any]]:
     """The index: recipe -> its entry."""
     return read_json(INDEX) if INDEX.is_file() else {}
+
+
+def listed() -> dict[str, tuple[About, list[str], int | None]]:
+    """(block, methods, the largest peak where all are known) of every recipe; one of several
+    trainings is one."""
+    files, sizes, several = recipe_files(), known(), several_trainings()
+    rows: dict[str, tuple[About, list[str], int | None]] = {}
+    for whole in dict.fromkeys(name.partition("/")[0] for name in files):
+        parts = several[whole].trainings if whole in several else {}
+        names = [f"{whole}/{part}" for part in parts] or [whole]
+        about = several.get(whole) or files[whole][-1].recipe
+        assert about is not None, "recipe_files reads recipes alone"
+        peaks = [sizes[name]["peak"] for name in names if name in sizes]
+        methods = [*dict.fromkeys(method_of(files[name]) for name in names)]
+        rows[whole] = about, methods, max(peaks) if len(peaks) == len(names) else None
+    return rows
 
 
 def refresh(names: Iterable[str]) -> None:

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.solvers import SamplerSpec, sample_x0
+from stepdistill.families.beside import stand_in
 from stepdistill.families.family import Family
+from stepdistill.families.references import ReferenceFamily
 from stepdistill.families.registry import family_for, load_family
 from stepdistill.families.schedule import parity_scheduler
 from stepdistill.families.vae import is_video_vae
@@ -36,6 +38,7 @@ from stepdistill.roles.rolebank import RoleBank
 
 LIMIT = 1e-5  # float32; a wrong timestep, null condition or VAE scale is orders above it
 GUIDANCE, NUM_STEPS, SEED = 3.0, 4, 0
+SMALLEST_REFERENCE = 64  # px, of Flux.2's calls
 
 Row = tuple[str, float]
 
@@ -186,11 +189,13 @@ def check_family(model: Any) -> list[Row]:
     family = as_family(model)
     by_text = family.conditioning == "prompt"
     prompts: list[Any] = ["a red cube", "seven cats"] if by_text else [0, 1]
+    prompts = prompts[:1] if family.one_prompt else prompts
     return [
         *_call_rows(family, prompts),
         *_sampling_rows(family, prompts),
         *_vae_rows(family),
         _gradient_row(family, prompts[:1]),
+        *_reference_rows(family, prompts),
     ]
 
 
@@ -243,13 +248,25 @@ def _sampling_rows(family: Family, prompts: list[Any]) -> list[Row]:
     return [(name, gap(x0, stock.final[:bsz]))]
 
 
+def _reference_rows(family: Family, prompts: list[Any]) -> list[Row]:
+    """The calls, with a reference, of a family that can do without."""
+    if not isinstance(family, ReferenceFamily) or family.reference is not None:
+        return []
+    family.reference = stand_in(max(SMALLEST_REFERENCE, family.size_px))
+    try:
+        rows = [*_call_rows(family, prompts), *_sampling_rows(family, prompts)]
+    finally:
+        family.reference = None
+    return [(f"with a reference, {name}", value) for name, value in rows]
+
+
 def _vae_rows(family: Family) -> list[Row]:
     """Our scaled latents through the stock pipeline's decoder, against the VAE alone."""
     prompt: list[Any] = ["a red cube"] if family.conditioning == "prompt" else [0]
     blank = family.images(torch.zeros(1, *family.sample_shape()))
     generator = torch.Generator().manual_seed(SEED)
     images = torch.rand(blank.shape, generator=generator) * 2 - 1
-    if family.reads_image:  # a video begins with the frame that the stock call is given
+    if family.from_first_frame():  # a video begins with the frame that the stock call is given
         frame = family.pipeline.video_processor.preprocess(family.call_extras["image"])
         images[:, :, 0] = frame
     stock = Stock(family)

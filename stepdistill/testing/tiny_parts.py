@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -17,6 +18,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -115,13 +119,21 @@ def gemma(width: int) -> tuple[GemmaTokenizer, Gemma2Model]:
     return tokenizer, Gemma2Model(config)
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level Qwen tokenizer with a chat template."""
+VISION_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+)
+
+
+def qwen_tokenizer(vision: bool = False) -> Qwen2Tokenizer:
+    """A byte-level Qwen tokenizer with a chat template. Args: vision: with VISION_TOKENS."""
     vocab = {token: i for i, token in enumerate([*byte_symbols(), "<|endoftext|>"])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
     )
+    if vision:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(VISION_TOKENS)})
     return tokenizer
 
 
@@ -140,10 +152,15 @@ def qwen(width: int) -> tuple[Qwen2Tokenizer, Qwen3Model]:
     return tokenizer, Qwen3Model(config)
 
 
-def qwen_vl(width: int) -> Qwen2_5_VLForConditionalGeneration:
-    """A one-layer Qwen 2.5 VL of that width, for `qwen_tokenizer`."""
+def qwen_vl(
+    width: int, tokenizer: Qwen2Tokenizer | None = None
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A one-layer Qwen 2.5 VL of that width, for `qwen_tokenizer`.
+
+    Args: tokenizer: one with VISION_TOKENS, of a model that sees images too.
+    """
     text = {
-        "vocab_size": len(qwen_tokenizer()),
+        "vocab_size": len(qwen_tokenizer() if tokenizer is None else tokenizer),
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": 1,
@@ -166,8 +183,29 @@ def qwen_vl(width: int) -> Qwen2_5_VLForConditionalGeneration:
         "patch_size": 4,
         "fullatt_block_indexes": [0],
     }
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    ids = {} if tokenizer is None else vision_ids(tokenizer)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def vision_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    """What a Qwen 2.5 VL's configuration has to say of a tokenizer with VISION_TOKENS."""
+    names = ("vision_start", "vision_end", "image", "video")
+    tokens = zip(names, VISION_TOKENS[2:], strict=True)
+    return {f"{n}_token_id": tokenizer.convert_tokens_to_ids(token) for n, token in tokens}
+
+
+def qwen_processor(tokenizer: Qwen2Tokenizer, tiny: bool = True) -> Qwen2VLProcessor:
+    """What prepares images for a Qwen 2.5 VL; for `qwen_vl` 16 patches of 4 px of each, four of
+    them one token. Args: tiny: else for a released one."""
+    patches: dict[str, Any] = {"patch_size": 4} if tiny else {}
+    size: dict[str, Any] = {"size": {"shortest_edge": 256, "longest_edge": 256}} if tiny else {}
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**patches, **size),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**patches),
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def vae(

@@ -6,12 +6,15 @@ config, which the stock classes keep, says what these are made for.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
@@ -19,11 +22,13 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from stepdistill.testing.tiny_parts import (
     LATENT_SIZE,
     TEXT_WIDTH,
+    qwen_processor,
     qwen_tokenizer,
     qwen_vl,
     seeded,
@@ -37,39 +42,91 @@ LATENTS: dict[str, Any] = {
 }
 
 
+def qwen_transformer(**extra: Any) -> QwenImageTransformer2DModel:
+    """Two blocks of width 16."""
+    return QwenImageTransformer2DModel(
+        in_channels=4 * 4,  # 2 x 2 patches of four latent channels
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(2, 2, 4),
+        **extra,
+    )
+
+
+def qwen_vae(levels: int = 2) -> AutoencoderKLQwenImage:
+    """Factor 2 ** (levels - 1)."""
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1] * levels,
+        num_res_blocks=1,
+        temperal_downsample=[False] * (levels - 1),
+        **LATENTS,
+    )
+    autoencoder.register_to_config(sample_size=2 ** (levels - 1) * LATENT_SIZE)
+    return autoencoder
+
+
+def qwen_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """With the dynamic shift of the released ones."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=4,
+        max_image_seq_len=LATENT_SIZE**2 // 4,
+        shift_terminal=0.02,
+    )
+
+
 def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
     """A QwenImagePipeline with dynamic shift, as released, and a factor-2 VAE."""
     with seeded(seed):
-        transformer = QwenImageTransformer2DModel(
-            in_channels=4 * 4,  # 2 x 2 patches of four latent channels
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=TEXT_WIDTH,
-            axes_dims_rope=(2, 2, 4),
-        )
-        autoencoder = AutoencoderKLQwenImage(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False],
-            **LATENTS,
-        )
-        autoencoder.register_to_config(sample_size=2 * LATENT_SIZE)
         return QwenImagePipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True,
-                base_image_seq_len=4,
-                max_image_seq_len=LATENT_SIZE**2 // 4,
-                shift_terminal=0.02,
-            ),
-            vae=autoencoder,
+            transformer=qwen_transformer(),
+            scheduler=qwen_scheduler(),
+            vae=qwen_vae(),
             text_encoder=qwen_vl(TEXT_WIDTH),
             tokenizer=qwen_tokenizer(),
         )
+
+
+def tiny_qwen_image_edit(
+    plus: bool = False, zero_cond_t: bool = False, vae_levels: int = 2, seed: int = 0
+) -> QwenImageEditPipeline | QwenImageEditPlusPipeline:
+    """`tiny_qwen_image` that reads images. Its calls want `small_references`, or a VAE of 6 levels.
+
+    plus: of the class for several. zero_cond_t: whether their tokens are told t = 0, as in 2511.
+    """
+    with seeded(seed):
+        tokenizer = qwen_tokenizer(vision=True)
+        return (QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)(
+            transformer=qwen_transformer(zero_cond_t=zero_cond_t),
+            scheduler=qwen_scheduler(),
+            vae=qwen_vae(vae_levels),
+            text_encoder=qwen_vl(TEXT_WIDTH, tokenizer),
+            tokenizer=tokenizer,
+            processor=qwen_processor(tokenizer),
+        )
+
+
+def small_references(side: int = 32) -> None:
+    """From now on, in this process, the stock calls of Qwen-Image-Edit bring references to about
+    side x side px in place of a megapixel, of which a tiny VAE makes a quarter million tokens.
+
+    side: px, a multiple of 32.
+    """
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        rule = _RULES.setdefault(module.__name__, module.calculate_dimensions)
+        module.calculate_dimensions = partial(_smaller, rule, side * side)
+
+
+_RULES: dict[str, Any] = {}
+
+
+def _smaller(rule: Any, area: int, _asked: int, ratio: float) -> Any:
+    return rule(area, ratio)
 
 
 def wan_vae() -> AutoencoderKLWan:

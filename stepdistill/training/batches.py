@@ -18,7 +18,8 @@ from torch import Tensor
 
 from stepdistill.cache.encoded import EncodedCache, image_key
 from stepdistill.config.run import TrainConfig
-from stepdistill.core.types import Batch, Cond
+from stepdistill.core.types import CONDITIONING, MASK, Batch, Cond
+from stepdistill.families.beside import images_beside
 from stepdistill.families.family import Family
 
 REREAD = "reread"  # (row, raw batch, key of the item) -> the image that the source left out
@@ -63,12 +64,9 @@ class BatchMaker:
         Args: gan: the collated dict of the discriminator's own source.
         """
         cond, prompts = self._cond(raw)
-        if self.family.reads_image:
-            null = self.family.null_for(cond)
-        else:
-            if self._null is None:
-                self._null = self.family.null(1).to(self.device)
-            null = self._null.repeat(cond.bsz)
+        if self._null is None:
+            self._null = self.family.null(1).to(self.device)
+        null = self.family.null_for(cond, self._null)
         real, x0 = None, self._x0(raw) if with_x0 else None
         if gan is not None:
             x0_gan = self._x0(gan, "gan")
@@ -76,7 +74,7 @@ class BatchMaker:
             real = (x0_gan, self._cond(gan)[0])
         rejected = self._rejected(raw) if with_x0 else None
         known = {"index", "content", "prompt", "label", "image", "x0", "noise", "size", REREAD}
-        known |= {"rejected", "rejected_content"}
+        known |= {"rejected", "rejected_content", CONDITIONING, MASK}
         return Batch(
             cond=cond,
             null=null,
@@ -108,16 +106,17 @@ class BatchMaker:
         else:
             prompts = raw["label"] if "label" in raw else raw["prompt"]
         prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
-        cond = self.encode(prompts)
-        if self.family.reads_image:
-            cond = self.family.with_image(cond, raw["image"], self.shape)
+        cond, images = self.encode(prompts), images_beside(self.family, raw)
+        if self.family.reads:
+            cond = self.family.with_images(cond, images, self._shape(raw)).to(self.device)
         return cond, prompts
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
-        """The Cond of the prompts on the run's device, encoding only the new ones."""
+        """What the prompts alone decide of the Cond, on the run's device; only new ones are
+        encoded."""
         if self.disk is None and not self._max_prompts:  # all are new wherever a run was resumed
-            return self.family.encode(prompts).to(self.device)
+            return self.family.encode_text(prompts).to(self.device)
         fresh: dict[Any, Cond] = {}
         stored: dict[Any, Cond] = {}
         for prompt in dict.fromkeys(prompts):
@@ -130,7 +129,7 @@ class BatchMaker:
             else:
                 # One by one: the last bits depend on the batch a prompt is encoded in, and which
                 # prompts are new depends on where a run was resumed.
-                fresh[prompt] = self.family.encode([prompt]).to(self.device)
+                fresh[prompt] = self.family.encode_text([prompt]).to(self.device)
         at_hand = {**stored, **fresh}
         parts = [at_hand[p] if p in at_hand else self._prompts[p] for p in prompts]
         if self._max_prompts:
@@ -156,7 +155,7 @@ class BatchMaker:
         if "x0" in raw:
             latents: Tensor = raw["x0"].to(self.device).float()
             return latents
-        if not {"image", "content"} & raw.keys() or self.family.reads_image:
+        if not {"image", "content"} & raw.keys() or self.family.from_first_frame():
             return None  # of the latter the image is the first frame alone
         images: Any = raw["image"] if "image" in raw else [None] * len(raw["index"])
         uncached = not self._latents_room and (self.disk is None or self.disk.latents is None)

@@ -20,6 +20,7 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.data.rows import RowStream
 from stepdistill.data.source import Source
 from stepdistill.data.stream import provided_fields, sample_item
+from stepdistill.families.beside import check_images, images_beside
 from stepdistill.families.family import Family
 from stepdistill.families.registry import TeacherFacts
 from stepdistill.loading.source import ModelSource
@@ -66,9 +67,12 @@ def method_fits(
 
     def fields(data: Any) -> frozenset[str]:
         has = provided_fields(data)
-        return always | (
-            _without_first_frames(has, sample_item(data)) if teacher.reads_image else has
-        )
+        if not teacher.family.reads:
+            return always | has
+        item, family = sample_item(data), teacher.family
+        check_images(family, images_beside(family, item), "train_dataset", batched=False)
+        first_frame_alone = family.from_first_frame() and "x0" not in item
+        return always | (has - {"x0"} if first_frame_alone else has)
 
     has = fields(dataset) | {"null"}
     if gan_dataset is None or "real" not in method.needs:
@@ -153,7 +157,7 @@ def buckets_fit(dataset: Any, gan_dataset: Any, teacher: TeacherFacts) -> None:
     """Errors: ValueError where a dataset in buckets meets a model of one size, or a GAN's own."""
     if not getattr(dataset, "by_ratio", False):
         return
-    if teacher.family.one_size or teacher.reads_image:
+    if teacher.family.one_size:
         raise ValueError(
             f"data.buckets: expected a model of several image sizes, got {teacher.family.name}, "
             "which has one. Leave it out: images are cropped to the model's size."
@@ -163,19 +167,6 @@ def buckets_fit(dataset: Any, gan_dataset: Any, teacher: TeacherFacts) -> None:
             "data.buckets: expected no gan_dataset (its images have one size, so the discriminator "
             "would learn sizes), got one. Leave one of them out."
         )
-
-
-def _without_first_frames(has: frozenset[str], item: Mapping[str, Any]) -> frozenset[str]:
-    """The fields that a model which reads an item's image as its first frame still has.
-
-    Errors: ValueError where the item has no image.
-    """
-    if "image" not in item:
-        raise ValueError(
-            f"train_dataset: expected items with an image, the video's first frame, got "
-            f"{sorted(item)}. Train on images with captions: --data.train_data_dir DIR."
-        )
-    return has if "x0" in item else has - {"x0"}
 
 
 def roles_fit(

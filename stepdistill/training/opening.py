@@ -124,8 +124,8 @@ def _size(tensors: Iterable[Any]) -> int:
 def closing_line(trainer: Trainer, folder: Path) -> str:
     """The one command that tries an exported pipeline."""
     family, prompts = trainer.family, trainer.args.validation_prompts
-    if family.reads_image:
-        return f"try it: the code in {folder / 'README.md'} (it reads a first frame)"
+    if family.needs_images():
+        return f"try it: the code in {folder / 'README.md'} (it reads an image too)"
     example = {"prompt": "a photo of a cat", "label": "0", "none": "0"}[family.conditioning]
     prompt = prompts[0] if prompts else example
     return f"try it: stepdistill sample {shlex.quote(str(folder))} --prompt {shlex.quote(prompt)}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from stepdistill.config.files import method_class
 from stepdistill.config.run import RunConfig, SourceConfig
 from stepdistill.data.hub import HubDataset, HubStream, load_rows
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
+from stepdistill.data.metadata import Beside, beside_columns
 from stepdistill.data.preferences import PreferenceFile, PreferenceRows
 from stepdistill.data.stream import EmptyRows, PromptDataset
 from stepdistill.data.tars import TarDataset
+from stepdistill.families.beside import fields_beside
 from stepdistill.families.registry import TeacherFacts, teacher_facts
 
 
@@ -51,7 +54,9 @@ def _open(data: SourceConfig, facts: TeacherFacts, run: RunConfig) -> Any:
         return PromptDataset.from_file(data.prompts_file)
     if data.train_data_dir is not None:
         options = (by_label, conditioning == "none", data.caption_column, facts.num_labels)
-        return ImageFolderDataset(data.train_data_dir, run.resolution, *options)
+        return ImageFolderDataset(
+            data.train_data_dir, run.resolution, *options, _beside(data, facts)
+        )
     if data.preferences_file is not None:
         pairs = (data.preferences_file, run.resolution, conditioning, data.caption_column)
         return PreferenceFile(*pairs, facts.num_labels)
@@ -68,7 +73,14 @@ def _open(data: SourceConfig, facts: TeacherFacts, run: RunConfig) -> Any:
             )
         columns = (run.resolution, data.caption_column, conditioning, facts.num_labels)
         return PreferenceRows(_rows(data), *columns)
-    return open_shards(data, conditioning, run.resolution, run.cache_dir, facts.num_labels)
+    shards = (data, conditioning, run.resolution, run.cache_dir, facts.num_labels)
+    return open_shards(*shards, _beside(data, facts))
+
+
+def _beside(data: SourceConfig, facts: TeacherFacts) -> dict[str, Beside]:
+    """Columns of what the model reads beside the prompt."""
+    fields = fields_beside(facts.family)
+    return beside_columns(fields, data.conditioning_column, data.mask_column)
 
 
 def open_shards(
@@ -77,6 +89,7 @@ def open_shards(
     resolution: int | None,
     index_dir: str | None,
     num_labels: int | None = None,
+    beside: Mapping[str, Beside] | None = None,
 ) -> TarDataset | HubDataset | HubStream:
     """The dataset of tar shards, or of the `datasets` library."""
     column = data.caption_column
@@ -86,8 +99,9 @@ def open_shards(
     rows = _rows(data)
     columns = (resolution, data.image_column, column, conditioning)
     if data.streaming:
-        return HubStream(rows, *columns, data.shuffle_buffer, data.dataset_split, num_labels)
-    return HubDataset(rows, *columns, num_labels)
+        order = (data.shuffle_buffer, data.dataset_split)
+        return HubStream(rows, *columns, *order, num_labels, beside)
+    return HubDataset(rows, *columns, num_labels, beside)
 
 
 def _rows(data: SourceConfig) -> Any:

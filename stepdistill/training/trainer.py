@@ -191,7 +191,7 @@ class Trainer(Resumable):
             )
         if self.family.expert != "both":
             return "one expert of two makes no images"
-        return "its model needs an image beside the prompt" if self.family.reads_image else ""
+        return "its model needs an image beside the prompt" if self.family.needs_images() else ""
 
     # ------------------------------------------------------------------ loop
     def train(self, until: int | None = None) -> dict[str, float]:

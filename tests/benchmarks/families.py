@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from export.test_fresh_process import RUNNER, expected_image, nudge
 from support.runs import METHOD_CASES, MethodCase, build_trainer
 
+from stepdistill.export.card import image_file
 from stepdistill.families.registry import FAMILIES, load_family
 from stepdistill.testing.parity import check_family
 from stepdistill.testing.tiny import TINY
@@ -121,7 +122,7 @@ def line_of(name: str, out: Path, python: str) -> Line:
         folders += [made] if form == "lora" else []
     extras = trainer.family.call_extras
     if "image" in extras:
-        extras["image"].save(root / "first_frame.png")
+        extras["image"].save(root / image_file(trainer.family.output))
     said = run_elsewhere(python, folders, root, extras)
     results = {folder.name: apart(root / f"{folder.name}.png", ours) for folder in folders}
     if "failed" in results.values():

@@ -36,6 +36,7 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "list": ([], "", (None, None)),
     "merge": (["a:0.5", "b", "--output", "out"], "method", ("cat", "linear")),
     "multi_student": ([*TEACHER, "--method", "dmd2"], "num_students", (2, 3)),
+    "particles": ([], "gradients", (("sds:100", "vsd"), ("csd",))),
     "pairs": ([*TEACHER, "--pairs_dir", "p"], "guidance", (2.5, 3.0)),
     "plan": (
         ["--pretrained_model_name_or_path", "sdxl", "--method", "dmd2"],
@@ -175,6 +176,8 @@ def test_mistakes_and_the_list_need_no_torch(tmp_path) -> None:
         ["evaluate", "--teacher", gone, "--student", "me/x"],
         ["evaluate", "--teacher", "me/x", "--student", "./x"],
         ["compare", "--teacher", "me/x", "--reference", gone, "--output_dir", "c"],
+        ["particles", "--pretrained_model_name_or_path", gone],
+        ["particles", "--gradients", "sdss:7"],
         ["train", "--help"],
     ]
     code = f"""
@@ -197,8 +200,9 @@ print(sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
         *("method", "pretrained_model_name_or_path", "flags", "data.prompts_file", "--recipe"),
         *("data.train_data_dir", "pretrained_model_name_or_path", "pretrained_model_name_or_path"),
         *("run_dir", "run_dir", "model_dir", "folder", "model_dir", "sources"),
-        *("teacher", "student", "reference"),
+        *("teacher", "student", "reference", "pretrained_model_name_or_path"),
     ]
+    assert "gradients: expected KIND or KIND:GUIDANCE with one of sds," in told
     assert "got ['max_steps']. Nearest: {'max_steps': ['max_train_steps'" in told
 
 
@@ -230,7 +234,7 @@ def test_networks_are_imported_by_run_alone(name) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stepdistill.")
     }
     rooms = {module.split(".")[0] for module in modules - {"core.options"}}
-    assert rooms <= {"config", "evaluation"}
+    assert rooms <= {"config", "evaluation", "particles"}
 
 
 def test_help_of_options_imports_no_network() -> None:

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from support.resume import same_tensors
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
 from stepdistill.config.files import parse_run_config
 from stepdistill.core.solvers import sample_x0
-from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.trainers import DistillationTrainer, ended_run, trainer_of_run
 
 PROMPTS = ["a cat", "a dog", "a red car", "two blue boats", "a house", "the sea at night", "a cat"]
@@ -154,14 +153,16 @@ def test_sample_runs_it_and_the_card_says_so(tmp_path, tmp_path_factory, capsys)
 def test_a_student_cut_off_is_the_plain_run_on_its_share(tmp_path, tmp_path_factory) -> None:
     out = three("sd", tmp_path_factory)
     assert _TRAINED == ["student-0", "student-1", "student-1", "student-2"]
-    same(out / "student-1", plain(tmp_path / "base", out / "prompts-1.txt", tmp_path_factory))
+    same_tensors(
+        out / "student-1", plain(tmp_path / "base", out / "prompts-1.txt", tmp_path_factory)
+    )
 
 
 @pytest.mark.full  # by default the student that is cut off is compared with a plain run
 def test_one_student_is_the_method(tmp_path, tmp_path_factory) -> None:
     call("multi_student", "sd", tmp_path / "one", tmp_path_factory, "--num_students", "1")
     base = plain(tmp_path / "base", tmp_path / "sd.txt", tmp_path_factory)
-    same(tmp_path / "one" / "student-0", base)
+    same_tensors(tmp_path / "one" / "student-0", base)
     assert stock(tmp_path / "one" / "pipeline").students_of(PROMPTS) == [0] * 7
 
 
@@ -172,23 +173,6 @@ def plain(out: Path, prompts: Path, factory: Any) -> Path:
     return out
 
 
-def same(run: Path, other: Path) -> None:
-    """Bit for bit, in all tensors of their last checkpoints."""
-    states = [trainer_state(newest_valid(folder)[0]) for folder in (run, other)]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def trainer_state(checkpoint: Path | None) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, by file and name."""
-    assert checkpoint is not None
-    files = sorted(checkpoint.rglob("*.safetensors"))
-    assert files
-    return {
-        f"{file.name} {name}": value for file in files for name, value in load_file(file).items()
-    }
-
-
 @pytest.mark.parametrize(
     ("family", "more", "said"),
     [
@@ -197,6 +181,7 @@ def trainer_state(checkpoint: Path | None) -> dict[str, torch.Tensor]:
         ("sd", ["--num_students", "2", "--tuning.student", "full"], "--tuning.student lora"),
         ("sd", ["--num_students", "2", "--resume_from_checkpoint", "x"], "none or latest"),
         ("unet2d", ["--num_students", "2"], "unconditional"),
+        ("wan_experts", ["--num_students", "2"], "of two experts"),
     ],
 )
 def test_mistakes_are_told_before_weights(

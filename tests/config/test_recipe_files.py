@@ -29,7 +29,15 @@ from stepdistill.families.registry import FAMILIES, load_family
 from stepdistill.families.size import size_fits
 from stepdistill.methods import METHODS
 from stepdistill.pairs.teacher import make_pairs
-from stepdistill.planning.recipes import CARDS, forecast_of, known, settings_hash, sized, verdict
+from stepdistill.planning.recipes import (
+    CARDS,
+    forecast_of,
+    known,
+    listed,
+    settings_hash,
+    sized,
+    verdict,
+)
 from stepdistill.storage.bundled import bundled_names
 from stepdistill.testing.tiny import TINY
 from stepdistill.trainers import train_run
@@ -93,6 +101,15 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
     around = {"about": "a", "base": [str(path)], "steps": [1], "data": "prompts"}
     with pytest.raises(ValueError, match="at most 5 deep, got one in itself"):
         run_of("--recipe", written(path, method="dmd2", recipe=around))
+    with pytest.raises(ValueError, match=r"got sdxl-dmd2-1step, which is several.*1step/start'"):
+        run_of("--recipe", "sdxl-dmd2-1step")
+    with pytest.raises(ValueError, match=r"one of the trainings \['start', 'dmd2'\] of .* 'end'"):
+        run_of("--recipe", "sdxl-dmd2-1step/end")
+    part = {"about": "b", "base": [], "steps": [1], "data": "prompts", "options": {}}
+    late = {"one": {**part, "student_of": "two"}, "two": part}
+    several = {"about": "a", "base": [], "steps": [1], "data": "prompts", "trainings": late}
+    with pytest.raises(ValueError, match=r"one.student_of: expected a training before it, .*two"):
+        run_of("--recipe", written(tmp_path / "d.yaml", recipe=several))
 
 
 def test_every_method_has_a_recipe_for_small_models() -> None:
@@ -230,11 +247,12 @@ print(time.process_time() - start < 2.0, sorted({"torch", "diffusers"} & set(sys
     *lines, last = done.stdout.splitlines()
     assert last == "True []"
     rows = {line.split()[0]: line for line in lines if line.strip()}
-    assert {*RECIPES} <= {*rows}
-    for name, entry in known().items():
-        words = [f"{entry['peak'] / 2**30:.1f}"]
-        words += [verdict(entry["peak"], card * 1e9) for card in CARDS]
-        assert words == rows[name].split(ABOUT[name].data, 1)[1].split()[: 1 + len(CARDS)]
+    assert {*listed()} <= {*rows}
+    for name, (about, _, peak) in listed().items():
+        words = ["-"] * (1 + len(CARDS))
+        if peak is not None:
+            words = [f"{peak / 2**30:.1f}", *(verdict(peak, card * 1e9) for card in CARDS)]
+        assert words == rows[name].split(about.data, 1)[1].split()[: 1 + len(CARDS)]
 
 
 # --------------------------------------------------------------------------------- tiny models

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.runs import TinyData, teacher_dir
+from support.runs import TinyData, key_beside, teacher_dir
 
 from stepdistill.config.files import method_class, method_config, parse_run_config
 from stepdistill.config.run import RunConfig
@@ -52,7 +52,7 @@ def check(run: RunConfig, teacher: Path) -> None:
     """What a trainer says before it loads a weight."""
     cls, facts = method_class(run.method), teacher_facts(teacher)
     config = method_config(run.method, run.method_config)
-    data = TinyData((4, 4, 4), facts.conditioning, ("x0", "noise"), facts.reads_image)
+    data = TinyData((4, 4, 4), facts.conditioning, ("x0", "noise"), key_beside(facts.family))
     judges = cls(config, facts.setting).scorers()
     method_fits(cls, config, facts, data, dict.fromkeys(judges, lambda images, by: images))
     roles_fit(cls, config, run, facts)

@@ -24,7 +24,8 @@ from stepdistill.testing.tiny import TINY
 
 FACTS = {"model": "my/base", "method": "dmd2", "step": 1, "seed": 0}
 CASES = ("sd", "sd_v", "sdxl", "sd3", "flux", "lumina2", "z_image", "qwen_image", "wan", "wan_i2v")
-OPTIONAL = {"start_image", "clip_vision_output"}
+CASES += ("flux_kontext", "qwen_image_edit", "qwen_image_edit_2511")
+OPTIONAL = {"start_image", "clip_vision_output", "image2", "image3"}
 SOURCES = {"seed": "KSampler", "noise_seed": "SamplerCustom"}
 
 
@@ -92,7 +93,9 @@ def test_every_family_s_workflow_fits_the_nodes(name, tmp_path) -> None:
     else:
         assert widgets(graph, "ManualSigmas")["sigmas"].count(",") == 4
     assert ("SaveAnimatedWEBP" in kinds) == name.startswith("wan")
-    assert ("FluxGuidance" in kinds) == (name == "flux")
+    assert ("FluxGuidance" in kinds) == (name.startswith("flux"))
+    edits = {"TextEncodeQwenImageEdit", "TextEncodeQwenImageEditPlus", "ReferenceLatent"} & kinds
+    assert len(edits) == ("kontext" in name or "edit" in name)
     assert "workflow.json" in (out / "README.md").read_text()
 
 

@@ -61,7 +61,9 @@ def test_check_finds_a_wrong_adapter(wrong, expands, row) -> None:
 def test_a_kept_frame_is_the_x0_of_every_prediction() -> None:
     family = kept()
     teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
-    cond = family.with_image(family.encode(["a", "b"]), frames(), family.sample_shape())
+    cond = family.with_images(
+        family.encode_text(["a", "b"]), {"image": frames()}, family.sample_shape()
+    )
     x, t = torch.randn(2, 4, 2, 4, 8), torch.tensor([0.9, 0.05]).double()
     with torch.no_grad():
         x0 = teacher(x, t, cond, family.null_for(cond), 4.0).x0
@@ -76,7 +78,9 @@ def test_no_loss_sees_a_kept_frame() -> None:
     generator = torch.Generator().manual_seed(0)
     for param in bank.members("fake").values():
         param.data += 0.3 * torch.randn(param.shape, generator=generator)
-    cond = family.with_image(family.encode(["a", "b"]), frames(), family.sample_shape())
+    cond = family.with_images(
+        family.encode_text(["a", "b"]), {"image": frames()}, family.sample_shape()
+    )
     x, t = torch.randn(2, 4, 2, 4, 8), torch.tensor([0.9, 0.4]).double()
     with torch.no_grad():
         real, fake = bank["teacher"](x, t, cond).x0, bank["fake"](x, t, cond).x0
@@ -106,7 +110,9 @@ def test_a_kept_frame_biases_no_mean() -> None:
 def test_sampling_ends_with_the_clean_frame(kind) -> None:
     family = kept()
     teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
-    cond = family.with_image(family.encode(["a", "b"]), frames(), family.sample_shape())
+    cond = family.with_images(
+        family.encode_text(["a", "b"]), {"image": frames()}, family.sample_shape()
+    )
     noise = torch.randn(2, 4, 2, 4, 8)
     spec = SamplerSpec((1.0, 0.5), kind)
     x0 = sample_x0(teacher, spec, noise, cond, fresh_noise=lambda _: noise)
@@ -122,7 +128,9 @@ def test_batches_take_the_items_frame_for_both_passes(expands) -> None:
     assert torch.equal(batch.cond["frame"], batch.null["frame"])
     assert not torch.equal(batch.cond["frame"][0], batch.cond["frame"][1])
     assert torch.equal(batch.null["prompt_embeds"], family.null(2)["prompt_embeds"])
-    first = family.with_image(family.encode(["a"]), frames()[:1], family.sample_shape())
+    first = family.with_images(
+        family.encode_text(["a"]), {"image": frames()[:1]}, family.sample_shape()
+    )
     assert torch.equal(batch.cond["frame"][:1], first["frame"])
     if expands:  # a causal encoder: the first latent of a video is that of its first frame
         video = frames()[:1].unsqueeze(2).expand(-1, -1, 5, -1, -1)
@@ -134,7 +142,7 @@ def test_a_first_frame_of_another_size_is_refused_before_loading(
     tmp_path, tmp_path_factory
 ) -> None:
     teacher = teacher_dir("wan_i2v", tmp_path_factory)
-    data = TinyData((4, 2, 4, 8), "prompt", (), frames=True)
+    data = TinyData((4, 2, 4, 8), "prompt", (), "image")
     data.items[0]["image"] = torch.zeros(3, 32, 16)
     with pytest.raises(ValueError, match=r"first frames of 16 x 32 px .* got 32 x 16"):
         build_trainer("dmd2", teacher, "lora", tmp_path / "run", dataset=data)
@@ -145,7 +153,7 @@ def test_items_without_a_frame_are_refused_before_loading(tmp_path, tmp_path_fac
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")
     with pytest.raises(ValueError, match="first frame"):
         type(trainer)(str(teacher), trainer.args, ["a prompt"], method="dmd2")
-    items = TinyData(trainer.family.sample_shape(), "prompt", (), frames=True)
+    items = TinyData(trainer.family.sample_shape(), "prompt", (), beside="image")
     build = {"method": "dmd2", "method_config": {"gan": {"weight_g": 1e-2}}}
     with pytest.raises(ValueError, match="expected batch fields"):
         type(trainer)(str(teacher), trainer.args, items, **build)

@@ -186,6 +186,12 @@ def test_other_steps_and_times_are_refused() -> None:
         made(FlowPath(), num_steps=2, student_times=(1.0, 0.4))
     with pytest.raises(ValueError, match="student_times: expected those"):
         made(FlowPath(), student_times=(1.0, 0.5))
+    told = made(FlowPath(), num_steps=2, call_times=(1.0, 0.4))
+    assert told.sampler().times == (1.0, 0.4)
+    assert told.grid.tolist() == [1.0, 0.4]
+    for odd in ((1.0,), (0.4, 1.0), (1.1, 0.4), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="call_times: expected 2 descending times"):
+            made(FlowPath(), num_steps=2, call_times=odd)
 
 
 def test_the_facts_of_a_folder_know_its_times(tmp_path_factory) -> None:

@@ -15,7 +15,7 @@ from stepdistill.loading.project_code import project_module
 from stepdistill.testing.tiny import TINY_FAMILY
 
 CODE: Any = project_module("multi_student")
-ALL = [n for n, f in TINY_FAMILY.items() if f.conditioning == "prompt" and not f.reads_image]
+ALL = [n for n, f in TINY_FAMILY.items() if f.conditioning == "prompt" and not f.needs_images()]
 PROMPTS = ["a cat", "a dog runs away", "a cat"]
 
 

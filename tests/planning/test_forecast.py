@@ -26,7 +26,9 @@ RELEASED = {
     "sd35_medium": 2243,
     "sd35_large": 8057,
     "flux": 11901,
+    "flux_kontext": 11901,
     "qwen_image": 20430,
+    "qwen_image_edit": 20430,
     "wan_1_3b": 1419,
     "wan_14b": 14288,
 }

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill.roles.role_weights import to_cpu
+from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.trainers import DistillationTrainer
 from stepdistill.training.checkpoint import optimizer_state, plain_state
 from support.runs import build_trainer
@@ -109,3 +111,20 @@ def resumed_differs(
     )
     again.train()
     return differences(expected, everything(again)), update, total
+
+
+def same_tensors(run: Path, other: Path) -> None:
+    """Bit for bit, in all tensors of their last checkpoints."""
+    states = [all_tensors(newest_valid(folder)[0]) for folder in (run, other)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def all_tensors(checkpoint: Path | None) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by file and name."""
+    assert checkpoint is not None
+    files = sorted(checkpoint.rglob("*.safetensors"))
+    assert files
+    return {
+        f"{file.name} {name}": value for file in files for name, value in load_file(file).items()
+    }

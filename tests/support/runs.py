@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import FIELDS, Scorer, Setting
 from stepdistill.core.path import FlowPath, VPPath
+from stepdistill.core.types import CONDITIONING
 from stepdistill.families.family import Family
 from stepdistill.families.features import FeatureBlock, chosen_blocks
 from stepdistill.families.registry import family_for, load_family, teacher_facts
@@ -27,6 +28,7 @@ from stepdistill.methods import METHODS
 from stepdistill.rewards.vision import KIND, ConvFeatures
 from stepdistill.storage.folders import write_folder
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
+from stepdistill.testing.tiny_video import small_references
 from stepdistill.trainers import DistillationTrainer, trainer_class
 from stepdistill.training import trainer as training
 
@@ -35,6 +37,7 @@ THOROUGH = ("sd", "sd_v", "sd3", "dit")
 # Of each kind of network one, for what no family has of its own: what each has is met by the
 # matrix and by `stepdistill check`, which tests/families/test_families.py makes of all.
 NETWORKS = ("sd", "sd3", "dit", "edm", "wan_i2v")
+small_references()
 _TEACHERS: dict[str, Path] = {}
 _SHAPES: dict[str, tuple[int, ...]] = {}  # of a teacher's latents by its folder
 _READ: dict[str, Family] = {}  # by its folder, as it was read
@@ -59,6 +62,13 @@ def fingerprint(tensors: Mapping[str, Tensor], skip_adapters: bool = False) -> d
     }
 
 
+def key_beside(family: type[Family]) -> str:
+    """The key of an item's image beside its prompt, where the family reads one."""
+    if not family.reads:
+        return ""
+    return "image" if family.from_first_frame() else CONDITIONING
+
+
 class TinyData(Dataset[dict[str, Any]]):
     """Six items with every field a method may need."""
 
@@ -67,7 +77,7 @@ class TinyData(Dataset[dict[str, Any]]):
         shape: tuple[int, ...],
         told: str,
         fields: tuple[str, ...],
-        frames: bool = False,
+        beside: str = "",
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -81,8 +91,9 @@ class TinyData(Dataset[dict[str, Any]]):
             item = kinds[told]
             for name in fields:
                 item[name] = torch.randn(shape, generator=generator)
-            if frames:  # one for a video's start
-                item["image"] = torch.rand(3, 16, 32, generator=generator) * 2 - 1
+            if beside:  # a video's start is as wide as the tiny ones
+                size = (16, 32 if beside == "image" else 16)
+                item[beside] = torch.rand(3, *size, generator=generator) * 2 - 1
             self.items.append(item)
 
     def __len__(self) -> int:
@@ -127,6 +138,11 @@ def _brightness(images: Tensor, by: object) -> Tensor:
 def _darkness(images: Tensor, by: object) -> Tensor:
     """The other taste."""
     return -_brightness(images, by)
+
+
+def _contrast(images: Tensor, by: object) -> Tensor:
+    """Another that needs no weights, and that no two images have in common."""
+    return images.flatten(1).std(dim=1)
 
 
 def _pixel_distance(images: Tensor, by: Any) -> Tensor:
@@ -487,6 +503,18 @@ METHOD_CASES: dict[str, MethodCase] = {
         ("x0",),
         _two_with_prompts,
     ),
+    "online_preference": MethodCase(
+        "online_preference",
+        {"num_steps": 2, "reward": {"kind": "contrast"}},
+        scorers={"contrast": _contrast},
+    ),
+    "online_preference_all": MethodCase(
+        "online_preference",
+        {"num_steps": 3, "reward": {"kind": "contrast"}, "trained_steps": "all"},
+        (),
+        _two_with_prompts,
+        {"contrast": _contrast},
+    ),
     "preference": MethodCase("preference", {"num_steps": 3}, ("x0", "rejected")),
     "preference_hinge": MethodCase(
         "preference",
@@ -598,9 +626,9 @@ def build_trainer(
     data, facts = dataset, teacher_facts(teacher)
     if data is None:
         shape = _latent_shape(teacher)
-        data = TinyData(shape, facts.conditioning, spec.fields, facts.reads_image)
+        data = TinyData(shape, facts.conditioning, spec.fields, key_beside(facts.family))
     if gan_dataset is None and spec.gan_fields:
-        told = (facts.conditioning, spec.gan_fields, facts.reads_image)
+        told = (facts.conditioning, spec.gan_fields, key_beside(facts.family))
         gan_dataset = TinyData(_latent_shape(teacher), *told, seed=1)
     load = training.load_family
     if load is load_family and args.frozen_dtype == torch.float32 and str(teacher) in _SHAPES:

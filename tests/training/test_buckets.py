@@ -212,10 +212,10 @@ def test_models_of_one_size_are_refused_before_a_weight_is_loaded(tmp_path) -> N
     data = images(tmp_path / "in")
     family = SimpleNamespace(one_size=True, name="dit")
     with pytest.raises(ValueError, match=r"data\.buckets: expected a model of several .* got dit"):
-        buckets_fit(data, None, SimpleNamespace(family=family, reads_image=False))
-    several = SimpleNamespace(family=SimpleNamespace(one_size=False), reads_image=False)
+        buckets_fit(data, None, SimpleNamespace(family=family))
+    several = SimpleNamespace(family=SimpleNamespace(one_size=False))
     buckets_fit(data, None, several)
     with pytest.raises(ValueError, match=r"data\.buckets: expected no gan_dataset"):
         buckets_fit(data, data, several)
     data.by_ratio = False
-    buckets_fit(data, data, SimpleNamespace(family=family, reads_image=False))
+    buckets_fit(data, data, SimpleNamespace(family=family))

@@ -282,7 +282,7 @@ def test_what_it_learns_depends_on_the_source(teacher, tmp_path) -> None:
 def test_the_family_s_first_frames_are_asked_of_both(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("wan_i2v", tmp_path_factory)
     shape = load_family(teacher).sample_shape()
-    data = TinyData(shape, "prompt", (), frames=True)
+    data = TinyData(shape, "prompt", (), beside="image")
     with pytest.raises(ValueError, match="expected items with an image, the video's first frame"):
         trainer_of(teacher, tmp_path, data, TinyData(shape, "prompt", ("x0",)))
 

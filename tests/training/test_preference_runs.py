@@ -101,6 +101,43 @@ def test_a_turbo_model_from_the_command_line(
     assert visited_times(stock.scheduler, trainer.family.path) == tuple(record["trained_times"])
 
 
+def test_a_model_whose_call_is_told_times_learns_online(tmp_path, tmp_path_factory) -> None:
+    """As DMD2's SDXL: LCM at 999, 749, 499, 249, which its scheduler by itself would not visit."""
+    model = turbo("sd", tmp_path, tmp_path_factory, LCMScheduler)
+    times = (1.0, 0.75, 0.5, 0.25)
+    options = {"call_times": times, "reward": {"kind": "contrast"}, "beta": 500.0}
+    args = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        max_train_steps=3,
+        train_batch_size=2,
+        learning_rate=1e-3,
+        tuning={"student": "lora", "rank": 2},
+        logging_steps=1,
+        disable_progress_bar=True,
+    )
+    trainer = PreferenceTrainer(
+        str(model),
+        args,
+        PromptDataset(["thing 1", "thing 2"]),
+        method="online_preference",
+        method_config=options,
+        scorers={"contrast": lambda images, by: images.flatten(1).std(dim=1)},
+    )
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if "student/loss" in row)
+    assert first["student/loss"] == pytest.approx(math.log(2.0), abs=1e-4)
+    assert first["student/tied"] == 0.0
+    assert trainer.method.sampler().times == times
+    folder = trainer.export(tmp_path / "out")
+    record = json.loads((folder / "distillation.json").read_text())
+    stock = DiffusionPipeline.from_pretrained(folder)
+    call = {"num_inference_steps": 4, **record["call"], "guidance_scale": 1.0}
+    stock("thing 1", **call, output_type="pt", height=16, width=16)
+    assert isinstance(stock.scheduler, LCMScheduler)
+    assert visited_times(stock.scheduler, trainer.family.path) == times
+
+
 @pytest.mark.usefixtures("no_loading")
 def test_what_is_refused_before_a_weight_is_read(tmp_path, tmp_path_factory) -> None:
     model = turbo("sd", tmp_path, tmp_path_factory, EulerDiscreteScheduler, **TRAILING)
@@ -135,6 +172,15 @@ def test_an_export_that_its_scheduler_alone_does_not_sample(tmp_path, tmp_path_f
         args = TrainConfig(output_dir=str(tmp_path / "run"))
         PreferenceTrainer(str(model), args, PromptDataset(["a"]))
 
+    told = {**record, "call": {"timesteps": [999, 749]}}
+    (model / "distillation.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="expected batch fields"):  # what comes after
+        PreferenceTrainer(
+            str(model),
+            TrainConfig(output_dir=str(tmp_path / "run")),
+            PromptDataset(["a"]),
+            method_config={"num_steps": 2, "call_times": (1.0, 0.75)},
+        )
     for changes, got in (
         ({"call": {"timesteps": [999, 749]}}, r"whose call is told \['timesteps'\]"),
         ({"guided": True}, "one that is guided"),

@@ -1,0 +1,113 @@
+"""Reference images as tokens: one way for every transformer that reads them after those of x_t.
+
+The network sees the tokens of x_t, then those of each reference's clean latent, told apart by their
+positions; of its output the first count. Attention does the rest, so an image to edit and one to
+borrow from are the same to it. Methods see x_t alone.
+"""
+
+# Shapes: B batch, K references, C channels, h, w of a reference's latent, H, W spatial, N tokens.
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepdistill.core.types import Cond
+from stepdistill.families.beside import check_images, pictures, stand_in
+from stepdistill.families.vae_sized import VaeSizedFamily
+
+
+class SequenceFamily(VaeSizedFamily):
+    """Families of packed tokens, with or without those of references behind them."""
+
+    def images_of(self, x_t: Tensor, cond: Cond) -> list[Tensor]:
+        """x_t (B, C, H, W), and the latents (B, C, h, w) of the condition's references, if any."""
+        references = cond.get("references")
+        return [x_t, *(() if references is None else references.unbind(1))]
+
+    def packed(self, images: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """(B, N, D) tokens of all of them, in order."""
+        return torch.cat([self.pack(latents.to(dtype)) for latents in images], dim=1)
+
+    def of_x_t(self, out: Tensor, x_t: Tensor) -> Tensor:
+        """(B, C, H, W) that a network put out for x_t, which comes first in `out` (B, N, D)."""
+        return self.unpack(out[:, : self._tokens(x_t)], x_t.shape[1:])
+
+    def _tokens(self, latents: Tensor) -> int:
+        return self.pack(latents[:1]).shape[1]
+
+    def image_features(
+        self, features: dict[str, Tensor], x_t: Tensor, cond: Cond
+    ) -> dict[str, Tensor]:
+        """See Family.image_features: the tokens of x_t, whatever text stands before or references
+        behind them."""
+        counts = [self._tokens(latents) for latents in self.images_of(x_t, cond)]
+        starts = {name: value.shape[1] - sum(counts) for name, value in features.items()}
+        return {
+            name: value[:, starts[name] : starts[name] + counts[0]]
+            for name, value in features.items()
+        }
+
+
+class ReferenceFamily(SequenceFamily):
+    """Those that read references; `reference` stands in for data.
+
+    Attributes: reference: what `encode` gives beside each prompt; None where none is needed.
+        most_references: how many the stock call takes; None for any number.
+    """
+
+    reads: ClassVar[Mapping[str, bool]] = {"image": True}
+    image_keys: ClassVar[tuple[str, ...]] = ("references",)
+    most_references: int | None = None
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        needed = "image" in self.needs_images()
+        self.reference: Image.Image | None = stand_in(self.size_px) if needed else None
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[Any]) -> Cond:
+        """See Family.encode_text."""
+
+    @abstractmethod
+    def reference_pixels(self, picture: Image.Image) -> Tensor:
+        """(1, 3, h px, w px) in [-1, 1] that the stock call makes of a reference."""
+
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        beside = {} if self.reference is None else {"image": self.reference}
+        return {**super().call_extras, **beside}
+
+    def encode(self, prompts: Sequence[Any]) -> Cond:
+        """What `with_images` gives of `reference`, or of none."""
+        cond = self.encode_text(prompts)
+        if self.reference is None:
+            return cond
+        return self._with(cond, [[self.reference]] * cond.bsz)
+
+    def with_images(self, cond: Cond, images: Mapping[str, Tensor], shape: Sequence[int]) -> Cond:
+        """See Family.with_images: references (B, K, C, h, w), scaled latents."""
+        check_images(self, images, "with_images")
+        if not images:
+            return cond
+        processor = self.pipeline.image_processor
+        return self._with(cond, pictures(processor, images["image"], self.most_references))
+
+    def told(self, cond: Cond, rows: Sequence[Sequence[Image.Image]]) -> Cond:
+        """The Cond of `encode_text` as these references change it: here itself."""
+        return cond
+
+    @torch.no_grad()
+    def _with(self, cond: Cond, rows: Sequence[Sequence[Image.Image]]) -> Cond:
+        device = next(iter(cond.tensors.values())).device
+        latents = [  # one by one: the last bits depend on the batch
+            torch.cat([self.latents(self.reference_pixels(picture)) for picture in row])
+            for row in rows
+        ]
+        made = self.told(cond, rows).to(device)
+        return Cond({**made.tensors, "references": torch.stack(latents).float().to(device)})

@@ -1,0 +1,1 @@
+"""Optimising images, latents or a renderer's parameters by score gradients (losses/score.py)."""
