@@ -84,8 +84,8 @@ def export_pipeline(
         (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         write_card(aside, record, type(pipeline).__name__, out_dir.name)
         if verify:
-            played = as_played(denoiser, spec, sampler) if spec.chunk else (denoiser, spec)
-            check_export(aside, record, family, *played, like)
+            player, rule = as_played(denoiser, spec, sampler) if spec.chunk else (denoiser, spec)
+            check_export(aside, record, family, player, rule, like)
         done.update()
         add(aside)
         done.update()

@@ -38,7 +38,8 @@ class Experts(nn.Module):
     def __init__(self, high: nn.Module, low: nn.Module, boundary: float) -> None:
         super().__init__()
         self.high, self.low, self.boundary = high, low, boundary
-        configs = [_plain(net.config) for net in (high, low)]
+        nets: list[Any] = [high, low]
+        configs = [_plain(net.config) for net in nets]
         if configs[0] != configs[1]:
             differ = sorted(k for k, v in configs[0].items() if configs[1].get(k) != v)
             raise ValueError(
@@ -57,8 +58,8 @@ class Experts(nn.Module):
     def from_config(cls, config: Mapping[str, Any]) -> Experts:
         """Two networks at their random start. Args: config: see `config`."""
         options = {key: value for key, value in config.items() if key != "boundary"}
-        nets = (WanTransformer3DModel.from_config(options) for _ in range(2))
-        return cls(*nets, boundary=config["boundary"])
+        high, low = (WanTransformer3DModel.from_config(options) for _ in range(2))
+        return cls(high, low, config["boundary"])
 
     def of(self, high: nn.Module, low: nn.Module) -> Experts:
         """Two others in these ones' place."""

@@ -213,9 +213,9 @@ def load_encoders(model: str | Path | ModelSource, device: torch.device) -> Fami
     source = ModelSource.of(model)
     parts: dict[str, Any] = {}
     if not source.teacher_lora:
-        where = (source.described_at, source.index)
+        at, index = source.described_at, source.index
         for name, folder in _net_folders(source, family_for(source.pipeline_class)).items():
-            parts[name] = weightless(*where, folder, device, **source.hub)
+            parts[name] = weightless(at, index, folder, device, **source.hub)
     return load_family(source, **parts)
 
 

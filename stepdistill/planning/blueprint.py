@@ -83,7 +83,7 @@ def blueprint(model: str, dtype: torch.dtype, expert: Expert = "both") -> Family
     options = dict(described["options"])
     cls.nets_in({**options, **_entries(described["parts"])})
     left_out, owned = one_expert(expert, options.get("boundary_ratio"), described["pipeline"])
-    parts = {
+    parts: dict[str, Any] = {
         name: None if name == left_out else _build(name, part, dtype)
         for name, part in described["parts"].items()
     }

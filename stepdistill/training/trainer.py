@@ -127,7 +127,7 @@ class Trainer(Resumable):
         self.facts |= {name: file for name, file in files.items() if file is not None}
         if training:
             self.facts["data"] = data_facts(self.dataset)
-            states = getattr(self.dataset, "settings", None)
+            states: Any = getattr(self.dataset, "settings", None)
             if getattr(states, "until", 0.0):  # of a high-noise expert's student
                 self.facts["high_student"] = states.model
         self.resume_from = run_identity.output_dir_is_ours(args, self.facts)
