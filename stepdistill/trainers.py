@@ -100,6 +100,7 @@ class DistillationTrainer(Trainer):
         num_steps: int | None = None,
         format: Literal["pipeline", "lora", "diffusers", "kohya", "comfyui"] = "pipeline",
         dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+        high_student: str | Path | None = None,
     ) -> Path:
         """Write the distilled student for stock Diffusers; returns the folder.
 
@@ -108,6 +109,8 @@ class DistillationTrainer(Trainer):
             format: "pipeline" (for DiffusionPipeline.from_pretrained), "lora" or its other name
                 "diffusers" (load_lora_weights), "kohya" (A1111, sd-scripts, ComfyUI), "comfyui".
             dtype: of a LoRA file; none means bfloat16. A pipeline has the weights' own.
+            high_student: a pipeline export of the high-noise expert's run, which a low-noise
+                student's pipeline needs; none means that whose states it was trained on.
         Errors: ValueError for steps off the trained grid, an adapter format of a full student, or
             one that the model's network has no keys in.
         """
@@ -129,11 +132,18 @@ class DistillationTrainer(Trainer):
         if self.accelerator.is_main_process:
             # Networks in shards are put together from the checkpoint, on this process alone.
             source = trainer_of_run(self.output_dir) if self.sharded else self
-            source._export(Path(out_dir), num_steps, form, dtype or "bfloat16")
+            source._export(Path(out_dir), num_steps, form, dtype or "bfloat16", high_student)
         self.accelerator.wait_for_everyone()
         return Path(out_dir)
 
-    def _export(self, out_dir: Path, num_steps: int | None, form: str, dtype: str) -> None:
+    def _export(
+        self,
+        out_dir: Path,
+        num_steps: int | None,
+        form: str,
+        dtype: str,
+        high_student: str | Path | None,
+    ) -> None:
         from stepdistill.export.lora import export_lora
         from stepdistill.export.pipeline import export_pipeline
         from stepdistill.export.sampler_at_stop import sampler_at_stop
@@ -147,7 +157,9 @@ class DistillationTrainer(Trainer):
             self._add_samples(folder, spec)
 
         if form == "pipeline":
-            export_pipeline(*where, add=add, progress=not self.args.disable_progress_bar)
+            shown = not self.args.disable_progress_bar
+            high = high_student or facts.get("high_student")
+            export_pipeline(*where, high_student=high, add=add, progress=shown)
         else:
             export_lora(*where, format=form, dtype=dtype, add=add)
 
@@ -155,7 +167,7 @@ class DistillationTrainer(Trainer):
         """Put a grid of the validation prompts, and the run's metrics.json, beside an export."""
         from stepdistill.export.hub_card import METRICS, SAMPLES
 
-        if self.args.validation_prompts:
+        if self.args.validation_prompts and self.family.expert == "both":
             validate(self.student(), self.family, spec, self.args, folder / SAMPLES)
         if (self.output_dir / METRICS).is_file():
             (folder / METRICS).write_bytes((self.output_dir / METRICS).read_bytes())
@@ -350,6 +362,8 @@ def trainer_of_run(run_dir: str | Path, name: str | None = None) -> Distillation
         method=facts["method"],
         method_config=facts["method_config"],
     )
+    if "high_student" in facts:
+        trainer.facts["high_student"] = facts["high_student"]
     for line in skipped:
         trainer.accelerator.print(f"{folder}: {line}")
     trainer.restore(checkpoint)

@@ -209,6 +209,7 @@ RUN_BY = {
     r"stepdistill (plan|train) --recipe ": "tests/test_readme.py",
     r"stepdistill (check DIR|export out|push out/lora)": "tests/test_readme.py",
     r"stepdistill plan .*path sdxl ": "tests/test_readme.py",
+    r"stepdistill pairs .*path runs/high": "tests/export/test_experts.py",
     r"stepdistill (cache|train) .*--(cache_dir|data\.(tar|dataset))": (
         "tests/data/test_readme_commands.py"
     ),

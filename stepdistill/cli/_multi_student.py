@@ -94,6 +94,11 @@ def _checked(run: RunConfig, num_students: int, export_dir: Path) -> list[Any]:
             f"num_students: expected a model that a prompt is enough for, got {facts.pipeline}, "
             "which reads an image too. Use stepdistill train."
         )
+    if facts.num_nets > 1 or facts.setting.owned != (0.0, 1.0):
+        raise ValueError(
+            f"num_students: expected a model of one denoiser, got {facts.pipeline} of two experts. "
+            "Use stepdistill train."
+        )
     if run.data.prompts_file is None:
         raise ValueError(
             f"num_students: expected --data.prompts_file to share out, got {run.data.source}."

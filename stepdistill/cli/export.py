@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic_settings import CliPositionalArg
 
 from stepdistill.config.flags import CommandOptions
-from stepdistill.config.places import RunFolder
+from stepdistill.config.places import Model, RunFolder
 from stepdistill.core.options import Count
 
 
@@ -25,6 +25,9 @@ class Options(CommandOptions):
     """A whole pipeline or an adapter; diffusers is lora by another name."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of a LoRA file; none means bfloat16."""
+    high_student: Model | None = None
+    """Of a low-noise expert's run: the pipeline export of the high-noise one's, to make a pipeline
+    of both; none means that whose states it was trained on."""
 
 
 def run(options: Options) -> None:
@@ -33,4 +36,5 @@ def run(options: Options) -> None:
 
     refuse_foreign(Path(options.out_dir), "out_dir")
     trainer = trainer_of_run(options.run_dir, options.checkpoint)
-    print(trainer.export(options.out_dir, options.num_steps, options.format, options.dtype))
+    how = (options.num_steps, options.format, options.dtype, options.high_student)
+    print(trainer.export(options.out_dir, *how))

@@ -27,6 +27,8 @@ METRICS = {
     "x0_mean_drift": Metric("min", teacher=True),
     "diversity": Metric("max", several=True),
     "diversity_ratio": Metric("max", teacher=True, several=True),
+    "movement": Metric(why="more of it than the teacher's is noise"),
+    "movement_ratio": Metric(why="1 is its best, neither its lowest nor its highest"),
     "x0_std_ratio": Metric(why="1 is its best, neither its lowest nor its highest"),
     "saturation": Metric(why=_GREY),
     "saturation_excess": Metric(why=_GREY),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from stepdistill.config.flags import CommandOptions
 from stepdistill.config.places import Lora, Model
@@ -28,6 +28,9 @@ class TeacherOptions(CommandOptions):
     """Pipeline folder or Hub id that describes a teacher kept in one .safetensors file."""
     family: str | None = None
     """FILE.py:CLASS of a Family of your own, for the pipeline classes that it names."""
+    expert: Literal["both", "high", "low"] = "both"
+    """Of a model with two denoisers (Wan 2.2 A14B) the one that is loaded and trained: that of high
+    or of low noise; times are kept to its own."""
 
     @property
     def source(self) -> ModelSource:
@@ -42,4 +45,5 @@ class TeacherOptions(CommandOptions):
             self.variant,
             self.teacher_lora,
             self.single_file_config,
+            expert=self.expert,
         )

@@ -19,8 +19,9 @@ Action = Literal["off", "warn", "back_off", "stop"]
 class WatchdogConfig(Options):
     """What watches over a run. Checks of samples run at validations, the others at log lines.
 
-    Spread, fake_error, diversity and drift tell what has become half as bad again as it was at its
-    best; the first three, after a quarter of the run, also what never became better than at first.
+    Spread, fake_error, diversity, movement and drift tell what has become half as bad again as it
+    was at its best; all but drift, after a quarter of the run, also what never became better than
+    at first.
     """
 
     nonfinite: Literal["back_off", "stop"] = "stop"
@@ -80,6 +81,12 @@ class WatchdogConfig(Options):
     """Mean pairwise distance of the samples of a prompt against the teacher's (without teacher
     samples: against the first validation's). back_off lowers the student's learning rate."""
     min_diversity: float = Field(default=0.3, gt=0, lt=1)
+    """That ratio below which it is told."""
+
+    movement: Action = "warn"
+    """Mean |frame_i - frame_0| of the student's videos against the teacher's: from a first frame,
+    students tend to keep it still. back_off lowers the student's learning rate."""
+    min_movement: float = Field(default=0.5, gt=0, lt=1)
     """That ratio below which it is told."""
 
     patience: int = Field(default=2, ge=1)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -112,6 +112,13 @@ class Denoiser(ABC):
             f"denoiser: expected no blocks to leave out of {type(self).__name__}, got {blocks}."
         )
 
+    @contextmanager
+    def remembered(self) -> Iterator[Callable[[Tensor, Cond], None] | None]:
+        """Within: a causal network that is asked for one chunk of frames at a time, and a function
+        that has it remember a finished one (x0 (B, C, F, H, W), cond) for those that follow; None
+        where it remembers nothing, and is told the past in every call."""
+        yield None
+
     @abstractmethod
     def raw(
         self,
@@ -150,7 +157,8 @@ class Denoiser(ABC):
         """The prediction at x_t, guided where `guidance` is not None or 1.
 
         Args:
-            x_t: (B, C, *S). t: (B,).
+            x_t: (B, C, *S). t: (B,); of a network that is told a time for each latent frame of a
+                video, (B, F).
             guidance: g of null + g (cond - null), a number or (B,).
             w: (B,) guidance told to the network itself (LCM's embedding, w = g - 1).
             features: names of blocks whose hidden states the Prediction should carry.
@@ -161,7 +169,8 @@ class Denoiser(ABC):
             ending = copy.copy(self)
             ending.end = s
             return ending(x_t, t, cond, w=w, features=features)
-        if t.ndim != 1 or t.shape[0] != x_t.shape[0]:
+        of_frames = x_t.ndim == 5 and t.shape == (len(x_t), x_t.shape[2])
+        if t.shape != (len(x_t),) and not of_frames:
             raise ValueError(
                 f"denoiser: expected t of shape (B,) = ({x_t.shape[0]},), got {tuple(t.shape)}."
             )

@@ -145,12 +145,14 @@ class Setting:
     shift: resolution shift of the teacher's own time grid (1 on a VP table).
     own: (number of steps, shift) -> the sampler that the teacher's own scheduler is, where it is
         known; ValueError where the scheduler can't take so many steps.
+    owned: (lowest, highest) time that the networks are meant for: less than [0, 1] of one expert.
     """
 
     path: NoisePath
     kind: PredictionType = "eps"
     shift: float = 1.0
     own: Callable[[int, float], SamplerSpec] | None = None
+    owned: tuple[float, float] = (0.0, 1.0)
 
     def own_sampler(self, num_steps: int) -> SamplerSpec:
         """The teacher's own, its visited times the only ones; the uniform grid where no scheduler
@@ -221,6 +223,8 @@ class Method(ABC, Generic[C]):
         have to be 1 where the model has no null condition.
     data: what it learns from by default: prompts, images, the teacher's noise-image pairs, or
         preferences (of two images of a prompt, x0 was chosen over `rejected`).
+    serves_part: whether its times keep to `Setting.owned`: one expert of two is trained by such
+        methods alone.
     steps: the step counts it is meant for. one_student: whether one training serves all of them.
     steps_option: the option that sets how many steps a student takes.
     any_student: whether a student of another architecture than the teacher's makes sense.
@@ -237,6 +241,7 @@ class Method(ABC, Generic[C]):
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     trainer: ClassVar[str] = "DistillationTrainer"
     data: ClassVar[Data] = "prompts"
+    serves_part: ClassVar[bool] = False
     steps: ClassVar[tuple[int, ...]] = (1, 2, 4)
     one_student: ClassVar[bool] = False
     steps_option: ClassVar[str] = "num_steps"
@@ -255,6 +260,11 @@ class Method(ABC, Generic[C]):
     def __init__(self, config: C, setting: Setting) -> None:
         self.config = config
         self.setting = setting
+        if setting.owned != (0.0, 1.0) and not self.serves_part:
+            raise ValueError(
+                f"expert: expected both, or a method that keeps to one's times (dmd2, tdm, sid, "
+                f"f_distill), got one with {self.name}. Leave --expert out, or name such a method."
+            )
 
     @classmethod
     def for_steps(cls, num_steps: int) -> dict[str, Any]:

@@ -30,7 +30,9 @@ def full(x: Tensor) -> Tensor:
 
 
 def rows(mask: Tensor, like: Tensor) -> Tensor:
-    """(B,) mask shaped to broadcast over `like` (B, C, *S)."""
+    """(B,) mask shaped to broadcast over `like` (B, C, *S); (B, F), by frame, over a video."""
+    if mask.ndim == 2:
+        return mask.view(mask.shape[0], 1, mask.shape[1], 1, 1)
     return mask.view(-1, *([1] * (like.ndim - 1)))
 
 

@@ -9,13 +9,15 @@ the stock scheduler that has to reproduce it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stepdistill.core.denoiser import Denoiser, Prediction
+from stepdistill.core.causal import Following
+from stepdistill.core.denoiser import Denoiser, Prediction, is_guided
 from stepdistill.core.path import VEPath, expand, full
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
@@ -47,6 +49,9 @@ class SamplerSpec:
            begins; None for plain x0.
     keeps_scheduler: the student serves the teacher's own scheduler, and export leaves it in place.
     tells_end: the network is told where each step ends, which no stock pipeline does.
+    chunk: latent frames of a chunk of a causal video student, which follows its own clean frames; 0
+        makes all frames at once.
+    grid: all times of a grid that another expert has the rest of; none where `times` are all.
     """
 
     times: tuple[float, ...]
@@ -60,6 +65,8 @@ class SamplerSpec:
     keeps_scheduler: bool = False
     heun: bool = False
     tells_end: bool = False
+    grid: tuple[float, ...] = ()
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         if not self.times or any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
@@ -89,6 +96,20 @@ class SamplerSpec:
     def num_calls(self) -> int:
         """Network calls of one image, each of two batch rows where it is guided."""
         return 2 * len(self.times) - 1 if self.heun else len(self.times)
+
+    @property
+    def hands_over(self) -> float:
+        """The time at which another expert goes on; 0 where clean data come after the last call."""
+        if not self.grid:
+            return 0.0
+        return (*self.grid, 0.0)[self.grid.index(self.times[-1]) + 1]
+
+    @property
+    def whole(self) -> SamplerSpec:
+        """The sampler of both experts' students."""
+        return (
+            replace(self, times=self.grid, trained_times=self.grid, grid=()) if self.grid else self
+        )
 
     def with_steps(self, num_steps: int, shift: float = 1.0) -> SamplerSpec:
         """The same rule on the uniform grid of num_steps. Errors: ValueError off the grid."""
@@ -256,6 +277,7 @@ def sample_x0(
     guidance: float | Tensor | None = None,
     fresh_noise: Callable[[int], Tensor] | None = None,
     gradient_at: int | None = None,
+    until: float = 0.0,
 ) -> Tensor:
     """x0 (B, C, *S): the student's (or teacher's) sampler, the one loop used everywhere.
 
@@ -263,7 +285,10 @@ def sample_x0(
         noise: (B, C, *S) unit normal. guidance: overrides the spec's where given.
         fresh_noise: step index -> (B, C, *S), needed by "renoise" and "tcd" beyond one step.
         gradient_at: the step whose call alone has a graph, and whose x0 is returned.
+        until: the time where sampling stops; above 0 the state there is returned, not x0.
     """
+    if spec.chunk:
+        return _by_chunks(denoiser, spec, noise, cond, null, guidance, fresh_noise, gradient_at)
     path, bsz = denoiser.path, noise.shape[0]
     guidance = spec.guidance if guidance is None else guidance
 
@@ -276,7 +301,7 @@ def sample_x0(
         assert isinstance(path, VEPath), "cd's boundary is a VE path's"
         clean = float(path.time_of_sigma(torch.tensor(spec.boundary_sigma, dtype=torch.float64)))
     x = first = path.prior(noise)
-    ends = (*spec.times[1:], 0.0)
+    ends = (*spec.times[1:], until)
     for i, (t, s) in enumerate(zip(spec.times, ends, strict=True)):
         cleaner = path.before_travel(at(s), spec.gamma if spec.kind == "tcd" else 0.0)
         ends_at = at(clean) if spec.kind == "renoise" else cleaner
@@ -301,4 +326,39 @@ def sample_x0(
             x = path.renoise(x0, at(clean), at(s), fresh_noise(i))
         else:
             x = path.renoise(path.step(x0, x, at(t), cleaner), cleaner, at(s), fresh_noise(i))
-    raise AssertionError("unreachable: the last end time is 0")
+    return x
+
+
+def _by_chunks(
+    denoiser: Denoiser,
+    spec: SamplerSpec,
+    noise: Tensor,
+    cond: Cond,
+    null: Cond | None,
+    guidance: float | Tensor | None,
+    fresh_noise: Callable[[int], Tensor] | None,
+    gradient_at: int | None,
+) -> Tensor:
+    """x0 (B, C, F, H, W) of `sample_x0`, each chunk of frames behind those made before it.
+
+    The past is remembered by networks that can, but where a graph or a guided call needs it anew.
+    """
+    made, one = noise[:, :, :0], replace(spec, chunk=0)
+    g = spec.guidance if guidance is None else guidance
+    anew = gradient_at is not None or is_guided(g)
+    with nullcontext() if anew else denoiser.remembered() as remember:
+        for start in range(0, noise.shape[2], spec.chunk):
+            part = slice(start, start + spec.chunk)
+
+            def fresh(step: int, part: slice = part) -> Tensor:
+                assert fresh_noise is not None, "asked for where it is given"
+                return fresh_noise(step)[:, :, part]
+
+            asked = denoiser if remember is not None else Following(denoiser, made.detach())
+            drawn = None if fresh_noise is None else fresh
+            how = (cond, null, guidance, drawn, gradient_at)
+            x0 = sample_x0(asked, one, noise[:, :, part], *how)
+            if remember is not None:
+                remember(x0, cond)
+            made = torch.cat([made, x0], dim=2)
+    return made

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from stepdistill.core.path import NoisePath
 
+# Times closer than this are one. A shifted grid may come upon a boundary between two experts, in
+# floating point on either side of it: 3/7 at shift 12 is .9.
+SAME_TIME = 1e-6
+
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
     """t' = k t / (1 + (k - 1) t): noise-to-signal ratio times k (SD3's resolution shift).

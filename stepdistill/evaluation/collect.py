@@ -132,7 +132,7 @@ def draw_into(
     if not shards:
         return
     sampler, shown = load(), set(preview_indices(drawing))
-    device = next(sampler.net.parameters()).device
+    device = next(sampler.nets[0].parameters()).device
     peak, warm = PeakMemory(device), False
     for shard in shards:
         rows: list[dict[str, Tensor]] = []

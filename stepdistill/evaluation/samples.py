@@ -45,7 +45,8 @@ class PipelineSampler:
     ) -> None:
         self.pipeline, self.call, self.conditioning = pipeline, dict(call), conditioning
         family = family_for(type(pipeline).__name__)
-        self.net: nn.Module = getattr(pipeline, family.net_name)
+        named = family.nets_in(pipeline.config)
+        self.nets: list[nn.Module] = [getattr(pipeline, name) for name in named]
         self.output = family.output
         pipeline.set_progress_bar_config(disable=True)
 
@@ -73,8 +74,8 @@ class PipelineSampler:
             nonlocal rows
             rows += len(args[0] if args else next(iter(kwargs.values())))
 
-        hook = self.net.register_forward_pre_hook(count, with_kwargs=True)
-        device = next(self.net.parameters()).device
+        hooks = [net.register_forward_pre_hook(count, with_kwargs=True) for net in self.nets]
+        device = next(self.nets[0].parameters()).device
         start = _now(device)
         try:
             with noise_from(self.pipeline.scheduler, generator):
@@ -83,7 +84,8 @@ class PipelineSampler:
                 )
             seconds = _now(device) - start
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         pixels = np.asarray(getattr(result, self.output))  # (N, H, W, C), (N, F, H, W, C) in [0, 1]
         tensor = torch.from_numpy(pixels).movedim(-1, -3) * 2 - 1
         return Samples(tensor, seconds, rows / len(prompts))

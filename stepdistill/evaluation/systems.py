@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from stepdistill.export.pipeline import RECORD
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family
 from stepdistill.families.size import size_fits
+from stepdistill.loading.expert_files import refuse_other_expert
 from stepdistill.loading.project_code import part_class
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import lora_facts
@@ -146,6 +147,11 @@ def _export_source(folder: Path, loading: Loading, label: str = "", path: str = 
     record = read_json(folder / RECORD, ("num_inference_steps", "call", "conditioning", "run"))
     call = {**call_options(record), **_size(loading)}
     lora = record.get("lora")
+    if (expert := record.get("expert", "both")) != "both":
+        raise ValueError(
+            f"student: expected a student that makes images, got {folder}, of the {expert}-noise "
+            "expert alone. Export the low-noise run with --high_student."
+        )
 
     def load() -> PipelineSampler:
         if lora is None:
@@ -153,7 +159,9 @@ def _export_source(folder: Path, loading: Loading, label: str = "", path: str = 
         else:
             base = replace(ModelSource.of_run(record["run"]), model=str(record["base_model"]))
             family = _family(base, loading)
-            _put_lora(family, folder, lora["file"])
+            _put_lora(family, folder, lora["file"], lora.get("files", {}))
+            if (experts := record.get("experts")) is not None:
+                family.pipeline.register_to_config(boundary_ratio=experts["boundary_ratio"])
         return PipelineSampler(
             family.pipeline, {**_own_size(family), **call}, record["conditioning"]
         )
@@ -214,14 +222,24 @@ def _family(model: str | ModelSource, loading: Loading) -> Family:
     return family
 
 
-def _put_lora(family: Family, folder: Path, file: str) -> None:
-    """A LoRA export's adapter and scheduler on its teacher, by the stock loaders."""
+def _put_lora(family: Family, folder: Path, file: str, files: Mapping[str, str]) -> None:
+    """A LoRA export's adapter and scheduler on its teacher, by the stock loaders.
+
+    Args: files: component -> file, of an export of two; else `file` is its one.
+    Errors: ValueError where a file says that it is another expert's.
+    """
     pipeline: Any = family.pipeline
     if file == "adapter_model.safetensors":  # no loader in Diffusers: PEFT's files
         adapted: Any = PeftModel.from_pretrained(family.net, str(folder))
         setattr(pipeline, family.net_name, adapted.merge_and_unload())
     else:
-        pipeline.load_lora_weights(str(folder), weight_name=file, adapter_name="student")
+        for component, name in (files or {family.net_name: file}).items():
+            second = component != family.net_name
+            if len(files) == 2:
+                refuse_other_expert(folder / name, "low" if second else "high", "student")
+            named = {"weight_name": name, "adapter_name": "student"}
+            into = {f"load_into_{component}": True} if second else {}
+            pipeline.load_lora_weights(str(folder), **named, **into)
     config = read_json(folder / "scheduler" / "scheduler_config.json", ("_class_name",))
     code = next((folder / "scheduler").glob("*.py"), None)  # one of pipelines/, or none
     cls = part_class(code.stem if code else "diffusers", str(config["_class_name"]))

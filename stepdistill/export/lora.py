@@ -22,6 +22,14 @@ from safetensors.torch import save_file
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.adapter_files import adapter_config
 from stepdistill.export.comfyui_workflow import WORKFLOW, workflow
+from stepdistill.export.experts import (
+    expert_at,
+    expert_facts,
+    expert_name,
+    expert_part,
+    mark,
+    trained_boundary,
+)
 from stepdistill.export.lora_card import lora_code, peft_code, write_lora_card
 from stepdistill.export.lora_formats import (
     DTYPES,
@@ -39,7 +47,6 @@ from stepdistill.export.lora_formats import (
 from stepdistill.export.pipeline import RECORD, describe, sampler_of
 from stepdistill.export.tool_rules import kohya_headers, modelspec, readers, tool_rules
 from stepdistill.families.family import Family
-from stepdistill.loading.original_layout import has_layout
 from stepdistill.loading.project_code import put_code
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.storage.folders import refuse_foreign, replacing
@@ -77,26 +84,25 @@ def export_lora(
     if format in PREFIX:
         check_format(family, format)
     refuse_foreign(out_dir, "export")
-    path = bank[role].path
+    path, spec = bank[role].path, spec.whole  # a file is used beside the other expert's
     sampler = sampler_of(family, path, spec)
     # A student on a base of its own belongs to that one, not to the teacher.
     student_model = facts.get("student_base") or facts.get("model")
     record = describe(family, spec, sampler, {**facts, "model": student_model}, path)
     record["net_code"] = family.net_code(sampler.scheduler)
     base: Any = bank.base_of(role)
-    adapters = folded(adapters_of(base, role), getattr(torch, dtype))
     rules, name = tool_rules(family.net, family.from_first_frame()), out_dir.resolve().name
-    headers = {} if rules is None else modelspec(rules, record, name)
+    headers = modelspec(rules, record, name) if rules is not None and record["tools"] else {}
     with replacing(out_dir, "export") as aside:
         aside.mkdir()
         # Other tools call a LoRA by its file name.
         own_name = f"{name}.safetensors"
-        file = _write(family, base.peft_config[role], adapters, aside, format, headers, own_name)
+        files, read = _files(family, base, role, aside, format, dtype, headers, own_name)
         sampler.scheduler.save_pretrained(aside / "scheduler")
         record["custom_code"] = put_code(sampler.scheduler, aside / "scheduler")
-        record["lora"] = {"format": format, "file": file, "dtype": dtype}
-        record["lora"]["read_back"] = check_lora(family, aside / file, format, adapters)
-        record["lora"]["readers"] = readers(rules, format)
+        record["experts"] = expert_facts(family, spec.times)
+        record["lora"] = {"format": format, "file": next(iter(files.values())), "dtype": dtype}
+        record["lora"] |= {"files": files, "read_back": read, "readers": readers(rules, format)}
         settled = "comfyui" in (record["tools"] or {})
         if rules is not None and settled and "ComfyUI" in record["lora"]["readers"]:
             opened = json.dumps(workflow(rules, record), indent=1)
@@ -111,19 +117,46 @@ def export_lora(
 
 def lora_rows(family: Family) -> list[Row]:
     """(name, largest relative difference) of an adapter written in every format and read back."""
-    forms = LORA_FORMATS if has_layout(family.net) else ("lora",)
     rows = []
     with adapted(family) as bank, TemporaryDirectory() as folder:
         base: Any = bank.base_of("student")
-        adapters = folded(adapters_of(base, "student"), torch.float32)
-        for form in forms:
+        for form in family.lora_formats:
             out = Path(folder) / form
             out.mkdir()
-            name = "student.safetensors"
-            file = _write(family, base.peft_config["student"], adapters, out, form, {}, name)
-            gaps = read_back(family, out / file, form, adapters)
+            _, gaps = _files(
+                family, base, "student", out, form, "float32", {}, "student.safetensors", read_back
+            )
             rows += [(f"lora: {form}, read back by {name}", value) for name, value in gaps.items()]
     return rows
+
+
+def _files(
+    family: Family,
+    base: Any,
+    role: str,
+    out_dir: Path,
+    format: str,
+    dtype: str,
+    headers: Mapping[str, str],
+    own_name: str,
+    compare: Callable[..., dict[str, float]] = check_lora,
+) -> tuple[dict[str, str], dict[str, float]]:
+    """(component -> name of its file, what `check_lora` finds of all): two of two experts, each
+    named and marked after its own."""
+    files, read = {}, dict[str, float]()
+    nets = family.parts_of(base)
+    for component, net in nets.items():
+        adapters = folded(adapters_of(net, role), getattr(torch, dtype))
+        parts = (base.peft_config[role], adapters, out_dir, format, headers, own_name)
+        file, component = _write(family, *parts), expert_part(family, component)
+        if (expert := expert_at(family, component)) is not None:
+            made, file = out_dir / file, expert_name(file, expert)
+            mark(made.rename(out_dir / file), expert, trained_boundary(family))
+        files[component] = file
+        gaps = compare(family, out_dir / file, format, adapters, component)
+        for reader, gap in gaps.items():
+            read[reader] = max(gap, read.get(reader, 0.0))
+    return files, read
 
 
 def _write(
@@ -139,11 +172,12 @@ def _write(
 
     Args: adapters: see `folded`; headers, own_name: of other tools' files.
     """
+    net = family.first_net
     if format in PREFIX:
         metadata = {"format": "pt", **headers}
         if format == "kohya":
             metadata |= kohya_headers(adapters)
-        save_file(tensors_of(adapters, family.net, format), out_dir / own_name, metadata=metadata)
+        save_file(tensors_of(adapters, net, format), out_dir / own_name, metadata=metadata)
         return own_name
     state = {}
     for name, lora in adapters.items():

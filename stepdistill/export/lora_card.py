@@ -41,13 +41,20 @@ def lora_code(record: Mapping[str, Any], pipeline: str, scheduler: str, where: s
     loader, base = base_code(record, pipeline)
     lines = [*_imports(record, loader, scheduler), "", f"pipe = {base}"]
     beside = teacher_loras(record)
-    file = record["lora"]["file"]
     for i, lora in enumerate(beside):
         lines.append(
             f"pipe.load_lora_weights({lora['source']!r}, weight_name={lora['weight_name']!r}, "
             f"adapter_name='teacher_{i}')"
         )
-    lines.append(f"pipe.load_lora_weights({where!r}, weight_name={file!r}, adapter_name='student')")
+    for component, file in record["lora"]["files"].items():
+        second = ", load_into_transformer_2=True" * (component == "transformer_2")
+        lines.append(
+            f"pipe.load_lora_weights({where!r}, weight_name={file!r}, "
+            f"adapter_name='student'{second})"
+        )
+    experts = record.get("experts") or {}
+    if experts.get("boundary_ratio") != experts.get("trained_boundary"):
+        lines.append(f"pipe.register_to_config(boundary_ratio={experts['boundary_ratio']})")
     if beside:
         names = [*(f"teacher_{i}" for i in range(len(beside))), "student"]
         lines.append(f"pipe.set_adapters({names}, {[*(x['scale'] for x in beside), 1.0]})")

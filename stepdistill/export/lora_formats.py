@@ -218,17 +218,19 @@ def read_format(path: Path, net: Any, form: str) -> dict[str, Tensor]:
 
 def _empty_net(family: Family) -> Any:
     """A network never filled: its memory is reserved and not touched, so it costs nothing."""
-    cls: Any = type(family.net)
+    net = family.first_net
     with init_empty_weights():
-        empty = cls.from_config(family.config)
+        empty = type(net).from_config(net.config)
     return empty.to_empty(device="cpu")
 
 
-def read_with_diffusers(family: Family, path: Path) -> dict[str, Tensor]:
-    """Deltas by stock name as load_lora_weights makes them."""
+def read_with_diffusers(family: Family, path: Path, component: str = "") -> dict[str, Tensor]:
+    """Deltas by stock name as load_lora_weights makes them, in that component where it is told."""
     empty, reader = _empty_net(family), copy.copy(family.pipeline)
-    reader.register_modules(**{family.net_name: empty})
-    reader.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="read")
+    second = {} if component in ("", family.net_name) else {f"load_into_{component}": True}
+    reader.register_modules(**{component or family.net_name: empty})
+    named = {"weight_name": path.name, "adapter_name": "read"}
+    reader.load_lora_weights(str(path.parent), **named, **second)
     return {name: lora.delta() for name, lora in adapters_of(empty, "read").items()}
 
 
@@ -252,24 +254,27 @@ def diffusers_reads(net: Any, form: str, modules: Iterable[str]) -> bool:
 
 
 def read_back(
-    family: Family, path: Path, form: str, adapters: Mapping[str, Lora]
+    family: Family, path: Path, form: str, adapters: Mapping[str, Lora], component: str = ""
 ) -> dict[str, float]:
-    """Largest relative difference of the file's deltas from the adapters, by reader."""
-    read = {}
+    """Largest relative difference of the file's deltas from the adapters, by reader.
+
+    Args: component: where of the pipeline it is loaded; none means its denoiser.
+    """
+    read, net = {}, family.first_net
     if path.name == PEFT_FILE:
         read["peft"] = read_with_peft(family, path)
-    elif diffusers_reads(family.net, form, adapters):
-        read["diffusers"] = read_with_diffusers(family, path)
+    elif diffusers_reads(net, form, adapters):
+        read["diffusers"] = read_with_diffusers(family, path, component)
     if form in PREFIX:
-        read["inverse"] = read_format(path, family.net, form)
+        read["inverse"] = read_format(path, net, form)
     return {reader: _worst(deltas, adapters) for reader, deltas in read.items()}
 
 
 def check_lora(
-    family: Family, path: Path, form: str, adapters: Mapping[str, Lora]
+    family: Family, path: Path, form: str, adapters: Mapping[str, Lora], component: str = ""
 ) -> dict[str, float]:
     """What `read_back` finds. Errors: RuntimeError where one is above what float32 explains."""
-    worst = read_back(family, path, form, adapters)
+    worst = read_back(family, path, form, adapters, component)
     if not all(value <= TOLERANCE for value in worst.values()):
         raise RuntimeError(
             f"export: expected {path.name} to hold the student's adapter, got relative differences "

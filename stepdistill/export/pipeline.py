@@ -18,7 +18,9 @@ from typing import Any
 from stepdistill.core.path import FlowPath, NoisePath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.export.card import write_card
+from stepdistill.export.causal import as_played, causal_pipeline, causal_sampler
 from stepdistill.export.defaults import settle
+from stepdistill.export.experts import joined, settle_experts
 from stepdistill.export.schedulers import StockSampler, stock_sampler
 from stepdistill.export.tool_settings import tools_of
 from stepdistill.export.verify import check_export
@@ -42,6 +44,7 @@ def export_pipeline(
     facts: Mapping[str, Any],
     role: str = "student",
     verify: bool = True,
+    high_student: str | Path | None = None,
     add: Callable[[Path], object] = lambda folder: None,
     progress: bool = False,
 ) -> Path:
@@ -49,20 +52,29 @@ def export_pipeline(
 
     Args: facts: what the run was (model, method, step, ...), kept in distillation.json; add:
         writes more files into the folder before it takes its place; progress: show a bar.
+        high_student: the export of the other expert's run, beside the student of a low-noise one.
     Errors: ValueError for an out_dir with anything else in it; RuntimeError where the written
         pipeline does not make the in-memory sampler's image.
     """
     refuse_foreign(out_dir, "export")
     denoiser: Any = bank[role]
+    if family.expert == "low":
+        family, denoiser, net, spec = joined(family, bank, role, spec, high_student)
+    else:
+        net = stock_net(bank, role)
     sampler = sampler_of(family, denoiser.path, spec)
-    pipeline = copy.copy(family.pipeline)
-    net = family.net_for(stock_net(bank, role), sampler.scheduler)
-    pipeline.register_modules(**{family.net_name: net, "scheduler": sampler.scheduler})
+    if spec.chunk:
+        pipeline = causal_pipeline(family, net, sampler, spec.chunk)
+    else:
+        pipeline = copy.copy(family.pipeline)
+        net = family.net_for(net, sampler.scheduler)
+        pipeline.register_modules(**family.parts_of(net), scheduler=sampler.scheduler)
     quantized = is_quantized(family.net)
     if quantized:
         denoiser = denoiser.on(net)  # what is written is the student on the base as it was
     like = net if quantized else family.net
     record = describe(family, spec, sampler, facts, denoiser.path)
+    record["experts"] = settle_experts(family, pipeline, spec.times)
     pipeline, record["typed"] = settle(family, pipeline, record)
     done = bar(total=3, desc="export", leave=False, disable=not progress)  # write, verify, samples
     alone = without_bars("diffusers", "transformers")
@@ -74,7 +86,8 @@ def export_pipeline(
         (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         write_card(aside, record, type(pipeline).__name__, out_dir.name)
         if verify:
-            check_export(aside, record, family, denoiser, spec, like)
+            player, rule = as_played(denoiser, spec, sampler) if spec.chunk else (denoiser, spec)
+            check_export(aside, record, family, player, rule, like)
         done.update()
         add(aside)
         done.update()
@@ -108,6 +121,8 @@ def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampl
     """The stock sampler of a student on `path` in the family's pipeline."""
     if spec.keeps_scheduler:  # its times are its own affair
         return StockSampler(family.pipeline.scheduler, ())
+    if spec.chunk:
+        return causal_sampler(family, path, spec)
     # A teacher that is itself such an export is known by the entry its scheduler was given.
     flow = isinstance(path, FlowPath)
     family.refuse_one_step(type(family.pipeline).__name__, flow, spec.num_steps)
@@ -171,7 +186,7 @@ def describe(
         "base_model": facts.get("model"),
         "family": family.name,
         "conditioning": family.conditioning,
-        "denoiser": [family.net_name, type(family.net).__name__],
+        "denoiser": [family.net_name, type(family.first_net).__name__],
         "output": family.output,
         "reads": list(family.needs_images()),
         "prompt_by_name": family.conditioning == "prompt" and _first_argument(family) != "prompt",
@@ -185,10 +200,14 @@ def describe(
         "kind": spec.kind,
         "heun": spec.heun,
         "times": None if spec.keeps_scheduler else list(spec.times),
+        "expert": family.expert,
+        "grid": list(spec.grid),
         "trained_times": None if spec.trained_times is None else list(spec.trained_times),
         "visited_model_times": list(sampler.visited),
         "teacher_shift": family.shift_at(resolution, resolution),
-        "tools": tools_of(family, path, spec, sampler, resolution),
+        "tools": tools_of(family, path, spec, sampler, resolution)
+        if family.expert == "both" and not spec.chunk
+        else None,
         "run": dict(facts),
         "run_sha256": json_sha256(dict(facts)),
         "versions": {name: importlib.metadata.version(name) for name in packages},

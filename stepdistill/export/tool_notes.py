@@ -24,6 +24,12 @@ def usage(record: Mapping[str, Any]) -> str:
 def file_note(record: Mapping[str, Any]) -> str:
     """Which tool reads the file of a LoRA export whole, and where it is put."""
     lora, tools = record["lora"], record["tools"]
+    if (experts := record.get("experts")) is not None:
+        parts = {"transformer": "high", "transformer_2": "low"}
+        named = ", ".join(f"{code(f)} ({parts[c]} noise)" for c, f in lora["files"].items())
+        calls = f"{experts['calls']['high']} calls of high noise, {experts['calls']['low']} of low"
+        alone = "" if len(lora["files"]) == 2 else " The other expert's file is its own run's."
+        return f"Files: {named}; {calls}, guidance 1, strength 1.{alone}\n\n"
     if tools is None:
         return ""
     readers = lora["readers"]

@@ -85,6 +85,7 @@ class Family(ABC):
     has_null: bool = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether a stock denoiser can have a guidance embedding
     supports_s: ClassVar[bool] = True  # whether a copy can be told where its jump ends (end_input)
+    causal: ClassVar[bool] = False  # whether a copy can be made causal by chunks of frames
     forward_mode: ClassVar[bool] = True  # whether its denoiser can be differentiated forward (JVP)
     one_size: ClassVar[bool] = False  # whether network or condition know one image size alone
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
@@ -103,6 +104,7 @@ class Family(ABC):
     one_step_x0: ClassVar[tuple[str, ...]] = ()  # classes that read a single step's result as x0
     short_pipelines: ClassVar[tuple[str, ...]] = ()  # stock classes of few-step defaults
     unquantized: Callable[[], nn.Module] | None = None  # loads what a quantised base was made from
+    owned: tuple[float, float] = (0.0, 1.0)  # (lowest, highest) time that its denoiser is meant for
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A family derived from another has tiny pipelines of its own."""
@@ -117,15 +119,49 @@ class Family(ABC):
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 part.eval()  # train mode would drop class labels (DiT) and activations at random
-                if name != self.net_name:
+                if name not in self.net_parts:
                     part.requires_grad_(False)
 
     # ------------------------------------------------------------ the network
     @property
     def net(self) -> nn.Module:
-        """The stock denoiser module."""
+        """The stock denoiser module; where experts share the times, all of them in one."""
         net: nn.Module = getattr(self.pipeline, self.net_name)
         return net
+
+    @property
+    def expert(self) -> Literal["both", "high", "low"]:
+        """Which of two denoisers was loaded, by the times that it owns."""
+        if self.owned == (0.0, 1.0):
+            return "both"
+        return "high" if self.owned[1] == 1.0 else "low"
+
+    @property
+    def first_net(self) -> Any:
+        """The stock denoiser, or one of several, which are alike."""
+        return next(iter(self.parts_of(self.net).values()))
+
+    def net_of(self, nets: Sequence[Any]) -> Any:
+        """`parts_of` undone: such a network of its parts."""
+        (net,) = nets
+        return net
+
+    @property
+    def net_parts(self) -> tuple[str, ...]:
+        """The pipeline's components that make up `net`."""
+        return tuple(self.parts_of(self.net))
+
+    def parts_of(self, net: nn.Module) -> dict[str, Any]:
+        """A network such as `net` as components of the pipeline, all of one stock class."""
+        return {self.net_name: net}
+
+    @classmethod
+    def nets_in(cls, index: Mapping[str, Any]) -> tuple[str, ...]:
+        """The components that are denoisers in a pipeline with that model_index.json.
+
+        Errors: ValueError where its entries do not go together.
+        """
+        return (cls.net_name,)
 
     @property
     def config(self) -> Any:
@@ -165,11 +201,17 @@ class Family(ABC):
     @property
     def lora_formats(self) -> tuple[str, ...]:
         """What a LoRA student can be exported as."""
-        return ("lora", "kohya", "comfyui") if has_layout(self.net) else ("lora",)
+        return ("lora", "kohya", "comfyui") if has_layout(self.first_net) else ("lora",)
 
     @classmethod
     def labels_in(cls, config: Any) -> int | None:
         """How many class labels a model of that configuration knows; None where it reads none."""
+        return None
+
+    @classmethod
+    def frame_size_in(cls, vae: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(height, width) in px of first frames, by the autoencoder's configuration; None where it
+        reads none."""
         return None
 
     @classmethod
@@ -232,7 +274,7 @@ class Family(ABC):
             of_steps = self.shift_at(*size, num_steps) if shift == usual else shift
             return own_sampler(self.pipeline.scheduler, *kind, num_steps, of_steps)
 
-        return Setting(self.path, self.kind, usual, sampler)
+        return Setting(self.path, self.kind, usual, sampler, self.owned)
 
     def copy_net(self, extra_inputs: Sequence[str] = (), net: nn.Module | None = None) -> nn.Module:
         """An independent copy of the denoiser with the extra inputs a role asks for.
@@ -379,7 +421,7 @@ class Family(ABC):
         for name, part in self.pipeline.components.items():
             if isinstance(part, PreTrainedModel):
                 part.to(dtype)
-            if isinstance(part, nn.Module) and name != self.net_name:
+            if isinstance(part, nn.Module) and name not in self.net_parts:
                 part.to(device)
 
     # -------------------------------------------------------------- checking

@@ -21,9 +21,11 @@ from diffusers.utils import DummyObject
 
 from stepdistill.core.method import Setting
 from stepdistill.families import FAMILIES
+from stepdistill.families.experts import PARTS, one_expert
 from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import own_sampler, read_schedule
+from stepdistill.loading.expert_files import refuse_other_expert
 from stepdistill.loading.merge_loras import merge_loras
 from stepdistill.loading.paper import part_config
 from stepdistill.loading.project_code import part_class
@@ -32,6 +34,7 @@ from stepdistill.loading.safe_files import load_part, load_stock
 from stepdistill.loading.scheduler_config import check_scheduler
 from stepdistill.loading.single_file import load_single_file, schedule_marks
 from stepdistill.loading.source import ModelSource
+from stepdistill.loading.teacher_lora import parse_lora
 from stepdistill.loading.weightless import weightless
 from stepdistill.storage.files import one_line
 
@@ -85,15 +88,25 @@ def load_family(
         _setting(source, cls.sends_sigmas)
     missing = {name: None for name, entry in index.items() if entry == [None, None]}
     parts = {**missing, **components}
+    folders = _net_folders(source, cls)  # of the denoisers
     kind = source.base_quantization
     quantized = kind != "none" and cls.net_name not in parts
     # There is no folder to read a quantised one from.
     made_here = bool(source.teacher_lora) or source.is_single_file
     dtype = source.base_dtype or torch_dtype
     hub = {"variant": source.variant, **source.hub}
-    net = partial(load_part, source.model, index, cls.net_name, dtype=dtype, **hub)
+
+    def nets(**options: Any) -> dict[str, Any]:
+        where = (source.model, index)
+        named = {**hub, "dtype": dtype, **options}
+        return {name: load_part(*where, folder, **named) for name, folder in folders.items()}
+
     if quantized and not made_here:
-        parts[cls.net_name] = net(quantization_config=loader_config(kind, dtype))
+        parts |= nets(quantization_config=loader_config(kind, dtype))
+    elif source.expert != "both" and cls.net_name not in parts and not source.is_single_file:
+        parts |= nets(dtype=torch_dtype)
+    if source.expert != "both":
+        parts[PARTS["low"]] = None
     if source.is_single_file:
         if "scheduler" not in parts:
             parts["scheduler"] = _scheduler(source)
@@ -105,14 +118,49 @@ def load_family(
         _check_encoders(pipeline)
     merge_loras(pipeline, cls.net_name, source.teacher_lora)
     if quantized and made_here:
-        made = requantized(getattr(pipeline, cls.net_name), kind, dtype)
-        pipeline.register_modules(**{cls.net_name: made})
+        for name in folders:
+            made = requantized(getattr(pipeline, name), kind, dtype)
+            pipeline.register_modules(**{name: made})
+    if source.expert != "both":
+        pipeline.register_to_config(boundary_ratio=None)
     family = cls(pipeline)
+    family.owned = _owned(source)
     if quantized:
         plain = replace(source, base_quantization="none")
         again = partial(load_family, plain, torch_dtype=dtype, **components)
-        family.unquantized = (lambda: again().net) if made_here else net
+        family.unquantized = lambda: again().net
+        if not made_here and len(folders) == 1:
+            family.unquantized = lambda: nets()[cls.net_name]
     return family
+
+
+def _net_folders(source: ModelSource, cls: type[Family]) -> dict[str, str]:
+    """The denoisers of a pipeline as it is loaded -> the parts of the folder that they are read of.
+
+    Errors: ValueError where one of two experts is asked for and there are no two, or both are and
+        what else is asked for says nothing of which of them it is for.
+    """
+    index, expert = source.index, source.expert
+    if expert == "both":
+        names = cls.nets_in(index)
+        odd = "a LoRA" if source.teacher_lora else "one file" if source.is_single_file else ""
+        if len(names) > 1 and odd:
+            raise ValueError(
+                f"expert: expected high or low beside {odd}, which says nothing of which of the "
+                "two networks it is for, got both. Set --expert high, and low in a run of its own."
+            )
+        return {name: name for name in names}
+    for text in source.teacher_lora:
+        lora = parse_lora(text)
+        refuse_other_expert(Path(lora.place) / (lora.weight_name or ""), expert, "teacher_lora")
+    one_expert(expert, index.get("boundary_ratio"), source.pipeline_class)
+    return {cls.net_name: PARTS[expert]}
+
+
+def _owned(source: ModelSource) -> tuple[float, float]:
+    """(lowest, highest) time of the denoiser that is loaded."""
+    ratio = source.index.get("boundary_ratio")
+    return one_expert(source.expert, ratio, source.pipeline_class)[1]
 
 
 def _check_parts(source: ModelSource, cls: type[Family], given: Mapping[str, Any]) -> None:
@@ -122,7 +170,8 @@ def _check_parts(source: ModelSource, cls: type[Family], given: Mapping[str, Any
     Args: given: parts that are handed over in place of the folder's.
     """
     takes = inspect.signature(getattr(diffusers, source.pipeline_class).__init__).parameters
-    for name in (cls.net_name, "scheduler", *(["vae"] if "vae" in takes else [])):
+    folders = _net_folders(source, cls).values()
+    for name in (*folders, "scheduler", *(["vae"] if "vae" in takes else [])):
         entry = source.index.get(name)
         named = isinstance(entry, list | tuple) and len(entry) == 2 and None not in entry
         if name not in given and not named:
@@ -164,9 +213,10 @@ def load_encoders(model: str | Path | ModelSource, device: torch.device) -> Fami
     """
     source = ModelSource.of(model)
     parts: dict[str, Any] = {}
-    name = family_for(source.pipeline_class).net_name
     if not source.teacher_lora:
-        parts[name] = weightless(source.described_at, source.index, name, device, **source.hub)
+        at, index = source.described_at, source.index
+        for name, folder in _net_folders(source, family_for(source.pipeline_class)).items():
+            parts[name] = weightless(at, index, folder, device, **source.hub)
     return load_family(source, **parts)
 
 
@@ -188,7 +238,8 @@ class TeacherFacts:
     conditioning: "prompt", "label" or "none". has_null: whether there is an empty condition to
     guide away from. needs_images: what it needs beside the prompt (see Family.reads).
     num_labels: how many class labels it knows; None where it reads none. told_guidance: whether a
-    student of it can be told the guidance.
+    student of it can be told the guidance. num_nets: how many denoisers share the times.
+    frame_size: (height, width) of first frames, px.
     """
 
     family: type[Family]
@@ -199,6 +250,8 @@ class TeacherFacts:
     setting: Setting
     num_labels: int | None = None
     told_guidance: bool = False
+    num_nets: int = 1
+    frame_size: tuple[int, int] | None = None
 
 
 def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
@@ -210,27 +263,36 @@ def teacher_facts(teacher: str | Path | ModelSource | Family) -> TeacherFacts:
         name = type(teacher.pipeline).__name__
         facts = (teacher.conditioning, teacher.has_null, teacher.needs_images(), teacher.setting)
         in_config = teacher.labels_in(teacher.config), teacher.told_guidance_in(teacher.config)
-        return TeacherFacts(type(teacher), name, *facts, *in_config)
+        frames = (
+            teacher.frame_size_in(teacher.pipeline.vae.config)
+            if teacher.from_first_frame()
+            else None
+        )
+        counted = len(teacher.net_parts)
+        return TeacherFacts(type(teacher), name, *facts, *in_config, counted, frames)
     source = ModelSource.of(teacher)
     cls = family_for(source.pipeline_class)
     _check_parts(source, cls, {})
     reads = cls.conditioning == "label" or cls.supports_w
-    config = _net_config(source, cls) if reads else {}
+    config = _part_config(source, cls.net_name) if reads else {}
+    vae = _part_config(source, "vae") if cls.from_first_frame() else {}
     return TeacherFacts(
         cls,
         source.pipeline_class,
         cls.conditioning_in(config),
         cls.null_in(source.index),
         cls.needs_images(),
-        _setting(source, cls.sends_sigmas),
+        replace(_setting(source, cls.sends_sigmas), owned=_owned(source)),
         cls.labels_in(config),
         cls.told_guidance_in(config),
+        len(_net_folders(source, cls)),
+        cls.frame_size_in(vae),
     )
 
 
-def _net_config(source: ModelSource, cls: type[Family]) -> Any:
-    net = part_class(*source.index[cls.net_name])
-    return part_config(net, True, source.described_at, cls.net_name, source.hub)
+def _part_config(source: ModelSource, name: str) -> Any:
+    part = part_class(*source.index[name])
+    return part_config(part, True, source.described_at, name, source.hub)
 
 
 def _setting(source: ModelSource, sends_sigmas: float) -> Setting:

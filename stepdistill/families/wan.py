@@ -1,4 +1,7 @@
-"""Wan 2.1 (and 2.2's 5B): a transformer over UMT5 tokens and video patches, on a flow path.
+"""Wan 2.1 and 2.2: a transformer over UMT5 tokens and video patches, on a flow path.
+
+2.2's A14B has two, one for high and one for low noise (families/experts.py); its 5B tells a time to
+each token.
 
 Latents are (C, F', H, W), four frames to one after the first, scaled by channel. No config of a
 checkpoint states its size: an entry sample_size = [frames, height, width] in the VAE's, px, does
@@ -13,10 +16,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stepdistill.core.causal import chunk_of
 from stepdistill.core.types import Cond
-from stepdistill.families.family import Family, check_prompts
+from stepdistill.families.causal import make_causal
+from stepdistill.families.expert_family import ExpertFamily
+from stepdistill.families.family import check_prompts
 from stepdistill.families.features import FeatureBlock, token_blocks
 from stepdistill.families.vae import latent_size
 
@@ -24,29 +30,22 @@ MAX_TOKENS = 512  # the stock call's max_sequence_length
 STOCK_SIZE = (81, 480, 832)  # frames, height, width of the stock call
 
 
-class WanFamily(Family):
-    """WanPipeline with one transformer."""
+class WanFamily(ExpertFamily):
+    """WanPipeline with one transformer, or one for high and one for low noise."""
 
     name: ClassVar[str] = "wan"
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
     tiny = "stepdistill.testing.tiny_video:tiny_wan"
-    variants = {"wan_tokens": {"expand_timesteps": True}}
+    variants = {"wan_tokens": {"expand_timesteps": True}, "wan_experts": {"boundary_ratio": 0.875}}
     supports_s: ClassVar[bool] = False  # some embed a time for each token
     net_name: ClassVar[str] = "transformer"
     output: ClassVar[Literal["images", "frames"]] = "frames"
     one_size: ClassVar[bool] = True  # of its videos
+    causal: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("ffn.net.0.proj", "ffn.net.2"),
     )
-
-    def __init__(self, pipeline: Any) -> None:
-        if pipeline.config.boundary_ratio is not None or pipeline.transformer_2 is not None:
-            raise ValueError(
-                f"{self.name}: expected a pipeline of one transformer, got two (Wan 2.2 A14B), of "
-                "which each denoises a range of its own. Use Wan 2.1, or 2.2's 5B model."
-            )
-        super().__init__(pipeline)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -74,12 +73,27 @@ class WanFamily(Family):
         return dict(zip(("num_frames", "height", "width"), self.size, strict=True))
 
     def token_times(self, x_t: Tensor, model_t: Tensor) -> Tensor:
-        """What the network is told: (B,), or (B, N), a time for each token, with 2.2's 5B."""
+        """What the network is told: (B,), or (B, N), a time for each token, with 2.2's 5B and
+        where each frame has one."""
+        _, height, width = self.config.patch_size
+        of_frame = (x_t.shape[3] // height) * (x_t.shape[4] // width)
+        if model_t.ndim == 2:
+            return model_t.float().repeat_interleave(of_frame, dim=1)
         if not self.pipeline.config.expand_timesteps:
             return model_t.float()
-        _, height, width = self.config.patch_size
-        count = x_t.shape[2] * (x_t.shape[3] // height) * (x_t.shape[4] // width)
-        return model_t.float().unsqueeze(1).expand(-1, count)
+        return model_t.float().unsqueeze(1).expand(-1, x_t.shape[2] * of_frame)
+
+    def copy_net(self, extra_inputs: Sequence[str] = (), net: Any = None) -> nn.Module:
+        """See Family.copy_net; also a copy that is causal by chunks of frames (causal.py)."""
+        chunk = chunk_of(extra_inputs)
+        if chunk is None or self.experts is not None or not self.causal:
+            return super().copy_net(extra_inputs, net)
+        if self.sample_shape()[1] % chunk:
+            raise ValueError(
+                f"chunk: expected a divisor of the model's {self.sample_shape()[1]} latent frames, "
+                f"got {chunk}. Set --method_config.chunk."
+            )
+        return make_causal(super().copy_net((), net), chunk)
 
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
         """See Family.run."""
@@ -94,7 +108,10 @@ class WanFamily(Family):
         return out
 
     def feature_blocks(self) -> dict[str, FeatureBlock]:
-        """ "mid" and "block.i": tokens of all frames."""
+        """ "mid" and "block.i": tokens of all frames; none of two experts, of which each row of a
+        batch runs one."""
+        if self.experts is not None:
+            return {}
         width = self.config.num_attention_heads * self.config.attention_head_dim
         return token_blocks(width, blocks=self.config.num_layers)
 

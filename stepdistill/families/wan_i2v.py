@@ -1,9 +1,9 @@
 """Wan image to video: the text family with a first frame in its condition.
 
-Wan 2.1 reads the frame as further channels (a mask and its latent) and as CLIP tokens, and makes
-every frame itself. Wan 2.2's 5B keeps the first latent frame clean and tells it t = 0. There the
-output at that frame is set to what leads to the clean latent: teacher, fake and student then agree
-on it, so no loss sees it and no sampler moves it (the setting of Magic 1-For-1, arXiv:2502.07701).
+Wan 2.1 reads the frame as further channels (a mask and its latent) and as CLIP tokens (2.2's A14B
+without these) and makes every frame itself. 2.2's 5B keeps the first latent frame clean and tells
+it t = 0. There the output at that frame is set to what leads to the clean latent: teacher, fake and
+student agree on it, so no loss sees it and no sampler moves it (Magic 1-For-1, arXiv:2502.07701).
 """
 
 # Shapes: B batch, C channels, F frames, H, W spatial, N tokens, D width.
@@ -20,16 +20,20 @@ from torch import Tensor
 from stepdistill.core.path import expand
 from stepdistill.core.types import Cond
 from stepdistill.families.beside import check_images, pictures
-from stepdistill.families.wan import WanFamily
+from stepdistill.families.wan import STOCK_SIZE, WanFamily
 
 
 class WanImageToVideoFamily(WanFamily):
-    """WanImageToVideoPipeline with one transformer; `first_frame` stands in for data."""
+    """WanImageToVideoPipeline with one transformer or two; `first_frame` stands in for data."""
 
     name: ClassVar[str] = "wan_i2v"
     pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
     tiny = "stepdistill.testing.tiny_video:tiny_wan_i2v"
-    variants = {"wan_i2v_kept": {"expand_timesteps": True}}
+    variants = {
+        "wan_i2v_kept": {"expand_timesteps": True},
+        "wan_i2v_experts": {"boundary_ratio": 0.9},
+    }
+    causal: ClassVar[bool] = False
     reads: ClassVar[Mapping[str, bool]] = {"image": True}
     image_keys: ClassVar[tuple[str, ...]] = ("frame", "frame_tokens")
 
@@ -39,6 +43,11 @@ class WanImageToVideoFamily(WanFamily):
         # No flat colour, on which a wrong scale or order of rows would not show.
         self.first_frame: Image.Image = Image.linear_gradient("L").resize((width, height))
         self.first_frame = self.first_frame.convert("RGB")
+
+    @classmethod
+    def frame_size_in(cls, vae: Mapping[str, Any]) -> tuple[int, int]:
+        """See Family.frame_size_in."""
+        return tuple((vae.get("sample_size") or STOCK_SIZE)[1:])
 
     @property
     def keeps_first(self) -> bool:

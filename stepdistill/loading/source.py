@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,6 +19,8 @@ from stepdistill.loading.single_file import config_source, is_whole
 from stepdistill.loading.teacher_lora import lora_facts, lora_text, parse_lora
 from stepdistill.storage.files import read_json
 
+Expert = Literal["both", "high", "low"]
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -30,6 +32,7 @@ class ModelSource:
     single_file_config: pipeline folder or Hub id that describes a single-file checkpoint.
     base_quantization: "int8" or "nf4": the denoiser's linear layers, its other weights in
         base_dtype (None: the dtype of the rest).
+    expert: of a model with two denoisers which is loaded: "both", "high" or "low" (noise).
     """
 
     model: str
@@ -39,6 +42,7 @@ class ModelSource:
     single_file_config: str | None = None
     base_quantization: str = "none"
     base_dtype: torch.dtype | None = None
+    expert: Expert = "both"
 
     def __post_init__(self) -> None:
         # A path means the same from every working directory, and never becomes a Hub id.
@@ -65,6 +69,7 @@ class ModelSource:
             tuple(merged),
             # Earlier runs had it among their training options.
             facts.get("single_file_config", earlier.get("single_file_config")),
+            expert=facts.get("expert", "both"),
         )
 
     def __str__(self) -> str:
@@ -132,4 +137,5 @@ class ModelSource:
             "variant": self.variant,
             "teacher_lora": lora_facts(self.teacher_lora),
             "single_file_config": self.single_file_config,
+            "expert": self.expert,
         }

@@ -20,7 +20,7 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.score import denoising_loss, denoising_weight
 from stepdistill.methods.judge import judge_loss
-from stepdistill.methods.rollout import Rollout, Sample, TimeRange, Within, warn_x0_gain
+from stepdistill.methods.rollout import START, Rollout, Sample, TimeRange, Within, warn_x0_gain
 from stepdistill.methods.scores_config import ScoreConfig
 
 S = TypeVar("S", bound=ScoreConfig)
@@ -37,13 +37,21 @@ class CriticMethod(Method[S], Generic[S]):
                 f"skip_layers {config.skip_layers} has no effect: guidance 1 has no null pass.",
                 stacklevel=2,
             )
-        self.rollout = Rollout(config, setting.path, config.trained_times(setting))
+        starts_late = setting.owned[1] < 1.0
+        times = config.trained_times(setting)
+        self.rollout = Rollout(config, setting.path, times, from_start=starts_late)
+        if setting.owned != (0.0, 1.0) and config.warm_start.updates:
+            raise ValueError(
+                "warm_start: expected none of one expert (the teacher's trajectories cross both), "
+                f"got {config.warm_start.updates} updates. Leave it out."
+            )
         warn_x0_gain(self.name, setting, self.rollout.times[0])
 
     @property
     def needs(self) -> frozenset[str]:
         x0 = {"x0"} if self.config.rollout == "data" else set()
-        return frozenset({"cond", *x0, *({"real"} if self.config.gan.enabled else ())})
+        start = {START} if self.rollout.from_start else set()
+        return frozenset({"cond", *x0, *start, *({"real"} if self.config.gan.enabled else ())})
 
     def roles(self) -> dict[str, Role]:
         trained = {"student": Role(train=True), "fake": Role(train=True)}

@@ -22,12 +22,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from stepdistill.core.causal import causal_input
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import FakeFit, Nets
+from stepdistill.core.method import FakeFit, Nets, Role, Setting
 from stepdistill.core.recipe import Recipe
+from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import beta_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.adversarial import generator_loss
+from stepdistill.methods.causal import CausalRollout, ode_loss
 from stepdistill.methods.digits import FEW, WARM, score
 from stepdistill.methods.dmd2_config import DMD2Config
 from stepdistill.methods.rollout import Sample
@@ -51,8 +54,32 @@ class DMD2(ScoreDistillation[DMD2Config]):
     name = "dmd2"
     paper = "Yin et al. 2024, arXiv:2405.14867"
     Config = DMD2Config
+    serves_part = True
     status = "trained on real data here"
     digits = (Recipe("dmd2", score(guidance=1.0), {2: FEW, 4: FEW}, first=WARM),)
+
+    def __init__(self, config: DMD2Config, setting: Setting) -> None:
+        super().__init__(config, setting)
+        if config.chunk:
+            self.rollout = CausalRollout(**vars(self.rollout), chunk=config.chunk)
+
+    def roles(self) -> dict[str, Role]:
+        if not self.config.chunk:
+            return super().roles()
+        student = Role(train=True, extra_inputs=(causal_input(self.config.chunk),))
+        return {**super().roles(), "student": student}
+
+    def sampler(self, num_steps: int | None = None) -> SamplerSpec:
+        return replace(super().sampler(num_steps), chunk=self.config.chunk)
+
+    def warm_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
+        if not self.config.chunk:
+            return super().warm_loss(nets, batch, ctx)
+        how = (self.config.warm_start.teacher_steps, self.rollout.times, self.config.chunk)
+        loss = ode_loss(
+            nets, nets["teacher"], batch, ctx, self.setting, *how, self.teacher_guidance
+        )
+        return Losses(loss, {"warm_start": loss.detach()})
 
     @property
     def teacher_guidance(self) -> float:

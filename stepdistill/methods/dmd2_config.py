@@ -41,6 +41,12 @@ class DMD2Config(ScoreConfig):
     approach: ApproachConfig = ApproachConfig()
     """A teacher that starts near the fake; off by default."""
 
+    chunk: int = Field(default=0, ge=0)
+    """Latent frames of a chunk of a causal video student (3 of Wan's 21): it makes a clip chunk by
+    chunk, each seeing those before it alone, under a teacher and a fake that see all. 0: as the
+    teacher. Full students; rollout simulate is Self Forcing, data CausVid, and warm_start the
+    regression on the teacher's trajectories that both begin with."""
+
     @model_validator(mode="after")
     def _check_gan_alone(self) -> DMD2Config:
         if self.gan_alone and not self.gan.enabled:

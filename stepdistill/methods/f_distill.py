@@ -78,6 +78,7 @@ class FDistill(ScoreDistillation[FDistillConfig]):
     name = "f_distill"
     paper = "Xu et al. 2025, arXiv:2502.15681"
     Config = FDistillConfig
+    serves_part = True
     status = "trained on real data here"
     data = "images"  # of the ratio's head
     digits = (Recipe("f_distill", score(guidance=1.0), {2: FEW, 4: FEW}, first=WARM),)

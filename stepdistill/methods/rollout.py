@@ -22,10 +22,17 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import MethodConfig, Nets, Setting
 from stepdistill.core.path import NoisePath, VEPath, rows
 from stepdistill.core.solvers import SamplerSpec
-from stepdistill.core.times import shift_times, snapped_grid, uniform_times, unshift_times
+from stepdistill.core.times import (
+    SAME_TIME,
+    shift_times,
+    snapped_grid,
+    uniform_times,
+    unshift_times,
+)
 from stepdistill.core.types import Batch, Cond
 
 MAX_X0_GAIN = 5.0
+START = "start"  # batch field: states (B, C, *S) in which a high-noise expert's student ended
 
 
 def _check_range(value: tuple[float, float]) -> tuple[float, float]:
@@ -87,7 +94,19 @@ class RolloutConfig(MethodConfig):
         return snapped_grid(setting.path, num_steps, self.shift_of(setting))
 
     def trained_times(self, setting: Setting) -> tuple[float, ...]:
-        """The student's grid. Errors: ValueError for a student time between table entries."""
+        """The student's grid, the part of it that the setting owns. Errors: see `whole_grid`, and
+        ValueError where no time is owned."""
+        return owned_times(self.whole_grid(setting), setting.owned)
+
+    def hand_over(self, setting: Setting) -> float:
+        """The time at which the owned part ends and another expert goes on; 0 is clean data."""
+        grid = self.whole_grid(setting)
+        owned = owned_times(grid, setting.owned)
+        return (*grid, 0.0)[grid.index(owned[-1]) + 1]
+
+    def whole_grid(self, setting: Setting) -> tuple[float, ...]:
+        """The student's grid, whoever owns its times. Errors: ValueError for a student time between
+        table entries."""
         if self.student_times is None:
             return self.uniform(setting, self.num_steps)
         grid = torch.tensor(self.student_times, dtype=torch.float64)
@@ -114,6 +133,7 @@ class RolloutConfig(MethodConfig):
         Args: within: times, or (B,) of each sample, that the range is cut to besides.
         """
         path, shift = setting.path, self.shift_of(setting)
+        t_range = (max(t_range[0], setting.owned[0]), min(t_range[1], setting.owned[1]))
         first = 0.0  # the path's time at which the range is 0
         if isinstance(path, VEPath):
             first = float(path.time_of_sigma(torch.tensor(path.sigma_min)))
@@ -130,8 +150,30 @@ class RolloutConfig(MethodConfig):
         """The matching sampler. Errors: ValueError where num_steps leaves the trained grid."""
         trained = self.trained_times(setting)
         as_trained = num_steps is None or num_steps == len(trained)
-        times = trained if as_trained or num_steps is None else self.uniform(setting, num_steps)
-        return SamplerSpec(times, self.sampler, trained_times=trained)
+        times = trained
+        if not as_trained and num_steps is not None:
+            times = owned_times(self.uniform(setting, num_steps), setting.owned)
+        whole = (
+            self.whole_grid(setting) if times == trained else self.uniform(setting, num_steps or 1)
+        )
+        grid = () if setting.owned == (0.0, 1.0) else whole
+        return SamplerSpec(times, self.sampler, trained_times=trained, grid=grid)
+
+
+def owned_times(grid: tuple[float, ...], owned: tuple[float, float]) -> tuple[float, ...]:
+    """The times of a grid in that range, its lower end included, its upper one only if it is 1.
+
+    Errors: ValueError where none is.
+    """
+    low, high = owned
+    ends = (low - SAME_TIME, 2.0 if high == 1.0 else high - SAME_TIME)
+    times = tuple(t for t in grid if ends[0] <= t < ends[1])
+    if not times:
+        raise ValueError(
+            f"expert: expected a step of the student from {low:g} to {high:g}, the expert's times, "
+            f"got {grid}. Set more steps (--method_config.num_steps), or another shift."
+        )
+    return times
 
 
 @dataclass(frozen=True)
@@ -153,11 +195,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Draws student samples as the config says, over `times` on `path`."""
+    """Draws student samples as the config says, over `times` on `path`.
+
+    from_start: the first step's input is the batch's (START), made by another expert, and no noise.
+    """
 
     config: RolloutConfig
     path: NoisePath
     times: tuple[float, ...]
+    from_start: bool = False
 
     def __call__(self, nets: Nets, batch: Batch, ctx: Ctx) -> Tensor:
         """x0 (B, C, *S) of `sample`."""
@@ -203,6 +249,8 @@ class Rollout:
         """The student's input (B, C, *S) at step k."""
         shape, times = (batch.bsz, *batch.shape), self.times
         x = self.path.prior(ctx.randn(shape))
+        if self.from_start:  # noise is drawn all the same: other draws stay where they are
+            x = batch.extra[START].float()
         if k == 0:
             return x
         if self.config.rollout == "data":

@@ -71,6 +71,7 @@ class SiD(ScoreDistillation[SiDConfig]):
     name = "sid"
     paper = "Zhou et al. 2024, arXiv:2404.04057"
     Config = SiDConfig
+    serves_part = True
     status = "checked on analytic teachers"
     aliases = {
         "score_identity": {},

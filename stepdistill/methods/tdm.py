@@ -73,12 +73,14 @@ class TDM(ScoreDistillation[TDMConfig]):
     Config = TDMConfig
     status = "checked on analytic teachers"
     aliases = {"trajectory_distribution_matching": {}}
+    serves_part = True
     steps = (2, 4, 8)
     digits = (Recipe("tdm", score(guidance=1.0), {2: {}, 4: {}}),)
 
     def sample(self, nets: Nets, batch: Batch, ctx: Ctx) -> Step:
         """A step of the rollout; its x0 alone carries gradients, not where the step ends."""
-        times, k = (*self.rollout.times, 0.0), self.rollout.draw_step(ctx)
+        last = self.config.hand_over(self.setting)
+        times, k = (*self.rollout.times, last), self.rollout.draw_step(ctx)
         made, x_m = self.rollout.sample_at(nets, batch, ctx, k), None
         if times[k + 1] > 0.0:
             assert made.x_t is not None, "a sample of the student's"

@@ -39,6 +39,8 @@ _METRIC_CHARTS: tuple[tuple[str, dict[str, str], str, float | None], ...] = (
      "RMS, in the teacher's standard deviations", None),
     ("Diversity", {"diversity_ratio": "student / teacher"},
      "distance between samples of a prompt; below 1 they look alike", 1.0),
+    ("Movement", {"movement_ratio": "student / teacher"},
+     "distance of a video's frames from its first; near 0 is a still clip", 1.0),
     ("Spread and shift of x0", {"x0_std_ratio": "std ratio", "x0_mean_drift": "mean shift"},
      "against the teacher; aim at 1 and 0", 1.0),
     ("Saturation", {"saturation": "student", "saturation_excess": "above the teacher"},

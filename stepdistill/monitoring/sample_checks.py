@@ -38,12 +38,17 @@ class SampleChecks:
                 "diversity", 1.0 / max(ratio, 1e-9), 1.0 / config.min_diversity, done
             ):
                 alarms["diversity"] = f"diversity is {ratio:.3g} of what it should be"
+        moves = metrics.get("movement_ratio")
+        if config.movement != "off" and moves is not None:
+            least = 1.0 / config.min_movement
+            if self._progress.bad("movement", 1.0 / max(moves, 1e-9), least, done):
+                alarms["movement"] = f"its videos move {moves:.3g} times as much as the teacher's"
         if config.fake_lag != "off" and step > 0:  # before any update the fake is the teacher
             lag = metrics.get("fake_lag", 0.0)
             sure = abs(lag) - 2.0 * metrics.get("fake_lag_error", 0.0)
             if sure > config.max_fake_lag:
                 alarms["fake_lag"] = f"the fake lags the student by {lag:.3g} of its gradient"
-        for check in ("drift", "diversity", "fake_lag"):
+        for check in ("drift", "diversity", "movement", "fake_lag"):
             self.strikes[check] = self.strikes.get(check, 0) + 1 if check in alarms else 0
         return alarms
 

@@ -60,6 +60,13 @@ def diversity(latents: Tensor, per_prompt: int) -> float:
     return float((2.0 * rows.var(1, unbiased=True).mean()).sqrt())  # E|a - b|^2 = 2 var
 
 
+def movement(videos: Tensor) -> float:
+    """Mean |frame_i - frame_0| of videos (N, C, F, H, W) in [-1, 1] over their later frames; 0 is a
+    still clip, which students from a first frame tend to become."""
+    shown = videos.float().clamp(-1, 1)
+    return float((shown[:, :, 1:] - shown[:, :, :1]).abs().mean())
+
+
 def x0_drift(student: Tensor, teacher: Tensor) -> tuple[float, float]:
     """(shift of the channel means in the teacher's std, ratio of the stds) of x0 (N, C, *S).
 
@@ -100,6 +107,9 @@ def sample_metrics(
     metrics = {"saturation": saturation(images)}
     if per_prompt > 1:
         metrics["diversity"] = diversity(latents, per_prompt)
+    moves = images.ndim == 5 and images.shape[2] > 1
+    if moves:
+        metrics["movement"] = movement(images)
     if reference is None:
         return metrics
     teacher, teacher_images = reference
@@ -111,6 +121,8 @@ def sample_metrics(
     metrics["teacher_rmse"] = float(error) / max(spread, 1e-6)
     metrics["x0_mean_drift"], metrics["x0_std_ratio"] = x0_drift(latents, teacher)
     metrics["saturation_excess"] = metrics["saturation"] - saturation(teacher_images)
+    if moves and (usual := movement(teacher_images)) > 0.0:
+        metrics["movement_ratio"] = metrics["movement"] / usual
     if per_prompt > 1:
         usual = diversity(teacher, per_prompt)
         if usual > 0.0:

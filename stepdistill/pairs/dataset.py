@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stepdistill.core.context import normal_rows
+from stepdistill.core.context import normal_rows, stable_seed
 from stepdistill.core.denoiser import Denoiser
-from stepdistill.core.solvers import ode_solve
+from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.stopping import stop_if_orphaned
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
@@ -141,7 +141,8 @@ class PairWriter:
 
 
 class PairDataset(Dataset[dict[str, Any]]):
-    """A finished pair set: items {"prompt", "x0": (C, *S) float32, "noise": (C, *S) float32}.
+    """A finished pair set: items {"prompt", "x0": (C, *S) float32, "noise": (C, *S) float32}; of
+    states at a time above 0 {"prompt", "start": (C, *S) float32}.
 
     Every shard's header is checked when the set is opened; pairs are read on demand, and compared
     with their hash then.
@@ -191,6 +192,8 @@ class PairDataset(Dataset[dict[str, Any]]):
             pair = {name: value.float() for name, value in opened.row(row).items()}
         except BrokenShardError as err:
             raise damaged(err) from err
+        if self.settings.until:
+            pair = {"start": pair["x0"]}
         return {"prompt": opened.facts["prompts"][row], **pair}
 
 
@@ -220,6 +223,8 @@ def generate_pairs(
     rank: int = 0,
     world_size: int = 1,
     progress: bool = True,
+    kind: Literal["ode", "renoise"] = "ode",
+    until: float = 0.0,
 ) -> PairDataset | None:
     """Solve the teacher's guided ODE for num_pairs noises and write them; whole shards are kept.
 
@@ -228,6 +233,7 @@ def generate_pairs(
         encode, null: Family.encode and Family.null, or the like. Pair i has prompt i modulo theirs.
         teacher: JSON by which the teacher is known wherever it lies; None: by `model` alone.
         shape: (C, *S) of one latent. times: descending, from t = 1 where x is the prior.
+        kind, until: of a student's own steps, with fresh noise between them, and where they stop.
         rank, world_size: this process makes every world_size-th shard, from shard `rank`.
     Returns: the finished set; None where other ranks' shards are still missing.
     """
@@ -244,13 +250,20 @@ def generate_pairs(
         batch_size=batch_size,
         shard_size=shard_size,
         x0_dtype=x0_dtype,
+        solver="ddim" if kind == "ode" else kind,
+        until=until,
     )
+    spec = SamplerSpec(settings.times, kind)
 
     def solved(rows: Sequence[int]) -> Pairs:
         noise, texts = pair_noise(seed, rows, shape), [prompts[i % len(prompts)] for i in rows]
-        end = null(len(rows))
-        x0 = ode_solve(denoiser, noise.to(device), encode(texts), end, guidance, settings.times)
-        return noise, x0.cpu(), texts
+
+        def fresh(step: int) -> Tensor:
+            seeds = [stable_seed("fresh", seed, i, step) for i in rows]
+            return normal_rows(tuple(shape), seeds).to(device)
+
+        made = (denoiser, spec, noise.to(device), encode(texts), null(len(rows)), guidance, fresh)
+        return noise, sample_x0(*made, until=until).cpu(), texts
 
     writer = PairWriter(folder, settings, num_pairs, teacher)
     return write_shards(writer, solved, rank, world_size, progress)

@@ -45,6 +45,8 @@ class PairSettings:
     seed:              pair i starts from noise of seed + i.
     shape:             (C, *S) of one sample. space: scaling convention of x0.
     prompts_hash:      digest of the prompt list; pair i has prompt i modulo its length.
+    until:             time where the solver stops: above 0 x0 is the state there (a high-noise
+                       expert's, see `stepdistill pairs`).
     batch_size:        network batch, kept because last bits of a network depend on it.
     """
 
@@ -59,6 +61,7 @@ class PairSettings:
     shard_size: int
     x0_dtype: Literal["float32", "bfloat16"] = "float32"
     solver: str = "ddim"
+    until: float = 0.0
     space: str = "scaled latents, as the denoiser sees them"
     format: int = FORMAT
 
@@ -78,6 +81,8 @@ class PairSettings:
     @property
     def fingerprint(self) -> str:
         settings = asdict(self)
+        if not self.until:  # as in sets made before there were states
+            del settings["until"]
         if self.model_hash:
             del settings["model"]
         return digest(settings)
@@ -102,6 +107,8 @@ class PairSettings:
                 raise TypeError(f"shape {raw['shape']!r}")
             if not all(type(t) in (int, float) and 0.0 < t <= 1.0 for t in lists["times"]):
                 raise TypeError(f"times {str(raw['times'])[:100]}")
+            if not 0.0 <= float(raw.get("until", 0.0)) < 1.0:
+                raise TypeError(f"until {raw['until']!r}")
             return PairSettings(**{**raw, **lists})
         except (KeyError, TypeError) as err:
             raise ValueError(f"{where}: expected the settings of a pair set, got {err}.") from err

@@ -22,7 +22,7 @@ from stepdistill.pairs.dataset import generate_pairs
 from stepdistill.pairs.files import MANIFEST
 from stepdistill.pairs.inverted import invert_pairs
 from stepdistill.roles.rolebank import RoleBank
-from stepdistill.storage.files import read_json
+from stepdistill.storage.files import EXPORT_RECORD, read_json
 from stepdistill.storage.ranks import owned_by_first, process_state, refusing_together
 
 
@@ -42,6 +42,8 @@ def make_pairs(
 ) -> Path:
     """Solve the teacher's guided ODE for num_pairs noises, or backwards for the images of a folder.
 
+    Of a high-noise expert's student (a pipeline export of a run with --expert high) its own steps
+    are taken, and the set holds the states in which they end: what the low-noise one is trained on.
     Run under `accelerate launch` to share the shards among processes. An interrupted call goes on
     where it stopped.
     Args: prompts_file or train_data_dir: what to begin with; num_pairs: of a folder None takes all.
@@ -71,6 +73,7 @@ def make_pairs(
         prompts = list(LabelFileDataset.from_file(str(prompts_file)).labels)
     else:
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
+    record = _student_record(source, num_steps, guidance, train_data_dir)
     with owned_by_first(Path(pairs_dir), "pairs_dir"):
         known_by = _same_teacher(Path(pairs_dir), source)
         state = process_state()
@@ -104,11 +107,40 @@ def make_pairs(
             invert_pairs(denoiser, encode, null, family.latents, sized, pairs_dir, count, **common)
         else:
             assert num_pairs is not None
+            if record is not None:
+                grid, times = record["grid"], tuple(record["times"])
+                until = (*grid, 0.0)[grid.index(times[-1]) + 1]
+                common |= {"times": times, "kind": record["kind"], "until": until, "guidance": 1.0}
             generate_pairs(
                 denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common
             )
         state.wait_for_everyone()
         return Path(pairs_dir)
+
+
+def _student_record(
+    source: ModelSource, num_steps: int, guidance: float, images: object
+) -> dict[str, Any] | None:
+    """distillation.json of a high-noise expert's student; None of other models.
+
+    Errors: ValueError where it hands over to nobody, or for options that its own steps overrule.
+    """
+    file = Path(source.model) / EXPORT_RECORD
+    record = read_json(file) if file.is_file() else {}
+    if record.get("expert", "both") == "both" or "lora" in record:
+        return None
+    if record["expert"] != "high" or record["grid"][-1] == record["times"][-1]:
+        raise ValueError(
+            "pairs: expected the export of a run with --expert high that hands over to a low-noise "
+            f"expert, got one of {record['expert']} at {record['times']} of {record['grid']}."
+        )
+    if images is not None or guidance != 1.0 or num_steps != 50:
+        raise ValueError(
+            "pairs: expected --prompts_file alone with a high-noise expert's student, whose own "
+            f"steps are taken without guidance, got guidance {guidance:g}, num_steps {num_steps}"
+            f"{', --invert' if images is not None else ''}. Leave those out."
+        )
+    return record
 
 
 def _same_teacher(folder: Path, source: ModelSource) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from torch import nn
 from transformers import CLIPImageProcessor
 
 from stepdistill.config.planned import bundled, description, require_known
+from stepdistill.families.experts import PARTS, one_expert
 from stepdistill.families.family import Family
 from stepdistill.families.registry import family_for
 from stepdistill.loading.project_code import part_class
-from stepdistill.loading.source import ModelSource
+from stepdistill.loading.source import Expert, ModelSource
 from stepdistill.storage.files import read_json
 from stepdistill.testing import tiny_parts
 
@@ -69,22 +70,43 @@ def _part_config(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder)}
 
 
-def blueprint(model: str, dtype: torch.dtype) -> Family:
+def blueprint(model: str, dtype: torch.dtype, expert: Expert = "both") -> Family:
     """The family of a model whose parts have shapes and a dtype, but no numbers.
 
     The dtype is that of `training.step.place`: autoencoders stay float32.
 
+    Args: expert: see ModelSource.
     Errors: ValueError for an unknown model, or a part that no configuration describes.
     """
     described = describe(model)
     cls = family_for(described["pipeline"])
-    parts = {name: _build(name, part, dtype) for name, part in described["parts"].items()}
+    options = dict(described["options"])
+    cls.nets_in({**options, **_entries(described["parts"])})
+    left_out, owned = one_expert(expert, options.get("boundary_ratio"), described["pipeline"])
+    parts: dict[str, Any] = {
+        name: None if name == left_out else _build(name, part, dtype)
+        for name, part in described["parts"].items()
+    }
+    if left_out is not None:
+        options["boundary_ratio"] = None
+        if left_out == cls.net_name:
+            parts[cls.net_name], parts[PARTS["low"]] = parts[PARTS["low"]], None
     module = import_module("diffusers")
     pipeline_class: type[DiffusionPipeline] = getattr(module, described["pipeline"])
     if "folder" not in (described["parts"].get("processor") or {"folder": ""}):
         ids = tiny_parts.vision_ids(parts["processor"].tokenizer)  # as the stand-in has them
         parts["text_encoder"].config.update(ids)
-    return cls(pipeline_class(**parts, **described["options"]))
+    family = cls(pipeline_class(**parts, **options))
+    family.owned = owned
+    return family
+
+
+def _entries(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts as a model_index.json has them."""
+    return {
+        name: (None, None) if part is None else part["class"].split(".", 1)
+        for name, part in parts.items()
+    }
 
 
 def _build(name: str, part: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:

@@ -162,7 +162,7 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     run = RunConfig.model_validate_json(run_json)
     dtype = run.frozen_dtype
     config = method_config(run.method, run.method_config)
-    family = blueprint(run.pretrained_model_name_or_path, dtype)
+    family = blueprint(run.pretrained_model_name_or_path, dtype, run.expert)
     size_fits(run.resolution, family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -185,7 +185,7 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     encoders = [
         part
         for name, part in family.pipeline.components.items()
-        if isinstance(part, nn.Module) and name != family.net_name
+        if isinstance(part, nn.Module) and name not in family.net_parts
     ]
     looking = [*judges.values(), *([] if decoder is None else [decoder])]
     vae = getattr(family.pipeline, "vae", None)
@@ -321,7 +321,7 @@ def _batch(
         x0=made() if x0 else None,
         noise=made() if "noise" in method.needs else None,
         prompts=(PROMPT,) * bsz,
-        extra={"rejected": made()} if "rejected" in method.needs else {},
+        extra={name: made() for name in ("rejected", "start") if name in method.needs},
         gan=(made(), cond.repeat(bsz)) if separate else None,
     )
     return batch, encoding

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.path import NoisePath, PredictionType
 from stepdistill.core.types import Cond
+from stepdistill.families.causal import caching, is_causal
 from stepdistill.families.end_input import told_end
 from stepdistill.families.family import Family
 from stepdistill.families.features import capture, chosen_blocks, leave_out
@@ -94,7 +95,7 @@ class RoleDenoiser(Denoiser):
         """Within: the family's stock pipeline around this role's network, adapter unmerged."""
         family = self._family
         pipeline = copy.copy(family.pipeline)
-        pipeline.register_modules(**{family.net_name: self._net})
+        pipeline.register_modules(**family.parts_of(self._net))
         with self._activate(self._adapter):
             yield pipeline
 
@@ -123,6 +124,22 @@ class RoleDenoiser(Denoiser):
             family.forward(self._net, x_t, self.path.model_time(t), cond)
         forget_graphless_casts()
         return family.image_features(feats, x_t, cond)
+
+    @contextmanager
+    def remembered(self) -> Iterator[Callable[[Tensor, Cond], None] | None]:
+        """See Denoiser.remembered: keys and values of the chunks so far are cached."""
+        if not is_causal(self._net):
+            yield None
+            return
+        with caching(self._net) as state:
+
+            def remember(x0: Tensor, cond: Cond) -> None:
+                state.keeps = True
+                clean = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+                self.raw(x0, clean, cond, None, ())
+                state.keeps, state.start = False, state.start + x0.shape[2]
+
+            yield remember
 
     def without(self, blocks: Sequence[str]) -> AbstractContextManager[None]:
         """See Denoiser.without.

@@ -82,6 +82,12 @@ def check_student_config(
 
     Errors: ValueError, see `merged_config`, and for a config the class itself refuses.
     """
+    counted = len(model.net_parts if isinstance(model, Family) else _nets(ModelSource.of(model)))
+    if counted > 1:
+        raise ValueError(
+            f"tuning.student_config: expected a model of one denoiser, got {counted} that share "
+            "the times. Train one expert a run: --expert high, then low."
+        )
     if isinstance(model, Family):
         cls: Any = type(model.net)
         base: Mapping[str, Any] = model.config
@@ -100,6 +106,11 @@ def check_student_config(
             f"tuning.student_config: expected sizes that {cls.__name__} can be built with, got "
             f"{dict(given)}: {err}"
         ) from err
+
+
+def _nets(source: ModelSource) -> tuple[str, ...]:
+    one = (source.expert,) if source.expert != "both" else ()
+    return one or family_for(source.pipeline_class).nets_in(source.index)
 
 
 def new_student(family: Family, given: Mapping[str, Any]) -> nn.Module:

@@ -74,18 +74,19 @@ class Step:
 
 
 @contextmanager
-def listen(net: nn.Module) -> Iterator[list[Call]]:
-    """Within: a list that fills with the denoiser's calls."""
+def listen(*nets: nn.Module) -> Iterator[list[Call]]:
+    """Within: a list that fills with the calls of a denoiser, or of several."""
     calls: list[Call] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any, _out: Any) -> None:
         calls.append(Call(module, args, kwargs))
 
-    handle = net.register_forward_hook(hook, with_kwargs=True)
+    handles = [net.register_forward_hook(hook, with_kwargs=True) for net in nets]
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class Stock:
@@ -144,9 +145,14 @@ class Stock:
         Args: replace: latents to put in place of every step's result, to reach the decoder.
         """
         generator = torch.Generator().manual_seed(SEED)
-        with self._prepared(replace), listen(self.family.net) as calls:
+        with self._prepared(replace), listen(*_nets(self.family)) as calls:
             images = self.family.stock_call(prompts, guidance, num_steps, generator)
         return images, calls
+
+
+def _nets(family: Family) -> list[nn.Module]:
+    """The stock denoisers of the pipeline."""
+    return [*family.parts_of(family.net).values()]
 
 
 def gap(ours: Tensor, stock: Tensor) -> float:
@@ -205,7 +211,7 @@ def _call_rows(family: Family, prompts: list[Any]) -> list[Row]:
     first = stock.steps[0]
     device = first.x_t.device
     w = torch.zeros(bsz) if _sends_guidance(family, calls[0]) else None
-    with listen(family.net) as heard:
+    with listen(*_nets(family)) as heard:
         out = family.forward(
             family.net,
             first.x_t,

@@ -167,8 +167,11 @@ def wan_scheduler() -> UniPCMultistepScheduler:
     )
 
 
-def tiny_wan(expand_timesteps: bool = False, seed: int = 0) -> WanPipeline:
-    """A WanPipeline like 2.1's, or like 2.2's 5B, which has a time for each token."""
+def tiny_wan(
+    expand_timesteps: bool = False, boundary_ratio: float | None = None, seed: int = 0
+) -> WanPipeline:
+    """A WanPipeline like 2.1's, like 2.2's 5B, which has a time for each token, or with two experts
+    like its A14B."""
     with seeded(seed):
         tokenizer, text_encoder = umt5(TEXT_WIDTH)
         return WanPipeline(
@@ -177,17 +180,22 @@ def tiny_wan(expand_timesteps: bool = False, seed: int = 0) -> WanPipeline:
             vae=wan_vae(),
             scheduler=wan_scheduler(),
             transformer=wan_transformer(),
+            transformer_2=None if boundary_ratio is None else wan_transformer(),
+            boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
 
 
-def tiny_wan_i2v(expand_timesteps: bool = False, seed: int = 0) -> WanImageToVideoPipeline:
-    """A WanImageToVideoPipeline like 2.1's, or with 2.2's 5B model, which keeps the first frame."""
+def tiny_wan_i2v(
+    expand_timesteps: bool = False, boundary_ratio: float | None = None, seed: int = 0
+) -> WanImageToVideoPipeline:
+    """A WanImageToVideoPipeline like 2.1's, with 2.2's 5B model, which keeps the first frame, or
+    with two experts like its A14B, which read no CLIP tokens."""
     with seeded(seed):
         tokenizer, text_encoder = umt5(TEXT_WIDTH)
         parts: dict[str, Any] = {}
-        extra: dict[str, Any] = {}
-        if not expand_timesteps:
+        extra: dict[str, Any] = {} if expand_timesteps else {"in_channels": 4 + 4 + 4}
+        if not expand_timesteps and boundary_ratio is None:
             config = CLIPVisionConfig(
                 hidden_size=TEXT_WIDTH,
                 intermediate_size=TEXT_WIDTH,
@@ -199,13 +207,15 @@ def tiny_wan_i2v(expand_timesteps: bool = False, seed: int = 0) -> WanImageToVid
             parts["image_encoder"] = CLIPVisionModel(config)
             sides = {"height": 16, "width": 16}
             parts["image_processor"] = CLIPImageProcessor(size=sides, crop_size=sides)
-            extra = {"in_channels": 4 + 4 + 4, "image_dim": TEXT_WIDTH, "added_kv_proj_dim": 24}
+            extra |= {"image_dim": TEXT_WIDTH, "added_kv_proj_dim": 24}
         return WanImageToVideoPipeline(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             vae=wan_vae(),
             scheduler=wan_scheduler(),
             transformer=wan_transformer(**extra),
+            transformer_2=None if boundary_ratio is None else wan_transformer(**extra),
+            boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
             **parts,
         )

@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
+from torch import Tensor
 
 from stepdistill.config.rewards import RewardConfig
 from stepdistill.config.run import TrainConfig
 from stepdistill.config.tuning import Tuning
+from stepdistill.core.causal import chunk_of
 from stepdistill.core.method import Method, MethodConfig, Scorer
 from stepdistill.core.path import FlowPath
 from stepdistill.core.solvers import SamplerSpec
+from stepdistill.data.rows import RowStream
+from stepdistill.data.source import Source
 from stepdistill.data.stream import provided_fields, sample_item
 from stepdistill.families.beside import check_images, images_beside
 from stepdistill.families.family import Family
@@ -41,6 +45,7 @@ def method_fits(
     where a scorer they call can't be had (see `rewards.check_scorers`), or where no run of the
     method measures best_metric. Warns of a gan_dataset that no loss reads."""
     method = _quietly(cls, config, teacher)
+    _states_fit(method, dataset)
     specs = scorers_of(method, rewards)
     needs = method.needs | check_kinds(method, rewards, scorers)
     sound_fits(method, resolution, teacher, (dataset, gan_dataset), scorers, rewards)
@@ -93,6 +98,8 @@ def method_fits(
             "rejected": "Give pairs with a winner: --data.preferences_file FILE, or --data."
             "dataset_name with Pick-a-Pic's columns.",
             "noise": "Make pairs first: stepdistill pairs --config ...",
+            "start": "Make the high-noise student's states first: stepdistill pairs HIGH_EXPORT "
+            "--prompts_file FILE --pairs_dir DIR, then --data.pairs_dir DIR.",
             "x0": "Train on images: --data.train_data_dir DIR.",
             "real": "Give the GAN images: --data.gan.train_data_dir DIR, or --data.train_data_dir.",
             "prompts": "A loss that reads text needs items with a prompt.",
@@ -103,6 +110,35 @@ def method_fits(
             + next((text for name, text in hint.items() if name in needs - has), "")
         )
     check_scorers(specs, scorers)
+
+
+def frames_fit(dataset: Any, teacher: TeacherFacts, resolution: int | None) -> None:
+    """Errors: ValueError for first frames of another size than the videos; the pipeline would
+    stretch them. Sources of ours resize and crop theirs."""
+    if teacher.frame_size is None or isinstance(dataset, Source | RowStream):
+        return
+    image = sample_item(dataset).get("image")
+    size = teacher.frame_size if resolution is None else (resolution, resolution)
+    if isinstance(image, Tensor) and tuple(image.shape[-2:]) != size:
+        got = " x ".join(map(str, image.shape[-2:]))
+        raise ValueError(
+            f"train_dataset: expected first frames of {size[0]} x {size[1]} px (height, width), "
+            f"the size of the model's videos, got {got}. Resize and crop them, or set --resolution."
+        )
+
+
+def _states_fit(method: Method[Any], dataset: Any) -> None:
+    """Errors: ValueError where a low-noise expert's states are not of the time that it starts at,
+    or states are given to what starts at noise."""
+    until = getattr(getattr(dataset, "settings", None), "until", 0.0)
+    first = method.sampler().times[0] if method.setting.owned[1] < 1.0 else 0.0
+    if until and abs(until - first) > 1e-6:
+        wanted = f"states at {first:g}, the low-noise expert's first time" if first else "pairs"
+        raise ValueError(
+            f"data.pairs_dir: expected {wanted}, got states at {until:g}, where another student's "
+            "high-noise expert ended. Make states with the export of a run of the same steps and "
+            "shift (stepdistill pairs), or train --expert low."
+        )
 
 
 def _times_are_taken(spec: SamplerSpec, teacher: TeacherFacts) -> None:
@@ -182,6 +218,11 @@ def roles_fit(
             f"tuning.student: expected full of a student with extra inputs {student.extra_inputs} "
             "(an adapter has no place for new weights), got lora. Set --tuning.student full, or "
             "turn off what asks for them."
+        )
+    if chunk_of(student.extra_inputs) and (not family.causal or teacher.num_nets > 1):
+        raise ValueError(
+            f"{method.name}: expected a text-to-video model of one denoiser (Wan 2.1) for a causal "
+            f"student, got {teacher.pipeline}. Set --method_config.chunk 0."
         )
     if "s" in student.extra_inputs and not family.supports_s:
         raise ValueError(

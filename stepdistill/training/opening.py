@@ -95,8 +95,7 @@ def memory_line(
     """
     named = bank.family.pipeline.components.items()
     parts = {name: _size(part.parameters()) for name, part in named if hasattr(part, "parameters")}
-    parts.pop(bank.family.net_name)
-    beside = sum(parts.values())
+    beside = sum(size for name, size in parts.items() if name not in bank.family.net_parts)
     held = _size(bank.parameters()) + (0 if args.offload_encoders else beside)
     trained = {role: list(bank.members(role).values()) for role in bank.trained_roles}
     moments = sum(moment_bytes(p, args.optimizer) for tensors in trained.values() for p in tensors)

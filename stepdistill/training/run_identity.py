@@ -33,6 +33,7 @@ from stepdistill.training.start import student_base_of
 _FIXED = (
     "model",
     "revision",
+    "expert",
     "student_base",
     "method",
     "method_config",
@@ -60,7 +61,7 @@ def run_facts(
     Args: training: whether networks are read that an export does without.
     """
     if isinstance(teacher, Family):
-        teacher = ModelSource(teacher.pipeline.name_or_path)
+        teacher = ModelSource(teacher.pipeline.name_or_path, expert=teacher.expert)
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "stepdistill")
     student_base = student_base_of(args)
     places = {"student_base": student_base, "decoder": args.decoder if training else None}
@@ -153,14 +154,14 @@ def same_run(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """
     known = _same_models(saved, facts)
     # Runs begun before these were written down had none.
-    earlier = {"student_base": None, "rewards": [], **saved}
+    earlier = {"expert": "both", "student_base": None, "rewards": [], **saved}
     earlier["tuning"] = {**Tuning().model_dump(mode="json"), **dict(saved.get("tuning") or {})}
     for key in ("model", "student_base"):
         earlier[key] = absolute(earlier[key]) if earlier.get(key) else earlier.get(key)
     differ = {
         key: (earlier.get(key), facts[key])
         for key in _FIXED
-        if key not in known and earlier.get(key) != facts[key]
+        if key not in known and earlier.get(key) != facts.get(key, earlier.get(key))
     }
     was, now = earlier.get("teacher_lora") or [], facts["teacher_lora"]
     if len(was) != len(now) or not all(map(same_lora, was, now)):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepdistill.config.run import TrainConfig
 from stepdistill.families.decoder import decoder_config
+from stepdistill.families.experts import PARTS
 from stepdistill.families.family import Family
 from stepdistill.families.registry import TeacherFacts, teacher_facts
 from stepdistill.loading.place import absolute, is_hub_id
@@ -52,6 +53,12 @@ def check_start(args: TrainConfig, teacher: TeacherFacts, training: bool) -> Non
             f"init_student_from: expected a run, a checkpoint, or a pipeline's folder or Hub id, "
             f"got {source!r}. {err}"
         ) from err
+    whole = teacher.setting.owned == (0.0, 1.0)  # one of two is looked for by its own name
+    if whole and teacher.num_nets != start.num_nets:
+        raise ValueError(
+            f"init_student_from: expected a pipeline of as many denoisers as the teacher's, "
+            f"{teacher.num_nets}, got {source!r} with {start.num_nets}."
+        )
     expected, got = ((facts.family, facts.setting.kind) for facts in (teacher, start))
     if expected != got:
         raise ValueError(
@@ -74,7 +81,7 @@ def student_base_of(args: TrainConfig) -> str | None:
 def load_student_base(family: Family, source: str, dtype: torch.dtype) -> Any:
     """That network, in `dtype`. Errors: ValueError where it is not the teacher's architecture."""
     teacher: Any = family.net
-    net = _denoiser_of(family, type(teacher), source, dtype)
+    net = _denoiser_of(family, type(family.first_net), source, dtype)
     expected, got = teacher.config, net.config
     private = {"sample_size", "time_cond_proj_dim"}  # neither changes what an adapter sits on
     differ = [k for k in expected if k[0] != "_" and k not in private and expected[k] != got.get(k)]
@@ -87,11 +94,12 @@ def load_student_base(family: Family, source: str, dtype: torch.dtype) -> Any:
 
 
 def _denoiser_of(family: Family, cls: Any, source: str, dtype: torch.dtype) -> Any:
+    """The network of that class in another pipeline, by whichever parts this family's has."""
+    names = (PARTS[family.expert],) if family.expert != "both" else family.net_parts
+    options = {"use_safetensors": True, "dtype": dtype}
     with no_pickles("init_student_from"):
-        net = cls.from_pretrained(
-            source, subfolder=family.net_name, use_safetensors=True, dtype=dtype
-        )
-    return net.eval()
+        nets = [cls.from_pretrained(source, subfolder=name, **options) for name in names]
+    return family.net_of(nets).eval()
 
 
 def start_student(bank: RoleBank, source: str) -> None:
@@ -115,7 +123,8 @@ def pipeline_student(bank: RoleBank, source: str) -> dict[str, Tensor]:
     the pipeline's that is all zeros does nothing and is left out (our exports may carry it).
     """
     net: Any = bank.nets["student"]
-    loaded = _denoiser_of(bank.family, type(net), source, torch.float32)
+    cls = type(bank.family.parts_of(net)[bank.family.net_name])
+    loaded = _denoiser_of(bank.family, cls, source, torch.float32)
     weights = net.state_dict()
     state = {
         name: value

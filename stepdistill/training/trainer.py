@@ -115,6 +115,7 @@ class Trainer(Resumable):
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset, args.rewards)
             checks.method_fits(cls, config, facts, *data, args.resolution)
             checks.length_fits(cls, config, args, facts)
+            checks.frames_fit(self.dataset, facts, args.resolution)
             checks.buckets_fit(self.dataset, self.gan_dataset, facts)
         checks.student_fits(cls, args.tuning, self.teacher)
         checks.roles_fit(cls, config, args, facts)
@@ -126,6 +127,9 @@ class Trainer(Resumable):
         self.facts |= {name: file for name, file in files.items() if file is not None}
         if training:
             self.facts["data"] = data_facts(self.dataset)
+            states: Any = getattr(self.dataset, "settings", None)
+            if getattr(states, "until", 0.0):  # of a high-noise expert's student
+                self.facts["high_student"] = states.model
         self.resume_from = run_identity.output_dir_is_ours(args, self.facts)
 
     def _start_processes(self) -> None:
@@ -185,6 +189,8 @@ class Trainer(Resumable):
             return (
                 "weights in shards would be gathered on one device; --validation_steps asks for it"
             )
+        if self.family.expert != "both":
+            return "one expert of two makes no images"
         return "its model needs an image beside the prompt" if self.family.needs_images() else ""
 
     # ------------------------------------------------------------------ loop

@@ -181,6 +181,7 @@ def plain(out: Path, prompts: Path, factory: Any) -> Path:
         ("sd", ["--num_students", "2", "--tuning.student", "full"], "--tuning.student lora"),
         ("sd", ["--num_students", "2", "--resume_from_checkpoint", "x"], "none or latest"),
         ("unet2d", ["--num_students", "2"], "unconditional"),
+        ("wan_experts", ["--num_students", "2"], "of two experts"),
     ],
 )
 def test_mistakes_are_told_before_weights(

@@ -141,8 +141,8 @@ def test_what_an_image_depends_on_is_told(run, tmp_path, tmp_path_factory) -> No
 def test_the_last_of_the_teacher_s_rows_lets_it_go(tmp_path_factory) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory)
     one, two = teacher_sources(ModelSource.of(teacher), [1, 2], LOADING)
-    net = weakref.ref(one.load().net)
+    net = weakref.ref(one.load().nets[0])
     one.release()
-    assert two.load().net is net()
+    assert two.load().nets[0] is net()
     two.release()
     assert net() is None

@@ -50,13 +50,6 @@ def test_without_an_entry_the_stock_calls_size_holds() -> None:
     assert family.call_extras == {"num_frames": 81, "height": 480, "width": 832}
 
 
-def test_two_transformers_are_refused() -> None:
-    pipeline = tiny_wan()
-    pipeline.register_to_config(boundary_ratio=0.875)
-    with pytest.raises(ValueError, match="one transformer"):
-        WanFamily(pipeline)
-
-
 def test_shift_is_read_from_unipc() -> None:
     assert WanFamily(tiny_wan()).shift == 3.0
 

@@ -12,7 +12,7 @@ from stepdistill.core.method import Role
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.types import Cond
 from stepdistill.families.wan_i2v import WanImageToVideoFamily
-from stepdistill.losses.score import dmd_gradient
+from stepdistill.losses.score import dmd_gradient, surrogate
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.parity import LIMIT, check_family
 from stepdistill.testing.tiny_video import tiny_wan_i2v
@@ -89,6 +89,23 @@ def test_no_loss_sees_a_kept_frame() -> None:
     assert float(gradient[:, :, 1:].abs().max()) > 1e-3
 
 
+def test_a_kept_frame_biases_no_mean() -> None:
+    """The gradient of the later frames is that of means over them alone: the frame of zeros lowers
+    the normaliser by as much as the mean of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    x0, real, fake = torch.randn(3, 2, 4, 5, 4, 8, generator=generator)
+    for tensor in (real, fake):
+        tensor[:, :, 0] = x0[:, :, 0]
+    grads = []
+    for frames in (slice(0, None), slice(1, None)):
+        x = x0[:, :, frames].clone().requires_grad_()
+        gradient = dmd_gradient(x.detach(), real[:, :, frames], fake[:, :, frames])
+        surrogate(x, gradient).backward()
+        grads.append(x.grad)
+    assert torch.equal(grads[0][:, :, 0], torch.zeros_like(grads[0][:, :, 0]))
+    assert torch.allclose(grads[0][:, :, 1:], grads[1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["ode", "renoise"])
 def test_sampling_ends_with_the_clean_frame(kind) -> None:
     family = kept()
@@ -118,6 +135,17 @@ def test_batches_take_the_items_frame_for_both_passes(expands) -> None:
     if expands:  # a causal encoder: the first latent of a video is that of its first frame
         video = frames()[:1].unsqueeze(2).expand(-1, -1, 5, -1, -1)
         assert torch.allclose(first["frame"], family.latents(video)[:, :, :1], atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_first_frame_of_another_size_is_refused_before_loading(
+    tmp_path, tmp_path_factory
+) -> None:
+    teacher = teacher_dir("wan_i2v", tmp_path_factory)
+    data = TinyData((4, 2, 4, 8), "prompt", (), "image")
+    data.items[0]["image"] = torch.zeros(3, 32, 16)
+    with pytest.raises(ValueError, match=r"first frames of 16 x 32 px .* got 32 x 16"):
+        build_trainer("dmd2", teacher, "lora", tmp_path / "run", dataset=data)
 
 
 def test_items_without_a_frame_are_refused_before_loading(tmp_path, tmp_path_factory) -> None:

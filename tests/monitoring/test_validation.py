@@ -16,7 +16,9 @@ from stepdistill.monitoring.reference import probe_times
 from stepdistill.monitoring.sample_metrics import (
     diversity,
     frechet_diagonal,
+    movement,
     pooled_features,
+    sample_metrics,
     saturation,
     x0_drift,
 )
@@ -47,6 +49,18 @@ def test_drift_is_in_the_teachers_units() -> None:
     shift, ratio = x0_drift(0.5 * teacher + 6.0, teacher)
     assert ratio == pytest.approx(0.5, rel=1e-5)
     assert shift == pytest.approx(2.0, rel=0.1)
+
+
+def test_movement_is_the_distance_from_the_first_frame() -> None:
+    """Against that of the teacher's videos: 1 for the same, 0 for its first frame held still."""
+    ramp = torch.linspace(-0.8, 0.8, 5).view(1, 1, 5, 1, 1).expand(2, 3, 5, 4, 4)
+    assert movement(ramp) == pytest.approx(0.4 * (1 + 2 + 3 + 4) / 4)
+    latents, still = normal(2, 4, 2, 4, 4), ramp[:, :, :1].expand_as(ramp)
+    made = [sample_metrics(latents, videos, (latents, ramp), 1) for videos in (ramp, still)]
+    assert [one["movement_ratio"] for one in made] == [1.0, 0.0]
+    assert set(made[0]) <= set(METRICS)
+    image = sample_metrics(latents, ramp[:, :, 0], (latents, ramp[:, :, 0]), 1)
+    assert "movement" not in image
 
 
 def test_saturation_counts_black_and_white() -> None:

@@ -155,6 +155,7 @@ def verdicts(*metrics: dict[str, float], **options) -> list[set[str]]:
         ({"saturation_excess": -0.1}, {"saturation_excess": 0.3}, "drift"),
         ({"diversity_ratio": 0.9}, {"diversity_ratio": 0.2}, "diversity"),
         ({"diversity": 2.0}, {"diversity": 0.5}, "diversity"),
+        ({"movement_ratio": 0.9}, {"movement_ratio": 0.3}, "movement"),
     ],
 )
 def test_what_gets_worse_beyond_its_threshold_is_bad(before, after, check) -> None:
@@ -177,6 +178,14 @@ def test_a_student_that_draws_one_image_a_prompt_from_the_start_is_bad_in_time()
     on_its_way = SampleChecks(WatchdogConfig())
     rising = [{"diversity_ratio": r} for r in (0.1, 0.14, 0.17, 0.25)]
     assert not any(on_its_way.bad(i, one, i / 8) for i, one in enumerate(rising))
+
+
+def test_a_clip_that_stands_still_from_the_start_is_bad_in_time() -> None:
+    checks = SampleChecks(WatchdogConfig())
+    still = [checks.bad(step, {"movement_ratio": 0.05}, step / 8) for step in range(3)]
+    assert still[:2] == [{}, {}]
+    assert still[2] == {"movement": "its videos move 0.05 times as much as the teacher's"}
+    assert verdicts(*[{"movement_ratio": 0.05}] * 9, movement="off") == [set()] * 9
 
 
 def test_a_blur_that_turns_into_saturation_is_bad() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from stepdistill import TrainConfig, Tuning
-from stepdistill.core.method import FIELDS, Scorer
+from stepdistill.core.method import FIELDS, Scorer, Setting
+from stepdistill.core.path import FlowPath, VPPath
 from stepdistill.core.types import CONDITIONING
 from stepdistill.families.family import Family
 from stepdistill.families.features import FeatureBlock, chosen_blocks
@@ -220,7 +222,12 @@ class MethodCase:
         LoRA A has no gradient while B is zero: at step 1 only B moves, at step 2 both do, so all
         must have moved after two steps. Cross-attention keys of an unused branch do not exist here.
         """
-        return {name for name in still if not _never_moves(name)}
+        left = {name for name in still if not _never_moves(name)}
+        if any(name.startswith(("high.", "low.")) for name in left):
+            # Which of two experts a step asks is drawn: one that moved is enough, and its B.
+            left = {name for name in left if "lora_A" not in name}
+            return left if len({name.partition(".")[0] for name in left}) == 2 else set()
+        return left
 
 
 def _never_moves(name: str) -> bool:
@@ -560,6 +567,33 @@ METHOD_CASES |= {
     for name, cls in METHODS.items()
     if name not in {case.method for case in METHOD_CASES.values()}
 }
+# Two experts have no block that heads of a discriminator could read.
+TWO_EXPERTS = {
+    name: family
+    for name, family in TINY_FAMILY.items()
+    if family.variants.get(name, {}).get("boundary_ratio")
+}
+
+
+def _has_heads(case: MethodCase) -> bool:
+    cls = METHODS[case.method]
+    table = Setting(VPPath.from_betas(torch.linspace(1e-4, 0.02, 1000)), "v")
+    setting = table if case.method == "preference" else Setting(FlowPath(), "flow", 3.0)
+    roles = cls(cls.Config(**case.options), setting).roles()
+    return any(role.source == "head" and not role.reads for role in roles.values())
+
+
+def _without_two_experts(fits: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+    return lambda family, layout: family not in TWO_EXPERTS and fits(family, layout)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    WITH_HEADS = {name for name, case in METHOD_CASES.items() if _has_heads(case)}
+METHOD_CASES |= {
+    name: replace(METHOD_CASES[name], fits=_without_two_experts(METHOD_CASES[name].fits))
+    for name in WITH_HEADS
+}
 # Of each method its first case.
 FIRST = tuple({case.method: name for name, case in reversed(METHOD_CASES.items())}.values())
 
@@ -571,7 +605,7 @@ def unguided(spec: MethodCase) -> dict[str, Any]:
 
 def build_trainer(
     case: str,
-    teacher: Path,
+    teacher: Path | ModelSource,
     layout: str,
     output_dir: Path,
     alpha: float | None = None,
@@ -609,7 +643,7 @@ def build_trainer(
         load = _read_once
     with patch.object(training, "load_family", load):
         return trainer_class(spec.method)(
-            str(teacher),
+            teacher if isinstance(teacher, ModelSource) else str(teacher),
             args,
             data,
             method=spec.method,
@@ -632,12 +666,14 @@ def _read_once(model: str | ModelSource) -> Family:
     if read is None or any(next(part.parameters()).device.type != "cpu" for part in shared):
         read = _READ[folder] = load_family(source)  # or a run has moved them
     pipeline = copy.copy(read.pipeline)
-    fresh = {name: copy.deepcopy(getattr(pipeline, name)) for name in (read.net_name, "scheduler")}
+    fresh = {
+        name: copy.deepcopy(getattr(pipeline, name)) for name in (*read.net_parts, "scheduler")
+    }
     pipeline.register_modules(**fresh)
     return type(read)(pipeline)
 
 
-def _latent_shape(teacher: Path) -> tuple[int, ...]:
+def _latent_shape(teacher: Path | ModelSource) -> tuple[int, ...]:
     key = str(teacher)
     if key not in _SHAPES:
         _SHAPES[key] = load_family(teacher).sample_shape()

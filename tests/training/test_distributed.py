@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.distributed import Group, Job, Seen, alone, equal, gradient_error, largest
-from support.runs import build_trainer, teacher_dir
+from support.runs import TWO_EXPERTS, build_trainer, teacher_dir
 
 from stepdistill.testing.tiny import TINY
 from stepdistill.training.checkpoint import optimizer_state
@@ -124,7 +124,8 @@ def test_every_family_trains_in_shards(tmp_path, tmp_path_factory) -> None:
     of a block from outside it, where its shards must be gathered, too. An eps student at time 1
     multiplies roundings by 15 and more: 6e-5 was measured."""
     teachers = {name: teacher_dir(name, tmp_path_factory) for name in sorted(TINY)}
-    jobs = [Job("dmd2_gan", "lora", "fsdp2", name, steps=1) for name in teachers]
+    cases = {name: "dmd2" if name in TWO_EXPERTS else "dmd2_gan" for name in teachers}
+    jobs = [Job(case, "lora", "fsdp2", name, steps=1) for name, case in cases.items()]
     worst = {}
     for job, ranks in zip(jobs, Group(2, jobs, teachers, tmp_path / "two").seen(1500), strict=True):
         one = alone(job, teachers[job.family], tmp_path / "one")
@@ -133,6 +134,20 @@ def test_every_family_trains_in_shards(tmp_path, tmp_path_factory) -> None:
         worst[job.family] = gradient_error(one, ranks[0])
     print(worst)
     assert {name: error for name, error in worst.items() if not error < 4 * GRADIENTS} == {}
+
+
+@pytest.mark.full
+def test_two_experts_train_in_shards(tmp_path, tmp_path_factory) -> None:
+    """Processes whose rows go to different experts gather the same blocks: cd draws a time a row,
+    so some steps ask both, some one."""
+    teachers = {"wan_experts": teacher_dir("wan_experts", tmp_path_factory)}
+    jobs = [Job(*how, "fsdp2", "wan_experts", 3) for how in (("cd", "full"), ("tdm", "lora"))]
+    for job, ranks in zip(jobs, Group(2, jobs, teachers, tmp_path / "two").seen(1500), strict=True):
+        one = alone(job, teachers[job.family], tmp_path / "one")
+        assert all(seen.facts["sharded"] for seen in ranks)
+        assert equal(*ranks), job.case
+        assert gradient_error(one, ranks[0]) < 4 * GRADIENTS
+        assert largest(one.weights, ranks[0].weights) < DRIFTED
 
 
 @pytest.mark.full
