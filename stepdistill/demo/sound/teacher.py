@@ -35,7 +35,7 @@ class SoundTeacher:
     """All that decides the weights."""
 
     seed: int = 0
-    max_train_steps: int = 1600
+    max_train_steps: int = 1600  # 450 know no rhythm yet: tests/benchmarks/RESULTS.md
     train_batch_size: int = 32
     learning_rate: float = 3e-3  # peak of a cosine with a short warm-up
     ema_decay: float = 0.995
