@@ -70,7 +70,7 @@ def sample_images(
     for first in range(0, len(prompts), batch_size):
         part = prompts[first : first + batch_size]
         latents = sample_latents(denoiser, family, spec, part, seed, height, width, first)
-        images += to_pil(family.images(latents))
+        images += to_pil(family.pictures(family.images(latents)))
     return images
 
 

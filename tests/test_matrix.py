@@ -127,6 +127,13 @@ UNFIT = {
     for name, family in TINY_FAMILY.items()
     if not family.has_null
 }
+# These judge pixels, and sound has none.
+UNFIT |= {
+    (method, name)
+    for method in ("add", "feedback")
+    for name, family in TINY_FAMILY.items()
+    if family.output == "audios"
+}
 
 
 def trained(trainer: DistillationTrainer, case: str) -> dict[str, float]:

@@ -49,11 +49,12 @@ from stepdistill.rewards.preference import (
 )
 from stepdistill.testing.pretend_device import PretendDeviceError, pretend_device
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
+from stepdistill.training.batches import BatchMaker
 from stepdistill.training.snapshots import Resumable
 
 # All that may read the device: none of it is called at every step, but for which rows are which of
 # two experts', once a call of a network that takes seconds.
-READERS = (RunLog.write, Validator.run, Resumable.save, Experts.high_rows)
+READERS = (RunLog.write, Validator.run, Resumable.save, BatchMaker._keep, Experts.high_rows)
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "half": {
@@ -76,6 +77,10 @@ ENCODED_ON_CPU = {
     **dict.fromkeys(("flux2", "flux2_dev"), "the text model's mask is looked at: all ones?"),
     "qwen_image": "the words of a prompt are cut out by its mask",
     "z_image": "the words of a prompt are cut out by its mask",
+    **dict.fromkeys(
+        ("qwen_image_edit", "qwen_image_edit_2511"),
+        "Qwen2.5-VL reads how many patches an image has",
+    ),
 }
 UNCHECKPOINTED = {"dmd2_r1": "an exact R1 differentiates twice, through no recomputed block"}
 Cell = tuple[str, str, str, str]  # a case of a method, a tiny family, a layout, a way

@@ -204,6 +204,7 @@ RUN_BY = {
     r"accelerate launch .*ddp\.yaml": "tests/test_launchers.py",
     r"ACCELERATE_USE_CPU=true accelerate launch .*cpu2\.yaml": "tests/test_launchers.py",
     r"accelerate launch .*fsdp2\.yaml": "tests/training/test_distributed.py",
+    r"stepdistill particles ": "tests/particles/test_run.py",
     r"stepdistill (evaluate|compare) ": "tests/test_readme_evaluation.py",
     r"stepdistill (plan|train) --recipe ": "tests/test_readme.py",
     r"stepdistill (check DIR|export out|push out/lora)": "tests/test_readme.py",

@@ -19,14 +19,20 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Role
 from stepdistill.core.solvers import ode_solve
 from stepdistill.core.times import uniform_grid
-from stepdistill.demo.classifier import train_classifier
-from stepdistill.demo.data import load_digit_splits, prompt_for
+from stepdistill.demo.classifier import DigitClassifier, train_classifier
+from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits, prompt_for
 from stepdistill.demo.metrics import PREVIEWS_PER_CLASS, Judge, Row
 from stepdistill.demo.teacher import RECORD, TeacherConfig, load_or_train_teacher, quiet_loading
 from stepdistill.evaluation.samples import Samples
 from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.loading.source import ModelSource
-from stepdistill.particles.options import FakeConfig, Options, ParticleConfig, parse_gradient
+from stepdistill.losses.score_options import GradientSettings, ScoreGradientConfig
+from stepdistill.particles.options import (
+    FakeConfig,
+    ParticleConfig,
+    ParticleOptions,
+    parse_gradient,
+)
 from stepdistill.particles.report import FILES, Shown, figures, grid, write_report
 from stepdistill.particles.run import Made, optimise
 from stepdistill.particles.voxels import turntable
@@ -57,18 +63,22 @@ DIGIT_SCENES: dict[str, Any] = {
     "learning_rate": 0.05,
 }
 MAX_T = (0.5, 0.98, 0.5, 1.0)  # largest time over the share of steps done: ProlificDreamer's stages
+PROMPTS = [prompt_for(k) for k in range(len(DIGIT_NAMES))]
 ROUND_DIGITS = (0, 8)  # that look alike from all around
 GUIDED = 7.5  # what the teacher's second row is sampled at
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the command works on. judge: of the digits, where all their prompts are asked for."""
+    """What the command works on. judge: of the digits, where all their prompts are asked for.
+    classifier: of theirs, that reads the views of scenes."""
 
     source: ModelSource
     prompts: Sequence[Any]
+    gradient: GradientSettings
     config: ParticleConfig
     judge: Judge | None = None
+    classifier: DigitClassifier | None = None
 
     @property
     def each(self) -> list[Any]:
@@ -76,7 +86,7 @@ class Setup:
         return [p for p in self.prompts for _ in range(self.config.num_particles)]
 
 
-def run_particles(options: Options) -> Path:
+def run_particles(options: ParticleOptions) -> Path:
     """Optimise, judge and write the report, whose path is returned.
 
     Errors: ValueError for wrong options, before a weight is loaded.
@@ -97,17 +107,17 @@ def run_particles(options: Options) -> Path:
         known_by = setup.source.identity()
         shown: list[Shown] = []
         for (kind, g), label in zip(wanted, labels, strict=True):
-            gradient = setup.config.gradient.model_copy(update={"kind": kind, "guidance": g})
-            config = setup.config.model_copy(update={"gradient": gradient})
+            settings = setup.gradient.model_dump()
+            gradient = ScoreGradientConfig(**settings, kind=kind, guidance=g)
             name = kind if g is None else f"{kind}, guidance {g:g}"
-            with bar(total=config.max_steps, desc=label, unit="step") as shown_bar:
+            with bar(total=setup.config.max_steps, desc=label, unit="step") as shown_bar:
 
                 def tell(step: int, _loss: float, shown_bar: Any = shown_bar) -> None:
                     shown_bar.update(step - shown_bar.n)
 
-                where = (setup.source, setup.prompts, config, out / label)
+                where = (setup.source, setup.prompts, gradient, setup.config, out / label)
                 made = optimise(*where, teacher=known_by, device=device, tell=tell)
-            shown.append(_row(setup, name, made))
+            shown += _rows(setup, name, made)
         return write_report(
             out,
             f"Particles: {', '.join(texts)}",
@@ -118,17 +128,17 @@ def run_particles(options: Options) -> Path:
         )
 
 
-def _is_digits(options: Options) -> bool:
+def _is_digits(options: ParticleOptions) -> bool:
     """Whether the teacher is the demo's: none is named, or one that it made."""
     folder = options.pretrained_model_name_or_path
     return folder is None or (Path(folder) / RECORD).is_file()
 
 
-def _config(options: Options) -> ParticleConfig:
+def _config(options: ParticleOptions) -> ParticleConfig:
     return ParticleConfig(**{n: getattr(options, n) for n in ParticleConfig.model_fields})
 
 
-def _own(options: Options) -> Setup:
+def _own(options: ParticleOptions) -> Setup:
     """A teacher of the user's and the prompts given."""
     source, folder = options.source, options.pretrained_model_name_or_path
     facts = teacher_facts(source)
@@ -144,29 +154,41 @@ def _own(options: Options) -> Setup:
     if labels and not all(text.isdecimal() for text in options.prompt):
         raise ValueError(f"prompt: expected class labels of {folder!r}, got {[*options.prompt]}.")
     prompts = [int(text) if labels else text for text in options.prompt]
-    return Setup(source, prompts, _config(options))
+    return Setup(source, prompts, options.gradient, _config(options))
 
 
-def _digits(options: Options, out: Path) -> Setup:
+def _digits(options: ParticleOptions, out: Path) -> Setup:
     """The demo's teacher, made in OUT/teacher where none is named, with what suits it."""
     torch.set_num_threads(1)  # a second thread saves nothing on networks this small
-    data, folder = load_digit_splits(), options.pretrained_model_name_or_path
-    if folder is None:
-        folder = str(load_or_train_teacher(TeacherConfig(), data.train, out / "teacher").folder)
     scenes, given = options.parameters == "voxels", options.model_fields_set
+    if "num_particles" in given and not scenes and not options.prompt:
+        raise ValueError(
+            "num_particles: expected it beside --prompt (without, the demo's teacher gets one for "
+            f"each held-out prompt), got {options.num_particles}. Leave it out."
+        )
+    data = load_digit_splits()
+    if options.pretrained_model_name_or_path is not None:
+        source = options.source
+    else:
+        made = load_or_train_teacher(TeacherConfig(), data.train, out / "teacher")
+        source = ModelSource(str(made.folder))
     suited = {n: v for n, v in (DIGIT_SCENES if scenes else DIGITS).items() if n not in given}
     config = _config(options).model_copy(update=suited)
-    if "max_t" not in config.gradient.model_fields_set:
+    gradient = options.gradient
+    if "max_t" not in gradient.model_fields_set:
         start, first, last, end = MAX_T
         steps = config.max_steps
         max_t = (round(start * steps), first, last, round(end * steps))
-        gradient = config.gradient.model_copy(update={"max_t": max_t})
-        config = config.model_copy(update={"gradient": gradient})
-    source = ModelSource(folder)
-    if scenes or options.prompt:
-        return Setup(source, options.prompt or [prompt_for(k) for k in ROUND_DIGITS], config)
-    judge = Judge(data, train_classifier(data.train))
-    return Setup(source, judge.prompts, config.model_copy(update={"num_particles": 1}), judge)
+        gradient = gradient.model_copy(update={"max_t": max_t})
+    if options.prompt and not scenes:
+        return Setup(source, options.prompt, gradient, config)
+    classifier = train_classifier(data.train)
+    if scenes:
+        prompts = options.prompt or [PROMPTS[k] for k in ROUND_DIGITS]
+        return Setup(source, prompts, gradient, config, classifier=classifier)
+    judge = Judge(data, classifier)
+    one = config.model_copy(update={"num_particles": 1})
+    return Setup(source, judge.prompts, gradient, one, judge)
 
 
 def _references(setup: Setup, steps: int, device: torch.device) -> list[Shown]:
@@ -191,21 +213,28 @@ def _references(setup: Setup, steps: int, device: torch.device) -> list[Shown]:
             some = family.encode(each[start : start + 64]).to(device)
             null = family.null(some.bsz).to(device)
             rest = (noise[start : start + 64], some, null, g, times)
-            parts.append(family.images(ode_solve(bank["teacher"], *rest)).cpu())
+            parts.append(bank.images(ode_solve(bank["teacher"], *rest)).cpu())
         name = "teacher" + ("" if g == 1.0 else f", guidance {g:g}")
         rows.append(_images_row(setup, "teacher", name, torch.cat(parts), {}))
     return rows
 
 
-def _row(setup: Setup, name: str, made: Made) -> Shown:
+def _rows(setup: Setup, name: str, made: Made) -> list[Shown]:
+    """A line of the report; of voxels one a scene, as the teacher sees it and in more pixels."""
     cost = {"ms / step": f"{1000 * made.seconds / made.num_steps:.0f}"}
     if made.images is not None:
-        return _images_row(setup, "student", name, made.images.cpu(), cost)
-    small = made.teacher.image_size(setup.config.resolution)[0]
-    views = [
-        [*turntable(one.cpu(), VIEWS, s)] for one in made.scenes for s in (small, LARGE * small)
-    ]
-    return Shown("student", name, views, cost)
+        return [_images_row(setup, "student", name, made.images.cpu(), cost)]
+    side, rows = made.teacher.image_size(setup.config.resolution)[0], []
+    for prompt, scene in zip(setup.each, made.scenes, strict=True):
+        small, large = (turntable(scene.cpu(), VIEWS, size) for size in (side, LARGE * side))
+        said = {"prompt": str(prompt)}
+        if setup.classifier is not None and prompt in PROMPTS:
+            label = torch.full((VIEWS,), PROMPTS.index(prompt))
+            share = setup.classifier.accuracy(small.mean(1, keepdim=True), label)
+            said["views read as it"] = f"{share:.2f}"
+        as_large = small.repeat_interleave(LARGE, 2).repeat_interleave(LARGE, 3)
+        rows.append(Shown("student", name, [[*as_large], [*large]], {**said, **cost}))
+    return rows
 
 
 def _images_row(setup: Setup, group: str, name: str, images: Tensor, cost: dict[str, str]) -> Shown:
@@ -228,7 +257,7 @@ def _judged(row: Row, more: dict[str, str]) -> Shown:
     return Shown(row.group, row.label, lines, {**said, **more})
 
 
-def _facts(setup: Setup, options: Options) -> list[tuple[str, str]]:
+def _facts(setup: Setup, options: ParticleOptions) -> list[tuple[str, str]]:
     config = setup.config
     return [
         ("teacher", str(setup.source)),
@@ -246,7 +275,11 @@ def _note(setup: Setup) -> str:
         "Spread: standard deviation of a pixel among the images of a prompt. "
     )
     if setup.config.parameters == "voxels":
-        return "A grid of density and colour, optimised from cameras all around it."
+        return (
+            "A grid of density and colour, optimised from cameras all around it; below what the "
+            "teacher saw, the same in more pixels. Views read as it: share of them that a digit "
+            "classifier takes for the prompt's digit."
+        )
     if setup.judge is None:
         return own
     return own + (

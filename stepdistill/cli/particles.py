@@ -8,7 +8,7 @@ the page, and the class for a renderer of yours.
 
 from __future__ import annotations
 
-from stepdistill.particles.options import Options
+from stepdistill.particles.options import ParticleOptions as Options
 
 
 def run(options: Options) -> None:

@@ -13,7 +13,7 @@ class Options(CommandOptions):
     model_dir: CliPositionalArg[Export]
     """Exported pipeline folder."""
     prompt: list[str]
-    """Prompts (or class labels), an image each."""
+    """Prompts (or class labels), an image, a video or a sound each."""
     num_steps: Count | None = None
     """A step count of the trained grid."""
     seed: Seed = 0

@@ -113,10 +113,11 @@ class UserTeacher(TeacherSetup):
         self.own = options
         self._settled: dict[str, dict[str, Any]] = {}
         facts = teacher_facts(options.teacher)
-        if facts.conditioning != "prompt" or facts.needs_images:
+        sound = facts.family.output == "audios"
+        if facts.conditioning != "prompt" or facts.needs_images or sound:
             raise ValueError(
-                f"compare: expected a teacher told by prompts alone, got {options.teacher!r}. "
-                "Train each method by itself and use stepdistill evaluate."
+                f"compare: expected a teacher of images told by prompts alone, got "
+                f"{options.teacher!r}. Train each method by itself and use stepdistill evaluate."
             )
 
     def teacher(self) -> str:

@@ -56,6 +56,14 @@ class NoisePath(ABC):
     def time_of(self, model_time: float | Tensor) -> Tensor:
         """The time t at which the network is told that (inverse of model_time)."""
 
+    def entry(self, t: Tensor) -> Tensor:
+        """(B,) what a stock scheduler calls the time: here what the network is told."""
+        return self.model_time(t)
+
+    def as_flow(self) -> FlowPath:
+        """The rectified-flow path of a network that is told time in this one's units."""
+        return FlowPath()
+
     def snap(self, t: Tensor) -> Tensor:
         """The nearest time the teacher was trained at; t itself on a continuous path."""
         return t.double()
@@ -245,7 +253,7 @@ class VPPath(NoisePath):
         """
         if gamma == 0.0:
             return s.double()
-        index = ((1.0 - gamma) * self.model_time(s).float()).floor().double()
+        index = ((1.0 - gamma) * self.entry(s).float()).floor().double()
         return torch.where(index > 0, (index + 1.0) / self.num_steps, 0.0)
 
     def time_of(self, model_time: float | Tensor) -> Tensor:
@@ -259,6 +267,42 @@ class VPPath(NoisePath):
         low, span = table[high - 1], table[high] - table[high - 1]
         part = ((angle - low) / span.clamp_min(1e-300)).clamp(0.0, 1.0)
         return (high - 1 + part) / self.num_steps
+
+
+class TrigPath(VPPath):
+    """Stable Audio's path: alpha = cos(phi), sigma = sin(phi), phi = t atan(sigma_max).
+
+    The network is told 2 phi / pi. EDM's x0 + s eps divided by sqrt(1 + s^2), sigma_data = 1, is
+    this x_t with s = tan(phi), and their output -F is v. t = 1 is sigma_max, where sampling starts
+    from unit noise. Continuous, and also the table of num_steps entries that stock VP schedulers
+    are given: they count entries (`entry`), so a network under them is told those.
+    Source: Evans et al. 2024, arXiv:2407.14358; Diffusers' CosineDPMSolverMultistepScheduler.
+    """
+
+    def __init__(self, sigma_max: float = 500.0, num_steps: int = 1000) -> None:
+        self.last = math.atan(sigma_max)
+        times = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+        super().__init__((self.last * times).cos() ** 2)
+
+    def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = self.last * t.double().clamp(0.0, 1.0)
+        return angle.cos(), angle.sin()
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return t.double() * (2.0 * self.last / math.pi)
+
+    def time_of(self, model_time: float | Tensor) -> Tensor:
+        """See NoisePath."""
+        return torch.as_tensor(model_time).double() * (0.5 * math.pi / self.last)
+
+    def entry(self, t: Tensor) -> Tensor:
+        return VPPath.model_time(self, t)
+
+    def snap(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def as_flow(self) -> FlowPath:
+        return FlowPath(1)
 
 
 class FlowPath(NoisePath):
@@ -277,6 +321,9 @@ class FlowPath(NoisePath):
     def time_of(self, model_time: float | Tensor) -> Tensor:
         """See NoisePath."""
         return torch.as_tensor(model_time).double() / self.num_train_timesteps
+
+    def as_flow(self) -> FlowPath:
+        return FlowPath(self.num_train_timesteps)
 
 
 class VEPath(NoisePath):

@@ -143,7 +143,7 @@ def boundary_x0(pred: Prediction, scale: float | None, sigma_min: float | None) 
     """x0 (B, C, *S) under LCM's skip/out (scale), under CD's (sigma_min), or plain (neither)."""
     x0 = pred.x0
     if scale is not None:
-        skip, out = boundary_coeffs(pred.path.model_time(pred.t), scale)
+        skip, out = boundary_coeffs(pred.path.entry(pred.t), scale)
     elif sigma_min is not None:
         skip, out = cd_boundary_coeffs(pred.path.coeffs(pred.t)[1], sigma_min)
     else:

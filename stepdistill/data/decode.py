@@ -80,8 +80,9 @@ def decode_beside(
     for key, named in files.items():
         images: list[Tensor] = []
         for one in named:
-            size = tuple(images[0].shape[-2:]) if images and size_px is None else size_px
-            images.append(decode_image(*one, size))
+            if images and size_px is None:
+                size_px = (images[0].shape[1], images[0].shape[2])
+            images.append(decode_image(*one, size_px))
         if key == MASK:
             images = [image.mean(dim=0, keepdim=True) / 2 + 0.5 for image in images]
         made[key] = images[0] if len(images) == 1 else torch.stack(images)

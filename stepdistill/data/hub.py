@@ -218,9 +218,9 @@ def shard_rows(streamed: Streamed, split: str, column: str) -> list[int]:
 def undecoded(rows: Any, columns: Columns) -> Any:
     """Only the columns that are read, images as bytes."""
     rows = rows.select_columns(columns.wanted)
-    plain = _library().Image(decode=False)
+    plain: Any = _library().Image(decode=False)
     for name in columns.images:
-        feature = rows.features[name] if rows.features else None
+        feature: Any = rows.features[name] if rows.features else None
         many = hasattr(feature, "feature")  # a list of them
         rows = rows.cast_column(name, type(feature)(plain) if many else plain)
     return rows

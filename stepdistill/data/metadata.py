@@ -22,8 +22,10 @@ from stepdistill.data.paths import LeftOut, image_names
 from stepdistill.reporting.values import counted
 
 # What users call the two columns; the first that a row has counts.
-FILE_COLUMNS = ("file_name", "image", "file", "filename", "image_path", "path", "file_path")
-FILE_COLUMNS += ("edited_image", "target_image")
+FILE_COLUMNS = (
+    *("file_name", "image", "file", "filename", "image_path", "path", "file_path"),
+    *("edited_image", "target_image"),
+)
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "edit_prompt", "instruction")
 # Of what an item has beside the image that it becomes, likewise.
 BESIDE_COLUMNS = {

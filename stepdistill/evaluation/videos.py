@@ -78,6 +78,11 @@ def check_video(options: Any, output: str, reads_image: bool) -> None:
     Errors: ValueError for options of videos beside images, for a choice of frames other than first,
         all or a number above 0, and for first frames that are missing or not read.
     """
+    if output == "audios":
+        raise ValueError(
+            f"evaluate: expected a pipeline that makes images or videos, got {options.teacher}, "
+            "which makes sound. A run's own validation measures spectrograms."
+        )
     if output == "images":
         for name in ("frames", "num_frames", *(() if reads_image else ("first_frames",))):
             if getattr(options, name) is not None:

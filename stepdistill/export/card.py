@@ -87,6 +87,15 @@ def snippet(record: Mapping[str, Any], where: str, prompt: str = "a prompt") -> 
 def saving_code(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     """The call, and the saving of its image or video, as code."""
     call, loader = call_code(record, prompt), ", load_image" if record.get("reads") else ""
+    if record.get("output") == "audios":
+        return (
+            "import wave\n"
+            f"samples = (pipe({call}).audios[0].T.clamp(-1, 1) * 32767).short().cpu().numpy()\n"
+            'with wave.open("sound.wav", "wb") as file:\n'
+            "    rate = pipe.vae.config.sampling_rate\n"
+            "    file.setparams((samples.shape[1], 2, rate, 0, 'NONE', ''))\n"
+            "    file.writeframes(samples.tobytes())"
+        )
     if record.get("output") != "frames":
         code = f'pipe({call}).images[0].save("image.png")'
         return f"from diffusers.utils{loader.replace(',', ' import')}\n{code}" if loader else code

@@ -89,6 +89,7 @@ def export_lora(
     # A student on a base of its own belongs to that one, not to the teacher.
     student_model = facts.get("student_base") or facts.get("model")
     record = describe(family, spec, sampler, {**facts, "model": student_model}, path)
+    record["net_code"] = family.net_code(sampler.scheduler)
     base: Any = bank.base_of(role)
     rules, name = tool_rules(family.net, family.from_first_frame()), out_dir.resolve().name
     headers = modelspec(rules, record, name) if rules is not None and record["tools"] else {}

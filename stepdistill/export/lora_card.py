@@ -97,6 +97,7 @@ def _last(record: Mapping[str, Any], scheduler: str, where: str) -> list[str]:
     return [
         *(loading if code else ()),
         f"pipe.scheduler = {scheduler}.from_pretrained({where!r}, subfolder='scheduler')",
+        *([record["net_code"]] if record.get("net_code") else ()),
         saving_code(record),
     ]
 

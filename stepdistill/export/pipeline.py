@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def export_pipeline(
         pipeline = causal_pipeline(family, net, sampler, spec.chunk)
     else:
         pipeline = copy.copy(family.pipeline)
+        net = family.net_for(net, sampler.scheduler)
         pipeline.register_modules(**family.parts_of(net), scheduler=sampler.scheduler)
     quantized = is_quantized(family.net)
     if quantized:
@@ -127,9 +129,11 @@ def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampl
     made_so = "init_noise_sigma" in family.pipeline.scheduler.config
     flow_in_vp = flow and (made_so or not isinstance(family.path, FlowPath))
     accepts = frozenset(inspect.signature(type(family.pipeline).__call__).parameters)
+    if family.grid_argument in accepts:
+        accepts |= {"sigmas"}
     if family.scales_input:  # the one flow scheduler that can do it takes no sigmas
         accepts -= {"sigmas"}
-    return stock_sampler(
+    sampler = stock_sampler(
         family.pipeline.scheduler,
         path,
         spec,
@@ -138,6 +142,8 @@ def sampler_of(family: Family, path: NoisePath, spec: SamplerSpec) -> StockSampl
         family.sends_sigmas,
         family.scales_input,
     )
+    call = {family.grid_argument if k == "sigmas" else k: v for k, v in sampler.call.items()}
+    return replace(sampler, call=call)
 
 
 def missing_parts(pipeline: Any) -> list[str]:
@@ -189,7 +195,7 @@ def describe(
         "guidance_scale": family.stock_guidance(guidance) if family.has_null else None,
         "guidance_embedded": spec.w is not None,
         "guided": spec.guidance != 1.0,
-        "call": {**size, **family.guided_call(spec.guidance), **sampler.call},
+        "call": {**size, **family.length_call, **family.guided_call(spec.guidance), **sampler.call},
         "load_without": missing_parts(family.pipeline),
         "kind": spec.kind,
         "heun": spec.heun,

@@ -15,6 +15,7 @@ from stepdistill.export.multi_student import holds_students, load_students
 from stepdistill.export.pipeline import RECORD
 from stepdistill.loading.safe_files import load_stock
 from stepdistill.loading.source import ModelSource
+from stepdistill.reporting.sound import write_wav
 from stepdistill.reporting.values import counted
 from stepdistill.storage.files import read_json
 from stepdistill.storage.folders import refuse_written_on
@@ -29,7 +30,8 @@ def sample_export(
     num_steps: int | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """One PNG (of videos, GIF) for each prompt, named by index; prompts stand in metadata.jsonl.
+    """One PNG (of videos GIF, of sound WAV) for each prompt, named by index; prompts stand in
+    metadata.jsonl.
 
     Errors: ValueError where the folder is no export, for steps it was not exported for, or where
         output_dir holds files of these names that are no earlier samples.
@@ -69,14 +71,17 @@ def sample_export(
                 **subject,
                 **call_options(record),
                 generator=torch.Generator().manual_seed(seed + i),
-                output_type="pil",
+                output_type="pt" if record.get("output") == "audios" else "pil",
             )
             made = result[0][0]
-            path = out / f"{i:04d}{'.gif' if isinstance(made, list) else '.png'}"
+            path = out / f"{i:04d}{_kind(made)}"
             row = {"file_name": path.name, "text": prompt, "seed": seed + i}
             index.write(json.dumps(row) + "\n")
             index.flush()  # before the file, which is ours by this line
-            _save(made, path)
+            if isinstance(made, torch.Tensor):
+                write_wav(path, made, pipe.vae.config.sampling_rate)
+            else:
+                _save(made, path)
             written.append(path)
     return written
 
@@ -88,8 +93,14 @@ def _refuse_others_files(out: Path, count: int) -> None:
         rows = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
         if all(set(row) == {"file_name", "text", "seed"} for row in rows):
             ours = {INDEX, *(str(row["file_name"]) for row in rows)}
-    names = (f"{i:04d}{kind}" for i in range(count) for kind in (".png", ".gif"))
+    names = (f"{i:04d}{kind}" for i in range(count) for kind in (".png", ".gif", ".wav"))
     refuse_written_on(out, (name for name in (INDEX, *names) if name not in ours), "output_dir")
+
+
+def _kind(made: Any) -> str:
+    if isinstance(made, torch.Tensor):
+        return ".wav"
+    return ".gif" if isinstance(made, list) else ".png"
 
 
 def _save(made: Any, path: Path) -> None:

@@ -35,6 +35,7 @@ from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import uniform_grid
 from stepdistill.export.flow_grid import flow_match_config, shift_of_grid
+from stepdistill.families.schedule import sent_sigmas
 from stepdistill.loading.project_code import part_class
 from stepdistill.reporting.values import counted
 
@@ -78,7 +79,7 @@ def stock_sampler(
     spec: SamplerSpec,
     flow_in_vp: bool = False,
     accepts: Collection[str] = ALL_ARGUMENTS,
-    sends_sigmas: bool = False,
+    sends_sigmas: float = 0.0,
     scales_input: bool = True,
 ) -> StockSampler:
     """The stock sampler of `spec` for a student on `path`.
@@ -86,7 +87,8 @@ def stock_sampler(
     Args:
         flow_in_vp: the student is a velocity network inside a pipeline made for VP schedulers.
         accepts: argument names of that pipeline's call.
-        sends_sigmas: its call hands the scheduler linspace(1, 1/N, N) for N steps.
+        sends_sigmas: its call hands the scheduler linspace(1, 1/N, N), shifted by that, for N
+            steps; 0 where it does not.
         scales_input: its loop calls the scheduler's scale_model_input.
     Errors: ValueError for a spec no stock scheduler samples in that pipeline.
     """
@@ -126,7 +128,7 @@ def _listed(times: Sequence[Any], spec: SamplerSpec) -> tuple[Any, ...]:
 # ------------------------------------------------------------------ VP tables
 def _vp(config: Any, path: VPPath, spec: SamplerSpec, accepts: Collection[str]) -> StockSampler:
     times = torch.tensor(spec.times, dtype=torch.float64)
-    indices = [round(n) for n in path.model_time(path.snap(times)).tolist()]
+    indices = [round(n) for n in path.entry(path.snap(times)).tolist()]
     table = _table(config, path)
     if spec.kind == "renoise":
         scale = PLAIN_X0_SCALE if spec.boundary_scale is None else spec.boundary_scale
@@ -235,7 +237,7 @@ def _flow(
     spec: SamplerSpec,
     flow_in_vp: bool,
     accepts: Collection[str],
-    sends_sigmas: bool,
+    sends_sigmas: float,
     scales_input: bool,
 ) -> StockSampler:
     gamma = {"renoise": 1.0, "tcd": spec.gamma}.get(spec.kind, 0.0)
@@ -271,12 +273,12 @@ def _flow(
     elif sends_sigmas and np.allclose(
         spec.times, uniform_grid(num, shift_of_grid(spec.times)), atol=1e-9
     ):  # a uniform grid already: the shift alone maps it
-        grid = {"shift": shift_of_grid(spec.times)}
+        grid = {"shift": shift_of_grid(spec.times) / sends_sigmas}
     else:
-        grid = flow_match_config(spec.times, sends_sigmas)
+        grid = flow_match_config(spec.times, sends_sigmas > 0)
     made = cls.from_config({**config, **grid})
     if sends_sigmas:
-        made.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num, num))
+        made.set_timesteps(sigmas=sent_sigmas(num, sends_sigmas))
     else:
         made.set_timesteps(num)
     if np.allclose(made.sigmas[:-1], listed, atol=1e-6):

@@ -141,10 +141,11 @@ def _in_memory(
     def fresh_noise(_step: int) -> Tensor:
         return family.unpack(torch.randn(packed), shape[1:]).to(device)
 
+    first = fresh_noise(0) if family.packed_noise else torch.randn(shape).to(device)
     latents = sample_x0(
         denoiser,
         spec,
-        torch.randn(shape).to(device),
+        first,
         family.encode([prompt]).to(device),
         family.null(1).to(device) if is_guided(spec.guidance) else None,
         fresh_noise=fresh_noise,

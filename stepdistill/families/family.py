@@ -89,10 +89,14 @@ class Family(ABC):
     forward_mode: ClassVar[bool] = True  # whether its denoiser can be differentiated forward (JVP)
     one_size: ClassVar[bool] = False  # whether network or condition know one image size alone
     scales_input: ClassVar[bool] = False  # whether the stock loop needs scheduler.scale_model_input
-    sends_sigmas: ClassVar[bool] = False  # whether the stock call hands linspace(1, 1/N, N) down
+    # Shift of the linspace(1, 1/N, N) that the stock call hands its scheduler; 0 where it does not.
+    sends_sigmas: ClassVar[float] = 0.0
+    packed_noise: ClassVar[bool] = False  # whether the stock call draws it in the layout of `pack`
+    grid_argument: ClassVar[str] = "sigmas"  # by which a call can be given flow times
     reads: ClassVar[Mapping[str, bool]] = {}  # images beside x_t -> whether it needs them
     image_keys: ClassVar[tuple[str, ...]] = ()  # where its Cond holds those: kept by a null
-    output: ClassVar[Literal["images", "frames"]] = "images"  # what the stock call's result holds
+    # What the stock call's result holds.
+    output: ClassVar[Literal["images", "frames", "audios"]] = "images"
     tiny: ClassVar[str | Mapping[str, Any]] = ""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     typed: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale")
@@ -229,7 +233,7 @@ class Family(ABC):
         """
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting"):
-            return self._fixed_shift
+            return self._fixed_shift * (self.sends_sigmas or 1.0)
         return dynamic_shift(config, self.image_tokens(height, width))
 
     def image_tokens(self, height: int | None = None, width: int | None = None) -> int:
@@ -324,6 +328,10 @@ class Family(ABC):
     def feature_blocks(self) -> dict[str, FeatureBlock]:
         """Blocks a head may read by name; "mid" is always one of them."""
 
+    def num_calls(self, cond: Cond) -> int:
+        """Calls of the network that `run` makes for that Cond."""
+        return 1
+
     def image_features(
         self, features: dict[str, Tensor], x_t: Tensor, cond: Cond
     ) -> dict[str, Tensor]:
@@ -400,6 +408,14 @@ class Family(ABC):
         """Images (B, 3, H, W), or videos (B, 3, F, H, W), in [-1, 1], unclamped."""
         return decode_latents(self.pipeline.vae, latents)
 
+    def pictures(self, images: Tensor) -> Tensor:
+        """What is shown of `images`, and what metrics see: here themselves."""
+        return images
+
+    def size_text(self, resolution: int | None = None) -> str:
+        """The size of what is made, in words."""
+        return " x ".join(map(str, self.image_size(resolution))) + " px"
+
     def place_encoders(self, dtype: torch.dtype, device: torch.device) -> None:
         """Text encoders in that dtype, and all parts but the denoiser on the device."""
         for name, part in self.pipeline.components.items():
@@ -412,6 +428,12 @@ class Family(ABC):
     @property
     def call_extras(self) -> dict[str, Any]:
         """Arguments that keep the stock call at the model's own size, where its defaults do not."""
+        return {}
+
+    @property
+    def length_call(self) -> dict[str, Any]:
+        """The part of `call_extras` that a student's card tells: where a model states what the
+        stock call can't know."""
         return {}
 
     def size_options(self, height: int, width: int) -> dict[str, Any]:
@@ -436,6 +458,14 @@ class Family(ABC):
     def decoded(self, latents: Tensor) -> Tensor:
         """Latents after the stock loop as the stock call decodes them: here themselves."""
         return latents
+
+    def net_for(self, net: nn.Module, scheduler: Any) -> nn.Module:
+        """`net` as it answers under a stock scheduler: another where that one counts time anew."""
+        return net
+
+    def net_code(self, scheduler: Any) -> str:
+        """What `net_for` does to `pipe`, as Python for a card; empty where it does nothing."""
+        return ""
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B, C, *S) in the layout that the stock call keeps them in."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 
@@ -90,7 +91,7 @@ class _AllFound(BaseException):
 
 @contextmanager
 def capture(
-    net: nn.Module, blocks: Mapping[str, FeatureBlock], only: bool = False
+    net: nn.Module, blocks: Mapping[str, FeatureBlock], only: bool = False, calls: int = 1
 ) -> Iterator[dict[str, Tensor]]:
     """Within: a dict that fills with name -> hidden states, graph attached.
 
@@ -98,16 +99,21 @@ def capture(
         blocks: feature name -> where in `net` to read. Maps are (B, C, H, W), tokens (B, N, D).
         only: nothing but the features is wanted: the call within ends, and this block with it, as
             soon as all are found, so what lies behind them is neither run nor kept for backward.
+        calls: of the network within; rows of the next ones come behind.
     """
     features: dict[str, Tensor] = {}
+    reads = 0
     handles = []
     for name, block in blocks.items():
 
         def hook(
             _m: nn.Module, _args: Any, out: Any, name: str = name, item: int = block.item
         ) -> None:
-            features[name] = out[item] if isinstance(out, tuple) else out
-            if only and len(features) == len(blocks):
+            nonlocal reads
+            read = out[item] if isinstance(out, tuple) else out
+            features[name] = torch.cat([features[name], read]) if name in features else read
+            reads += 1
+            if only and reads == calls * len(blocks):
                 raise _AllFound
 
         handles.append(net.get_submodule(block.module).register_forward_hook(hook))

@@ -62,7 +62,7 @@ class FluxFamily(GuidanceToldFamily, SequenceFamily):
     dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = (*TRANSFORMER_LORA_TARGETS, "proj_mlp")
-    sends_sigmas: ClassVar[bool] = True
+    sends_sigmas: ClassVar[float] = 1.0
 
     @property
     def latent_channels(self) -> int:

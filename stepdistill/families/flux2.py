@@ -40,7 +40,7 @@ class Flux2Family(ReferenceFamily):
     dynamic_shift = True
     reads: ClassVar[Mapping[str, bool]] = {"image": False}
     net_name: ClassVar[str] = "transformer"
-    sends_sigmas: ClassVar[bool] = True
+    sends_sigmas: ClassVar[float] = 1.0
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "ff.linear_in", "ff.linear_out", "to_qkv_mlp_proj"),
     )

@@ -130,6 +130,6 @@ def generic_family(pipeline_class: str) -> type[GenericFamily]:
         "net_name": nets[0],
         "pipelines": (pipeline_class,),
         "scales_input": "scale_model_input" in uncommented,
-        "sends_sigmas": "np.linspace(1.0, 1 / num_inference_steps" in uncommented,
+        "sends_sigmas": float("np.linspace(1.0, 1 / num_inference_steps" in uncommented),
     }
     return type(GenericFamily.__name__, (GenericFamily,), options)

@@ -52,7 +52,7 @@ class Lumina2Family(MaskedTokensFamily):
     }
     dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
-    sends_sigmas: ClassVar[bool] = True
+    sends_sigmas: ClassVar[float] = 1.0
     bare_null: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),

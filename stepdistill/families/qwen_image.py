@@ -34,7 +34,7 @@ class QwenImageFamily(SequenceFamily):
     typed = ("num_inference_steps",)
     dynamic_shift = True
     net_name: ClassVar[str] = "transformer"
-    sends_sigmas: ClassVar[bool] = True
+    sends_sigmas: ClassVar[float] = 1.0
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("img_mlp.net.0.proj", "img_mlp.net.2"),

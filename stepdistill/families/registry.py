@@ -17,6 +17,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils import DummyObject
 
 from stepdistill.core.method import Setting
 from stepdistill.families import FAMILIES
@@ -294,11 +295,12 @@ def _part_config(source: ModelSource, name: str) -> Any:
     return part_config(part, True, source.described_at, name, source.hub)
 
 
-def _setting(source: ModelSource, sends_sigmas: bool) -> Setting:
+def _setting(source: ModelSource, sends_sigmas: float) -> Setting:
     """From the scheduler's config alone, and the marks of a single file."""
     try:
         scheduler = _scheduler(source)
         path, kind, shift = read_schedule(scheduler)
+        shift *= sends_sigmas or 1.0
         return Setting(path, kind, shift, partial(own_sampler, scheduler, path, sends_sigmas))
     except ValueError:
         raise
@@ -313,6 +315,8 @@ def _scheduler(source: ModelSource) -> Any:
     library, name = source.index["scheduler"]
     try:
         cls = part_class(library, name)
+        if isinstance(cls, DummyObject):  # Diffusers' stand-in where a package is not installed
+            raise TypeError(f"{name}, which needs torchsde: pip install 'stepdistill[audio]'")
         if not issubclass(cls, SchedulerMixin):
             raise TypeError(f"{name}, which is no scheduler")
         config = cls.load_config(source.described_at, subfolder="scheduler", **source.hub)

@@ -17,8 +17,16 @@ from diffusers import (
     LCMScheduler,
 )
 
-from stepdistill.core.path import FlowPath, NoisePath, PredictionType, VEPath, VPPath
+from stepdistill.core.path import (
+    FlowPath,
+    NoisePath,
+    PredictionType,
+    TrigPath,
+    VEPath,
+    VPPath,
+)
 from stepdistill.core.solvers import SamplerKind, SamplerSpec
+from stepdistill.core.times import shift_times
 
 
 def dynamic_shift(config: Any, num_tokens: int) -> float:
@@ -76,6 +84,13 @@ def read_schedule(scheduler: Any) -> tuple[NoisePath, PredictionType, float]:
         scale = 0.25 if type(scheduler).__name__.startswith("EDM") else 250.0
         return VEPath(config.sigma_max, config.rho, config.sigma_min, scale), "x0", 1.0
     name = config.get("prediction_type", "epsilon")
+    if type(scheduler).__name__.startswith("CosineDPM"):
+        if name != "v_prediction" or config.sigma_data != 1.0:
+            raise ValueError(
+                "scheduler: expected a CosineDPMSolverMultistepScheduler with v_prediction and "
+                f"sigma_data 1, as Stable Audio's, got {name} and {config.sigma_data:g}."
+            )
+        return TrigPath(config.sigma_max), "v", 1.0
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if name not in kinds or alphas is None:
         raise ValueError(
@@ -109,21 +124,27 @@ def visited_times(scheduler: Any, path: NoisePath) -> tuple[float, ...]:
     return tuple(times)
 
 
+def sent_sigmas(num_steps: int, shift: float) -> list[float]:
+    """linspace(1, 1/N, N), shifted: what some stock calls hand their scheduler."""
+    uniform = torch.from_numpy(np.linspace(1.0, 1.0 / num_steps, num_steps))
+    sigmas: list[float] = shift_times(uniform, shift).tolist()
+    return sigmas
+
+
 def own_sampler(
-    scheduler: Any, path: NoisePath, sends_sigmas: bool, num_steps: int, shift: float
+    scheduler: Any, path: NoisePath, sends_sigmas: float, num_steps: int, shift: float
 ) -> SamplerSpec:
     """The sampler that a stock scheduler is in num_steps steps of its pipeline's call.
 
     Its times are the scheduler's. In memory a scheduler that restarts from x0 (LCM) does so; one of
     another order, or with noise of its own (Euler ancestral), takes the deterministic steps.
-    Args: sends_sigmas: whether the call hands linspace(1, 1/N, N) down. shift: of a scheduler that
-        the call tells one.
+    Args: sends_sigmas: see Family. shift: of a scheduler that the call tells one.
     Errors: ValueError where the scheduler can't take so many steps.
     """
     config, made = scheduler.config, type(scheduler).from_config(scheduler.config)
     call: dict[str, Any] = {"num_inference_steps": num_steps}
     if sends_sigmas:
-        call = {"sigmas": np.linspace(1.0, 1.0 / num_steps, num_steps)}
+        call = {"sigmas": sent_sigmas(num_steps, sends_sigmas)}
     if config.get("use_dynamic_shifting"):
         exponential = config.get("time_shift_type", "exponential") == "exponential"
         call["mu"] = math.log(shift) if exponential else shift
@@ -157,6 +178,11 @@ def parity_scheduler(family: Any) -> Any:
         tiny = float(torch.tensor(config.sigma_max * config.num_train_timesteps**-config.rho))
         options = {"s_noise": 0.0, "sigma_min": tiny, "clip_denoised": False}
         return type(stock).from_config(config, **options)
+    if isinstance(family.path, TrigPath):
+        # Here, because Diffusers has this scheduler only beside torchsde.
+        from stepdistill.families.trig_schedule import TrigODEScheduler
+
+        return TrigODEScheduler.from_config(config)
     if not isinstance(family.path, VPPath):
         return FlowMatchEulerDiscreteScheduler(shift=family.shift)
     first_order: dict[str, Any] = {

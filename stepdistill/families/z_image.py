@@ -49,7 +49,7 @@ class ZImageFamily(VaeSizedFamily):
     dynamic_shift = True
     supports_s: ClassVar[bool] = False
     net_name: ClassVar[str] = "transformer"
-    sends_sigmas: ClassVar[bool] = True
+    sends_sigmas: ClassVar[float] = 1.0
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *(f"feed_forward.w{i}" for i in (1, 2, 3)),

@@ -37,20 +37,41 @@ def project_module(module: str) -> Any:
             f"{module}.py: expected it among the project's pipelines, got none. Install "
             "stepdistill with pip, or run it from its checkout."
         )
+    made = _run(module, file)
+    made.SchedulerMixin = SchedulerMixin  # Diffusers looks there for the base of a given part
+    return made
+
+
+def _run(module: str, file: Path) -> Any:
     spec = util.spec_from_file_location(module, file)
     assert spec is not None, "a .py file has a loader"
     assert spec.loader is not None, "a .py file has a loader"
     made: Any = util.module_from_spec(spec)
     sys.modules[module] = made  # by this name Diffusers saves its classes, and finds them
     spec.loader.exec_module(made)
-    made.SchedulerMixin = SchedulerMixin  # Diffusers looks there for the base of a given part
     return made
 
 
+@cache
+def optimise_module() -> Any:
+    """pipelines/optimise_latent.py, which no folder names. Errors: see `project_module`."""
+    file = bundled_file("pipelines/optimise_latent.py")
+    if file is None:
+        raise ValueError(
+            "optimise_latent.py: expected it among the project's pipelines, got none. Install "
+            "stepdistill with pip, or run it from its checkout."
+        )
+    return _run("stepdistill_optimise_latent", file)
+
+
 def part_class(library: str, name: str) -> Any:
-    """The class that a model_index.json names: a library's, or one of pipelines/."""
-    ours = project_file(library) is not None
-    return getattr(project_module(library) if ours else import_module(library), name)
+    """The class that a model_index.json names: a library's, one of a pipeline's own folder in
+    Diffusers (stable_audio), or one of pipelines/."""
+    if project_file(library) is not None:
+        return getattr(project_module(library), name)
+    if library.isidentifier() and util.find_spec(f"diffusers.pipelines.{library}"):
+        library = f"diffusers.pipelines.{library}"
+    return getattr(import_module(library), name)
 
 
 def project_parts(model: str | Path, index: Mapping[str, Any], **hub: Any) -> dict[str, Any]:

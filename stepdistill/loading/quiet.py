@@ -21,6 +21,8 @@ QUIET = (
     # Diffusers, of the few-step scheduler that an export writes: its times are the trained ones
     # whatever steps_offset says, and the export is checked against the sampler.
     ("", r"(?s)The configuration file of this scheduler: .* is outdated. `steps_offset`"),
+    # PyTorch, of AutoencoderOobleck, which Diffusers builds so.
+    ("", r"`torch.nn.utils.weight_norm` is deprecated"),
     # Diffusers, reading back a LoRA of the denoiser alone, which is all that is trained.
     ("diffusers.loaders.peft", r"No LoRA keys associated to \w+ found with the prefix="),
     ("diffusers.loaders.lora_base", r"No LoRA keys associated to \w+ found with the prefix="),

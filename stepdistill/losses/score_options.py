@@ -48,19 +48,14 @@ def annealed(value: float | tuple[float, ...], step: int) -> float:
     return first
 
 
-class ScoreGradientConfig(Options):
-    """Which score gradient, and how it is weighted over times and steps.
+class GradientSettings(Options):
+    """How a score gradient is weighted over times and steps, whichever it is.
 
     Numbers marked annealed may be [v0, v1, end], or [start, v0, v1, end, ...] in steps.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    kind: GradientKind = "vsd"
-    """sds, vsd, csd, csm, nfsd, bsd, recon or dreammat."""
-    guidance: Guidance | None = None
-    """g of null + g (cond - null); none means the kind's own, a line of COEFFICIENTS. csd, csm and
-    dreammat have none."""
     weight: GradientWeight | None = None
     """Over times: sigma2, uniform, fantasia3d (alpha sigma^2), ism (sigma / alpha) or alpha; none
     means the kind's own. recon's is ism, whatever is said here."""
@@ -86,7 +81,7 @@ class ScoreGradientConfig(Options):
     """Bound of every element of the gradient; none means none."""
 
     @model_validator(mode="after")
-    def _check_times(self) -> ScoreGradientConfig:
+    def _check_times(self) -> GradientSettings:
         for step in (0, 10**9):
             low, high = annealed(self.min_t, step), annealed(self.max_t, step)
             if not 0.0 < low <= high <= 1.0:
@@ -95,3 +90,13 @@ class ScoreGradientConfig(Options):
                     f"the {'end' if step else 'start'}."
                 )
         return self
+
+
+class ScoreGradientConfig(GradientSettings):
+    """Which score gradient, and its settings."""
+
+    kind: GradientKind = "vsd"
+    """sds, vsd, csd, csm, nfsd, bsd, recon or dreammat."""
+    guidance: Guidance | None = None
+    """g of null + g (cond - null); none means the kind's own, a line of COEFFICIENTS. csd, csm and
+    dreammat have none."""

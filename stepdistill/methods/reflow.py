@@ -24,7 +24,7 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
-from stepdistill.core.path import FlowPath, NoisePath, VEPath, full
+from stepdistill.core.path import NoisePath, VEPath, full
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import grid_times, snapped_grid, uniform_times
@@ -60,7 +60,8 @@ class Reflow(Method[ReflowConfig]):
     @property
     def path(self) -> NoisePath:
         """The student's own path, what `nets["student"].path` will be."""
-        return FlowPath() if self.config.setup == "raw" else self.setting.path
+        path = self.setting.path
+        return path.as_flow() if self.config.setup == "raw" else path
 
     def roles(self) -> dict[str, Role]:
         return {"student": Role(train=True, as_flow=self.config.setup == "raw")}

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, MethodConfig, Nets, Phase, Role, ScorerSpec
-from stepdistill.core.path import FlowPath, NoisePath, full
+from stepdistill.core.path import NoisePath, full
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import snapped_grid, u_shaped_times
@@ -81,7 +81,8 @@ class RFPP(Method[RFPPConfig]):
     @property
     def path(self) -> NoisePath:
         """The student's own path, what `nets["student"].path` will be."""
-        return FlowPath() if self.config.setup == "raw" else self.setting.path
+        path = self.setting.path
+        return path.as_flow() if self.config.setup == "raw" else path
 
     def roles(self) -> dict[str, Role]:
         return {"student": Role(train=True, as_flow=self.config.setup == "raw")}

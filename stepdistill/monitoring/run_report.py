@@ -18,6 +18,7 @@ from stepdistill.reporting.blocks import Facts, Verdicts
 from stepdistill.reporting.charts import Points, line_chart
 from stepdistill.reporting.page import page
 from stepdistill.reporting.pictures import file_img
+from stepdistill.reporting.sound import file_audio
 from stepdistill.reporting.values import short
 
 from .records import RunRecords, read_run, series
@@ -28,6 +29,7 @@ REFRESH_SECONDS = 20
 # Reloading in place keeps where the reader has scrolled to.
 REFRESH = f"<script>setTimeout(() => location.reload(), {REFRESH_SECONDS * 1000});</script>"
 _MAX_GRIDS = 5  # of the student, the first and the last among them
+_MAX_SOUNDS = 3  # that a grid's samples are heard of
 
 # Title, metrics (key -> name in the legend), what to read from it, the value to aim at.
 _METRIC_CHARTS: tuple[tuple[str, dict[str, str], str, float | None], ...] = (
@@ -127,7 +129,8 @@ def _grids(run: RunRecords) -> str:
         shown = sorted({*shown, best})
     g = run.facts.get("teacher_guidance")
     guided = "" if g is None else "without guidance" if g == 1.0 else f"guidance {short(g)}"
-    figures = [_figure(file_img(folder / "teacher.png", "teacher samples"), "teacher", guided)]
+    teacher = file_img(folder / "teacher.png", "teacher samples") + _players(folder, "teacher")
+    figures = [_figure(teacher, "teacher", guided)]
     by_step = {int(v["step"]): v for v in run.validations}
     for step in shown:
         distance = by_step[step].get("teacher_rmse")
@@ -136,6 +139,7 @@ def _grids(run: RunRecords) -> str:
             note = f"best {run.best['metric']} {short(run.best['value'])}" if run.best else note
         image = file_img(folder / f"step-{step}.png", f"student samples at update {step}")
         name = "student before training" if step == 0 else f"student, update {step}"
+        image += _players(folder, f"step-{step}")
         figures.append(_figure(image, name, note, "best" if step == best else ""))
     chosen = run.facts.get("validation", {})
     prompts = run.facts.get("train_config", {}).get("validation_prompts") or chosen.get(
@@ -147,6 +151,12 @@ def _grids(run: RunRecords) -> str:
         f"<p>A row per prompt, the same noise in every grid: {escape(some)}</p>"
         f'<div class="grids">{"".join(figures)}</div></section>'
     )
+
+
+def _players(folder: Path, grid: str) -> str:
+    """Of sound, what the grid's first spectrograms show."""
+    files = [folder / f"{grid}-{i}.wav" for i in range(_MAX_SOUNDS)]
+    return "".join(file_audio(file, f"{grid}, sample {i}") for i, file in enumerate(files))
 
 
 def _spread_out(steps: list[int], limit: int) -> list[int]:

@@ -24,6 +24,7 @@ from stepdistill.core.denoiser import Denoiser, is_guided
 from stepdistill.core.method import FakeFit, Method
 from stepdistill.core.solvers import SamplerSpec, one_call_x0
 from stepdistill.core.times import shift_times
+from stepdistill.families.audio import AudioFamily
 from stepdistill.families.family import Family
 from stepdistill.monitoring.fake_lag import LAG_TIMES, lag_of, lag_terms
 from stepdistill.monitoring.reference import (
@@ -42,6 +43,7 @@ from stepdistill.monitoring.sample_metrics import (
     sample_metrics,
 )
 from stepdistill.reporting.bars import bar
+from stepdistill.reporting.sound import write_wav
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.sampling import keyed_noise, sample_images, sample_latents, to_pil
 
@@ -51,8 +53,22 @@ def validate(
 ) -> Image.Image:
     """The grid (a row per prompt), also saved to `path`."""
     size = (args.resolution, args.resolution)
-    images = sample_images(student, family, spec, grid_prompts(args, family), args.seed, *size)
+    prompts = grid_prompts(args, family)
+    if isinstance(family, AudioFamily):
+        latents = sample_latents(student, family, spec, prompts, args.seed)
+        waves = family.images(latents).detach()
+        save_sounds(family, waves, path)
+        return save_grid(to_pil(family.pictures(waves)), args.num_validation_images, path)
+    images = sample_images(student, family, spec, prompts, args.seed, *size)
     return save_grid(images, args.num_validation_images, path)
+
+
+def save_sounds(family: Family, waves: Tensor, grid: Path) -> None:
+    """Of a family of sound, the waves (N, channels, samples) beside their grid: GRID-0.wav, ..."""
+    if isinstance(family, AudioFamily):
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        for i, wave in enumerate(waves):
+            write_wav(grid.with_name(f"{grid.stem}-{i}.wav"), wave, family.sample_rate)
 
 
 def grid_prompts(args: TrainConfig, family: Family) -> list[Any]:
@@ -119,10 +135,12 @@ class Validator:
             probe_times(self._method.sampler()) if self._same_path else (),
             self.batch,
         )
-        images = self._images(reference.x0)
-        save_grid(to_pil(images), self.args.num_validation_images, self._folder / "teacher.png")
+        grid = self._folder / "teacher.png"
+        images = self._seen(reference.x0, grid)
+        save_grid(to_pil(images), self.args.num_validation_images, grid)
         if reference.unguided is not None:
-            plain = (reference.unguided, self._images(reference.unguided))
+            made = self._bank.family.pictures(self._images(reference.unguided))
+            plain = (reference.unguided, made)
             self._guided = guidance_metrics((reference.x0, images), plain)
         return reference, images
 
@@ -136,6 +154,12 @@ class Validator:
         with torch.no_grad():
             made = [self._bank.family.images(p.to(self._device)).float().cpu() for p in parts]
         return torch.cat(made)
+
+    def _seen(self, latents: Tensor, grid: Path) -> Tensor:
+        """Their images; of sound the spectrograms, and the waves beside the grid."""
+        images, family = self._images(latents), self._bank.family
+        save_sounds(family, images, grid)
+        return family.pictures(images)
 
     def _latents(self, student: Denoiser, spec: SamplerSpec) -> Tensor:
         """x0 (N, C, *S) of the grid's noise, on the CPU."""
@@ -156,9 +180,9 @@ class Validator:
         """Sample, measure and save the grid of `step`."""
         args, reference = self.args, self._reference
         latents = self._latents(student, spec)
-        images = self._images(latents)
-        columns = args.num_validation_images
-        grid = save_grid(to_pil(images), columns, self._folder / f"step-{step}.png")
+        path, columns = self._folder / f"step-{step}.png", args.num_validation_images
+        images = self._seen(latents, path)
+        grid = save_grid(to_pil(images), columns, path)
         against = None if reference is None else (reference[0].x0, reference[1])
         metrics = sample_metrics(latents, images, against, columns, self.features)
         metrics |= self._guided

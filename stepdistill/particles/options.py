@@ -10,7 +10,7 @@ from stepdistill.config.flags import AT_COMMAS
 from stepdistill.config.places import Model
 from stepdistill.config.teacher import TeacherOptions
 from stepdistill.core.options import Count, Options, Positive, Seed
-from stepdistill.losses.score_options import GRADIENT_KINDS, GradientKind, ScoreGradientConfig
+from stepdistill.losses.score_options import GRADIENT_KINDS, GradientKind, GradientSettings
 
 Parameters = Literal["latents", "images", "voxels"]
 
@@ -31,7 +31,7 @@ class FakeConfig(Options):
 
 
 class ParticleConfig(Options):
-    """One optimisation: what is optimised, how long, by which gradient."""
+    """One optimisation: what is optimised, and how long."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,8 +52,6 @@ class ParticleConfig(Options):
     """Voxels to a side."""
     resolution: Count | None = None
     """Height and width in px; none means the model's own size."""
-    gradient: ScoreGradientConfig = ScoreGradientConfig()
-    """Weights, times and annealed numbers; kind and guidance are said by --gradients."""
     fake: FakeConfig = FakeConfig()
     """vsd's LoRA."""
     seed: Seed = 0
@@ -79,29 +77,27 @@ def parse_gradient(text: str) -> tuple[GradientKind, float | None]:
     return kind, guidance
 
 
-class Options(ParticleConfig, TeacherOptions):
+class ParticleOptions(ParticleConfig, TeacherOptions):
     pretrained_model_name_or_path: Model | None = None  # type: ignore[assignment]
     """Teacher pipeline: local folder or Hub id; none means the demo's, made in
     OUTPUT_DIR/teacher."""
     prompt: tuple[str, ...] = ()
     """What is optimised for, num_particles of each; the demo's teacher knows its own."""
     gradients: Annotated[tuple[str, ...], AT_COMMAS] = ("sds", "vsd")
-    """KIND[:GUIDANCE] of sds, vsd, csd, csm, nfsd, bsd, recon, dreammat; an optimisation each."""
+    """KIND[:GUIDANCE] of sds, vsd, csd, csm, nfsd, bsd, recon, dreammat; an optimisation each.
+    Unless it is said, the demo's digits get sds:1, sds:7.5 and vsd:1."""
+    gradient: GradientSettings = GradientSettings()
+    """Weights, times and annealed numbers of all of them."""
     teacher_steps: Count = 25
     """Steps of the teacher's solver for the row to compare with."""
     output_dir: str = "particles"
     """Folder of report and states; the same call goes on there."""
 
     @model_validator(mode="after")
-    def _check_gradients(self) -> Options:
+    def _check_gradients(self) -> ParticleOptions:
         wanted = [parse_gradient(text) for text in self.gradients]
         if len({*wanted}) < len(wanted) or not wanted:
             raise ValueError(f"gradients: expected different ones, got {[*self.gradients]}.")
-        stray = {"kind", "guidance"} & self.gradient.model_fields_set
-        if stray:
-            raise ValueError(
-                f"gradient.{min(stray)}: expected it in --gradients KIND:GUIDANCE, got it apart."
-            )
         if any(kind == "nfsd" for kind, _ in wanted) and self.negative_prompt is None:
             raise ValueError("negative_prompt: expected one with nfsd, got none.")
         if self.prompt and not all(self.prompt):

@@ -23,6 +23,7 @@ from stepdistill.core.stopping import stop_if_orphaned
 from stepdistill.families.family import Family
 from stepdistill.loading.safe_files import read_tensors
 from stepdistill.loading.source import ModelSource
+from stepdistill.losses.score_options import ScoreGradientConfig
 from stepdistill.particles.guidance import ScoreGuidance
 from stepdistill.particles.options import ParticleConfig
 from stepdistill.particles.side_inputs import SideInputs
@@ -70,6 +71,7 @@ class Made:
 def optimise(
     source: str | Path | ModelSource,
     prompts: Sequence[Any],
+    gradient: ScoreGradientConfig,
     config: ParticleConfig,
     folder: Path,
     *,
@@ -86,7 +88,7 @@ def optimise(
     Errors: ValueError where `folder` holds another optimisation.
     """
     facts = {
-        "settings": json_sha256(config.model_dump()),
+        "settings": json_sha256([gradient.model_dump(), config.model_dump()]),
         "prompts": json_sha256([*prompts]),
         "teacher": json_sha256(teacher),
     }
@@ -96,7 +98,7 @@ def optimise(
         odd = f"{'another' if odd == 'teacher' else 'other'} {odd}"
         raise ValueError(
             f"output_dir: expected a new folder, or one of the same call, got {folder}, made with "
-            f"{'another' if odd == 'teacher' else 'other'} {odd}. Choose another folder."
+            f"{odd}. Choose another folder."
         )
     count = len(prompts) * config.num_particles
     voxels = config.parameters == "voxels"
@@ -104,11 +106,11 @@ def optimise(
     guidance = ScoreGuidance(
         source,
         prompts,
-        config.gradient,
+        gradient,
         max_steps=config.max_steps,
         negative_prompt=config.negative_prompt,
         fake=config.fake,
-        camera=voxels and config.gradient.kind == "vsd",
+        camera=voxels and gradient.kind == "vsd",
         resolution=size,
         seed=config.seed,
         device=device,
@@ -176,5 +178,5 @@ def optimise(
         return Made(None, [*particles], family, seconds, config.max_steps)
     with torch.no_grad():
         values = [particles(part) for part in torch.arange(count).split(DECODED)]
-        images = [family.images(v) if particles.of_latents else v for v in values]
+        images = [guidance.bank.images(v) if particles.of_latents else v for v in values]
     return Made(torch.cat(images), [], family, seconds, config.max_steps)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 from transformers import CLIPImageProcessor
@@ -123,7 +123,7 @@ def _build(name: str, part: Mapping[str, Any] | None, dtype: torch.dtype) -> Any
     if "Scheduler" in class_name:
         return cls.from_config(part["config"])
     with torch.device("meta"), no_init_weights():
-        if library == "diffusers":
+        if issubclass(cls, ConfigMixin):
             net: nn.Module = cls.from_config(part["config"])
         else:
             net = cls(cls.config_class.from_dict(dict(part["config"])))
@@ -139,7 +139,11 @@ def _tokenizer(class_name: str, part: Mapping[str, Any]) -> Any:
         return getattr(import_module("transformers"), class_name).from_pretrained(str(folder))
     for start, make in _STAND_INS.items():
         if class_name.startswith(start):
-            return make()
+            made = make()
+            made.model_max_length = part.get("config", {}).get(
+                "model_max_length", made.model_max_length
+            )
+            return made
     raise ValueError(
         f"plan: expected tokenizer files or a class of {sorted(_STAND_INS)}, got {class_name}. "
         "Save the tokenizer beside the configurations."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.core.denoiser import Denoiser, Prediction
-from stepdistill.core.path import FlowPath, NoisePath, PredictionType
+from stepdistill.core.path import NoisePath, PredictionType
 from stepdistill.core.types import Cond
 from stepdistill.families.causal import caching, is_causal
 from stepdistill.families.end_input import told_end
@@ -53,7 +53,7 @@ class RoleDenoiser(Denoiser):
         """
         self._see = see
         self._family, self._net, self._adapter, self._activate = family, net, adapter, activate
-        self.path: NoisePath = FlowPath() if as_flow else family.path
+        self.path: NoisePath = family.path.as_flow() if as_flow else family.path
         self.kind: PredictionType = "flow" if as_flow else family.kind
         self.embeds_guidance = family.embeds_guidance
         self.has_null = family.has_null
@@ -110,7 +110,7 @@ class RoleDenoiser(Denoiser):
         """See Denoiser.raw. Runs the stock network in its own dtype under this role's adapter."""
         family = self._family
         interval = None if self.end is None else t - self.end
-        with self._capturing(features) as feats, told_end(self._net, interval):
+        with self._capturing(features, cond) as feats, told_end(self._net, interval):
             out = family.forward(self._net, x_t, self.path.model_time(t), cond, w=w)
         forget_graphless_casts()
         return out, family.image_features(feats, x_t, cond)
@@ -120,7 +120,7 @@ class RoleDenoiser(Denoiser):
     ) -> dict[str, Tensor]:
         """See Denoiser.features. The network stops behind the last of these blocks."""
         family = self._family
-        with self._capturing(names, only=True) as feats:
+        with self._capturing(names, cond, only=True) as feats:
             family.forward(self._net, x_t, self.path.model_time(t), cond)
         forget_graphless_casts()
         return family.image_features(feats, x_t, cond)
@@ -162,7 +162,7 @@ class RoleDenoiser(Denoiser):
 
     @contextmanager
     def _capturing(
-        self, features: Sequence[str], only: bool = False
+        self, features: Sequence[str], cond: Cond, only: bool = False
     ) -> Iterator[dict[str, Tensor]]:
         """Within: the role's adapter is active, and a dict fills with these blocks' features."""
         if features and not self._blocks:
@@ -171,5 +171,8 @@ class RoleDenoiser(Denoiser):
                 f"{list(features)} of one with tuning.student_config. Leave that option out."
             )
         blocks = chosen_blocks(features, self._blocks) if features else {}
-        with self._activate(self._adapter), capture(self._net, blocks, only) as feats:
+        with (
+            self._activate(self._adapter),
+            capture(self._net, blocks, only, self._family.num_calls(cond)) as feats,
+        ):
             yield feats

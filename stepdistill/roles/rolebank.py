@@ -247,12 +247,12 @@ class RoleBank(nn.Module):
     def images(self, latents: Tensor) -> Tensor:
         """See Nets.images; in the VAE's own precision, as half overflows in some.
 
-        Of videos, the middle frame.
+        Of videos, the middle frame; of sound, waves (B, A, T).
         """
         (decoder,) = self._decoder
         with torch.autocast(latents.device.type, enabled=False):
             images = decode_latents(decoder, latents) if decoder else self.family.images(latents)
-        return images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
+        return images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
 
     @property
     def judged_by_vae(self) -> bool:

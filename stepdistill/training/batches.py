@@ -52,7 +52,8 @@ class BatchMaker:
         self._max_latents = max_cached_latents
         self._latents_size = 0  # bytes
         self._prompts: OrderedDict[Any, Cond] = OrderedDict()
-        self._latents: OrderedDict[Any, Tensor] = OrderedDict()  # by content, or source and row
+        # By content, or source and row; and what a prompt's images make of its Cond.
+        self._latents: OrderedDict[Any, Tensor | Cond] = OrderedDict()
         self._null: Cond | None = None
 
     @torch.no_grad()
@@ -108,8 +109,27 @@ class BatchMaker:
         prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
         cond, images = self.encode(prompts), images_beside(self.family, raw)
         if self.family.reads:
-            cond = self.family.with_images(cond, images, self._shape(raw)).to(self.device)
+            cond = self._with_images(cond, prompts, images, self._shape(raw))
         return cond, prompts
+
+    def _with_images(
+        self, cond: Cond, prompts: Sequence[Any], images: dict[str, Any], shape: tuple[int, ...]
+    ) -> Cond:
+        """The Cond with its rows' images; only prompts with new ones are encoded, as latents are
+        kept."""
+        if not self._latents_room or not all(isinstance(x, Tensor) for x in images.values()):
+            return self.family.with_images(cond, images, shape).to(self.device)
+        rows = []
+        for row, prompt in enumerate(prompts):
+            own = {name: image[row : row + 1] for name, image in images.items()}
+            key = (prompt, shape, *((n, image_key({"image": x})) for n, x in own.items()))
+            made = self._kept(key)
+            if made is None:  # one by one, as prompts are
+                made = self.family.with_images(cond.slice(row, row + 1), own, shape)
+                self._keep(key, made)
+            assert isinstance(made, Cond)
+            rows.append(made.to(self.device))
+        return Cond.cat(rows)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:
@@ -186,25 +206,40 @@ class BatchMaker:
             stored = self.disk.latent(image_key(key_facts))
             if stored is not None:
                 return stored
-        if key in self._latents:
-            self._latents.move_to_end(key)
-            return self._latents[key]
+        kept = self._kept(key)
+        if isinstance(kept, Tensor):
+            return kept
         if image is None:  # a source leaves out what the disk had when the run began
             return None
         fresh = self.family.latents(image.unsqueeze(0))[0].float()  # one by one, where the VAE is
         if self._latents_room:
-            self._latents[key] = fresh.cpu()
-            self._latents_size += fresh.nbytes
-            limit = len(self._latents) if self._max_latents is None else self._max_latents
-            while self._latents_size > self._latents_room or len(self._latents) > limit:
-                self._latents_size -= self._latents.popitem(last=False)[1].nbytes
+            self._keep(key, fresh)
         return fresh
+
+    def _kept(self, key: Any) -> Tensor | Cond | None:
+        if key not in self._latents:
+            return None
+        self._latents.move_to_end(key)
+        return self._latents[key]
+
+    def _keep(self, key: Any, value: Tensor | Cond) -> None:
+        """In the host's memory: of what was just encoded, which waits for the device anyway."""
+        self._latents[key] = value.to("cpu")
+        self._latents_size += _nbytes(value)
+        limit = len(self._latents) if self._max_latents is None else self._max_latents
+        while self._latents_size > self._latents_room or len(self._latents) > limit:
+            self._latents_size -= _nbytes(self._latents.popitem(last=False)[1])
 
     @property
     def latents_kept(self) -> int:
         """How many latents of the run's own shape, in float32, stay in memory."""
         many = self._latents_room // (4 * prod(self.shape))
         return many if self._max_latents is None else min(many, self._max_latents)
+
+
+def _nbytes(value: Tensor | Cond) -> int:
+    tensors = value.tensors.values() if isinstance(value, Cond) else (value,)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _drop_oldest(entries: OrderedDict[Any, Any], limit: int) -> None:

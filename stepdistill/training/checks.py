@@ -39,6 +39,7 @@ def method_fits(
     best_metric: str | None = None,
     gan_dataset: Any = None,
     rewards: Sequence[RewardConfig] = (),
+    resolution: int | None = None,
 ) -> None:
     """Errors: ValueError where the datasets lack a field the method's losses or the rewards read,
     where a scorer they call can't be had (see `rewards.check_scorers`), or where no run of the
@@ -47,6 +48,7 @@ def method_fits(
     _states_fit(method, dataset)
     specs = scorers_of(method, rewards)
     needs = method.needs | check_kinds(method, rewards, scorers)
+    sound_fits(method, resolution, teacher, (dataset, gan_dataset), scorers, rewards)
     spec, as_flow = method.sampler(), method.roles()["student"].as_flow
     if as_flow and best_metric == "trajectory_rmse":
         raise ValueError(
@@ -150,6 +152,37 @@ def _times_are_taken(spec: SamplerSpec, teacher: TeacherFacts) -> None:
             f"the student begins at time {spec.times[0]:g}, which {teacher.pipeline}'s call cannot "
             "be told, so its export will be refused. Begin at 1.",
             stacklevel=5,
+        )
+
+
+def sound_fits(
+    method: Method[Any],
+    resolution: int | None,
+    teacher: TeacherFacts,
+    datasets: Sequence[Any],
+    scorers: Mapping[str, Scorer],
+    rewards: Sequence[RewardConfig] = (),
+) -> None:
+    """Errors: ValueError where a teacher that makes sound meets images, their size, or what judges
+    them. Scorers that are given are called with waves (B, channels, samples)."""
+    if teacher.family.output != "audios":
+        return
+    where, judges = f"{teacher.pipeline}, which makes sound", scorers_of(method, rewards)
+    images = [d for d in datasets if d is not None and {"image", "content"} & sample_item(d).keys()]
+    if images:
+        raise ValueError(
+            f"data: expected prompts, pairs or latents (x0) beside {where}, got images from "
+            f"{type(images[0]).__name__}. Take a method that needs none: --data.prompts_file FILE."
+        )
+    if resolution is not None:
+        raise ValueError(
+            f"resolution: expected none beside {where} of one length, got {resolution}. Leave it "
+            "out."
+        )
+    if seeing := sorted(judges.keys() - scorers.keys()):
+        raise ValueError(
+            f"{method.name}: expected no judge of images beside {where}, got {seeing}. Turn off "
+            "what asks for it, or give a callable of your own: scorers={NAME: CALLABLE}."
         )
 
 

@@ -50,10 +50,9 @@ def teacher_line(model: str, bank: RoleBank, resolution: int | None) -> str:
     family = bank.family
     adapters = {id(p) for role in bank.roles for p in bank.members(role).values()}
     count = sum(p.numel() for p in family.net.parameters() if id(p) not in adapters)
-    px = " x ".join(map(str, family.image_size(resolution)))
     return (
         f"teacher: {model}, {type(family.pipeline).__name__} of {_millions(count)} parameters at "
-        f"{px} px, predicts {family.setting_at(resolution).kind}"
+        f"{family.size_text(resolution)}, predicts {family.setting_at(resolution).kind}"
     )
 
 

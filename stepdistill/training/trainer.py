@@ -113,7 +113,7 @@ class Trainer(Resumable):
             refuse_owned(self.output_dir, "output_dir")  # an export may read it meanwhile
             args.check_best_metric()
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset, args.rewards)
-            checks.method_fits(cls, config, facts, *data)
+            checks.method_fits(cls, config, facts, *data, args.resolution)
             checks.length_fits(cls, config, args, facts)
             checks.frames_fit(self.dataset, facts, args.resolution)
             checks.buckets_fit(self.dataset, self.gan_dataset, facts)

@@ -37,6 +37,7 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "merge": (["a:0.5", "b", "--output", "out"], "method", ("cat", "linear")),
     "multi_student": ([*TEACHER, "--method", "dmd2"], "num_students", (2, 3)),
     "particles": ([], "gradients", (("sds:100", "vsd"), ("csd",))),
+    "optimise_latent": (["dir", "--prompt", "a", "--structure", "AB"], "seed", (1, 2)),
     "pairs": ([*TEACHER, "--pairs_dir", "p"], "guidance", (2.5, 3.0)),
     "plan": (
         ["--pretrained_model_name_or_path", "sdxl", "--method", "dmd2"],
@@ -170,6 +171,7 @@ def test_mistakes_and_the_list_need_no_torch(tmp_path) -> None:
         ["export", gone, "out"],
         ["report", gone],
         ["sample", gone, "--prompt", "a cat"],
+        ["optimise_latent", gone, "--prompt", "a bell"],
         ["push", gone, "me/x"],
         ["check", gone],
         ["merge", gone, f"{gone}:0.5", "--output", "o"],
@@ -199,7 +201,7 @@ print(sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
     assert named == [
         *("method", "pretrained_model_name_or_path", "flags", "data.prompts_file", "--recipe"),
         *("data.train_data_dir", "pretrained_model_name_or_path", "pretrained_model_name_or_path"),
-        *("run_dir", "run_dir", "model_dir", "folder", "model_dir", "sources"),
+        *("run_dir", "run_dir", "model_dir", "model_dir", "folder", "model_dir", "sources"),
         *("teacher", "student", "reference", "pretrained_model_name_or_path"),
     ]
     assert "gradients: expected KIND or KIND:GUIDANCE with one of sds," in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 from support.runs import TinyData, build_trainer, teacher_dir
+from support.samples import png
 from torch import Tensor
 
+from stepdistill.config.files import parse_run_config
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.types import CONDITIONING, Cond
@@ -25,6 +28,7 @@ from stepdistill.testing.tiny import TINY
 from stepdistill.testing.tiny_video import tiny_qwen_image_edit
 from stepdistill.training.batches import BatchMaker
 from stepdistill.training.checks import buckets_fit
+from stepdistill.training.sources import open_dataset
 
 READ = ("flux2", "flux_kontext", "qwen_image_edit", "qwen_image_edit_2511")
 
@@ -93,6 +97,20 @@ def test_batches_have_them_and_no_method_sees_them(editing) -> None:
     expected = told(editing, ["a", "b"], raw[CONDITIONING])
     assert all(torch.equal(batch.cond[name], value) for name, value in expected.tensors.items())
     assert torch.equal(batch.null["references"], batch.cond["references"])
+
+
+def test_a_pair_of_a_prompt_and_an_image_is_encoded_once(make_family, monkeypatch) -> None:
+    family, calls = make_family("flux_kontext"), []
+    make = family.with_images
+    monkeypatch.setattr(family, "with_images", lambda *given: calls.append(1) or make(*given))
+    raw = {"index": [0, 1, 2], "prompt": ["a", "b", "a"], CONDITIONING: pixels(2)[[0, 1, 0]]}
+    maker = BatchMaker(family, torch.device("cpu"))
+    batches = [maker(raw), maker({**raw, CONDITIONING: pixels(2)[[0, 0, 1]]})]
+    assert len(calls) == 4  # (a, 0), (b, 1), (b, 0), (a, 1)
+    plain = BatchMaker(family, torch.device("cpu"), cache_latents=False)
+    again = [plain(raw), plain({**raw, CONDITIONING: pixels(2)[[0, 0, 1]]})]
+    for one, two in zip(batches, again, strict=True):
+        assert all(torch.equal(one.cond[name], value) for name, value in two.cond.tensors.items())
 
 
 def test_flux2_trains_without_them_too(make_family) -> None:
@@ -268,3 +286,21 @@ def test_buckets_have_references_of_their_size(make_family) -> None:
     assert batch.cond["references"].shape == (2, 1, 4, 8, 12)
     stub = SimpleNamespace(family=type(family))
     buckets_fit(SimpleNamespace(by_ratio=True), None, stub)
+
+
+def test_a_run_s_options_lead_to_them(tmp_path, tmp_path_factory) -> None:
+    """From a folder without images to become, columns of a user's own names, to two updates."""
+    teacher = teacher_dir("flux_kontext", tmp_path_factory)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(40))
+    (folder / "metadata.jsonl").write_text('{"before": "a.png", "text": "redder"}')
+    told = ["--pretrained_model_name_or_path", str(teacher), "--method", "dmd2"]
+    told += ["--data.train_data_dir", str(folder)]
+    run = parse_run_config([*told, "--data.conditioning_column", "before"])
+    data = open_dataset(run)
+    assert set(data[0]) == {"prompt", CONDITIONING}
+    trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run", dataset=data)
+    assert all(math.isfinite(value) for value in trainer.train().values())
+    with pytest.raises(ValueError, match=r"jsonl:1: expected .* and conditioning_file_name, got"):
+        open_dataset(parse_run_config(told))

@@ -50,10 +50,12 @@ def told_mu(pipeline, size: int) -> float:
         heard.append(mu)
         return own(num_inference_steps, device, sigmas=sigmas, mu=mu)
 
+    family = family_for(type(pipeline).__name__)(pipeline)
+    call = {**family.call_extras, **family.size_options(size, size)}
     pipeline.scheduler.set_timesteps = listen
     handle = pipeline.transformer.register_forward_pre_hook(stop)
     with suppress(Reached):
-        pipeline(prompt="a", height=size, width=size, num_inference_steps=DEFAULT_STEPS)
+        pipeline(prompt="a", num_inference_steps=DEFAULT_STEPS, **call)
     handle.remove()
     return heard[0]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.pages import commands, page
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
@@ -16,11 +19,12 @@ from stepdistill.particles import run as particles_run
 from stepdistill.particles.options import ParticleConfig, parse_gradient
 from stepdistill.particles.report import saturation, spread
 from stepdistill.particles.run import optimise
+from stepdistill.particles.voxels import VoxelScene, orbit
 
 
-def config(**changes: Any) -> ParticleConfig:
-    gradient = ScoreGradientConfig(kind=changes.pop("kind", "vsd"))
-    return ParticleConfig(**{"num_particles": 2, "max_steps": 3, "gradient": gradient, **changes})
+def config(kind: str = "vsd", **changes: Any) -> tuple[ScoreGradientConfig, ParticleConfig]:
+    options = ParticleConfig(**{"num_particles": 2, "max_steps": 3, **changes})
+    return ScoreGradientConfig(kind=kind), options
 
 
 @pytest.fixture
@@ -42,19 +46,19 @@ def test_a_call_that_was_cut_off_goes_on_bit_for_bit(
 ) -> None:
     monkeypatch.setattr(particles_run, "SAVE_SECONDS", 0.0)  # after every step
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    made = optimise(teacher, ["a cat", "a dog"], config(**changes), whole)
+    made = optimise(teacher, ["a cat", "a dog"], *config(**changes), whole)
 
     def cut(step: int, _loss: float) -> None:
         if step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        optimise(teacher, ["a cat", "a dog"], config(**changes), halves, tell=cut)
+        optimise(teacher, ["a cat", "a dog"], *config(**changes), halves, tell=cut)
     again: list[int] = []
     optimise(
         teacher,
         ["a cat", "a dog"],
-        config(**changes),
+        *config(**changes),
         halves,
         tell=lambda step, _loss: again.append(step),
     )
@@ -72,42 +76,47 @@ def test_a_call_that_was_cut_off_goes_on_bit_for_bit(
 def test_a_finished_call_is_found_again_and_another_one_refused(teacher, tmp_path) -> None:
     where = ([teacher, ["a cat"]], tmp_path / "out")
     few = config(kind="sds", max_steps=1)
-    first = optimise(*where[0], few, where[1])
+    first = optimise(*where[0], *few, where[1])
     steps: list[int] = []
-    second = optimise(*where[0], few, where[1], tell=lambda step, _loss: steps.append(step))
+    second = optimise(*where[0], *few, where[1], tell=lambda step, _loss: steps.append(step))
     assert not steps
     assert torch.equal(first.images, second.images)
+    start = "^output_dir: expected a new folder"
     for call, odd in {
-        "other settings": lambda: optimise(*where[0], config(kind="csd"), where[1]),
-        "other prompts": lambda: optimise(teacher, ["a dog"], few, where[1]),
-        "another teacher": lambda: optimise(*where[0], few, where[1], teacher="b"),
+        "other settings": lambda: optimise(*where[0], *config(kind="csd"), where[1]),
+        "other prompts": lambda: optimise(teacher, ["a dog"], *few, where[1]),
+        "another teacher": lambda: optimise(*where[0], *few, where[1], teacher="b"),
     }.items():
-        with pytest.raises(ValueError, match=rf"^output_dir: expected a new folder.* {call}\."):
+        with pytest.raises(ValueError, match=rf"{start}.* made with {call}\."):
             odd()
 
 
 def test_particles_not_drawn_stay_and_drawn_ones_move(teacher, tmp_path) -> None:
     few = config(kind="sds", batch_size=1, max_steps=1)
-    optimise(teacher, ["a cat"], few, tmp_path / "one")
+    optimise(teacher, ["a cat"], *few, tmp_path / "one")
     kept = read_tensors(tmp_path / "one" / "particles.safetensors")
-    family = particles_run.ScoreGuidance(teacher, ["a cat"], few.gradient).family
-    first = particles_run.Particles(family, few, 2, torch.device("cpu")).state_dict()
+    family = particles_run.ScoreGuidance(teacher, ["a cat"], few[0]).family
+    first = particles_run.Particles(family, few[1], 2, torch.device("cpu")).state_dict()
     assert sorted(torch.equal(kept[name], first[name]) for name in first) == [False, True]
 
 
-def test_the_command_writes_its_report_and_the_same_call_finds_it(
-    teacher, tmp_path, capsys
+FIRST, OWN = commands(page("stepdistill/particles/README.md"))
+
+
+def test_the_page_s_command_writes_its_report_and_the_same_call_finds_it(
+    teacher, tmp_path, monkeypatch, capsys
 ) -> None:
-    call = ["particles", "--pretrained_model_name_or_path", str(teacher), "--prompt", "a cat"]
-    call += ["--num_particles", "3", "--max_steps", "2", "--teacher_steps", "2"]
-    call += ["--gradients", "sds:100,bsd", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.chdir(tmp_path)
+    Path("DIR").symlink_to(teacher.resolve())
+    call = [*shlex.split(OWN)[1:], "--num_particles", "3", "--max_steps", "2"]
+    call += ["--teacher_steps", "2", "--gradients", "sds:100,bsd", "--output_dir", "out"]
     call += ["--gradient.max_t", "[0, 0.98, 0.5, 2]", "--gradient.weight", "uniform"]
     main(call)
-    out = tmp_path / "out"
-    page = (out / "report.html").read_text()
+    out = Path("out")
+    shown = (out / "report.html").read_text()
     for text in ("sds, guidance 100", "bsd", "teacher, guidance 7.5", "saturated"):
-        assert text in page
-    assert page.count("<img") == 2 * 4  # two lines each
+        assert text in shown
+    assert shown.count("<img") == 2 * 5  # the page's vsd too; two lines each
     assert (out / "report.png").is_file()
     assert "| bsd |" in (out / "results.md").read_text()
     before = (out / "sds-100" / "particles.safetensors").stat().st_mtime_ns
@@ -116,6 +125,22 @@ def test_the_command_writes_its_report_and_the_same_call_finds_it(
     assert capsys.readouterr().out.count(f"report: {out / 'report.html'}") == 2
     with pytest.raises(SystemExit, match=r"^error: output_dir: expected a new folder"):
         main([*call, "--seed", "1"])
+
+
+def test_the_page_s_loop_runs(teacher, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("DIR").symlink_to(teacher.resolve())
+    code = re.findall(r"```python\n(.*?)```", page("stepdistill/particles/README.md"), re.DOTALL)[0]
+    scene = VoxelScene(4, torch.manual_seed(0))
+    first = scene.grid.detach().clone()
+    names: dict[str, Any] = {
+        "N": 1,
+        "renderer": lambda camera: scene(camera, 16, 16),
+        "my_cameras": lambda step: orbit(torch.zeros(1), torch.zeros(1)),
+        "optimizer": torch.optim.Adam(scene.parameters()),
+    }
+    exec(code, names)
+    assert not torch.equal(scene.grid, first)
 
 
 def test_the_command_draws_a_turntable(teacher, tmp_path) -> None:
@@ -134,7 +159,7 @@ def test_the_command_draws_a_turntable(teacher, tmp_path) -> None:
         (["--gradients", "sds:-1"], "gradients: expected KIND or KIND:GUIDANCE"),
         (["--gradients", "sds", "sds"], "gradients: expected different ones"),
         (["--gradients", "nfsd"], "negative_prompt: expected one with nfsd"),
-        (["--gradient.kind", "csd"], "gradient.kind: expected it in --gradients"),
+        (["--gradient.kind", "csd"], "expected known options, got ['gradient.kind']"),
         (["--gradient.min_t", "0.99"], "min_t, max_t: expected 0 < min_t <= max_t"),
         (["--gradient.max_t", "[1, 2]"], "annealed value: expected a number"),
         (["--num_particles", "0"], "num_particles: Input should be greater than or equal to 1"),
@@ -183,8 +208,8 @@ def test_digits_are_judged_as_the_demo_s_students_are(tmp_path, monkeypatch, cap
 
     train = load_digit_splits().train
     folder = train_teacher(TeacherConfig(max_train_steps=1), train, tmp_path / "t", False).folder
-    call = ["particles", "--pretrained_model_name_or_path", str(folder), "--max_steps", "1"]
-    call += ["--teacher_steps", "1", "--gradients", "sds:1", "--batch_size", "2"]
+    call = [*shlex.split(FIRST)[1:], "--pretrained_model_name_or_path", str(folder)]
+    call += ["--max_steps", "1", "--teacher_steps", "1", "--gradients", "sds:1"]
     main([*call, "--output_dir", str(tmp_path / "out")])
     lines = (tmp_path / "out" / "results.md").read_text().splitlines()
     assert lines[0].startswith("|  | Fréchet ↓ | recall ↑ | class accuracy | saturated |")

@@ -31,6 +31,8 @@ RELEASED = {
     "qwen_image_edit": 20430,
     "wan_1_3b": 1419,
     "wan_14b": 14288,
+    "stable_audio": 1057,
+    "ace_step": 1575,
 }
 
 

@@ -108,11 +108,17 @@ def _anywhere(family: str, layout: str) -> bool:
 
 
 def _null_has_words(family: str, layout: str) -> bool:
-    """Not SDXL: its null prompt is zeros, from which cross-attention adapters get no gradient.
+    """Not SDXL, nor Stable Audio: their null prompt is zeros, from which cross-attention adapters
+    get no gradient.
 
     A batch of two that happens to be null throughout would leave them still.
     """
-    return family != "sdxl"
+    return family not in ("sdxl", "stable_audio")
+
+
+def _made_to_be_seen(family: str, layout: str) -> bool:
+    """Not sound: what judges these are pixels."""
+    return TINY_FAMILY[family].output != "audios"
 
 
 def _no_preconditioning(family: str, layout: str) -> bool:
@@ -302,7 +308,8 @@ METHOD_CASES: dict[str, MethodCase] = {
         "add",
         {"num_steps": 2, "guidance": 2.0},
         ("x0",),
-        scorers={"pixels": PixelStandIn()},
+        _made_to_be_seen,
+        {"pixels": PixelStandIn()},
     ),
     "add_teacher": MethodCase(
         "add",
@@ -455,6 +462,7 @@ METHOD_CASES: dict[str, MethodCase] = {
     "feedback": MethodCase(
         "feedback",
         {"num_steps": 2},
+        fits=_made_to_be_seen,
         scorers={"brightness": _brightness},
         run={"rewards": [{"kind": "brightness", "weight": 1.0, "tau": 2.0}]},
     ),
