@@ -26,6 +26,7 @@ from support.covering import covering
 from support.runs import (
     METHOD_CASES,
     NETWORKS,
+    OF_PIXELS,
     THOROUGH,
     build_trainer,
     fingerprint,
@@ -127,10 +128,9 @@ UNFIT = {
     for name, family in TINY_FAMILY.items()
     if not family.has_null
 }
-# These judge pixels, and sound has none.
 UNFIT |= {
     (method, name)
-    for method in ("add", "feedback")
+    for method in OF_PIXELS
     for name, family in TINY_FAMILY.items()
     if family.output == "audios"
 }

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from support.covering import covering
 from support.runs import (
     METHOD_CASES,
+    OF_PIXELS,
     TWO_EXPERTS,
     WITH_HEADS,
     build_trainer,
@@ -124,7 +125,9 @@ def test_every_method_meets_every_family_that_is_not_excused() -> None:
         METHOD_CASES[c].method for c, family, *_ in CELLS if family == "wan" and c not in WITH_HEADS
     }
     headless = set(METHODS) - alike
+    sound = {f for f in TINY if TINY_FAMILY[f].output == "audios"}
     unfit = {*product(["lora_guidance"], no_null), *product(headless, TWO_EXPERTS)}
+    unfit |= {*product(OF_PIXELS, sound)}
     assert left == {*product(METHODS, EXCUSED), *unfit}
 
 

@@ -46,7 +46,8 @@ def lora_code(record: Mapping[str, Any], pipeline: str, scheduler: str, where: s
             f"pipe.load_lora_weights({lora['source']!r}, weight_name={lora['weight_name']!r}, "
             f"adapter_name='teacher_{i}')"
         )
-    for component, file in record["lora"]["files"].items():
+    lora = record["lora"]
+    for component, file in lora.get("files", {"": lora["file"]}).items():  # earlier ones: one file
         second = ", load_into_transformer_2=True" * (component == "transformer_2")
         lines.append(
             f"pipe.load_lora_weights({where!r}, weight_name={file!r}, "

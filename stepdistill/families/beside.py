@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepdistill.core.types import CONDITIONING, MASK
 from stepdistill.families.family import Family
+from stepdistill.reporting.values import counted
 
 RULES = {
     "image": "images (3, H, W), or several of them (K, 3, H, W)",
@@ -84,7 +85,8 @@ def pictures(processor: Any, images: Tensor, most: int | None = None) -> list[li
     several = images.unsqueeze(1) if images.ndim == 4 else images
     if most is not None and several.shape[1] > most:
         raise ValueError(
-            f"with_images: expected at most {most} images a row, got {several.shape[1]}. The "
+            f"with_images: expected at most {counted(most, 'image')} a row, got "
+            f"{several.shape[1]}. The "
             "pipeline's call takes no more."
         )
     made = processor.postprocess(several.flatten(0, 1).cpu(), output_type="pil")

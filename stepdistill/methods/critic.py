@@ -43,7 +43,7 @@ class CriticMethod(Method[S], Generic[S]):
         if setting.owned != (0.0, 1.0) and config.warm_start.updates:
             raise ValueError(
                 "warm_start: expected none of one expert (the teacher's trajectories cross both), "
-                f"got {config.warm_start.updates} updates. Leave it out."
+                f"got updates {config.warm_start.updates}. Leave it out."
             )
         warn_x0_gain(self.name, setting, self.rollout.times[0])
 

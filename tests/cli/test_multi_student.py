@@ -93,7 +93,7 @@ def subjects(family: str, rows: list[str]) -> list[Any]:
     return [int(row) for row in rows] if family == "dit" else rows
 
 
-@pytest.mark.parametrize("family", ["sd", "dit"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("dit", marks=pytest.mark.full)])
 def test_shares_are_equal_and_hold_every_line(family, tmp_path_factory) -> None:
     parts = shares(three(family, tmp_path_factory))
     assert [len(set(part)) for part in parts] == [2, 2, 2]
@@ -101,7 +101,7 @@ def test_shares_are_equal_and_hold_every_line(family, tmp_path_factory) -> None:
     assert sorted(row for part in parts for row in part) == sorted(map(str, rows))
 
 
-@pytest.mark.parametrize("family", ["sd", "dit"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("dit", marks=pytest.mark.full)])
 def test_stock_diffusers_gives_each_prompt_its_students_image(family, tmp_path_factory) -> None:
     out = three(family, tmp_path_factory)
     pipe = stock(out / "pipeline")

@@ -134,7 +134,7 @@ def test_several_references_in_their_order(name, make_family) -> None:
         ({}, "expected items with an image, columns conditioning_file_name"),
         ({"image": torch.zeros(1, 4, 16, 16)}, r"got \(4, 16, 16\)"),
         ({"image": [torch.zeros(3, 16, 16)]}, "expected images .* got list"),
-        ({"image": torch.zeros(1, 2, 3, 16, 16)}, "expected at most 1 images a row, got 2"),
+        ({"image": torch.zeros(1, 2, 3, 16, 16)}, "expected at most 1 image a row, got 2"),
     ],
 )
 def test_wrong_images_are_refused_in_a_line(images, message, make_family) -> None:

@@ -36,7 +36,7 @@ def teacher(tmp_path_factory) -> Path:
     "changes",
     [
         {"batch_size": 2},
-        {"parameters": "images", "kind": "csd"},
+        pytest.param({"parameters": "images", "kind": "csd"}, marks=pytest.mark.full),
         {"parameters": "voxels", "num_particles": 1, "grid_size": 4, "batch_size": 1},
     ],
     ids=["latents", "images", "voxels"],

@@ -594,6 +594,8 @@ METHOD_CASES |= {
     name: replace(METHOD_CASES[name], fits=_without_two_experts(METHOD_CASES[name].fits))
     for name in WITH_HEADS
 }
+# These judge pixels in every case, and sound has none.
+OF_PIXELS = ("add", "feedback")
 # Of each method its first case.
 FIRST = tuple({case.method: name for name, case in reversed(METHOD_CASES.items())}.values())
 
