@@ -72,7 +72,10 @@ EXCUSED = {
 # Those whose stock text encoding reads values, once a prompt: their encoders stay on the CPU.
 ENCODED_ON_CPU = {
     **dict.fromkeys(
-        ("pixart", "pixart_sigma", *(name for name in TINY if name.startswith("wan"))),
+        (
+            *("pixart", "pixart_sigma", "stable_audio"),
+            *(name for name in TINY if name.startswith("wan")),
+        ),
         "T5's attention mask is looked at: is it all ones?",
     ),
     **dict.fromkeys(("flux2", "flux2_dev"), "the text model's mask is looked at: all ones?"),
@@ -82,6 +85,7 @@ ENCODED_ON_CPU = {
         ("qwen_image_edit", "qwen_image_edit_2511"),
         "Qwen2.5-VL reads how many patches an image has",
     ),
+    "ace_step": "its condition encoder counts the reference sounds",
 }
 UNCHECKPOINTED = {"dmd2_r1": "an exact R1 differentiates twice, through no recomputed block"}
 Cell = tuple[str, str, str, str]  # a case of a method, a tiny family, a layout, a way
