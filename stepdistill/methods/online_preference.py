@@ -41,7 +41,7 @@ class OnlinePreference(OwnSteps[OnlinePreferenceConfig]):
     name = "online_preference"
     paper = "Miao et al. 2024, arXiv:2410.03190"
     Config = OnlinePreferenceConfig
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {"pso_online": {}, "online_pso": {}}
     steps = (2, 4, 8)
     digits = (
@@ -49,7 +49,7 @@ class OnlinePreference(OwnSteps[OnlinePreferenceConfig]):
             "online_preference",
             {
                 "max_train_steps": 200,
-                "learning_rate": 1e-4,
+                "learning_rate": 3e-4,
                 "method_config": {"reward": {"kind": "digits"}},
             },
             first=First(
