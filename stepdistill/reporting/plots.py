@@ -4,6 +4,7 @@ state."""
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .table import Table
 
 WIDTH_IN, LABEL_IN, MARGIN_IN, GAP_IN = 17.0, 2.6, 0.35, 0.09
 PANELS_IN = 4.9
+LABEL_LETTERS = 22  # that a strip's label has room for, in bold
 
 
 def save_page(path: Path, title: str, strips: Sequence[Strip], panels: Sequence[Any]) -> None:
@@ -85,7 +87,11 @@ def draw_strip(axes: Axes, strip: Strip) -> None:
     for index in range(1, len(strip.lines)):
         axes.axvline(sum(map(len, strip.lines[:index])), color=PAPER, linewidth=7)
     weight = "bold" if strip.kind == "student" else "normal"
-    axes.text(-0.2, 0.36, strip.label, ha="right", va="center", fontsize=13, fontweight=weight,
+    label, size = strip.label, 13.0
+    if len(label) > LABEL_LETTERS:  # on two smaller lines, the end of a longer one left out
+        label, size = textwrap.fill(label, int(1.35 * LABEL_LETTERS), max_lines=2,
+                                    placeholder=" …"), 9.5  # fmt: skip
+    axes.text(-0.2, 0.36, label, ha="right", va="center", fontsize=size, fontweight=weight,
               color=COLOUR[strip.kind], parse_math=False)  # fmt: skip
     axes.text(-0.2, 0.72, strip.caption, ha="right", va="center", fontsize=9.5, color=MUTED)
 
