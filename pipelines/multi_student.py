@@ -308,6 +308,10 @@ class MultiStudentPipeline(DiffusionPipeline):
         "image_processor",
         "feature_extractor",
         "safety_checker",
+        "condition_encoder",
+        "projection_model",
+        "audio_tokenizer",
+        "audio_token_detokenizer",
     ]
 
     def __new__(cls, students: Any, stock_class: str, **parts: Any) -> Any:
@@ -336,6 +340,10 @@ class MultiStudentPipeline(DiffusionPipeline):
         image_processor,
         feature_extractor,
         safety_checker,
+        condition_encoder,
+        projection_model,
+        audio_tokenizer,
+        audio_token_detokenizer,
         students,
         stock_class=None,
         id2label=None,

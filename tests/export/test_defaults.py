@@ -51,7 +51,9 @@ def in_memory(trainer, spec, subject):
         latents = sample_x0(
             trainer.bank["student"],
             spec,
-            torch.randn(shape),
+            family.unpack(torch.randn(packed), shape[1:])
+            if family.packed_noise
+            else torch.randn(shape),
             family.encode([subject]),
             fresh_noise=lambda _step: family.unpack(torch.randn(packed), shape[1:]),
         )
@@ -78,7 +80,8 @@ def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) ->
     out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
     record = json.loads((out / RECORD).read_text())
     values = {"num_inference_steps": 4, "guidance_scale": trainer.family.stock_guidance(1.0)}
-    assert record["typed"] == {name: values[name] for name in trainer.family.typed}
+    typed = {name: values[name] for name in trainer.family.typed}
+    assert record["typed"] == {**typed, **trainer.family.length_call}
 
     subject = 0 if trainer.family.conditioning == "label" else "a test"
     expected, extras = in_memory(trainer, spec, subject), trainer.family.call_extras
@@ -89,7 +92,7 @@ def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) ->
     ours = stepdistill.load_pipeline(out)
     for pipe, options in ((stock, record["typed"]), (ours, {})):
         pipe.set_progress_bar_config(disable=True)
-        image, calls = image_of(pipe, first, **options, **extras)
+        image, calls = image_of(pipe, first, **{**extras, **options})
         assert len(calls) == 4
         assert (image - expected).abs().max() < 1e-3
         told = calls[0].cond
