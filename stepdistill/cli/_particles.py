@@ -43,10 +43,8 @@ from stepdistill.storage.folders import refuse_written_on
 from stepdistill.storage.owner import owned
 from stepdistill.storage.ranks import process_state
 
-VIEWS, LARGE = (
-    12,
-    4,
-)  # of a turntable; its second line is that much larger than the teacher's images
+VIEWS = 12  # of a turntable
+LARGE = 4  # times the teacher's images: the size of its second line
 # Of the demo's digits, where nothing else is said: small networks learn fast, and at the teacher's
 # own distribution (guidance 1) vsd has a recall to keep.
 DIGIT_GRADIENTS = ("sds:1", "sds:7.5", "vsd:1")
@@ -193,11 +191,11 @@ def _digits(options: ParticleOptions, out: Path) -> Setup:
 
 def _references(setup: Setup, steps: int, device: torch.device) -> list[Shown]:
     """Real images where there is a judge, and the teacher's own samples, plain and guided."""
+    if setup.config.parameters == "voxels":
+        return []
     rows: list[Shown] = []
     if setup.judge is not None:
         rows.append(_judged(setup.judge.floor((0,)), {}))
-    if setup.config.parameters == "voxels":
-        return []
     family = load_family(setup.source)
     bank = RoleBank(family, {"teacher": Role()}, Tuning())
     family.pipeline.to(device)

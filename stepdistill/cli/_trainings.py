@@ -69,7 +69,7 @@ def _check(several: SeveralTrainings) -> None:
         was = read_json(file, ("options",))["options"]
         refuse_other_options(str(several.folder), was, plain_options(several.given))
     for name in several.parts:
-        for export in _exports(several, name, several.given):
+        for export in _exports(several, name, several.runs[name]):
             refuse_foreign(export.folder, "export_dir")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from stepdistill.config.flags import (
     explain,
     parse_options,
     read_config_files,
+    taken,
 )
 from stepdistill.config.layers import Layer, merge, merged, recipe_layers
 from stepdistill.config.model_at_hand import ModelAtHand
@@ -99,11 +99,9 @@ def parse_run_config(
     """
     layers, rest = read_config_files(argv)
     files = [layer.name for layer in layers]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", nargs="?")
-    given, rest = first.parse_known_args(rest)
-    if given.recipe:
-        layers = [*recipe_layers(given.recipe), *layers]
+    recipe, rest = taken(rest, "recipe")
+    if recipe:
+        layers = [*recipe_layers(recipe), *layers]
 
     if early:
         check_flags([arg for arg in rest if not arg.startswith("--method_config.")], model)
@@ -119,9 +117,9 @@ def parse_run_config(
         run, lines = settled(read, run, layers, at_hand, by_size)
         for line in () if by_size else lines:
             warnings.warn(f"method_config: {line}.", stacklevel=2)
-    if given.recipe:
-        run = run.model_copy(update={"recipe": given.recipe})
-    run._reasons = [*_chosen(given.recipe, files, rest), *lines]
+    if recipe:
+        run = run.model_copy(update={"recipe": recipe})
+    run._reasons = [*_chosen(recipe, files, rest), *lines]
     return run
 
 
@@ -145,10 +143,8 @@ def _parsed(
 ) -> tuple[R, Why]:
     """The RunConfig of those layers under those flags, and what the model at hand has settled."""
     values = {**({"method": method} if method else {}), **merged(layers)}
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--method", nargs="?")
-    given, others = first.parse_known_args([*argv])
-    name = given.method or values.get("method")
+    named, others = taken(argv, "method")
+    name = named or values.get("method")
     why: Why = {}
     config: type[MethodConfig] | None = None
     if name:
@@ -160,7 +156,7 @@ def _parsed(
             f"{place['file']}:{place['class']}" if place else name
         )  # a saved form repeats the run
         values = {**values, "method": name, **({"method_config": options} if options else {})}
-        argv = others if given.method else argv
+        argv = others if named else argv
     parsed = parse_options(_typed(model, config), argv, prog, about, values, model.first)
     try:
         return model(**parsed.model_dump()), why

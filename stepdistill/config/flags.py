@@ -77,6 +77,14 @@ def read_config_files(argv: Sequence[str]) -> tuple[list[Layer], list[str]]:
     return [layer for path in known.config for layer in layers_of(path)], rest
 
 
+def taken(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """(the value of --NAME, None where it is not given; the other arguments)."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument(f"--{name}", nargs="?", dest="value")
+    known, rest = first.parse_known_args([*argv])
+    return known.value, rest
+
+
 # ------------------------------------------------------------------------------------ names
 def _members(annotation: Any) -> list[Any]:
     """The types of a union, without what annotates them."""

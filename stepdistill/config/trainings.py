@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stepdistill.config.files import parse_run_config
+from stepdistill.config.flags import taken
 from stepdistill.config.layers import TrainingOfRecipe, trainings_of
 from stepdistill.config.run import RunConfig
 
@@ -16,20 +16,25 @@ from stepdistill.config.run import RunConfig
 class SeveralTrainings:
     """A recipe of several trainings under a user's files and flags.
 
-    argv: those, without the recipe's name. given: what they say of every training, and of the first
-    one's options; its output_dir is the folder of them all.
+    argv: those, without the recipe's name. runs: each training's options before what the others
+    make is there; output_dir is the folder of them all.
     """
 
     recipe: str
     parts: dict[str, TrainingOfRecipe]
     argv: Sequence[str]
     prog: str
-    given: RunConfig = field(init=False)
+    runs: dict[str, RunConfig] = field(init=False)
 
     def __post_init__(self) -> None:
-        runs = [self._parsed(name) for name in self.parts]  # mistakes in any, before all
-        object.__setattr__(self, "given", runs[0])
+        runs = {name: self._parsed(name) for name in self.parts}  # mistakes in any, before all
+        object.__setattr__(self, "runs", runs)
         self._check()
+
+    @property
+    def given(self) -> RunConfig:
+        """What the user says of every training; its own options are the first one's."""
+        return next(iter(self.runs.values()))
 
     @property
     def folder(self) -> Path:
@@ -100,10 +105,8 @@ def parse_trainings(argv: Sequence[str], prog: str) -> SeveralTrainings | None:
 
     Errors: ValueError for whatever is wrong in one of them, before a weight is loaded.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", nargs="?")
-    known, rest = first.parse_known_args([*argv])
-    about = trainings_of(known.recipe) if known.recipe else None
-    if about is None or {"-h", "--help"} & {*rest}:
+    recipe, rest = taken(argv, "recipe")
+    about = trainings_of(recipe) if recipe else None
+    if about is None or recipe is None or {"-h", "--help"} & {*rest}:
         return None
-    return SeveralTrainings(known.recipe, about.trainings, rest, prog)
+    return SeveralTrainings(recipe, about.trainings, rest, prog)

@@ -262,8 +262,8 @@ class Method(ABC, Generic[C]):
         self.setting = setting
         if setting.owned != (0.0, 1.0) and not self.serves_part:
             raise ValueError(
-                f"expert: expected both, or a method that keeps to one's times (dmd2, tdm, sid, "
-                f"f_distill), got one with {self.name}. Leave --expert out, or name such a method."
+                "expert: expected both, or a method that keeps to one's times, as dmd2 does, got "
+                f"one with {self.name}. Leave --expert out, or name such a method."
             )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,15 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Data = Literal["prompts", "images", "pairs", "preferences"]  # what a method learns from
 Guidance = Annotated[float, Field(ge=0)]  # g of null + g (cond - null)
+
+
+def finite(text: str) -> float:
+    """The number that a text says; nan where it says none, or one that is not finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 class Options(BaseModel):

@@ -31,6 +31,7 @@ from stepdistill.export.adapter_files import (
 from stepdistill.export.lora_formats import Lora
 from stepdistill.export.merge_pipelines import check_same
 from stepdistill.export.pipeline import RECORD
+from stepdistill.loading.teacher_lora import path_and_number
 from stepdistill.reporting.markdown import code, plain
 from stepdistill.storage.folders import refuse_foreign, replacing
 
@@ -66,14 +67,8 @@ def merge_adapters(sources: Sequence[str], out_dir: str | Path, method: str = "c
 
 def split_weight(text: str) -> tuple[str, float]:
     """(path, weight) of `path[:weight]`. Errors: ValueError for a weight that is no number."""
-    path, colon, tail = text.rpartition(":")
-    if not colon or "/" in tail or "\\" in tail or Path(text).exists():
-        path, tail = text, "1"
-    try:
-        weight = float(tail)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
+    path, weight = path_and_number(text)
+    if math.isnan(weight):
         raise ValueError(f"merge: expected path[:weight] with a finite weight, got {text!r}.")
     return path, weight
 

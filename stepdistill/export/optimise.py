@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.core.options import finite
 from stepdistill.core.registry import from_file
 from stepdistill.export.card import call_options
 from stepdistill.export.pipeline import RECORD
@@ -207,18 +208,12 @@ def read_losses(steering: Steering, rate: int, channels: int) -> dict[str, tuple
 
 def pairs(option: str, texts: Sequence[str]) -> list[tuple[float, float]]:
     """Numbers of FIRST:SECOND. Errors: ValueError for any other text."""
-    found = []
-    for text in texts:
-        first, _, second = text.partition(":")
-        found.append((_number(option, first, text), _number(option, second, text)))
-    return found
+    ends = ((text.partition(":"), text) for text in texts)
+    return [(_number(option, a, text), _number(option, b, text)) for (a, _, b), text in ends]
 
 
 def _number(option: str, value: str, text: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
+    number = finite(value)
+    if math.isnan(number):
         raise ValueError(f"{option}: expected two values with a colon, as 0.5:2, got {text!r}.")
     return number

@@ -12,6 +12,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 
+from stepdistill.core.options import finite
 from stepdistill.loading.identity import commit_of
 from stepdistill.loading.place import absolute, check_lora
 from stepdistill.storage.files import sha256_of
@@ -56,15 +57,17 @@ def parse_lora(text: str) -> LoraSource:
     return LoraSource(f"{user}/{name}", file[0] if file else LORA_WEIGHT_NAME_SAFE, scale)
 
 
-def _split_scale(text: str) -> tuple[str, float]:
+def path_and_number(text: str) -> tuple[str, float]:
+    """(path, number) of path[:number], 1 where it says none; nan where that is no finite number."""
     path, colon, tail = text.rpartition(":")
     if not colon or "/" in tail or "\\" in tail or Path(text).exists():
         path, tail = text, "1"
-    try:
-        scale = float(tail)
-    except ValueError:
-        scale = math.nan
-    if not path or not math.isfinite(scale) or scale == 0.0:
+    return path, finite(tail)
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    path, scale = path_and_number(text)
+    if not path or math.isnan(scale) or scale == 0.0:
         raise ValueError(
             f"teacher_lora: expected path[:scale] with a finite scale other than 0, got {text!r}."
         )
