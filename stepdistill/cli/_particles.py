@@ -268,7 +268,7 @@ def _facts(setup: Setup, options: ParticleOptions) -> list[tuple[str, str]]:
 
 
 def _note(setup: Setup) -> str:
-    own = (
+    text = (
         "Saturated: values that leave the range of images by more than 5 %, before clamping. "
         "Spread: standard deviation of a pixel among the images of a prompt. "
     )
@@ -279,8 +279,8 @@ def _note(setup: Setup) -> str:
             "classifier takes for the prompt's digit."
         )
     if setup.judge is None:
-        return own
-    return own + (
+        return text
+    return text + (
         "Fréchet distance and recall: against held-out real digits of the same prompts, in "
         "features of a small network trained on others. The first row: real training images."
     )

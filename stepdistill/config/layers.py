@@ -172,9 +172,9 @@ def recipe_layers(name: str, depth: int = 0) -> list[Layer]:
 
     Errors: ValueError naming the nearest, or the trainings of a recipe of several.
     """
-    whole, slash, part = name.rpartition("/")
-    if slash and not Path(name).is_file() and _is_recipe(whole):
-        return _training_layers(whole, part, depth)
+    recipe, slash, part = name.rpartition("/")
+    if slash and not Path(name).is_file() and _is_recipe(recipe):
+        return _training_layers(recipe, part, depth)
     if not _is_recipe(name):
         known = bundled_names("recipes")
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -209,18 +209,18 @@ def _is_recipe(name: str) -> bool:
     return name.removesuffix(".yaml") in bundled_names("recipes") or Path(name).is_file()
 
 
-def _training_layers(whole: str, name: str, depth: int) -> list[Layer]:
+def _training_layers(recipe: str, name: str, depth: int) -> list[Layer]:
     """Errors: ValueError for a training that the recipe has not."""
-    *below, above = layers_of(whole, depth)
+    *below, above = layers_of(recipe, depth)
     parts = above.recipe.trainings if above.recipe else {}
     if above.recipe is None or name not in parts:
         raise ValueError(
-            f"--recipe: expected one of the trainings {[*parts]} of {whole}, got {name!r}."
+            f"--recipe: expected one of the trainings {[*parts]} of {recipe}, got {name!r}."
         )
     for base in parts[name].base:
         below += layers_of(base, depth + 1)
     values = merge(above.values, parts[name].options)
-    return [*below, Layer(f"{whole}/{name}", values, above.kind, above.recipe.training(name))]
+    return [*below, Layer(f"{recipe}/{name}", values, above.kind, above.recipe.training(name))]
 
 
 @cache

@@ -78,9 +78,9 @@ def as_played(
     denoiser: Denoiser, spec: SamplerSpec, sampler: StockSampler
 ) -> tuple[Denoiser, SamplerSpec]:
     """(denoiser, sampler) at the times of the stock loop, to compare its images with."""
-    whole, times = copy.copy(denoiser), tuple(sampler.scheduler.sigmas[:-1].tolist())
-    whole.path = _WholeTimes(sampler.scheduler.config.num_train_timesteps)
-    return whole, replace(spec, times=times, trained_times=None)
+    stepped, times = copy.copy(denoiser), tuple(sampler.scheduler.sigmas[:-1].tolist())
+    stepped.path = _WholeTimes(sampler.scheduler.config.num_train_timesteps)
+    return stepped, replace(spec, times=times, trained_times=None)
 
 
 def causal_pipeline(family: Family, net: Any, sampler: StockSampler, chunk: int) -> Any:

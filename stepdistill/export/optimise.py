@@ -188,10 +188,10 @@ def read_losses(steering: Steering, rate: int, channels: int) -> dict[str, tuple
     if steering.structure is not None:
         losses["structure"] = kinds.Structure(steering.structure)
     if steering.loss is not None:
-        own, _ = from_file(steering.loss, "loss")
-        if not callable(own):
-            raise ValueError(f"loss: expected FILE.py:FUNCTION of (waves, rate), got {own!r}.")
-        losses["own"] = own
+        function, _ = from_file(steering.loss, "loss")
+        if not callable(function):
+            raise ValueError(f"loss: expected FILE.py:FUNCTION of (waves, rate), got {function!r}.")
+        losses["own"] = function
     if not losses:
         raise ValueError(
             f"optimise_latent: expected something to steer by ({', '.join(KINDS)}), got nothing. "

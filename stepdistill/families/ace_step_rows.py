@@ -83,7 +83,7 @@ def by_length(cond: Cond) -> list[tuple[int, list[int]]]:
     lengths: list[int] = cond["length"].tolist()
     first, *others = sorted({n for n in lengths if n}) or [1]
     return [
-        (n, [i for i, own in enumerate(lengths) if own == n or (own == 0 and n == first)])
+        (n, [i for i, length in enumerate(lengths) if length == n or (length == 0 and n == first)])
         for n in (first, *others)
     ]
 

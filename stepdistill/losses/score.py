@@ -258,9 +258,9 @@ def score_grad(
     wanted = row.coefficients(config, g, t, step)
     if kind == "csd" and negative is None:
         wanted = {"cond": 1.0, "null": -1.0}
-    told = None
+    guidance = None
     if net.embeds_guidance and kind in _GUIDED:
-        wanted, told = {**wanted, "cond": 1.0, "null": 0.0}, g
+        wanted, guidance = {**wanted, "cond": 1.0, "null": 0.0}, g
     conds = {"cond": cond, "null": null, "empty": null if empty is None else empty}
     if negative is not None:
         conds["negative"] = negative
@@ -274,7 +274,7 @@ def score_grad(
     x_t = path.add_noise(x0, eps, t)
     if kind == "csm":
         x_t = ddim_inverted(net, x0, t, null, config.inversion_steps)
-    terms = _predictions(net, x_t, t, {n: conds[n] for n in wanted if n in conds}, told)
+    terms = _predictions(net, x_t, t, {n: conds[n] for n in wanted if n in conds}, guidance)
     terms["noise"] = eps
     if "fake" in wanted:
         assert fake is not None
@@ -317,13 +317,13 @@ def _check_terms(
 
 
 def _predictions(
-    net: Denoiser, x_t: Tensor, t: Tensor, conds: Mapping[str, Cond], told: float | None
+    net: Denoiser, x_t: Tensor, t: Tensor, conds: Mapping[str, Cond], guidance: float | None
 ) -> dict[str, Tensor]:
     """Noise predictions under each condition, in one batch; a condition given twice runs once."""
     distinct = {id(one): one for one in conds.values()}
     count = len(distinct)
     many = x_t.repeat(count, *[1] * (x_t.ndim - 1)), t.repeat(count)
-    made = net(*many, Cond.cat([*distinct.values()]), guidance=told).eps.chunk(count)
+    made = net(*many, Cond.cat([*distinct.values()]), guidance=guidance).eps.chunk(count)
     by_id = dict(zip(distinct, made, strict=True))
     return {name: by_id[id(one)] for name, one in conds.items()}
 

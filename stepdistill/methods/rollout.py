@@ -153,10 +153,10 @@ class RolloutConfig(MethodConfig):
         times = trained
         if not as_trained and num_steps is not None:
             times = owned_times(self.uniform(setting, num_steps), setting.owned)
-        whole = (
+        grid_of_all = (
             self.whole_grid(setting) if times == trained else self.uniform(setting, num_steps or 1)
         )
-        grid = () if setting.owned == (0.0, 1.0) else whole
+        grid = () if setting.owned == (0.0, 1.0) else grid_of_all
         return SamplerSpec(times, self.sampler, trained_times=trained, grid=grid)
 
 

@@ -75,14 +75,14 @@ def listed() -> dict[str, tuple[About, list[str], int | None]]:
     trainings is one."""
     files, sizes, several = recipe_files(), known(), several_trainings()
     rows: dict[str, tuple[About, list[str], int | None]] = {}
-    for whole in dict.fromkeys(name.partition("/")[0] for name in files):
-        parts = several[whole].trainings if whole in several else {}
-        names = [f"{whole}/{part}" for part in parts] or [whole]
-        about = several.get(whole) or files[whole][-1].recipe
+    for recipe in dict.fromkeys(name.partition("/")[0] for name in files):
+        parts = several[recipe].trainings if recipe in several else {}
+        names = [f"{recipe}/{part}" for part in parts] or [recipe]
+        about = several.get(recipe) or files[recipe][-1].recipe
         assert about is not None, "recipe_files reads recipes alone"
         peaks = [sizes[name]["peak"] for name in names if name in sizes]
         methods = [*dict.fromkeys(method_of(files[name]) for name in names)]
-        rows[whole] = about, methods, max(peaks) if len(peaks) == len(names) else None
+        rows[recipe] = about, methods, max(peaks) if len(peaks) == len(names) else None
     return rows
 
 

@@ -51,10 +51,10 @@ def spectrogram(waves: Tensor) -> Tensor:
 
 def write_wav(path: Path, samples: Tensor, rate: int) -> None:
     """One wave (A, T) as 16-bit PCM. Args: rate: Hz."""
-    whole = (samples.float().clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous().cpu()
+    integers = (samples.float().clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous().cpu()
     with wave.open(str(path), "wb") as file:
         file.setparams((samples.shape[0], 2, rate, 0, "NONE", "not compressed"))
-        file.writeframes(whole.numpy().tobytes())
+        file.writeframes(integers.numpy().tobytes())
 
 
 def wav_facts(path: str | Path) -> tuple[int, int, int]:

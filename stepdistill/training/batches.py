@@ -121,11 +121,11 @@ class BatchMaker:
             return self.family.with_images(cond, images, shape).to(self.device)
         rows = []
         for row, prompt in enumerate(prompts):
-            own = {name: image[row : row + 1] for name, image in images.items()}
-            key = (prompt, shape, *((n, image_key({"image": x})) for n, x in own.items()))
+            beside = {name: image[row : row + 1] for name, image in images.items()}
+            key = (prompt, shape, *((n, image_key({"image": x})) for n, x in beside.items()))
             made = self._kept(key)
             if made is None:  # one by one, as prompts are
-                made = self.family.with_images(cond.slice(row, row + 1), own, shape)
+                made = self.family.with_images(cond.slice(row, row + 1), beside, shape)
                 self._keep(key, made)
             assert isinstance(made, Cond)
             rows.append(made.to(self.device))
@@ -206,9 +206,9 @@ class BatchMaker:
             stored = self.disk.latent(image_key(key_facts))
             if stored is not None:
                 return stored
-        kept = self._kept(key)
-        if isinstance(kept, Tensor):
-            return kept
+        remembered = self._kept(key)
+        if isinstance(remembered, Tensor):
+            return remembered
         if image is None:  # a source leaves out what the disk had when the run began
             return None
         fresh = self.family.latents(image.unsqueeze(0))[0].float()  # one by one, where the VAE is

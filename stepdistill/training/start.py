@@ -53,8 +53,8 @@ def check_start(args: TrainConfig, teacher: TeacherFacts, training: bool) -> Non
             f"init_student_from: expected a run, a checkpoint, or a pipeline's folder or Hub id, "
             f"got {source!r}. {err}"
         ) from err
-    whole = teacher.setting.owned == (0.0, 1.0)  # one of two is looked for by its own name
-    if whole and teacher.num_nets != start.num_nets:
+    of_all_times = teacher.setting.owned == (0.0, 1.0)  # one of two is looked for by its own name
+    if of_all_times and teacher.num_nets != start.num_nets:
         raise ValueError(
             f"init_student_from: expected a pipeline of as many denoisers as the teacher's, "
             f"{teacher.num_nets}, got {source!r} with {start.num_nets}."
