@@ -10,6 +10,7 @@ from typing import Literal
 
 from stepdistill.config.flags import CommandOptions, parse_options
 from stepdistill.core.options import Count, Positive, Seed
+from stepdistill.demo.emoji.budget import Budget
 
 
 class Options(CommandOptions):
@@ -38,11 +39,11 @@ class TeacherOptions(CommandOptions):
     """Folder of data, checkpoints and, once it is done, the teacher."""
     seconds: Positive | None = None
     """How long this call may work; the next goes on from there. None means until it is done."""
-    autoencoder_pictures: Count = 60_000
+    autoencoder_pictures: Count = Budget.autoencoder
     """Pictures that the autoencoder sees."""
-    denoiser_pictures: Count = 1_000_000
+    denoiser_pictures: Count = Budget.denoiser
     """Pictures that denoiser and text encoder see."""
-    decoder_pictures: Count = 100_000
+    decoder_pictures: Count = Budget.decoder
     """Pictures that the decoder sees after them, alone."""
     seed: Seed = 0
     """Of data and training."""
@@ -66,7 +67,6 @@ def run(options: Options | TeacherOptions) -> None:
     from pathlib import Path
 
     from stepdistill.demo.emoji.teacher import make_teacher
-    from stepdistill.demo.emoji.training import Budget
 
     budget = Budget(
         options.autoencoder_pictures,

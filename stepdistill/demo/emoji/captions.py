@@ -22,6 +22,7 @@ STYLES = ("fluent", "noto")
 WIDTHS = {"group": 0.1, "subgroup": 0.2, "words": 0.25, "name": 0.45}  # share in training
 TELL_TONE = {"group": 0.35, "subgroup": 0.35, "words": 0.5, "name": 0.7}
 TELL_STYLE = 0.5
+FULL_SHARE_AT_LAST = 0.35  # of captions in the denoiser's final part, on top of WIDTHS' share
 _FILLERS = {"a", "and", "for", "in", "of", "on", "or", "over", "sign", "symbol", "the", "with"}
 
 
@@ -57,8 +58,13 @@ def caption(entry: Entry, width: str = "name", tone: bool = True, style: bool = 
     return _completed(entry, getattr(entry, width), tone, style)
 
 
-def random_caption(entry: Entry, draw: random.Random) -> str:
-    """A caption of a width, with tone and style or without, as training draws them."""
+def random_caption(entry: Entry, draw: random.Random, full_share: float = 0.0) -> str:
+    """A caption of a width, with tone and style or without, as training draws them.
+
+    Args: full_share: how often it is the full caption of this one picture instead.
+    """
+    if full_share and draw.random() < full_share:
+        return caption(entry)
     width = draw.choices([*WIDTHS], [*WIDTHS.values()])[0]
     tone, style = draw.random() < TELL_TONE[width], draw.random() < TELL_STYLE
     if width != "words":

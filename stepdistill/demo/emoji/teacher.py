@@ -15,10 +15,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from stepdistill.export.secrets import published_json
 from stepdistill.storage.checkpoints import newest_valid
 from stepdistill.storage.files import read_json, write_atomic, write_text
 from stepdistill.storage.folders import replacing
 
+from .budget import Budget
 from .captions import caption
 from .data import (
     ENTRIES,
@@ -33,7 +35,7 @@ from .data import (
 from .judge import JUDGE_FILE, Retrieval, train_retrieval
 from .ladder import measure
 from .model import build_pipeline
-from .training import Budget, train
+from .training import train
 
 PICTURES, MEASURED, MADE = "pictures.zip", "measured.json", "made.json"
 _WEBP_QUALITY = 70
@@ -103,6 +105,8 @@ def write_teacher(
         pipeline.save_pretrained(partial, safe_serialization=True)
         half = StableDiffusionPipeline.from_pretrained(str(partial), dtype=torch.bfloat16)
         half.save_pretrained(partial, safe_serialization=True)
+        for file in partial.rglob("*.json"):  # each part notes the folder it was loaded from
+            file.write_bytes(published_json(file))
         write_pictures(emoji, partial / PICTURES)
         for folder in (output_dir / "data" / "licences", LICENCES):
             shutil.copytree(folder, partial / "licences", dirs_exist_ok=True)

@@ -30,7 +30,8 @@ from stepdistill.storage.checkpoints import discard, is_users, list_checkpoints,
 from stepdistill.storage.files import read_json, write_atomic
 from stepdistill.storage.folders import write_folder
 
-from .captions import random_caption
+from .budget import Budget
+from .captions import FULL_SHARE_AT_LAST, random_caption
 from .data import VARIANTS, Emoji
 
 CHECKPOINT_S, SNAPSHOT_S, LOG_S = 180, 600, 30
@@ -45,24 +46,14 @@ GRID_CAPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Pictures that each phase sees; they and the seed decide the weights."""
-
-    autoencoder: int = 60_000
-    denoiser: int = 1_000_000
-    decoder: int = 100_000
-    seed: int = 0
-
-
 @dataclass
 class Phase:
-    """Networks trained together. loss: of batch k, drawn from a generator; snapshot: a picture of
-    how the averaged weights do now."""
+    """Networks trained together. loss: of batch k, drawn from a generator, told whether it is of
+    the final part; snapshot: a picture of how the averaged weights do now."""
 
     name: str
     networks: nn.Module
-    loss: Callable[[Generator], Tensor]
+    loss: Callable[[Generator, bool], Tensor]
     snapshot: Callable[[], np.ndarray]  # type: ignore[type-arg]
     pictures: int
     batch_size: int
@@ -93,7 +84,7 @@ class Phase:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * min(1, (seen + 1) / 200, left)
             generator = Generator().manual_seed(stable_seed(seed, self.name, seen))
-            loss = self.loss(generator)
+            loss = self.loss(generator, left < 1)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -194,7 +185,7 @@ def autoencoder_phase(
     vae.post_quant_conv.requires_grad_(True)
     batch = 8
 
-    def loss(generator: Generator) -> Tensor:
+    def loss(generator: Generator, final: bool) -> Tensor:
         index = torch.multinomial(weights, batch, True, generator=generator)
         variant = torch.randint(VARIANTS, (batch,), generator=generator)
         real = emoji.images(variant, index)
@@ -228,12 +219,15 @@ def denoiser_phase(
     weights, batch = emoji.weights(), 64
     networks = nn.ModuleList([pipeline.unet, pipeline.text_encoder]).requires_grad_(True)
 
-    def loss(generator: Generator) -> Tensor:
+    def loss(generator: Generator, final: bool) -> Tensor:
         index = torch.multinomial(weights, batch, True, generator=generator)
         variant = torch.randint(VARIANTS, (batch,), generator=generator)
         draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
+        full_share = FULL_SHARE_AT_LAST if final else 0.0
         captions = [
-            "" if draw.random() < NO_CAPTION_SHARE else random_caption(emoji.entries[k], draw)
+            ""
+            if draw.random() < NO_CAPTION_SHARE
+            else random_caption(emoji.entries[k], draw, full_share)
             for k in index.tolist()
         ]
         text = pipeline.text_encoder(_tokens(pipeline, captions))[0]  # (B, L, D)

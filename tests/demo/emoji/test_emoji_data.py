@@ -15,7 +15,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from stepdistill.demo.emoji import data as emoji_data
-from stepdistill.demo.emoji.captions import WIDTHS, Entry, caption, random_caption
+from stepdistill.demo.emoji.captions import (
+    TELL_STYLE,
+    TELL_TONE,
+    WIDTHS,
+    Entry,
+    caption,
+    random_caption,
+)
 from stepdistill.demo.emoji.data import VARIANTS, build_data, load_data
 from stepdistill.demo.emoji.teacher import write_pictures
 
@@ -159,6 +166,18 @@ def test_captions_run_from_the_group_to_tone_and_style() -> None:
     drawn = {random_caption(entry, draw) for _ in range(500)}
     assert {"people and body", "person role in noto style", "firefighter", caption(entry)} <= drawn
     assert sum(WIDTHS.values()) == pytest.approx(1)
+
+
+def test_full_captions_are_asked_more_at_last() -> None:
+    entry = Entry("x", "woman firefighter", "people and body", "person role", "dark", "noto")
+    shares = []
+    for full_share in (0.0, 0.35, 1.0):
+        draw = random.Random(0)
+        drawn = [random_caption(entry, draw, full_share) for _ in range(2_000)]
+        shares.append(drawn.count(caption(entry)) / len(drawn))
+    usual = WIDTHS["name"] * TELL_TONE["name"] * TELL_STYLE
+    expected = [usual, 0.35 + 0.65 * usual, 1.0]
+    assert shares == pytest.approx(expected, abs=0.04)
 
 
 def test_styles_share_a_caption_unless_it_names_one() -> None:

@@ -12,12 +12,13 @@ from diffusers import StableDiffusionPipeline
 from stepdistill.cli import main
 from stepdistill.demo.emoji import teacher as teacher_module
 from stepdistill.demo.emoji import training
+from stepdistill.demo.emoji.budget import Budget
 from stepdistill.demo.emoji.captions import caption
 from stepdistill.demo.emoji.judge import Retrieval
 from stepdistill.demo.emoji.subject import EmojiJudge, EmojiSubject
 from stepdistill.demo.emoji.teacher import emoji_teacher, load_pictures, make_teacher
-from stepdistill.demo.emoji.training import Budget
 from stepdistill.evaluation.samples import Samples
+from stepdistill.export.secrets import local_paths
 from stepdistill.reporting.values import Measured
 
 from .test_emoji_data import packages  # noqa: F401
@@ -59,6 +60,9 @@ def test_the_teacher_is_a_stock_pipeline_in_half_precision_with_all_beside_it(fo
     }
     assert {"pictures.zip", "licences", "held_out.json", "judge.safetensors"} <= names
     assert len([*folder.glob("*/*.safetensors")]) == 3
+    configs = [*folder.rglob("*.json")]
+    assert (folder / "unet" / "config.json") in configs
+    assert not any(local_paths(json.loads(path.read_text())) for path in configs)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size < 13.4e6  # which leaves 1.6 MB for two thousand pictures
     assert "80% of seen combinations, 60% of held-out ones" in (folder / "README.md").read_text()

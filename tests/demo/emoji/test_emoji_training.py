@@ -21,7 +21,7 @@ def phase(pictures: int = 24) -> Phase:
         torch.manual_seed(0)
         net = nn.Linear(3, 3)
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
+    def loss(generator: torch.Generator, final: bool) -> torch.Tensor:
         return (net(torch.randn(4, 3, generator=generator)) - 1).square().mean()
 
     snapshot = lambda: np.zeros((2, 2, 3), np.uint8)  # noqa: E731
@@ -33,12 +33,12 @@ def test_a_stopped_phase_goes_on_as_if_it_had_not(tmp_path, monkeypatch) -> None
     assert whole.run(tmp_path / "whole", 0, math.inf)
     count, forever = 0, stopped.loss
 
-    def third_fails(generator: torch.Generator) -> torch.Tensor:
+    def third_fails(generator: torch.Generator, final: bool) -> torch.Tensor:
         nonlocal count
         count += 1
         if count == 4:
             raise KeyboardInterrupt
-        return forever(generator)
+        return forever(generator, final)
 
     monkeypatch.setattr(training, "CHECKPOINT_S", -1)
     stopped.loss = third_fails
@@ -55,6 +55,14 @@ def test_a_phase_whose_time_is_up_is_saved_and_not_done(tmp_path) -> None:
     assert not phase().run(tmp_path, 0, time.monotonic() + 1e-9)
     assert not phase().run(tmp_path, 0, 0.0)
     assert phase().run(tmp_path, 0, math.inf)
+
+
+def test_the_loss_is_told_of_the_final_part(tmp_path) -> None:
+    made = phase(pictures=40)
+    loss, parts = made.loss, []
+    made.loss = lambda generator, final: (parts.append(final), loss(generator, final))[1]
+    assert made.run(tmp_path, 0, math.inf)
+    assert parts == 9 * [False] + [True]  # of ten batches two are the final part: 1, then 1/2
 
 
 def test_a_phase_that_is_done_is_only_read(tmp_path) -> None:
