@@ -62,7 +62,7 @@ def test_the_loss_is_told_of_the_final_part(tmp_path) -> None:
     loss, parts = made.loss, []
     made.loss = lambda generator, final: (parts.append(final), loss(generator, final))[1]
     assert made.run(tmp_path, 0, math.inf)
-    assert parts == 9 * [False] + [True]  # of ten batches two are the final part: 1, then 1/2
+    assert parts == 9 * [False] + [True]  # the first of the last two still at the full rate
 
 
 def test_a_phase_that_is_done_is_only_read(tmp_path) -> None:
