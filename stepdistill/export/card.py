@@ -63,7 +63,8 @@ def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     if record["conditioning"] == "none":
         return ""
     if record.get("reads"):
-        return f'image=load_image("{image_file(record["output"])}"), prompt={prompt!r}'
+        argument = record.get("image_argument", "image")
+        return f'{argument}=load_image("{image_file(record["output"])}"), prompt={prompt!r}'
     if record["conditioning"] == "label":
         return "class_labels=[0]"
     return f"prompt={prompt!r}" if record.get("prompt_by_name") else repr(prompt)

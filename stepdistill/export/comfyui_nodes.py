@@ -62,6 +62,12 @@ NODES: dict[str, Node] = {
     "TextEncodeQwenImageEditPlus": _node(
         "clip:CLIP vae:VAE image1:IMAGE image2:IMAGE image3:IMAGE", "prompt:STRING", "CONDITIONING"
     ),
+    "ControlNetLoader": _node("", "control_net_name:COMBO", "CONTROL_NET"),
+    "ControlNetApplyAdvanced": _node(
+        "positive:CONDITIONING negative:CONDITIONING control_net:CONTROL_NET image:IMAGE vae:VAE",
+        "strength:FLOAT start_percent:FLOAT end_percent:FLOAT",
+        "CONDITIONING CONDITIONING",
+    ),
     "FluxGuidance": _node("conditioning:CONDITIONING", "guidance:FLOAT", "CONDITIONING"),
     "EmptyLatentImage": _node("", f"{_SIZE} batch_size:INT", "LATENT"),
     "EmptySD3LatentImage": _node("", f"{_SIZE} batch_size:INT", "LATENT"),

@@ -74,6 +74,9 @@ class Family(ABC):
     typed: what the stock call of a few-step student must be told all the same: no config says it.
     dynamic_shift: whether the stock call tells its scheduler a shift by the size.
     reads: of "image" (to edit, to begin a video with, to refer to), "mask" and "control".
+    side_nets: frozen networks that run in every call of the denoiser, one copy for all roles: the
+        component's name -> its class. shared_config: keys of the denoiser's configuration that
+        these share, so that a student of another size keeps them.
     """
 
     name: ClassVar[str]
@@ -95,6 +98,9 @@ class Family(ABC):
     grid_argument: ClassVar[str] = "sigmas"  # by which a call can be given flow times
     reads: ClassVar[Mapping[str, bool]] = {}  # images beside x_t -> whether it needs them
     image_keys: ClassVar[tuple[str, ...]] = ()  # where its Cond holds those: kept by a null
+    image_argument: ClassVar[str] = "image"  # by which the stock call is given them
+    side_nets: ClassVar[Mapping[str, str]] = {}
+    shared_config: ClassVar[tuple[str, ...]] = ()
     # What the stock call's result holds.
     output: ClassVar[Literal["images", "frames", "audios"]] = "images"
     tiny: ClassVar[str | Mapping[str, Any]] = ""
@@ -162,6 +168,28 @@ class Family(ABC):
         Errors: ValueError where its entries do not go together.
         """
         return (cls.net_name,)
+
+    @property
+    def side_parts(self) -> dict[str, nn.Module]:
+        """The loaded `side_nets`."""
+        return {name: getattr(self.pipeline, name) for name in self.side_nets}
+
+    @staticmethod
+    def check_side_class(name: str, got: Any, expected: str, where: str) -> None:
+        """Errors: ValueError where one of `side_nets` is of another class."""
+        if got != expected:
+            raise ValueError(
+                f"{where}: expected {name} to be one {expected}, got {got}. Of several networks "
+                "beside a denoiser, or other kinds, none is served: save the pipeline with one."
+            )
+
+    @classmethod
+    def check_configs(cls, configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
+        """Whether the `side_nets` go with the denoiser and the autoencoder.
+
+        Args: configs: of all these, by component. where: begins the message.
+        Errors: ValueError where they do not.
+        """
 
     @property
     def config(self) -> Any:
@@ -377,6 +405,10 @@ class Family(ABC):
         """The Cond of B empty prompts, as the stock pipeline makes it for guidance."""
         return self.encode([""]).repeat(bsz)
 
+    def encode_at(self, prompts: Sequence[Any], shape: Sequence[int]) -> Cond:
+        """`encode` for latents of shape (C, *S), which a stand-in for data may have to fit."""
+        return self.encode(prompts)
+
     def encode_text(self, prompts: Sequence[Any]) -> Cond:
         """What of `encode` the prompts alone decide, for `with_images`."""
         return self.encode(prompts)
@@ -417,11 +449,12 @@ class Family(ABC):
         return " x ".join(map(str, self.image_size(resolution))) + " px"
 
     def place_encoders(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Text encoders in that dtype, and all parts but the denoiser on the device."""
+        """Text encoders in that dtype, and all parts on the device but those of every call: the
+        denoiser and `side_nets`."""
         for name, part in self.pipeline.components.items():
             if isinstance(part, PreTrainedModel):
                 part.to(dtype)
-            if isinstance(part, nn.Module) and name not in self.net_parts:
+            if isinstance(part, nn.Module) and name not in (*self.net_parts, *self.side_nets):
                 part.to(device)
 
     # -------------------------------------------------------------- checking
