@@ -115,7 +115,9 @@ def workflow(rules: ToolRules, record: Mapping[str, Any]) -> dict[str, Any]:
             [1.0, 0.0, 1.0],
             control_net=graph.add("ControlNetLoader", ["controlnet.safetensors"]),
             image=graph.add("LoadImage", [image_file("images"), "image"]),
-            **{"positive": positive, "negative": negative, "vae": vae},
+            positive=positive,
+            negative=negative,
+            vae=vae,
         )
         positive, negative = controlled, (controlled[0], 1)
     size = [width, height, *([tools["frames"]] if record["output"] == "frames" else []), 1]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
 from stepdistill.families.beside import check_images, pictures, stand_in
-from stepdistill.families.family import Family, net_dtype
+from stepdistill.families.family import Family
 
 CONTROLNET = "controlnet"
 
@@ -43,24 +43,6 @@ class ControlNetFamily(Family):
         super().__init__(pipeline)
         height, width = self.image_size()
         self.control: Image.Image = stand_in(max(height, width)).resize((width, height))
-
-    @classmethod
-    def check_configs(cls, configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
-        """See Family.check_configs: whether the ControlNet is of this denoiser's architecture."""
-        net, control = configs[cls.net_name], configs[CONTROLNET]
-        differ = [
-            key
-            for key in cls.shared_config
-            if None not in (net.get(key), control.get(key))
-            and _plain(net[key]) != _plain(control[key])
-        ]
-        if differ:
-            key = differ[0]
-            raise ValueError(
-                f"{where}/{CONTROLNET}: expected a ControlNet of the {cls.net_name} beside it, "
-                f"whose {key} is {_plain(net[key])}, got {_plain(control[key])}. Use one that was "
-                "trained for this base."
-            )
 
     # ------------------------------------------------------------ the network
     def run(self, net: Any, x_t: Tensor, model_t: Tensor, cond: Cond, w: Tensor | None) -> Tensor:
@@ -128,44 +110,3 @@ class ControlNetFamily(Family):
         """What the ControlNet reads of pixels (1, 3, H, W) as the stock call prepares them: here
         themselves."""
         return pixels
-
-
-def at_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors, also those in a dictionary or a sequence, in that dtype."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {name: at_dtype(one, dtype) for name, one in value.items()}
-    return [at_dtype(one, dtype) for one in value] if isinstance(value, list | tuple) else value
-
-
-def unet_residuals(
-    controlnet: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    control: Tensor,
-    scale: float = 1.0,
-) -> dict[str, Any]:
-    """What a UNet called with args (x_t, t) and kwargs is told of its ControlNet.
-
-    Args: control: (B, C, H, W), by default colours in [0, 1]. scale: of the residuals.
-    """
-    dtype, (x_t, time) = net_dtype(controlnet), args[:2]
-    names = ("encoder_hidden_states", "added_cond_kwargs")
-    text = at_dtype({name: kwargs.get(name) for name in names}, dtype)
-    down, mid = controlnet(
-        x_t.to(dtype),
-        time,
-        **text,
-        controlnet_cond=control.to(dtype),
-        conditioning_scale=scale,
-        return_dict=False,
-    )
-    return {
-        "down_block_additional_residuals": at_dtype(down, x_t.dtype),
-        "mid_block_additional_residual": mid.to(x_t.dtype),
-    }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value

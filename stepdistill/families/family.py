@@ -185,11 +185,21 @@ class Family(ABC):
 
     @classmethod
     def check_configs(cls, configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
-        """Whether the `side_nets` go with the denoiser and the autoencoder.
+        """Whether the `side_nets` go with the denoiser, by `shared_config`, and the autoencoder.
 
         Args: configs: of all these, by component. where: begins the message.
         Errors: ValueError where they do not.
         """
+        net = configs[cls.net_name]
+        for name in cls.side_nets:
+            for key in cls.shared_config:
+                values = [config.get(key) for config in (net, configs[name])]
+                expected, got = (list(v) if isinstance(v, list | tuple) else v for v in values)
+                if None not in (expected, got) and expected != got:
+                    raise ValueError(
+                        f"{where}/{name}: expected a network of the {cls.net_name} beside it, with "
+                        f"{key} {expected}, got {got}. Use one that was trained for this base."
+                    )
 
     @property
     def config(self) -> Any:

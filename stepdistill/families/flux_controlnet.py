@@ -1,4 +1,4 @@
-"""Flux.1 with a ControlNet: latents of the control image as tokens (InstantX), or its pixels (XLabs).
+"""Flux.1 with a ControlNet that reads the control image's latents (InstantX) or pixels (XLabs).
 
 It is told the guidance where it has that input, and is folded with the transformer at export. A
 union's kind of control image is an entry `control_mode` in its config.json. A transformer that is
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.control import CONTROLNET, ControlNetFamily, at_dtype
+from stepdistill.families.control import CONTROLNET, ControlNetFamily
 from stepdistill.families.family import net_dtype
 from stepdistill.families.flux import FluxFamily
 from stepdistill.families.flux_guidance import fold_guidance
+from stepdistill.families.residuals import at_dtype
 from stepdistill.families.vae import encode_images
 
 TEXT = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled"}
@@ -46,7 +47,7 @@ class FluxControlNetFamily(ControlNetFamily, FluxFamily):
 
     @classmethod
     def check_configs(cls, configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
-        """See ControlNetFamily.check_configs; also whether a union is told its kind of image."""
+        """See Family.check_configs; also whether a union is told its kind of image."""
         super().check_configs(configs, where)
         control = configs[CONTROLNET]
         modes, mode = control.get("num_mode"), control.get("control_mode")
@@ -114,7 +115,7 @@ class FluxControlNetFamily(ControlNetFamily, FluxFamily):
 
     @property
     def call_extras(self) -> dict[str, Any]:
-        """See Family.call_extras: a ControlNet that embeds it is told 1 where the network is not."""
+        """See Family.call_extras: a ControlNet beside a network that is told none is told 1."""
         untold = {} if self.embeds_guidance else {"guidance_scale": 1.0}
         return {**super().call_extras, **self.length_call, **untold}
 

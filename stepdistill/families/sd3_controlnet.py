@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.control import CONTROLNET, ControlNetFamily, at_dtype
+from stepdistill.families.control import CONTROLNET, ControlNetFamily
 from stepdistill.families.family import net_dtype
+from stepdistill.families.residuals import at_dtype
 from stepdistill.families.sd3 import StableDiffusion3Family
 from stepdistill.families.vae import encode_images
 
@@ -42,7 +43,7 @@ class StableDiffusion3ControlNetFamily(ControlNetFamily, StableDiffusion3Family)
 
     @classmethod
     def check_configs(cls, configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
-        """See ControlNetFamily.check_configs; also whether it reads the latents alone."""
+        """See Family.check_configs; also whether it reads the latents alone."""
         super().check_configs(configs, where)
         extra = configs[CONTROLNET].get("extra_conditioning_channels")
         if extra:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from stepdistill.core.types import Cond
-from stepdistill.families.control import CONTROLNET, ControlNetFamily, unet_residuals
+from stepdistill.families.control import CONTROLNET, ControlNetFamily
+from stepdistill.families.residuals import unet_residuals
 from stepdistill.families.sd import StableDiffusionFamily
 
 COLOURS = 3
@@ -25,7 +26,7 @@ class UNetControlNetFamily(ControlNetFamily):
 
     @classmethod
     def check_configs(cls, configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
-        """See ControlNetFamily.check_configs; also one of pictures, and of every pass."""
+        """See Family.check_configs; also whether it is one of pictures, and of every pass."""
         super().check_configs(configs, where)
         control, where = configs[CONTROLNET], f"{where}/{CONTROLNET}"
         channels = control.get("conditioning_channels", COLOURS)

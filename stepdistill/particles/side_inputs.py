@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.types import Cond
-from stepdistill.families.control import unet_residuals
+from stepdistill.families.residuals import unet_residuals
 
 CAMERA_WIDTH = 16
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.solvers import SamplerSpec, sample_x0
+from stepdistill.core.types import Cond
 from stepdistill.families.beside import stand_in
 from stepdistill.families.family import Family
 from stepdistill.families.references import ReferenceFamily
@@ -242,7 +243,9 @@ def _sampling_rows(family: Family, prompts: list[Any]) -> list[Row]:
     spec = SamplerSpec(times, "renoise" if restarts else "ode", w=w)
     teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
     cond = family.encode(prompts).to(noise.device)
-    null = family.null_for(cond) if family.has_null else family.null(bsz).to(noise.device)
+    null = family.null(bsz).to(noise.device)
+    images = {name: cond[name] for name in family.image_keys if name in null.tensors}
+    null = Cond({**null.tensors, **images})  # as stock calls share these
     x0 = sample_x0(
         teacher, spec, noise, cond, null, guidance, fresh_noise=lambda _: torch.zeros_like(noise)
     )

@@ -23,8 +23,7 @@ def controlled(pipeline: Any, controlnet: nn.Module, seed: int = 0) -> Any:
                 nn.init.normal_(param, std=0.2)
     name = type(pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
     parts = {**pipeline.components, "controlnet": controlnet}
-    made = getattr(diffusers, name)(**parts, **_options(pipeline))
-    return made
+    return getattr(diffusers, name)(**parts, **_options(pipeline))
 
 
 def _options(pipeline: Any) -> dict[str, Any]:

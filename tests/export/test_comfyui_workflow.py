@@ -25,6 +25,7 @@ from stepdistill.testing.tiny import TINY
 FACTS = {"model": "my/base", "method": "dmd2", "step": 1, "seed": 0}
 CASES = ("sd", "sd_v", "sdxl", "sd3", "flux", "lumina2", "z_image", "qwen_image", "wan", "wan_i2v")
 CASES += ("flux_kontext", "qwen_image_edit", "qwen_image_edit_2511")
+CASES += ("sd_controlnet", "sdxl_controlnet", "flux_controlnet", "sd3_controlnet")
 OPTIONAL = {"start_image", "clip_vision_output", "image2", "image3"}
 SOURCES = {"seed": "KSampler", "noise_seed": "SamplerCustom"}
 

@@ -131,8 +131,10 @@ def test_a_call_never_waits_for_the_device(family) -> None:
     cond = family.encode(prompts)
     shape = (2, *family.sample_shape())
     if family.needs_images():
-        given = {"image": torch.zeros(2, 3, 16, 16)}
+        given = {name: torch.zeros(2, 3, 16, 16) for name in family.needs_images()}
         cond = family.with_images(family.encode_text(prompts), given, shape[1:])
+    for part in family.side_parts.values():
+        part.to("meta")
     cond, x_t = cond.to("meta"), torch.empty(shape, device="meta")
     model_t = torch.empty(2, dtype=torch.float64, device="meta")
     net = family.net.to("meta")
