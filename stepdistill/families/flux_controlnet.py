@@ -32,11 +32,6 @@ class FluxControlNetFamily(ControlNetFamily, FluxFamily):
     name: ClassVar[str] = "flux_controlnet"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxControlNetPipeline",)
     tiny = "stepdistill.testing.tiny_control:tiny_flux_controlnet"
-    variants = {
-        "flux_controlnet_union": {"num_mode": 3},
-        "flux_controlnet_pixels": {"pixels": True},
-        "flux_controlnet_schnell": {"guidance_embeds": False},
-    }
     image_keys: ClassVar[tuple[str, ...]] = ("control", "control_prompt_embeds", "control_pooled")
     image_argument: ClassVar[str] = "control_image"
     side_nets: ClassVar[Mapping[str, str]] = {CONTROLNET: "FluxControlNetModel"}

@@ -29,10 +29,6 @@ class StableDiffusion3ControlNetFamily(ControlNetFamily, StableDiffusion3Family)
     name: ClassVar[str] = "sd3_controlnet"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3ControlNetPipeline",)
     tiny = "stepdistill.testing.tiny_control:tiny_sd3_controlnet"
-    variants = {
-        "sd3_controlnet_shifted": {"force_zeros": False},
-        "sd35_controlnet_large": {"without_text": True},
-    }
     dynamic_shift = False
     image_argument: ClassVar[str] = "control_image"
     side_nets: ClassVar[Mapping[str, str]] = {CONTROLNET: "SD3ControlNetModel"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,10 +18,10 @@ from diffusers import (
 from support.runs import TinyData, build_trainer, fingerprint, teacher_dir
 from torch import Tensor
 
+from stepdistill import TrainConfig
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.types import CONDITIONING, Cond
-from stepdistill.families.control import ControlNetFamily
 from stepdistill.families.flux_controlnet import FluxControlNetFamily
 from stepdistill.families.registry import load_encoders, load_family, teacher_facts
 from stepdistill.families.residuals import unet_residuals
@@ -29,12 +30,13 @@ from stepdistill.families.sd_controlnet import StableDiffusionControlNetFamily
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.roles.student_net import check_student_config
 from stepdistill.testing.parity import LIMIT, check_family
-from stepdistill.testing.tiny import TINY, TINY_FAMILY
+from stepdistill.testing.tiny import TINY
+from stepdistill.testing.tiny_control import tiny_flux_controlnet, tiny_sd3_controlnet
 from stepdistill.training.batches import BatchMaker
 from stepdistill.training.step import place
 
 FULL = pytest.mark.full
-NAMES = [name for name, cls in TINY_FAMILY.items() if issubclass(cls, ControlNetFamily)]
+UNTOLD_FLUX = partial(tiny_flux_controlnet, guidance_embeds=False)
 BASES = ("sd_controlnet", "sdxl_controlnet", "flux_controlnet", "sd3_controlnet")
 TRAINED = [pytest.param(n, marks=() if n[:3] in ("sd_", "flu") else FULL) for n in BASES]
 
@@ -172,18 +174,11 @@ def test_it_goes_where_the_denoiser_goes(make_family, tmp_path) -> None:
     """Offloaded encoders leave it on the device, in the frozen denoiser's dtype."""
     family = make_family("sd_controlnet")
     bank = RoleBank(family, {"student": Role(train=True)}, Tuning(rank=2))
-    options = {"mixed_precision": "bf16", "offload_encoders": True}
-    args = build_args(tmp_path, **options)
+    args = TrainConfig(output_dir=str(tmp_path), mixed_precision="bf16", offload_encoders=True)
     place(bank, args, torch.device("meta"))
     (side,) = family.side_parts.values()
     assert {(p.device.type, p.dtype) for p in side.parameters()} == {("meta", torch.bfloat16)}
     assert family.pipeline.vae.device.type == "cpu"
-
-
-def build_args(folder, **options) -> Any:
-    from stepdistill import TrainConfig
-
-    return TrainConfig(output_dir=str(folder), **options)
 
 
 def test_a_mixed_dtype_is_brought_together(controlled) -> None:
@@ -230,17 +225,33 @@ class NullText(FluxControlNetFamily):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "name", "row"),
+    ("wrong", "build", "row"),
     [
-        (Shifted, "sd_controlnet", "encode"),
-        (Untold, "sd_controlnet", "encode"),
-        (InstantX, "sd3_controlnet", "encode"),
-        (NullText, "flux_controlnet_schnell", "sampling"),
+        (Shifted, TINY["sd_controlnet"], "encode"),
+        (Untold, TINY["sd_controlnet"], "encode"),
+        (InstantX, TINY["sd3_controlnet"], "encode"),
+        (NullText, UNTOLD_FLUX, "sampling"),
     ],
 )
-def test_check_finds_a_wrong_adapter(wrong, name, row) -> None:
-    failed = [row for row, value in check_family(wrong(TINY[name]())) if not value < LIMIT]
+def test_check_finds_a_wrong_adapter(wrong, build, row) -> None:
+    failed = [name for name, value in check_family(wrong(build())) if not value < LIMIT]
     assert any(name.startswith(row) for name in failed)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(tiny_flux_controlnet, num_mode=3),
+        pytest.param(partial(tiny_flux_controlnet, pixels=True), marks=FULL),
+        UNTOLD_FLUX,
+        pytest.param(partial(tiny_sd3_controlnet, force_zeros=False), marks=FULL),
+        partial(tiny_sd3_controlnet, without_text=True),
+    ],
+    ids=["flux_union", "flux_pixels", "flux_schnell", "sd3_shifted", "sd35_large"],
+)
+def test_parity_of_other_controlnets(build) -> None:
+    rows = check_family(build())
+    assert {name: value for name, value in rows if not value < LIMIT} == {}
 
 
 # ------------------------------------------------------------------------------- wrong pipelines
