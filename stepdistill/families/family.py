@@ -73,6 +73,7 @@ class Family(ABC):
     variants: name of a further one -> what is laid over that, or the function's arguments.
     typed: what the stock call of a few-step student must be told all the same: no config says it.
     dynamic_shift: whether the stock call tells its scheduler a shift by the size.
+    settings_of: the family whose model files and recipes suit it; its own where empty.
     reads: of "image" (to edit, to begin a video with, to refer to), "mask" and "control".
     side_nets: frozen networks that run in every call of the denoiser, one copy for all roles: the
         component's name -> its class. shared_config: keys of the denoiser's configuration that
@@ -84,6 +85,7 @@ class Family(ABC):
     net_name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
     conditioning: Literal["prompt", "label", "none"] = "prompt"
+    settings_of: ClassVar[str] = ""
     one_prompt: ClassVar[bool] = False  # whether the stock call takes one prompt at a time
     has_null: bool = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether a stock denoiser can have a guidance embedding

@@ -30,6 +30,7 @@ class FluxControlNetFamily(ControlNetFamily, FluxFamily):
     """FluxControlNetPipeline; control (B, C, h, w) scaled latents, or (B, 3, H, W) in [-1, 1]."""
 
     name: ClassVar[str] = "flux_controlnet"
+    settings_of: ClassVar[str] = "flux"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxControlNetPipeline",)
     tiny = "stepdistill.testing.tiny_control:tiny_flux_controlnet"
     image_keys: ClassVar[tuple[str, ...]] = ("control", "control_prompt_embeds", "control_pooled")

@@ -27,6 +27,7 @@ class StableDiffusion3ControlNetFamily(ControlNetFamily, StableDiffusion3Family)
     """StableDiffusion3ControlNetPipeline; control (B, C, h, w)."""
 
     name: ClassVar[str] = "sd3_controlnet"
+    settings_of: ClassVar[str] = "sd3"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3ControlNetPipeline",)
     tiny = "stepdistill.testing.tiny_control:tiny_sd3_controlnet"
     dynamic_shift = False

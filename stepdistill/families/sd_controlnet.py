@@ -59,6 +59,7 @@ class StableDiffusionControlNetFamily(UNetControlNetFamily, StableDiffusionFamil
     """StableDiffusionControlNetPipeline."""
 
     name: ClassVar[str] = "sd_controlnet"
+    settings_of: ClassVar[str] = "sd"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionControlNetPipeline",)
     tiny = "stepdistill.testing.tiny_control:tiny_sd_controlnet"
     typed: ClassVar[tuple[str, ...]] = ("num_inference_steps",)

@@ -12,5 +12,6 @@ class StableDiffusionXLControlNetFamily(UNetControlNetFamily, StableDiffusionXLF
     """StableDiffusionXLControlNetPipeline."""
 
     name: ClassVar[str] = "sdxl_controlnet"
+    settings_of: ClassVar[str] = "sdxl"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLControlNetPipeline",)
     tiny = "stepdistill.testing.tiny_control:tiny_sdxl_controlnet"

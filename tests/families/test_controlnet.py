@@ -19,6 +19,7 @@ from support.runs import TinyData, build_trainer, fingerprint, teacher_dir
 from torch import Tensor
 
 from stepdistill import TrainConfig
+from stepdistill.config.model_at_hand import ModelAtHand
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.types import CONDITIONING, Cond
@@ -27,6 +28,7 @@ from stepdistill.families.registry import load_encoders, load_family, teacher_fa
 from stepdistill.families.residuals import unet_residuals
 from stepdistill.families.sd3_controlnet import StableDiffusion3ControlNetFamily
 from stepdistill.families.sd_controlnet import StableDiffusionControlNetFamily
+from stepdistill.loading.source import ModelSource
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.roles.student_net import check_student_config
 from stepdistill.testing.parity import LIMIT, check_family
@@ -254,6 +256,13 @@ def test_parity_of_other_controlnets(build) -> None:
     assert {name: value for name, value in rows if not value < LIMIT} == {}
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_the_base_s_settings_suit_it(name, tmp_path_factory) -> None:
+    source = ModelSource(str(teacher_dir(name, tmp_path_factory)))
+    assert ModelAtHand.of(source).family == name.partition("_")[0]
+    assert ModelAtHand.planned("sdxl_controlnet").family == "sdxl"
+
+
 # ------------------------------------------------------------------------------- wrong pipelines
 def changed(source, folder, part: str = "controlnet", **values):
     """A copy of a teacher's folder whose part is described otherwise."""
@@ -363,3 +372,17 @@ def test_an_export_of_another_size_is_that_of_the_sampler(tmp_path, tmp_path_fac
     assert type(pipe.controlnet) is ControlNetModel
     record = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert set(record["typed"]) == {"num_inference_steps", "height", "width"}
+
+
+def test_a_union_s_export_tells_the_kind_of_its_image(tmp_path) -> None:
+    """Checked at export; the guidance is folded into both networks."""
+    tiny_flux_controlnet(num_mode=3).save_pretrained(tmp_path / "teacher")
+    trainer = build_trainer("dmd2", tmp_path / "teacher", "full", tmp_path / "run")
+    trainer.train()
+    out = trainer.export(tmp_path / "out")
+    record = json.loads((out / "distillation.json").read_text())
+    assert record["typed"] == {"num_inference_steps": 2, "control_mode": 2}
+    family = load_family(out)
+    assert not family.config.guidance_embeds
+    assert not family.pipeline.controlnet.config.guidance_embeds
+    assert family.length_call == {"control_mode": 2}
