@@ -70,7 +70,8 @@ def encoder_facts(family: Family, resolution: int | None, latents: bool) -> dict
         name: _part_digest(part)
         for name, part in sorted(family.pipeline.components.items())
         if part is not None
-        and name not in (*family.net_parts, "scheduler", "safety_checker", "feature_extractor")
+        and name not in (*family.net_parts, *family.side_nets)
+        and name not in ("scheduler", "safety_checker", "feature_extractor")
         and (name == "vae") == latents
         and (isinstance(part, nn.Module) or "tokenizer" in name or "processor" in name)
     }

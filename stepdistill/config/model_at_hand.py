@@ -27,9 +27,9 @@ def is_here(model: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelAtHand:
-    """family: the name of the family that serves it, "" where none of its own does. size: its
-    denoiser's parameters, 0 where its files don't say. abilities: what its configurations say that
-    it can be asked for."""
+    """family: the name of the family that serves it, or whose settings suit it (settings_of), ""
+    where none of its own does. size: its denoiser's parameters, 0 where its files don't say.
+    abilities: what its configurations say that it can be asked for."""
 
     family: str = ""
     size: int = 0
@@ -60,7 +60,8 @@ class ModelAtHand:
             return cls()
         embeds = family.told_guidance_in(model["parts"][family.net_name]["config"])
         has_null = family.null_in(model["options"])
-        return cls(family.name, 0, Abilities(told_guidance=embeds, has_null=has_null))
+        abilities = Abilities(told_guidance=embeds, has_null=has_null)
+        return cls(family.settings_of or family.name, 0, abilities)
 
     @classmethod
     def of(cls, source: ModelSource) -> ModelAtHand:
@@ -69,7 +70,7 @@ class ModelAtHand:
         family = _family(source.pipeline_class)
         if family is None:
             return cls()
-        made, size = cls(family.name, 0, _abilities(source)), 0
+        made, size = cls(family.settings_of or family.name, 0, _abilities(source)), 0
         if source.is_single_file:
             return made
         from safetensors import SafetensorError, safe_open

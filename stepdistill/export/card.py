@@ -63,8 +63,9 @@ def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     if record["conditioning"] == "none":
         return ""
     if record.get("reads"):
-        files = {"image": ("image", image_file(record["output"])), "mask": MASK_FILE}
-        named = (files[name] for name in record["reads"])
+        argument = record.get("image_argument", "image")
+        pictures = dict.fromkeys(("image", "control"), (argument, image_file(record["output"])))
+        named = ({**pictures, "mask": MASK_FILE}[name] for name in record["reads"])
         loaded = [f'{argument}=load_image("{file}")' for argument, file in named]
         return ", ".join([*loaded, f"prompt={prompt!r}"])
     if record["conditioning"] == "label":

@@ -72,6 +72,12 @@ NODES: dict[str, Node] = {
         "noise_mask:BOOLEAN",
         "CONDITIONING CONDITIONING LATENT",
     ),
+    "ControlNetLoader": _node("", "control_net_name:COMBO", "CONTROL_NET"),
+    "ControlNetApplyAdvanced": _node(
+        "positive:CONDITIONING negative:CONDITIONING control_net:CONTROL_NET image:IMAGE vae:VAE",
+        "strength:FLOAT start_percent:FLOAT end_percent:FLOAT",
+        "CONDITIONING CONDITIONING",
+    ),
     "FluxGuidance": _node("conditioning:CONDITIONING", "guidance:FLOAT", "CONDITIONING"),
     "EmptyLatentImage": _node("", f"{_SIZE} batch_size:INT", "LATENT"),
     "EmptySD3LatentImage": _node("", f"{_SIZE} batch_size:INT", "LATENT"),

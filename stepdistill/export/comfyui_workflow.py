@@ -121,6 +121,17 @@ def workflow(rules: ToolRules, record: Mapping[str, Any]) -> dict[str, Any]:
     positive, negative = _told(graph, texts, clip, vae, tools["image_node"])
     if comfy.get("flux_guidance") is not None:
         positive = graph.add("FluxGuidance", [comfy["flux_guidance"]], conditioning=positive)
+    if "control" in record["reads"]:
+        controlled = graph.add(
+            "ControlNetApplyAdvanced",
+            [1.0, 0.0, 1.0],
+            control_net=graph.add("ControlNetLoader", ["controlnet.safetensors"]),
+            image=graph.add("LoadImage", [image_file("images"), "image"]),
+            positive=positive,
+            negative=negative,
+            vae=vae,
+        )
+        positive, negative = controlled, (controlled[0], 1)
     size = [width, height, *([tools["frames"]] if record["output"] == "frames" else []), 1]
     images: dict[str, Output | None] = {}
     if record["reads"] and record["output"] == "frames":

@@ -189,6 +189,7 @@ def describe(
         "denoiser": [family.net_name, type(family.first_net).__name__],
         "output": family.output,
         "reads": list(family.needs_images()),
+        "image_argument": family.image_argument,
         "prompt_by_name": family.conditioning == "prompt" and _first_argument(family) != "prompt",
         "method": facts.get("method"),
         "num_inference_steps": spec.num_steps,

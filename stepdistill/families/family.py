@@ -73,7 +73,11 @@ class Family(ABC):
     variants: name of a further one -> what is laid over that, or the function's arguments.
     typed: what the stock call of a few-step student must be told all the same: no config says it.
     dynamic_shift: whether the stock call tells its scheduler a shift by the size.
+    settings_of: the family whose model files and recipes suit it; its own where empty.
     reads: of "image" (to edit, to begin a video with, to refer to), "mask" and "control".
+    side_nets: frozen networks that run in every call of the denoiser, one copy for all roles: the
+        component's name -> its class. shared_config: keys of the denoiser's configuration that
+        these share, so that a student of another size keeps them.
     """
 
     name: ClassVar[str]
@@ -81,6 +85,7 @@ class Family(ABC):
     net_name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = TRANSFORMER_LORA_TARGETS
     conditioning: Literal["prompt", "label", "none"] = "prompt"
+    settings_of: ClassVar[str] = ""
     one_prompt: ClassVar[bool] = False  # whether the stock call takes one prompt at a time
     has_null: bool = True  # whether there is an empty condition to guide away from
     supports_w: ClassVar[bool] = False  # whether a stock denoiser can have a guidance embedding
@@ -97,6 +102,9 @@ class Family(ABC):
     image_keys: ClassVar[tuple[str, ...]] = ()  # where its Cond holds those: kept by a null
     # What the stock call draws, in order: also numbers for those; or a latent that nobody reads.
     call_draws: ClassVar[tuple[Literal["noise", "images", "unread"], ...]] = ("noise",)
+    image_argument: ClassVar[str] = "image"  # by which the stock call is given them
+    side_nets: ClassVar[Mapping[str, str]] = {}
+    shared_config: ClassVar[tuple[str, ...]] = ()
     # What the stock call's result holds.
     output: ClassVar[Literal["images", "frames", "audios"]] = "images"
     tiny: ClassVar[str | Mapping[str, Any]] = ""
@@ -165,6 +173,38 @@ class Family(ABC):
         Errors: ValueError where its entries do not go together.
         """
         return (cls.net_name,)
+
+    @property
+    def side_parts(self) -> dict[str, nn.Module]:
+        """The loaded `side_nets`."""
+        return {name: getattr(self.pipeline, name) for name in self.side_nets}
+
+    @staticmethod
+    def check_side_class(name: str, got: Any, expected: str, where: str) -> None:
+        """Errors: ValueError where one of `side_nets` is of another class."""
+        if got != expected:
+            raise ValueError(
+                f"{where}: expected {name} to be one {expected}, got {got}. Of several networks "
+                "beside a denoiser, or other kinds, none is served: save the pipeline with one."
+            )
+
+    @classmethod
+    def check_configs(cls, configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
+        """Whether the `side_nets` go with the denoiser, by `shared_config`, and the autoencoder.
+
+        Args: configs: of all these, by component. where: begins the message.
+        Errors: ValueError where they do not.
+        """
+        net = configs[cls.net_name]
+        for name in cls.side_nets:
+            for key in cls.shared_config:
+                values = [config.get(key) for config in (net, configs[name])]
+                expected, got = (list(v) if isinstance(v, list | tuple) else v for v in values)
+                if None not in (expected, got) and expected != got:
+                    raise ValueError(
+                        f"{where}/{name}: expected a network of the {cls.net_name} beside it, with "
+                        f"{key} {expected}, got {got}. Use one that was trained for this base."
+                    )
 
     @property
     def config(self) -> Any:
@@ -430,11 +470,12 @@ class Family(ABC):
         return " x ".join(map(str, self.image_size(resolution))) + " px"
 
     def place_encoders(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Text encoders in that dtype, and all parts but the denoiser on the device."""
+        """Text encoders in that dtype, and all parts on the device but those of every call: the
+        denoiser and `side_nets`."""
         for name, part in self.pipeline.components.items():
             if isinstance(part, PreTrainedModel):
                 part.to(dtype)
-            if isinstance(part, nn.Module) and name not in self.net_parts:
+            if isinstance(part, nn.Module) and name not in (*self.net_parts, *self.side_nets):
                 part.to(device)
 
     # -------------------------------------------------------------- checking

@@ -179,6 +179,14 @@ def _check_parts(source: ModelSource, cls: type[Family], given: Mapping[str, Any
                 f"{source.described_at}/model_index.json: expected a class for {name}, got "
                 f"{entry!r}. Save the pipeline with it."
             )
+    for name, expected in cls.side_nets.items():
+        entry, where = source.index.get(name), f"{source.described_at}/model_index.json"
+        got = entry[1] if isinstance(entry, list | tuple) and len(entry) == 2 else entry
+        cls.check_side_class(name, got, expected, where)
+    if cls.side_nets and not given.keys() & cls.side_nets.keys():
+        described = (*folders, *cls.side_nets, "vae")
+        configs = {name: _part_config(source, name) for name in described}
+        cls.check_configs(configs, source.described_at)
     if cls in FAMILIES.values() and {cls.net_name, "vae"} <= source.index.keys() - given.keys():
         _check_channels(source, cls)
 
@@ -210,7 +218,8 @@ def _check_channels(source: ModelSource, family: type[Family]) -> None:
 
 
 def load_encoders(model: str | Path | ModelSource, device: torch.device) -> Family:
-    """A family to encode prompts and images with: no weight of its denoiser is read or held.
+    """A family to encode prompts and images with: no weight of its denoiser (or what stands beside
+    it) is read or held.
 
     Its denoiser has its configuration and shapes, and one zero on `device` for all weights. It is
     loaded after all with teacher_lora, as merging reads both.
@@ -219,7 +228,9 @@ def load_encoders(model: str | Path | ModelSource, device: torch.device) -> Fami
     parts: dict[str, Any] = {}
     if not source.teacher_lora:
         at, index = source.described_at, source.index
-        for name, folder in _net_folders(source, family_for(source.pipeline_class)).items():
+        cls = family_for(source.pipeline_class)
+        folders = {**_net_folders(source, cls), **{name: name for name in cls.side_nets}}
+        for name, folder in folders.items():
             parts[name] = weightless(at, index, folder, device, **source.hub)
     return load_family(source, **parts)
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +56,32 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     if single:
         images = images.squeeze(2)
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+@contextmanager
+def encoding_modes(vae: Any) -> Iterator[None]:
+    """Within: stock calls get the mode of what they draw of an image's latent, as a Cond has it.
+
+    The draw's spread is that of the autoencoder's posterior, and takes numbers of the generator.
+    Args: vae: a pipeline's, or None.
+    """
+    if vae is None:
+        yield
+        return
+    encode = vae.encode
+
+    def of_mode(*args: Any, **kwargs: Any) -> Any:
+        coded = encode(*args, **kwargs)
+        if "latent_dist" in coded:
+            dist = coded.latent_dist
+            dist.sample = lambda generator=None: dist.mode()
+        return coded
+
+    vae.encode = of_mode
+    try:
+        yield
+    finally:
+        del vae.encode
 
 
 def is_video_vae(vae: Any) -> bool:

@@ -66,16 +66,11 @@ def probe_times(spec: SamplerSpec) -> tuple[float, ...]:
 
 
 def conditions(
-    family: Family,
-    denoiser: Denoiser,
-    prompts: Sequence[Any],
-    guidance: float,
-    device: Any,
-    shape: Sequence[int],
+    family: Family, denoiser: Denoiser, prompts: Sequence[Any], guidance: float, like: Tensor
 ) -> tuple[Cond, Cond | None]:
-    """(cond, null where a call with that guidance needs one) of the prompts, for latents of that
-    shape (C, *S)."""
-    cond = family.encode_at(prompts, shape).to(device)
+    """(cond, null where a call with that guidance needs one) of the prompts, for latents such as
+    `like` (B, C, *S)."""
+    cond = family.encode_at(prompts, like.shape[1:]).to(like.device)
     needs = denoiser.has_null and not denoiser.embeds_guidance and is_guided(guidance)
     return cond, family.null_for(cond) if needs else None
 
@@ -101,8 +96,8 @@ def solve_reference(
     batches, off = range(0, len(prompts), batch), args.disable_progress_bar
     for first in bar(batches, desc="validation: teacher", leave=False, disable=off):
         part = prompts[first : first + batch]
-        cond, null = conditions(family, teacher, part, guidance, device, shape)
         noise = keyed_noise(shape, args.seed, range(first, first + len(part))).to(device)
+        cond, null = conditions(family, teacher, part, guidance, noise)
         x = teacher.path.prior(noise)
         for t, s in zip(times, ends, strict=True):
             at = torch.full((len(part),), t, dtype=torch.float64, device=device)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.types import Cond
+from stepdistill.families.residuals import unet_residuals
 
 CAMERA_WIDTH = 16
 
@@ -117,16 +118,8 @@ class Told(Denoiser):
         if self._camera is not None:
             more["class_labels"] = rows(self._camera.flatten(1)).float()
         if self._control is not None:
-            text = {name: more.get(name) for name in ("encoder_hidden_states", "added_cond_kwargs")}
-            more["down_block_additional_residuals"], more["mid_block_additional_residual"] = (
-                self._controlnet(
-                    *args[:2],
-                    **text,
-                    controlnet_cond=rows(self._sized(x_t)).to(x_t),
-                    conditioning_scale=self._scale,
-                    return_dict=False,
-                )
-            )
+            control = rows(self._sized(x_t))
+            more |= unet_residuals(self._controlnet, args, more, control, self._scale)
         return args, more
 
     def _sized(self, x_t: Tensor) -> Tensor:

@@ -96,7 +96,9 @@ def blueprint(model: str, dtype: torch.dtype, expert: Expert = "both") -> Family
     if "folder" not in (described["parts"].get("processor") or {"folder": ""}):
         ids = tiny_parts.vision_ids(parts["processor"].tokenizer)  # as the stand-in has them
         parts["text_encoder"].config.update(ids)
-    family = cls(pipeline_class(**parts, **options))
+    with torch.device("meta"):  # some make a part of their own (SD3's, of a ControlNet)
+        pipeline = pipeline_class(**parts, **options)
+    family = cls(pipeline)
     family.owned = owned
     return family
 

@@ -67,7 +67,8 @@ class Cost:
 class Forecast:
     """What one process holds, in bytes, and what one student step computes.
 
-    frozen: denoiser weights no phase trains. trained, averaged: weights by role. gradients: of the
+    frozen: denoiser weights no phase trains. beside: networks that run in its every call, which
+    sharding leaves whole. trained, averaged: weights by role. gradients: of the
     largest phase. optimizer: both Adam moments of every trained role (optimizer_8bit: in 8 bits).
     encoders: text encoders and VAE, where they are not offloaded. judges: scorers of images, and
     the VAE or small decoder that makes these. encoding: the peak of encoding a prompt above all
@@ -91,6 +92,7 @@ class Forecast:
     quantization: str = "none"
     phases: tuple[Cost, ...] = field(default=())
     validation: dict[str, Any] = field(default_factory=dict)
+    beside: int = 0
     largest_block: int = 0
     kept_gathered: int = 0
     accumulation: int = 1
@@ -99,7 +101,7 @@ class Forecast:
     def resident(self) -> int:
         """Held throughout training, gradients aside."""
         weights = self.frozen + sum(self.trained.values()) + self.averaged
-        return weights + self.optimizer + self.encoders + self.judges
+        return weights + self.optimizer + self.encoders + self.judges + self.beside
 
     @property
     def peak(self) -> int:
@@ -124,7 +126,7 @@ class Forecast:
             return self.peak
         if sharding == "ddp":
             return self.peak + self.gradients
-        unsharded = self.encoders + self.judges
+        unsharded = self.encoders + self.judges + self.beside
         held = self.resident - unsharded + self.gradients
         active = self.peak - self.resident - self.gradients
         gathered = self.kept_gathered + 2 * self.largest_block
@@ -185,21 +187,22 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
     encoders = [
         part
         for name, part in family.pipeline.components.items()
-        if isinstance(part, nn.Module) and name not in family.net_parts
+        if isinstance(part, nn.Module) and name not in (*family.net_parts, *family.side_nets)
     ]
+    sides = [*family.side_parts.values()]
     looking = [*judges.values(), *([] if decoder is None else [decoder])]
     vae = getattr(family.pipeline, "vae", None)
     if bank.judged_by_vae and vae is not None:  # it stays where they are
         encoders = [part for part in encoders if part is not vae]
         looking.append(vae)
-    for part in (*encoders, *looking):
+    for part in (*encoders, *looking, *sides):
         _to_fake(part, fake)
     recomputes = checkpoints_activations(run, family.net)
     if recomputes:
         bank.enable_gradient_checkpointing()
     tracker = CostTracker(remember=replay)
     if replay:
-        for net in bank.nets.values():
+        for net in (*bank.nets.values(), *sides):
             Replay(tracker, fake, bank).wrap(checkpointed_blocks(net))
         for part in (*encoders, *looking):
             if part is not vae or not is_video_vae(part):  # its blocks hand a cache on in place
@@ -222,7 +225,7 @@ def _measure(
     trained = {r: _size(bank.members(r).values()) for r in bank.trained_roles}
     averaged = sum(_size(bank.members(r).values()) for r, s in bank.roles.items() if s.ema_of)
     held: list[Tensor] = [*bank.parameters(), *bank.buffers()]
-    for part in (*encoders, *judges):
+    for part in (*encoders, *judges, *family.side_parts.values()):
         held += [*part.parameters(), *part.buffers()]
     tracker.watch(held)
     before = tracker.live
@@ -278,6 +281,7 @@ def _measure(
         gradients=gradients,
         optimizer=_moments(bank, "adamw"),
         optimizer_8bit=_moments(bank, "adamw_8bit"),
+        beside=sum(_size(part.parameters()) for part in family.side_parts.values()),
         encoders=sum(_size(p.parameters()) for p in encoders),
         judges=sum(_size(p.parameters()) for p in judges),
         encoding=encoding,
@@ -307,7 +311,7 @@ def _batch(
             family.reference = stand_in(*family.image_size(run.resolution))
     with torch.no_grad():
         cond = family.encode_at([item], shape)
-        null = family.null_for(cond)
+        null = family.null_for(cond) if family.has_null else family.null(1)
     encoding = tracker.peak - start
 
     def made() -> Tensor:

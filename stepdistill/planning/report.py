@@ -73,6 +73,7 @@ def table(plan: Forecast, run: RunConfig) -> Table:
     made = Table("what", "GiB", title=f"{plan.method} on {plan.model}")
     rows = [
         (f"frozen denoiser ({plan.num_parameters / 1e6:,.0f} M parameters{packed})", plan.frozen),
+        *((("frozen beside it, in every call", plan.beside),) if plan.beside else ()),
         *((f"trained: {role}", size) for role, size in plan.trained.items()),
         ("averaged weights", plan.averaged),
         ("optimiser", plan.optimizer),
@@ -121,7 +122,7 @@ def _changes(run: RunConfig, plan: Forecast) -> Iterator[tuple[float, str, Mappi
     if not plan.checkpointing and run.gradient_checkpointing is not True:
         yield 0.7 * activations, "gradient_checkpointing", {"gradient_checkpointing": True}
     if run.mixed_precision == "no":
-        saved = wide * (plan.frozen + plan.encoders) + 0.5 * activations
+        saved = wide * (plan.frozen + plan.beside + plan.encoders) + 0.5 * activations
         yield saved, "mixed_precision=bf16", {"mixed_precision": "bf16"}
     if not run.offload_encoders:
         yield plan.encoders, "offload_encoders", {"offload_encoders": True}

@@ -29,7 +29,7 @@ from stepdistill.families.vae import decode_latents
 from stepdistill.loading.quantization import check_base
 from stepdistill.loading.stored_tensors import StoredTensors
 from stepdistill.roles.carrying import Carrying
-from stepdistill.roles.checkpointing import Contexts, checkpoint_blocks
+from stepdistill.roles.checkpointing import Contexts, checkpoint_blocks, no_contexts
 from stepdistill.roles.heads import make_head
 from stepdistill.roles.role_denoiser import RoleDenoiser, forget_graphless_casts
 from stepdistill.roles.role_weights import copy_into, to_cpu
@@ -339,6 +339,8 @@ class RoleBank(nn.Module):
 
         for net in self.nets.values():
             checkpoint_blocks(net, contexts)
+        for net in self.family.side_parts.values():  # in the graph where x_t is
+            checkpoint_blocks(net, no_contexts)
 
     def train(self, mode: bool = True) -> RoleBank:
         """Stays in eval mode: train mode would drop class labels and activations at random."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,13 @@ _INTERFACE = (
 )
 
 
-def merged_config(cls: Any, base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def merged_config(
+    cls: Any, base: Mapping[str, Any], given: Mapping[str, Any], shared: Sequence[str] = ()
+) -> dict[str, Any]:
     """The teacher's denoiser config with the student's changes, as `cls.from_config` takes it.
 
-    Args: given: changes, or a whole config.json (its `_` entries say of which class).
+    Args: given: changes, or a whole config.json (its `_` entries say of which class). shared: keys
+        that go with networks beside it (Family.shared_config).
     Errors: ValueError for another class, an unknown key, or a changed key of the interface.
     """
     where = "tuning.student_config"
@@ -55,7 +58,11 @@ def merged_config(cls: Any, base: Mapping[str, Any], given: Mapping[str, Any]) -
             f"Nearest: {near or 'none'}."
         )
     # A cross-attention behind a caption projection is the network's own affair.
-    fixed = [*_INTERFACE, *(() if "caption_channels" in base else ("cross_attention_dim",))]
+    fixed = [
+        *_INTERFACE,
+        *shared,
+        *(() if "caption_channels" in base else ("cross_attention_dim",)),
+    ]
     moved = {
         key: (base.get(key), changes[key])
         for key in fixed
@@ -91,13 +98,15 @@ def check_student_config(
     if isinstance(model, Family):
         cls: Any = type(model.net)
         base: Mapping[str, Any] = model.config
+        shared = model.shared_config
     else:
         source = ModelSource.of(model)
-        net_name = family_for(source.pipeline_class).net_name
+        family = family_for(source.pipeline_class)
+        net_name, shared = family.net_name, family.shared_config
         library, name = source.index[net_name]
         cls = getattr(import_module(library), name)
         base = cls.load_config(source.described_at, subfolder=net_name, **source.hub)
-    config = merged_config(cls, base, given)
+    config = merged_config(cls, base, given, shared)
     try:
         with init_empty_weights():
             cls.from_config(config)
@@ -116,6 +125,7 @@ def _nets(source: ModelSource) -> tuple[str, ...]:
 def new_student(family: Family, given: Mapping[str, Any]) -> nn.Module:
     """A fresh denoiser with that config at its own random initialisation (torch's generator)."""
     cls: Any = type(family.net)
-    net: nn.Module = cls.from_config(merged_config(cls, family.config, given))
+    config = merged_config(cls, family.config, given, family.shared_config)
+    net: nn.Module = cls.from_config(config)
     stock: Any = family.net
     return net.to(stock.device).eval()

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
 from stepdistill.core.solvers import SamplerSpec, sample_x0
+from stepdistill.core.types import Cond
 from stepdistill.families.beside import stand_in
 from stepdistill.families.family import Family
 from stepdistill.families.references import ReferenceFamily
 from stepdistill.families.registry import family_for, load_family
 from stepdistill.families.schedule import parity_scheduler
-from stepdistill.families.vae import is_video_vae
+from stepdistill.families.vae import encoding_modes, is_video_vae
 from stepdistill.loading.source import ModelSource
 from stepdistill.roles.checkpointing import uncheckpoint_blocks
 from stepdistill.roles.rolebank import RoleBank
@@ -58,7 +59,7 @@ def _tensors(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield prefix + name, value
-        elif isinstance(value, list):
+        elif isinstance(value, list | tuple):
             yield from _tensors({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}.")
         elif isinstance(value, Mapping):
             yield from _tensors(value, f"{prefix}{name}.")
@@ -145,7 +146,8 @@ class Stock:
         Args: replace: latents to put in place of every step's result, to reach the decoder.
         """
         generator = torch.Generator().manual_seed(SEED)
-        with self._prepared(replace), listen(*_nets(self.family)) as calls:
+        modes = encoding_modes(getattr(self.family.pipeline, "vae", None))
+        with self._prepared(replace), modes, listen(*_nets(self.family)) as calls:
             images = self.family.stock_call(prompts, guidance, num_steps, generator)
         return images, calls
 
@@ -240,7 +242,10 @@ def _sampling_rows(family: Family, prompts: list[Any]) -> list[Row]:
     restarts = isinstance(family.pipeline.scheduler, CMStochasticIterativeScheduler)
     spec = SamplerSpec(times, "renoise" if restarts else "ode", w=w)
     teacher = RoleBank(family, {"teacher": Role()}, Tuning())["teacher"]
-    cond, null = family.encode(prompts).to(noise.device), family.null(bsz).to(noise.device)
+    cond = family.encode(prompts).to(noise.device)
+    null = family.null(bsz).to(noise.device)
+    images = {name: cond[name] for name in family.image_keys if name in null.tensors}
+    null = Cond({**null.tensors, **images})  # as stock calls share these
     x0 = sample_x0(
         teacher, spec, noise, cond, null, guidance, fresh_noise=lambda _: torch.zeros_like(noise)
     )
@@ -326,7 +331,8 @@ def _gradient_row(family: Family, prompts: list[Any]) -> Row:
         try:
             again = graded()
         finally:
-            uncheckpoint_blocks(family.net)
+            for net in (family.net, *family.side_parts.values()):
+                uncheckpoint_blocks(net)
     worst = max(
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(again, plain, strict=True)
     )

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import platform
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from stepdistill.config.run import TrainConfig
 from stepdistill.families.family import Family
 from stepdistill.families.vae import is_video_vae
 from stepdistill.loading.source import ModelSource
-from stepdistill.roles.checkpointing import checkpoint_blocks, checkpointed_blocks
+from stepdistill.roles.checkpointing import checkpoint_blocks, checkpointed_blocks, no_contexts
 from stepdistill.roles.rolebank import RoleBank
 
 # Graphs of one block: roles, with and without gradients, batches with and without their null half.
@@ -59,7 +58,7 @@ def checkpoint_decoder(args: TrainConfig, family: Family) -> None:
         return
     asked, size = args.gradient_checkpointing, sum(p.numel() for p in vae.parameters())
     if asked is True or (asked == "auto" and size >= AUTO_DECODER):
-        checkpoint_blocks(vae, lambda: lambda: (nullcontext(), nullcontext()))
+        checkpoint_blocks(vae, no_contexts)
 
 
 def release_memory() -> None:

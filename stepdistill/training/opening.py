@@ -95,8 +95,10 @@ def memory_line(
     """
     named = bank.family.pipeline.components.items()
     parts = {name: _size(part.parameters()) for name, part in named if hasattr(part, "parameters")}
-    beside = sum(size for name, size in parts.items() if name not in bank.family.net_parts)
-    held = _size(bank.parameters()) + (0 if args.offload_encoders else beside)
+    family, sides = bank.family, sum(parts[name] for name in bank.family.side_nets)
+    of_calls = (*family.net_parts, *family.side_nets)
+    beside = sum(size for name, size in parts.items() if name not in of_calls)
+    held = _size(bank.parameters()) + sides + (0 if args.offload_encoders else beside)
     trained = {role: list(bank.members(role).values()) for role in bank.trained_roles}
     moments = sum(moment_bytes(p, args.optimizer) for tensors in trained.values() for p in tensors)
     phases = (phase for start in method.part_starts for phase in method.phases(start))

@@ -64,4 +64,6 @@ def place(
     vae = getattr(bank.family.pipeline, "vae", None)
     if bank.judged_by_vae and vae is not None:
         vae.to(device)
+    for net in bank.family.side_parts.values():  # called as often as the denoiser
+        net.to(device, dtype)
     bank.family.net.to(device if net_device is None else net_device)

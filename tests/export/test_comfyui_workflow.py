@@ -27,6 +27,7 @@ CASES = ("sd", "sd_v", "sdxl", "sd3", "flux", "lumina2", "z_image", "qwen_image"
 CASES += ("flux_kontext", "qwen_image_edit", "qwen_image_edit_2511")
 CHANNELS = ("instruct_pix2pix", "sd_inpaint", "sdxl_inpaint", "flux_fill")
 CASES += CHANNELS
+CASES += ("sd_controlnet", "sdxl_controlnet", "flux_controlnet", "sd3_controlnet")
 OPTIONAL = {"start_image", "clip_vision_output", "image2", "image3"}
 SOURCES = {"seed": "KSampler", "noise_seed": "SamplerCustom"}
 

@@ -141,6 +141,8 @@ def test_a_call_never_waits_for_the_device(family) -> None:
             for name in family.needs_images()
         }
         cond = family.with_images(family.encode_text(prompts), given, shape[1:])
+    for part in family.side_parts.values():
+        part.to("meta")
     cond, x_t = cond.to("meta"), torch.empty(shape, device="meta")
     model_t = torch.empty(2, dtype=torch.float64, device="meta")
     net = family.net.to("meta")

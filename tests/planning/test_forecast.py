@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.runs import teacher_dir
 
 from stepdistill.config.planned import bundled
@@ -17,12 +18,15 @@ from stepdistill.planning.forecast import Forecast, forecast
 from stepdistill.planning.report import hours_per_1k, print_plan, suggestions
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
+from stepdistill.testing.tiny_control import tiny_sd3_controlnet
 
 # Millions of denoiser parameters of the released models.
 RELEASED = {
     "sd21": 866,
     "sd15": 860,
     "sdxl": 2567,
+    "sdxl_controlnet": 2567,
+    "sd15_controlnet": 860,
     "sd35_medium": 2243,
     "sd35_large": 8057,
     "flux": 11901,
@@ -80,6 +84,37 @@ def test_every_family_is_forecast(name: str, tmp_path_factory: pytest.TempPathFa
     assert plan.frozen >= 4 * plan.num_parameters
     assert [cost.phase for cost in plan.phases] == ["student", "fake"]
     assert all(cost.activations > 0 and cost.flops > 0 for cost in plan.phases)
+
+
+@pytest.mark.sampled("sd15_controlnet-361")
+@pytest.mark.parametrize(("name", "size"), [("sdxl_controlnet", 1251), ("sd15_controlnet", 361)])
+def test_bundled_controlnets_have_the_released_size(name: str, size: int) -> None:
+    (net,) = blueprint(name, torch.bfloat16).side_parts.values()
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6) == size
+
+
+def test_a_controlnet_that_shares_its_embedding_is_described(tmp_path: Path) -> None:
+    """3.5 Large's, which the stock pipeline gives the transformer's own."""
+    tiny_sd3_controlnet(without_text=True).save_pretrained(tmp_path)
+    (net,) = blueprint(str(tmp_path), torch.bfloat16).side_parts.values()
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+
+
+def test_a_controlnet_is_held_whole_and_run_in_every_call(tmp_path_factory: Any) -> None:
+    folders = [teacher_dir(name, tmp_path_factory) for name in ("sd3", "sd3_controlnet")]
+    plain, beside = (forecast(run_config(folder, **LORA)) for folder in folders)
+    offloaded = forecast(run_config(folders[1], **LORA, offload_encoders=True))
+    weights = load_file(folders[1] / "controlnet" / "diffusion_pytorch_model.safetensors")
+    assert plain.beside == 0
+    weights.pop("pos_embed.pos_embed")  # a table
+    assert beside.beside == offloaded.beside == sum(w.nbytes for w in weights.values())
+    assert beside.frozen == plain.frozen
+    assert beside.encoders == plain.encoders
+    assert beside.resident - plain.resident == beside.beside
+    assert beside.flops_per_step > 1.2 * plain.flops_per_step
+    # Eight processes divide the denoiser, and each holds the ControlNet.
+    peaks = [plan.peak_on(8, "fsdp2") for plan in (plain, beside)]
+    assert peaks[1] - peaks[0] >= beside.beside
 
 
 def test_pairs_of_images_are_forecast(teacher: Path) -> None:
