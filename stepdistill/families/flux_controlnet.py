@@ -74,10 +74,8 @@ class FluxControlNetFamily(ControlNetFamily, FluxFamily):
     ) -> dict[str, Any]:
         """See ControlNetFamily.residuals."""
         net, x_t = self.pipeline.controlnet, kwargs["hidden_states"]
-        text = {
-            argument: cond.get(f"control_{name}") if not self.embeds_guidance else kwargs[argument]
-            for argument, name in TEXT.items()
-        }
+        beside = {argument: cond.get(f"control_{name}") for argument, name in TEXT.items()}
+        text = {k: kwargs[k] if value is None else value for k, value in beside.items()}
         mode, guidance = self.length_call.get("control_mode"), kwargs["guidance"]
         if net.config.guidance_embeds and guidance is None:
             guidance = torch.ones(len(x_t), device=x_t.device)

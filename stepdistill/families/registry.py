@@ -110,6 +110,9 @@ def load_family(
     if source.is_single_file:
         if "scheduler" not in parts:
             parts["scheduler"] = _scheduler(source)
+        for name in cls.side_nets.keys() - parts.keys():  # no such file holds one
+            beside = {**hub, "dtype": torch_dtype}
+            parts[name] = load_part(source.described_at, index, name, **beside)
         where = (source.model, index, source.described_at, cls.net_name)
         pipeline = load_single_file(*where, torch_dtype, **parts)
     else:

@@ -18,6 +18,7 @@ from stepdistill.core.times import uniform_grid
 from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.families.flux_guidance import fold_guidance
 from stepdistill.families.registry import FAMILIES, family_for, load_family
+from stepdistill.families.vae import encoding_modes
 from stepdistill.testing.parity import listen
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 
@@ -36,7 +37,8 @@ def image_of(call, subject, **options):
     """(the call's image, the denoiser calls it made) from the default generator at seed 0."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        with listen(call.unet if hasattr(call, "unet") else call.transformer) as calls:
+        net = call.unet if hasattr(call, "unet") else call.transformer
+        with listen(net) as calls, encoding_modes(getattr(call, "vae", None)):
             name = "class_labels" if isinstance(subject, list) else "prompt"
             result = call(**{name: subject}, output_type="pt", **options)
     return family_for(type(call).__name__).images_in(result), calls

@@ -15,6 +15,8 @@ from diffusers import (
     MultiControlNetModel,
     StableDiffusionControlNetPipeline,
 )
+from safetensors.torch import save_file
+from support.original import clip_state, denoiser_state, vae_state
 from support.runs import TinyData, build_trainer, fingerprint, teacher_dir
 from torch import Tensor
 
@@ -261,6 +263,18 @@ def test_the_base_s_settings_suit_it(name, tmp_path_factory) -> None:
     source = ModelSource(str(teacher_dir(name, tmp_path_factory)))
     assert ModelAtHand.of(source).family == name.partition("_")[0]
     assert ModelAtHand.planned("sdxl_controlnet").family == "sdxl"
+
+
+def test_beside_a_single_file_it_is_the_folder_s(tmp_path, tmp_path_factory) -> None:
+    folder = teacher_dir("sd_controlnet", tmp_path_factory)
+    pipe = load_family(folder).pipeline
+    state = {**denoiser_state(pipe.unet), **vae_state(pipe.vae), **clip_state(pipe.text_encoder)}
+    save_file(state, tmp_path / "model.safetensors")
+    source = ModelSource.of(tmp_path / "model.safetensors", single_file_config=str(folder))
+    made = load_family(source).pipeline
+    for part in ("unet", "controlnet"):
+        states = [fingerprint(getattr(one, part).state_dict()) for one in (made, pipe)]
+        assert states[0] == states[1], part
 
 
 # ------------------------------------------------------------------------------- wrong pipelines
