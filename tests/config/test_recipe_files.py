@@ -275,7 +275,8 @@ def data_of(kind: str, teacher: Path, folder: Path) -> list[str]:
         row = {"text": "a cat", "chosen": "pictures/0.png", "rejected": "pictures/1.png"}
         (folder / "pairs.jsonl").write_text(json.dumps(row))
         return ["--data.preferences_file", str(folder / "pairs.jsonl")]
-    return ["--data.train_data_dir", str(folder / "pictures")]
+    lowres = ["--data.degradation.factor", "4"] if kind == "lowres" else []
+    return ["--data.train_data_dir", str(folder / "pictures"), *lowres]
 
 
 DEFAULT = ("sdxl-dmd2-lora-4step", "small-reflow")
@@ -297,7 +298,8 @@ def test_a_recipe_trains_a_tiny_model_and_exports(
     monkeypatch.setattr(
         "stepdistill.training.trainer.build_scorers", lambda specs, *_: dict.fromkeys(specs, judge)
     )  # weights that are not here
-    teacher = teacher_dir(about.family or "sd_v", tmp_path_factory)
+    plain = "flux_kontext" if about.data == "lowres" else "sd_v"
+    teacher = teacher_dir(about.family or plain, tmp_path_factory)
     short = (
         f"--recipe {name} --pretrained_model_name_or_path {teacher} "
         f"--output_dir {tmp_path / 'run'} --max_train_steps 2 --train_batch_size 2 "
