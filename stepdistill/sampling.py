@@ -42,8 +42,8 @@ def sample_latents(
     device = next(family.net.parameters()).device
     shape = family.sample_shape(height, width)
     indices = range(first_index, first_index + len(prompts))
-    cond = family.encode(prompts).to(device)
-    null = family.null(len(prompts)).to(device) if spec.guidance != 1.0 else None
+    cond = family.encode_at(prompts, shape).to(device)
+    null = family.null_for(cond) if spec.guidance != 1.0 else None
     return sample_x0(
         denoiser,
         spec,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ON_HOST = ("length", "text", "null_length")
+ON_HOST = ("length", "text", "null_length", "imageless")
 CONDITIONING, MASK = "conditioning", "mask"  # an item's images beside the one it becomes
 EASIER = "easier"  # the conditioning image with more of that one left in it
 

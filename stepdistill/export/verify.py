@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser, is_guided
 from stepdistill.core.solvers import SamplerSpec, sample_x0
+from stepdistill.core.types import Cond
 from stepdistill.export.card import call_options, typed_options
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family
@@ -141,13 +142,16 @@ def _in_memory(
     def fresh_noise(_step: int) -> Tensor:
         return family.unpack(torch.randn(packed), shape[1:]).to(device)
 
+    def condition() -> Cond:
+        family.drawn_from = torch.default_generator
+        try:
+            return family.encode_at([prompt], shape[1:]).to(device)
+        finally:
+            family.drawn_from = None
+
+    cond = condition() if family.image_noise == "first" else None
     first = fresh_noise(0) if family.packed_noise else torch.randn(shape).to(device)
-    latents = sample_x0(
-        denoiser,
-        spec,
-        first,
-        family.encode([prompt]).to(device),
-        family.null(1).to(device) if is_guided(spec.guidance) else None,
-        fresh_noise=fresh_noise,
-    )
+    cond = condition() if cond is None else cond
+    null = family.null_for(cond) if is_guided(spec.guidance) else None
+    latents = sample_x0(denoiser, spec, first, cond, null, fresh_noise=fresh_noise)
     return (family.images(latents).float().cpu() / 2 + 0.5).clamp(0, 1)

@@ -94,12 +94,19 @@ def pictures(processor: Any, images: Tensor, most: int | None = None) -> list[li
     return [made[row * count : (row + 1) * count] for row in range(len(several))]
 
 
-def stand_in(side: int) -> Image.Image:
-    """A square picture for where no data are: each colour another gradient, so that a wrong scale,
-    order of rows or of channels shows."""
+def stand_in(height: int, width: int | None = None) -> Image.Image:
+    """A picture for where no data are: each colour another gradient, so that a wrong scale, order
+    of rows or of channels shows."""
     linear = Image.linear_gradient("L")
     colours = (linear, linear.rotate(90), Image.radial_gradient("L"))
-    return Image.merge("RGB", colours).resize((side, side))
+    return Image.merge("RGB", colours).resize((width or height, height))
+
+
+def stand_in_mask(height: int, width: int) -> Image.Image:
+    """A mask for where no data are, white where it is repainted: no two of its sides alike."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 4, height // 2, width, height))
+    return mask
 
 
 def _article(name: str) -> str:

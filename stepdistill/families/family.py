@@ -95,6 +95,8 @@ class Family(ABC):
     grid_argument: ClassVar[str] = "sigmas"  # by which a call can be given flow times
     reads: ClassVar[Mapping[str, bool]] = {}  # images beside x_t -> whether it needs them
     image_keys: ClassVar[tuple[str, ...]] = ()  # where its Cond holds those: kept by a null
+    # Whether the stock call draws numbers for them, before or after the noise of x_t.
+    image_noise: ClassVar[Literal["", "first", "last"]] = ""
     # What the stock call's result holds.
     output: ClassVar[Literal["images", "frames", "audios"]] = "images"
     tiny: ClassVar[str | Mapping[str, Any]] = ""
@@ -104,6 +106,7 @@ class Family(ABC):
     one_step_x0: ClassVar[tuple[str, ...]] = ()  # classes that read a single step's result as x0
     short_pipelines: ClassVar[tuple[str, ...]] = ()  # stock classes of few-step defaults
     unquantized: Callable[[], nn.Module] | None = None  # loads what a quantised base was made from
+    drawn_from: torch.Generator | None = None  # where `image_noise` comes from; else by content
     owned: tuple[float, float] = (0.0, 1.0)  # (lowest, highest) time that its denoiser is meant for
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -172,6 +175,11 @@ class Family(ABC):
     def config_of(net: nn.Module) -> Any:
         """The Diffusers configuration of a denoiser; a role may have one of its own."""
         return net.config
+
+    @classmethod
+    def input_channels(cls, latent_channels: int) -> int:
+        """How many channels the denoiser reads where a latent has so many."""
+        return latent_channels
 
     @classmethod
     def conditioning_in(cls, config: Any) -> Literal["prompt", "label", "none"]:
@@ -388,6 +396,10 @@ class Family(ABC):
         """The Cond of B empty prompts, as the stock pipeline makes it for guidance."""
         return self.encode([""]).repeat(bsz)
 
+    def encode_at(self, prompts: Sequence[Any], shape: Sequence[int]) -> Cond:
+        """`encode` for latents of shape (C, *S), which images beside x_t may have to fit."""
+        return self.encode(prompts)
+
     def encode_text(self, prompts: Sequence[Any]) -> Cond:
         """What of `encode` the prompts alone decide, for `with_images`."""
         return self.encode(prompts)
@@ -493,9 +505,17 @@ class Family(ABC):
         return images.transpose(1, 2) if cls.output == "frames" else images
 
     def stock_call(
-        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
+        self,
+        prompts: Sequence[Any],
+        guidance: float,
+        num_steps: int,
+        generator: Any,
+        **more: Any,
     ) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] of the stock pipeline's own `__call__`, to compare with."""
+        """Images (B, C, H, W) in [0, 1] of the stock pipeline's own `__call__`, to compare with.
+
+        Args: generator: or one a row. more: of the call's arguments, in place of `call_extras`.
+        """
         return self.images_in(
             self.pipeline(
                 prompt=list(prompts),
@@ -503,6 +523,6 @@ class Family(ABC):
                 num_inference_steps=num_steps,
                 generator=generator,
                 output_type="pt",
-                **self.call_extras,
+                **{**self.call_extras, **more},
             )
         )

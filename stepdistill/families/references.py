@@ -10,15 +10,15 @@ borrow from are the same to it. Methods see x_t alone.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.beside import check_images, pictures, stand_in
+from stepdistill.families.pictured import PicturedFamily
 from stepdistill.families.vae_sized import VaeSizedFamily
 
 
@@ -54,56 +54,28 @@ class SequenceFamily(VaeSizedFamily):
         }
 
 
-class ReferenceFamily(SequenceFamily):
-    """Those that read references; `reference` stands in for data.
+class ReferenceFamily(PicturedFamily, SequenceFamily):
+    """Those that read references, which `with_images` encodes: references (B, K, C, h, w), scaled
+    latents."""
 
-    Attributes: reference: what `encode` gives beside each prompt; None where none is needed.
-        most_references: how many the stock call takes; None for any number.
-    """
-
-    reads: ClassVar[Mapping[str, bool]] = {"image": True}
     image_keys: ClassVar[tuple[str, ...]] = ("references",)
-    most_references: int | None = None
-
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__(pipeline)
-        needed = "image" in self.needs_images()
-        self.reference: Image.Image | None = stand_in(self.size_px) if needed else None
-
-    @abstractmethod
-    def encode_text(self, prompts: Sequence[Any]) -> Cond:
-        """See Family.encode_text."""
 
     @abstractmethod
     def reference_pixels(self, picture: Image.Image) -> Tensor:
         """(1, 3, h px, w px) in [-1, 1] that the stock call makes of a reference."""
-
-    @property
-    def call_extras(self) -> dict[str, Any]:
-        beside = {} if self.reference is None else {"image": self.reference}
-        return {**super().call_extras, **beside}
-
-    def encode(self, prompts: Sequence[Any]) -> Cond:
-        """What `with_images` gives of `reference`, or of none."""
-        cond = self.encode_text(prompts)
-        if self.reference is None:
-            return cond
-        return self._with(cond, [[self.reference]] * cond.bsz)
-
-    def with_images(self, cond: Cond, images: Mapping[str, Tensor], shape: Sequence[int]) -> Cond:
-        """See Family.with_images: references (B, K, C, h, w), scaled latents."""
-        check_images(self, images, "with_images")
-        if not images:
-            return cond
-        processor = self.pipeline.image_processor
-        return self._with(cond, pictures(processor, images["image"], self.most_references))
 
     def told(self, cond: Cond, rows: Sequence[Sequence[Image.Image]]) -> Cond:
         """The Cond of `encode_text` as these references change it: here itself."""
         return cond
 
     @torch.no_grad()
-    def _with(self, cond: Cond, rows: Sequence[Sequence[Image.Image]]) -> Cond:
+    def _with(
+        self,
+        cond: Cond,
+        rows: Sequence[Sequence[Image.Image]],
+        shape: Sequence[int] = (),
+        masks: Sequence[Image.Image | None] = (),
+    ) -> Cond:
         device = next(iter(cond.tensors.values())).device
         latents = [  # one by one: the last bits depend on the batch
             torch.cat([self.latents(self.reference_pixels(picture)) for picture in row])

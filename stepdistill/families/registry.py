@@ -180,14 +180,13 @@ def _check_parts(source: ModelSource, cls: type[Family], given: Mapping[str, Any
                 f"{entry!r}. Save the pipeline with it."
             )
     if cls in FAMILIES.values() and {cls.net_name, "vae"} <= source.index.keys() - given.keys():
-        _check_channels(source, cls.net_name)
+        _check_channels(source, cls)
 
 
-def _check_channels(source: ModelSource, net_name: str) -> None:
-    """Errors: ValueError for a UNet that reads more channels than the latents' (a mask, an image).
-
-    In the pipelines of our families its input is the noisy latents alone.
-    """
+def _check_channels(source: ModelSource, family: type[Family]) -> None:
+    """Errors: ValueError for a UNet that reads other channels than its pipeline gives: the noisy
+    latents, and what the family says stands beside them."""
+    net_name = family.net_name
     entries = [list(source.index[name]) for name in (net_name, "vae")]
     if entries[0] != ["diffusers", "UNet2DConditionModel"] or entries[1][0] != "diffusers":
         return
@@ -196,13 +195,21 @@ def _check_channels(source: ModelSource, net_name: str) -> None:
         for name, (_, cls) in zip((net_name, "vae"), entries, strict=True)
     ]
     reads, has = configs[0].get("in_channels", 4), configs[1].get("latent_channels", 4)
-    if reads != has:
-        raise ValueError(
-            f"{source.described_at}/{net_name}/config.json: expected in_channels {has} in a "
-            f"{source.pipeline_class} (the channels of its latents), got {reads}. A denoiser that "
-            "also reads a mask or an image (9 and 8 channels) has no family here; use its plain "
-            "text-to-image base."
+    wanted = family.input_channels(has)
+    if reads == wanted:
+        return
+    if reads == has:
+        advice = (
+            "It is an ordinary text-to-image UNet: name its text-to-image pipeline as _class_name "
+            "in model_index.json, and run the student in either."
         )
+    else:
+        served = {f.input_channels(has): n for f in FAMILIES.values() for n in f.pipelines}
+        advice = f"Save it as the pipeline that it is of ({served.get(reads, 'none is served')})."
+    raise ValueError(
+        f"{source.described_at}/{net_name}/config.json: expected in_channels {wanted} in a "
+        f"{source.pipeline_class} ({has} are those of its latents), got {reads}. {advice}"
+    )
 
 
 def load_encoders(model: str | Path | ModelSource, device: torch.device) -> Family:

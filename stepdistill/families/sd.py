@@ -58,10 +58,13 @@ class StableDiffusionFamily(Family):
         Errors: ValueError for w with a UNet that has no guidance projection.
         """
         dtype, dim = net_dtype(net), self.config_of(net).time_cond_proj_dim
+        beside = cond.get("channels")  # see channels.py
+        joined = x_t if beside is None else torch.cat([x_t, beside.to(x_t)], dim=1)
         out: Tensor = net(
-            x_t.to(dtype),
+            joined.to(dtype),
             model_t.float(),  # holds every table index exactly; the sinusoid is float32 anyway
             encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            class_labels=cond.get("noise_level"),
             timestep_cond=timestep_cond(dim, w, dtype),
             added_cond_kwargs=self.added_conditions(x_t, cond, dtype),
             return_dict=False,
@@ -77,9 +80,10 @@ class StableDiffusionFamily(Family):
     def settle_guidance(self, pipeline: Any, guidance: float) -> bool:
         """See Family.settle_guidance: stock calls make no null pass for UNets told the guidance.
 
-        Told through a projection of zeros, it has no effect. A student that reads w keeps it.
+        Told through a projection of zeros, it has no effect. A student that reads w keeps it. The
+        calls that know no such UNets read nothing.
         """
-        if pipeline.unet.config.time_cond_proj_dim is not None:
+        if not self.supports_w or pipeline.unet.config.time_cond_proj_dim is not None:
             return False
         pipeline.register_modules(unet=with_guidance_input(pipeline.unet))
         return True
@@ -93,7 +97,7 @@ class StableDiffusionFamily(Family):
         own_h, own_w = (size, size) if isinstance(size, int) else size
         factor = self.pipeline.vae_scale_factor
         return (
-            self.config.in_channels,
+            self.config.out_channels,  # it may read more
             latent_size(height, own_h, factor),
             latent_size(width, own_w, factor),
         )
@@ -106,11 +110,16 @@ class StableDiffusionFamily(Family):
         return Cond({"prompt_embeds": embeds})
 
     def stock_call(
-        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
+        self,
+        prompts: Sequence[Any],
+        guidance: float,
+        num_steps: int,
+        generator: Any,
+        **more: Any,
     ) -> Tensor:
         """See Family.stock_call. LCM's own loop takes its own scheduler only: run the plain one."""
         if not isinstance(self.pipeline, LatentConsistencyModelPipeline):
-            return super().stock_call(prompts, guidance, num_steps, generator)
+            return super().stock_call(prompts, guidance, num_steps, generator, **more)
         parts = {**self.pipeline.components, "requires_safety_checker": False}
         plain: Any = StableDiffusionPipeline(**parts)
         plain.set_progress_bar_config(disable=True)

@@ -60,4 +60,6 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
         empty = super().null(bsz)
         if not self.pipeline.config.force_zeros_for_empty_prompt:
             return empty
-        return Cond({name: torch.zeros_like(value) for name, value in empty.tensors.items()})
+        images = self.image_keys  # a null keeps these
+        values = empty.tensors.items()
+        return Cond({n: value if n in images else torch.zeros_like(value) for n, value in values})

@@ -66,10 +66,16 @@ def probe_times(spec: SamplerSpec) -> tuple[float, ...]:
 
 
 def conditions(
-    family: Family, denoiser: Denoiser, prompts: Sequence[Any], guidance: float, device: Any
+    family: Family,
+    denoiser: Denoiser,
+    prompts: Sequence[Any],
+    guidance: float,
+    device: Any,
+    shape: Sequence[int],
 ) -> tuple[Cond, Cond | None]:
-    """(cond, null where a call with that guidance needs one) of the prompts."""
-    cond = family.encode(prompts).to(device)
+    """(cond, null where a call with that guidance needs one) of the prompts, for latents of that
+    shape (C, *S)."""
+    cond = family.encode_at(prompts, shape).to(device)
     needs = denoiser.has_null and not denoiser.embeds_guidance and is_guided(guidance)
     return cond, family.null_for(cond) if needs else None
 
@@ -95,7 +101,7 @@ def solve_reference(
     batches, off = range(0, len(prompts), batch), args.disable_progress_bar
     for first in bar(batches, desc="validation: teacher", leave=False, disable=off):
         part = prompts[first : first + batch]
-        cond, null = conditions(family, teacher, part, guidance, device)
+        cond, null = conditions(family, teacher, part, guidance, device, shape)
         noise = keyed_noise(shape, args.seed, range(first, first + len(part))).to(device)
         x = teacher.path.prior(noise)
         for t, s in zip(times, ends, strict=True):

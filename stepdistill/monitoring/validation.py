@@ -212,6 +212,7 @@ class Validator:
                     prompts[i : i + self.batch],
                     spec.guidance,
                     self._device,
+                    x.shape[1:],
                 )
                 at = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
                 parts.append(one_call_x0(student, spec, x, at, cond, null).float().cpu())
@@ -244,7 +245,7 @@ class Validator:
                 x0 = sample_latents(
                     bank["student"], bank.family, ending, chosen, args.seed, *size, index[0]
                 )
-                cond, null = conditions(bank.family, teacher, chosen, guided, self._device)
+                cond, null = conditions(bank.family, teacher, chosen, guided, self._device, shape)
 
                 def noise(k: int, index: list[int] = index, like: Tensor = x0) -> Tensor:
                     return keyed_noise(shape, args.seed, index, 1000 + k).to(like)

@@ -25,7 +25,7 @@ from stepdistill.core.types import Batch
 from stepdistill.families.beside import stand_in
 from stepdistill.families.decoder import blank_decoder
 from stepdistill.families.family import Family
-from stepdistill.families.references import ReferenceFamily
+from stepdistill.families.pictured import PicturedFamily
 from stepdistill.families.size import size_fits
 from stepdistill.families.vae import is_video_vae
 from stepdistill.monitoring.own_validation import PROMPTS, schedule
@@ -301,12 +301,13 @@ def _batch(
     tracker.reset_peak()
     shape = family.sample_shape(run.resolution, run.resolution)
     item: Any = PROMPT if family.conditioning == "prompt" else 0
-    if isinstance(family, ReferenceFamily):
+    if isinstance(family, PicturedFamily):
         asked = run.data.conditioning_column is not None
         if asked or family.reference is not None:  # of the run's size, as its data are
-            family.reference = stand_in(run.resolution or family.size_px)
+            family.reference = stand_in(*family.image_size(run.resolution))
     with torch.no_grad():
-        cond, null = family.encode([item]), family.null(1)
+        cond = family.encode_at([item], shape)
+        null = family.null_for(cond)
     encoding = tracker.peak - start
 
     def made() -> Tensor:

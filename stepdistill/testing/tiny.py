@@ -39,11 +39,11 @@ from stepdistill.testing.tiny_parts import (
 )
 
 
-def unet(text_width: int, **extra: Any) -> UNet2DConditionModel:
+def unet(text_width: int, in_channels: int = 4, **extra: Any) -> UNet2DConditionModel:
     """A two-level UNet with cross-attention of that width on the lower one."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),

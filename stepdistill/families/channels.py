@@ -1,0 +1,108 @@
+"""Images beside x_t as channels: one way for the UNets whose first convolution reads them too.
+
+The network reads [x_t, channels]. Methods see x_t alone, and the null condition keeps the channels.
+Random numbers in them are drawn once for each picture, whatever row or update it stands in, so that
+teacher, fake and student see the same, in this run and in a resumed one: by its content, in the
+order of a stock call with a generator of that seed.
+"""
+
+# Shapes: B batch, C channels, h, w of the latent, H, W in px.
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepdistill.core.context import stable_seed
+from stepdistill.core.types import Cond
+from stepdistill.families.pictured import PicturedFamily
+
+
+class ChannelFamily(PicturedFamily):
+    """Families of one picture a row, of the size that the call's images then have."""
+
+    image_keys: ClassVar[tuple[str, ...]] = ("channels",)
+    most_references = 1
+    picture_px: ClassVar[int | None] = None  # px of the picture to one latent; None: latent_px
+
+    @abstractmethod
+    def beside(
+        self, picture: Image.Image, mask: Image.Image | None, generator: torch.Generator
+    ) -> Tensor:
+        """(1, C', h, w): what the stock call puts behind x_t, of a picture that fits it."""
+
+    def fitted(self, picture: Image.Image, shape: Sequence[int]) -> Image.Image:
+        """The picture as the stock call takes it for latents of shape (C, h, w)."""
+        height, width = (side * (self.picture_px or self.latent_px) for side in shape[-2:])
+        if picture.size == (width, height):
+            return picture
+        resized: Image.Image = self.pipeline.image_processor.resize(picture, height, width)
+        return resized
+
+    def generator_of(self, *beside: Image.Image | None) -> torch.Generator:
+        """What this row's random numbers are drawn from: by content (or `drawn_from`, if set)."""
+        if self.drawn_from is not None:
+            return self.drawn_from
+        sha = hashlib.sha256()
+        for picture in beside:
+            sha.update(b"" if picture is None else picture.tobytes())
+        return torch.Generator().manual_seed(stable_seed("beside", sha.hexdigest()))
+
+    @torch.no_grad()
+    def _with(
+        self,
+        cond: Cond,
+        rows: Sequence[Sequence[Image.Image]],
+        shape: Sequence[int],
+        masks: Sequence[Image.Image | None] = (),
+    ) -> Cond:
+        device, made = next(iter(cond.tensors.values())).device, []
+        for (picture,), mask in zip(rows, masks, strict=True):  # the last bits depend on the batch
+            given = (self.fitted(picture, shape), mask and self.fitted(mask, shape))
+            made.append(self.beside(*given, self._generator(shape, *given)))
+        return Cond({**cond.tensors, "channels": torch.cat(made).float().to(device)})
+
+    def _generator(self, shape: Sequence[int], *beside: Image.Image | None) -> torch.Generator:
+        """`generator_of`, behind the noise of x_t where the stock call draws that first."""
+        generator = self.generator_of(*beside)
+        if self.image_noise == "last" and self.drawn_from is None:
+            torch.randn(*shape, generator=generator)
+        return generator
+
+    def pixels(self, picture: Image.Image) -> Tensor:
+        """(1, 3, H, W) in [-1, 1], on the autoencoder's device and in its dtype."""
+        vae = self.pipeline.vae
+        made: Tensor = self.pipeline.image_processor.preprocess(picture)
+        return made.to(vae.device, vae.dtype)
+
+    # -------------------------------------------------------------- checking
+    @property
+    def call_extras(self) -> dict[str, Any]:
+        extras, shape = super().call_extras, self.sample_shape()
+        return {
+            name: self.fitted(value, shape) if isinstance(value, Image.Image) else value
+            for name, value in extras.items()
+        }
+
+    def stock_call(
+        self,
+        prompts: Sequence[Any],
+        guidance: float,
+        num_steps: int,
+        generator: Any,
+        **more: Any,
+    ) -> Tensor:
+        """See Family.stock_call. With random numbers for its images each row has its generator."""
+        extras = self.call_extras
+        given = {n: v for n, v in extras.items() if isinstance(v, Image.Image)}
+        more |= {name: [picture] * len(prompts) for name, picture in given.items()}
+        if self.image_noise:
+            generator = [self.generator_of(*given.values()) for _ in prompts]
+        told = self.guided_call(guidance)
+        return super().stock_call(prompts, guidance, num_steps, generator, **told, **more)
