@@ -17,6 +17,7 @@ from torch import Tensor
 ON_HOST = ("length", "text", "null_length", "imageless")
 CONDITIONING, MASK = "conditioning", "mask"  # an item's images beside the one it becomes
 EASIER = "easier"  # the conditioning image with more of that one left in it
+DRAWN_BY = "drawn_by"  # the image by whose content the random numbers of another are drawn
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepdistill.cache.encoded import EncodedCache, image_key
 from stepdistill.config.run import TrainConfig
-from stepdistill.core.types import CONDITIONING, EASIER, MASK, Batch, Cond
+from stepdistill.core.types import CONDITIONING, DRAWN_BY, EASIER, MASK, Batch, Cond
 from stepdistill.families.beside import images_beside
 from stepdistill.families.family import Family
 
@@ -69,7 +69,7 @@ class BatchMaker:
             self._null = self.family.null(1).to(self.device)
         null, easier = self.family.null_for(cond, self._null), None
         if EASIER in raw:
-            other = self._cond({**raw, CONDITIONING: raw[EASIER]})[0]
+            other = self._cond({**raw, CONDITIONING: raw[EASIER], DRAWN_BY: raw[CONDITIONING]})[0]
             easier = (other, self.family.null_for(other, self._null))
         real, x0 = None, self._x0(raw) if with_x0 else None
         if gan is not None:
@@ -112,6 +112,8 @@ class BatchMaker:
             prompts = raw["label"] if "label" in raw else raw["prompt"]
         prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
         cond, images = self.encode(prompts), images_beside(self.family, raw)
+        if self.family.image_noise and DRAWN_BY in raw:
+            images[DRAWN_BY] = raw[DRAWN_BY]
         if self.family.reads:
             cond = self._with_images(cond, prompts, images, self._shape(raw))
         return cond, prompts
