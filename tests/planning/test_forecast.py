@@ -21,6 +21,7 @@ from stepdistill.testing.tiny import TINY, TINY_FAMILY
 # Millions of denoiser parameters of the released models.
 RELEASED = {
     "sd21": 866,
+    "sd_x4_upscaler": 473,
     "sd15": 860,
     "sdxl": 2567,
     "sd35_medium": 2243,
