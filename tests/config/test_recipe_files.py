@@ -275,8 +275,7 @@ def data_of(kind: str, teacher: Path, folder: Path) -> list[str]:
         row = {"text": "a cat", "chosen": "pictures/0.png", "rejected": "pictures/1.png"}
         (folder / "pairs.jsonl").write_text(json.dumps(row))
         return ["--data.preferences_file", str(folder / "pairs.jsonl")]
-    lowres = ["--data.degradation.factor", "4"] if kind == "lowres" else []
-    return ["--data.train_data_dir", str(folder / "pictures"), *lowres]
+    return ["--data.train_data_dir", str(folder / "pictures")]
 
 
 DEFAULT = ("sdxl-dmd2-lora-4step", "small-reflow")
