@@ -63,10 +63,16 @@ def subject(record: Mapping[str, Any], prompt: str = "a prompt") -> str:
     if record["conditioning"] == "none":
         return ""
     if record.get("reads"):
-        return f'image=load_image("{image_file(record["output"])}"), prompt={prompt!r}'
+        files = {"image": ("image", image_file(record["output"])), "mask": MASK_FILE}
+        named = (files[name] for name in record["reads"])
+        loaded = [f'{argument}=load_image("{file}")' for argument, file in named]
+        return ", ".join([*loaded, f"prompt={prompt!r}"])
     if record["conditioning"] == "label":
         return "class_labels=[0]"
     return f"prompt={prompt!r}" if record.get("prompt_by_name") else repr(prompt)
+
+
+MASK_FILE = ("mask_image", "mask.png")  # the argument, and what the card calls it
 
 
 def image_file(output: str) -> str:

@@ -32,7 +32,7 @@ _SIZE = "width:INT height:INT"
 _VIDEO = f"{_SIZE} length:INT batch_size:INT"
 _SEED = "INT control_after_generate:CONTROL"
 _WEBP = "filename_prefix:STRING fps:FLOAT lossless:BOOLEAN quality:INT method:COMBO"
-_WAN = "positive:CONDITIONING negative:CONDITIONING vae:VAE"
+_GUIDED = "positive:CONDITIONING negative:CONDITIONING vae:VAE"
 NODES: dict[str, Node] = {
     "CheckpointLoaderSimple": _node("", "ckpt_name:COMBO", "MODEL CLIP VAE"),
     "UNETLoader": _node("", "unet_name:COMBO weight_dtype:COMBO", "MODEL"),
@@ -62,13 +62,23 @@ NODES: dict[str, Node] = {
     "TextEncodeQwenImageEditPlus": _node(
         "clip:CLIP vae:VAE image1:IMAGE image2:IMAGE image3:IMAGE", "prompt:STRING", "CONDITIONING"
     ),
+    # Images as channels beside the latent. Their latents are not used: the noise is plain.
+    "LoadImageMask": _node("", "image:COMBO channel:COMBO upload:IMAGEUPLOAD", "MASK"),
+    "InstructPixToPixConditioning": _node(
+        f"{_GUIDED} pixels:IMAGE", "", "CONDITIONING CONDITIONING LATENT"
+    ),
+    "InpaintModelConditioning": _node(
+        f"{_GUIDED} pixels:IMAGE mask:MASK",
+        "noise_mask:BOOLEAN",
+        "CONDITIONING CONDITIONING LATENT",
+    ),
     "FluxGuidance": _node("conditioning:CONDITIONING", "guidance:FLOAT", "CONDITIONING"),
     "EmptyLatentImage": _node("", f"{_SIZE} batch_size:INT", "LATENT"),
     "EmptySD3LatentImage": _node("", f"{_SIZE} batch_size:INT", "LATENT"),
     "EmptyHunyuanLatentVideo": _node("", _VIDEO, "LATENT"),
     "Wan22ImageToVideoLatent": _node("vae:VAE start_image:IMAGE", _VIDEO, "LATENT"),
     "WanImageToVideo": _node(
-        f"{_WAN} clip_vision_output:CLIP_VISION_OUTPUT start_image:IMAGE",
+        f"{_GUIDED} clip_vision_output:CLIP_VISION_OUTPUT start_image:IMAGE",
         _VIDEO,
         "CONDITIONING CONDITIONING LATENT",
     ),

@@ -10,11 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.export.card import image_file
+from stepdistill.export.card import MASK_FILE, image_file
 from stepdistill.export.comfyui_nodes import NODES
 from stepdistill.export.tool_rules import ToolRules
 
 WORKFLOW = "workflow.json"
+# Nodes for images as channels, and their widgets: no noise mask, as the stock call has none.
+CHANNELS: dict[str, list[Any]] = {
+    "InstructPixToPixConditioning": [],
+    "InpaintModelConditioning": [False],
+}
 Output = tuple[int, int]  # (node, its output)
 
 
@@ -72,10 +77,17 @@ class _Graph:
 def _told(
     graph: _Graph, texts: Sequence[str], clip: Output, vae: Output, image_node: str | None
 ) -> list[Output]:
-    """The conditions of the texts, and of an image where the model edits one."""
+    """The conditions of the texts, and of an image where the model reads one."""
     if image_node is None:
         return [graph.add("CLIPTextEncode", [text], clip=clip) for text in texts]
     picture = graph.add("LoadImage", [image_file("images"), "image"])
+    if image_node in CHANNELS:
+        positive, negative = (graph.add("CLIPTextEncode", [text], clip=clip) for text in texts)
+        both: dict[str, Output | None] = {"positive": positive, "negative": negative, "vae": vae}
+        if "mask" in NODES[image_node].inputs:
+            both["mask"] = graph.add("LoadImageMask", [MASK_FILE[1], "red", "image"])
+        told = graph.add(image_node, CHANNELS[image_node], pixels=picture, **both)
+        return [told, (told[0], 1)]
     if image_node != "ReferenceLatent":  # of Qwen: text and image in one
         name = "image1" if image_node.endswith("Plus") else "image"
         ends: dict[str, Output | None] = {"clip": clip, "vae": vae, name: picture}

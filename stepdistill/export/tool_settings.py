@@ -52,6 +52,10 @@ IMAGE_NODES = {
     "FluxKontextPipeline": "ReferenceLatent",
     "QwenImageEditPipeline": "TextEncodeQwenImageEdit",
     "QwenImageEditPlusPipeline": "TextEncodeQwenImageEditPlus",
+    "StableDiffusionInstructPix2PixPipeline": "InstructPixToPixConditioning",
+    "StableDiffusionInpaintPipeline": "InpaintModelConditioning",
+    "StableDiffusionXLInpaintPipeline": "InpaintModelConditioning",
+    "FluxFillPipeline": "InpaintModelConditioning",
 }
 
 
@@ -61,7 +65,7 @@ def tools_of(
     """`tool_settings` of a student and what a workflow needs; None where no tool has names for it.
 
     size: (height, width), px; frames of a video; reads_clip_vision: of a first frame; image_node:
-    what takes an image to edit.
+    what takes an image to edit or to repaint.
     """
     rules = tool_rules(family.net, family.from_first_frame())
     if rules is None:

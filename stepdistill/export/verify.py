@@ -149,9 +149,15 @@ def _in_memory(
         finally:
             family.drawn_from = None
 
-    cond = condition() if family.image_noise == "first" else None
-    first = fresh_noise(0) if family.packed_noise else torch.randn(shape).to(device)
-    cond = condition() if cond is None else cond
+    drawn: dict[str, Any] = {}
+    for kind in (*family.call_draws, "images"):
+        if kind == "images" and kind not in drawn:
+            drawn[kind] = condition()
+        elif kind == "noise":
+            drawn[kind] = fresh_noise(0) if family.packed_noise else torch.randn(shape).to(device)
+        elif kind == "unread":
+            torch.randn(shape)
+    cond, first = drawn["images"], drawn["noise"]
     null = family.null_for(cond) if is_guided(spec.guidance) else None
     latents = sample_x0(denoiser, spec, first, cond, null, fresh_noise=fresh_noise)
     return (family.images(latents).float().cpu() / 2 + 0.5).clamp(0, 1)

@@ -90,10 +90,11 @@ class ChannelFamily(PicturedFamily):
         return Cond({**cond.tensors, "channels": torch.cat(made).float().to(device)})
 
     def _generator(self, shape: Sequence[int], *beside: Image.Image | None) -> torch.Generator:
-        """`generator_of`, behind the noise of x_t where the stock call draws that first."""
+        """`generator_of`, behind what the stock call draws before."""
         generator = self.generator_of(*beside)
-        if self.image_noise == "last" and self.drawn_from is None:
-            torch.randn(*shape, generator=generator)
+        if self.drawn_from is None and "images" in self.call_draws:
+            for _ in range(self.call_draws.index("images")):
+                torch.randn(*shape, generator=generator)
         return generator
 
     def pixels(self, picture: Image.Image) -> Tensor:
@@ -123,7 +124,7 @@ class ChannelFamily(PicturedFamily):
         extras = self.call_extras
         given = {n: v for n, v in extras.items() if isinstance(v, Image.Image)}
         more |= {name: [picture] * len(prompts) for name, picture in given.items()}
-        if self.image_noise:
+        if "images" in self.call_draws:
             generator = [self.generator_of(*given.values()) for _ in prompts]
         told = self.guided_call(guidance)
         return super().stock_call(prompts, guidance, num_steps, generator, **told, **more)

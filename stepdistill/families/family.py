@@ -95,8 +95,8 @@ class Family(ABC):
     grid_argument: ClassVar[str] = "sigmas"  # by which a call can be given flow times
     reads: ClassVar[Mapping[str, bool]] = {}  # images beside x_t -> whether it needs them
     image_keys: ClassVar[tuple[str, ...]] = ()  # where its Cond holds those: kept by a null
-    # Whether the stock call draws numbers for them, before or after the noise of x_t.
-    image_noise: ClassVar[Literal["", "first", "last"]] = ""
+    # What the stock call draws, in order: also numbers for those; or a latent that nobody reads.
+    call_draws: ClassVar[tuple[Literal["noise", "images", "unread"], ...]] = ("noise",)
     # What the stock call's result holds.
     output: ClassVar[Literal["images", "frames", "audios"]] = "images"
     tiny: ClassVar[str | Mapping[str, Any]] = ""
@@ -106,7 +106,7 @@ class Family(ABC):
     one_step_x0: ClassVar[tuple[str, ...]] = ()  # classes that read a single step's result as x0
     short_pipelines: ClassVar[tuple[str, ...]] = ()  # stock classes of few-step defaults
     unquantized: Callable[[], nn.Module] | None = None  # loads what a quantised base was made from
-    drawn_from: torch.Generator | None = None  # where `image_noise` comes from; else by content
+    drawn_from: torch.Generator | None = None  # that of `call_draws` for images; else by content
     owned: tuple[float, float] = (0.0, 1.0)  # (lowest, highest) time that its denoiser is meant for
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -177,9 +177,10 @@ class Family(ABC):
         return net.config
 
     @classmethod
-    def input_channels(cls, latent_channels: int) -> int:
-        """How many channels the denoiser reads where a latent has so many."""
-        return latent_channels
+    def input_channels(cls, vae: Mapping[str, Any]) -> int | None:
+        """The denoiser's in_channels beside an autoencoder of that configuration; None where other
+        things decide them too."""
+        return None
 
     @classmethod
     def conditioning_in(cls, config: Any) -> Literal["prompt", "label", "none"]:
@@ -456,7 +457,7 @@ class Family(ABC):
     @property
     def length_call(self) -> dict[str, Any]:
         """The part of `call_extras` that a student's card tells: where a model states what the
-        stock call can't know."""
+        stock call can't know, or its default is not for few steps."""
         return {}
 
     def size_options(self, height: int, width: int) -> dict[str, Any]:

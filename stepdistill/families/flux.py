@@ -8,7 +8,7 @@ Packed: 2 x 2 patches of the latent become one token, (B, C, H, W) -> (B, H W / 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,11 @@ class FluxFamily(GuidanceToldFamily, SequenceFamily):
     lora_targets: ClassVar[tuple[str, ...]] = (*TRANSFORMER_LORA_TARGETS, "proj_mlp")
     sends_sigmas: ClassVar[float] = 1.0
 
+    @classmethod
+    def input_channels(cls, vae: Mapping[str, Any]) -> int:
+        """See Family.input_channels: those of a packed latent."""
+        return PATCH**2 * int(vae["latent_channels"])
+
     @property
     def latent_channels(self) -> int:
         channels: int = self.config.in_channels // PATCH**2
@@ -89,7 +94,7 @@ class FluxFamily(GuidanceToldFamily, SequenceFamily):
         for reference in ids[1:]:
             reference[:, 0] = 1
         out: Tensor = net(
-            hidden_states=self.packed(images, dtype),
+            hidden_states=self.tokens_of(x_t, cond, dtype),
             timestep=model_t.float() / 1000,  # the transformer multiplies by 1000 again
             guidance=self.embedded_guidance(model_t, w),
             pooled_projections=cond["pooled"].to(dtype),
@@ -126,11 +131,16 @@ class FluxFamily(GuidanceToldFamily, SequenceFamily):
         return Cond({"prompt_embeds": embeds, "pooled": pooled})
 
     def stock_call(
-        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
+        self,
+        prompts: Sequence[Any],
+        guidance: float,
+        num_steps: int,
+        generator: Any,
+        **more: Any,
     ) -> Tensor:
         """See Family.stock_call. Without an embedding, guidance is the stock true_cfg_scale."""
         if self.embeds_guidance:
-            return super().stock_call(prompts, guidance, num_steps, generator)
+            return super().stock_call(prompts, guidance, num_steps, generator, **more)
         return self.pipeline(
             prompt=list(prompts),
             negative_prompt=[""] * len(prompts),
@@ -138,5 +148,5 @@ class FluxFamily(GuidanceToldFamily, SequenceFamily):
             num_inference_steps=num_steps,
             generator=generator,
             output_type="pt",
-            **self.call_extras,
+            **{**self.call_extras, **more},
         ).images

@@ -10,7 +10,7 @@ output, n + g (t - n) with n = (1 - r) i + r u. The r here gives the call's own 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,9 +39,9 @@ class InstructPix2PixFamily(ChannelFamily, StableDiffusionFamily):
     image_share: float = 0.5 / 6.5
 
     @classmethod
-    def input_channels(cls, latent_channels: int) -> int:
+    def input_channels(cls, vae: Mapping[str, Any]) -> int:
         """See Family.input_channels: those of another latent."""
-        return 2 * latent_channels
+        return 2 * int(vae["latent_channels"])
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[Any]) -> Cond:

@@ -30,6 +30,10 @@ class SequenceFamily(VaeSizedFamily):
         references = cond.get("references")
         return [x_t, *(() if references is None else references.unbind(1))]
 
+    def tokens_of(self, x_t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
+        """(B, N, D) that the network reads."""
+        return self.packed(self.images_of(x_t, cond), dtype)
+
     def packed(self, images: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(B, N, D) tokens of all of them, in order."""
         return torch.cat([self.pack(latents.to(dtype)) for latents in images], dim=1)

@@ -7,7 +7,7 @@ A student may be told the guidance through the stock UNet's `timestep_cond` (see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +40,11 @@ class StableDiffusionFamily(Family):
     lora_targets: ClassVar[tuple[str, ...]] = UNET_LORA_TARGETS
     supports_w: ClassVar[bool] = True
     short_pipelines: ClassVar[tuple[str, ...]] = ("LatentConsistencyModelPipeline",)
+
+    @classmethod
+    def input_channels(cls, vae: Mapping[str, Any]) -> int:
+        """See Family.input_channels: those of a latent."""
+        return int(vae["latent_channels"])
 
     @property
     def embeds_guidance(self) -> bool:

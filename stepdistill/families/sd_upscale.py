@@ -9,7 +9,7 @@ To that its own noise is added (augmentation), of which the UNet is told how muc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,14 +35,14 @@ class StableDiffusionUpscaleFamily(ChannelFamily, StableDiffusionFamily):
     supports_w: ClassVar[bool] = False  # its call has no input for it
     short_pipelines: ClassVar[tuple[str, ...]] = ()
     image_keys: ClassVar[tuple[str, ...]] = ("channels", "noise_level")
-    image_noise = "first"
+    call_draws = ("images", "noise")
     picture_px = 1
     noise_level: int = 20
 
     @classmethod
-    def input_channels(cls, latent_channels: int) -> int:
+    def input_channels(cls, vae: Mapping[str, Any]) -> int:
         """See Family.input_channels: three colours more."""
-        return latent_channels + 3
+        return int(vae["latent_channels"]) + 3
 
     @property
     def size_multiple(self) -> int:

@@ -40,10 +40,15 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
         factor = self.pipeline.vae_scale_factor
         size = (x_t.shape[-2] * factor, x_t.shape[-1] * factor)
         pooled = cond["pooled"].to(dtype)
+        ids = self.time_ids(size, pooled.shape[-1], dtype).to(x_t.device)
+        return {"text_embeds": pooled, "time_ids": ids.repeat(x_t.shape[0], 1)}
+
+    def time_ids(self, size: tuple[int, int], width: int, dtype: torch.dtype) -> Tensor:
+        """(1, 6) of images of that size (height, width), px. Args: width: of `pooled`."""
         ids: Tensor = self.pipeline._get_add_time_ids(
-            size, (0, 0), size, dtype, text_encoder_projection_dim=pooled.shape[-1]
+            size, (0, 0), size, dtype, text_encoder_projection_dim=width
         )
-        return {"text_embeds": pooled, "time_ids": ids.to(x_t.device).repeat(x_t.shape[0], 1)}
+        return ids
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Any]) -> Cond:

@@ -81,6 +81,7 @@ _RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _UNET = {
+    "class_embedding": "label_emb",  # of the x4 upscaler
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",

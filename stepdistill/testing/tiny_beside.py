@@ -7,11 +7,14 @@ from typing import Any
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionUpscalePipeline,
+    StableDiffusionXLInpaintPipeline,
+    UNet2DConditionModel,
 )
 
-from stepdistill.testing.tiny import tiny_sd, unet
+from stepdistill.testing.tiny import tiny_sd, tiny_sdxl, unet
 from stepdistill.testing.tiny_parts import TEXT_WIDTH, seeded, vae
 
 UPSCALER_TABLE = {"beta_start": 0.0001, "beta_end": 0.02}  # the released one's
@@ -36,6 +39,21 @@ def tiny_sd_upscale(seed: int = 0) -> StableDiffusionUpscalePipeline:
                 **UPSCALER_TABLE,
             ),
         )
+
+
+def tiny_sd_inpaint(seed: int = 0) -> StableDiffusionInpaintPipeline:
+    """`tiny_sd` with an image and a mask."""
+    return StableDiffusionInpaintPipeline(**_parts(9, seed), requires_safety_checker=False)
+
+
+def tiny_sdxl_inpaint(seed: int = 0) -> StableDiffusionXLInpaintPipeline:
+    """`tiny_sdxl` with an image and a mask."""
+    parts = tiny_sdxl(seed=seed).components
+    sdxl = {n: v for n, v in parts["unet"].config.items() if not n.startswith("_")}
+    with seeded(seed + 1):
+        parts["unet"] = UNet2DConditionModel(**{**sdxl, "in_channels": 9})
+    null = {"force_zeros_for_empty_prompt": True, "add_watermarker": False}
+    return StableDiffusionXLInpaintPipeline(**parts, **null)
 
 
 def tiny_instruct_pix2pix(seed: int = 0) -> StableDiffusionInstructPix2PixPipeline:

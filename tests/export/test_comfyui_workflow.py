@@ -25,6 +25,8 @@ from stepdistill.testing.tiny import TINY
 FACTS = {"model": "my/base", "method": "dmd2", "step": 1, "seed": 0}
 CASES = ("sd", "sd_v", "sdxl", "sd3", "flux", "lumina2", "z_image", "qwen_image", "wan", "wan_i2v")
 CASES += ("flux_kontext", "qwen_image_edit", "qwen_image_edit_2511")
+CHANNELS = ("instruct_pix2pix", "sd_inpaint", "sdxl_inpaint", "flux_fill")
+CASES += CHANNELS
 OPTIONAL = {"start_image", "clip_vision_output", "image2", "image3"}
 SOURCES = {"seed": "KSampler", "noise_seed": "SamplerCustom"}
 
@@ -96,7 +98,16 @@ def test_every_family_s_workflow_fits_the_nodes(name, tmp_path) -> None:
     assert ("FluxGuidance" in kinds) == (name.startswith("flux"))
     edits = {"TextEncodeQwenImageEdit", "TextEncodeQwenImageEditPlus", "ReferenceLatent"} & kinds
     assert len(edits) == ("kontext" in name or "edit" in name)
+    beside = {"InstructPixToPixConditioning", "InpaintModelConditioning"} & kinds
+    assert len(beside) == (name in CHANNELS)
+    assert ("LoadImageMask" in kinds) == ("InpaintModelConditioning" in kinds)
     assert "workflow.json" in (out / "README.md").read_text()
+
+
+def test_the_upscaler_s_noise_table_is_not_theirs(tmp_path) -> None:
+    out = export("sd_upscale", tmp_path / "out")
+    assert not (out / "workflow.json").exists()
+    assert "have one noise table" in (out / "README.md").read_text()
 
 
 def test_times_off_the_schedule_stand_in_a_custom_sampler(tmp_path) -> None:

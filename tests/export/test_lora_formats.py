@@ -46,9 +46,14 @@ from stepdistill.testing.tiny import TINY
 
 FACTS = {"model": "base", "method": "dmd2", "step": 1, "seed": 0}
 BY_DIFFUSERS = [("sd_v", "kohya"), ("sdxl", "kohya"), ("z_image", "kohya"), ("z_image", "comfyui")]
+BY_DIFFUSERS += [(f, "kohya") for f in ("sd_upscale", "instruct_pix2pix", "sdxl_inpaint")]
 BY_INVERSE = [
     *(("sd_v", "comfyui"), ("sdxl", "comfyui")),
-    *((family, form) for family in ("sd3", "flux", "lumina2") for form in ("kohya", "comfyui")),
+    *(
+        (family, form)
+        for family in ("sd3", "flux", "flux_fill", "lumina2")
+        for form in ("kohya", "comfyui")
+    ),
 ]
 
 

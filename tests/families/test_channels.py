@@ -13,16 +13,19 @@ from torch import Tensor
 
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
-from stepdistill.core.types import CONDITIONING, Cond
+from stepdistill.core.types import CONDITIONING, MASK, Cond
+from stepdistill.families.flux_fill import FluxFillFamily
 from stepdistill.families.instruct_pix2pix import InstructPix2PixFamily
 from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.families.sd_inpaint import StableDiffusionInpaintFamily
 from stepdistill.families.sd_upscale import StableDiffusionUpscaleFamily
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.parity import LIMIT, check_family
 from stepdistill.testing.tiny import TINY
 from stepdistill.training.batches import BatchMaker
 
-NAMES = ("sd_upscale", "instruct_pix2pix")
+INPAINT = ("sd_inpaint", "sdxl_inpaint", "flux_fill")
+NAMES = ("sd_upscale", "instruct_pix2pix", *INPAINT)
 
 
 @pytest.fixture(params=NAMES)
@@ -40,7 +43,12 @@ def pixels(*lead: int, channels: int = 3, size: int = 16) -> Tensor:
 def images_for(family, bsz: int) -> dict[str, Tensor]:
     """What the family reads, each row another picture of the size of its images."""
     size = family.image_size()[0]
-    return {"image": pixels(bsz, size=size)}
+    images = {"image": pixels(bsz, size=size)}
+    if "mask" in family.reads:
+        images["mask"] = torch.zeros(bsz, 1, size, size)
+        for row in range(bsz):
+            images["mask"][row, :, : size // 2, : size // (row + 1)] = 1.0
+    return images
 
 
 def given(family, prompts, images: dict[str, Tensor]) -> Cond:
@@ -61,8 +69,8 @@ def test_another_picture_makes_another_output(beside) -> None:
     assert float((one - two).abs().max()) > 1e-3
     # A row's bits are its own, whatever stands beside it: also the random numbers in it.
     alone = given(beside, ["a"], {n: v[1:] for n, v in images_for(beside, 2).items()})
-    for name, value in alone.tensors.items():
-        assert torch.equal(cond[name][1:], value), name
+    for name in beside.image_keys:
+        assert torch.equal(cond[name][1:], alone[name]), name
 
 
 def test_the_null_keeps_the_images_and_drops_the_text(beside) -> None:
@@ -77,11 +85,14 @@ def test_the_null_keeps_the_images_and_drops_the_text(beside) -> None:
 def test_batches_have_them_and_no_method_sees_them(beside) -> None:
     images = images_for(beside, 2)
     raw = {"index": [0, 1], "prompt": ["a", "b"], CONDITIONING: images["image"]}
+    raw |= {MASK: images["mask"]} if "mask" in images else {}
     batch = BatchMaker(beside, torch.device("cpu"))(raw)
     assert batch.has() == {"cond", "null", "prompts"}
     expected = given(beside, ["a", "b"], images)
-    assert all(torch.equal(batch.cond[name], value) for name, value in expected.tensors.items())
-    assert torch.equal(batch.null["channels"], batch.cond["channels"])
+    assert set(batch.cond.tensors) == set(expected.tensors)
+    for name in beside.image_keys:
+        assert torch.equal(batch.cond[name], expected[name]), name
+        assert torch.equal(batch.null[name], batch.cond[name]), name
 
 
 def test_pictures_follow_the_size_of_the_latents(beside) -> None:
@@ -108,6 +119,50 @@ def test_pix2pix_s_latents_are_the_mode_without_its_scale(make_family) -> None:
     family, images = make_family("instruct_pix2pix"), images_for(make_family("instruct_pix2pix"), 1)
     mode = family.pipeline.vae.encode(images["image"]).latent_dist.mode()
     assert torch.allclose(given(family, ["a"], images)["channels"], mode, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", INPAINT)
+def test_another_mask_makes_another_output(name, make_family) -> None:
+    family = make_family(name)
+    images = images_for(family, 2)
+    cond = given(family, ["a", "a"], {**images, "image": images["image"][[0, 0]]})
+    one, two = answer(family, cond)
+    assert float((one - two).abs().max()) > 1e-3
+
+
+def test_what_is_repainted_does_not_reach_the_network(make_family) -> None:
+    family = make_family("sd_inpaint")
+    images = images_for(family, 2)
+    images["mask"] = images["mask"][[0, 0]]
+    images["image"] = torch.where(images["mask"] > 0.5, images["image"], images["image"][[0, 0]])
+    family.drawn_from = torch.Generator().manual_seed(0)
+    one, two = (given(family, ["a"], {n: v[i : i + 1] for n, v in images.items()}) for i in (0, 1))
+    assert not torch.equal(one["channels"], two["channels"])  # drawn one after the other
+    family.drawn_from.manual_seed(0)
+    again = given(family, ["a"], {n: v[1:] for n, v in images.items()})
+    assert torch.equal(one["channels"], again["channels"])
+    assert one["channels"][0, 0].tolist() == images["mask"][0, 0, ::2, ::2].tolist()
+
+
+def test_masked_latents_are_drawn_once_and_scaled(make_family) -> None:
+    """From their posterior, by the picture's content: the same in a run that is resumed."""
+    family = make_family("sd_inpaint")
+    images = images_for(family, 1)
+    latents = given(family, ["a"], images)["channels"][:, 1:]
+    assert torch.equal(latents, given(make_family("sd_inpaint"), ["b"], images)["channels"][:, 1:])
+    vae = family.pipeline.vae
+    posterior = vae.encode(images["image"] * (images["mask"] < 0.5)).latent_dist
+    drawn = (latents / vae.config.scaling_factor - posterior.mean) / posterior.std
+    assert 0.7 < float(drawn.std()) < 1.3
+
+
+def test_fill_folds_the_mask_s_pixels_under_a_latent(make_family) -> None:
+    family = make_family("flux_fill")
+    images = images_for(family, 1)
+    folded = given(family, ["a"], images)["channels"][:, family.latent_channels :]
+    assert folded.shape[1] == family.latent_px**2
+    unfolded = torch.nn.functional.pixel_shuffle(folded, family.latent_px)
+    assert torch.equal(unfolded, images["mask"])
 
 
 # -------------------------------------------------------------------------------------- guidance
@@ -154,6 +209,22 @@ class Untold(StableDiffusionUpscaleFamily):
         return super().run(net, x_t, model_t, Cond(told), w)
 
 
+class Mode(StableDiffusionInpaintFamily):
+    def latents(self, images, generator=None) -> Tensor:
+        return super().latents(images)
+
+
+class Unmasked(StableDiffusionInpaintFamily):
+    def kept_latents(self, picture, mask, generator):
+        repaint, _ = super().kept_latents(picture, mask, generator)
+        return repaint, self.latents(self.pixels(picture), self.generator_of(picture))
+
+
+class MaskFirst(FluxFillFamily):
+    def beside(self, *given: Any) -> Tensor:
+        return super().beside(*given).roll(4, dims=1)
+
+
 @pytest.mark.parametrize(
     ("wrong", "name", "row"),
     [
@@ -161,6 +232,9 @@ class Untold(StableDiffusionUpscaleFamily):
         (Scaled, "instruct_pix2pix", "denoiser"),
         (Quiet, "sd_upscale", "denoiser"),
         (Untold, "sd_upscale", "encode"),
+        (Mode, "sd_inpaint", "denoiser"),
+        (Unmasked, "sd_inpaint", "denoiser"),
+        (MaskFirst, "flux_fill", "denoiser"),
     ],
 )
 def test_check_finds_a_wrong_adapter(wrong, name, row) -> None:
@@ -179,7 +253,10 @@ def test_a_trained_student_uses_its_picture(name, tmp_path, tmp_path_factory) ->
     out = trainer.export(tmp_path / "pipeline")  # compared with the sampler on its way
     record = json.loads((out / "distillation.json").read_text())
     assert record["reads"] == list(family.needs_images())
-    assert "image=load_image(" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "image=load_image(" in card
+    assert ("mask_image=load_image(" in card) == ("mask" in family.reads)
+    assert ("strength=1" in card) == (name == "sdxl_inpaint")
     exported, with_lora = load_family(out), load_family(teacher)
     with_lora.pipeline.load_lora_weights(
         str(trainer.export(tmp_path / "lora", format="lora", dtype="float32"))
@@ -215,17 +292,27 @@ def test_items_without_a_picture_are_refused_before_loading(
     name, tmp_path, tmp_path_factory, no_loading
 ) -> None:
     teacher = teacher_dir(name, tmp_path_factory)
-    with pytest.raises(ValueError, match="expected items with an image, column") as raised:
+    with pytest.raises(ValueError, match=r"items with an image( and a mask)?, columns") as raised:
         build_trainer("dmd2", teacher, "lora", tmp_path, dataset=["a prompt"])
     assert "\n" not in str(raised.value)
-    data = TinyData((4, 8, 8), "prompt", ("x0",), key_beside(load_facts(teacher)))
+    data = TinyData((4, 8, 8), "prompt", ("x0",), key_beside(teacher_facts(teacher).family))
     data.items[0][CONDITIONING] = torch.zeros(1, 16, 16)
     with pytest.raises(ValueError, match=r"expected images .* got \(1, 16, 16\)"):
         build_trainer("dmd2", teacher, "lora", tmp_path, dataset=data)
 
 
-def load_facts(teacher) -> Any:
-    return teacher_facts(teacher).family
+@pytest.mark.parametrize("name", [INPAINT[0], pytest.param(INPAINT[2], marks=pytest.mark.full)])
+def test_items_without_a_mask_are_refused_before_loading(
+    name, tmp_path, tmp_path_factory, no_loading
+) -> None:
+    teacher = teacher_dir(name, tmp_path_factory)
+    data = TinyData((4, 8, 8), "prompt", ("x0",), CONDITIONING)
+    with pytest.raises(ValueError, match="items with a mask, columns mask_file_name in") as raised:
+        build_trainer("dmd2", teacher, "lora", tmp_path, dataset=data)
+    assert "\n" not in str(raised.value)
+    data.items[0][MASK] = torch.zeros(3, 16, 16)
+    with pytest.raises(ValueError, match=r"expected masks .* got \(3, 16, 16\)"):
+        build_trainer("dmd2", teacher, "lora", tmp_path, dataset=data)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +322,11 @@ def load_facts(teacher) -> Any:
         ("instruct_pix2pix", 4, r"expected in_channels 8 .* got 4\. It is an ordinary text-to-"),
         ("instruct_pix2pix", 5, r"expected in_channels 8 .* got 5\. .*none is served"),
         ("sd", 8, r"expected in_channels 4 .* got 8\. Save it .*InstructPix2PixPipeline"),
+        ("sd_inpaint", 4, r"expected in_channels 9 .* got 4\. It is an ordinary text-to-image mod"),
+        ("sdxl", 9, r"expected in_channels 4 .* got 9\. Save it .*XLInpaintPipeline"),
+        ("sdxl_inpaint", 4, r"expected in_channels 9 .* got 4\. .* name StableDiffusionXLPip"),
+        ("flux_fill", 16, r"expected in_channels 48 .* got 16\. .* name FluxPipeline as"),
+        ("flux", 48, r"expected in_channels 16 .* got 48\. Save it .*\(FluxFillPipeline\)"),
     ],
 )
 def test_a_wrong_channel_count_is_refused_before_loading(
@@ -242,7 +334,7 @@ def test_a_wrong_channel_count_is_refused_before_loading(
 ) -> None:
     folder = tmp_path / "teacher"
     shutil.copytree(teacher_dir(name, tmp_path_factory), folder)
-    file = folder / "unet" / "config.json"
+    file = folder / teacher_facts(folder).family.net_name / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "in_channels": channels}))
     with pytest.raises(ValueError, match=message) as raised:
         teacher_facts(folder)
@@ -251,4 +343,4 @@ def test_a_wrong_channel_count_is_refused_before_loading(
 
 def test_several_pictures_of_a_row_are_refused(beside) -> None:
     with pytest.raises(ValueError, match="expected at most 1 image a row, got 2"):
-        given(beside, ["a"], {"image": torch.zeros(1, 2, 3, 16, 16)})
+        given(beside, ["a"], {**images_for(beside, 1), "image": torch.zeros(1, 2, 3, 16, 16)})

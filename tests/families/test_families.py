@@ -68,14 +68,19 @@ def without_zero_null(pipeline):
     "dit",
     "edm",
     "flux",
+    "flux_fill",
     "flux_kontext",
+    "instruct_pix2pix",
     "lumina2",
     "pixart",
     "qwen_image",
     "qwen_image_edit",
     "sd3",
+    "sd_inpaint",
+    "sd_upscale",
     "sd_v",
     "sdxl",
+    "sdxl_inpaint",
     "unet2d",
     "wan",
     "z_image",
@@ -131,7 +136,10 @@ def test_a_call_never_waits_for_the_device(family) -> None:
     cond = family.encode(prompts)
     shape = (2, *family.sample_shape())
     if family.needs_images():
-        given = {"image": torch.zeros(2, 3, 16, 16)}
+        given = {
+            name: torch.zeros(2, 1 if name == "mask" else 3, 16, 16)
+            for name in family.needs_images()
+        }
         cond = family.with_images(family.encode_text(prompts), given, shape[1:])
     cond, x_t = cond.to("meta"), torch.empty(shape, device="meta")
     model_t = torch.empty(2, dtype=torch.float64, device="meta")

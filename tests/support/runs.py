@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import FIELDS, Scorer, Setting
 from stepdistill.core.path import FlowPath, VPPath
-from stepdistill.core.types import CONDITIONING, EASIER
+from stepdistill.core.types import EASIER, MASK
+from stepdistill.families.beside import fields_beside
 from stepdistill.families.family import Family
 from stepdistill.families.features import FeatureBlock, chosen_blocks
 from stepdistill.families.registry import family_for, load_family, teacher_facts
@@ -62,11 +63,9 @@ def fingerprint(tensors: Mapping[str, Tensor], skip_adapters: bool = False) -> d
     }
 
 
-def key_beside(family: type[Family]) -> str:
-    """The key of an item's image beside its prompt, where the family reads one."""
-    if not family.reads:
-        return ""
-    return "image" if family.from_first_frame() else CONDITIONING
+def key_beside(family: type[Family]) -> tuple[str, ...]:
+    """The keys of an item's images beside its prompt, where the family reads some."""
+    return ("image",) if family.from_first_frame() else tuple(fields_beside(family))
 
 
 class TinyData(Dataset[dict[str, Any]]):
@@ -77,7 +76,7 @@ class TinyData(Dataset[dict[str, Any]]):
         shape: tuple[int, ...],
         told: str,
         fields: tuple[str, ...],
-        beside: str = "",
+        beside: str | Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -91,10 +90,12 @@ class TinyData(Dataset[dict[str, Any]]):
             item = kinds[told]
             for name in fields:
                 item[name] = torch.randn(shape, generator=generator)
-            # A video's start is as wide as the tiny ones.
-            size = (16, 32 if beside == "image" else 16)
-            for name in (*((beside,) if beside else ()), *({EASIER} & {*fields})):
-                item[name] = torch.rand(3, *size, generator=generator) * 2 - 1
+            pictures = (beside,) if isinstance(beside, str) else beside
+            for key in (*pictures, *({EASIER} & {*fields})):
+                # A video's start is as wide as the tiny ones.
+                size = (1 if key == MASK else 3, 16, 32 if key == "image" else 16)
+                drawn = torch.rand(size, generator=generator)
+                item[key] = drawn if key == MASK else drawn * 2 - 1
             self.items.append(item)
 
     def __len__(self) -> int:
@@ -191,7 +192,8 @@ def _told_the_end(family: str, layout: str) -> bool:
 
 
 def _w_embedding(family: str, layout: str) -> bool:
-    return layout == "full" and family.startswith("sd") and not family.startswith("sd3")
+    served = TINY_FAMILY[family]
+    return layout == "full" and served.supports_w and served.net_name == "unet"
 
 
 @dataclass(frozen=True)
