@@ -112,7 +112,7 @@ class BatchMaker:
             prompts = raw["label"] if "label" in raw else raw["prompt"]
         prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
         cond, images = self.encode(prompts), images_beside(self.family, raw)
-        if self.family.image_noise and DRAWN_BY in raw:
+        if "images" in self.family.call_draws and DRAWN_BY in raw:
             images[DRAWN_BY] = raw[DRAWN_BY]
         if self.family.reads:
             cond = self._with_images(cond, prompts, images, self._shape(raw))
