@@ -3,13 +3,13 @@
     python tests/benchmarks/enlarge.py --output_dir runs/enlarge
 
 Crops of 32 px of the two photographs that scikit-learn ships, those with some contrast: trained on
-their left three quarters, measured on the right one. A small UNet of six channels (image and low resolution, of the full size)
-in InstructPix2Pix's stock pipeline, v prediction and zero terminal SNR, on an autoencoder set by
-hand to the identity. Chain: x2 on the images, x4 from it, x8 from that, a third of the time each.
-Direct: x8 on the images for all of it. Equal CPU seconds: an update of each kind is timed first,
-and as many are made. PSNR, SSIM and the distance in a network that `features train` makes of the
-left parts, of the exported pipelines' own single call; bicubic enlargement beside them. PSNR is of
-the mean squared error over all crops.
+their left three quarters, measured on the right one. A small UNet of six channels (image and low
+resolution, of the full size) in InstructPix2Pix's stock pipeline, v prediction and zero terminal
+SNR, on an autoencoder set by hand to the identity. Chain: x2 on the images, x4 from it, x8 from
+that, a third of the time each. Direct: x8 on the images for all of it. Equal CPU seconds: an update
+of each kind is timed first, and as many are made. PSNR (of the mean squared error over all crops),
+SSIM and the distance in a network that `features train` makes of the left parts, of the exported
+pipelines' own single call; bicubic enlargement beside them.
 Writes results.json and strip.png; a part that is there is not made again.
 """
 
@@ -192,7 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     left, right = write_crops(out / "crops")
     images, wanted = read(left), read(right)
-    network = train_features(left, out / "features", FeatureSettings(max_train_steps=100, train_batch_size=64))
+    network = train_features(
+        left, out / "features", FeatureSettings(max_train_steps=100, train_batch_size=64)
+    )
     judge = PixelFeatures(PixelOptions(network=str(network)))
     costs = out / "costs.json"
     if not costs.is_file():
