@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, model_validator
 from typing_extensions import Self
 
 from stepdistill.core.options import Options
 
 
-def _power_of_two(factor: int) -> int:
+def _power_of_two(factor: int, info: ValidationInfo) -> int:
     if factor < 2 or factor & (factor - 1):
-        raise ValueError(f"expected a power of two, 2 or more, got {factor}. Name 2, 4, 8 or 16")
+        raise ValueError(
+            f"data.degradation.{info.field_name}: expected a power of two above 1, got {factor}. "
+            "Name 2, 4, 8 or 16"
+        )
     return factor
 
 

@@ -168,10 +168,10 @@ def test_one_prompt_stands_for_captions(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factor": 6}, "expected a power of two, 2 or more, got 6"),
+        ({"factor": 6}, r"degradation\.factor: expected a power of two above 1, got 6"),
         ({"factor": 1}, "expected a power of two"),
         ({"factor": -8}, "expected a power of two"),
-        ({"factor": 8, "easier_factor": 3}, "expected a power of two"),
+        ({"factor": 8, "easier_factor": 3}, "easier_factor: expected a power of two"),
         ({"factor": 4, "easier_factor": 4}, "expected less than factor 4, got 4"),
         ({"easier_factor": 4}, "expected factor beside"),
         ({"kind": "real_esrgan"}, "expected factor beside"),
