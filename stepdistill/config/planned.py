@@ -8,6 +8,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from stepdistill.config.layers import merge
+
 
 def _folder() -> Traversable:
     return resources.files("stepdistill.planning") / "models"
@@ -25,7 +27,7 @@ def description(name: str) -> dict[str, Any]:
     made: dict[str, Any] = json.loads((_folder() / f"{name}.json").read_text())
     if "like" in made:
         base = description(made.pop("like"))
-        made = {**base, **made, "parts": {**base["parts"], **made.get("parts", {})}}
+        made = {**base, **made, "parts": merge(base["parts"], made.get("parts", {}))}
     return made
 
 

@@ -21,13 +21,17 @@ from stepdistill.testing.tiny import TINY, TINY_FAMILY
 # Millions of denoiser parameters of the released models.
 RELEASED = {
     "sd21": 866,
-    "sd_x4_upscaler": 473,
     "sd15": 860,
     "sdxl": 2567,
     "sd35_medium": 2243,
     "sd35_large": 8057,
     "flux": 11901,
+    "flux_fill": 11902,  # of Flux.1 dev's, and 320 more columns of its first layer
     "flux_kontext": 11901,
+    "instruct_pix2pix": 860,
+    "sd15_inpaint": 860,
+    "sd_x4_upscaler": 473,
+    "sdxl_inpaint": 2567,
     "qwen_image": 20430,
     "qwen_image_edit": 20430,
     "wan_1_3b": 1419,
