@@ -18,6 +18,7 @@ _PUBLIC = {
     "LoRADistillationTrainer": "stepdistill.trainers",
     "PreferenceTrainer": "stepdistill.trainers",
     "ReflowTrainer": "stepdistill.trainers",
+    "SuperResolutionTrainer": "stepdistill.trainers",
     "TrajectorySegmentedTrainer": "stepdistill.trainers",
     "VariationalScoreTrainer": "stepdistill.trainers",
     "ScoreGradientConfig": "stepdistill.losses.score_options",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from stepdistill.trainers import LoRADistillationTrainer as LoRADistillationTrainer
     from stepdistill.trainers import PreferenceTrainer as PreferenceTrainer
     from stepdistill.trainers import ReflowTrainer as ReflowTrainer
+    from stepdistill.trainers import SuperResolutionTrainer as SuperResolutionTrainer
     from stepdistill.trainers import TrajectorySegmentedTrainer as TrajectorySegmentedTrainer
     from stepdistill.trainers import VariationalScoreTrainer as VariationalScoreTrainer
 

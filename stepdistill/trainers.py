@@ -244,6 +244,12 @@ class ReflowTrainer(DistillationTrainer):
     default = "reflow"
 
 
+class SuperResolutionTrainer(DistillationTrainer):
+    """Super-resolution in one step, distilled from one factor to the next (YONOS-SR)."""
+
+    default = "scale_distill"
+
+
 class TrajectorySegmentedTrainer(DistillationTrainer):
     """Trajectory-segmented consistency (TSCD, TCD), phased (PCM) and trajectory models (CTM)."""
 
@@ -264,6 +270,7 @@ TRAINERS: tuple[type[DistillationTrainer], ...] = (
     LoRADistillationTrainer,
     PreferenceTrainer,
     ReflowTrainer,
+    SuperResolutionTrainer,
     TrajectorySegmentedTrainer,
     VariationalScoreTrainer,
 )

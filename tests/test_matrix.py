@@ -28,6 +28,7 @@ from support.runs import (
     NETWORKS,
     OF_PIXELS,
     THOROUGH,
+    UNFIT_IMAGELESS,
     build_trainer,
     fingerprint,
     teacher_dir,
@@ -134,6 +135,7 @@ UNFIT |= {
     for name, family in TINY_FAMILY.items()
     if family.output == "audios"
 }
+UNFIT |= {(name, f) for m, f in UNFIT_IMAGELESS for name in (m, METHODS[m].trainer)}
 
 
 def trained(trainer: DistillationTrainer, case: str) -> dict[str, float]:

@@ -79,8 +79,11 @@ class Prompts(_Task):
 
     def read(self, rank: int, world_size: int) -> Iterator[tuple[bytes, Any]]:
         data = self.dataset
-        if isinstance(data, PromptDataset):
-            texts: Iterable[Any] = data.prompts
+        rule = getattr(data, "degradation", None)
+        if rule is not None and rule.prompt is not None:
+            texts: Iterable[Any] = (rule.prompt,)
+        elif isinstance(data, PromptDataset):
+            texts = data.prompts
         elif isinstance(data, Source):
             texts = (item["prompt"] for item in self._read(data.condition, range(len(data))))
         else:
@@ -253,7 +256,9 @@ def prepare_cache(
             cache.reopen()
             if state.is_main_process:
                 cache.note(facts)
-    return dataset if cache.latents is None else _knowing(dataset, cache.latents.knows)
+    if cache.latents is None or getattr(dataset, "degradation", None) is not None:
+        return dataset  # whose images are read, to be made smaller
+    return _knowing(dataset, cache.latents.knows)
 
 
 @refusing_together()

@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from stepdistill.core.options import Data
 from stepdistill.reporting.values import Measured, counted, decimals
 
-DATA_ORDER = ("prompts", "images", "pairs", "preferences")  # the less to bring, the earlier
+DATA_ORDER = get_args(Data)  # the less to bring, the earlier
 _NOISE_SEEDS = 5  # of rows that do not say: an earlier version's
 NEAR = 1.1  # a student within that factor of the teacher's best is as good as it, for advice
 

@@ -25,6 +25,7 @@ from stepdistill.config.model_at_hand import ModelAtHand
 from stepdistill.config.recipes import Training
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.config.suited import Why, settled, suited
+from stepdistill.core.method import COMMON_DATA
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.evaluation.metrics import System
@@ -183,10 +184,10 @@ class UserTeacher(TeacherSetup):
     def steps_served(self, methods: Sequence[str]) -> dict[str, StepsServed]:
         chosen = {name: METHODS[self.settings(name)["method"]] for name in methods}
         for name, cls in chosen.items():
-            if cls.data == "preferences":
+            if cls.data not in COMMON_DATA:
                 raise ValueError(
                     "methods: expected methods that learn from prompts, images or the teacher's "
-                    f"pairs, got {name}, which learns from preferences. Train it by itself, and "
+                    f"pairs, got {name}, which learns from {cls.data}. Train it by itself, and "
                     "judge it with stepdistill evaluate."
                 )
         return {name: StepsServed.of_method(cls) for name, cls in chosen.items()}

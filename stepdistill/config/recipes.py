@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from stepdistill.config.files import method_config, resolve_method
 from stepdistill.config.layers import merge
-from stepdistill.core.method import Data, Method
+from stepdistill.core.method import COMMON_DATA, Data, Method
 from stepdistill.core.recipe import Recipe
 from stepdistill.methods import METHODS
 from stepdistill.methods.gan import GANConfig
@@ -132,12 +132,13 @@ class MethodRecipe:
 
 
 def recipes() -> dict[str, MethodRecipe]:
-    """Every method's recipes by name; of one that states none, the common settings. Methods that
-    learn from preferences have none without stating it: nobody has judged a demo's images."""
+    """Every method's recipes by name; of one that states none, the common settings. Methods of
+    other data than COMMON_DATA have none without stating it: nobody has judged a demo's images, and
+    no demo's teacher enlarges any."""
     return {
         recipe.name: MethodRecipe(cls, recipe)
         for cls in METHODS.values()
-        for recipe in cls.digits or (() if cls.data == "preferences" else (Recipe(cls.name),))
+        for recipe in cls.digits or ((Recipe(cls.name),) if cls.data in COMMON_DATA else ())
     }
 
 

@@ -27,6 +27,7 @@ from stepdistill.config.teacher import TeacherOptions
 from stepdistill.config.tuning import Tuning
 from stepdistill.config.watchdog import WatchdogConfig
 from stepdistill.core.options import Options, Positive, Seed
+from stepdistill.data.degradation import Degradation
 
 if TYPE_CHECKING:
     import torch
@@ -349,6 +350,21 @@ class DataConfig(SourceConfig):
     buckets: bool = False
     """Resize and crop each image to the nearest of several sizes about the model's area, from 1:2
     to 2:1, in place of one; every batch is of one size. Reads each picture's size at the start."""
+    degradation: Degradation = Degradation()
+    """Low-resolution images made of the data's, for models that enlarge one."""
+
+    @model_validator(mode="after")
+    def _degraded_are_images(self) -> Self:
+        if self.degradation.factor and self.source in (
+            "prompts_file",
+            "pairs_dir",
+            "preferences_file",
+        ):
+            raise ValueError(
+                "data.degradation.factor: expected images (--data.train_data_dir, .tar_shards or "
+                f".dataset_name), got {self.source}. Name such a source"
+            )
+        return self
 
     @model_validator(mode="after")
     def _buckets_of_images(self) -> Self:

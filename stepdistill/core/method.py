@@ -207,7 +207,10 @@ FIELDS: Mapping[Data, frozenset[str]] = {
     "images": frozenset({"cond", "x0"}),
     "pairs": frozenset({"cond", "x0", "noise"}),
     "preferences": frozenset({"cond", "x0", "rejected"}),
+    "lowres": frozenset({"cond", "x0", "easier"}),
 }
+# Those that a teacher, prompts and images of any kind give, so that methods can be compared.
+COMMON_DATA: tuple[Data, ...] = ("prompts", "images", "pairs")
 
 
 class Method(ABC, Generic[C]):
@@ -221,8 +224,10 @@ class Method(ABC, Generic[C]):
     guidance_options: the options that say how its losses guide the teacher, each a number g, a
         range of g or a switch. The first that is set to a number or a range counts. All of these
         have to be 1 where the model has no null condition.
-    data: what it learns from by default: prompts, images, the teacher's noise-image pairs, or
-        preferences (of two images of a prompt, x0 was chosen over `rejected`).
+    data: what it learns from by default: prompts, images, the teacher's noise-image pairs,
+        preferences (of two images of a prompt, x0 was chosen over `rejected`), or lowres (images
+        with two low resolutions of each, one of them `easier`).
+    needs_image: whether it is for models that read an image beside the prompt alone.
     serves_part: whether its times keep to `Setting.owned`: one expert of two is trained by such
         methods alone.
     steps: the step counts it is meant for. one_student: whether one training serves all of them.
@@ -247,6 +252,7 @@ class Method(ABC, Generic[C]):
     steps_option: ClassVar[str] = "num_steps"
     any_student: ClassVar[bool] = True
     needs_rewards: ClassVar[bool] = False
+    needs_image: ClassVar[bool] = False
     settings_file: ClassVar[str] = ""
     digits: ClassVar[tuple[Recipe, ...]] = ()
 

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every random number generator here takes
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Data = Literal["prompts", "images", "pairs", "preferences"]  # what a method learns from
+# What a method learns from, the less to bring, the earlier; lowres: images that low-resolution ones
+# are made of.
+Data = Literal["prompts", "images", "pairs", "preferences", "lowres"]
 Guidance = Annotated[float, Field(ge=0)]  # g of null + g (cond - null)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 ON_HOST = ("length", "text", "null_length", "imageless")
 CONDITIONING, MASK = "conditioning", "mask"  # an item's images beside the one it becomes
+EASIER = "easier"  # the conditioning image with more of that one left in it
+DRAWN_BY = "drawn_by"  # the image by whose content the random numbers of another are drawn
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Batch:
     prompts:    the B prompts as text, for scorers that read it, or None (class labels).
     extra:      further batch-first tensors a dataset and a method agree on.
     gan:        (x0, cond) of the discriminator's own data source, or None.
+    easier:     (cond, null) with each row's easier image in place of its own, or None.
     """
 
     cond: Cond
@@ -113,6 +116,7 @@ class Batch:
     prompts: tuple[str, ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     gan: tuple[Tensor, Cond] | None = None
+    easier: tuple[Cond, Cond] | None = None
 
     @property
     def bsz(self) -> int:
@@ -134,7 +138,9 @@ class Batch:
     def has(self) -> frozenset[str]:
         """Names of the fields this batch carries, the vocabulary of `Method.needs`."""
         names = {"cond", "null", *self.extra}
-        names |= {name for name in ("x0", "noise", "prompts") if getattr(self, name) is not None}
+        names |= {
+            name for name in ("x0", "noise", "prompts", "easier") if getattr(self, name) is not None
+        }
         names |= {"real"} if self.gan is not None or self.x0 is not None else set()
         return frozenset(names)
 

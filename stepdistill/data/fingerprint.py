@@ -19,13 +19,16 @@ class Fingerprinted(Protocol):
 
 def data_facts(dataset: Any) -> dict[str, Any]:
     """{"source", "items", "sha256"}: class, length and a hash of what the dataset holds; and
-    "buckets" where it is to be put into those.
+    "buckets" where it is to be put into those, "degradation" where images are made smaller.
 
     The hash is None for a stream, and for a dataset of the user's own class without `fingerprint`.
     """
     sha256 = dataset.fingerprint() if isinstance(dataset, Fingerprinted) else None
     buckets = {"buckets": True} if getattr(dataset, "by_ratio", False) else {}
-    return {"source": type(dataset).__name__, "items": len(dataset), "sha256": sha256, **buckets}
+    rule = getattr(dataset, "degradation", None)
+    made = {} if rule is None else {"degradation": rule.model_dump()}
+    facts = {"source": type(dataset).__name__, "items": len(dataset), "sha256": sha256}
+    return {**facts, **buckets, **made}
 
 
 def list_digest(values: Iterable[Any]) -> str:

@@ -16,9 +16,10 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from stepdistill.core.context import stable_seed
-from stepdistill.data.captions import one_caption
 from stepdistill.data.corrupt import TOLD, CorruptItemError
 from stepdistill.data.decode import Size
+from stepdistill.data.degradation import Degradation
+from stepdistill.data.degrade import drawn
 from stepdistill.data.substreams import Substreams
 from stepdistill.reporting.values import counted
 
@@ -29,13 +30,15 @@ Item = tuple[int, dict[str, Any], list[str]]
 class RowStream(ABC):
     """Rows that come in an order of their own, the same for the same (seed, epoch).
 
-    Attributes: shards: rows of each shard that can be read by itself. size_px, known: as in
-        `Source`.
+    Attributes: shards: rows of each shard that can be read by itself. size_px, known, degradation,
+        px_beside, with_easier: as in `Source`.
     """
 
     shards: Sequence[int]
     size_px: int | Size | None = None
     known: Callable[[str], bool] | None = None
+    degradation: Degradation | None = None
+    px_beside, with_easier = 1, True
 
     def __len__(self) -> int:
         """Rows of an epoch."""
@@ -133,7 +136,7 @@ class _Substream:
         for row in self._from(position):
             try:
                 item = self._source.decode(row)
-                return position, one_caption(item, self._substreams.seed, position), bad
+                return position, drawn(self._source, item, self._substreams.seed, position), bad
             except CorruptItemError as err:
                 bad.append(str(err))
                 if len(bad) > _TRIES:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from stepdistill.data.buckets import BucketOrder, bucket_sizes, nearest
 from stepdistill.data.corrupt import CorruptItemError
 from stepdistill.data.decode import Size, decode_beside, decode_image, image_content, picture_size
+from stepdistill.data.degradation import Degradation, check_factor
 from stepdistill.data.order import EpochOrder
 from stepdistill.data.rows import RowStream
 
@@ -32,13 +33,17 @@ class Source(Dataset[dict[str, Any]], ABC):
         width); None means the model's own size in a run, and the file's elsewhere. by_ratio:
         whether a run puts them into buckets of several sizes about that one. known: tells of a
         content name that its latents are at hand, so that the image need not be decoded; its item
-        has no "image" then.
+        has no "image" then. degradation: the low-resolution images that are made of each, where it
+        says so; px_beside: px of the image that one of theirs stands for; with_easier: whether the
+        easier ones are made, too.
     """
 
     def __init__(self, size_px: int | None) -> None:
         self.size_px: int | Size | None = size_px
         self.by_ratio = False
         self.known: Callable[[str], bool] | None = None
+        self.degradation: Degradation | None = None
+        self.px_beside, self.with_easier = 1, True
         self._sizes: Sequence[Size] = ()  # of the buckets
         self._buckets: NDArray[np.int16] | None = None  # of each row
 
@@ -139,11 +144,15 @@ def pictures(item: dict[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
-def fitted(dataset: Any, size: Size, multiple: int) -> Any:
+def fitted(
+    dataset: Any, size: Size, multiple: int, px_beside: int = 1, easier: bool = False
+) -> Any:
     """A run's dataset with its images of the model's size (height, width in px), where it is one
     that reads pictures and states no other, and in buckets where it asks for them.
 
-    Args: multiple: px that the model needs sides to be multiples of.
+    Args: multiple: px that the model needs sides to be multiples of. px_beside: see Source. easier:
+        whether easier low-resolution images are wanted, too.
+    Errors: ValueError for images whose sides a low resolution does not divide.
     """
     if not isinstance(dataset, Source | RowStream):
         return dataset
@@ -152,7 +161,11 @@ def fitted(dataset: Any, size: Size, multiple: int) -> Any:
         dataset.size_px = size
     if isinstance(dataset, Source) and dataset.by_ratio:
         one = dataset.size_px
-        return dataset.bucketed(bucket_sizes((one, one) if isinstance(one, int) else one, multiple))
+        sizes = bucket_sizes((one, one) if isinstance(one, int) else one, multiple)
+        dataset = dataset.bucketed(sizes)
+    for shape in getattr(dataset, "_sizes", ()) or (dataset.size_px,):
+        check_factor(dataset.degradation, shape)
+    dataset.px_beside, dataset.with_easier = px_beside, easier
     return dataset
 
 

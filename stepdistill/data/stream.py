@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stepdistill.core.stopping import STOP_SIGNALS
 from stepdistill.data.buckets import BucketOrder
-from stepdistill.data.captions import caption_of, one_caption
+from stepdistill.data.captions import caption_of
 from stepdistill.data.corrupt import CorruptLog, first_item, good_item
+from stepdistill.data.degrade import drawn
 from stepdistill.data.fingerprint import list_digest
 from stepdistill.data.lines import LineFile
 from stepdistill.data.order import EpochOrder
@@ -95,7 +96,7 @@ def as_dataset(data: Any, where: str = "train_dataset") -> Any:
 def sample_item(dataset: Any) -> dict[str, Any]:
     """One readable item of a dataset, without its file's hash, and of captions the first."""
     item = dataset.first() if isinstance(dataset, RowStream) else first_item(dataset)
-    item = one_caption(item, 0, 0)
+    item = drawn(dataset, item, 0, 0)
     private = ("content", "rejected_content", "size")
     return {key: value for key, value in item.items() if key not in private}
 
@@ -160,7 +161,7 @@ class _Indexed(Dataset[Row]):
         if isinstance(data, Source) and data.has_buckets:
             data = _OfOneSize(data, data.size_of(row))  # also what may replace the row
         row, item, bad = good_item(data, row, self.seed, position)
-        return row, one_caption(item, self.seed, position), bad
+        return row, drawn(self.dataset, item, self.seed, position), bad
 
 
 class _OfOneSize:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.context import stable_seed
-from stepdistill.core.types import Cond
+from stepdistill.core.types import DRAWN_BY, Cond
+from stepdistill.families.beside import pictures
 from stepdistill.families.pictured import PicturedFamily
 
 
@@ -30,6 +31,24 @@ class ChannelFamily(PicturedFamily):
     image_keys: ClassVar[tuple[str, ...]] = ("channels",)
     most_references = 1
     picture_px: ClassVar[int | None] = None  # px of the picture to one latent; None: latent_px
+
+    _drawn_by: Sequence[Image.Image] = ()  # each row's; none: its own picture
+
+    def with_images(self, cond: Cond, images: Mapping[str, Tensor], shape: Sequence[int]) -> Cond:
+        """See Family.with_images. DRAWN_BY, a row's other image, has its random numbers be those of
+        that one."""
+        by, rest = images.get(DRAWN_BY), {k: v for k, v in images.items() if k != DRAWN_BY}
+        if by is not None:
+            self._drawn_by = [row[0] for row in pictures(self.pipeline.image_processor, by)]
+        try:
+            return super().with_images(cond, rest, shape)
+        finally:
+            self._drawn_by = ()
+
+    @property
+    def px_beside(self) -> int:
+        """See Family.px_beside."""
+        return self.latent_px // (self.picture_px or self.latent_px)
 
     @abstractmethod
     def beside(
@@ -63,9 +82,11 @@ class ChannelFamily(PicturedFamily):
         masks: Sequence[Image.Image | None] = (),
     ) -> Cond:
         device, made = next(iter(cond.tensors.values())).device, []
-        for (picture,), mask in zip(rows, masks, strict=True):  # the last bits depend on the batch
+        by = self._drawn_by or [picture for (picture,) in rows]
+        for (picture,), mask, other in zip(rows, masks, by, strict=True):  # bits depend on batches
             given = (self.fitted(picture, shape), mask and self.fitted(mask, shape))
-            made.append(self.beside(*given, self._generator(shape, *given)))
+            generator = self._generator(shape, self.fitted(other, shape), given[1])
+            made.append(self.beside(*given, generator))
         return Cond({**cond.tensors, "channels": torch.cat(made).float().to(device)})
 
     def _generator(self, shape: Sequence[int], *beside: Image.Image | None) -> torch.Generator:

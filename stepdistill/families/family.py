@@ -238,6 +238,11 @@ class Family(ABC):
         return tuple(name for name, needed in cls.reads.items() if needed)
 
     @classmethod
+    def edits_image(cls) -> bool:
+        """Whether an item has an image to edit, enlarge or refer to beside what it becomes."""
+        return "image" in cls.reads and not cls.from_first_frame()
+
+    @classmethod
     def from_first_frame(cls) -> bool:
         """Whether it makes a video from a first frame, which an item's image then is."""
         return cls.output == "frames" and "image" in cls.reads
@@ -405,6 +410,12 @@ class Family(ABC):
         """px to a side of one latent."""
         factor: int = self.pipeline.vae_scale_factor
         return factor
+
+    @property
+    def px_beside(self) -> int:
+        """px of what is made that one of the "image" it reads stands for: here they are of one
+        size."""
+        return 1
 
     @property
     def size_multiple(self) -> int:

@@ -328,6 +328,7 @@ def _batch(
         prompts=(PROMPT,) * bsz,
         extra={name: made() for name in ("rejected", "start") if name in method.needs},
         gan=(made(), cond.repeat(bsz)) if separate else None,
+        easier=(cond.repeat(bsz), null.repeat(bsz)) if "easier" in method.needs else None,
     )
     return batch, encoding
 
@@ -341,6 +342,8 @@ def _tensors(batch: Batch) -> list[Tensor]:
     given = [*batch.cond.tensors.values(), *batch.null.tensors.values()]
     if batch.gan is not None:
         given += [batch.gan[0], *batch.gan[1].tensors.values()]
+    for one in batch.easier or ():
+        given += one.tensors.values()
     given += batch.extra.values()
     return given + [x for x in (batch.x0, batch.noise) if x is not None]
 

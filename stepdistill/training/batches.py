@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepdistill.cache.encoded import EncodedCache, image_key
 from stepdistill.config.run import TrainConfig
-from stepdistill.core.types import CONDITIONING, MASK, Batch, Cond
+from stepdistill.core.types import CONDITIONING, DRAWN_BY, EASIER, MASK, Batch, Cond
 from stepdistill.families.beside import images_beside
 from stepdistill.families.family import Family
 
@@ -67,7 +67,10 @@ class BatchMaker:
         cond, prompts = self._cond(raw)
         if self._null is None:
             self._null = self.family.null(1).to(self.device)
-        null = self.family.null_for(cond, self._null)
+        null, easier = self.family.null_for(cond, self._null), None
+        if EASIER in raw:
+            other = self._cond({**raw, CONDITIONING: raw[EASIER], DRAWN_BY: raw[CONDITIONING]})[0]
+            easier = (other, self.family.null_for(other, self._null))
         real, x0 = None, self._x0(raw) if with_x0 else None
         if gan is not None:
             x0_gan = self._x0(gan, "gan")
@@ -75,7 +78,7 @@ class BatchMaker:
             real = (x0_gan, self._cond(gan)[0])
         rejected = self._rejected(raw) if with_x0 else None
         known = {"index", "content", "prompt", "label", "image", "x0", "noise", "size", REREAD}
-        known |= {"rejected", "rejected_content", CONDITIONING, MASK}
+        known |= {"rejected", "rejected_content", CONDITIONING, EASIER, MASK}
         return Batch(
             cond=cond,
             null=null,
@@ -90,6 +93,7 @@ class BatchMaker:
             }
             | ({} if rejected is None else {"rejected": rejected}),
             gan=real,
+            easier=easier,
         )
 
     def _shape(self, raw: dict[str, Any]) -> tuple[int, ...]:
@@ -108,6 +112,8 @@ class BatchMaker:
             prompts = raw["label"] if "label" in raw else raw["prompt"]
         prompts = [p.item() if isinstance(p, Tensor) else p for p in prompts]
         cond, images = self.encode(prompts), images_beside(self.family, raw)
+        if "images" in self.family.call_draws and DRAWN_BY in raw:
+            images[DRAWN_BY] = raw[DRAWN_BY]
         if self.family.reads:
             cond = self._with_images(cond, prompts, images, self._shape(raw))
         return cond, prompts

@@ -45,6 +45,11 @@ def method_fits(
     where a scorer they call can't be had (see `rewards.check_scorers`), or where no run of the
     method measures best_metric. Warns of a gan_dataset that no loss reads."""
     method = _quietly(cls, config, teacher)
+    if cls.needs_image and not teacher.family.edits_image():
+        raise ValueError(
+            f"{cls.name}: expected a model that reads an image beside the prompt, as "
+            f"StableDiffusionUpscalePipeline, got {teacher.pipeline}. Name one."
+        )
     _states_fit(method, dataset)
     specs = scorers_of(method, rewards)
     needs = method.needs | check_kinds(method, rewards, scorers)
@@ -101,6 +106,8 @@ def method_fits(
             "start": "Make the high-noise student's states first: stepdistill pairs HIGH_EXPORT "
             "--prompts_file FILE --pairs_dir DIR, then --data.pairs_dir DIR.",
             "x0": "Train on images: --data.train_data_dir DIR.",
+            "easier": "Have two low resolutions of the images made: --data.degradation.factor 4 or "
+            "more (2 has no easier one, and needs none with --method_config.target images).",
             "real": "Give the GAN images: --data.gan.train_data_dir DIR, or --data.train_data_dir.",
             "prompts": "A loss that reads text needs items with a prompt.",
         }

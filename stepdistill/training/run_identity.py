@@ -215,13 +215,13 @@ def same_data(
     for name, was, got in (("data", saved, now), ("data.gan", saved.get("gan"), now.get("gan"))):
         if was and got:
             hashed = was.get("sha256") and got.get("sha256")
-            keys = ("buckets", "sha256") if hashed else ("buckets", "source", "items")
+            keys = ("buckets", "degradation", *(("sha256",) if hashed else ("source", "items")))
             changed += [(name, was, got)] if any(was.get(k) != got.get(k) for k in keys) else []
     if changed and not allowed:
         name, was, got = changed[0]
         changes = [
-            f"{f['source']} of {f['items']} items{' in buckets' * ('buckets' in f)}, "
-            f"sha256 {f['sha256']}"
+            f"{f['source']} of {f['items']} items{' in buckets' * ('buckets' in f)}"
+            f"{_made_smaller(f.get('degradation'))}, sha256 {f['sha256']}"
             for f in (was, got)
         ]
         raise ValueError(
@@ -230,6 +230,10 @@ def same_data(
             "and the model card will say so."
         )
     return not changed
+
+
+def _made_smaller(rule: Mapping[str, Any] | None) -> str:
+    return "" if rule is None else f" made smaller by {rule['factor']} ({rule['kind']})"
 
 
 def resume_fits(

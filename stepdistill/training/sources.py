@@ -7,6 +7,8 @@ from typing import Any
 
 from stepdistill.config.files import method_class
 from stepdistill.config.run import RunConfig, SourceConfig
+from stepdistill.core.types import CONDITIONING
+from stepdistill.data.degradation import check_factor
 from stepdistill.data.hub import HubDataset, HubStream, load_rows
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
 from stepdistill.data.metadata import Beside, beside_columns
@@ -26,8 +28,11 @@ def open_dataset(run: RunConfig) -> Any:
             "data: expected images or no data for an unconditional model, got a prompts_file. "
             "Leave it out, or give --data.train_data_dir."
         )
+    _reads_image(run, facts)
     if run.data.source is not None:
         dataset = _open(run.data, facts, run)
+        if run.data.degradation.factor:
+            dataset.degradation = run.data.degradation
         if run.data.buckets:
             dataset.by_ratio = True
         return dataset
@@ -43,11 +48,31 @@ def open_gan_dataset(run: RunConfig) -> Any:
     """The dataset of --data.gan, or None where the run has none."""
     if run.data.gan.source is None:
         return None
-    return _open(run.data.gan, teacher_facts(run.source), run)
+    dataset = _open(run.data.gan, teacher_facts(run.source), run)
+    if run.data.degradation.factor:
+        dataset.degradation = run.data.degradation
+    return dataset
+
+
+def _reads_image(run: RunConfig, facts: TeacherFacts) -> None:
+    """Errors: ValueError for low-resolution images that the model does not read, or of a size that
+    they do not divide."""
+    rule = run.data.degradation
+    if rule.factor is None:
+        return
+    if not facts.family.edits_image():
+        raise ValueError(
+            "data.degradation.factor: expected a model that reads an image beside the prompt, as "
+            f"StableDiffusionUpscalePipeline, got {facts.pipeline}. Leave it out, or name one."
+        )
+    check_factor(rule, run.resolution)
 
 
 def _open(data: SourceConfig, facts: TeacherFacts, run: RunConfig) -> Any:
-    conditioning, by_label = facts.conditioning, facts.conditioning == "label"
+    rule, conditioning = run.data.degradation, facts.conditioning
+    if rule.factor and rule.prompt is not None:
+        conditioning = "none"  # no captions are read
+    by_label = conditioning == "label"
     if data.prompts_file is not None:
         if by_label:
             return LabelFileDataset.from_file(data.prompts_file, facts.num_labels)
@@ -55,7 +80,7 @@ def _open(data: SourceConfig, facts: TeacherFacts, run: RunConfig) -> Any:
     if data.train_data_dir is not None:
         options = (by_label, conditioning == "none", data.caption_column, facts.num_labels)
         return ImageFolderDataset(
-            data.train_data_dir, run.resolution, *options, _beside(data, facts)
+            data.train_data_dir, run.resolution, *options, _beside(data, facts, run)
         )
     if data.preferences_file is not None:
         pairs = (data.preferences_file, run.resolution, conditioning, data.caption_column)
@@ -74,12 +99,13 @@ def _open(data: SourceConfig, facts: TeacherFacts, run: RunConfig) -> Any:
         columns = (run.resolution, data.caption_column, conditioning, facts.num_labels)
         return PreferenceRows(_rows(data), *columns)
     shards = (data, conditioning, run.resolution, run.cache_dir, facts.num_labels)
-    return open_shards(*shards, _beside(data, facts))
+    return open_shards(*shards, _beside(data, facts, run))
 
 
-def _beside(data: SourceConfig, facts: TeacherFacts) -> dict[str, Beside]:
-    """Columns of what the model reads beside the prompt."""
-    fields = fields_beside(facts.family)
+def _beside(data: SourceConfig, facts: TeacherFacts, run: RunConfig) -> dict[str, Beside]:
+    """Columns of what the model reads beside the prompt, but for what is made of the image."""
+    made = (CONDITIONING,) if run.data.degradation.factor else ()
+    fields = {k: v for k, v in fields_beside(facts.family).items() if k not in made}
     return beside_columns(fields, data.conditioning_column, data.mask_column)
 
 

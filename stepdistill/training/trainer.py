@@ -166,13 +166,15 @@ class Trainer(Resumable):
         args = self.args
         self.batches = batch_maker(self.family, self.device, args, self.dataset is not None)
         size = (self.family.image_size(args.resolution), self.family.size_multiple)
+        beside = self.family.px_beside
         self.by_shape = MethodByShape(self.method, self.family, args.resolution)
         self.rewards = Rewards(args, self.by_shape)
-        self.feed = Feed(fitted(self.dataset, *size), args)
+        easier = "easier" in self.method.needs
+        self.feed = Feed(fitted(self.dataset, *size, beside, easier), args)
         self.gan_feed: Feed | None = None
         reads_real = self.gan_dataset is not None and "real" in self.method.needs
         if reads_real and self.dataset is not None:
-            self.gan_feed = Feed(fitted(self.gan_dataset, *size), args, "gan")
+            self.gan_feed = Feed(fitted(self.gan_dataset, *size, beside), args, "gan")
             self.facts["data"]["gan"] = data_facts(self.gan_dataset)
         self.step = 0
         self.seconds = 0.0

@@ -29,6 +29,7 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "check": (["dir"], "base_quantization", ("int8", "nf4")),
     "compare": (["--output_dir", "out"], "processes", (2, 3)),
     "demo": ([], "seconds", (1.5, 2.5)),
+    "decoder": (["--student", "dir", "--train_data_dir", "dir"], "seed", (1, 2)),
     "doctor": ([], "format", ("json", "markdown")),
     "evaluate": (["--teacher", "dir", "--student", "a"], "seeds", ((1, 2), (3,))),
     "export": (["run", "out"], "num_steps", (2, 4)),
@@ -49,6 +50,7 @@ CALLS: dict[str, tuple[list[str], str, tuple[Any, Any]]] = {
     "report": (["run"], "", (None, None)),
     "sample": (["dir", "--prompt", "a"], "seed", (1, 2)),
     "train": ([*TEACHER, "--method", "dmd2"], "role_learning_rates", ({"fake": 1e-4}, {"fake": 2})),
+    "widen": (["--model", "dir"], "output_dir", ("a", "b")),
 }
 WITH_OPTIONS = [name for name, (_, option, _) in CALLS.items() if option]
 
@@ -172,6 +174,8 @@ def test_mistakes_and_the_list_need_no_torch(tmp_path) -> None:
         ["report", gone],
         ["sample", gone, "--prompt", "a cat"],
         ["optimise_latent", gone, "--prompt", "a bell"],
+        ["decoder", "--student", gone, "--train_data_dir", gone],
+        ["widen", "--model", gone, "--output_dir", "o"],
         ["push", gone, "me/x"],
         ["check", gone],
         ["merge", gone, f"{gone}:0.5", "--output", "o"],
@@ -201,7 +205,8 @@ print(sorted({{"torch", "diffusers", "transformers"}} & set(sys.modules)))
     assert named == [
         *("method", "pretrained_model_name_or_path", "flags", "data.prompts_file", "--recipe"),
         *("data.train_data_dir", "pretrained_model_name_or_path", "pretrained_model_name_or_path"),
-        *("run_dir", "run_dir", "model_dir", "model_dir", "folder", "model_dir", "sources"),
+        *("run_dir", "run_dir", "model_dir", "model_dir", "student", "model"),
+        *("folder", "model_dir", "sources"),
         *("teacher", "student", "reference", "pretrained_model_name_or_path"),
     ]
     assert "gradients: expected KIND or KIND:GUIDANCE with one of sds," in told

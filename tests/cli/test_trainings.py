@@ -210,7 +210,7 @@ def test_a_bundled_one_on_a_tiny_model(name, tmp_path, tmp_path_factory, monkeyp
 
     monkeypatch.setattr("stepdistill.cli._trainings.make_pairs", few)
     teacher = teacher_dir(about.family, tmp_path_factory)
-    data = images(tmp_path) if about.data == "images" else prompts(tmp_path)
+    data = images(tmp_path) if about.data in ("images", "lowres") else prompts(tmp_path)
     argv = ["train", "--recipe", name, *flags(teacher, out, data), "--decoder", "null"]
     argv += ["--train_batch_size", "2", "--gradient_accumulation_steps", "1"]
     main([*argv, "--mixed_precision", "no", "--tuning.rank", "2", "--tuning.alpha", "2"])

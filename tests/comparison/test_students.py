@@ -14,6 +14,7 @@ from stepdistill.comparison.students import (
 )
 from stepdistill.comparison.user_teacher import bundled, split_methods
 from stepdistill.config.recipes import recipes
+from stepdistill.core.method import COMMON_DATA
 from stepdistill.methods import METHODS
 
 
@@ -40,9 +41,9 @@ def test_a_one_step_method_is_asked_for_one_step_alone() -> None:
 
 
 def test_every_method_is_known_with_its_data() -> None:
-    """But for what learns from preferences, which the digits have none of."""
+    """But for what learns from preferences or low resolutions, which the digits have none of."""
     every = {name: StepsServed.of_method(cls) for name, cls in METHODS.items()}
-    served = {name: one for name, one in every.items() if one.data != "preferences"}
+    served = {name: one for name, one in every.items() if one.data in COMMON_DATA}
     assert {name: served_by_recipes()[name] for name in served} == served
     assert every.keys() - served.keys() == every.keys() - served_by_recipes().keys()
 

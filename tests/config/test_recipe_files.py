@@ -297,7 +297,8 @@ def test_a_recipe_trains_a_tiny_model_and_exports(
     monkeypatch.setattr(
         "stepdistill.training.trainer.build_scorers", lambda specs, *_: dict.fromkeys(specs, judge)
     )  # weights that are not here
-    teacher = teacher_dir(about.family or "sd_v", tmp_path_factory)
+    plain = "sd_upscale" if about.data == "lowres" else "sd_v"
+    teacher = teacher_dir(about.family or plain, tmp_path_factory)
     short = (
         f"--recipe {name} --pretrained_model_name_or_path {teacher} "
         f"--output_dir {tmp_path / 'run'} --max_train_steps 2 --train_batch_size 2 "

@@ -38,6 +38,7 @@ VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() *
         ("boot", {"guidance": 5.0}, 5.0),
         ("scott", {"guidance_range": (2.0, 6.0)}, 4.0),
         ("add", {"guidance": 2.5}, 2.5),
+        ("scale_distill", {"guidance": 9.0}, 9.0),
         ("ladd", {}, 1.0),
         ("reflow", {}, 1.0),
         ("rfpp", {}, 1.0),

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from stepdistill import TrainConfig, Tuning
 from stepdistill.core.method import FIELDS, Scorer, Setting
 from stepdistill.core.path import FlowPath, VPPath
-from stepdistill.core.types import MASK
+from stepdistill.core.types import EASIER, MASK
 from stepdistill.families.beside import fields_beside
 from stepdistill.families.family import Family
 from stepdistill.families.features import FeatureBlock, chosen_blocks
@@ -90,7 +90,8 @@ class TinyData(Dataset[dict[str, Any]]):
             item = kinds[told]
             for name in fields:
                 item[name] = torch.randn(shape, generator=generator)
-            for key in (beside,) if isinstance(beside, str) else beside:
+            pictures = (beside,) if isinstance(beside, str) else beside
+            for key in (*pictures, *({EASIER} & {*fields})):
                 # A video's start is as wide as the tiny ones.
                 size = (1 if key == MASK else 3, 16, 32 if key == "image" else 16)
                 drawn = torch.rand(size, generator=generator)
@@ -240,6 +241,8 @@ def _never_moves(name: str) -> bool:
 
 
 METHOD_CASES: dict[str, MethodCase] = {
+    "scale_distill": MethodCase("scale_distill", {"num_steps": 2}, ("x0", "easier")),
+    "scale_distill_images": MethodCase("scale_distill", {"target": "images"}, ("x0",)),
     "dmd2": MethodCase("dmd2", {"num_steps": 2, "critic_steps": 2}),
     "dmd": MethodCase("dmd", {"regression": "l2"}, ("x0", "noise")),
     "dmd2_gan": MethodCase(
@@ -568,6 +571,19 @@ METHOD_CASES |= {
     name: MethodCase(name, {}, tuple(sorted(FIELDS[cls.data] - {"cond"})))
     for name, cls in METHODS.items()
     if name not in {case.method for case in METHOD_CASES.values()}
+}
+# Some are for models that read an image beside the prompt alone.
+METHOD_CASES |= {
+    name: replace(case, fits=lambda family, layout: TINY_FAMILY[family].edits_image())
+    for name, case in METHOD_CASES.items()
+    if METHODS[case.method].needs_image
+}
+# Methods and teachers that can't meet for that.
+UNFIT_IMAGELESS = {
+    (method, family)
+    for method, cls in METHODS.items()
+    for family, adapter in TINY_FAMILY.items()
+    if cls.needs_image and not adapter.edits_image()
 }
 # Two experts have no block that heads of a discriminator could read.
 TWO_EXPERTS = {

@@ -31,6 +31,13 @@ def test_latent_is_the_standardised_image() -> None:
     assert torch.allclose(latents, (images + 0.4) / 0.75, atol=1e-5)
 
 
+def test_colours_do_not_mix() -> None:
+    vae, images = identity_vae(8, 0.1, 0.5, channels=3), random_images(5)[:63].view(21, 3, 8, 8)
+    latents = vae.encode(images).latent_dist.mode()
+    assert torch.allclose(latents, (images - 0.1) / 0.5, atol=1e-5)
+    assert torch.allclose(vae.decode(latents).sample, images, atol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
 def test_decoder_is_affine_in_latents_of_any_size(scale: float) -> None:
     vae = identity_vae(8, -0.4, 0.75)

@@ -104,6 +104,8 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
     ],
     "progressive": [("target", BSZ, False), ("target", BSZ, False), ("student", BSZ, True)],
     "reflow": [("student", BSZ, True)],
+    "scale_distill": [("base", BSZ, False), ("student", BSZ, True)],  # not guided
+    "scale_distill_images": [("student", BSZ, True)],
     "reflow_distill": [("student", BSZ, True)],
     "rfpp": [("student", BSZ, True)],
     "slimflow": [("student", BSZ, True)],
@@ -185,7 +187,8 @@ def observed(monkeypatch: pytest.MonkeyPatch, seen: Iteration) -> Iterator[None]
 
 def iteration(case: str, monkeypatch: Any, tmp_path: Any, factory: Any) -> Iteration:
     """The last of two updates, or of more."""
-    family = "sd3" if METHOD_CASES[case].fits("sd3", "lora") else "sd"
+    families = ("sd3", "sd", "flux_kontext")
+    family = next(name for name in families if METHOD_CASES[case].fits(name, "lora"))
     trainer: Any = build_trainer(
         case, teacher_dir(family, factory), "lora", tmp_path / "run",
         logging_steps=100, checkpointing_steps=0,
