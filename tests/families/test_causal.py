@@ -56,7 +56,7 @@ def test_one_chunk_of_all_frames_is_the_plain_network(clip) -> None:
 def test_cached_chunks_are_the_masked_pass(clip) -> None:
     x, t, text, net, _ = clip
     masked = call(net, x, t, text)
-    with caching(net) as state:
+    with caching(net) as state, torch.no_grad():
         for start in range(0, CHUNK * CHUNKS, CHUNK):
             state.start, part = start, slice(start, start + CHUNK)
             state.keeps = False
@@ -65,6 +65,9 @@ def test_cached_chunks_are_the_masked_pass(clip) -> None:
             made = call(net, x[:, :, part], t[:, start], text)
             assert torch.equal(before, made)  # a call that keeps nothing leaves the cache alone
             assert torch.allclose(made, masked[:, :, part], atol=1e-10)
+        state.keeps = True
+        with torch.enable_grad(), pytest.raises(AssertionError, match="remembered is a value"):
+            call(net, x[:, :, part], t[:, start], text)
     assert torch.equal(call(net, x, t, text), masked)  # and the mask is back
 
 
