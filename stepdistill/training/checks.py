@@ -234,8 +234,8 @@ def roles_fit(
     if reads and teacher.num_nets > 1:
         raise ValueError(
             f"{method.name}: expected nothing that names blocks of a model of two denoisers (each "
-            f"row of a batch runs one of them), got {reads}. Train one expert a run (--expert high, "
-            "then low), or turn that off (--method_config.gan.weight_g 0, .skip_layers [])."
+            f"row of a batch runs one of them), got {reads}. Train one expert a run (--expert high "
+            "or low), or turn that off (--method_config.gan.weight_g 0, .skip_layers [])."
         )
     _mixing_fits(method, args)
     quantized, forward = args.tuning.base_quantization, method.forward_mode
