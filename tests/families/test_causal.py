@@ -84,6 +84,20 @@ def test_it_is_skyreels_stock_network(clip) -> None:
     assert float((theirs - call(net, x, t, text)).abs().max()) < 1e-5
 
 
+def test_skyreels_masks_no_chunk_of_one_frame(clip) -> None:
+    """Why export refuses chunk 1: the stock class takes 1 for no mask, and every frame sees all."""
+    x, t, text, _, plain = clip
+    config = {k: v for k, v in plain.config.items() if not k.startswith("_")}
+    stock = SkyReelsV2Transformer3DModel(**config, num_frame_per_block=1).double().eval()
+    stock.load_state_dict(plain.state_dict())
+    framed = {"timestep": t.double(), "enable_diffusion_forcing": True, "return_dict": False}
+    with torch.no_grad():
+        theirs = stock(x, encoder_hidden_states=text, **framed)[0]
+    assert float((theirs - call(plain, x, t, text)).abs().max()) < 1e-5
+    by_frames = make_causal(copy.deepcopy(plain), 1)
+    assert float((theirs - call(by_frames, x, t, text)).abs().max()) > 1e-3
+
+
 def test_a_role_asks_for_it_and_only_the_student_is_causal() -> None:
     family = WanFamily(tiny_wan())
     roles = {"teacher": Role(), "student": Role(train=True, extra_inputs=(causal_input(1),))}

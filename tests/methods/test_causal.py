@@ -25,6 +25,7 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.tiny_video import tiny_wan
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no stock pipeline makes such clips")
 SETTING = Setting(FlowPath(), "flow", 3.0)
 OPTIONS = {"chunk": 1, "num_steps": 2, "critic_steps": 1, "sampler": "ode", "guidance": 2.0}
 
@@ -223,6 +224,12 @@ def test_a_run_resumes_and_exports_to_skyreels(warm, tmp_path) -> None:
     stock = SkyReelsV2DiffusionForcingPipeline.from_pretrained(out)
     assert stock.transformer.config.num_frame_per_block == 2
     assert "ar_step=2" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 3, "sampler": "renoise"}])
+def test_what_no_stock_class_plays_is_told_before_training(options) -> None:
+    with pytest.warns(UserWarning, match=r"chunk \d, sampler \w+: no stock pipeline"):
+        DMD2.Config(**{**OPTIONS, **options})
 
 
 REFUSED = {
