@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.runs import build_trainer, fingerprint, teacher_dir
+from support.runs import TWO_EXPERTS, build_trainer, fingerprint, teacher_dir
 
 from stepdistill import Tuning, cli
 from stepdistill.config.files import parse_run_config
@@ -25,6 +25,7 @@ from stepdistill.pairs.beside import from_bytes, to_bytes
 from stepdistill.pairs.dataset import PairDataset, generate_pairs
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.testing.tiny import TINY_FAMILY
 from stepdistill.training.sources import open_dataset
 
 GRID = {"num_steps": 4, "shift": 5.0, "critic_steps": 1}
@@ -137,9 +138,15 @@ def test_a_set_that_was_cut_off_is_the_same(half, tmp_path, monkeypatch) -> None
         PairDataset(tmp_path / "states")
 
 
-def test_images_to_edit_travel_in_a_set(tmp_path, tmp_path_factory) -> None:
-    """Reflow of an editing model: noises solved for its rows, trained on with their images."""
-    teacher = teacher_dir("flux_kontext", tmp_path_factory)
+READING = sorted(n for n, family in TINY_FAMILY.items() if family.reads and n not in TWO_EXPERTS)
+
+
+@pytest.mark.sampled("flux_kontext")
+@pytest.mark.parametrize("family", READING)
+def test_images_beside_travel_in_a_set(family, tmp_path, tmp_path_factory) -> None:
+    """Reflow of an editing model: noises solved for its rows, trained on with their images; of a
+    first frame too."""
+    teacher = teacher_dir(family, tmp_path_factory)
     folder = frames(tmp_path / "rows", column="conditioning_file_name")
     make_pairs(teacher, None, tmp_path / "pairs", train_data_dir=folder, num_steps=2)
     data = PairDataset(tmp_path / "pairs")
