@@ -10,12 +10,15 @@ from stepdistill.core.options import Count, Guidance, Seed
 class Options(TeacherOptions):
     prompts_file: Here | None = None
     """Noises are solved to images of these prompts."""
+    train_data_dir: Here | None = None
+    """Of a model that reads images beside the prompt, a folder of captions with these (first frames
+    of videos, images to edit)."""
     invert: Here | None = None
     """Or a folder of real images, inverted to noises (rf++)."""
     pairs_dir: str
     """Folder of the set; a call that was cut off goes on there."""
     num_pairs: Count | None = None
-    """Needed with prompts_file; none means all images of invert."""
+    """Needed with prompts_file; none means all rows of a folder."""
     num_steps: Count = 50
     """Steps of the teacher's solver."""
     guidance: Guidance = 1.0
@@ -33,4 +36,4 @@ def run(options: Options) -> None:
 
     given = options.model_dump(exclude=set(TeacherOptions.model_fields))
     where = (given.pop("prompts_file"), given.pop("pairs_dir"))
-    print(make_pairs(options.source, *where, train_data_dir=given.pop("invert"), **given))
+    print(make_pairs(options.source, *where, **given))

@@ -341,12 +341,11 @@ def _by_chunks(
 ) -> Tensor:
     """x0 (B, C, F, H, W) of `sample_x0`, each chunk of frames behind those made before it.
 
-    The past is remembered by networks that can, but where a graph or a guided call needs it anew.
+    The past is remembered by networks that can, but where a guided call needs it anew.
     """
     made, one = noise[:, :, :0], replace(spec, chunk=0)
     g = spec.guidance if guidance is None else guidance
-    anew = gradient_at is not None or is_guided(g)
-    with nullcontext() if anew else denoiser.remembered() as remember:
+    with nullcontext() if is_guided(g) else denoiser.remembered() as remember:
         for start in range(0, noise.shape[2], spec.chunk):
             part = slice(start, start + spec.chunk)
 
@@ -358,7 +357,7 @@ def _by_chunks(
             drawn = None if fresh_noise is None else fresh
             how = (cond, null, guidance, drawn, gradient_at)
             x0 = sample_x0(asked, one, noise[:, :, part], *how)
-            if remember is not None:
-                remember(x0, cond)
+            if remember is not None and part.stop < noise.shape[2]:
+                remember(x0.detach(), cond)
             made = torch.cat([made, x0], dim=2)
     return made

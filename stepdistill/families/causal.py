@@ -4,7 +4,8 @@ Tokens of a chunk of latent frames attend to all tokens of chunks up to theirs; 
 to as before. No weight is added. A causal network is called in one of two ways, which agree:
     masked   the whole clip at once, each frame told its own time; what training does
     cached   a chunk at a time; keys (after rotary embedding) and values of the chunks before it are
-             remembered from the call at which they were clean
+             remembered from the call at which they were clean. These are values: what has a graph
+             is the chunk's own call, which may be recomputed when later chunks are cached too
 Sources: Yin et al. 2024, arXiv:2412.07772 (CausVid); Huang et al. 2025, arXiv:2506.08009 (Self
 Forcing), where clean chunks are written to the cache by a call of their own at time 0.
 """
@@ -13,8 +14,8 @@ Forcing), where clean chunks are written to the cache by a call of their own at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -26,14 +27,30 @@ from torch import Tensor, nn
 class Causal:
     """What the attention of one network shares: the chunk, and the cache while there is one.
 
-    cache: of each block, the keys and values (B, N, heads, D) of the chunks so far; None for the
-    masked call. keeps: whether a call adds its own.
+    cache: of each block, keys and values (B, N, heads, D) of one chunk after another, appended and
+    never changed; None for the masked call. start: frames before a call's own, whose chunks it
+    sees. keeps: whether a call adds its own, which one with a graph must not.
     """
 
     def __init__(self, chunk: int) -> None:
         self.chunk, self.tokens, self.start = chunk, 0, 0
-        self.cache: dict[int, tuple[Tensor, Tensor]] | None = None
+        self.cache: dict[int, list[tuple[Tensor, Tensor]]] | None = None
         self.keeps = False
+
+    def as_now(self) -> Callable[[], AbstractContextManager[None]]:
+        """Contexts in which calls see what they see now: for blocks that are recomputed."""
+        cache, start = self.cache, self.start
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            later = (self.cache, self.start)
+            self.cache, self.start = cache, start
+            try:
+                yield
+            finally:
+                self.cache, self.start = later
+
+        return again
 
     def see(self, net: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Before a call: how many tokens a frame has."""
@@ -86,11 +103,12 @@ class CausalAttention(WanAttnProcessor):
         key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads)
         value = attn.to_v(hidden_states).unflatten(2, heads)
         query, key = (_rotated(x, *rotary_emb) for x in (query, key))
-        if self.block in state.cache:
-            past = state.cache[self.block]
-            key, value = (torch.cat(pair, dim=1) for pair in zip(past, (key, value), strict=True))
+        chunks = state.cache.setdefault(self.block, [])
         if state.keeps:
-            state.cache[self.block] = (key.detach(), value.detach())
+            assert not torch.is_grad_enabled(), "what is remembered is a value"
+            chunks.append((key, value))
+        seen = [*chunks[: state.start // state.chunk], (key, value)]
+        key, value = (torch.cat(pieces, dim=1) for pieces in zip(*seen, strict=True))
         out = dispatch_attention_fn(query, key, value).flatten(2, 3).type_as(query)
         projected: Tensor = attn.to_out[1](attn.to_out[0](out))
         return projected
@@ -117,10 +135,11 @@ def make_causal(net: Any, chunk: int) -> nn.Module:
 
 def is_causal(net: Any) -> bool:
     """Whether `make_causal` made it so."""
-    return _state_of(net) is not None
+    return causal_state(net) is not None
 
 
-def _state_of(net: Any) -> Causal | None:
+def causal_state(net: Any) -> Causal | None:
+    """What the attention of a causal network shares; None of another."""
     first = next((m for m in net.modules() if isinstance(m, WanAttention)), None)
     processor = None if first is None else first.processor
     return processor.state if isinstance(processor, CausalAttention) else None
@@ -128,15 +147,11 @@ def _state_of(net: Any) -> Causal | None:
 
 @contextmanager
 def caching(net: Any) -> Iterator[Causal]:
-    """Within: calls are of one chunk, at `start`, after those whose calls had `keeps` set.
-
-    Without gradients: a recomputed block would see a later cache.
-    """
-    state = _state_of(net)
+    """Within: calls are of one chunk, at `start`, after those whose calls had `keeps` set."""
+    state = causal_state(net)
     assert state is not None, "the caller has asked"
     state.cache, state.start, state.keeps = {}, 0, False
     try:
-        with torch.no_grad():
-            yield state
+        yield state
     finally:
         state.cache, state.start, state.keeps = None, 0, False

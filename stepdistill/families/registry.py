@@ -25,7 +25,7 @@ from stepdistill.families.experts import PARTS, one_expert
 from stepdistill.families.family import Family
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import own_sampler, read_schedule
-from stepdistill.loading.expert_files import refuse_other_expert
+from stepdistill.loading.expert_files import expert_of, refuse_half_pair, refuse_other_expert
 from stepdistill.loading.merge_loras import merge_loras
 from stepdistill.loading.paper import part_config
 from stepdistill.loading.project_code import part_class
@@ -119,7 +119,7 @@ def load_family(
         pipeline = load_stock(source.model, index, dtype=torch_dtype, **hub, **parts)
     if cls.conditioning == "prompt":
         _check_encoders(pipeline)
-    merge_loras(pipeline, cls.net_name, source.teacher_lora)
+    merge_loras(pipeline, source.teacher_lora, _merged_into(source, cls))
     if quantized and made_here:
         for name in folders:
             made = requantized(getattr(pipeline, name), kind, dtype)
@@ -144,20 +144,29 @@ def _net_folders(source: ModelSource, cls: type[Family]) -> dict[str, str]:
         what else is asked for says nothing of which of them it is for.
     """
     index, expert = source.index, source.expert
+    loras = [parse_lora(text).path for text in source.teacher_lora]
     if expert == "both":
         names = cls.nets_in(index)
-        odd = "a LoRA" if source.teacher_lora else "one file" if source.is_single_file else ""
-        if len(names) > 1 and odd:
+        if len(names) > 1 and source.is_single_file:
             raise ValueError(
-                f"expert: expected high or low beside {odd}, which says nothing of which of the "
+                "expert: expected high or low beside one file, which says nothing of which of the "
                 "two networks it is for, got both. Set --expert high, and low in a run of its own."
             )
+        if len(names) > 1 and loras:
+            refuse_half_pair(loras, "teacher_lora")
         return {name: name for name in names}
-    for text in source.teacher_lora:
-        lora = parse_lora(text)
-        refuse_other_expert(Path(lora.place) / (lora.weight_name or ""), expert, "teacher_lora")
+    for file in loras:
+        refuse_other_expert(file, expert, "teacher_lora")
     one_expert(expert, index.get("boundary_ratio"), source.pipeline_class)
     return {cls.net_name: PARTS[expert]}
+
+
+def _merged_into(source: ModelSource, cls: type[Family]) -> list[str]:
+    """The denoiser that each LoRA of the teacher is merged into."""
+    if source.expert != "both" or len(cls.nets_in(source.index)) == 1:
+        return [cls.net_name] * len(source.teacher_lora)
+    files = [parse_lora(text).path for text in source.teacher_lora]
+    return [PARTS[str(expert_of(file))] for file in files]  # `_net_folders` has looked
 
 
 def _owned(source: ModelSource) -> tuple[float, float]:

@@ -6,6 +6,7 @@ Nothing in the keys does: a file of either loads into the other without a word.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,20 @@ def expert_of(file: Path) -> str | None:
             return None  # the loader says what is wrong with it
     match = _NAMED.search(said) or _NAMED.search(file.name)
     return (match[1] or match[2]).lower() if match else None
+
+
+def refuse_half_pair(files: Sequence[Path], where: str) -> None:
+    """Errors: ValueError where the LoRA files of a model with two experts leave one of them out, or
+    do not say which they are for."""
+    said = {file.name: expert_of(file) for file in files}
+    unsaid = [name for name, expert in said.items() if expert is None]
+    got = ", ".join(f"{name} ({expert or 'neither'})" for name, expert in said.items())
+    if unsaid or set(said.values()) != {"high", "low"}:
+        raise ValueError(
+            f"{where}: expected LoRAs of both experts, each with high_noise or low_noise in its "
+            f"header or name, got {got}. Give the file that is missing, or train one expert a run: "
+            "--expert high, and low in a run of its own."
+        )
 
 
 def refuse_other_expert(file: Path, expert: str, where: str) -> None:

@@ -37,24 +37,26 @@ _UP = {  # of each name of the down factor
 _DOWN = re.compile(
     rf"(?P<stem>.+[._])(?P<side>{'|'.join(map(re.escape, _UP))})(?P<rest>(\.\w+)?\.weight)"
 )
+# Wan in Kohya's layout, whose converter in Diffusers asks for the alpha of every module.
+_ASKS_ALPHAS = "lora_unet_blocks_"
 # What a zero in it adds: nothing.
 _ADDED = re.compile(r"\.(diff(_\w+)?|lora_B\.\w+|(lora_|lora\.)up\.\w+)$")
 
 
 @torch.no_grad()
-def merge_loras(pipeline: Any, net_name: str, texts: Sequence[str]) -> None:
+def merge_loras(pipeline: Any, texts: Sequence[str], net_names: Sequence[str]) -> None:
     """Merge the LoRAs into the pipeline's weights, in order; no adapter is left behind.
 
-    Args: net_name: the denoiser's component. texts: see `parse_lora`.
+    Args: texts: see `parse_lora`. net_names: of each the component of its denoiser.
     Errors: ValueError for a pipeline without a LoRA loader, or a file that fits no module of it.
     """
-    for lora in [parse_lora(text) for text in texts]:
+    for lora, net_name in zip([parse_lora(text) for text in texts], net_names, strict=True):
         if lora.weight_name is None:
             with no_pickles("teacher_lora"):
                 _merge_peft(pipeline, net_name, lora)
         elif isinstance(pipeline, LoraBaseMixin):
             with no_pickles("teacher_lora"):
-                _merge_stock(pipeline, lora)
+                _merge_stock(pipeline, net_name, lora)
         else:
             raise ValueError(
                 f"teacher_lora: expected a pipeline with load_lora_weights, got "
@@ -63,13 +65,16 @@ def merge_loras(pipeline: Any, net_name: str, texts: Sequence[str]) -> None:
             )
 
 
-def _merge_stock(pipeline: Any, lora: LoraSource) -> None:
+def _merge_stock(pipeline: Any, net_name: str, lora: LoraSource) -> None:
     name, file = "teacher", lora.file or Path(hf_hub_download(lora.place, str(lora.weight_name)))
     tensors, scaled_by_header = read_tensors(file), LORA_ADAPTER_METADATA_KEY in _header(file)
     try:
         tensors_alone = tensors if scaled_by_header else _without_alphas(tensors)
-        where = {"weight_name": file.name, "use_safetensors": True} if scaled_by_header else {}
+        where: dict[str, Any] = {}
+        if scaled_by_header:
+            where |= {"weight_name": file.name, "use_safetensors": True}
         given = str(file.parent) if scaled_by_header else tensors_alone
+        where |= {"load_into_transformer_2": True} if net_name == "transformer_2" else {}
         with _converting(pipeline) as conversions:
             pipeline.load_lora_weights(given, adapter_name=name, **where)
         converted, options = conversions[-1]
@@ -102,7 +107,8 @@ def _header(file: Path) -> Mapping[str, str]:
 
 
 def _without_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same LoRA with each alpha / rank in the up factor, so that its scale is 1.
+    """The same LoRA with each alpha / rank in the up factor, so that its scale is 1; alphas are
+    left out, or are the rank where the converter asks for them.
 
     Errors: ValueError for a factor without the other, an alpha without either.
     """
@@ -114,8 +120,11 @@ def _without_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{down} stands without {up}")
         scaled[down], scaled[up] = left.pop(down), left.pop(up)
         if alpha is not None:
-            scale = float(alpha) / scaled[down].shape[0]
+            rank = scaled[down].shape[0]
+            scale = float(alpha) / rank
             scaled[up] = scaled[up] if scale == 1.0 else scaled[up].float() * scale
+            if down.startswith(_ASKS_ALPHAS):
+                scaled[f"{parts['stem'].rstrip('._')}.alpha"] = torch.tensor(float(rank))
     return scaled | left
 
 

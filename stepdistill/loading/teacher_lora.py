@@ -27,6 +27,11 @@ class LoraSource:
     scale: float
 
     @property
+    def path(self) -> Path:
+        """The weight file's name where it lies, here or on the Hub; PEFT's folder."""
+        return Path(self.place) / (self.weight_name or "")
+
+    @property
     def file(self) -> Path | None:
         """The local weight file; None for a Hub id or a PEFT folder."""
         folder = Path(self.place)

@@ -2,11 +2,11 @@
 from noised videos, each chunk at a time of its own; and its first regression.
 
     simulate  Self Forcing (Huang et al. 2025, arXiv:2506.08009): at the step that all chunks share
-              the gradient reaches a chunk's last call; the past is its value, without gradient
+              the gradient reaches a chunk's last call alone; the past is a value, and so are its
+              keys and values, which a call of its own at time 0 writes to a cache
     data      CausVid (Yin et al. 2024, arXiv:2412.07772): chunk-wise noised real videos, one call
     ode_loss  its initialisation: of the bidirectional teacher's trajectories, each chunk at a state
               of its own; frames that are clean already count for nothing
-Differs from both: the rollout recomputes the past in place of a cache: the same numbers, more time.
 """
 
 # Shapes: B batch, C channels, F latent frames, H, W spatial, K steps.
@@ -55,19 +55,23 @@ class CausalRollout(Rollout):
         shape, path = (batch.bsz, *batch.shape), self.path
         noise, made, inputs = path.prior(ctx.randn(shape)), list[Tensor](), list[Tensor]()
         at = [ctx.times(t, batch.bsz) for t in self.times]
-        for start in range(0, shape[2], self.chunk):
-            part = slice(start, start + self.chunk)
-            past = torch.cat([noise[:, :, :0], *(x0.detach() for x0 in made)], dim=2)
-            student, x = Following(nets["student"], past), noise[:, :, part]
-            with torch.no_grad():
-                for t, s in pairwise(at[: k + 1]):
-                    pred = student(x, t, batch.cond)
-                    if self.config.sampler == "ode":
-                        x = pred.step(s)
-                    else:
-                        x = path.add_noise(pred.x0, ctx.randn(tuple(x.shape)), s)
-            inputs.append(x)
-            made.append(student(x, at[k], batch.cond).x0)
+        with nets["student"].remembered() as remember:
+            for start in range(0, shape[2], self.chunk):
+                student, x = nets["student"], noise[:, :, start : start + self.chunk]
+                if start and remember is not None:
+                    remember(made[-1].detach(), batch.cond)
+                elif remember is None:
+                    past = torch.cat([noise[:, :, :0], *(x0.detach() for x0 in made)], dim=2)
+                    student = Following(student, past)
+                with torch.no_grad():
+                    for t, s in pairwise(at[: k + 1]):
+                        pred = student(x, t, batch.cond)
+                        if self.config.sampler == "ode":
+                            x = pred.step(s)
+                        else:
+                            x = path.add_noise(pred.x0, ctx.randn(tuple(x.shape)), s)
+                inputs.append(x)
+                made.append(student(x, at[k], batch.cond).x0)
         return Sample(torch.cat(made, dim=2), batch.cond, torch.cat(inputs, dim=2), at[k])
 
     def _of_videos(self, nets: Nets, batch: Batch, ctx: Ctx) -> Sample:

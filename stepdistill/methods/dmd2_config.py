@@ -48,6 +48,18 @@ class DMD2Config(ScoreConfig):
     regression on the teacher's trajectories that both begin with."""
 
     @model_validator(mode="after")
+    def _tell_of_export(self) -> DMD2Config:
+        if self.chunk and (self.chunk == 1 or self.sampler != "ode" or self.student_times):
+            warnings.warn(
+                f"chunk {self.chunk}, sampler {self.sampler}"
+                f"{', student_times' if self.student_times else ''}: no stock pipeline makes such "
+                "clips, so the student can be trained and sampled but not exported. For export set "
+                "sampler ode, num_steps, and chunks of 2 latent frames or more.",
+                stacklevel=2,
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_gan_alone(self) -> DMD2Config:
         if self.gan_alone and not self.gan.enabled:
             raise ValueError("gan_alone: expected gan.weight_g > 0, got 0. Set it, say to 1e-3.")

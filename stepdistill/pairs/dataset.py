@@ -28,6 +28,7 @@ from stepdistill.core.stopping import stop_if_orphaned
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.data.fingerprint import list_digest
+from stepdistill.pairs.beside import RowsBeside, from_bytes
 from stepdistill.pairs.files import (
     DTYPES,
     MANIFEST,
@@ -46,7 +47,8 @@ from stepdistill.storage.shard_files import BrokenShardError, Shard, write_shard
 
 _MOST_TOLD = 1000
 Prompt = str | int  # an int is a class label
-Pairs = tuple[Tensor, Tensor, list[Prompt]]  # noise and x0 (n, C, *S), n prompts
+# noise and x0 (n, C, *S), n prompts, and uint8 images beside them (n, ...) by their keys
+Pairs = tuple[Tensor, Tensor, list[Prompt], dict[str, Tensor]]
 
 
 class PairWriter:
@@ -114,8 +116,15 @@ class PairWriter:
             return False
         return True
 
-    def write(self, shard: int, noise: Tensor, x0: Tensor, prompts: Sequence[Prompt]) -> None:
-        """Write one whole shard: noise and x0 (n, C, *S), n prompts.
+    def write(
+        self,
+        shard: int,
+        noise: Tensor,
+        x0: Tensor,
+        prompts: Sequence[Prompt],
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write one whole shard: noise and x0 (n, C, *S), n prompts, and their images beside them.
 
         Errors: ValueError for wrong sizes, or an x0 that is not finite (it names the first pair).
         """
@@ -132,6 +141,7 @@ class PairWriter:
                 f"({prompts[bad]!r}). The teacher overflowed: use float32 or bfloat16."
             )
         tensors = {"noise": noise.float(), "x0": x0.to("cpu", DTYPES[self.settings.x0_dtype])}
+        tensors |= beside or {}
         header = {
             "fingerprint": self.settings.fingerprint,
             "start": rows[0],
@@ -142,7 +152,8 @@ class PairWriter:
 
 class PairDataset(Dataset[dict[str, Any]]):
     """A finished pair set: items {"prompt", "x0": (C, *S) float32, "noise": (C, *S) float32}; of
-    states at a time above 0 {"prompt", "start": (C, *S) float32}.
+    states at a time above 0 {"prompt", "start": (C, *S) float32}. Of a model that reads images
+    beside the prompt an item has these too, as its dataset's items have.
 
     Every shard's header is checked when the set is opened; pairs are read on demand, and compared
     with their hash then.
@@ -189,12 +200,14 @@ class PairDataset(Dataset[dict[str, Any]]):
         shard, row = divmod(index % len(self), self.settings.shard_size)
         opened = self._open(shard)
         try:
-            pair = {name: value.float() for name, value in opened.row(row).items()}
+            pair = opened.row(row)
         except BrokenShardError as err:
             raise damaged(err) from err
+        beside = from_bytes({name: pair.pop(name) for name, _ in self.settings.beside})
+        latents = {name: value.float() for name, value in pair.items()}
         if self.settings.until:
-            pair = {"start": pair["x0"]}
-        return {"prompt": opened.facts["prompts"][row], **pair}
+            latents = {"start": latents["x0"]}
+        return {"prompt": opened.facts["prompts"][row], **latents, **beside}
 
 
 def pair_noise(seed: int, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -225,6 +238,7 @@ def generate_pairs(
     progress: bool = True,
     kind: Literal["ode", "renoise"] = "ode",
     until: float = 0.0,
+    beside: RowsBeside | None = None,
 ) -> PairDataset | None:
     """Solve the teacher's guided ODE for num_pairs noises and write them; whole shards are kept.
 
@@ -234,6 +248,7 @@ def generate_pairs(
         teacher: JSON by which the teacher is known wherever it lies; None: by `model` alone.
         shape: (C, *S) of one latent. times: descending, from t = 1 where x is the prior.
         kind, until: of a student's own steps, with fresh noise between them, and where they stop.
+        beside: the images that the prompts' rows have; then it encodes.
         rank, world_size: this process makes every world_size-th shard, from shard `rank`.
     Returns: the finished set; None where other ranks' shards are still missing.
     """
@@ -246,12 +261,13 @@ def generate_pairs(
         guidance=guidance,
         seed=seed,
         shape=tuple(shape),
-        prompts_hash=digest(list(prompts)),
+        prompts_hash=digest(list(prompts) if beside is None else beside.content),
         batch_size=batch_size,
         shard_size=shard_size,
         x0_dtype=x0_dtype,
         solver="ddim" if kind == "ode" else kind,
         until=until,
+        beside=() if beside is None else beside.layout,
     )
     spec = SamplerSpec(settings.times, kind)
 
@@ -262,8 +278,10 @@ def generate_pairs(
             seeds = [stable_seed("fresh", seed, i, step) for i in rows]
             return normal_rows(tuple(shape), seeds).to(device)
 
-        made = (denoiser, spec, noise.to(device), encode(texts), null(len(rows)), guidance, fresh)
-        return noise, sample_x0(*made, until=until).cpu(), texts
+        images = {} if beside is None else beside.images(rows)
+        conds = (encode(texts), null(len(rows))) if beside is None else beside.encode(texts, images)
+        made = (denoiser, spec, noise.to(device), *conds, guidance, fresh)
+        return noise, sample_x0(*made, until=until).cpu(), texts, images
 
     writer = PairWriter(folder, settings, num_pairs, teacher)
     return write_shards(writer, solved, rank, world_size, progress)
@@ -278,7 +296,7 @@ def write_shards(
 ) -> PairDataset | None:
     """Make and write the missing shards of this rank, `settings.batch_size` pairs at a time.
 
-    Args: make: numbers of pairs -> their noise, x0 (n, C, *S) and prompts, on the CPU.
+    Args: make: numbers of pairs -> their noise, x0 (n, C, *S), prompts and images, on the CPU.
     Returns: the finished set; None where other ranks' shards are still missing.
     """
     batch_size = writer.settings.batch_size
@@ -292,7 +310,9 @@ def write_shards(
                 starts = range(0, len(rows), batch_size)
                 parts = [make(rows[start : start + batch_size]) for start in starts]
                 noise, x0 = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-                writer.write(shard, noise, x0, [text for part in parts for text in part[2]])
+                texts = [text for part in parts for text in part[2]]
+                images = {key: torch.cat([p[3][key] for p in parts]) for key in parts[0][3]}
+                writer.write(shard, noise, x0, texts, images)
             made.update(len(rows))
     names = [shard_name(shard) for shard in range(writer.num_shards)]
     return PairDataset(writer.folder) if all((writer.folder / n).is_file() for n in names) else None

@@ -1,8 +1,9 @@
 """Files of a pair set: manifest.json (what made it) and shard-00000.safetensors, ...
 
 A shard holds noise (n, C, *S) float32, the unit noise the solver began from, and x0 (n, C, *S),
-its scaled latents; in its header its prompts, its first pair and the manifest's fingerprint. All of
-it travels in one file (see storage/shard_files.py), so nothing can slip against anything else.
+its scaled latents, perhaps images beside them (see beside.py); in its header its prompts, its first
+pair and the manifest's fingerprint. All of it travels in one file (see storage/shard_files.py), so
+nothing can slip against anything else.
 """
 
 # Shapes: C channels, *S spatial or (F, H, W), n pairs of a shard.
@@ -17,11 +18,13 @@ from typing import Any, Literal
 
 import torch
 
+from stepdistill.core.types import CONDITIONING, MASK
 from stepdistill.storage.shard_files import BrokenShardError, Shard
 
 MANIFEST = "manifest.json"
 AGAIN = "Run stepdistill pairs again with the same settings: it makes this shard anew."
 FORMAT = 1
+IMAGE_KEYS = ("image", CONDITIONING, MASK)  # of an item
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,6 +50,8 @@ class PairSettings:
     prompts_hash:      digest of the prompt list; pair i has prompt i modulo its length.
     until:             time where the solver stops: above 0 x0 is the state there (a high-noise
                        expert's, see `stepdistill pairs`).
+    beside:            (key in an item, shape) of the images that the model reads beside the prompt,
+                       eight bits a channel in the shards.
     batch_size:        network batch, kept because last bits of a network depend on it.
     """
 
@@ -62,6 +67,7 @@ class PairSettings:
     x0_dtype: Literal["float32", "bfloat16"] = "float32"
     solver: str = "ddim"
     until: float = 0.0
+    beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
     space: str = "scaled latents, as the denoiser sees them"
     format: int = FORMAT
 
@@ -81,8 +87,9 @@ class PairSettings:
     @property
     def fingerprint(self) -> str:
         settings = asdict(self)
-        if not self.until:  # as in sets made before there were states
-            del settings["until"]
+        for later in ("until", "beside"):  # as in sets made before there were any
+            if not settings[later]:
+                del settings[later]
         if self.model_hash:
             del settings["model"]
         return digest(settings)
@@ -109,8 +116,12 @@ class PairSettings:
                 raise TypeError(f"times {str(raw['times'])[:100]}")
             if not 0.0 <= float(raw.get("until", 0.0)) < 1.0:
                 raise TypeError(f"until {raw['until']!r}")
-            return PairSettings(**{**raw, **lists})
-        except (KeyError, TypeError) as err:
+            beside = tuple((str(key), tuple(shape)) for key, shape in raw.get("beside", ()))
+            for key, shape in beside:
+                if key not in IMAGE_KEYS or not all(type(s) is int and s > 0 for s in shape):
+                    raise TypeError(f"beside {key!r} of {shape}")
+            return PairSettings(**{**raw, **lists, "beside": beside})
+        except (KeyError, TypeError, ValueError) as err:
             raise ValueError(f"{where}: expected the settings of a pair set, got {err}.") from err
 
 
@@ -154,9 +165,11 @@ def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) ->
             f"{path}: expected a shard of the set in {MANIFEST}, got one of other settings. "
             "Two sets were mixed in one folder; make them apart."
         )
-    expected = dict.fromkeys(("noise", "x0"), settings.shape)
+    beside = dict(settings.beside)
+    expected = dict.fromkeys(("noise", "x0"), settings.shape) | beside
     shapes = {name: shape for name, (_, shape) in opened.layout.items()}
-    kinds = {dtype for dtype, _ in opened.layout.values()}
+    kinds = {dtype for name, (dtype, _) in opened.layout.items() if name not in beside}
+    bytes_alone = all(opened.layout[name][0] == "U8" for name in beside.keys() & shapes.keys())
     prompts = header.get("prompts")
     complete = (
         isinstance(prompts, list)
@@ -165,7 +178,7 @@ def open_shard(folder: Path, settings: PairSettings, shard: int, rows: range) ->
     )
     if (
         shapes != expected
-        or not kinds <= {"F32", "BF16"}
+        or not (kinds <= {"F32", "BF16"} and bytes_alone)
         or not complete
         or header.get("start") != rows[0]
     ):

@@ -9,7 +9,6 @@ Source: Lee et al. 2024, arXiv:2405.20320, Sec. 4; 128 network calls there.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,9 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.solvers import ode_invert
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
-from stepdistill.data.captions import one_caption
-from stepdistill.data.corrupt import CorruptItemError
+from stepdistill.pairs.beside import image_digest, read_item
 from stepdistill.pairs.dataset import PairDataset, Pairs, PairWriter, Prompt, write_shards
 from stepdistill.pairs.files import PairSettings, digest
-
-
-def image_digest(image: Tensor) -> str:
-    """16 hex digits that name the pixels (3, H, W)."""
-    return hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def invert_pairs(
@@ -70,14 +63,9 @@ def invert_pairs(
         )
 
     def item(row: int) -> tuple[Tensor, Prompt]:
-        try:
-            image = images[row]
-        except CorruptItemError as err:
-            raise ValueError(
-                f"pairs: expected images that can be read, got {err}. Repair it or take it out."
-            ) from err
-        prompt: Prompt = one_caption(image, 0, row).get("prompt", image.get("label", 0))
-        return image["image"], prompt
+        read = read_item(images, row)
+        prompt: Prompt = read.get("prompt", read.get("label", 0))
+        return read["image"], prompt
 
     def inverted(rows: Sequence[int]) -> Pairs:
         items = [item(row) for row in rows]
@@ -89,7 +77,7 @@ def invert_pairs(
                 f"{tuple(items[0][0].shape[1:])}. Give --resolution."
             )
         noise = ode_invert(denoiser, x0, encode(texts), null(len(rows)), guidance, tuple(times))
-        return noise.cpu(), x0.cpu(), texts
+        return noise.cpu(), x0.cpu(), texts, {}
 
     # What the pairs depend on: every image and its prompt, read once before the first network call.
     content = [[image_digest(image), prompt] for image, prompt in map(item, range(num_pairs))]

@@ -11,13 +11,16 @@ from stepdistill.core.method import Role
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
+from stepdistill.data.metadata import beside_columns
 from stepdistill.data.source import fitted
 from stepdistill.data.stream import PromptDataset
-from stepdistill.families.registry import load_family, teacher_facts
+from stepdistill.families.beside import fields_beside
+from stepdistill.families.registry import TeacherFacts, load_family, teacher_facts
 from stepdistill.families.size import size_fits
 from stepdistill.loading.identity import differing
 from stepdistill.loading.source import ModelSource
 from stepdistill.loading.teacher_lora import lora_facts
+from stepdistill.pairs.beside import RowsBeside
 from stepdistill.pairs.dataset import generate_pairs
 from stepdistill.pairs.files import MANIFEST
 from stepdistill.pairs.inverted import invert_pairs
@@ -34,6 +37,7 @@ def make_pairs(
     *,
     num_pairs: int | None = None,
     train_data_dir: str | Path | None = None,
+    invert: str | Path | None = None,
     num_steps: int = 50,
     guidance: float = 1.0,
     resolution: int | None = None,
@@ -42,38 +46,37 @@ def make_pairs(
 ) -> Path:
     """Solve the teacher's guided ODE for num_pairs noises, or backwards for the images of a folder.
 
+    Of a model that reads images beside the prompt, the noises are solved for the captioned rows of
+    `train_data_dir` (first frames of videos, or images to edit), which travel in the set.
+
     Of a high-noise expert's student (a pipeline export of a run with --expert high) its own steps
     are taken, and the set holds the states in which they end: what the low-noise one is trained on.
     Run under `accelerate launch` to share the shards among processes. An interrupted call goes on
     where it stopped.
-    Args: prompts_file or train_data_dir: what to begin with; num_pairs: of a folder None takes all.
+    Args: prompts_file, train_data_dir or invert: what to begin with; num_pairs: of a folder None
+        takes all.
     Returns: the folder of the set.
     Errors: ValueError for a bad model, prompt file or existing set, before a weight is loaded.
     """
     source = ModelSource.of(teacher)
     facts = teacher_facts(source)
-    if facts.needs_images:
-        raise ValueError(
-            f"pairs: expected a model that a prompt is enough for, got {source.model!r}, which "
-            "reads an image too. Give the trainer a dataset of conditioning, x0 and noise instead."
-        )
-    if (prompts_file is None) == (train_data_dir is None):
-        raise ValueError(
-            "pairs: expected --prompts_file (noises solved to images) or --invert FOLDER (images "
-            f"inverted to noises), got {'neither' if prompts_file is None else 'both'}."
-        )
-    prompts: list[Any] = []
-    images: ImageFolderDataset | None = None
-    if train_data_dir is not None:
+    given = {"prompts_file": prompts_file, "train_data_dir": train_data_dir, "invert": invert}
+    _begins_fitly(facts, source, [name for name, value in given.items() if value is not None])
+    prompts: Sequence[Any] = []
+    folder: ImageFolderDataset | None = None
+    if invert is not None:
         kind = facts.conditioning
-        images = ImageFolderDataset(train_data_dir, resolution, kind == "label", kind == "none")
+        folder = ImageFolderDataset(invert, resolution, kind == "label", kind == "none")
+    elif train_data_dir is not None:
+        columns = beside_columns(fields_beside(facts.family))
+        folder = ImageFolderDataset(train_data_dir, resolution, beside=columns)
     elif num_pairs is None:
         raise ValueError("pairs: expected --num_pairs with --prompts_file, got none.")
     elif facts.conditioning == "label":
         prompts = list(LabelFileDataset.from_file(str(prompts_file)).labels)
     else:
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
-    record = _student_record(source, num_steps, guidance, train_data_dir)
+    record = _student_record(source, num_steps, guidance, invert)
     with owned_by_first(Path(pairs_dir), "pairs_dir"):
         known_by = _same_teacher(Path(pairs_dir), source)
         state = process_state()
@@ -101,21 +104,40 @@ def make_pairs(
             "progress": state.is_main_process,
         }
         denoiser = bank["teacher"]
-        if images is not None:
-            count = len(images) if num_pairs is None else num_pairs
-            sized = fitted(images, family.image_size(resolution), family.size_multiple)
+        count = len(folder) if num_pairs is None and folder is not None else num_pairs
+        assert count is not None
+        sized = fitted(folder, family.image_size(resolution), family.size_multiple)
+        if invert is not None:
             invert_pairs(denoiser, encode, null, family.latents, sized, pairs_dir, count, **common)
         else:
-            assert num_pairs is not None
+            if sized is not None:
+                common["beside"] = RowsBeside(family, sized, common["shape"], state.device)
+                prompts = common["beside"].prompts
             if record is not None:
                 grid, times = record["grid"], tuple(record["times"])
                 until = (*grid, 0.0)[grid.index(times[-1]) + 1]
                 common |= {"times": times, "kind": record["kind"], "until": until, "guidance": 1.0}
-            generate_pairs(
-                denoiser, encode, null, prompts, pairs_dir, num_pairs, seed=seed, **common
-            )
+            generate_pairs(denoiser, encode, null, prompts, pairs_dir, count, seed=seed, **common)
         state.wait_for_everyone()
         return Path(pairs_dir)
+
+
+def _begins_fitly(facts: TeacherFacts, source: ModelSource, given: Sequence[str]) -> None:
+    """Errors: ValueError for other than one thing to begin with, or one that the model can't."""
+    wanted = ["train_data_dir"] if facts.family.reads else []
+    wanted += [] if facts.needs_images else ["prompts_file", "invert"]
+    if len(given) == 1 and given[0] in wanted:
+        return
+    got = " and ".join(f"--{name}" for name in given) or "neither"
+    if facts.needs_images:
+        raise ValueError(
+            "pairs: expected --train_data_dir FOLDER (captions with the images that "
+            f"{source.model!r} reads beside the prompt), got {got}."
+        )
+    raise ValueError(
+        "pairs: expected --prompts_file (noises solved to images) or --invert FOLDER (images "
+        f"inverted to noises), got {got}."
+    )
 
 
 def _student_record(
@@ -136,9 +158,9 @@ def _student_record(
         )
     if images is not None or guidance != 1.0 or num_steps != 50:
         raise ValueError(
-            "pairs: expected --prompts_file alone with a high-noise expert's student, whose own "
-            f"steps are taken without guidance, got guidance {guidance:g}, num_steps {num_steps}"
-            f"{', --invert' if images is not None else ''}. Leave those out."
+            "pairs: expected prompts or first frames alone with a high-noise expert's student, "
+            f"whose own steps are taken without guidance, got guidance {guidance:g}, num_steps "
+            f"{num_steps}{', --invert' if images is not None else ''}. Leave those out."
         )
     return record
 

@@ -133,6 +133,7 @@ class RoleDenoiser(Denoiser):
             return
         with caching(self._net) as state:
 
+            @torch.no_grad()
             def remember(x0: Tensor, cond: Cond) -> None:
                 state.keeps = True
                 clean = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.method import Nets, PixelNet, Role, Scorer
+from stepdistill.families.causal import Causal, causal_state
 from stepdistill.families.family import Family
 from stepdistill.families.features import FeatureBlock, chosen_blocks
 from stepdistill.families.vae import decode_latents
@@ -331,14 +332,24 @@ class RoleBank(nn.Module):
                 param.requires_grad_(role in roles)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in backward, each block under the role it was run with forward."""
+        """Recompute activations in backward, each block under the role it was run with forward, and
+        behind the chunks that it saw then."""
 
-        def contexts() -> Callable[[], Contexts]:
+        def contexts(causal: Causal | None) -> Callable[[], Contexts]:
             role, share = self._active, self._share
-            return lambda: (nullcontext(), self.use(role, share))
+            if causal is None:
+                return lambda: (nullcontext(), self.use(role, share))
+            as_now = causal.as_now()
+
+            @contextmanager
+            def both() -> Iterator[None]:
+                with self.use(role, share), as_now():
+                    yield
+
+            return lambda: (nullcontext(), both())
 
         for net in self.nets.values():
-            checkpoint_blocks(net, contexts)
+            checkpoint_blocks(net, partial(contexts, causal_state(net)))
         for net in self.family.side_parts.values():  # in the graph where x_t is
             checkpoint_blocks(net, no_contexts)
 

@@ -236,6 +236,14 @@ def roles_fit(
             f"{method.name}: expected a model that can be told where a jump ends, got one of "
             f"{family.name}. Turn off what asks for it (--method_config.end_input false, or .r)."
         )
+    judged = any(role.source == "head" and not role.reads for role in method.roles().values())
+    reads = "a discriminator's heads" if judged else "skip_layers" if method.skip_layers else ""
+    if reads and teacher.num_nets > 1:
+        raise ValueError(
+            f"{method.name}: expected nothing that names blocks of a model of two denoisers (each "
+            f"row of a batch runs one of them), got {reads}. Train one expert a run (--expert high "
+            "or low), or turn that off (--method_config.gan.weight_g 0, .skip_layers [])."
+        )
     _mixing_fits(method, args)
     quantized, forward = args.tuning.base_quantization, method.forward_mode
     for what, is_so in (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill import cli
@@ -20,7 +21,7 @@ from stepdistill.export.experts import boundary_ratio, calls_of
 from stepdistill.export.lora_formats import adapters_of
 from stepdistill.export.pipeline import RECORD
 from stepdistill.export.schedulers import stock_sampler
-from stepdistill.families.registry import teacher_facts
+from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.families.wan import WanFamily
 from stepdistill.loading.expert_files import expert_of
 from stepdistill.loading.source import ModelSource
@@ -119,13 +120,42 @@ def test_both_in_one_run_make_the_stock_pipeline_and_two_files(
     assert "2 calls of high noise, 2 of low" in card
 
 
-@pytest.mark.parametrize("form", ["kohya", "comfyui"])
-def test_other_tools_files_are_two_as_well(form, tmp_path, tmp_path_factory) -> None:
-    teacher = teacher_dir("wan_experts", tmp_path_factory)
-    out = moved(trained(tmp_path, teacher)).export(tmp_path / "mine", format=form)
+@pytest.mark.parametrize(
+    ("form", "family"), [("kohya", "wan_experts"), ("comfyui", "wan_i2v_experts")]
+)
+def test_other_tools_files_are_two_and_read_back(form, family, tmp_path, tmp_path_factory) -> None:
+    """Our own loader and stock Diffusers make the student of them, each file on its expert."""
+    teacher = teacher_dir(family, tmp_path_factory)
+    trainer = moved(trained(tmp_path, teacher))
+    out = trainer.export(tmp_path / "mine", format=form, dtype="float32")
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert files == ["mine_high_noise_lora.safetensors", "mine_low_noise_lora.safetensors"]
     assert [expert_of(out / name) for name in files] == ["high", "low"]
+
+    stock = type(trainer.family.pipeline).from_pretrained(teacher)
+    for name in files:
+        second = {"load_into_transformer_2": True} if "low" in name else {}
+        stock.load_lora_weights(out, weight_name=name, adapter_name="s", **second)
+    pair = tuple(str(out / name) for name in reversed(files))
+    ours = load_family(ModelSource(str(teacher), teacher_lora=pair))
+    x, t = torch.randn(2, *trainer.family.sample_shape()), torch.tensor([0.95, 0.5]).double()
+    cond = trainer.family.encode(["a", "b"])
+    with torch.no_grad():
+        wanted = trainer.bank["student"](x, t, cond).raw
+        plain = trainer.bank["teacher"](x, t, cond).raw
+        for made in (ours, type(trainer.family)(stock)):
+            raw = made.forward(made.net, x, made.path.model_time(t), cond)
+            assert torch.allclose(raw, wanted, atol=1e-5)
+    assert float((wanted - plain).flatten(1).abs().amax(1).min()) > 1e-3  # of both rows
+
+    copied = tmp_path / "copied" / files[1]  # the high file under the low one's name
+    copied.parent.mkdir()
+    copied.write_bytes((out / files[0]).read_bytes())
+    nameless = copied.with_name("style.safetensors")
+    save_file(load_file(out / files[0]), nameless)
+    for given in ((pair[0],), (pair[1],), (pair[1], str(copied)), (*pair, str(nameless))):
+        with pytest.raises(ValueError, match="teacher_lora: expected LoRAs of both experts, each"):
+            teacher_facts(ModelSource(str(teacher), teacher_lora=given))
 
 
 def test_one_step_is_the_high_expert_alone(tmp_path, tmp_path_factory) -> None:
@@ -209,8 +239,6 @@ def test_swapped_files_are_refused_before_loading(tmp_path, tmp_path_factory) ->
             ValueError, match=f"teacher_lora: expected a LoRA of the {expert}-noise"
         ):
             teacher_facts(ModelSource(str(teacher), teacher_lora=(file,), expert=expert))
-    with pytest.raises(ValueError, match="expert: expected high or low beside a LoRA"):
-        teacher_facts(ModelSource(str(teacher), teacher_lora=(file,)))
     names = {
         "wan2.2_t2v_A14b_high_noise_lora_rank64_lightx2v_4step.safetensors": "high",
         "Wan2_2_Lightning_T2V-A14B-4steps-lora_LOW_fp16.safetensors": "low",

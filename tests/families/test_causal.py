@@ -56,7 +56,7 @@ def test_one_chunk_of_all_frames_is_the_plain_network(clip) -> None:
 def test_cached_chunks_are_the_masked_pass(clip) -> None:
     x, t, text, net, _ = clip
     masked = call(net, x, t, text)
-    with caching(net) as state:
+    with caching(net) as state, torch.no_grad():
         for start in range(0, CHUNK * CHUNKS, CHUNK):
             state.start, part = start, slice(start, start + CHUNK)
             state.keeps = False
@@ -65,6 +65,9 @@ def test_cached_chunks_are_the_masked_pass(clip) -> None:
             made = call(net, x[:, :, part], t[:, start], text)
             assert torch.equal(before, made)  # a call that keeps nothing leaves the cache alone
             assert torch.allclose(made, masked[:, :, part], atol=1e-10)
+        state.keeps = True
+        with torch.enable_grad(), pytest.raises(AssertionError, match="remembered is a value"):
+            call(net, x[:, :, part], t[:, start], text)
     assert torch.equal(call(net, x, t, text), masked)  # and the mask is back
 
 
@@ -79,6 +82,20 @@ def test_it_is_skyreels_stock_network(clip) -> None:
             return_dict=False,
         )[0]  # fmt: skip
     assert float((theirs - call(net, x, t, text)).abs().max()) < 1e-5
+
+
+def test_skyreels_masks_no_chunk_of_one_frame(clip) -> None:
+    """Why export refuses chunk 1: the stock class takes 1 for no mask, and every frame sees all."""
+    x, t, text, _, plain = clip
+    config = {k: v for k, v in plain.config.items() if not k.startswith("_")}
+    stock = SkyReelsV2Transformer3DModel(**config, num_frame_per_block=1).double().eval()
+    stock.load_state_dict(plain.state_dict())
+    framed = {"timestep": t.double(), "enable_diffusion_forcing": True, "return_dict": False}
+    with torch.no_grad():
+        theirs = stock(x, encoder_hidden_states=text, **framed)[0]
+    assert float((theirs - call(plain, x, t, text)).abs().max()) < 1e-5
+    by_frames = make_causal(copy.deepcopy(plain), 1)
+    assert float((theirs - call(by_frames, x, t, text)).abs().max()) > 1e-3
 
 
 def test_a_role_asks_for_it_and_only_the_student_is_causal() -> None:

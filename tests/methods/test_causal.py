@@ -25,6 +25,7 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.roles.rolebank import RoleBank
 from stepdistill.testing.tiny_video import tiny_wan
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no stock pipeline makes such clips")
 SETTING = Setting(FlowPath(), "flow", 3.0)
 OPTIONS = {"chunk": 1, "num_steps": 2, "critic_steps": 1, "sampler": "ode", "guidance": 2.0}
 
@@ -79,11 +80,61 @@ def test_sampling_remembers_the_past(kind, bank) -> None:
     )
     how = (spec, noise, cond, None, None, lambda step: noise.roll(step + 1, dims=2))
     cached = sample_x0(bank["student"], *how)
-    assert frames == [1] * 4 * (3 + 1)  # a call more for each chunk, which writes it down
+    assert frames == [1] * (4 * 3 + 3)  # a call more for each chunk but the last, written down
     hook.remove()
     with patch.object(type(bank["student"]), "remembered", Denoiser.remembered):
         anew = sample_x0(bank["student"], *how)
     assert torch.allclose(cached, anew, atol=1e-5)
+
+
+class PastValues:
+    """Hooks by which an uncached call's keys and values of all frames but the last are values, as
+    they are of a cache; without, its gradient reaches the weights through the past as well."""
+
+    def __init__(self, net) -> None:
+        self.tokens = 0
+        net.register_forward_pre_hook(self.see, with_kwargs=True)
+        for block in net.blocks:
+            for layer in (block.attn1.norm_k, block.attn1.to_v):
+                layer.register_forward_hook(self.cut)
+
+    def see(self, _net, _args, kwargs) -> None:
+        self.tokens = kwargs["hidden_states"][0, 0, 0].numel() // 4  # of a frame
+
+    def cut(self, _layer, _args, out):
+        return torch.cat([out[:, : -self.tokens].detach(), out[:, -self.tokens :]], dim=1)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("kind", "k"), [("ode", 0), ("ode", 2), ("renoise", 1)])
+def test_the_cached_rollout_is_the_uncached_one(kind, k, checkpointed, bank) -> None:
+    """x0, inputs and gradients; recomputed blocks see the chunks that they saw forward."""
+    rollout = method(sampler=kind, num_steps=3).rollout
+    cond, frames = batch_of(bank).cond, []
+    batch, weight = Batch(cond, cond, (4, 4, 4, 8)), torch.randn(2, 4, 4, 4, 8)
+    net, params = bank.base_of("student"), list(bank.members("student").values())
+    hook = net.register_forward_pre_hook(
+        lambda _, __, kwargs: frames.append(kwargs["hidden_states"].shape[2]), with_kwargs=True
+    )
+
+    def made():
+        sample = rollout.sample_at(bank, batch, Ctx(seed=3), k)
+        grads = torch.autograd.grad((sample.x0 * weight).sum(), params)
+        return (sample.x0, sample.x_t, *grads)
+
+    PastValues(net)
+    with patch.object(type(bank["student"]), "remembered", Denoiser.remembered):
+        uncached = made()
+    assert frames == [f for f in (1, 2, 3, 4) for _ in range(k + 1)]
+    frames.clear()
+    if checkpointed:
+        bank.enable_gradient_checkpointing()
+    cached = made()
+    assert frames == [1] * (4 * (k + 1) + 3)
+    hook.remove()
+    for ours, theirs in zip(cached, uncached, strict=True):
+        scale = 1.0 + float(theirs.abs().max())
+        assert float((ours - theirs).abs().max()) < 1e-5 * scale
 
 
 def test_frames_see_the_past_and_not_the_future(bank) -> None:
@@ -173,6 +224,12 @@ def test_a_run_resumes_and_exports_to_skyreels(warm, tmp_path) -> None:
     stock = SkyReelsV2DiffusionForcingPipeline.from_pretrained(out)
     assert stock.transformer.config.num_frame_per_block == 2
     assert "ar_step=2" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 3, "sampler": "renoise"}])
+def test_what_no_stock_class_plays_is_told_before_training(options) -> None:
+    with pytest.warns(UserWarning, match=r"chunk \d, sampler \w+: no stock pipeline"):
+        DMD2.Config(**{**OPTIONS, **options})
 
 
 REFUSED = {

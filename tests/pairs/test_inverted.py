@@ -171,7 +171,7 @@ def test_command_inverts_a_folder_for_a_stock_teacher(tmp_path, tmp_path_factory
     lines = [{"file_name": f"{i}.png", "text": f"grey {i}"} for i in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options: dict[str, Any] = {"resolution": 32, "num_steps": 4, "batch_size": 2}
-    make_pairs(str(model), None, tmp_path / "pairs", train_data_dir=folder, **options)
+    make_pairs(str(model), None, tmp_path / "pairs", invert=folder, **options)
     dataset = PairDataset(tmp_path / "pairs")
     assert [dataset[i]["prompt"] for i in range(3)] == ["grey 0", "grey 1", "grey 2"]
     noise = torch.stack([dataset[i]["noise"] for i in range(3)])
@@ -179,7 +179,7 @@ def test_command_inverts_a_folder_for_a_stock_teacher(tmp_path, tmp_path_factory
     assert not torch.equal(noise[0], noise[1])
     (folder / "2.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"images that can be read, got .*2\.png"):
-        make_pairs(str(model), None, tmp_path / "bad", train_data_dir=folder, **options)
+        make_pairs(str(model), None, tmp_path / "bad", invert=folder, **options)
     with pytest.raises(ValueError, match=r"--prompts_file .* or --invert .*, got neither"):
         make_pairs(str(model), None, tmp_path / "none", num_pairs=2)
     with pytest.raises(ValueError, match="--num_pairs with --prompts_file"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.runs import TinyData, build_trainer, fingerprint, teacher_dir
 
-from stepdistill import TrainConfig
+from stepdistill import TrainConfig, Tuning
 from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.times import uniform_grid
@@ -108,6 +108,15 @@ REFUSED = {
         {"warm_start": {"updates": 5}, "num_steps": 4},
         "warm_start: expected none of one expert",
     ),
+    "heads on both": (
+        *("wan_experts", "both", "dmd2", {"gan": {"weight_g": 1e-2}}),
+        "dmd2: expected nothing that names blocks of .* two denoisers .*, got a discriminator",
+    ),
+    "heads alone": ("wan_experts", "both", "ladd", {}, "ladd: .* two denoisers .*discriminator"),
+    "left out blocks": (
+        *("wan_experts", "both", "dmd2", {"skip_layers": ("block.1",), "guidance": 2.0}),
+        "dmd2: .* two denoisers .*, got skip_layers",
+    ),
     "no states": (
         "wan_experts",
         "low",
@@ -124,10 +133,19 @@ def test_refused_before_loading(case, tmp_path, tmp_path_factory) -> None:
     family, expert, method, options, message = REFUSED[case]
     source = ModelSource(str(teacher_dir(family, tmp_path_factory)), expert=expert)
     data = States() if case == "no step" else None
+    data = TinyData(SHAPE, "prompt", ("x0",)) if case.startswith("heads") else data
     with pytest.raises(ValueError, match=message):
         build_trainer(
             *(method, source, "lora", tmp_path / "run"), method_options=options, dataset=data
         )
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_student_of_another_size_is_of_one_expert(tmp_path, tmp_path_factory) -> None:
+    teacher = teacher_dir("wan_experts", tmp_path_factory)
+    tuning = Tuning(student="full", student_config={"num_layers": 1})
+    with pytest.raises(ValueError, match=r"tuning.student_config: .*one denoiser, got 2 that"):
+        build_trainer("tdm", teacher, "full", tmp_path / "run", tuning=tuning)
 
 
 @pytest.mark.usefixtures("no_loading")
