@@ -32,7 +32,7 @@ class FluxControlNetFamily(ControlNetFamily, FluxFamily):
     name: ClassVar[str] = "flux_controlnet"
     settings_of: ClassVar[str] = "flux"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxControlNetPipeline",)
-    tiny = "stepdistill.testing.tiny_control:tiny_flux_controlnet"
+    tiny = "stepdistill.testing.tiny_control:tiny_flux_controlnet"  # type: ignore[assignment]
     image_keys: ClassVar[tuple[str, ...]] = ("control", "control_prompt_embeds", "control_pooled")
     image_argument: ClassVar[str] = "control_image"
     side_nets: ClassVar[Mapping[str, str]] = {CONTROLNET: "FluxControlNetModel"}
