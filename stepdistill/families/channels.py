@@ -112,19 +112,10 @@ class ChannelFamily(PicturedFamily):
             for name, value in extras.items()
         }
 
-    def stock_call(
-        self,
-        prompts: Sequence[Any],
-        guidance: float,
-        num_steps: int,
-        generator: Any,
-        **more: Any,
-    ) -> Tensor:
-        """See Family.stock_call. With random numbers for its images each row has its generator."""
-        extras = self.call_extras
+    def call_rows(self, bsz: int, guidance: float) -> dict[str, Any]:
+        """See Family.call_rows: a picture a row, and where it has random numbers a generator."""
+        extras = {**self.call_extras, **self.guided_call(guidance)}
         given = {n: v for n, v in extras.items() if isinstance(v, Image.Image)}
-        more |= {name: [picture] * len(prompts) for name, picture in given.items()}
         if "images" in self.call_draws:
-            generator = [self.generator_of(*given.values()) for _ in prompts]
-        told = self.guided_call(guidance)
-        return super().stock_call(prompts, guidance, num_steps, generator, **told, **more)
+            extras["generator"] = [self.generator_of(*given.values()) for _ in range(bsz)]
+        return {**extras, **{name: [picture] * bsz for name, picture in given.items()}}

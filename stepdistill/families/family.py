@@ -30,6 +30,7 @@ from stepdistill.families.schedule import dynamic_shift, own_sampler, read_sched
 from stepdistill.families.vae import decode_latents, encode_images, latent_size
 from stepdistill.loading.original_layout import has_layout
 
+Draw = Literal["noise", "images", "unread"]
 # Attention and feed-forward projections, the usual reach of a distillation LoRA on transformers.
 TRANSFORMER_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 # LCM-LoRA's list for UNets (arXiv:2311.05556, released training script's defaults).
@@ -96,7 +97,7 @@ class Family(ABC):
     reads: ClassVar[Mapping[str, bool]] = {}  # images beside x_t -> whether it needs them
     image_keys: ClassVar[tuple[str, ...]] = ()  # where its Cond holds those: kept by a null
     # What the stock call draws, in order: also numbers for those; or a latent that nobody reads.
-    call_draws: ClassVar[tuple[Literal["noise", "images", "unread"], ...]] = ("noise",)
+    call_draws: ClassVar[tuple[Draw, ...]] = ("noise",)
     # What the stock call's result holds.
     output: ClassVar[Literal["images", "frames", "audios"]] = "images"
     tiny: ClassVar[str | Mapping[str, Any]] = ""
@@ -454,6 +455,10 @@ class Family(ABC):
         """Arguments that keep the stock call at the model's own size, where its defaults do not."""
         return {}
 
+    def call_rows(self, bsz: int, guidance: float) -> dict[str, Any]:
+        """`call_extras` of a call with so many prompts that is guided by g."""
+        return self.call_extras
+
     @property
     def length_call(self) -> dict[str, Any]:
         """The part of `call_extras` that a student's card tells: where a model states what the
@@ -506,24 +511,15 @@ class Family(ABC):
         return images.transpose(1, 2) if cls.output == "frames" else images
 
     def stock_call(
-        self,
-        prompts: Sequence[Any],
-        guidance: float,
-        num_steps: int,
-        generator: Any,
-        **more: Any,
+        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
     ) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] of the stock pipeline's own `__call__`, to compare with.
-
-        Args: generator: or one a row. more: of the call's arguments, in place of `call_extras`.
-        """
+        """Images (B, C, H, W) in [0, 1] of the stock pipeline's own `__call__`, to compare with."""
         return self.images_in(
             self.pipeline(
                 prompt=list(prompts),
                 guidance_scale=self.stock_guidance(guidance),
                 num_inference_steps=num_steps,
-                generator=generator,
                 output_type="pt",
-                **{**self.call_extras, **more},
+                **{"generator": generator, **self.call_rows(len(prompts), guidance)},
             )
         )

@@ -131,16 +131,11 @@ class FluxFamily(GuidanceToldFamily, SequenceFamily):
         return Cond({"prompt_embeds": embeds, "pooled": pooled})
 
     def stock_call(
-        self,
-        prompts: Sequence[Any],
-        guidance: float,
-        num_steps: int,
-        generator: Any,
-        **more: Any,
+        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
     ) -> Tensor:
         """See Family.stock_call. Without an embedding, guidance is the stock true_cfg_scale."""
         if self.embeds_guidance:
-            return super().stock_call(prompts, guidance, num_steps, generator, **more)
+            return super().stock_call(prompts, guidance, num_steps, generator)
         return self.pipeline(
             prompt=list(prompts),
             negative_prompt=[""] * len(prompts),
@@ -148,5 +143,5 @@ class FluxFamily(GuidanceToldFamily, SequenceFamily):
             num_inference_steps=num_steps,
             generator=generator,
             output_type="pt",
-            **{**self.call_extras, **more},
+            **self.call_extras,
         ).images

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
 from stepdistill.core.types import Cond
+from stepdistill.families.family import Draw
 from stepdistill.families.flux import FluxFamily
 from stepdistill.families.sd_inpaint import InpaintFamily
 from stepdistill.families.vae_sized import PATCH
@@ -37,7 +38,7 @@ class FluxFillFamily(InpaintFamily, FluxFamily):
             "out_channels": 4 * 4,
         },
     }
-    call_draws = ("unread", "noise", "images")
+    call_draws: ClassVar[tuple[Draw, ...]] = ("unread", "noise", "images")
 
     @classmethod
     def input_channels(cls, vae: Mapping[str, Any]) -> int:

@@ -193,7 +193,8 @@ def _check_channels(source: ModelSource, family: type[Family]) -> None:
     reads, wanted = _part_config(source, net_name).get("in_channels"), family.input_channels(vae)
     if None in (reads, wanted) or reads == wanted:
         return
-    plain: Any = next(f for f in family.__mro__ if "pipelines" in vars(f) and not f.reads)
+    bases: Any = family.__mro__
+    plain = next(f for f in bases if "pipelines" in vars(f) and not f.reads)
     if reads == plain.input_channels(vae):
         advice = (
             f"It is an ordinary text-to-image model: name {plain.pipelines[0]} as _class_name in "

@@ -115,16 +115,11 @@ class StableDiffusionFamily(Family):
         return Cond({"prompt_embeds": embeds})
 
     def stock_call(
-        self,
-        prompts: Sequence[Any],
-        guidance: float,
-        num_steps: int,
-        generator: Any,
-        **more: Any,
+        self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator
     ) -> Tensor:
         """See Family.stock_call. LCM's own loop takes its own scheduler only: run the plain one."""
         if not isinstance(self.pipeline, LatentConsistencyModelPipeline):
-            return super().stock_call(prompts, guidance, num_steps, generator, **more)
+            return super().stock_call(prompts, guidance, num_steps, generator)
         parts = {**self.pipeline.components, "requires_safety_checker": False}
         plain: Any = StableDiffusionPipeline(**parts)
         plain.set_progress_bar_config(disable=True)

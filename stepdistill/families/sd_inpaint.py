@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 
 from stepdistill.core.types import Cond
 from stepdistill.families.channels import ChannelFamily
+from stepdistill.families.family import Draw
 from stepdistill.families.sd import StableDiffusionFamily
 
 
@@ -26,7 +27,7 @@ class InpaintFamily(ChannelFamily):
     """What every inpainting model reads."""
 
     reads: ClassVar[Mapping[str, bool]] = {"image": True, "mask": True}
-    call_draws = ("noise", "images")
+    call_draws: ClassVar[tuple[Draw, ...]] = ("noise", "images")
 
     def kept_latents(
         self, picture: Image.Image, mask: Image.Image | None, generator: torch.Generator
@@ -44,7 +45,7 @@ class StableDiffusionInpaintFamily(InpaintFamily, StableDiffusionFamily):
     name: ClassVar[str] = "sd_inpaint"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionInpaintPipeline",)
     tiny = "stepdistill.testing.tiny_beside:tiny_sd_inpaint"
-    typed = ("num_inference_steps",)
+    typed: ClassVar[tuple[str, ...]] = ("num_inference_steps",)
     scales_input: ClassVar[bool] = True
     short_pipelines: ClassVar[tuple[str, ...]] = ()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.channels import ChannelFamily
+from stepdistill.families.family import Draw
 from stepdistill.families.sd import StableDiffusionFamily
 
 
@@ -35,7 +36,7 @@ class StableDiffusionUpscaleFamily(ChannelFamily, StableDiffusionFamily):
     supports_w: ClassVar[bool] = False  # its call has no input for it
     short_pipelines: ClassVar[tuple[str, ...]] = ()
     image_keys: ClassVar[tuple[str, ...]] = ("channels", "noise_level")
-    call_draws = ("images", "noise")
+    call_draws: ClassVar[tuple[Draw, ...]] = ("images", "noise")
     picture_px = 1
     noise_level: int = 20
 

@@ -21,7 +21,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     name: ClassVar[str] = "sdxl"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     tiny = "stepdistill.testing.tiny:tiny_sdxl"
-    typed = ("num_inference_steps",)
+    typed: ClassVar[tuple[str, ...]] = ("num_inference_steps",)
     scales_input: ClassVar[bool] = True
     short_pipelines: ClassVar[tuple[str, ...]] = ()
 

@@ -24,7 +24,6 @@ class StableDiffusionXLInpaintFamily(StableDiffusionInpaintFamily, StableDiffusi
     name: ClassVar[str] = "sdxl_inpaint"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLInpaintPipeline",)
     tiny = "stepdistill.testing.tiny_beside:tiny_sdxl_inpaint"
-    typed = ("num_inference_steps", "strength")
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
