@@ -48,9 +48,8 @@ def widen_pipeline(model: str | Path | ModelSource, out: str | Path) -> Path:
 def widen_input(unet: Any, channels: int) -> None:
     """Have a stock UNet read so many channels, of which those after its own have no effect yet."""
     narrow: nn.Conv2d = unet.conv_in
-    wide = nn.Conv2d(
-        channels, narrow.out_channels, narrow.kernel_size, narrow.stride, narrow.padding
-    ).to(narrow.weight)
+    shape: Any = (narrow.kernel_size, narrow.stride, narrow.padding)
+    wide = nn.Conv2d(channels, narrow.out_channels, *shape).to(narrow.weight)
     wide.weight.zero_()
     wide.weight[:, : narrow.in_channels] = narrow.weight
     assert wide.bias is not None
