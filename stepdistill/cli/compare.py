@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from stepdistill.comparison.budget import Budget
 from stepdistill.config.flags import AT_COMMAS, CommandOptions
 from stepdistill.config.layers import merge
 from stepdistill.config.places import Here, Model
@@ -111,6 +112,7 @@ OWN = (
 
 def run(options: Options) -> None:
     """Run what is missing and write the report."""
+    _check_given(options)
     from stepdistill.storage.owner import owned
 
     if options.budget is None:  # a report of what is there, also of a comparison that goes on
@@ -138,14 +140,11 @@ def setups() -> Setups:
 def compare(args: Options) -> Any:
     """The report.Comparison that the command ends with. Errors: ValueError for wrong options."""
     from stepdistill.comparison import report, runs
-    from stepdistill.comparison.students import Budget, left_out
+    from stepdistill.comparison.students import left_out
     from stepdistill.storage.folders import refuse_written_on
 
-    _check_numbers(args)
     out = Path(args.output_dir)
     if args.budget is None:
-        if args.methods:
-            raise ValueError("budget: expected such as 240s beside --methods, got none.")
         return _show(report.write(out), out)
     budget = Budget.parse(args.budget)
     kind, options, settled = _described(args)
@@ -177,22 +176,36 @@ def compare(args: Options) -> Any:
     return _show(report.write(out), out)
 
 
-def _check_numbers(args: Options) -> None:
-    """Errors: ValueError for numbers that are too small or said twice."""
+def _check_given(args: Options) -> None:
+    """Before torch is imported. Errors: ValueError for numbers that are too small or said twice, a
+    budget that is none, and what should stand beside --teacher."""
     least = {"curve_points": args.curve_points, "processes": args.processes}
     for name, value in {**least, "steps": min(args.steps, default=1)}.items():
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}.")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds, default=-1) < 0:
         raise ValueError(f"seeds: expected different ones from 0 on, got {args.seeds}.")
+    if args.budget is None:
+        if args.methods:
+            raise ValueError("budget: expected such as 240s beside --methods, got none.")
+        return
+    Budget.parse(args.budget)
+    if args.teacher is None:
+        stray = [name for name in (*OWN, *EVALUATION) if name in args.model_fields_set]
+        if stray:
+            raise ValueError(f"{stray[0]}: expected it beside --teacher alone, got no teacher.")
+        return
+    for name in ("prompts_file", "features", "methods"):
+        if not getattr(args, name):
+            hint = " `stepdistill features train` makes a network." if name == "features" else ""
+            raise ValueError(f"{name}: expected it beside --teacher, got none.{hint}")
+    if not Path(str(args.prompts_file)).is_file():
+        raise ValueError(f"prompts_file: expected a text file, got {args.prompts_file!r}.")
 
 
 def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """(kind of setup, its options, those that must not change between calls)."""
     if args.teacher is None:
-        stray = [name for name in (*OWN, *EVALUATION) if name in args.model_fields_set]
-        if stray:
-            raise ValueError(f"{stray[0]}: expected it beside --teacher alone, got no teacher.")
         given = {
             "teacher_steps": args.demo_teacher_steps,
             "pairs": args.demo_pairs,
@@ -202,12 +215,6 @@ def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
         return "digits", options, options
     from stepdistill.comparison.user_teacher import UserOptions, split_methods
 
-    for name in ("prompts_file", "features", "methods"):
-        if not getattr(args, name):
-            hint = " `stepdistill features train` makes a network." if name == "features" else ""
-            raise ValueError(f"{name}: expected it beside --teacher, got none.{hint}")
-    if not Path(str(args.prompts_file)).is_file():
-        raise ValueError(f"prompts_file: expected a text file, got {args.prompts_file!r}.")
     if args.guidance is None:
         print(
             "guidance: none given, so each method follows that of its own file (the report says "

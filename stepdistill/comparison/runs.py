@@ -19,7 +19,8 @@ import torch
 from stepdistill.core.stopping import PARENT
 from stepdistill.storage.files import read_json, write_text
 
-from .students import Budget, Student
+from .budget import Budget
+from .students import Student
 from .teacher_setup import TeacherSetup
 
 PLAN = "comparison.json"

@@ -29,10 +29,11 @@ from stepdistill.storage.files import locked, read_json, write_text
 from stepdistill.trainers import DistillationTrainer
 
 from .best_students import keep_best
+from .budget import Budget
 from .cost import CLOCK, measure, train
 from .progress import SAVES, Leg, Progress, shares, stops
 from .runs import PLAN, Setups, result_file, results, setup_of
-from .students import Budget, Student
+from .students import Student
 from .teacher_setup import Plain, TeacherSetup
 
 CURVE_POINTS = 4

@@ -1,9 +1,8 @@
-"""Who is compared: one training for each method and step count, or for all its step counts at once,
-and the budget that each of them gets."""
+"""Who is compared: one training for each method and step count, or for all its step counts at
+once."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,27 +27,6 @@ class Student:
     @property
     def trained_for(self) -> int:
         return self.steps[0]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What each student gets: seconds (see cost.clock) or updates."""
-
-    seconds: float | None = None
-    updates: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Of "240s" or "500steps". Errors: ValueError for anything else."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|steps?)", text.strip())
-        if match is None or float(match[1]) <= 0:
-            raise ValueError(f"budget: expected such as 240s or 500steps, got {text!r}.")
-        if match[2] == "s":
-            return cls(seconds=float(match[1]))
-        return cls(updates=max(1, round(float(match[1]))))
-
-    def __str__(self) -> str:
-        return f"{self.updates}steps" if self.seconds is None else f"{self.seconds:g}s"
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from stepdistill.config.run import TrainConfig
 from stepdistill.monitoring.best import Best, check_measured, new_best, read_best, write_best
-from stepdistill.monitoring.own_validation import line_of
 from stepdistill.monitoring.validation import Validation
+from stepdistill.monitoring.validation_line import line_of
 from stepdistill.monitoring.watchdog import Watchdog, WatchdogStop
 from stepdistill.reporting.bars import bar, planned_steps
 from stepdistill.storage.checkpoints import discard, is_users

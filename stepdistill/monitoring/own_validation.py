@@ -188,15 +188,3 @@ class OwnValidation:
             return
         self.open, self._rows = state["open"], state["rows"]
         self._prompts, self._chosen = list(state["prompts"]), dict(state["chosen"])
-
-
-def line_of(said: Mapping[str, Any]) -> str:
-    """What the terminal says of a decision."""
-    if not said["steps"]:
-        return f"validation: none: {said['why']}"
-    every = "update" if said["steps"] == 1 else counted(said["steps"], "update")
-    prompts, images = counted(len(said["prompts"]), "prompt"), counted(said["images"], "image")
-    return (
-        f"validation: every {every} on {prompts} of {images} (about {said['share']:.1%} of the "
-        "cost; --validation_steps 0: none)"
-    )

@@ -1,18 +1,21 @@
-"""Memory of the recipes at their models' real size, as `plan` forecasts it.
+"""Costs of the recipes at their models' real size, as `plan` forecasts them.
 
-The forecasts stand in index.json, so that a table of them needs neither torch nor minutes; written
-by `stepdistill recipes --refresh` alone, and held against the recipes by tests.
+The forecasts stand in index.json, so that a table of them needs neither torch nor minutes, and
+`plan` of a recipe as it stands no trace; written by `stepdistill recipes --refresh` alone, and
+held against the recipes by tests.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from stepdistill.config.layers import About, Layer, merged, recipe_files, several_trainings
+from stepdistill.planning.costs import Forecast
 from stepdistill.storage.files import json_sha256, read_json, write_text
 
 CARDS = (12, 16, 24, 48, 80)  # GB
@@ -59,10 +62,19 @@ def settings_hash(layers: Sequence[Layer]) -> str:
 
 
 def forecast_of(layers: Sequence[Layer]) -> dict[str, Any]:
-    """The recipe's entry in the index. peak: bytes of one process as `plan` forecasts it."""
+    """The recipe's entry in the index. peak: bytes of one process, of the forecast."""
     from stepdistill.planning.forecast import forecast
 
-    return {"settings": settings_hash(layers), "peak": forecast(run_of(layers)).peak}
+    plan = forecast(run_of(layers))
+    return {"settings": settings_hash(layers), "peak": plan.peak, "forecast": asdict(plan)}
+
+
+def known_forecast(layers: Sequence[Layer]) -> Forecast | None:
+    """The index's forecast of a recipe; None where it has none of the recipe as it stands."""
+    entry = known().get(layers[-1].name, {})
+    if "forecast" not in entry or entry["settings"] != settings_hash(layers):
+        return None
+    return Forecast.of(entry["forecast"])
 
 
 def known() -> dict[str, dict[str, Any]]:
@@ -91,5 +103,6 @@ def refresh(names: Iterable[str]) -> None:
     recipes = sized()
     for name in names:
         entries = {**known(), name: forecast_of(recipes[name])}
-        text = json.dumps({n: entries[n] for n in sorted(entries) if n in recipes}, indent=1)
-        write_text(INDEX, text + "\n")
+        made = {n: json.dumps(entries[n]) for n in sorted(entries) if n in recipes}
+        lines = ",\n".join(f"{json.dumps(n)}: {entry}" for n, entry in made.items())
+        write_text(INDEX, f"{{\n{lines}\n}}\n")

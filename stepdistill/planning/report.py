@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from stepdistill.config.run import RunConfig
-from stepdistill.monitoring.own_validation import line_of
-from stepdistill.planning.forecast import Cost, Forecast, forecast
+from stepdistill.monitoring.validation_line import line_of
+from stepdistill.planning.costs import Cost, Forecast
 from stepdistill.planning.recipes import verdict
 
 GIB = 2**30
@@ -30,15 +30,24 @@ def hours_per_1k(plan: Forecast, gpu: str) -> float:
     return plan.flops_per_step * 1000 / (GPUS[gpu][0] * 1e12 * UTILISATION) / 3600
 
 
-def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None) -> bool:
+def print_plan(
+    run: RunConfig,
+    num_gpus: int,
+    gpu: str,
+    memory_gb: float | None,
+    stored: Forecast | None = None,
+    complete: Callable[[], RunConfig] | None = None,
+) -> bool:
     """Print the table and, where it does not fit, what would; returns whether the run fits.
 
+    Args: stored: the forecast of a run that is known by it, and that `complete` then gives with
+        its method's options: what would fit is traced, which the table needs not.
     Errors: ValueError for an unknown GPU.
     """
     if gpu not in GPUS:
         raise ValueError(f"--gpu: expected one of {sorted(GPUS)}, got {gpu!r}.")
     room = (memory_gb or GPUS[gpu][1]) * 1e9
-    plan, console = forecast(run), Console()
+    plan, console = stored or _traced(run), Console()
     console.print(table(plan, run))
     for sharding in ("ddp", "fsdp2") if num_gpus > 1 else ("ddp",):
         size = plan.peak_on(num_gpus, sharding)
@@ -58,13 +67,19 @@ def print_plan(run: RunConfig, num_gpus: int, gpu: str, memory_gb: float | None)
         console.print(f"{tight}fits {room / 1e9:g} GB")
         return True
     console.print(f"does not fit {room / 1e9:g} GB")
-    for text, smaller in suggestions(run, plan):
-        size = forecast(smaller).peak_on(num_gpus)
+    for text, smaller in suggestions(complete() if complete else run, plan):
+        size = _traced(smaller).peak_on(num_gpus)
         fit = "fits" if size <= room else "does not fit either"
         console.print(f"  {text}: {size / GIB:.2f} GiB, {fit}")
         if size <= room:
             break
     return False
+
+
+def _traced(run: RunConfig) -> Forecast:
+    from stepdistill.planning.forecast import forecast  # Torch and Diffusers
+
+    return forecast(run)
 
 
 def table(plan: Forecast, run: RunConfig) -> Table:

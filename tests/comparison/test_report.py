@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from evaluation.test_evaluate import Page
 from PIL import Image
 
 from stepdistill.cli import main
+from stepdistill.comparison.budget import Budget
 from stepdistill.comparison.report import write
 from stepdistill.comparison.runs import write_plan
-from stepdistill.comparison.students import Budget
 
 
 def row(label: str, group: str, steps: int | None, frechet: float) -> dict[str, Any]:
@@ -149,3 +151,17 @@ def test_a_table_of_failures_alone_is_a_table(folder) -> None:
     lines = (folder / "table.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in rows} == {3}
+
+
+@pytest.mark.parametrize("flags", [["--budget", "12"], ["--budget", "12s", "--teacher", "me/x"]])
+def test_a_mistake_beside_a_teacher_is_told_without_torch(flags: list[str], tmp_path: Path) -> None:
+    code = f"""
+import sys
+from stepdistill.cli import main
+try:
+    main(["compare", "--output_dir", {str(tmp_path)!r}, *{flags!r}])
+except SystemExit as stop:
+    print(str(stop.code).count("\\n"), sorted({{"torch", "diffusers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["0 []"]

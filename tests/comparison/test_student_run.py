@@ -17,11 +17,12 @@ from support.runs import teacher_dir
 from stepdistill.cli.compare import setups
 from stepdistill.comparison import cost, student_run
 from stepdistill.comparison.best_students import best_student_folder
+from stepdistill.comparison.budget import Budget
 from stepdistill.comparison.cost import Cost
 from stepdistill.comparison.progress import Leg, Progress, shares, stops
 from stepdistill.comparison.runs import result_file
 from stepdistill.comparison.student_run import run_student
-from stepdistill.comparison.students import Budget, StepsServed, Student
+from stepdistill.comparison.students import StepsServed, Student
 from stepdistill.comparison.teacher_setup import TeacherSetup
 from stepdistill.config.recipes import Training
 from stepdistill.data.stream import PromptDataset

@@ -4,8 +4,8 @@ import pytest
 
 from stepdistill.cli import _digits
 from stepdistill.cli._digits import Digits
+from stepdistill.comparison.budget import Budget
 from stepdistill.comparison.students import (
-    Budget,
     StepsServed,
     Student,
     left_out,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,20 @@ from stepdistill.evaluation.run import evaluate
 from stepdistill.families.registry import FAMILIES, load_family
 from stepdistill.families.size import size_fits
 from stepdistill.methods import METHODS
+from stepdistill.monitoring.own_validation import PROMISED_SHARE, Grid
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.planning.recipes import (
     CARDS,
     forecast_of,
     known,
+    known_forecast,
     listed,
     settings_hash,
     sized,
     verdict,
+)
+from stepdistill.planning.recipes import (
+    run_of as run_at_size,
 )
 from stepdistill.storage.bundled import bundled_names
 from stepdistill.testing.tiny import TINY
@@ -232,7 +239,62 @@ def test_the_index_is_of_the_recipes_as_they_stand() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", sized())
 def test_a_recipe_is_planned_at_its_real_size(name: str) -> None:
-    assert forecast_of(RECIPES[name]) == known()[name]
+    made, stored = json.loads(json.dumps(forecast_of(RECIPES[name]))), known()[name]
+    assert {key: made[key] for key in stored} == stored
+
+
+SDXL_PASS = 5.98e12  # operations of its UNet at 1024 px: 2.99 T multiply-adds
+STORED = [name for name, entry in known().items() if "forecast" in entry]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_stored_forecast_is_read_as_it_was_made(name: str) -> None:
+    plan = known_forecast(RECIPES[name])
+    assert plan is not None
+    assert plan.peak == known()[name]["peak"]
+    assert json.loads(json.dumps(asdict(plan))) == known()[name]["forecast"]
+    changed = replace(RECIPES[name][-1], values={**RECIPES[name][-1].values, "seed": 9})
+    assert known_forecast([*RECIPES[name][:-1], changed]) is None
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_own_validations_cost_under_two_percent(name: str) -> None:
+    """Of the stored forecasts: the teacher's reference and every validation, in rows."""
+    plan = known_forecast(RECIPES[name])
+    assert plan is not None
+    said = plan.validation
+    if not said["steps"]:
+        assert "too few" in said["why"]
+        return
+    run = run_at_size(RECIPES[name])
+    method = method_class(run.method)(method_config(run.method, run.method_config), VP)
+    grid = Grid(len(said["prompts"]), said["images"], said["teacher_steps"])
+    reference, each = grid.rows(method, run)
+    count = math.ceil(run.max_train_steps / said["steps"])
+    rows_per_step = (reference + count * each) / (said["share"] * run.max_train_steps)
+    assert said["share"] < PROMISED_SHARE
+    assert 4 <= count <= 20
+    if plan.model == "sdxl":
+        passes = plan.flops_per_step / SDXL_PASS
+        assert (reference + count * each) / (passes * run.max_train_steps) < PROMISED_SHARE
+        assert rows_per_step == pytest.approx(passes, rel=0.2)  # counted rows are passes, about
+
+
+def test_plan_of_a_recipe_alone_needs_neither_torch_nor_its_models_name() -> None:
+    code = """
+import sys, time
+start = time.process_time()
+from stepdistill.cli import main
+main(["plan", "--recipe", "sdxl-dmd2-lora-4step", "--gpu", "a100", "--num_gpus", "2"])
+print(time.process_time() - start < 3.0, sorted({"torch", "diffusers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, last = done.stdout.splitlines()
+    assert last == "True []"
+    peak = known()["sdxl-dmd2-lora-4step"]["peak"]
+    shown = next(line for line in lines if "peak of one process" in line)
+    assert f"{peak / 2**30:.2f}" in shown
+    assert "fits 80 GB" in lines
 
 
 def test_the_table_shows_memory_and_needs_no_torch() -> None:

@@ -11,7 +11,8 @@ from stepdistill.config.files import method_class, method_config
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath
-from stepdistill.monitoring.own_validation import Grid, OwnValidation, line_of, schedule
+from stepdistill.monitoring.own_validation import Grid, OwnValidation, schedule
+from stepdistill.monitoring.validation_line import line_of
 
 DMD2 = {"num_steps": 4, "guidance": 8.0, "critic_steps": 5}
 STEP = 35.0  # rows of a DMD2 update at batch 1: student, guided teacher, fake and its five updates

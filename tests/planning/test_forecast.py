@@ -14,7 +14,8 @@ from support.runs import teacher_dir
 from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
 from stepdistill.planning.blueprint import blueprint, describe
-from stepdistill.planning.forecast import Forecast, forecast
+from stepdistill.planning.costs import Forecast
+from stepdistill.planning.forecast import forecast
 from stepdistill.planning.report import hours_per_1k, print_plan, suggestions
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
@@ -315,7 +316,7 @@ def made(**changes: Any) -> Forecast:
 
 
 def test_sharding_divides_what_is_held() -> None:
-    from stepdistill.planning.forecast import Cost
+    from stepdistill.planning.costs import Cost
 
     plan = made(phases=(Cost("student", 1, 100 + 40, 7),))
     assert plan.peak == 1000 + 100 + 200 + 50 + 140
@@ -324,16 +325,22 @@ def test_sharding_divides_what_is_held() -> None:
 
 
 def test_hours_follow_from_the_peak_rate() -> None:
-    from stepdistill.planning.forecast import Cost
+    from stepdistill.planning.costs import Cost
 
     plan = made(phases=(Cost("student", 2, 0, 10**14),))
     assert hours_per_1k(plan, "h100") == pytest.approx(2e14 * 1000 / (989.4e12 * 0.4) / 3600)
 
 
 def test_hours_count_every_micro_batch(teacher: Path) -> None:
-    plans = [forecast(run_config(teacher, gradient_accumulation_steps=n)) for n in (1, 8)]
+    options: dict[str, Any] = {"max_train_steps": 4000}
+    runs = [run_config(teacher, gradient_accumulation_steps=n, **options) for n in (1, 8)]
+    plans = [forecast(run) for run in runs]
     assert hours_per_1k(plans[1], "h100") == pytest.approx(8 * hours_per_1k(plans[0], "h100"))
     assert plans[1].peak == plans[0].peak
+    shares = [plan.validation.get("share", 0.0) for plan in plans]  # of a run's own, in rows
+    often = [len(range(0, 4000, plan.validation["steps"] or 4000)) for plan in plans]
+    assert often[1] > often[0]
+    assert all(share < 0.02 for share in shares)
 
 
 @pytest.mark.parametrize(

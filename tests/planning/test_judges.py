@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import ScorerSpec
 from stepdistill.families.registry import load_family
-from stepdistill.planning.forecast import Forecast, _traced, forecast
+from stepdistill.planning.costs import Forecast
+from stepdistill.planning.forecast import _traced, forecast
 from stepdistill.planning.report import table
 from stepdistill.rewards import SCORERS, build_scorers
 

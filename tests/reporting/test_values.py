@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import stepdistill
-from stepdistill.monitoring.own_validation import line_of
+from stepdistill.monitoring.validation_line import line_of
 from stepdistill.reporting.values import any_of, counted
 
 NOUNS = "updates|steps|images|prompts|pictures|samples|pairs|processes|rows|lines|shards|channels"

@@ -20,7 +20,8 @@ from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.families.family import Family
 from stepdistill.planning.blueprint import blueprint
-from stepdistill.planning.forecast import Forecast, forecast
+from stepdistill.planning.costs import Forecast
+from stepdistill.planning.forecast import forecast
 from stepdistill.trainers import DistillationTrainer, trainer_class
 from support.runs import build_trainer
 
