@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from stepdistill.core.types import Cond
 from stepdistill.families.audio import AudioFamily
-from stepdistill.families.family import check_prompts
+from stepdistill.families.encoding import check_prompts
 
 MAX_TEXT = 256  # the stock call's max_text_length
 STOCK_SECONDS = 60.0  # and its audio_duration

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import TRANSFORMER_LORA_TARGETS, check_prompts, net_dtype
+from stepdistill.families.encoding import check_prompts
+from stepdistill.families.family import net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
 from stepdistill.families.flux_guidance import GuidanceToldFamily, fold_guidance
+from stepdistill.families.parts import TRANSFORMER_LORA_TARGETS
 from stepdistill.families.references import SequenceFamily
 from stepdistill.families.vae_sized import PATCH
 

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import check_prompts, net_dtype
+from stepdistill.families.encoding import check_prompts
+from stepdistill.families.family import net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
 from stepdistill.families.references import ReferenceFamily
 from stepdistill.families.schedule import empirical_shift

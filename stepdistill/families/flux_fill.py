@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import Draw
 from stepdistill.families.flux import FluxFamily
+from stepdistill.families.parts import Draw
 from stepdistill.families.sd_inpaint import InpaintFamily
 from stepdistill.families.vae_sized import PATCH
 

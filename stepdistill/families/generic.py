@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
 from stepdistill.families import probe
-from stepdistill.families.family import Family, check_prompts, net_dtype
+from stepdistill.families.encoding import check_prompts
+from stepdistill.families.family import Family, net_dtype
 from stepdistill.families.features import FeatureBlock
 from stepdistill.families.schedule import shift_of_mu
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.channels import ChannelFamily
-from stepdistill.families.family import check_prompts
+from stepdistill.families.encoding import check_prompts
 from stepdistill.families.sd import StableDiffusionFamily
 
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import Family, check_prompts
+from stepdistill.families.encoding import check_prompts
+from stepdistill.families.family import Family
 
 ENCODE_ARGUMENTS = ("clean_caption", "max_sequence_length", "complex_human_instruction")
 

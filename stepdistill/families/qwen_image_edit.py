@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import check_prompts
+from stepdistill.families.encoding import check_prompts
 from stepdistill.families.qwen_image import MAX_TOKENS, NEGATIVE, QwenImageFamily
 from stepdistill.families.references import ReferenceFamily
 

@@ -15,8 +15,10 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import UNET_LORA_TARGETS, Family, check_prompts, net_dtype
+from stepdistill.families.encoding import check_prompts
+from stepdistill.families.family import Family, net_dtype
 from stepdistill.families.features import FeatureBlock, unet_blocks
+from stepdistill.families.parts import UNET_LORA_TARGETS
 from stepdistill.families.unet_guidance import (
     idle_guidance_input,
     timestep_cond,

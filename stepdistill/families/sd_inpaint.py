@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 
 from stepdistill.core.types import Cond
 from stepdistill.families.channels import ChannelFamily
-from stepdistill.families.family import Draw
+from stepdistill.families.parts import Draw
 from stepdistill.families.sd import StableDiffusionFamily
 
 

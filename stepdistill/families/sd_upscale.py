@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepdistill.core.types import Cond
 from stepdistill.families.channels import ChannelFamily
-from stepdistill.families.family import Draw
+from stepdistill.families.parts import Draw
 from stepdistill.families.sd import StableDiffusionFamily
 
 

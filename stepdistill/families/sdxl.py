@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import check_prompts
+from stepdistill.families.encoding import check_prompts
 from stepdistill.families.sd import StableDiffusionFamily
 
 

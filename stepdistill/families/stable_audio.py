@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from stepdistill.core.path import TrigPath
 from stepdistill.core.types import Cond
 from stepdistill.families.audio import AudioFamily
-from stepdistill.families.family import check_prompts, net_dtype
+from stepdistill.families.encoding import check_prompts
+from stepdistill.families.family import net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
 
 _CODE = """\

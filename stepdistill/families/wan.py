@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from stepdistill.core.causal import chunk_of
 from stepdistill.core.types import Cond
 from stepdistill.families.causal import make_causal
+from stepdistill.families.encoding import check_prompts
 from stepdistill.families.expert_family import ExpertFamily
-from stepdistill.families.family import check_prompts
 from stepdistill.families.features import FeatureBlock, token_blocks
 from stepdistill.families.vae import latent_size
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import check_prompts, net_dtype
+from stepdistill.families.encoding import check_prompts
+from stepdistill.families.family import net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
 from stepdistill.families.vae_sized import PATCH, VaeSizedFamily
 

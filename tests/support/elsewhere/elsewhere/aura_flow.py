@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.types import Cond
-from stepdistill.families.family import Family, check_prompts, net_dtype
+from stepdistill.families.encoding import check_prompts
+from stepdistill.families.family import Family, net_dtype
 from stepdistill.families.features import FeatureBlock, token_blocks
 from stepdistill.testing.tiny_generic import AURA_FLOW
 
