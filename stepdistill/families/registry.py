@@ -23,6 +23,7 @@ from stepdistill.core.method import Setting
 from stepdistill.families import FAMILIES
 from stepdistill.families.experts import PARTS, one_expert
 from stepdistill.families.family import Family
+from stepdistill.families.parts import Parts
 from stepdistill.families.generic import generic_family
 from stepdistill.families.schedule import own_sampler, read_schedule
 from stepdistill.loading.expert_files import expert_of, refuse_half_pair, refuse_other_expert
@@ -209,6 +210,8 @@ def _check_channels(source: ModelSource, family: type[Family]) -> None:
     net_name = family.net_name
     if not all(source.index[name][0] == "diffusers" for name in (net_name, "vae")):
         return  # a class of the project's own, whose code is not read for this
+    if inspect.getattr_static(family, "input_channels") is vars(Parts)["input_channels"]:
+        return  # which says nothing: so no configuration is read
     vae = {"latent_channels": 4, **_part_config(source, "vae")}
     reads, wanted = _part_config(source, net_name).get("in_channels"), family.input_channels(vae)
     if None in (reads, wanted) or reads == wanted:
