@@ -23,8 +23,8 @@ from stepdistill.core.method import Setting
 from stepdistill.families import FAMILIES
 from stepdistill.families.experts import PARTS, one_expert
 from stepdistill.families.family import Family
-from stepdistill.families.parts import Parts
 from stepdistill.families.generic import generic_family
+from stepdistill.families.parts import Parts
 from stepdistill.families.schedule import own_sampler, read_schedule
 from stepdistill.loading.expert_files import expert_of, refuse_half_pair, refuse_other_expert
 from stepdistill.loading.merge_loras import merge_loras
