@@ -51,16 +51,16 @@ def run_demo(
     student: str = "full",
     seconds: float | None = None,
     seed: int = 0,
-    data: str = "digits",
+    data: str = "emoji",
     teacher: str | None = None,
 ) -> Report:
     """Run everything and write OUTPUT_DIR/report.html and report.png.
 
     Args:
-        data: digits | emoji. teacher: folder of the emoji teacher; none means the shipped one.
+        data: emoji | digits. teacher: folder of the emoji teacher; none means the shipped one.
         method: a recipe's name, or a user's name of a method. student: lora | full.
-        seconds: training budget of each student; none means the recipe's number of steps.
-            A short one also shortens the training of the digits' teacher.
+        seconds: training budget of each student; none means the recipe's number of steps with the
+            digits, and 100 with emoji. A short one also shortens the digits' teacher's training.
     Errors: ValueError for an unknown method or an output_dir that is not ours.
     """
     out, recipe = Path(output_dir), recipe_for(method, student)
@@ -83,6 +83,10 @@ def _run(
     seed: int,
 ) -> Report:
     started, console = time.monotonic(), Console()
+    seconds = seconds or subject.seconds
+    if recipe.recipe.first is not None and subject.first_share is not None:
+        first = replace(recipe.recipe.first, share=subject.first_share)
+        recipe = replace(recipe, recipe=replace(recipe.recipe, first=first))
     sizes = [steps for steps in STUDENT_STEPS if steps in recipe.claims]
     runs = {steps: out / f"{method}_{student}_{steps}step" for steps in sizes}
     if not (out / "teacher").is_dir():
@@ -105,7 +109,7 @@ def _run(
     chains = {}
     for steps, run in runs.items():
         delete_made(run, RUN_FILES, "output_dir")
-        stages = _stages(recipe, steps, out, run, seconds, seed)
+        stages = _stages(recipe, steps, out, run, subject.num_pairs, seconds, seed)
         for stage in stages:
             line = "  stepdistill " + " ".join(stage.command)
             console.print(line, style="dim", highlight=False, soft_wrap=True)
@@ -143,7 +147,13 @@ def _run(
 
 
 def _stages(
-    recipe: MethodRecipe, steps: int, out: Path, run: Path, seconds: float | None, seed: int
+    recipe: MethodRecipe,
+    steps: int,
+    out: Path,
+    run: Path,
+    num_pairs: int,
+    seconds: float | None,
+    seed: int,
 ) -> list[Stage]:
     """The commands that make one student: pairs and regression where the recipe has them."""
     data = {
@@ -156,7 +166,7 @@ def _stages(
     if any(training.data == "pairs" for training in trainings):
         command = ["pairs", "--pretrained_model_name_or_path", str(out / "teacher")]
         command += ["--prompts_file", str(data["prompts"][1]), "--pairs_dir", str(data["pairs"][1])]
-        command += ["--num_pairs", "4096", "--num_steps", "8", "--batch_size", "256"]
+        command += ["--num_pairs", str(num_pairs), "--num_steps", "8", "--batch_size", "256"]
         stages.append(Stage("pairs", command))
     for index, training in enumerate(trainings):
         training = equipped(training, out)

@@ -37,7 +37,9 @@ class RowJudge(Protocol):
 class Subject(Protocol):
     """name: as --data says it. title: of the report. prompt: for its code to copy. pictures: what
     a row's pictures show. note: a line below them. data: where the pictures are from. seeds: of
-    the noise, in judging."""
+    the noise, in judging. seconds: of a student's training, where none are asked; None: the
+    recipe's steps. num_pairs: of noise and image, where a recipe learns from them. first_share: of
+    a student's time for a recipe's first training; None: as the recipe says."""
 
     name: str
     title: str
@@ -46,6 +48,9 @@ class Subject(Protocol):
     note: str
     data: str
     seeds: Sequence[int]
+    seconds: float | None
+    num_pairs: int
+    first_share: float | None
 
     def teacher(self, folder: Path, seconds: float | None) -> Teacher:
         """The teacher in `folder`, put there where it is not yet. Args: seconds: of a student."""
@@ -75,6 +80,9 @@ class Digits:
     )
     data = "scikit-learn load_digits: 1,797 real 8 x 8 images, stratified 70 / 30 split"
     seeds: Sequence[int] = NOISE_SEEDS
+    seconds: float | None = None
+    num_pairs = 4096
+    first_share: float | None = None
 
     def __init__(self) -> None:
         self.digits = load_digit_splits()

@@ -109,11 +109,13 @@ def test_sample(tmp_path, name) -> None:
     ["report.html", "data/labels.csv", "dmd2_full_1step/note.txt", "dmd2_full_4step/pipeline/a.md",
      "dmd2_full_1step/checkpoint-5/note.txt", "teacher/note.txt"],
 )  # fmt: skip
-def test_demo(tmp_path, name) -> None:
+@pytest.mark.parametrize("data", ["digits", "emoji"])
+def test_demo(tmp_path, name, data) -> None:
     user_puts(tmp_path / name)
     if name.startswith("teacher"):
         (tmp_path / "teacher" / "demo_teacher.json").write_text(json.dumps(TEACHER))
+        (tmp_path / "teacher" / "made.json").write_text("{}")
     before = contents(tmp_path)
     named = "data" if name.startswith("data") else Path(name).name
-    assert named in refused("demo", "--output_dir", tmp_path)
+    assert named in refused("demo", "--data", data, "--output_dir", tmp_path)
     assert contents(tmp_path) == before

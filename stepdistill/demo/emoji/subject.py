@@ -115,6 +115,9 @@ class EmojiSubject:
     )
     data = "Fluent and Noto emoji, 64 x 64 px, with the names of emoji-datasource"
     seeds: Sequence[int] = (0, 1)
+    seconds: float | None = 100.0  # of a network 24 times that of the digits: five minutes in all
+    num_pairs = 1536
+    first_share: float | None = 0.7
 
     def __init__(self, source: Path = SHIPPED) -> None:
         refuse_missing(source)
@@ -122,10 +125,16 @@ class EmojiSubject:
 
     def teacher(self, folder: Path, seconds: float | None) -> Teacher:
         """See Subject."""
-        if not folder.exists():
+        made = folder / MADE
+        if folder.exists() and not made.is_file():
+            raise ValueError(
+                f"output_dir: expected an empty folder or an earlier demo of emoji, got {folder}, "
+                "the teacher of something else. Name another one: --output_dir."
+            )
+        if not folder.exists() or made.read_bytes() != (self.source / MADE).read_bytes():
             with replacing(folder, "teacher folder") as partial:
                 shutil.copytree(self.source, partial, ignore=shutil.ignore_patterns(LEDGER))
-        spent = read_json(folder / MADE, ["spent"])["spent"]
+        spent = read_json(made, ["spent"])["spent"]
         total = sum(one["cpu_seconds"] for one in spent.values())
         return Teacher(folder, TrainingRecord(spent["denoiser"]["updates"], total, 0.0), True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,22 @@ def test_the_demo_has_its_data_and_both_kinds_of_prompts(folder, tmp_path) -> No
     made = subject.teacher(tmp_path / "teacher", None)
     assert (made.cached, made.record.steps) == (True, 1)
     assert (made.folder / "model_index.json").is_file()
+
+
+def test_another_demo_s_teacher_is_not_taken_for_it_and_an_older_one_is_replaced(
+    folder, tmp_path
+) -> None:
+    subject, out = EmojiSubject(folder), tmp_path / "teacher"
+    out.mkdir()
+    with pytest.raises(ValueError, match=r"^output_dir: expected an empty folder or an earlier"):
+        subject.teacher(out, None)
+    out.rmdir()
+    older = shutil.copytree(folder, tmp_path / "older")
+    made = json.loads((older / "made.json").read_text())
+    made["spent"]["denoiser"]["updates"] = 0
+    (older / "made.json").write_text(json.dumps(made))
+    assert EmojiSubject(older).teacher(out, None).record.steps == 0
+    assert subject.teacher(out, None).record.steps == 1
 
 
 def test_the_judge_scores_real_pictures_best_and_shows_both_kinds(folder) -> None:
