@@ -156,12 +156,12 @@ def _own(options: ParticleOptions) -> Setup:
 
 
 def _digits(options: ParticleOptions, out: Path) -> Setup:
-    """The demo's teacher, made in OUT/teacher where none is named, with what suits it."""
+    """The digits' teacher, made in OUT/teacher where none is named, with what suits it."""
     torch.set_num_threads(1)  # a second thread saves nothing on networks this small
     scenes, given = options.parameters == "voxels", options.model_fields_set
     if "num_particles" in given and not scenes and not options.prompt:
         raise ValueError(
-            "num_particles: expected it beside --prompt (without, the demo's teacher gets one for "
+            "num_particles: expected it beside --prompt (without, the digits' teacher gets one for "
             f"each held-out prompt), got {options.num_particles}. Leave it out."
         )
     data = load_digit_splits()

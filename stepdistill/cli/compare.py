@@ -46,11 +46,11 @@ class Options(CommandOptions):
     OUTPUT_DIR/students."""
 
     demo_teacher_steps: Count | None = None
-    """The demo's teacher: a shorter training of it."""
+    """The digits' teacher: a shorter training of it."""
     demo_pairs: Count | None = None
-    """The demo's teacher: noise-image pairs; none means 4096."""
+    """The digits' teacher: noise-image pairs; none means 4096."""
     demo_noise_seeds: Count | None = None
-    """The demo's teacher: noise seeds to judge from; none means 5."""
+    """The digits' teacher: noise seeds to judge from; none means 5."""
 
     teacher: Model | None = None
     """A teacher of yours: pipeline folder or Hub id. What follows goes with it alone."""

@@ -1,6 +1,6 @@
 """How a method says its students of a small data set are trained: plain values, no run.
 
-Found by trial on the demo's teacher; they are recipes for 183k parameters, not for SDXL.
+Found by trial on the digits' teacher; they are recipes for 183k parameters, not for SDXL.
 `config/recipes.py` lays them over what is common to all.
 """
 

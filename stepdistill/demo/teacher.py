@@ -1,4 +1,4 @@
-"""The demo's teacher: a small text-to-image StableDiffusionPipeline trained on real digits.
+"""The digits' teacher: a small text-to-image StableDiffusionPipeline trained on real digits.
 
 Every part is a stock Diffusers or Transformers class, so the saved folder is an ordinary model:
 identity AutoencoderKL, CLIPTextModel, UNet2DConditionModel with v-prediction, DDIMScheduler with

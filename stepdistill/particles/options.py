@@ -82,7 +82,7 @@ class ParticleOptions(ParticleConfig, TeacherOptions):
     """Teacher pipeline: local folder or Hub id; none means the demo's, made in
     OUTPUT_DIR/teacher."""
     prompt: tuple[str, ...] = ()
-    """What is optimised for, num_particles of each; the demo's teacher knows its own."""
+    """What is optimised for, num_particles of each; the digits' teacher knows its own."""
     gradients: Annotated[tuple[str, ...], AT_COMMAS] = ("sds", "vsd")
     """KIND[:GUIDANCE] of sds, vsd, csd, csm, nfsd, bsd, recon, dreammat; an optimisation each.
     Unless it is said, the demo's digits get sds:1, sds:7.5 and vsd:1."""

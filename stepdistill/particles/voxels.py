@@ -1,6 +1,6 @@
 """A differentiable renderer with a real 3-D parameter: a grid of density and colour, ray-marched.
 
-Small on purpose, for tests and for the demo's teacher; any module that returns images (B, 3, H, W)
+Small on purpose, for tests and for the digits' teacher; any module that returns images (B, 3, H, W)
 takes its place (particles/README.md). Emission and absorption as in NeRF: Mildenhall et al. 2020,
 arXiv:2003.08934, Eq. 3. Cameras look at the origin, down their own -z (OpenGL).
 """

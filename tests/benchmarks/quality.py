@@ -1,4 +1,4 @@
-"""Every method on the demo's teacher, for the same time, over several training seeds, and its bar.
+"""Every method on the digits' teacher, for the same time, over several training seeds, and its bar.
 
     python tests/benchmarks/quality.py --output_dir runs/quality --seconds 120 --seeds 0 1 2
 

@@ -4,7 +4,7 @@
 
 (a) Resident weights, gradients and optimiser state on the real SDXL UNet config (meta device).
 (b) Measured peak of two training steps, each in a process of its own, on a 210 M-parameter UNet.
-(c) On the demo's teacher, trained here: network calls of an image, and how near the student's
+(c) On the digits' teacher, trained here: network calls of an image, and how near the student's
     images are to the guided teacher's from the same noise, as a share of what guidance changes.
 """
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/trajectory.py --output_dir runs/trajectory --seconds 60
 
-The demo's teacher solves its ODE in 100 unguided DDIM steps from the same noise for all. A student
+The digits' teacher solves its ODE in 100 unguided DDIM steps from the same noise for all. A student
 is given its state x_t and says in one call where that ends (x0); `boot`, which sees the noise alone
 and is told the time, says the signal (x_t - sigma eps) / alpha of that state. Error: root mean
 square over samples and values, in standard deviations of the teacher's x0 (1 is no better than a
