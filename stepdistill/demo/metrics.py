@@ -9,19 +9,24 @@ that shows each class's mean is recognised perfectly.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from stepdistill.evaluation.frechet import frechet_distance
 from stepdistill.evaluation.manifold import manifold_scores
 from stepdistill.evaluation.samples import PipelineSampler, Samples
+from stepdistill.reporting.pictures import ink
 from stepdistill.reporting.values import Measured
 
 from .classifier import DigitClassifier
@@ -38,7 +43,7 @@ Sampler = Callable[[Sequence[str], int], Samples]  # (prompts, noise seed) -> sa
 @dataclass(frozen=True)
 class Row:
     """One line of the report. group: "real", "teacher" or "student"; previews: PREVIEWS_PER_CLASS
-    images (1, 8, 8) of each class, in class order."""
+    images (1, 8, 8) of each class, in class order, or (3, 64, 64) of as many prompts."""
 
     label: str
     group: str
@@ -57,8 +62,12 @@ class Row:
 
     @staticmethod
     def save_all(rows: Sequence[Row], path: Path) -> None:
-        """Write rows to a JSON file."""
-        path.write_text(json.dumps([row.plain() for row in rows]))
+        """Write rows to a JSON file. Previews in colour, which are only shown, lose a little."""
+        plain = [
+            row.plain() if row.previews.shape[1] == 1 else {**asdict(row), "previews": _webp(row)}
+            for row in rows
+        ]
+        path.write_text(json.dumps(plain))
 
     @staticmethod
     def load_all(path: Path) -> list[Row]:
@@ -69,11 +78,28 @@ class Row:
                 **{
                     **raw,
                     **{name: Measured(**raw[name]) for name in spreads},
-                    "previews": torch.tensor(raw["previews"]),
+                    "previews": _previews(raw["previews"]),
                 }
             )
             for raw in json.loads(path.read_text())
         ]
+
+
+def _webp(row: Row) -> str:
+    """The previews, one below the other, as base64 of a WebP file."""
+    buffer = io.BytesIO()
+    pixels = np.concatenate([ink(preview) for preview in row.previews.tolist()])
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=80, method=6)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _previews(stored: str | list[Any]) -> Tensor:
+    """(N, C, H, H) in [-1, 1] of what `save_all` made of them."""
+    if not isinstance(stored, str):
+        return torch.tensor(stored)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(stored))).convert("RGB"))
+    squares = torch.tensor(pixels).unflatten(0, (-1, pixels.shape[1]))
+    return squares.permute(0, 3, 1, 2) / 127.5 - 1
 
 
 class Judge:

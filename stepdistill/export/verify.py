@@ -18,7 +18,6 @@ from stepdistill.core.types import Cond
 from stepdistill.export.card import call_options, typed_options
 from stepdistill.families.family import Family
 from stepdistill.families.registry import load_family
-from stepdistill.families.vae import encoding_modes
 from stepdistill.loading.safe_files import load_stock
 from stepdistill.loading.source import ModelSource
 from stepdistill.roles.role_denoiser import RoleDenoiser
@@ -58,7 +57,7 @@ def pipeline_image(stock: Any, family: Family, record: Mapping[str, Any], prompt
     """(1, C, H, W) in [0, 1] of a pipeline called as the record says, noise of seed 0."""
     stock.set_progress_bar_config(disable=True)
     subject, options, _ = _call(family, record, prompt)
-    with _seeded(stock.device), encoding_modes(getattr(stock, "vae", None)):
+    with _seeded(stock.device), family.encodings(stock):
         # The default generator serves the pipelines that pass theirs on and those that don't.
         result = stock(
             **subject,
@@ -122,8 +121,7 @@ def _call(
 def _in_stock_loop(family: Family, denoiser: Denoiser, call: Mapping[str, Any]) -> Tensor:
     """(1, C, H, W) in [0, 1] of the teacher's own pipeline around the student, nothing saved."""
     assert isinstance(denoiser, RoleDenoiser)
-    vae = getattr(family.pipeline, "vae", None)
-    with denoiser.in_pipeline() as pipeline, encoding_modes(vae):
+    with denoiser.in_pipeline() as pipeline, family.encodings(pipeline):
         pipeline.set_progress_bar_config(disable=True)
         result = pipeline(**call, generator=torch.default_generator, output_type="pt")
     return family.images_in(result).float().cpu()

@@ -216,21 +216,26 @@ def _check_channels(source: ModelSource, family: type[Family]) -> None:
     reads, wanted = _part_config(source, net_name).get("in_channels"), family.input_channels(vae)
     if None in (reads, wanted) or reads == wanted:
         return
-    bases: Any = family.__mro__
-    plain = next(f for f in bases if "pipelines" in vars(f) and not f.reads)
+    plain = _plain(family)
     if reads == plain.input_channels(vae):
         advice = (
             f"It is an ordinary text-to-image model: name {plain.pipelines[0]} as _class_name in "
             "model_index.json; its student runs in either."
         )
     else:
-        alike = [f for f in FAMILIES.values() if issubclass(f, plain)]
+        alike = [f for f in FAMILIES.values() if _plain(f) is plain]
         served = {f.input_channels(vae): f.pipelines[0] for f in alike}
         advice = f"Save it as the pipeline that it is of ({served.get(reads, 'none is served')})."
     raise ValueError(
         f"{source.described_at}/{net_name}/config.json: expected in_channels {wanted} in a "
         f"{source.pipeline_class}, got {reads}. {advice}"
     )
+
+
+def _plain(family: type[Family]) -> type[Family]:
+    """The family of the same models that reads no images beside x_t; itself where none does."""
+    bases: Any = family.__mro__
+    return next((f for f in bases if "pipelines" in vars(f) and not f.reads), family)
 
 
 def load_encoders(model: str | Path | ModelSource, device: torch.device) -> Family:

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.families.encoding import Encoding
+from stepdistill.families.vae import encoding_modes
 
 
 class StockCall(Encoding):
@@ -75,6 +77,14 @@ class StockCall(Encoding):
         """(B, C, H, W) or (B, C, F, H, W) in [0, 1] of what a stock call returned as "pt"."""
         images: Tensor = getattr(result, cls.output)
         return images.transpose(1, 2) if cls.output == "frames" else images
+
+    @classmethod
+    def encodings(cls, pipeline: Any) -> AbstractContextManager[None]:
+        """Within: calls of a stock pipeline encode images as a Cond has them: those whose numbers a
+        Cond does not draw, by the mode of what the call would draw."""
+        if "images" in cls.call_draws:
+            return nullcontext()
+        return encoding_modes(getattr(pipeline, "vae", None))
 
     def stock_call(
         self, prompts: Sequence[Any], guidance: float, num_steps: int, generator: torch.Generator

@@ -32,7 +32,7 @@ from stepdistill.families.family import Family
 from stepdistill.families.references import ReferenceFamily
 from stepdistill.families.registry import family_for, load_family
 from stepdistill.families.schedule import parity_scheduler
-from stepdistill.families.vae import encoding_modes, is_video_vae
+from stepdistill.families.vae import is_video_vae
 from stepdistill.loading.source import ModelSource
 from stepdistill.roles.checkpointing import uncheckpoint_blocks
 from stepdistill.roles.rolebank import RoleBank
@@ -146,7 +146,7 @@ class Stock:
         Args: replace: latents to put in place of every step's result, to reach the decoder.
         """
         generator = torch.Generator().manual_seed(SEED)
-        modes = encoding_modes(getattr(self.family.pipeline, "vae", None))
+        modes = self.family.encodings(self.family.pipeline)
         with self._prepared(replace), modes, listen(*_nets(self.family)) as calls:
             images = self.family.stock_call(prompts, guidance, num_steps, generator)
         return images, calls

@@ -18,7 +18,6 @@ from stepdistill.core.times import uniform_grid
 from stepdistill.export.pipeline import RECORD, export_pipeline
 from stepdistill.families.flux_guidance import fold_guidance
 from stepdistill.families.registry import FAMILIES, family_for, load_family
-from stepdistill.families.vae import encoding_modes
 from stepdistill.testing.parity import listen
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 
@@ -38,10 +37,11 @@ def image_of(call, subject, **options):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         net = call.unet if hasattr(call, "unet") else call.transformer
-        with listen(net) as calls, encoding_modes(getattr(call, "vae", None)):
+        family = family_for(type(call).__name__)
+        with listen(net) as calls, family.encodings(call):
             name = "class_labels" if isinstance(subject, list) else "prompt"
             result = call(**{name: subject}, output_type="pt", **options)
-    return family_for(type(call).__name__).images_in(result), calls
+    return family.images_in(result), calls
 
 
 def in_memory(trainer, spec, subject):

@@ -18,6 +18,7 @@ from stepdistill.demo.emoji.captions import caption
 from stepdistill.demo.emoji.judge import Retrieval
 from stepdistill.demo.emoji.subject import EmojiJudge, EmojiSubject
 from stepdistill.demo.emoji.teacher import emoji_teacher, load_pictures, make_teacher
+from stepdistill.demo.metrics import Row
 from stepdistill.evaluation.samples import Samples
 from stepdistill.export.secrets import local_paths
 from stepdistill.reporting.values import Measured
@@ -115,6 +116,17 @@ def test_the_judge_scores_real_pictures_best_and_shows_both_kinds(folder) -> Non
     assert worse.seconds_per_image == pytest.approx(0.1)
     assert torch.equal(worse.previews[0], noise[0].images[0])
     assert torch.equal(worse.previews[1], noise[0].images[8])  # a column after the other
+
+
+def test_rows_are_saved_with_their_pictures_in_colour(folder, tmp_path) -> None:
+    judge = EmojiJudge(load_pictures(folder), Retrieval(["red"]), 40, 8)
+    row = judge.floor((0, 1))
+    Row.save_all([row], tmp_path / "rows.json")
+    (loaded,) = Row.load_all(tmp_path / "rows.json")
+    assert (loaded.frechet, loaded.label) == (row.frechet, row.label)
+    assert loaded.previews.shape == row.previews.shape
+    assert (loaded.previews - row.previews).abs().mean() < 0.05
+    assert (tmp_path / "rows.json").stat().st_size < 2_000 * len(row.previews)
 
 
 def test_a_missed_aim_is_no_failure(folder) -> None:
