@@ -39,7 +39,8 @@ class Subject(Protocol):
     a row's pictures show. note: a line below them. data: where the pictures are from. seeds: of
     the noise, in judging. seconds: of a student's training, where none are asked; None: the
     recipe's steps. num_pairs: of noise and image, where a recipe learns from them. first_share: of
-    a student's time for a recipe's first training; None: as the recipe says."""
+    a student's time for a recipe's first training; None: as the recipe says. aim_seconds: of the
+    whole demo on two cores, with the teacher there and with its training."""
 
     name: str
     title: str
@@ -51,6 +52,7 @@ class Subject(Protocol):
     seconds: float | None
     num_pairs: int
     first_share: float | None
+    aim_seconds: tuple[float, float]
 
     def teacher(self, folder: Path, seconds: float | None) -> Teacher:
         """The teacher in `folder`, put there where it is not yet. Args: seconds: of a student."""
@@ -83,6 +85,7 @@ class Digits:
     seconds: float | None = None
     num_pairs = 4096
     first_share: float | None = None
+    aim_seconds = (180.0, 360.0)
 
     def __init__(self) -> None:
         self.digits = load_digit_splits()

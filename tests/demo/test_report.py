@@ -64,8 +64,8 @@ def test_checks_need_their_rows() -> None:
 
 
 def test_time_limit_depends_on_the_cache() -> None:
-    assert time_check(200, teacher_cached=False).passed
-    assert not time_check(200, teacher_cached=True).passed
+    assert time_check(200, 360, teacher_cached=False).passed
+    assert not time_check(200, 180, teacher_cached=True).passed
 
 
 @pytest.fixture
