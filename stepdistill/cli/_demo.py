@@ -143,6 +143,7 @@ def _run(
         num_seeds=len(subject.seeds),
         pictures=subject.pictures,
         note=subject.note,
+        right=subject.right,
     )
     html, png = write_report(report, out)
     print_report(report, console)

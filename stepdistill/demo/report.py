@@ -23,17 +23,16 @@ from stepdistill.reporting.table import Line, Table
 from .metrics import PREVIEWS_PER_CLASS, Row
 from .verdict import Check
 
-COLUMNS = (
-    *("sampler", "Fréchet ↓", "pixel Fréchet ↓", "recall ↑"),
-    *("class accuracy", "network calls", "ms / image"),
-)
-TERMINAL_COLUMNS = ("", "Fréchet", "pixels", "recall", "class", "calls", "ms/img")  # fits 80
+_DISTANCES = ("sampler", "Fréchet ↓", "pixel Fréchet ↓", "recall ↑")
+_COST = ("network calls", "ms / image")
+_SHORT = ("", "Fréchet ↓", "pixels ↓", "recall ↑")  # of the terminal: fits 80
 
 
 @dataclass(frozen=True)
 class Report:
     """All that the report shows: facts are (name, value) pairs, snippet is code to copy, pictures
-    what a row's pictures show, note a line below them."""
+    what a row's pictures show, note a line below them, right what a row's `accuracy` is, and that in
+    a word."""
 
     title: str
     rows: Sequence[Row]
@@ -44,6 +43,12 @@ class Report:
     num_seeds: int = 0
     pictures: str = ""
     note: str = ""
+    right: tuple[str, str] = ("class accuracy", "class")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what `cells` gives."""
+        return (*_DISTANCES, f"{self.right[0]} ↑", *_COST)
 
     @property
     def caption(self) -> str:
@@ -57,7 +62,7 @@ class Report:
 
     def page(self) -> page.Report:
         """The same for the report's files."""
-        table = Table(COLUMNS, [Line(row.group, cells(row)) for row in self.rows])
+        table = Table(self.columns, [Line(row.group, cells(row)) for row in self.rows])
         verdicts = Verdicts([(c.kind, c.word, c.claim, c.measured) for c in self.checks])
         sections: list[tuple[str, Sequence[Block]]] = [
             ("Aims", [verdicts]),
@@ -70,7 +75,7 @@ class Report:
 
 
 def cells(row: Row, recall_digits: int = 3) -> list[str]:
-    """A row's texts in the order of COLUMNS; a dash where there is nothing to measure."""
+    """A row's texts in the order of `Report.columns`; a dash where there is nothing to measure."""
     time = row.seconds_per_image
     return [
         row.label,
@@ -96,7 +101,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     table = rich.Table(
         title=escape(report.title), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
     )
-    for index, name in enumerate(TERMINAL_COLUMNS):
+    for index, name in enumerate((*_SHORT, f"{report.right[1]} ↑", "calls", "ms/img")):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     style = {"real": "dim", "teacher": "", "student": "bold cyan"}
     for row in report.rows:

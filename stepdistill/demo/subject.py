@@ -40,7 +40,7 @@ class Subject(Protocol):
     the noise, in judging. seconds: of a student's training, where none are asked; None: the
     recipe's steps. num_pairs: of noise and image, where a recipe learns from them. first_share: of
     a student's time for a recipe's first training; None: as the recipe says. aim_seconds: of the
-    whole demo on two cores, with the teacher there and with its training."""
+    whole demo on two cores, with the teacher there and with its training. right: see Report."""
 
     name: str
     title: str
@@ -53,6 +53,7 @@ class Subject(Protocol):
     num_pairs: int
     first_share: float | None
     aim_seconds: tuple[float, float]
+    right: tuple[str, str]
 
     def teacher(self, folder: Path, seconds: float | None) -> Teacher:
         """The teacher in `folder`, put there where it is not yet. Args: seconds: of a student."""
@@ -86,6 +87,7 @@ class Digits:
     num_pairs = 4096
     first_share: float | None = None
     aim_seconds = (180.0, 360.0)
+    right = ("class accuracy", "class")
 
     def __init__(self) -> None:
         self.digits = load_digit_splits()

@@ -119,6 +119,7 @@ class EmojiSubject:
     num_pairs = 1792
     first_share: float | None = 0.8  # regression comes furthest in so short a time
     aim_seconds = (300.0, 300.0)
+    right = ("right caption of 20", "right")
 
     def __init__(self, source: Path = SHIPPED) -> None:
         refuse_missing(source)
