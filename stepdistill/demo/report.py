@@ -31,8 +31,8 @@ _SHORT = ("", "Fréchet ↓", "pixels ↓", "recall ↑")  # of the terminal: fi
 @dataclass(frozen=True)
 class Report:
     """All that the report shows: facts are (name, value) pairs, snippet is code to copy, pictures
-    what a row's pictures show, note a line below them, right what a row's `accuracy` is, and that in
-    a word."""
+    what a row's pictures show, note a line below them, right what a row's `accuracy` is, and the
+    same in a word."""
 
     title: str
     rows: Sequence[Row]
