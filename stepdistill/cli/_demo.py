@@ -60,7 +60,7 @@ def run_demo(
         data: emoji | digits. teacher: folder of the emoji teacher; none means the shipped one.
         method: a recipe's name, or a user's name of a method. student: lora | full.
         seconds: training budget of each student; none means the recipe's number of steps with the
-            digits, and 80 with emoji. A short one also shortens the digits' teacher's training.
+            digits, and 110 with emoji. A short one also shortens the digits' teacher's training.
     Errors: ValueError for an unknown method or an output_dir that is not ours.
     """
     out, recipe = Path(output_dir), recipe_for(method, student)
@@ -84,8 +84,8 @@ def _run(
 ) -> Report:
     started, console = time.monotonic(), Console()
     seconds = seconds or subject.seconds
-    if recipe.recipe.first is not None and subject.first_share is not None:
-        first = replace(recipe.recipe.first, share=subject.first_share)
+    if recipe.recipe.first is not None:
+        first = subject.first(recipe.recipe.first, seconds)
         recipe = replace(recipe, recipe=replace(recipe.recipe, first=first))
     sizes = [steps for steps in STUDENT_STEPS if steps in recipe.claims]
     runs = {steps: out / f"{method}_{student}_{steps}step" for steps in sizes}
@@ -240,6 +240,7 @@ def _facts(
     for steps, run in runs.items():
         state = json.loads((list_checkpoints(run)[-1] / "trainer_state.json").read_text())
         updates = counted(state["step"], "update")
-        line = f"{updates} in {state['seconds']:.0f} s, {recipe.describe()}"
+        last = recipe.trainings(steps)[-1]
+        line = f"{last.label}, {updates} in {state['seconds']:.0f} s, {last.describe()}"
         facts.append((f"{steps}-step student", line))
     return facts

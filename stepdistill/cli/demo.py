@@ -24,7 +24,7 @@ class Options(CommandOptions):
     student: Literal["lora", "full"] = "full"
     """How the student stores its weights."""
     seconds: Positive | None = None
-    """Training budget of each student; none means its recipe's steps, and 80 with emoji."""
+    """Training budget of each student; none means its recipe's steps, and 110 with emoji."""
     seed: Seed = 0
     """Of the students' training."""
     output_dir: str = "demo"

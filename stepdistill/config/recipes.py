@@ -64,6 +64,12 @@ class Training:
             return False
         return gan.pixels.network is None
 
+    def describe(self) -> str:
+        """Batch and rates in a few words."""
+        rates = {"student": self.settings["learning_rate"], **self.settings["role_learning_rates"]}
+        rates_text = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
+        return f"batch {self.settings['train_batch_size']}, learning rates {rates_text}"
+
     def with_network(self, folder: str | Path) -> Training:
         """The same with that pixel network."""
         named = {"method_config": {"gan": {"pixels": {"network": str(folder)}}}}
@@ -118,17 +124,13 @@ class MethodRecipe:
         if first.always:
             options = METHODS[first.method].for_steps(num_steps)
             warm = merge(warm, {"method_config": options})
+        before = Training(first.label, warm, METHODS[first.method].data, first.share)
+        if first.share == 1.0:
+            return [before]
         return [
-            Training(first.label, warm, METHODS[first.method].data, first.share),
+            before,
             Training(self.method.name, settings, data, 1.0 - first.share, first.gives),
         ]
-
-    def describe(self) -> str:
-        """Batch and rates in a few words."""
-        common = self._over_common(self.method.name, self.recipe.settings)
-        rates = {"student": common["learning_rate"], **common["role_learning_rates"]}
-        rates_text = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
-        return f"batch {common['train_batch_size']}, learning rates {rates_text}"
 
 
 def recipes() -> dict[str, MethodRecipe]:

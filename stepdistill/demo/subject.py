@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from stepdistill.core.recipe import First
 from stepdistill.evaluation.samples import Samples
 
 from .classifier import train_classifier
@@ -38,9 +39,8 @@ class Subject(Protocol):
     """name: as --data says it. title: of the report. prompt: for its code to copy. pictures: what
     a row's pictures show. note: a line below them. data: where the pictures are from. seeds: of
     the noise, in judging. seconds: of a student's training, where none are asked; None: the
-    recipe's steps. num_pairs: of noise and image, where a recipe learns from them. first_share: of
-    a student's time for a recipe's first training; None: as the recipe says. aim_seconds: of the
-    whole demo on two cores, with the teacher there and with its training. right: see Report."""
+    recipe's steps. num_pairs: of noise and image, where a recipe learns from them. aim_seconds: of
+    the whole demo on two cores, with the teacher there and with its training. right: see Report."""
 
     name: str
     title: str
@@ -51,7 +51,6 @@ class Subject(Protocol):
     seeds: Sequence[int]
     seconds: float | None
     num_pairs: int
-    first_share: float | None
     aim_seconds: tuple[float, float]
     right: tuple[str, str]
 
@@ -61,6 +60,10 @@ class Subject(Protocol):
 
     def write_data(self, folder: Path) -> None:
         """Pictures with their captions, and prompts.txt."""
+        ...
+
+    def first(self, first: First, seconds: float | None) -> First:
+        """A recipe's first training as it suits this teacher in so much time."""
         ...
 
     def judge(self) -> RowJudge: ...
@@ -85,7 +88,6 @@ class Digits:
     seeds: Sequence[int] = NOISE_SEEDS
     seconds: float | None = None
     num_pairs = 4096
-    first_share: float | None = None
     aim_seconds = (180.0, 360.0)
     right = ("class accuracy", "class")
 
@@ -100,6 +102,10 @@ class Digits:
     def write_data(self, folder: Path) -> None:
         """See Subject."""
         write_data(self.digits.train, folder)
+
+    def first(self, first: First, seconds: float | None) -> First:
+        """See Subject."""
+        return first
 
     def judge(self) -> Judge:
         """See Subject."""

@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from stepdistill.cli import main
+from stepdistill.config.recipes import recipe_for
 from stepdistill.demo.emoji import teacher as teacher_module
 from stepdistill.demo.emoji import training
 from stepdistill.demo.emoji.budget import Budget
@@ -85,6 +86,16 @@ def test_the_demo_has_its_data_and_both_kinds_of_prompts(folder, tmp_path) -> No
     made = subject.teacher(tmp_path / "teacher", None)
     assert (made.cached, made.record.steps) == (True, 1)
     assert (made.folder / "model_index.json").is_file()
+
+
+def test_a_short_student_of_one_step_is_of_regression_alone(folder) -> None:
+    subject, recipe = EmojiSubject(folder), recipe_for("dmd2", "full")
+    for seconds, labels in ((100.0, ["regression"]), (3600.0, ["regression", "dmd2"])):
+        first = subject.first(recipe.recipe.first, seconds)
+        trainings = replace(recipe, recipe=replace(recipe.recipe, first=first)).trainings(1)
+        assert [training.label for training in trainings] == labels
+        assert sum(training.share for training in trainings) == 1
+    assert [training.label for training in recipe.trainings(4)] == ["dmd2"]
 
 
 def test_another_demo_s_teacher_is_not_taken_for_it_and_an_older_one_is_replaced(
