@@ -15,10 +15,10 @@ from typing import Any, Literal
 class First:
     """A training before a recipe's own.
 
-    method: whose. settings: see Recipe. share: of the student's time budget; 1: the
-    recipe's own training is left out. gives: what that one starts from: the student, or its export as the model, teacher and
-    student alike. always: whether students of every step count have it, by the method's options
-    for so many; else those of one step alone.
+    method: whose. settings: see Recipe. share: of the student's time budget; 1: the recipe's own
+    training is left out. gives: what that one starts from: the student, or its export as the model,
+    teacher and student alike. always: whether students of every step count have it, by the method's
+    options for so many; else those of one step alone.
     """
 
     label: str

@@ -121,7 +121,7 @@ class EmojiSubject:
     seconds: float | None = 110.0  # of a network 24 times that of the digits
     num_pairs = 1792
     aim_seconds = (300.0, 300.0)
-    right = ("right caption of 20", "right")
+    right = ("right caption", "right")
 
     def __init__(self, source: Path = SHIPPED) -> None:
         refuse_missing(source)
