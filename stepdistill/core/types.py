@@ -44,6 +44,11 @@ class Cond:
         return self.tensors.get(name)
 
     @property
+    def device(self) -> torch.device:
+        """Where the first of its tensors is."""
+        return next(iter(self.tensors.values())).device
+
+    @property
     def bsz(self) -> int:
         return next(iter(self.tensors.values())).shape[0]
 

@@ -81,13 +81,13 @@ class ChannelFamily(PicturedFamily):
         shape: Sequence[int],
         masks: Sequence[Image.Image | None] = (),
     ) -> Cond:
-        device, made = next(iter(cond.tensors.values())).device, []
+        made = []
         by = self._drawn_by or [picture for (picture,) in rows]
         for (picture,), mask, other in zip(rows, masks, by, strict=True):  # bits depend on batches
             given = (self.fitted(picture, shape), mask and self.fitted(mask, shape))
             generator = self._generator(shape, self.fitted(other, shape), given[1])
             made.append(self.beside(*given, generator))
-        return Cond({**cond.tensors, "channels": torch.cat(made).float().to(device)})
+        return Cond({**cond.tensors, "channels": torch.cat(made).float().to(cond.device)})
 
     def _generator(self, shape: Sequence[int], *beside: Image.Image | None) -> torch.Generator:
         """`generator_of`, behind what the stock call draws before."""

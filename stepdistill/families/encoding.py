@@ -103,9 +103,8 @@ class Encoding(Parts):
         Args: null: one row of `null`, where the caller has it.
         """
         empty = (self.null(1) if null is None else null).repeat(cond.bsz)
-        device = next(iter(cond.tensors.values())).device
         images = {name: cond[name] for name in self.image_keys if name in cond.tensors}
-        return Cond({**empty.to(device).tensors, **images})
+        return Cond({**empty.to(cond.device).tensors, **images})
 
     def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B, C, *S) of images (B, 3, H, W) in [-1, 1]."""

@@ -62,8 +62,8 @@ class FluxControlNetFamily(ControlNetFamily, FluxFamily):
         """See ControlNetFamily.control_of."""
         return pixels if self._reads_pixels else encode_images(self.pipeline.vae, pixels)
 
-    def _with(self, cond: Cond, rows: Sequence[Any], shape: Sequence[int]) -> Cond:
-        made = super()._with(cond, rows, shape)
+    def _with(self, cond: Cond, rows: Sequence[Any], *at: Any) -> Cond:
+        made = super()._with(cond, rows, *at)
         if self.embeds_guidance:
             return made
         text = {f"control_{name}": cond[name] for name in TEXT.values()}

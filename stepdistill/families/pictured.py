@@ -20,16 +20,18 @@ class PicturedFamily(Family):
     """Families whose stock call begins with pictures, as PIL.
 
     Attributes: reference, mask: what `encode` gives beside each prompt; None where none is needed.
-        most_references: how many the stock call takes; None for any number.
+        most_references: how many the stock call takes; None for any number. picture: of the names
+        in `reads`, that of these pictures.
     """
 
     reads: ClassVar[Mapping[str, bool]] = {"image": True}
+    picture: ClassVar[str] = "image"
     most_references: int | None = None
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         needs, size = self.needs_images(), self.image_size()
-        self.reference: Image.Image | None = stand_in(*size) if "image" in needs else None
+        self.reference: Image.Image | None = stand_in(*size) if self.picture in needs else None
         self.mask: Image.Image | None = stand_in_mask(*size) if "mask" in needs else None
 
     @abstractmethod
@@ -48,7 +50,7 @@ class PicturedFamily(Family):
 
     @property
     def call_extras(self) -> dict[str, Any]:
-        beside = {"image": self.reference, "mask_image": self.mask}
+        beside = {self.image_argument: self.reference, "mask_image": self.mask}
         given = {name: picture for name, picture in beside.items() if picture is not None}
         return {**super().call_extras, **given}
 
@@ -69,7 +71,7 @@ class PicturedFamily(Family):
         if not images:
             return cond
         processor = self.pipeline.image_processor
-        rows = pictures(processor, images["image"], self.most_references)
+        rows = pictures(processor, images[self.picture], self.most_references)
         masks = (
             [None] * len(rows)
             if "mask" not in images

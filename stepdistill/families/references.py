@@ -80,7 +80,7 @@ class ReferenceFamily(PicturedFamily, SequenceFamily):
         shape: Sequence[int] = (),
         masks: Sequence[Image.Image | None] = (),
     ) -> Cond:
-        device = next(iter(cond.tensors.values())).device
+        device = cond.device
         latents = [  # one by one: the last bits depend on the batch
             torch.cat([self.latents(self.reference_pixels(picture)) for picture in row])
             for row in rows
