@@ -36,9 +36,10 @@ def image_of(call, subject, **options):
     """(the call's image, the denoiser calls it made) from the default generator at seed 0."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        net = call.unet if hasattr(call, "unet") else call.transformer
+        parts = (getattr(call, n, None) for n in ("unet", "transformer", "transformer_2"))
+        nets = [part for part in parts if part is not None]
         family = family_for(type(call).__name__)
-        with listen(net) as calls, family.encodings(call):
+        with listen(*nets) as calls, family.encodings(call):
             name = "class_labels" if isinstance(subject, list) else "prompt"
             result = call(**{name: subject}, output_type="pt", **options)
     return family.images_in(result), calls
