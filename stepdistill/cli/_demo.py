@@ -15,7 +15,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from stepdistill.cli._digits import equipped
+from stepdistill.cli._demo_teacher import equipped
 from stepdistill.config.recipes import MethodRecipe, Training, recipe_for
 from stepdistill.demo.emoji.subject import EmojiSubject
 from stepdistill.demo.metrics import Row

@@ -1,6 +1,6 @@
 """Train methods with one budget on one teacher, and judge them alike.
 
-The demo's digits where no --teacher is given. Without --budget: write the report of what
+The demo's where no --teacher is given. Without --budget: write the report of what
 output_dir holds.
 """
 
@@ -45,12 +45,14 @@ class Options(CommandOptions):
     """Keep none of them; else the best seed's pipeline of each method and step count stays in
     OUTPUT_DIR/students."""
 
+    demo_data: Literal["emoji", "digits"] = "emoji"
+    """What the demo's teacher draws; see `stepdistill demo`."""
     demo_teacher_steps: Count | None = None
     """The digits' teacher: a shorter training of it."""
     demo_pairs: Count | None = None
-    """The digits' teacher: noise-image pairs; none means 4096."""
+    """The demo's teacher: noise-image pairs; none means 4096."""
     demo_noise_seeds: Count | None = None
-    """The digits' teacher: noise seeds to judge from; none means 5."""
+    """The demo's teacher: noise seeds to judge from; none means 2 of emoji, 5 of digits."""
 
     teacher: Model | None = None
     """A teacher of yours: pipeline folder or Hub id. What follows goes with it alone."""
@@ -124,15 +126,20 @@ def run(options: Options) -> None:
 
 def setups() -> Setups:
     """What a comparison's teacher, data and judge can be, by kind."""
-    from stepdistill.cli._digits import Digits
+    from stepdistill.cli._demo_teacher import DemoTeacher
     from stepdistill.comparison.user_teacher import UserOptions, UserTeacher
     from stepdistill.demo.classifier import register_digits
+    from stepdistill.demo.emoji.subject import EmojiSubject
     from stepdistill.demo.scorer import register_scorers
+    from stepdistill.demo.subject import Digits
 
     register_digits()
     register_scorers()
     return {
-        "digits": Digits,
+        "digits": lambda out, teacher_steps=None, **options: DemoTeacher(
+            out, Digits(teacher_steps), **options
+        ),
+        "emoji": lambda out, **options: DemoTeacher(out, EmojiSubject(), **options),
         "own": lambda out, **options: UserTeacher(out, UserOptions(**options)),
     }
 
@@ -194,6 +201,11 @@ def _check_given(args: Options) -> None:
         stray = [name for name in (*OWN, *EVALUATION) if name in args.model_fields_set]
         if stray:
             raise ValueError(f"{stray[0]}: expected it beside --teacher alone, got no teacher.")
+        if args.demo_teacher_steps is not None and args.demo_data != "digits":
+            raise ValueError(
+                "demo_teacher_steps: expected it beside --demo_data digits alone, whose teacher is "
+                f"trained here, got {args.demo_data}."
+            )
         return
     for name in ("prompts_file", "features", "methods"):
         if not getattr(args, name):
@@ -212,7 +224,7 @@ def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
             "noise_seeds": args.demo_noise_seeds,
         }
         options = {name: value for name, value in given.items() if value is not None}
-        return "digits", options, options
+        return args.demo_data, options, options
     from stepdistill.comparison.user_teacher import UserOptions, split_methods
 
     if args.guidance is None:

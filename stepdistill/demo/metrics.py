@@ -58,13 +58,27 @@ class Row:
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {**asdict(self), "previews": self.previews.tolist()}
+        return {**self.figures(), "previews": self.previews.tolist()}
+
+    def figures(self) -> dict[str, Any]:
+        """As JSON holds them, without the previews."""
+        return {name: value for name, value in asdict(self).items() if name != "previews"}
+
+    def write_previews(self, folder: Path, name: str) -> list[Path]:
+        """Each preview as a WebP file of that name and its number."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{name}-{index:02d}.webp" for index in range(len(self.previews))]
+        for path, preview in zip(paths, self.previews.tolist(), strict=True):
+            Image.fromarray(ink(preview)).save(path, "WEBP", quality=90)
+        return paths
 
     @staticmethod
     def save_all(rows: Sequence[Row], path: Path) -> None:
         """Write rows to a JSON file. Previews in colour, which are only shown, lose a little."""
         plain = [
-            row.plain() if row.previews.shape[1] == 1 else {**asdict(row), "previews": _webp(row)}
+            row.plain()
+            if row.previews.shape[1] == 1
+            else {**row.figures(), "previews": _webp(row)}
             for row in rows
         ]
         path.write_text(json.dumps(plain))

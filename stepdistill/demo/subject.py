@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -58,8 +59,8 @@ class Subject(Protocol):
         """The teacher in `folder`, put there where it is not yet. Args: seconds: of a student."""
         ...
 
-    def write_data(self, folder: Path) -> None:
-        """Pictures with their captions, and prompts.txt."""
+    def write_data(self, folder: Path) -> Path:
+        """Pictures with their captions, and prompts.txt, whose path it returns."""
         ...
 
     def first(self, first: First, seconds: float | None) -> First:
@@ -74,7 +75,10 @@ class Subject(Protocol):
 
 
 class Digits:
-    """Handwritten digits of 8 x 8 px; the teacher is trained here, in a minute."""
+    """Handwritten digits of 8 x 8 px; the teacher is trained here, in a minute.
+
+    Args: teacher_steps: of a shorter training than that.
+    """
 
     name = "digits"
     title = "Handwritten digits"
@@ -91,17 +95,19 @@ class Digits:
     aim_seconds = (180.0, 360.0)
     right = ("class accuracy", "class")
 
-    def __init__(self) -> None:
-        self.digits = load_digit_splits()
+    def __init__(self, teacher_steps: int | None = None) -> None:
+        self.digits, self.teacher_steps = load_digit_splits(), teacher_steps
 
     def teacher(self, folder: Path, seconds: float | None) -> Teacher:
         """See Subject; a student's short budget also shortens the teacher's, to five times it."""
         config = TeacherConfig(max_train_seconds=None if seconds is None else 5 * seconds)
+        if self.teacher_steps is not None:
+            config = replace(config, max_train_steps=self.teacher_steps)
         return load_or_train_teacher(config, self.digits.train, folder)
 
-    def write_data(self, folder: Path) -> None:
+    def write_data(self, folder: Path) -> Path:
         """See Subject."""
-        write_data(self.digits.train, folder)
+        return write_data(self.digits.train, folder)
 
     def first(self, first: First, seconds: float | None) -> First:
         """See Subject."""

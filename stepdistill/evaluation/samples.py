@@ -54,6 +54,14 @@ class PipelineSampler:
         """One image for each prompt, all from one generator."""
         return self.draw(prompts, torch.Generator().manual_seed(seed))
 
+    def in_parts(self, prompts: Sequence[Any], seed: int, rows: int = 100) -> Samples:
+        """As a call, `rows` images at a time."""
+        generator = torch.Generator().manual_seed(seed)
+        parts = [prompts[first : first + rows] for first in range(0, len(prompts), rows)]
+        made = [self.draw(part, generator) for part in parts]
+        images, seconds = torch.cat([one.images for one in made]), sum(one.seconds for one in made)
+        return Samples(images, seconds, made[0].network_calls)
+
     @torch.no_grad()
     def draw(
         self, prompts: Sequence[Any], generator: torch.Generator | list[torch.Generator]

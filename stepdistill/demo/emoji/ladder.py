@@ -142,11 +142,7 @@ def draw_samples(
 ) -> Samples:
     """One image for each caption; the noise is the seed's at any number of steps."""
     sampler = PipelineSampler(pipeline, {"num_inference_steps": steps, "guidance_scale": guidance})
-    generator = torch.Generator().manual_seed(seed)
-    parts = [captions[k : k + _ROWS] for k in range(0, len(captions), _ROWS)]
-    made = [sampler.draw(part, generator) for part in parts]
-    images, seconds = torch.cat([one.images for one in made]), sum(one.seconds for one in made)
-    return Samples(images, seconds, made[0].network_calls)
+    return sampler.in_parts(captions, seed, _ROWS)
 
 
 @torch.no_grad()

@@ -142,13 +142,14 @@ class EmojiSubject:
         total = sum(one["cpu_seconds"] for one in spent.values())
         return Teacher(folder, TrainingRecord(spent["denoiser"]["updates"], total, 0.0), True)
 
-    def write_data(self, folder: Path) -> None:
+    def write_data(self, folder: Path) -> Path:
         """See Subject; a prompt for every picture and as many wide ones."""
         with zipfile.ZipFile(self.source / PICTURES) as archive:
             archive.extractall(folder)
         emoji = load_pictures(self.source)
         captions = [*map(caption, emoji.entries), *wide_set(emoji, len(emoji.entries), 0)[0]]
         write_text(folder / "prompts.txt", "".join(f"{text}\n" for text in captions))
+        return folder / "prompts.txt"
 
     def first(self, first: First, seconds: float | None) -> First:
         """See Subject; where a student's own training has time for a few updates alone, the first

@@ -1,5 +1,5 @@
-"""What `compare` hands over where no teacher is given: the demo's handwritten digits, the methods'
-recipes for them, and held-out digits to judge by."""
+"""What `compare` hands over where no teacher is given: a demo's teacher, data and judge, and the
+methods' recipes for demos."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,10 +17,9 @@ from stepdistill.comparison.teacher_setup import TEACHER_ROWS, Plain, TeacherSet
 from stepdistill.config.recipes import Training, recipe_name, recipes
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
-from stepdistill.demo.classifier import train_classifier
-from stepdistill.demo.data import load_digit_splits, write_data
-from stepdistill.demo.metrics import NOISE_SEEDS, Judge, Row
-from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher, quiet_loading
+from stepdistill.demo.metrics import Row
+from stepdistill.demo.subject import RowJudge, Subject
+from stepdistill.demo.teacher import quiet_loading
 from stepdistill.evaluation.learned import train_features
 from stepdistill.evaluation.samples import PipelineSampler
 from stepdistill.export.pipeline import RECORD
@@ -32,24 +29,19 @@ from stepdistill.pairs.teacher import make_pairs
 PAIRS, PAIR_STEPS = 4096, 16
 
 
-class Digits(TeacherSetup):
+class DemoTeacher(TeacherSetup):
     """Teacher, data and pairs are made below `out`, once.
 
-    Args: teacher_steps: a shorter training of the teacher than the demo's; noise_seeds: that each
-        student is judged from.
+    Args: subject: whose teacher; noise_seeds: that each student is judged from, none means the
+        subject's.
     """
 
     def __init__(
-        self,
-        out: Path,
-        teacher_steps: int | None = None,
-        pairs: int = PAIRS,
-        noise_seeds: int = len(NOISE_SEEDS),
+        self, out: Path, subject: Subject, pairs: int = PAIRS, noise_seeds: int | None = None
     ) -> None:
         super().__init__(out)
-        config = TeacherConfig()
-        self.config = replace(config, max_train_steps=teacher_steps or config.max_train_steps)
-        self.pairs, self.seeds = pairs, range(noise_seeds)
+        self.subject, self.pairs = subject, pairs
+        self.seeds = subject.seeds if noise_seeds is None else range(noise_seeds)
         quiet_loading()
 
     def teacher(self) -> str:
@@ -60,9 +52,9 @@ class Digits(TeacherSetup):
 
     def prepare(self, needs_pairs: bool) -> None:
         torch.set_num_threads(1)
-        digits, out = load_digit_splits(), self.out
-        teacher = load_or_train_teacher(self.config, digits.train, out / "teacher")
-        prompts = write_data(digits.train, out / "data")
+        out = self.out
+        teacher = self.subject.teacher(out / "teacher", None)
+        prompts = self.subject.write_data(out / "data")
 
         def pairs() -> None:
             make_pairs(str(teacher.folder), prompts, out / "pairs", num_pairs=self.pairs,
@@ -72,10 +64,11 @@ class Digits(TeacherSetup):
             self.pairs_made(pairs, time.process_time)
         if not (out / TEACHER_ROWS).is_file():
             rows = [
-                _judge().floor(self.seeds),
-                *_judge().teacher_rows(teacher.folder, self.seeds),
+                self._judge.floor(self.seeds),
+                *self._judge.teacher_rows(teacher.folder, self.seeds),
             ]
-            Row.save_all(rows, out / TEACHER_ROWS)
+            plain = [self._plain(row, f"{row.label}_{row.steps}") for row in rows]
+            (out / TEACHER_ROWS).write_text(json.dumps(plain))
 
     def steps_served(self, methods: Sequence[str]) -> dict[str, StepsServed]:
         served = served_by_recipes()
@@ -92,7 +85,7 @@ class Digits(TeacherSetup):
         """See `equipped`."""
         return equipped(training, self.out)
 
-    def dataset(self, training: Training) -> Any:
+    def dataset(self, training: Training) -> PromptDataset | ImageFolderDataset | PairDataset:
         if training.data == "prompts":
             return PromptDataset.from_file(self.out / "data" / "prompts.txt")
         if training.data == "images":
@@ -103,14 +96,21 @@ class Digits(TeacherSetup):
         call = json.loads((folder / RECORD).read_text())["call"]
         options = {"num_inference_steps": steps, "guidance_scale": 1, **call}
         sampler = PipelineSampler(DiffusionPipeline.from_pretrained(str(folder)), options)
-        row = _judge().run(label, "student", steps, sampler, self.seeds)
-        return {**row.plain(), "noise_seeds": len(self.seeds)}
+        made = [sampler.in_parts(self._judge.prompts, seed) for seed in self.seeds]
+        row = self._judge.score(label, "student", steps, made)
+        return self._plain(row, f"{folder.parent.name}_{steps}")
 
+    @functools.cached_property
+    def _judge(self) -> RowJudge:
+        return self.subject.judge()
 
-@functools.cache
-def _judge() -> Judge:
-    digits = load_digit_splits()
-    return Judge(digits, train_classifier(digits.train))
+    def _plain(self, row: Row, name: str) -> Plain:
+        """As JSON holds it; pictures in colour are files of that name."""
+        if row.previews.shape[1] == 1:
+            return {**row.plain(), "noise_seeds": len(self.seeds)}
+        previews = row.write_previews(self.out / "previews", name)
+        shown = [str(path.relative_to(self.out)) for path in previews]
+        return {**row.figures(), "previews": shown, "noise_seeds": len(self.seeds)}
 
 
 def equipped(training: Training, out: Path) -> Training:
