@@ -56,8 +56,8 @@ def test_evaluate_runs_as_its_page_says(demo, capsys) -> None:
 @pytest.mark.full
 def test_compare_runs_as_its_page_says(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    short = ["--budget", "2steps", "--demo_teacher_steps", "2", "--demo_pairs", "64"]
-    main([*command("compare"), *short, "--demo_noise_seeds", "1"])
+    short = ["--budget", "2steps", "--demo_data", "digits", "--demo_teacher_steps", "2"]
+    main([*command("compare"), *short, "--demo_pairs", "64", "--demo_noise_seeds", "1"])
     told = capsys.readouterr().out
     assert all(f"| {name} |" in told for name in ("consistency", "dmd2", "reflow"))
     assert "failed" not in told

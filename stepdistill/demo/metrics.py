@@ -76,9 +76,7 @@ class Row:
     def save_all(rows: Sequence[Row], path: Path) -> None:
         """Write rows to a JSON file. Previews in colour, which are only shown, lose a little."""
         plain = [
-            row.plain()
-            if row.previews.shape[1] == 1
-            else {**row.figures(), "previews": _webp(row)}
+            row.plain() if row.previews.shape[1] == 1 else {**row.figures(), "previews": _webp(row)}
             for row in rows
         ]
         path.write_text(json.dumps(plain))

@@ -31,7 +31,8 @@ def result(out: Path, name: str) -> dict:
 def test_digits_from_teacher_to_report(tmp_path, capsys) -> None:
     out = tmp_path / "compared"
     command = ["compare", "--output_dir", str(out), "--budget", "5steps", "--steps", "1"]
-    command += ["--demo_teacher_steps", "5", "--demo_pairs", "64", "--demo_noise_seeds", "1"]
+    command += ["--demo_data", "digits", "--demo_teacher_steps", "5"]
+    command += ["--demo_pairs", "64", "--demo_noise_seeds", "1"]
     main([*command, "--methods", "lcm,reflow"])
     assert result(out, "reflow_1")["updates"] == [5]
     assert result(out, "consistency_1")["rows"][0]["frechet"]["mean"] > 0

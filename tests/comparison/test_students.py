@@ -2,8 +2,8 @@
 
 import pytest
 
-from stepdistill.cli import _digits
-from stepdistill.cli._digits import Digits
+from stepdistill.cli import _demo_teacher
+from stepdistill.cli._demo_teacher import DemoTeacher
 from stepdistill.comparison.budget import Budget
 from stepdistill.comparison.students import (
     StepsServed,
@@ -15,6 +15,7 @@ from stepdistill.comparison.students import (
 from stepdistill.comparison.user_teacher import bundled, split_methods
 from stepdistill.config.recipes import recipes
 from stepdistill.core.method import COMMON_DATA
+from stepdistill.demo.subject import Digits
 from stepdistill.methods import METHODS
 
 
@@ -84,7 +85,7 @@ def test_another_budget_is_refused(text) -> None:
 
 
 def test_a_method_that_none_of_the_step_counts_suits_is_named(tmp_path) -> None:
-    setup = Digits(tmp_path)
+    setup = DemoTeacher(tmp_path, Digits())
     names = ["vsd", "dmd2", "pcm"]
     chosen = setup.students(names, [4])
     assert left_out(setup.steps_served(names), chosen) == {"vsd": "is asked for 1 step alone"}
@@ -92,8 +93,10 @@ def test_a_method_that_none_of_the_step_counts_suits_is_named(tmp_path) -> None:
 
 def test_heads_on_a_pixel_network_get_one_of_the_training_images(tmp_path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr(_digits, "train_features", lambda *where: seen.append(where) or "made")
-    setup = Digits(tmp_path)
+    monkeypatch.setattr(
+        _demo_teacher, "train_features", lambda *where: seen.append(where) or "made"
+    )
+    setup = DemoTeacher(tmp_path, Digits())
     student = Student("add", (4,))
     setup.check_settings(student)
     (training,) = setup.trainings(student)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from support.runs import TinyData, key_beside, teacher_dir
+from support.runs import PixelStandIn, TinyData, key_beside, teacher_dir
+from torch import Tensor
 
 from stepdistill.config.files import method_class, method_config, parse_run_config
 from stepdistill.config.run import RunConfig
+from stepdistill.core.method import FIELDS
 from stepdistill.families.registry import teacher_facts
 from stepdistill.storage.bundled import bundled_names
 from stepdistill.testing.tiny import TINY_FAMILY
@@ -24,11 +27,12 @@ from stepdistill.training.checks import method_fits, roles_fit
 
 # Refused of these models whatever is settled, by the methods' files and what the error says.
 TEXT = "needs items with a prompt"  # a loss that reads text, of a model that reads none
-REFUSED = {
+REFUSED: dict[str, tuple[Collection[str], str]] = {
     **dict.fromkeys(["snoopi", "swiftbrush_v2"], ({"dit", "edm", "edm_plain", "unet2d"}, TEXT)),
     "lora_guidance": ({"edm", "edm_plain", "unet2d"}, "the teacher is its own student"),
-    "progressive": ({"edm", "edm_plain"}, "num_steps: expected at most 9, got 32"),
 }
+IMAGELESS = {name for name, family in TINY_FAMILY.items() if not family.edits_image()}
+REFUSED["scale_distill"] = (IMAGELESS, "expected a model that reads an image beside the prompt")
 # One of each kind of contradiction, and a file that none of these models contradicts.
 SAMPLE = [
     *(("lcm", name) for name in ("sd", "sd3", "flux", "flux_schnell", "dit")),
@@ -52,10 +56,18 @@ def check(run: RunConfig, teacher: Path) -> None:
     """What a trainer says before it loads a weight."""
     cls, facts = method_class(run.method), teacher_facts(teacher)
     config = method_config(run.method, run.method_config)
-    data = TinyData((4, 4, 4), facts.conditioning, ("x0", "noise"), key_beside(facts.family))
-    judges = cls(config, facts.setting).scorers()
-    method_fits(cls, config, facts, data, dict.fromkeys(judges, lambda images, by: images))
+    fields = ({"x0", "noise"} | FIELDS[cls.data]) - {"cond"}
+    beside = key_beside(facts.family)
+    data = TinyData((4, 4, 4), facts.conditioning, tuple(sorted(fields)), beside)
+    kinds = {name: spec.kind for name, spec in cls(config, facts.setting).scorers().items()}
+    kinds |= {one.kind: "" for one in run.rewards}
+    judges = {n: PixelStandIn() if kind == "features" else _alike for n, kind in kinds.items()}
+    method_fits(cls, config, facts, data, judges, rewards=run.rewards)
     roles_fit(cls, config, run, facts)
+
+
+def _alike(images: Tensor, by: object) -> Tensor:
+    return images.flatten(1).mean(1)
 
 
 @pytest.mark.parametrize(
