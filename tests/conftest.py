@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """`-m full` selects the default tests, too, and all but what needs a GPU or takes times."""
-    if config.option.markexpr == "full":
-        config.option.markexpr = "not gpu and not benchmark"
+    """`-m full` selects the default tests, too, and `-m every` all but what needs a GPU or takes
+    times."""
+    rest = {"full": "not every and not gpu and not benchmark", "every": "not gpu and not benchmark"}
+    config.option.markexpr = rest.get(config.option.markexpr, config.option.markexpr)
 
 
 def pytest_collection(session: pytest.Session) -> None:

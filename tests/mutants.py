@@ -289,7 +289,7 @@ def run_tests(session: pytest.Session, tests: list[str]) -> str:
 def collected(where: list[str], *plugins: Any) -> None:
     """Collect the default tests of these files, with these plugins."""
     options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    options += ["-p", "no:benchmark", "-q", "--tb=no", "-m", "not full and not gpu"]
+    options += ["-p", "no:benchmark", "-q", "--tb=no", "-m", "not full and not every and not gpu"]
     pytest.main([*options, "--rootdir", str(ROOT), *where], plugins=list(plugins))
 
 

@@ -4,13 +4,13 @@ Two steps of real training (more of a method in stages) on real Diffusers classe
 weights: exactly the roles a phase names change, all of their tensors do, the teacher's bytes never
 do, and a run resumed after step 1 repeats the rest bit for bit.
 
-`-m full` runs every cell so. By default a fixed sample trains: every method with a teacher of each
-kind, every trainer with every family, and both in either layout (families' further configurations,
-too). A method's algorithm sees of a family only what its kind says, and a family of a method only
-which of its calls the trainer makes, so that the sample grows with the sum of both and not with
-their product. Enough of it for every method and family, and for both layouts of each trainer, takes
-the two steps and resumes; the rest takes one step of the same trainer under the same assertions
-and writes nothing.
+`-m every` runs every cell so, which takes hours. By default a fixed sample trains: every method with
+a teacher of each kind, every trainer with every family, and both in either layout (families'
+further configurations, too). A method's algorithm sees of a family only what its kind says, and a
+family of a method only which of its calls the trainer makes, so that the sample grows with the sum
+of both and not with their product. Enough of it for every method and family takes the two steps and
+resumes; the rest takes one step of the same trainer under the same assertions and writes nothing.
+`-m full` trains every method with every family, and resumes both in either layout.
 """
 
 from __future__ import annotations
@@ -82,13 +82,31 @@ def cost(cell: Cell) -> int:
 
 TRAINED = covering(CELLS, pairs_met, cost)
 RESUMED = covering(TRAINED, resume_met, cost)
+RESUMED_IN_FULL = {
+    *RESUMED,
+    *covering(TRAINED, lambda c: {(METHOD_CASES[c[0]].method, c[2]), c[1:], c[0]}, cost),
+}
 
 
-def params(cells: Collection[Cell], default: Collection[Cell]) -> list[Any]:
-    return [
-        pytest.param(*cell, id="-".join(cell), marks=[] if cell in default else [pytest.mark.full])
-        for cell in cells
-    ]
+def with_every_family() -> list[Cell]:
+    """A cell for each method and family that no cell of TRAINED trains together; layouts in turn."""
+    met = {(METHOD_CASES[case].method, family) for case, family, _ in TRAINED}
+    left: dict[tuple[str, str], list[Cell]] = {}
+    for cell in CELLS:
+        if (pair := (METHOD_CASES[cell[0]].method, cell[1])) not in met:
+            left.setdefault(pair, []).append(cell)
+    return [cells[turn % len(cells)] for turn, cells in enumerate(left.values())]
+
+
+def params(
+    cells: Collection[Cell], default: Collection[Cell], in_full: Collection[Cell]
+) -> list[Any]:
+    def marks(cell: Cell) -> list[pytest.MarkDecorator]:
+        if cell in default:
+            return []
+        return [pytest.mark.full if cell in in_full else pytest.mark.every]
+
+    return [pytest.param(*cell, id="-".join(cell), marks=marks(cell)) for cell in cells]
 
 
 def test_every_method_is_in_the_matrix() -> None:
@@ -111,6 +129,11 @@ def test_the_sample_meets_every_pair() -> None:
         assert missing <= UNFIT
     met = {(METHOD_CASES[case].method, family) for case, family, _ in CELLS}
     assert set(product(METHODS, FAMILIES)) - met <= UNFIT
+    trained = {(METHOD_CASES[c].method, f) for c, f, _ in (*TRAINED, *STEPPED_IN_FULL)}
+    assert trained == met  # by `-m full`
+    for pair, every in promised[:2]:
+        resumed = {pair(METHOD_CASES[case].method, *rest) for case, *rest in RESUMED_IN_FULL}
+        assert set(every) - resumed <= UNFIT
 
 
 def test_every_case_trains_and_every_method_and_family_resumes() -> None:
@@ -161,9 +184,12 @@ def trained(trainer: DistillationTrainer, case: str) -> dict[str, float]:
 
 
 STEPPED = [cell for cell in TRAINED if cell not in RESUMED]
+STEPPED_IN_FULL = [*STEPPED, *with_every_family()]
 
 
-@pytest.mark.parametrize(("case", "family", "layout"), params(STEPPED, STEPPED))
+@pytest.mark.parametrize(
+    ("case", "family", "layout"), params(STEPPED_IN_FULL, STEPPED, STEPPED_IN_FULL)
+)
 def test_a_step(case, family, layout, tmp_path, tmp_path_factory, monkeypatch) -> None:
     """From weights as though trained; what it would write is met by the two-step cells."""
     monkeypatch.setattr(DistillationTrainer, "save", lambda trainer: None)
@@ -222,7 +248,7 @@ def _first_tokens(cond: Cond, number: int) -> Cond:
 _ENCODED: dict[Any, Cond] = {}
 
 
-@pytest.mark.parametrize(("case", "family", "layout"), params(CELLS, RESUMED))
+@pytest.mark.parametrize(("case", "family", "layout"), params(CELLS, RESUMED, RESUMED_IN_FULL))
 def test_two_steps_and_resume(case, family, layout, tmp_path, tmp_path_factory) -> None:
     teacher, folder = teacher_dir(family, tmp_path_factory), tmp_path / "run"
     trainer = build_trainer(case, teacher, layout, folder, checkpointing_steps=1)

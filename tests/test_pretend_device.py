@@ -2,9 +2,10 @@
 
 Construction, batches, losses, backward, clipping, AdamW, averages, log lines and checkpoints of the
 real trainer. What may read the device stands in READERS, what can't run there in two tables below.
-`-m full` runs every case of a method on every family; by default a fixed sample meets every method
-and layout, both ways of running and each kind of network. That no family's call waits is shown of
-all in tests/families.
+`-m every` runs every case of a method on every family, which takes an hour; `-m full` every method
+on each kind of network, and every family both ways of running; by default a fixed sample meets every
+method and layout, both ways and each kind of network. That no family's call waits is shown of all in
+tests/families.
 """
 
 from __future__ import annotations
@@ -119,6 +120,25 @@ SAMPLE = covering(
     cost,
 )
 
+IN_FULL = {
+    *SAMPLE,
+    *covering(
+        CELLS,
+        lambda cell: {
+            (METHOD_CASES[cell[0]].method, cell[1] if cell[1] in KINDS else None),
+            (cell[1], cell[3]),
+            cell[0],
+        },
+        cost,
+    ),
+}
+
+
+def marks_of(cell: Cell) -> list[pytest.MarkDecorator]:
+    if cell in SAMPLE:
+        return []
+    return [pytest.mark.full if cell in IN_FULL else pytest.mark.every]
+
 
 def test_the_sample_meets_every_method_and_kind_of_network() -> None:
     methods, families, layouts, ways = ({cell[i] for cell in SAMPLE} for i in range(4))
@@ -145,8 +165,8 @@ def test_every_method_meets_every_family_that_is_not_excused() -> None:
 @pytest.mark.parametrize(
     ("case", "family", "layout", "way"),
     [
-        pytest.param(*c, id="-".join(c), marks=[] if c in SAMPLE else [pytest.mark.full])
-        for c in CELLS
+        pytest.param(*cell, id="-".join(cell), marks=marks_of(cell))
+        for cell in CELLS
     ],
 )
 def test_a_step(case, family, layout, way, tmp_path, tmp_path_factory) -> None:

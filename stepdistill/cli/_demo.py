@@ -109,7 +109,7 @@ def _run(
     chains = {}
     for steps, run in runs.items():
         delete_made(run, RUN_FILES, "output_dir")
-        stages = _stages(recipe, steps, out, run, subject.num_pairs, seconds, seed)
+        stages = _stages(recipe, steps, out, run, subject, seconds, seed)
         for stage in stages:
             line = "  stepdistill " + " ".join(stage.command)
             console.print(line, style="dim", highlight=False, soft_wrap=True)
@@ -156,7 +156,7 @@ def _stages(
     steps: int,
     out: Path,
     run: Path,
-    num_pairs: int,
+    subject: Subject,
     seconds: float | None,
     seed: int,
 ) -> list[Stage]:
@@ -171,10 +171,11 @@ def _stages(
     if any(training.data == "pairs" for training in trainings):
         command = ["pairs", "--pretrained_model_name_or_path", str(out / "teacher")]
         command += ["--prompts_file", str(data["prompts"][1]), "--pairs_dir", str(data["pairs"][1])]
-        command += ["--num_pairs", str(num_pairs), "--num_steps", "8", "--batch_size", "256"]
+        command += ["--num_pairs", str(subject.num_pairs), "--num_steps", "8"]
+        command += ["--batch_size", "256"]
         stages.append(Stage("pairs", command))
     for index, training in enumerate(trainings):
-        training = equipped(training, out)
+        training = equipped(training, subject, out)
         folder = run if index + 1 == len(trainings) else run / "first"
         exported = training.starts_from == "model"
         command = ["train", "--config", str(_config(training, folder))]

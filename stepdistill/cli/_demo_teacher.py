@@ -18,7 +18,7 @@ from stepdistill.config.recipes import Training, recipe_name, recipes
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
 from stepdistill.demo.metrics import Row
-from stepdistill.demo.subject import RowJudge, Subject
+from stepdistill.demo.subject import Digits, RowJudge, Subject
 from stepdistill.demo.teacher import quiet_loading
 from stepdistill.evaluation.learned import train_features
 from stepdistill.evaluation.samples import PipelineSampler
@@ -83,7 +83,7 @@ class DemoTeacher(TeacherSetup):
 
     def equipped(self, training: Training) -> Training:
         """See `equipped`."""
-        return equipped(training, self.out)
+        return equipped(training, self.subject, self.out)
 
     def dataset(self, training: Training) -> PromptDataset | ImageFolderDataset | PairDataset:
         if training.data == "prompts":
@@ -113,9 +113,10 @@ class DemoTeacher(TeacherSetup):
         return {**row.figures(), "previews": shown, "noise_seeds": len(self.seeds)}
 
 
-def equipped(training: Training, out: Path) -> Training:
-    """With a pixel network of the training images, another than the judge's, where its heads read
-    one that nobody named."""
+def equipped(training: Training, subject: Subject, out: Path) -> Training:
+    """With the subject's scorers, and with a pixel network of the training images, another than the
+    judge's, where its heads read one that nobody named."""
+    training = training.with_judges(dict(zip(Digits.scorers, subject.scorers, strict=True)))
     if not training.lacks_network:
         return training
     return training.with_network(train_features(out / "data", out / "features"))

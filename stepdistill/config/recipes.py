@@ -75,6 +75,19 @@ class Training:
         named = {"method_config": {"gan": {"pixels": {"network": str(folder)}}}}
         return replace(self, settings=merge(self.settings, named))
 
+    def with_judges(self, kinds: Mapping[str, str]) -> Training:
+        """The same with its rewards' kinds of scorers replaced by others, by name."""
+
+        def replaced(reward: Mapping[str, Any]) -> dict[str, Any]:
+            return {**reward, "kind": kinds.get(reward["kind"], reward["kind"])}
+
+        settings = dict(self.settings)
+        if rewards := settings.get("rewards"):
+            settings["rewards"] = [replaced(one) for one in rewards]
+        if reward := settings.get("method_config", {}).get("reward"):
+            settings = merge(settings, {"method_config": {"reward": replaced(reward)}})
+        return replace(self, settings=settings)
+
     def lasting(self, updates: int) -> dict[str, Any]:
         """The settings of a run of that many student updates."""
         options = dict(self.settings.get("method_config", {}))

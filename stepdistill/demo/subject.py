@@ -13,6 +13,7 @@ from stepdistill.evaluation.samples import Samples
 from .classifier import train_classifier
 from .data import load_digit_splits, write_data
 from .metrics import NOISE_SEEDS, Judge, Row
+from .scorer import DigitScorer, HeldOutDigitScorer
 from .teacher import Teacher, TeacherConfig, load_or_train_teacher
 from .verdict import Check, quality_checks
 
@@ -41,7 +42,8 @@ class Subject(Protocol):
     a row's pictures show. note: a line below them. data: where the pictures are from. seeds: of
     the noise, in judging. seconds: of a student's training, where none are asked; None: the
     recipe's steps. num_pairs: of noise and image, where a recipe learns from them. aim_seconds: of
-    the whole demo on two cores, with the teacher there and with its training. right: see Report."""
+    the whole demo on two cores, with the teacher there and with its training. right: see Report.
+    scorers: kinds of its two small judges, for rewards to train with and to keep out."""
 
     name: str
     title: str
@@ -54,6 +56,7 @@ class Subject(Protocol):
     num_pairs: int
     aim_seconds: tuple[float, float]
     right: tuple[str, str]
+    scorers: tuple[str, str]
 
     def teacher(self, folder: Path, seconds: float | None) -> Teacher:
         """The teacher in `folder`, put there where it is not yet. Args: seconds: of a student."""
@@ -94,6 +97,7 @@ class Digits:
     num_pairs = 4096
     aim_seconds = (180.0, 360.0)
     right = ("class accuracy", "class")
+    scorers = (DigitScorer.kind, HeldOutDigitScorer.kind)
 
     def __init__(self, teacher_steps: int | None = None) -> None:
         self.digits, self.teacher_steps = load_digit_splits(), teacher_steps

@@ -15,6 +15,7 @@ from stepdistill.comparison.students import (
 from stepdistill.comparison.user_teacher import bundled, split_methods
 from stepdistill.config.recipes import recipes
 from stepdistill.core.method import COMMON_DATA
+from stepdistill.demo.emoji.subject import EmojiSubject
 from stepdistill.demo.subject import Digits
 from stepdistill.methods import METHODS
 
@@ -50,14 +51,14 @@ def test_every_method_is_known_with_its_data() -> None:
 
 
 def test_lcm_is_the_demo_s_consistency(tmp_path) -> None:
-    made = Digits(tmp_path).students(["lcm", "dmd2"], [1, 4])
+    made = DemoTeacher(tmp_path, Digits()).students(["lcm", "dmd2"], [1, 4])
     assert [one.name for one in made] == ["consistency_1_4", "dmd2_1", "dmd2_4"]
 
 
 def test_an_unknown_method_is_refused_with_the_choices(tmp_path) -> None:
     choices = r"methods: expected a method of \['add', 'boot', 'consistency'.*'lcmm'"
     with pytest.raises(ValueError, match=choices):
-        Digits(tmp_path).students(["lcmm"], None)
+        DemoTeacher(tmp_path, Digits()).students(["lcmm"], None)
     with pytest.raises(ValueError, match="methods: expected a method of"):
         split_methods(["lcmm"])
 
@@ -105,6 +106,18 @@ def test_heads_on_a_pixel_network_get_one_of_the_training_images(tmp_path, monke
     options = equipped.lasting(10)["method_config"]
     assert options["gan"]["pixels"] == {"network": "made"}
     assert not equipped.lacks_network
-    assert setup.equipped(equipped) is equipped
+    assert setup.equipped(equipped) == equipped
     (other,) = setup.trainings(Student("ladd", (4,)))
-    assert setup.equipped(other) is other
+    assert setup.equipped(other) == other
+
+
+def test_rewards_are_judged_by_the_subject_s_own_scorers(tmp_path) -> None:
+    setup = DemoTeacher(tmp_path, EmojiSubject())
+    (_, feedback), (_, online) = (
+        setup.trainings(Student(name, (4,))) for name in ("feedback", "online_preference")
+    )
+    kinds = [reward["kind"] for reward in setup.equipped(feedback).settings["rewards"]]
+    assert kinds == ["emoji", "emoji_held_out"]
+    assert setup.equipped(online).settings["method_config"]["reward"] == {"kind": "emoji"}
+    digits = DemoTeacher(tmp_path, Digits())
+    assert digits.equipped(feedback) == feedback

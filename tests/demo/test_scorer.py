@@ -51,7 +51,7 @@ def test_what_they_cannot_judge_is_said(scorer: DigitScorer) -> None:
     images = HELD_OUT.images[:2].expand(-1, 3, -1, -1)
     with pytest.raises(ValueError, match="expected prompts such as 'a handwritten seven'"):
         scorer(images, ["a cat", "a handwritten seven"])
-    with pytest.raises(ValueError, match="expected digits of 8 x 8 px"):
+    with pytest.raises(ValueError, match="expected images of 8 x 8 px"):
         scorer(images[..., :4], PROMPTS[:2])
 
 

@@ -29,6 +29,7 @@ from .captions import caption
 from .data import SHIPPED, Emoji
 from .judge import JUDGE_FILE, Retrieval, right_caption_first
 from .ladder import draw_samples, image_features, wide_set
+from .scorer import EmojiScorer, HeldOutEmojiScorer
 from .teacher import MADE, PICTURES, emoji_teacher, load_pictures, refuse_missing
 
 ONE_STEP_AIM = 1.5
@@ -122,6 +123,7 @@ class EmojiSubject:
     num_pairs = 1792
     aim_seconds = (300.0, 300.0)
     right = ("right caption", "right")
+    scorers = (EmojiScorer.kind, HeldOutEmojiScorer.kind)
 
     def __init__(self, source: Path = SHIPPED) -> None:
         refuse_missing(source)
