@@ -164,10 +164,7 @@ def test_every_method_meets_every_family_that_is_not_excused() -> None:
 
 @pytest.mark.parametrize(
     ("case", "family", "layout", "way"),
-    [
-        pytest.param(*cell, id="-".join(cell), marks=marks_of(cell))
-        for cell in CELLS
-    ],
+    [pytest.param(*cell, id="-".join(cell), marks=marks_of(cell)) for cell in CELLS],
 )
 def test_a_step(case, family, layout, way, tmp_path, tmp_path_factory) -> None:
     options = dict(WAYS[way])
