@@ -4,8 +4,8 @@ Two steps of real training (more of a method in stages) on real Diffusers classe
 weights: exactly the roles a phase names change, all of their tensors do, the teacher's bytes never
 do, and a run resumed after step 1 repeats the rest bit for bit.
 
-`-m every` runs every cell so, which takes hours. By default a fixed sample trains: every method with
-a teacher of each kind, every trainer with every family, and both in either layout (families'
+`-m every` runs every cell so, which takes hours. By default a fixed sample trains: every method
+with a teacher of each kind, every trainer with every family, and both in either layout (families'
 further configurations, too). A method's algorithm sees of a family only what its kind says, and a
 family of a method only which of its calls the trainer makes, so that the sample grows with the sum
 of both and not with their product. Enough of it for every method and family takes the two steps and
@@ -89,7 +89,7 @@ RESUMED_IN_FULL = {
 
 
 def with_every_family() -> list[Cell]:
-    """A cell for each method and family that no cell of TRAINED trains together; layouts in turn."""
+    """A cell for each method and family that TRAINED does not train together; layouts in turn."""
     met = {(METHOD_CASES[case].method, family) for case, family, _ in TRAINED}
     left: dict[tuple[str, str], list[Cell]] = {}
     for cell in CELLS:

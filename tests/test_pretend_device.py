@@ -3,9 +3,9 @@
 Construction, batches, losses, backward, clipping, AdamW, averages, log lines and checkpoints of the
 real trainer. What may read the device stands in READERS, what can't run there in two tables below.
 `-m every` runs every case of a method on every family, which takes an hour; `-m full` every method
-on each kind of network, and every family both ways of running; by default a fixed sample meets every
-method and layout, both ways and each kind of network. That no family's call waits is shown of all in
-tests/families.
+on each kind of network, and every family both ways of running; by default a fixed sample meets
+every method and layout, both ways and each kind of network. That no family's call waits is shown of
+all in tests/families.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_stock_image_equals_in_memory(
     out = export_pipeline(trainer.family, trainer.bank, spec, tmp_path / "out", FACTS)
     record = json.loads((out / RECORD).read_text())
     assert record["num_inference_steps"] == steps
-    own = trainer.family.length_call
+    own = trainer.family.length_call | trainer.family.guided_call(spec.guidance)
     assert record["call"] == own, "the saved scheduler alone must visit the trained times"
     assert not list(out.rglob("*.bin"))
 
