@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from support.runs import NETWORKS
+from support.runs import NETWORKS, needs_blocks
 from torch import Tensor
 
 from stepdistill.config.tuning import Tuning
@@ -210,11 +210,6 @@ def test_train_mode_does_not_drop_labels(make_family) -> None:
         before = bank["student"](x_t, t, cond).raw
         bank.train()
         assert torch.equal(bank["student"](x_t, t, cond).raw, before)
-
-
-def needs_blocks(family: Family) -> None:
-    if not family.feature_blocks():
-        pytest.skip("two experts have no block in common that heads could read")
 
 
 # ------------------------------------------------------------------------- gradient checkpointing

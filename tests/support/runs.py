@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -591,6 +592,12 @@ TWO_EXPERTS = {
     for name, family in TINY_FAMILY.items()
     if family.variants.get(name, {}).get("boundary_ratio")
 }
+
+
+def needs_blocks(family: Family) -> None:
+    """Skip the test of a family without blocks that heads could read."""
+    if not family.feature_blocks():
+        pytest.skip("two experts have no block in common")
 
 
 def _has_heads(case: MethodCase) -> bool:
