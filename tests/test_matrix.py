@@ -5,10 +5,10 @@ weights: exactly the roles a phase names change, all of their tensors do, the te
 do, and a run resumed after step 1 repeats the rest bit for bit.
 
 `-m every` runs every cell so, which takes hours. By default a fixed sample trains: every method
-with a teacher of each kind, every trainer with every family, and both in either layout (families'
-further configurations, too). A method's algorithm sees of a family only what its kind says, and a
-family of a method only which of its calls the trainer makes, so that the sample grows with the sum
-of both and not with their product. Enough of it for every method and family takes the two steps and
+with a teacher of each kind, every family (further configurations, too) with a method or two, and
+both in either layout. A method's algorithm sees of a family only what its kind says, and a family
+of a method only which of its calls the trainer makes, so that the sample grows with the sum of both
+and not with their product. Enough of it for every method and family takes the two steps and
 resumes; the rest takes one step of the same trainer under the same assertions and writes nothing.
 `-m full` trains every method with every family, and resumes both in either layout.
 """
@@ -25,9 +25,7 @@ import torch
 from support.covering import covering
 from support.runs import (
     METHOD_CASES,
-    NETWORKS,
     OF_PIXELS,
-    THOROUGH,
     UNFIT_IMAGELESS,
     build_trainer,
     fingerprint,
@@ -43,7 +41,9 @@ from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.trainers import DistillationTrainer
 
 LAYOUTS = ("lora", "full")
-KINDS = {*THOROUGH, *NETWORKS}  # teachers, one of each kind that a method can tell apart
+# An eps UNet, a flow transformer, a model told labels. What else a method can tell apart (v, EDM's
+# preconditioning, a first frame) it meets in `-m full`, and by default with one method at least.
+KINDS = {"sd", "sd3", "dit"}
 Cell = tuple[str, str, str]  # a case of a method, a tiny family, a layout
 
 CELLS: list[Cell] = [
@@ -59,8 +59,6 @@ def pairs_met(cell: Cell) -> set[Any]:
     met = {case, (method, layout), (family, layout)}
     if family in KINDS:
         met.add((method, family))
-    if family in FAMILIES:
-        met.add((METHODS[method].trainer, family))
     return met
 
 
@@ -119,10 +117,6 @@ def test_the_sample_meets_every_pair() -> None:
         (lambda method, family, layout: (method, layout), product(METHODS, LAYOUTS)),
         (lambda method, family, layout: (family, layout), product(TINY, LAYOUTS)),
         (lambda method, family, layout: (method, family), product(METHODS, KINDS)),
-        (
-            lambda method, family, layout: (METHODS[method].trainer, family),
-            product({method.trainer for method in METHODS.values()}, FAMILIES),
-        ),
     )
     for pair, every in promised:
         missing = set(every) - {pair(METHOD_CASES[case].method, *rest) for case, *rest in TRAINED}

@@ -38,6 +38,7 @@ def shake(bank: RoleBank, *roles: str) -> None:
 @pytest.mark.sampled(pairs=False, family=("sd3", "edm", "dit"))
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_ema_starts_equal_and_moves_by_one_minus_decay(family, layout) -> None:
+    needs_blocks(family)
     bank = build(family, layout)
     start = bank.role_state("student")
     members = bank.members("target")
