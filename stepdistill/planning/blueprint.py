@@ -142,9 +142,9 @@ def _tokenizer(class_name: str, part: Mapping[str, Any]) -> Any:
     for start, make in _STAND_INS.items():
         if class_name.startswith(start):
             made = make()
-            made.model_max_length = part.get("config", {}).get(
-                "model_max_length", made.model_max_length
-            )
+            tokenizer = getattr(made, "tokenizer", made)  # a processor has one
+            length = part.get("config", {}).get("model_max_length", tokenizer.model_max_length)
+            tokenizer.model_max_length = length
             return made
     raise ValueError(
         f"plan: expected tokenizer files or a class of {sorted(_STAND_INS)}, got {class_name}. "

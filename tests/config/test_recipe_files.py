@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from support.runs import teacher_dir
+from support.runs import PixelStandIn, teacher_dir
 
 from stepdistill.cache.precompute import cache_run
 from stepdistill.config.files import method_class, method_config, parse_run_config
 from stepdistill.config.layers import layers_of, merge, merged, recipe_files
 from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
-from stepdistill.core.method import Setting
+from stepdistill.core.method import ScorerSpec, Setting
 from stepdistill.core.path import FlowPath, VPPath
 from stepdistill.evaluation.options import Options as Evaluation
 from stepdistill.evaluation.run import evaluate
@@ -357,11 +358,13 @@ def test_a_recipe_trains_a_tiny_model_and_exports(
         other = by if isinstance(by, torch.Tensor) else 0.0
         return (images - other).square().mean(dim=(1, 2, 3))
 
+    def judges(specs: Mapping[str, ScorerSpec], *_: Any) -> dict[str, Any]:
+        heads = {name for name, spec in specs.items() if spec.kind == "features"}
+        return {name: PixelStandIn() if name in heads else judge for name in specs}
+
     about: Any = ABOUT[name]
     monkeypatch.setattr("stepdistill.training.checks.check_scorers", lambda *_: None)
-    monkeypatch.setattr(
-        "stepdistill.training.trainer.build_scorers", lambda specs, *_: dict.fromkeys(specs, judge)
-    )  # weights that are not here
+    monkeypatch.setattr("stepdistill.training.trainer.build_scorers", judges)  # without weights
     plain = "sd_upscale" if about.data == "lowres" else "sd_v"
     teacher = teacher_dir(about.family or plain, tmp_path_factory)
     short = (
@@ -372,6 +375,14 @@ def test_a_recipe_trains_a_tiny_model_and_exports(
     )
     argv = [*short.split(), *data_of(about.data, teacher, tmp_path)]
     run = parse_run_config(argv)
+    options = method_config(run.method, run.method_config)
+    if about.data == "prompts" and "real" in METHODS[run.method](options, FLOW).needs:
+        images = data_of("images", teacher, tmp_path)[1]  # of the heads' own
+        run = parse_run_config([*argv, "--data.gan.train_data_dir", images])
+    if run.method == "disback":  # as long as its targets take to walk back, at least
+        counts = ("record_updates 1", "backtrack_updates 1", "nodes 2")
+        counted = [part for one in counts for part in f"--method_config.{one}".split()]
+        run = parse_run_config([*argv, *counted, "--max_train_steps", "3"])
     alone = {"init_student_from": None, "decoder": None}
     train_run(RunConfig(**merge(run.model_dump(), alone)))
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
