@@ -117,7 +117,7 @@ HOST = {
     ("context.py", "shared_randint"),
     ("context.py", "shared_rand"),
     ("times.py", "uniform_grid"),
-    ("times.py", "grid"),  # of snapped_grid
+    ("times.py", "_snapped"),
     ("rollout.py", "draw_times"),
     ("warm_start.py", "warm_start_loss"),
     ("halving.py", "trailing_grid"),
