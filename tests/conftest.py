@@ -13,7 +13,7 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -139,12 +139,28 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepdistill.training.trainer.load_family", refuse)
 
 
+def sorted_cells(
+    config: pytest.Config, cells: Iterable[Any], default: Collection[Any], full: Collection[Any]
+) -> list[Any]:
+    """Parameters with the markers that leave them out; those of `every`, thousands, are not even
+    collected where they would be."""
+    made = []
+    for cell in cells:
+        marks = [] if cell in default else [pytest.mark.full if cell in full else pytest.mark.every]
+        if marks != [pytest.mark.every] or "not every" not in config.option.markexpr:
+            made.append(pytest.param(*cell, id="-".join(cell), marks=marks))
+    return made
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`family`: each tiny family in turn; further configurations of one with `-m full` alone.
 
     Not where a test names the families itself, or its file has a fixture of that name.
     """
     marks = metafunc.definition.iter_markers("parametrize")
+    if cells := metafunc.definition.get_closest_marker("cells"):
+        metafunc.parametrize(cells.args[0].split(), sorted_cells(metafunc.config, *cells.args[1:]))
+        return
     given = {name for mark in marks for name in str(mark.args[0]).replace("'", " ").split()}
     if hasattr(metafunc.module, "family"):
         return

@@ -15,7 +15,7 @@ resumes; the rest takes one step of the same trainer under the same assertions a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -96,17 +96,6 @@ def with_every_family() -> list[Cell]:
     return [cells[turn % len(cells)] for turn, cells in enumerate(left.values())]
 
 
-def params(
-    cells: Collection[Cell], default: Collection[Cell], in_full: Collection[Cell]
-) -> list[Any]:
-    def marks(cell: Cell) -> list[pytest.MarkDecorator]:
-        if cell in default:
-            return []
-        return [pytest.mark.full if cell in in_full else pytest.mark.every]
-
-    return [pytest.param(*cell, id="-".join(cell), marks=marks(cell)) for cell in cells]
-
-
 def test_every_method_is_in_the_matrix() -> None:
     assert {case.method for case in METHOD_CASES.values()} == set(METHODS)
 
@@ -181,9 +170,7 @@ STEPPED = [cell for cell in TRAINED if cell not in RESUMED]
 STEPPED_IN_FULL = [*STEPPED, *with_every_family()]
 
 
-@pytest.mark.parametrize(
-    ("case", "family", "layout"), params(STEPPED_IN_FULL, STEPPED, STEPPED_IN_FULL)
-)
+@pytest.mark.cells("case family layout", STEPPED_IN_FULL, STEPPED, STEPPED_IN_FULL)
 def test_a_step(case, family, layout, tmp_path, tmp_path_factory, monkeypatch) -> None:
     """From weights as though trained; what it would write is met by the two-step cells."""
     monkeypatch.setattr(DistillationTrainer, "save", lambda trainer: None)
@@ -242,7 +229,7 @@ def _first_tokens(cond: Cond, number: int) -> Cond:
 _ENCODED: dict[Any, Cond] = {}
 
 
-@pytest.mark.parametrize(("case", "family", "layout"), params(CELLS, RESUMED, RESUMED_IN_FULL))
+@pytest.mark.cells("case family layout", CELLS, RESUMED, RESUMED_IN_FULL)
 def test_two_steps_and_resume(case, family, layout, tmp_path, tmp_path_factory) -> None:
     teacher, folder = teacher_dir(family, tmp_path_factory), tmp_path / "run"
     trainer = build_trainer(case, teacher, layout, folder, checkpointing_steps=1)

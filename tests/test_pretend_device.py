@@ -134,12 +134,6 @@ IN_FULL = {
 }
 
 
-def marks_of(cell: Cell) -> list[pytest.MarkDecorator]:
-    if cell in SAMPLE:
-        return []
-    return [pytest.mark.full if cell in IN_FULL else pytest.mark.every]
-
-
 def test_the_sample_meets_every_method_and_kind_of_network() -> None:
     methods, families, layouts, ways = ({cell[i] for cell in SAMPLE} for i in range(4))
     assert {METHOD_CASES[case].method for case in methods} == set(METHODS)
@@ -162,10 +156,7 @@ def test_every_method_meets_every_family_that_is_not_excused() -> None:
     assert left == {*product(METHODS, EXCUSED), *unfit}
 
 
-@pytest.mark.parametrize(
-    ("case", "family", "layout", "way"),
-    [pytest.param(*cell, id="-".join(cell), marks=marks_of(cell)) for cell in CELLS],
-)
+@pytest.mark.cells("case family layout way", CELLS, SAMPLE, IN_FULL)
 def test_a_step(case, family, layout, way, tmp_path, tmp_path_factory) -> None:
     options = dict(WAYS[way])
     if case in UNCHECKPOINTED:

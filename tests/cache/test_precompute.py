@@ -239,6 +239,7 @@ def test_forecast_is_said_and_right(make_family, tmp_path) -> None:
     assert "40 prompts there, 0 to encode x 0.0 B" in said[2]
 
 
+@pytest.mark.full
 def test_forecast_of_images_sees_what_is_there(family, tmp_path) -> None:
     half = ImageFolderDataset(image_folder(tmp_path / "half", count=12), RESOLUTION)
     data = ImageFolderDataset(image_folder(tmp_path / "all"), RESOLUTION)
@@ -299,6 +300,7 @@ def options(out: Path, **more: Any) -> TrainConfig:
     return TrainConfig(output_dir=str(out), tuning=Tuning(rank=2), **{**base, **more})
 
 
+@pytest.mark.full
 def test_training_from_it_is_training_without(teacher, tmp_path, monkeypatch) -> None:
     data = ImageFolderDataset(image_folder(tmp_path / "images"), RESOLUTION)
     runs = []

@@ -237,8 +237,17 @@ def test_the_index_is_of_the_recipes_as_they_stand() -> None:
     assert settings == {name: settings_hash(layers) for name, layers in sized().items()}
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", sized())
+# `full` plans one of each model, `every` them all; `recipes --refresh` writes the index anew.
+OF_EACH_MODEL = {about.model: name for name, about in reversed(ABOUT.items()) if about}.values()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.full if n in OF_EACH_MODEL else pytest.mark.every)
+        for n in sized()
+    ],
+)
 def test_a_recipe_is_planned_at_its_real_size(name: str) -> None:
     made, stored = json.loads(json.dumps(forecast_of(RECIPES[name]))), known()[name]
     assert {key: made[key] for key in stored} == stored
@@ -426,6 +435,7 @@ def at_size(command: str, teacher: str, prompts: str, out: str, side: int) -> No
         evaluate(Evaluation(teacher=teacher, resolution=side, **drawn, **paths), [Means()])
 
 
+@pytest.mark.sampled("pairs")
 @pytest.mark.parametrize("command", ["pairs", "cache", "evaluate"])
 def test_every_command_that_takes_a_size_tells_one_far_from_the_model_s(
     command: str, tmp_path_factory, tmp_path: Path

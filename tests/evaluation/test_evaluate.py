@@ -81,6 +81,7 @@ def report(teacher, prompts, tmp_path_factory) -> Report:
     return evaluate(options(teacher, prompts, out), [Corners()], {"brightness": brightness})
 
 
+@pytest.mark.full
 def test_a_network_that_can_t_read_the_teacher_s_images_is_refused_before_one_is_drawn(
     teacher, prompts, tmp_path
 ) -> None:
@@ -138,6 +139,7 @@ def test_prompts_are_seen_from_different_noise(report) -> None:
     assert float((first - second).abs().max()) > 1e-3
 
 
+@pytest.mark.full
 def test_a_killed_evaluation_draws_only_what_is_missing(
     report, teacher, prompts, monkeypatch
 ) -> None:
@@ -215,6 +217,7 @@ def test_previews_are_of_as_many_prompts_as_there_are() -> None:
     assert preview_indices(Drawing("abc", 2, 0, 1, 4)) == [0, 1, 2, 4]
 
 
+@pytest.mark.full
 def test_real_images_become_the_reference(teacher, prompts, tmp_path) -> None:
     (tmp_path / "real").mkdir()
     for index in range(5):
@@ -322,6 +325,7 @@ def test_more_previews_than_were_made_are_no_mistake(report, teacher, prompts, t
     assert all(not one.previews for one in none.systems)
 
 
+@pytest.mark.full
 def test_the_protocol_tells_how_the_images_were_drawn(teacher, prompts, tmp_path) -> None:
     first = evaluate(options(teacher, prompts, tmp_path, batch_size=2), [Corners()]).protocol
     assert (first["batch_size"], first["device"], first["drawn_at"]) == (
@@ -331,6 +335,7 @@ def test_the_protocol_tells_how_the_images_were_drawn(teacher, prompts, tmp_path
     assert evaluate(more, [Corners()]).protocol["batch_size"] == "2, 1"
 
 
+@pytest.mark.full
 def test_a_student_of_no_numbers_is_named(teacher, prompts, tmp_path, tmp_path_factory) -> None:
     broken = tmp_path_factory.mktemp("broken") / "student"
     pipeline = load_family(teacher).pipeline

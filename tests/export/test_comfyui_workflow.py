@@ -164,6 +164,7 @@ def test_a_pipeline_s_card_has_the_numbers_too(tmp_path) -> None:
     assert "`ManualSigmas`: `1, " in card
 
 
+@pytest.mark.full
 def test_card_code_of_a_file_with_the_denoiser_alone_runs(
     tmp_path, tmp_path_factory, monkeypatch
 ) -> None:

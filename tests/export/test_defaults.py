@@ -147,6 +147,7 @@ def test_guided_student_keeps_its_guidance(tmp_path, tmp_path_factory) -> None:
     assert record["typed"] == {"num_inference_steps": 4, "guidance_scale": 3.0}
 
 
+@pytest.mark.full
 def test_student_that_reads_the_guidance_keeps_its_input(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd", tmp_path_factory)
     trainer = moved(build_trainer("lcm_w", teacher, "full", tmp_path / "run"))

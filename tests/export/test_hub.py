@@ -239,6 +239,7 @@ def push(run, endpoint: str, home: Path, **env: str) -> subprocess.CompletedProc
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_large_files_go_by_lfs_in_one_piece_or_in_parts(run, hub, tmp_path) -> None:
     """Preupload says lfs -> batch -> PUT -> verify -> a commit with their hashes."""
     endpoint, seen = hub
@@ -291,6 +292,7 @@ def test_a_store_that_fails_is_one_line_and_no_commit(run, hub, tmp_path) -> Non
     assert not seen["files"]
 
 
+@pytest.mark.full
 def test_a_refusal_of_the_hub_is_one_line(run, hub, tmp_path) -> None:
     endpoint, _ = hub
     done = cli(

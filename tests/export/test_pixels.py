@@ -136,6 +136,7 @@ def cd_run(folder, tmp_path_factory) -> Any:
     return moved(trainer)
 
 
+@pytest.mark.full
 def test_cd_of_an_edm_teacher_exports_as_a_consistency_model(tmp_path, tmp_path_factory) -> None:
     """41 Karras points; each folder, loaded by Diffusers, makes the sampler's image."""
     trainer = cd_run(tmp_path / "run", tmp_path_factory)

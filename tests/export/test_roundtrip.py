@@ -249,6 +249,7 @@ def test_flux_scheduler_visits_the_trained_sigmas(steps, shift, flux, tmp_path) 
     assert saved.sigmas.tolist() == pytest.approx([*grid, 0.0], abs=1e-6)
 
 
+@pytest.mark.full
 def test_z_image_export_is_called_with_guidance_zero(tmp_path, tmp_path_factory) -> None:
     """Its call computes cond + g (cond - null): 1 would still guide."""
     teacher = teacher_dir("z_image", tmp_path_factory)

@@ -221,6 +221,7 @@ def test_an_unknown_dtype_is_refused(tmp_path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.full
 def test_files_of_earlier_exports_are_read_at_their_alpha(tmp_path) -> None:
     """Their metadata gives alpha 3 at rank 2."""
     family = family_of("sd_v")

@@ -81,6 +81,7 @@ def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.full
 def test_a_segmented_student_is_not_exported_across_an_edge(tmp_path, tmp_path_factory) -> None:
     options = {"segments": (4, 2)}
     trainer = trained("sd_v", tmp_path_factory, tmp_path / "run", "tscd", options)

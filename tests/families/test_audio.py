@@ -178,6 +178,7 @@ def test_stock_sound_equals_in_memory(
     assert index["scheduler"][1] != "CosineDPMSolverMultistepScheduler"
 
 
+@pytest.mark.full
 def test_a_grid_of_ace_steps_own_goes_into_its_call(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("ace_step", tmp_path_factory)
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path / "run")
@@ -194,6 +195,7 @@ def test_a_velocity_student_of_stable_audio(tmp_path, tmp_path_factory) -> None:
     trainer.export(tmp_path / "out", num_steps=2)
 
 
+@pytest.mark.sampled("ace_step")
 @pytest.mark.parametrize("family", SOUND)
 def test_an_adapter_by_its_cards_code(family, tmp_path, tmp_path_factory, monkeypatch) -> None:
     """Stock Diffusers and PEFT alone: base, LoRA, scheduler, a WAV file; the sound that the
@@ -285,6 +287,7 @@ def test_wav_files(tmp_path) -> None:
         read_wav(tmp_path / "c.wav", 8000, 1)
 
 
+@pytest.mark.full
 def test_a_run_writes_sounds_and_spectrograms(tmp_path, tmp_path_factory) -> None:
     trainer = build_trainer(
         "dmd2",

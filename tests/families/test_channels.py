@@ -243,6 +243,7 @@ def test_check_finds_a_wrong_adapter(wrong, name, row) -> None:
 
 
 # --------------------------------------------------------------------------------------- training
+@pytest.mark.sampled("instruct_pix2pix")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trained_student_uses_its_picture(name, tmp_path, tmp_path_factory) -> None:
     """In memory, from the exported pipeline, and from the LoRA in the stock pipeline."""
@@ -275,6 +276,7 @@ def test_a_trained_student_uses_its_picture(name, tmp_path, tmp_path_factory) ->
     assert float((ours - base).abs().max()) > 1e-3
 
 
+@pytest.mark.full
 def test_a_one_step_student_starts_at_the_last_time(tmp_path, tmp_path_factory) -> None:
     """The upscaler's own scheduler would start a single step at t = 1."""
     teacher = teacher_dir("sd_upscale", tmp_path_factory)

@@ -247,7 +247,7 @@ def test_check_finds_a_wrong_adapter(wrong, build, row) -> None:
     [
         partial(tiny_flux_controlnet, num_mode=3),
         pytest.param(partial(tiny_flux_controlnet, pixels=True), marks=FULL),
-        UNTOLD_FLUX,
+        pytest.param(UNTOLD_FLUX, marks=FULL),
         pytest.param(partial(tiny_sd3_controlnet, force_zeros=False), marks=FULL),
         partial(tiny_sd3_controlnet, without_text=True),
     ],
@@ -265,6 +265,7 @@ def test_the_base_s_settings_suit_it(name, tmp_path_factory) -> None:
     assert ModelAtHand.planned("sdxl_controlnet").family == "sdxl"
 
 
+@pytest.mark.full
 def test_beside_a_single_file_it_is_the_folder_s(tmp_path, tmp_path_factory) -> None:
     folder = teacher_dir("sd_controlnet", tmp_path_factory)
     pipe = load_family(folder).pipeline
@@ -343,6 +344,7 @@ def test_items_without_a_control_image_are_refused_before_loading(
 
 
 # --------------------------------------------------------------------------------------- training
+@pytest.mark.sampled("lora-flux_controlnet")
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("layout", ["lora", pytest.param("full", marks=FULL)])
 def test_a_trained_student_uses_its_control_image(name, layout, tmp_path, tmp_path_factory) -> None:
@@ -376,6 +378,7 @@ def test_a_trained_student_uses_its_control_image(name, layout, tmp_path, tmp_pa
     assert float((saved[0] - base).abs().max()) > 1e-3
 
 
+@pytest.mark.full
 def test_an_export_of_another_size_is_that_of_the_sampler(tmp_path, tmp_path_factory) -> None:
     """Checked at export; by stock Diffusers alone with the options that the card tells."""
     teacher = teacher_dir("sd_controlnet", tmp_path_factory)
@@ -388,6 +391,7 @@ def test_an_export_of_another_size_is_that_of_the_sampler(tmp_path, tmp_path_fac
     assert set(record["typed"]) == {"num_inference_steps", "height", "width"}
 
 
+@pytest.mark.full
 def test_a_union_s_export_tells_the_kind_of_its_image(tmp_path) -> None:
     """Checked at export; the guidance is folded into both networks."""
     tiny_flux_controlnet(num_mode=3).save_pretrained(tmp_path / "teacher")

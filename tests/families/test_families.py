@@ -19,6 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from support.runs import NETWORKS
 from torch import Tensor
 
 from stepdistill.config.tuning import Tuning
@@ -128,6 +129,7 @@ def test_parity_does_not_depend_on_the_checkpoints_scheduler() -> None:
     assert pipeline.scheduler is before
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_a_call_never_waits_for_the_device(family) -> None:
     """On the meta device, where numbers can't be read back; lengths that shape a call are kept on
     the CPU. Lumina 2's own network reads its mask at every call."""
@@ -277,6 +279,7 @@ def test_encode_refuses_what_is_no_list_of_strings(make_family) -> None:
             make_family("sd3").encode(wrong)
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_encoding_carries_no_graph(family) -> None:
     cond = family.encode([1] if family.conditioning == "label" else ["a cat"])
     assert not any(value.requires_grad for value in cond.tensors.values())
@@ -306,6 +309,7 @@ def test_learned_sigma_channels_are_dropped(make_family) -> None:
     assert torch.equal(family.forward(family.net, x, torch.tensor([7.0, 7.0]), cond), both[:, :4])
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_networks_run_in_their_own_dtype(family) -> None:
     family.net.to(torch.bfloat16)
     cond = family.encode([1] if family.conditioning == "label" else ["a cat"])
@@ -347,6 +351,7 @@ def test_extra_inputs_the_stock_class_lacks_are_refused(make_family) -> None:
         make_family("sd3").copy_net(("w",))
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_parts_besides_the_denoiser_are_frozen_and_in_eval_mode(family) -> None:
     for name, part in family.pipeline.components.items():
         if isinstance(part, torch.nn.Module):
@@ -356,6 +361,7 @@ def test_parts_besides_the_denoiser_are_frozen_and_in_eval_mode(family) -> None:
 
 
 # ------------------------------------------------------------------------------------ images, sizes
+@pytest.mark.sampled(family=NETWORKS)
 def test_latents_sample_with_a_generator_and_take_the_mode_without(family) -> None:
     blank = family.images(torch.zeros(2, *family.sample_shape()))
     images = torch.rand(blank.shape) * 2 - 1
@@ -369,6 +375,7 @@ def test_latents_sample_with_a_generator_and_take_the_mode_without(family) -> No
     assert mode.shape == (2, *family.sample_shape())
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_images_pass_gradients_to_latents(family) -> None:
     latents = torch.randn(1, *family.sample_shape(), requires_grad=True)
     family.images(latents).sum().backward()

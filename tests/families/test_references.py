@@ -252,6 +252,7 @@ def test_items_without_a_reference_are_refused_before_loading(
         build_trainer("dmd2", teacher, "lora", tmp_path, dataset=data)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", ["flux_kontext", pytest.param("qwen_image_edit", marks=pytest.mark.full)]
 )

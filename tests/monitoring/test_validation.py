@@ -106,6 +106,7 @@ def validated(tmp_path_factory):
     return trainer
 
 
+@pytest.mark.full
 def test_the_teacher_itself_is_at_distance_zero(validated) -> None:
     trainer = validated
     validator = Validator(trainer.bank, trainer.method, trainer.args)
@@ -119,6 +120,7 @@ def test_the_teacher_itself_is_at_distance_zero(validated) -> None:
     assert found["saturation_excess"] == 0.0
 
 
+@pytest.mark.full
 def test_a_lines_metrics_are_those_of_its_step_in_file_and_tracker(validated) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -206,6 +208,7 @@ def test_the_report_says_how_the_teacher_is_guided(vsd, validated) -> None:
         assert f"teacher</h3><span>{told}</span>" in (run.output_dir / "report.html").read_text()
 
 
+@pytest.mark.full
 def test_features_of_ones_own_are_taken(validated) -> None:
     validator = Validator(validated.bank, validated.method, validated.args)
     validator.features = lambda images: images.flatten(1).mean(1, keepdim=True) * 0 + 1

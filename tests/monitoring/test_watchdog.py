@@ -368,6 +368,7 @@ def test_a_healthy_run_raises_nothing(tmp_path, tmp_path_factory) -> None:
     assert [event["kind"] for event in lines(tmp_path, "events.jsonl")] == ["end"]
 
 
+@pytest.mark.full
 def test_a_stopped_process_leaves_with_status_76(teacher, tmp_path, capsys) -> None:
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     with pytest.raises(SystemExit) as left:

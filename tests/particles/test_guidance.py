@@ -67,6 +67,7 @@ def test_other_families_are_guided_alike(family) -> None:
     assert guidance.fit_fake(0) is not None
 
 
+@pytest.mark.full
 def test_the_fake_learns_what_it_is_shown() -> None:
     """Zeros: at the draws of step 0 again, its loss has fallen."""
     guidance = guided()
@@ -75,6 +76,7 @@ def test_the_fake_learns_what_it_is_shown() -> None:
     assert again < 0.97 * first
 
 
+@pytest.mark.full
 def test_draws_are_keyed_by_seed_and_step_and_the_state_goes_on() -> None:
     latents = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0))
 

@@ -179,6 +179,7 @@ def _noised(guidance: Any, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[T
     return alpha * latents + sigma * noise, t
 
 
+@pytest.mark.full
 def test_the_fake_learns_by_loss_lora_and_the_base_stays(make) -> None:
     guidance = make("vsd", lora_cfg_training=False)
     utils = prompts(text_of(guidance))

@@ -101,6 +101,7 @@ def test_a_controlnet_that_shares_its_embedding_is_described(tmp_path: Path) -> 
     assert {p.device.type for p in net.parameters()} == {"meta"}
 
 
+@pytest.mark.full
 def test_a_controlnet_is_held_whole_and_run_in_every_call(tmp_path_factory: Any) -> None:
     folders = [teacher_dir(name, tmp_path_factory) for name in ("sd3", "sd3_controlnet")]
     plain, beside = (forecast(run_config(folder, **LORA)) for folder in folders)
@@ -118,6 +119,7 @@ def test_a_controlnet_is_held_whole_and_run_in_every_call(tmp_path_factory: Any)
     assert peaks[1] - peaks[0] >= beside.beside
 
 
+@pytest.mark.full
 def test_pairs_of_images_are_forecast(teacher: Path) -> None:
     """Both images of a pair go through the student, in one call of twice the rows."""
     options: dict[str, Any] = {"tuning": {"rank": 2}}
@@ -183,6 +185,7 @@ def test_the_tracker_counts_a_multiply_add_as_two() -> None:
     assert tracker.flops == 2 * 2 * 3 * 5
 
 
+@pytest.mark.full
 def test_held_bytes_are_those_of_the_real_parts(teacher: Path) -> None:
     from stepdistill.families.registry import load_family
 
@@ -237,6 +240,7 @@ def linear_sizes(folder: Path) -> tuple[int, int, int]:
     return inside, rows, sum(p.numel() for p in net.parameters()) - inside
 
 
+@pytest.mark.full
 def test_an_int8_base_holds_a_byte_a_weight_and_a_scale_a_row(teacher: Path) -> None:
     inside, rows, others = linear_sizes(teacher)
     tuning = {"rank": 2, "base_quantization": "int8"}
@@ -354,6 +358,7 @@ def test_above_nine_tenths_is_tight(
     assert f"\n{said}" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_plan_tells_the_runs_own_validation(
     teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,6 +371,7 @@ def test_a_plan_tells_the_runs_own_validation(
     assert forecast(run_config(teacher, validation_steps=0)).validation == {}
 
 
+@pytest.mark.full
 def test_suggestions_begin_with_what_saves_most(teacher: Path) -> None:
     run = run_config(teacher, tuning={"student": "full", "fake": "full"}, train_batch_size=4)
     offered = list(suggestions(run, forecast(run)))
@@ -380,12 +386,14 @@ def test_suggestions_begin_with_what_saves_most(teacher: Path) -> None:
     assert told.index("base_quantization=int8") < told.index("base_quantization=nf4")
 
 
+@pytest.mark.full
 def test_text_encoders_that_fill_the_memory_go_first(teacher: Path) -> None:
     run = run_config(teacher, tuning={"rank": 2})
     large = replace(forecast(run), encoders=2**40)
     assert next(suggestions(run, large))[0] == "offload_encoders"
 
 
+@pytest.mark.full
 def test_a_run_that_does_not_fit_is_told_what_would(
     teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -434,6 +442,7 @@ def test_all_parts_of_a_run_are_forecast(teacher: Path) -> None:
     assert plan.peak == pytest.approx(plain.peak + nodes, rel=0.02)
 
 
+@pytest.mark.full
 def test_a_warm_start_and_what_follows_are_forecast(teacher: Path) -> None:
     config = {"num_steps": 1, "warm_start": {"updates": 4, "teacher_steps": 2}}
     plan = forecast(run_config(teacher, method_config=config, max_train_steps=8, **LORA))

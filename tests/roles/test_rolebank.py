@@ -332,6 +332,7 @@ def test_features_are_of_the_conditional_half(family, lent) -> None:
         assert (null["mid"] - plain["mid"]).abs().max() > 1e-3
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_all_blocks_are_each_place_once(family) -> None:
     """A head on "all" reads every block, a transformer's middle one not twice."""
     needs_blocks(family)

@@ -442,6 +442,7 @@ def test_manifest_entries_are_no_paths(run, name) -> None:
 PROMPTS = ["../../escape", "/abs/path", "a\x00b", "con", "x" * 5000, ".."]
 
 
+@pytest.mark.full
 def test_prompts_never_become_paths(tmp_path, tmp_path_factory, trained, capsys) -> None:
     """Samples and validation grids are named by number; prompts stand in metadata."""
     teacher = teacher_dir("sd3", tmp_path_factory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.runs import NETWORKS
 from torch import nn
 
 from stepdistill.families.registry import FAMILIES, load_family
@@ -18,6 +19,7 @@ def test_every_family_has_a_tiny_pipeline() -> None:
     assert set(FAMILIES) <= set(TINY)
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_denoisers_stay_small(family) -> None:
     limit = 300_000 if family.name == "z_image" else 100_000  # its time embedding has 280,000
     assert sum(p.numel() for p in family.net.parameters()) <= limit
@@ -54,12 +56,14 @@ def test_save_and_reload_keep_the_network_output(name, tmp_path) -> None:
     assert torch.equal(out, out_again)
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_every_lora_target_names_a_module(family) -> None:
     names = [n for n, m in family.net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     for target in family.lora_targets:
         assert any(n == target or n.endswith("." + target) for n in names), target
 
 
+@pytest.mark.sampled(family=NETWORKS)
 def test_feature_blocks_name_modules_and_widths(family) -> None:
     from stepdistill.families.features import capture
 

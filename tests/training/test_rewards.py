@@ -222,6 +222,7 @@ def test_every_kind_trains_by_small_decoder_or_vae(judges, tmp_path, tmp_path_fa
         assert kinds == [{"clip", "hps", "pickscore", "aesthetic"}, {"clip", "hps", "pickscore"}]
 
 
+@pytest.mark.sampled("lora")
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_it_goes_on_from_a_run_and_is_anchored_there(layout, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd3", tmp_path_factory)

@@ -73,6 +73,7 @@ def test_a_moved_teacher_is_the_same(root) -> None:
     assert json.loads((root / "run" / "run.json").read_text())["model"] == str(root / "moved")
 
 
+@pytest.mark.full
 def test_a_relative_teacher_serves_from_every_working_directory(
     tmp_path, tmp_path_factory, monkeypatch
 ) -> None:
