@@ -5,8 +5,10 @@ Both are made into values that can be compared and hashed; what can't be stands 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -23,10 +25,12 @@ _LEFT_OUT = {*vars(nn.Module()), "target_name", "layer_idx", "layer_id"} - {"tra
 
 
 class Likeness:
-    """Of the blocks and calls that it has seen; ids stand for objects, which are kept alive."""
+    """Of the blocks and calls that it has seen; ids stand for objects, which are kept alive, and
+    numbers for tensors with values, such as a mask of words, which are not: their bytes count."""
 
     def __init__(self) -> None:
         self._alive: list[Any] = []
+        self._numbers = count()
         self._objects: dict[int, Any] = {}
 
     def structure(self, block: nn.Module) -> Any:
@@ -56,6 +60,11 @@ class Likeness:
             return (kind, *((name, self.plain(one, inputs)) for name, one in items))
         if kind in (tuple, list):
             return (kind, *(self.plain(one, inputs) for one in value))
+        if inputs is not None and isinstance(value, Tensor):
+            if id(value) not in self._objects:
+                self._objects[id(value)] = (kind, next(self._numbers))
+                weakref.finalize(value, self._objects.pop, id(value), None)
+            return self._objects[id(value)]
         if id(value) not in self._objects:
             self._alive.append(value)
             self._objects[id(value)] = (kind, id(value))
