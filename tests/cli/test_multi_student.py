@@ -93,6 +93,7 @@ def subjects(family: str, rows: list[str]) -> list[Any]:
     return [int(row) for row in rows] if family == "dit" else rows
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd", pytest.param("dit", marks=pytest.mark.full)])
 def test_shares_are_equal_and_hold_every_line(family, tmp_path_factory) -> None:
     parts = shares(three(family, tmp_path_factory))
@@ -101,6 +102,7 @@ def test_shares_are_equal_and_hold_every_line(family, tmp_path_factory) -> None:
     assert sorted(row for part in parts for row in part) == sorted(map(str, rows))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd", pytest.param("dit", marks=pytest.mark.full)])
 def test_stock_diffusers_gives_each_prompt_its_students_image(family, tmp_path_factory) -> None:
     out = three(family, tmp_path_factory)
@@ -123,6 +125,7 @@ def test_stock_diffusers_gives_each_prompt_its_students_image(family, tmp_path_f
         assert all(float((made(pipe, subject) - each).abs().max()) > 1e-3 for each in others)
 
 
+@pytest.mark.full
 def test_prompts_of_several_students_in_one_call(tmp_path_factory) -> None:
     pipe = stock(three("sd", tmp_path_factory) / "pipeline")
     rows = PROMPTS[:6]
@@ -133,12 +136,14 @@ def test_prompts_of_several_students_in_one_call(tmp_path_factory) -> None:
     assert arrays.shape[0] == 8
 
 
+@pytest.mark.full
 def test_saved_again_it_is_the_same(tmp_path, tmp_path_factory) -> None:
     pipe = stock(three("sd", tmp_path_factory) / "pipeline")
     pipe.save_pretrained(tmp_path / "again")
     assert torch.equal(made(stock(tmp_path / "again"), PROMPTS[:2]), made(pipe, PROMPTS[:2]))
 
 
+@pytest.mark.full
 def test_sample_runs_it_and_the_card_says_so(tmp_path, tmp_path_factory, capsys) -> None:
     folder = three("sd", tmp_path_factory) / "pipeline"
     main(["sample", str(folder), "--prompt", "a cat", "--output_dir", str(tmp_path / "s")])
@@ -150,6 +155,7 @@ def test_sample_runs_it_and_the_card_says_so(tmp_path, tmp_path_factory, capsys)
     assert (tmp_path / "dry" / "students" / "multi_student.py").is_file()
 
 
+@pytest.mark.full
 def test_a_student_cut_off_is_the_plain_run_on_its_share(tmp_path, tmp_path_factory) -> None:
     out = three("sd", tmp_path_factory)
     assert _TRAINED == ["student-0", "student-1", "student-1", "student-2"]
@@ -193,6 +199,7 @@ def test_mistakes_are_told_before_weights(
     assert "\n" not in str(stop.value).strip()
 
 
+@pytest.mark.full
 def test_other_options_in_a_begun_folder_are_refused(tmp_path_factory) -> None:
     out = three("sd", tmp_path_factory)
     more = ["--num_students", "3", "--learning_rate", "0.2"]

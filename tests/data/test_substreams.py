@@ -92,6 +92,7 @@ def test_two_ranks_of_two_workers_read_their_own_shards(tmp_path) -> None:
         assert 800 <= read < 1300
 
 
+@pytest.mark.full
 def test_resume_opens_no_shard_that_was_gone_through(tmp_path) -> None:
     """64 shards in 32 substreams of two, 16 of them this rank's: of each the second is left."""
     whole, _ = split(tmp_path, 0, 540, 64)
@@ -100,6 +101,7 @@ def test_resume_opens_no_shard_that_was_gone_through(tmp_path) -> None:
     assert read <= 1600
 
 
+@pytest.mark.full
 def test_too_few_shards_are_read_by_all(tmp_path) -> None:
     parts = [split(tmp_path, rank, 50, 1) for rank in (0, 1)]
     assert len({n for seen, _ in parts for n in seen}) == 100

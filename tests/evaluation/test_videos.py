@@ -82,6 +82,7 @@ def test_videos_are_as_far_apart_as_their_frames() -> None:
     assert float(torch.pdist(per_video(two))) == pytest.approx(5.0)
 
 
+@pytest.mark.full
 def test_every_row_has_frames_quality_and_movement(report) -> None:
     teacher, student = report.systems
     own, base = stored(report, "student_1"), stored(report, "teacher_2")

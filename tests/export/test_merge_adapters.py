@@ -192,6 +192,7 @@ def refused(sources, out: Path, match: str, method: str = "cat") -> None:
     assert not out.exists()
 
 
+@pytest.mark.full
 def test_what_does_not_fit_is_refused(pair, student, tmp_path) -> None:
     (a, _, _), (b, _, _) = pair
     out = tmp_path / "out"

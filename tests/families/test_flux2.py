@@ -22,6 +22,7 @@ from stepdistill.testing.parity import LIMIT, check_family
 from stepdistill.testing.tiny_flux2 import flux2_transformer, tiny_flux2, tiny_flux2_dev
 
 
+@pytest.mark.full
 def test_parity_of_a_step_distilled_pipeline() -> None:
     rows = check_family(tiny_flux2(is_distilled=True))
     assert {name: value for name, value in rows if not value < LIMIT} == {}

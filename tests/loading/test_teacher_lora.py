@@ -144,6 +144,7 @@ def run(tmp_path, tmp_path_factory) -> VariationalScoreTrainer:
     return trainer
 
 
+@pytest.mark.full
 def test_the_export_holds_the_merged_weights(run, tmp_path) -> None:
     again = trainer_of_run(tmp_path / "run")
     out = again.export(tmp_path / "out")  # compares images itself
@@ -175,6 +176,7 @@ def test_a_lora_export_names_the_lora_that_belongs_beside_it(run, tmp_path) -> N
     assert float((ours - theirs).abs().max()) < 1e-5
 
 
+@pytest.mark.full
 def test_the_lora_is_part_of_what_a_run_is(run, tmp_path) -> None:
     facts = json.loads((tmp_path / "run" / "run.json").read_text())["teacher_lora"]
     assert facts[0]["scale"] == 0.5

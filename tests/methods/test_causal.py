@@ -194,6 +194,7 @@ def four_frames(folder):
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("warm", [0, 1])
 def test_a_run_resumes_and_exports_to_skyreels(warm, tmp_path) -> None:
     """The regression, then Self Forcing's rollouts; the stock pipeline makes the sampler's clip."""

@@ -172,6 +172,7 @@ def test_a_run_validates_by_itself_and_a_resumed_one_at_the_same_steps(teacher, 
     assert mine == theirs
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("cheap")
 def test_one_that_fails_ends_no_run(teacher, tmp_path, monkeypatch, capsys) -> None:
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path, **OPTIONS)

@@ -112,6 +112,7 @@ def test_the_watchdog_acts(action, tmp_path) -> None:
     assert ("learning rate of student now" in alarm.message) == (action == "back_off")
 
 
+@pytest.mark.full
 def test_a_run_that_pleases_one_judge_alone_says_so(tmp_path, tmp_path_factory) -> None:
     """The held-out one is the very opposite of the trained one."""
     teacher = teacher_dir("sd3", tmp_path_factory)

@@ -147,6 +147,7 @@ def test_the_error_on_the_trajectory_is_of_the_samplers_steps(validated) -> None
     assert all(value > 0 for value in curve["student"])
 
 
+@pytest.mark.full
 def test_untrained_student_jumps_as_the_unguided_teacher(validated) -> None:
     """At guidance 1 their errors are the same network's."""
     trainer = validated

@@ -71,6 +71,7 @@ def command(half: Path, folder: Path, out: Path, *more: str) -> PairDataset:
     return PairDataset(out)
 
 
+@pytest.mark.full
 def test_the_boundary_states_of_first_frames(half, tmp_path, tmp_path_factory) -> None:
     """Each state is of its own row's frame, which the item has; the low expert trains on the set,
     resumed exactly, and its export holds both."""

@@ -150,6 +150,7 @@ def test_the_fake_with_its_camera_is_a_stock_unet_of_projected_class_labels() ->
     torch.testing.assert_close(made.raw, answer)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["vsd", "csd"])
 def test_dreammat_s_controlnet_of_22_channels_steers_teacher_and_fake(kind) -> None:
     """A stock ControlNetModel with a changed last layer, as training leaves it; the null passes

@@ -32,6 +32,7 @@ def teacher(tmp_path_factory) -> Path:
     return teacher_dir("sd", tmp_path_factory)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "changes",
     [
@@ -103,6 +104,7 @@ def test_particles_not_drawn_stay_and_drawn_ones_move(teacher, tmp_path) -> None
 FIRST, OWN = commands(page("stepdistill/particles/README.md"))
 
 
+@pytest.mark.full
 def test_the_page_s_command_writes_its_report_and_the_same_call_finds_it(
     teacher, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -143,6 +145,7 @@ def test_the_page_s_loop_runs(teacher, tmp_path, monkeypatch) -> None:
     assert not torch.equal(scene.grid, first)
 
 
+@pytest.mark.full
 def test_the_command_draws_a_turntable(teacher, tmp_path) -> None:
     call = ["particles", "--pretrained_model_name_or_path", str(teacher), "--prompt", "a cat"]
     call += ["--parameters", "voxels", "--grid_size", "4", "--num_particles", "1"]

@@ -109,6 +109,7 @@ def test_without_a_loss_it_is_the_stock_call() -> None:
     assert type(wrapped(stock)).__name__ == "StableAudioPipeline"
 
 
+@pytest.mark.full
 def test_several_losses_and_several_surrogate_steps() -> None:
     pipe = wrapped(student_of_stable_audio("renoise"))
     losses = [(1.0, module.Centroid([(0, 200.0)])), (0.5, lambda waves, rate: waves.abs().mean())]

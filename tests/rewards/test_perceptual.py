@@ -69,6 +69,7 @@ def pair(size: int = 32, bsz: int = 2) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+@pytest.mark.full
 @pytest.mark.sampled("alex.safetensors")
 @pytest.mark.parametrize("name", ["alex.safetensors", "vgg.safetensors"])
 def test_equals_the_library_on_the_same_weights(files, name) -> None:

@@ -51,6 +51,7 @@ def make(
     return AdversarialTrainer(str(teacher), args, data, method, options, scorers)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "family", "layout", "scheduler"),
     [
@@ -81,6 +82,7 @@ def test_a_student_exports_to_stock_schedulers(
     assert (saved["_class_name"], record["num_inference_steps"]) == (scheduler, 2)
 
 
+@pytest.mark.full
 def test_a_run_on_a_pixel_network_goes_on_exactly(network, tmp_path, tmp_path_factory) -> None:
     teacher, options = teacher_dir("sd3", tmp_path_factory), {"gan": {"pixels": {}}}
     options["gan"]["pixels"]["network"] = network
@@ -104,6 +106,7 @@ def test_teacher_s_own_pairs_are_real_samples(tmp_path, tmp_path_factory) -> Non
     assert {"gan_g", "gan_d"} <= {name.rpartition("/")[2] for name in logs}
 
 
+@pytest.mark.full
 def test_a_plan_knows_both_phases(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd3", tmp_path_factory)
     run = RunConfig(

@@ -33,6 +33,7 @@ def make(method: str, teacher: Path, folder: Path, layout: str, data: Any = None
     return ConsistencyTrainer(str(teacher), args, data, method, options)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "family", "layout", "options", "scheduler", "call"),
     [
@@ -67,6 +68,7 @@ def test_a_student_exports_to_stock_schedulers(
             trainer.export(tmp_path / "four", num_steps=4)
 
 
+@pytest.mark.sampled("lora")
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_scott_alone_trains_the_very_student_of_consistency(
     layout, tmp_path, tmp_path_factory

@@ -267,6 +267,7 @@ def test_the_plan_counts_the_same_work(tmp_path_factory) -> None:
     assert forecast(parse_run_config([*told, *two])).phases == one.phases
 
 
+@pytest.mark.full
 def test_what_it_learns_depends_on_the_source(teacher, tmp_path) -> None:
     found = []
     for name, count in (("a", 5), ("b", 5), ("c", 3)):

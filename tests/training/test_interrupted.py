@@ -217,6 +217,7 @@ def validations(trainer: Any) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
+@pytest.mark.full
 @pytest.mark.sampled("signal before it")
 @pytest.mark.parametrize("kind", ["signal in it", "signal before it", "error"])
 def test_a_validation_that_is_cut_short_is_made_up_for(run, validated, weights, kind) -> None:

@@ -80,6 +80,7 @@ def test_bf16_trains_float32_weights(teacher, tmp_path) -> None:
     assert sum(moved[n] != before[n] for n in before) == len(before)
 
 
+@pytest.mark.full
 def test_log_has_a_line_per_step_and_repeats_on_resume(teacher, tmp_path) -> None:
     build_trainer(
         "dmd2", teacher, "lora", tmp_path, max_train_steps=4, checkpointing_steps=2

@@ -134,6 +134,7 @@ def test_disabling_the_adapter_restores_the_teacher(tmp_path, tmp_path_factory) 
     assert fingerprint(base) == fingerprint(fresh)
 
 
+@pytest.mark.full
 @pytest.mark.sampled("lora")
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_resume_inside_a_round_and_across_the_switch_is_exact(

@@ -80,6 +80,7 @@ def whole(tmp_path_factory):
     return whole
 
 
+@pytest.mark.full
 @pytest.mark.sampled("6")
 @pytest.mark.parametrize("update", [2, 6])
 def test_the_gradient_scaler_goes_on_where_it_was(

@@ -87,6 +87,7 @@ def test_a_folder_of_pictures_becomes_a_stock_one_step_pipeline(
     assert made[0].shape[1] == side * (1 if family == "instruct_pix2pix" else 4)
 
 
+@pytest.mark.full
 def test_its_export_is_the_next_one_s_teacher(tmp_path, tmp_path_factory) -> None:
     train_run(run_of(tmp_path, tmp_path_factory))
     first = tmp_path / "run" / "pipeline"
@@ -205,6 +206,7 @@ def decoder_options(student: Path, out: Path, **options: Any) -> DecoderOptions:
     )
 
 
+@pytest.mark.full
 def test_only_the_decoder_changes_and_stock_runs_it(student, tmp_path) -> None:
     import diffusers
 
