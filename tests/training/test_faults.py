@@ -157,6 +157,8 @@ def test_the_watchdogs_verdict_is_that_of_both_ranks(wrapping, tmp_path_factory)
     assert (healthy["statuses"], healthy["checkpoints"]) == ([0, 0], ["checkpoint-2"])
     assert healthy["exported"]
     assert collapsed["statuses"] == [76, 76]
-    assert collapsed["told"][0] == collapsed["told"][1]
-    assert collapsed["told"][0].startswith("stopped: student: x0 drifts from the teacher")
+    # The first process alone tells what the run is, too.
+    verdicts = {told.partition("\nteacher: ")[0] for told in collapsed["told"]}
+    assert len(verdicts) == 1
+    assert verdicts.pop().startswith("stopped: student: x0 drifts from the teacher")
     assert (collapsed["checkpoints"], collapsed["exported"]) == ([], False)
