@@ -79,9 +79,16 @@ class _Rule:
 class _FlowMatch(_Rule, FlowMatchEulerDiscreteScheduler):
     """FlowMatchEulerDiscreteScheduler with another step; text to image alone."""
 
-    def set_timesteps(self, *args: Any, **options: Any) -> None:
-        """The stock grid, as `listed`."""
-        super().set_timesteps(*args, **options)
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """The stock grid, as `listed`. Pipelines look here whether sigmas may be given."""
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self.forget()
         self.sigmas = torch.cat([self.listed(self.sigmas[:-1]), self.sigmas[-1:]])
         self.timesteps = self.listed(self.timesteps)

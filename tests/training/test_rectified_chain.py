@@ -46,7 +46,8 @@ def train(model: Any, data: Any, folder: Path, options: dict[str, Any], **more: 
 
 def pairs_of(model: Any, folder: Path, guidance: float) -> PairDataset:
     prompts = folder.with_suffix(".txt")
-    prompts.write_text("a cat\na dog\n")
+    labels = teacher_facts(model).conditioning == "label"
+    prompts.write_text("0\n1\n" if labels else "a cat\na dog\n")
     make_pairs(
         str(model), prompts, folder, num_pairs=4, num_steps=4, guidance=guidance, batch_size=2
     )
