@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stepdistill.config.run import RunConfig
 from stepdistill.planning.fakes import Shapes, fresh
 from stepdistill.planning.forecast import _to_fake, _traced
-from stepdistill.planning.replay import Replay
+from stepdistill.planning.replay import Replay, backward
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.testing.tiny import TINY_FAMILY
 
@@ -93,6 +93,55 @@ def test_a_block_of_another_number_is_another() -> None:
     options = [{"scale": float(i)} for i in range(5)]
     (as_it_is, _), (replayed, runs) = (counted(r, *options, grad=False) for r in (False, True))
     assert (replayed, runs) == (as_it_is, 5)
+
+
+class Pair(nn.Module):
+    """Of two streams, with a table for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(100, 8) for _ in range(2))
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.proj(x + self.tables[0](rows)).relu()
+        return x, self.proj(y * x).relu() + self.tables[1](rows)
+
+
+class Chain(nn.Module):
+    """Pairs of which the last one's second stream goes, and whose first table is used again."""
+
+    def __init__(self, padded: bool) -> None:
+        super().__init__()
+        self.pairs, self.padded = nn.ModuleList(Pair() for _ in range(4)), padded
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        first: Any = self.pairs[0]
+        y = x = first.proj(x)
+        for pair in self.pairs:
+            if self.padded:
+                x = nn.utils.rnn.pad_sequence([*x], batch_first=True)
+            x, y = pair(x, y, rows)
+        del y
+        return (x.sin() * first.tables[0](rows).sin()).sin()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_results_let_go_of_parameters_shared_and_padded_batches(padded: bool) -> None:
+    counts = []
+    for replayed in (False, True):
+        mode, tracker = FakeTensorMode(allow_non_fake_inputs=True), CostTracker(remember=replayed)
+        with torch.device("meta"):
+            net = Chain(padded)
+        _to_fake(net, mode)
+        if replayed:
+            Replay(tracker, mode).wrap(net.pairs)
+        tracker.watch(net.parameters())
+        with tracker:
+            rows = fresh(mode, (4, 16), torch.int64)
+            backward(net(fresh(mode, (4, 16, 8), torch.float32), rows).sum())
+        counts.append([tracker.peak, tracker.flops, tracker.live])
+    assert counts[0] == counts[1]
 
 
 def test_a_view_of_the_input_is_run_as_it_is() -> None:
