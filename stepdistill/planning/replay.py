@@ -447,7 +447,10 @@ class _Playback:
             self.call.tracker.watch([self._bytes])
 
     def lose(self, result: int) -> None:
-        """Nothing needs that result any more: what it alone kept in the graph goes."""
+        """Nothing needs that result any more: what it alone kept in the graph goes.
+
+        Not what made inputs that only it needs: joint blocks have none.
+        """
         self._alive = tuple(i for i in self._alive if i != result)
         kept = self.record.kept.get(self._alive)
         if kept is not None and not self._ended:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.runs import teacher_dir
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stepdistill.config.run import RunConfig
 from stepdistill.planning.fakes import Shapes, fresh
@@ -96,43 +96,49 @@ def test_a_block_of_another_number_is_another() -> None:
 
 
 class Pair(nn.Module):
-    """Of two streams, with a table for each."""
+    """Of two streams that meet, with a table for each. No result is kept by its graph,
+    whose call would not be played back."""
 
-    def __init__(self) -> None:
+    def __init__(self, entries: int) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(100, 8) for _ in range(2))
+        self.tables = nn.ModuleList(nn.Embedding(entries, 8) for _ in range(2))
         self.proj = nn.Linear(8, 8)
 
     def forward(self, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.proj(x + self.tables[0](rows)).relu()
-        return x, self.proj(y * x).relu() + self.tables[1](rows)
+        inner = self.proj(x + y + self.tables[0](rows))
+        return inner.sin(), self.proj(y * inner).sin() + self.tables[1](rows)
 
 
 class Chain(nn.Module):
-    """Pairs of which the last one's second stream goes, and whose first table is used again."""
+    """Pairs. lost: nothing needs the last one's second stream, and what follows is large. shared:
+    the first one's table is used again, and large. padded: its first stream has values."""
 
-    def __init__(self, padded: bool) -> None:
+    def __init__(self, case: str) -> None:
         super().__init__()
-        self.pairs, self.padded = nn.ModuleList(Pair() for _ in range(4)), padded
+        entries = 5000 if case == "shared" else 10
+        self.pairs, self.case = nn.ModuleList(Pair(entries) for _ in range(3)), case
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         first: Any = self.pairs[0]
-        y = x = first.proj(x)
+        x, y = first.proj(x).sin(), first.proj(x)
+        if self.case == "padded":
+            x = nn.utils.rnn.pad_sequence([*x], batch_first=True)
+            assert not isinstance(x, FakeTensor)
         for pair in self.pairs:
-            if self.padded:
-                x = nn.utils.rnn.pad_sequence([*x], batch_first=True)
             x, y = pair(x, y, rows)
+        if self.case == "shared":
+            return (x + y) * first.tables[1](rows)
         del y
-        return (x.sin() * first.tables[0](rows).sin()).sin()
+        return x.repeat(1, 1, 40).sin()
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_results_let_go_of_parameters_shared_and_padded_batches(padded: bool) -> None:
+@pytest.mark.parametrize("case", ["lost", "shared", "padded"])
+def test_results_let_go_of_and_parameters_shared_and_inputs_with_values(case: str) -> None:
     counts = []
     for replayed in (False, True):
         mode, tracker = FakeTensorMode(allow_non_fake_inputs=True), CostTracker(remember=replayed)
         with torch.device("meta"):
-            net = Chain(padded)
+            net = Chain(case)
         _to_fake(net, mode)
         if replayed:
             Replay(tracker, mode).wrap(net.pairs)
