@@ -34,7 +34,7 @@ from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.costs import Cost, Forecast
 from stepdistill.planning.fakes import fresh
 from stepdistill.planning.quantized import pack
-from stepdistill.planning.replay import Replay
+from stepdistill.planning.replay import Replay, backward
 from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.rewards import build_scorers
@@ -175,7 +175,7 @@ def _measure(
                     rows += signs.rows * phase.repeat * run.gradient_accumulation_steps
                 del signs
                 with tracker:
-                    loss.backward()
+                    backward(loss)
                 del loss
                 cost = Cost(phase.name, phase.repeat, tracker.peak - start, tracker.flops - flops)
                 phases.append(replace(cost, since=since, share=(end - since) / last))

@@ -5,10 +5,11 @@ aside, on copies of its inputs, forward and backward; every call then gives tens
 results did, and moves the tracker's counts as it did: the peak within, the operations, what the
 graph keeps. Of one kind are blocks of the same structure (alike.py) under the same adapter, with
 the same parameters trained and inputs that lie alike; in backward besides: gradients that come in
-alike, the same inputs held by others too, and the same parameters with a gradient already.
+alike, the same inputs held by others too, the same parameters with a gradient already, and the same
+whose gradient from elsewhere waits for this one. What only some results need goes with those.
 
 A call that can't be told exactly so is run as it is: hooks within the block, results that are views
-of inputs, anything else that stays behind.
+of inputs, inputs with values and a gradient, anything else that stays behind.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +33,21 @@ from stepdistill.planning.fakes import Shapes, fresh
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.roles.rolebank import RoleBank
 
+_MOST_RESULTS = 3  # of a block, for what the graph of each choice of them keeps to be found
+
 
 @dataclass(frozen=True)
 class _Place:
     """Stands for the tensor of that number among a call's inputs or results."""
 
     number: int
+
+
+class _Kept(NamedTuple):
+    """By a graph: the numbers of input storages, and bytes besides."""
+
+    inputs: tuple[int, ...]
+    unfreed: int
 
 
 class _Backward(NamedTuple):
@@ -52,17 +63,21 @@ class _Backward(NamedTuple):
 
 @dataclass
 class _Record:
-    """peak: above what lived before. result: a tree of plain values and places. held: numbers of
-    the input storages that the graph keeps, and unfreed: bytes that it keeps besides."""
+    """peak: above what lived before. result: a tree of plain values and places. kept: by the graph
+    of those of the differentiable results."""
 
     peak: int
     flops: int
     out: Shapes
     result: tuple[list[Any], Any]
     differentiable: tuple[bool, ...]
-    held: tuple[int, ...] = ()
-    unfreed: int = 0
+    kept: dict[tuple[int, ...], _Kept] = field(default_factory=dict)
     backward: dict[Any, _Backward] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """Numbers of the differentiable results."""
+        return tuple(i for i, d in enumerate(self.differentiable) if d)
 
     def filled_with(self, tensors: Sequence[Tensor]) -> Any:
         """The block's result of those tensors."""
@@ -102,6 +117,8 @@ class Replay:
             return forward(*args, **kwargs)
         inputs: list[Tensor] = []
         given = self._likeness.plain((args, kwargs), inputs)
+        if _reaches_out((args, kwargs), inputs):
+            return forward(*args, **kwargs)
         params = [p for p in parameters if p.requires_grad]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*params, *inputs))
         call = _Call(self, forward, (args, kwargs), inputs, params)
@@ -128,11 +145,7 @@ class Replay:
         record = self._records[kind]
         if record is None:
             return forward(*args, **kwargs)
-        tensors = (
-            _Played.apply(_Playback(call, record), *inputs, *params)  # type: ignore[no-untyped-call]
-            if grad
-            else record.out.made(self.mode)
-        )
+        tensors = _Playback(call, record).results(inputs) if grad else record.out.made(self.mode)
         tracker.flops += record.flops
         tracker.peak = max(tracker.peak, start + record.peak)
         return record.filled_with(tensors)
@@ -145,6 +158,14 @@ class Replay:
             yield
         finally:
             self.tracker.peak, self.tracker.flops = peak, flops
+
+
+def _reaches_out(given: Any, inputs: Sequence[Tensor]) -> bool:
+    """Whether a tensor that is none of the inputs has a gradient, as a padded batch, which has
+    values: backward on copies of the inputs would go on through the graph that made it."""
+    known = {id(one) for one in inputs}
+    leaves = (one for one in tree_leaves(given) if isinstance(one, Tensor))
+    return any(one.requires_grad and id(one) not in known for one in leaves)
 
 
 def _record(out: Any, others: Sequence[Tensor], peak: int) -> _Record | None:
@@ -218,30 +239,63 @@ class _Call:
         if record is None:
             return None
         record.flops = tracker.flops - flops
-        record.unfreed = tracker.live - before - record.out.nbytes
-        graph = [x.grad_fn for x in tree_leaves(out) if isinstance(x, Tensor)]
-        live = tracker.live
-        del out
-        if live - tracker.live != record.out.nbytes:
-            return None  # a graph that keeps its result
-        storages = range(len(self.shapes.storages))
-        record.held = tuple(i for i in storages if self._drop(copies, i))
-        graph.clear()
+        out, wanted = [x for x in tree_leaves(out) if isinstance(x, Tensor)], record.wanted
+        kept = self._kept(copies, out, wanted, tracker.live - record.out.nbytes, before)
+        if kept is None:
+            return None
+        record.kept[wanted] = kept
+        for count in range(1, len(wanted) if len(wanted) <= _MOST_RESULTS else 0):
+            for some in combinations(wanted, count):
+                copies = self._copies()
+                before = tracker.live
+                out = [x for x in tree_leaves(self._run(copies)) if isinstance(x, Tensor)]
+                kept = self._kept(copies, out, some, None, before)
+                if kept is not None:
+                    record.kept[some] = kept
         return record
 
+    def _kept(
+        self,
+        copies: list[Any],
+        out: list[Tensor],
+        some: Sequence[int],
+        left: int | None,
+        before: int,
+    ) -> _Kept | None:
+        """By the graph of some of the results, all of which, and the inputs, are let go of.
+
+        Args: left: bytes that live then; None for whatever it is. before: as the call began.
+        Returns: None where others are left: of a graph that keeps its result.
+        """
+        graph = [out[i].grad_fn for i in some]
+        out.clear()
+        live = self.tracker.live
+        if left is not None and live != left:
+            return None
+        storages = range(len(self.shapes.storages))
+        held = tuple(i for i in storages if self._drop(copies, i))
+        graph.clear()
+        return _Kept(held, live - before)
+
     def gradients(
-        self, record: _Record, grads: Sequence[Tensor | None], elsewhere: tuple[bool, ...]
+        self,
+        record: _Record,
+        grads: Sequence[Tensor | None],
+        elsewhere: tuple[int, ...],
+        waiting: tuple[int, ...],
     ) -> tuple[_Backward, list[Tensor | None]]:
         """Of the inputs and the parameters, for gradients of the differentiable results.
 
-        Args: elsewhere: of each storage the graph held, whether others hold it too.
+        Args: elsewhere: numbers of the storages the graph held that others hold too. waiting: of
+            the parameters whose gradient from elsewhere waits for theirs from here; they get none,
+            for what is added up lies as what waits.
         """
         given = [g for g in grads if g is not None]
         shapes, arrived = Shapes.of(given), tuple(g is not None for g in grads)
-        key = (shapes, arrived, elsewhere, tuple(p.grad is None for p in self.params))
+        key = (shapes, arrived, elsewhere, waiting, tuple(p.grad is None for p in self.params))
         if key not in record.backward:
             with self.replay.aside():
-                record.backward[key] = self._backward(record, shapes, arrived, elsewhere)
+                record.backward[key] = self._backward(shapes, arrived, elsewhere, waiting)
         known = record.backward[key]
         storages = list({id(s): s for s in (g.untyped_storage() for g in given)}.values())
         made = iter([*known.of_inputs.made(self.mode, storages), *known.of_params.made(self.mode)])
@@ -250,14 +304,15 @@ class _Call:
 
     def _backward(
         self,
-        record: _Record,
         grads: Shapes,
         arrived: tuple[bool, ...],
-        elsewhere: tuple[bool, ...],
+        elsewhere: tuple[int, ...],
+        waiting: tuple[int, ...],
     ) -> _Backward:
         """What the backward pass takes; leaves the parameters' gradients as they were."""
         before = [param.grad for param in self.params]
-        probe, bank = _Probe(self.tracker, self.mode, grads), self.replay.bank
+        shared = [self.params[i] for i in waiting]
+        probe, bank = _Probe(self.tracker, self.mode, grads, shared), self.replay.bank
         enabled, dtype = self.autocast
         with (
             torch.enable_grad(),
@@ -268,16 +323,16 @@ class _Call:
             out = tree_leaves(self._run(copies))
             out = [x for x in out if isinstance(x, Tensor) and x.requires_grad]
             out = [x for x, here in zip(out, arrived, strict=True) if here]
-            end = _Finish.apply(probe, *out)  # type: ignore[no-untyped-call]
+            end = _Finish.apply(probe, *out, *shared)  # type: ignore[no-untyped-call]
         out.clear()
-        needed = {i for i, here in zip(record.held, elsewhere, strict=True) if here}
         for i in range(len(self.shapes.storages)):
-            if i not in needed:
+            if i not in elsewhere:
                 self._drop(copies, i)
         end.backward()
         probe.ended([])
         param_grads = [
-            p.grad if b is None else None for p, b in zip(self.params, before, strict=True)
+            p.grad if b is None and i not in waiting else None
+            for i, (p, b) in enumerate(zip(self.params, before, strict=True))
         ]
         for param, grad in zip(self.params, before, strict=True):
             param.grad = grad
@@ -291,20 +346,27 @@ class _Call:
 class _Probe:
     """What lies between the gradients' coming in at a block's end and their leaving it."""
 
-    def __init__(self, tracker: CostTracker, mode: FakeTensorMode, arriving: Shapes) -> None:
-        self.tracker, self.mode, self.arriving = tracker, mode, arriving
+    def __init__(
+        self,
+        tracker: CostTracker,
+        mode: FakeTensorMode,
+        arriving: Shapes,
+        shared: Sequence[nn.Parameter],
+    ) -> None:
+        self.tracker, self.mode, self.arriving, self.shared = tracker, mode, arriving, shared
         self.peak, self.flops = -1, 0
         self.filled: list[int] = []
         self.grads = Shapes((), ())
 
     def begun(self) -> list[Tensor]:
-        """The gradients that come in."""
+        """The gradients that come in, and those that wait."""
         made = self.arriving.made(self.mode)
         storages = {id(s): s for s in (g.untyped_storage() for g in made)}.values()
         self._storages = [weakref.ref(storage) for storage in storages]
+        waiting = [fresh(self.mode, param.shape, param.dtype) for param in self.shared]
         self.tracker.reset_peak()
         self._start, self._flops = self.tracker.live, self.tracker.flops
-        return made
+        return made + waiting
 
     def ended(self, grads: Sequence[Tensor | None]) -> None:
         """Counts, the first time."""
@@ -345,35 +407,94 @@ class _Finish(Function):
 
 
 class _Playback:
-    """What the graph holds of a call that is played back."""
+    """What the graph holds of a call that is played back. waiting: numbers of the parameters whose
+    gradient from elsewhere waits for theirs from here."""
 
     def __init__(self, call: _Call, record: _Record) -> None:
         self.call, self.record = call, record
-        self.held: list[list[Tensor]] = []
-        self.held_bytes: Tensor | None = None
+        self.waiting: set[int] = set()
+        self._alive, self._kept = record.wanted, record.kept[record.wanted]
+        self._held: dict[int, list[Tensor]] = {}
+        self._bytes: Tensor | None = None
+        self._ended = False
+
+    def results(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The call's, each of several with a node of its own, that goes when nothing needs it."""
+        out = _Played.apply(self, *inputs, *self.call.params)  # type: ignore[no-untyped-call]
+        if len(self._alive) == 1:
+            return list(out)
+        nodes = [_Result if d else None for d in self.record.differentiable]
+        return [
+            x if node is None else node.apply(self, i, x)  # type: ignore[no-untyped-call]
+            for i, (node, x) in enumerate(zip(nodes, out, strict=True))
+        ]
 
     def begin(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The results; holds what the block's own graph would."""
         places = self.call.shapes.tensors
-        for i in self.record.held:
-            self.held.append([t for t, place in zip(inputs, places, strict=True) if place[0] == i])
-        if self.record.unfreed:
-            self.held_bytes = fresh(self.call.mode, [self.record.unfreed], torch.uint8)
+        for i in self._kept.inputs:
+            self._held[i] = [t for t, place in zip(inputs, places, strict=True) if place[0] == i]
+        self._hold(self._kept)
         return self.record.out.made(self.call.mode)
+
+    def _hold(self, kept: _Kept) -> None:
+        """No more than that."""
+        self._kept, self._bytes = kept, None
+        for i in self._held.keys() - {*kept.inputs}:
+            del self._held[i]
+        if kept.unfreed:
+            self._bytes = fresh(self.call.mode, [kept.unfreed], torch.uint8)
+            self.call.tracker.watch([self._bytes])
+
+    def lose(self, result: int) -> None:
+        """Nothing needs that result any more: what it alone kept in the graph goes.
+
+        Not what made inputs that only it needs: joint blocks have none.
+        """
+        self._alive = tuple(i for i in self._alive if i != result)
+        kept = self.record.kept.get(self._alive)
+        if kept is not None and not self._ended:
+            self._hold(kept)
+
+    def share(self, leaf: Tensor) -> None:
+        """A gradient of that parameter waits for one from here."""
+        self.waiting |= {i for i, param in enumerate(self.call.params) if param is leaf}
 
     def end(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients; lets go of what the graph held."""
         tracker = self.call.tracker
         start, peak, elsewhere = tracker.live, tracker.peak, []
-        for tensors in self.held:
+        for i in self._kept.inputs:
             live = tracker.live
-            tensors.clear()
-            elsewhere.append(tracker.live == live)
-        self.held_bytes = None
-        known, made = self.call.gradients(self.record, grads, tuple(elsewhere))
+            self._held.pop(i).clear()
+            if tracker.live == live:
+                elsewhere.append(i)
+        self._bytes, self._ended = None, True
+        waiting = tuple(sorted(self.waiting))
+        known, made = self.call.gradients(self.record, grads, tuple(elsewhere), waiting)
         tracker.peak = max(peak, start + known.peak)
         tracker.flops += known.flops
         return made
+
+
+class _Result(Function):
+    """One result of a call that is played back; its node lives for as long as it is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, playback: _Playback, number: int, made: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.token = _Token()
+        weakref.finalize(ctx.token, playback.lose, number)
+        (same,) = Shapes.of([made]).made(playback.call.mode, [made.untyped_storage()])
+        return same  # no view, which could not be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        return (None, None, grad)
+
+
+class _Token:
+    """Lives with a node of the graph."""
 
 
 class _Played(Function):
@@ -394,3 +515,36 @@ class _Played(Function):
         wanted = ctx.playback.record.differentiable
         arrived = [g for g, d in zip(grads, wanted, strict=True) if d]
         return (None, *ctx.playback.end(arrived))
+
+
+def backward(loss: Tensor) -> None:
+    """As loss.backward(): calls that are played back are told of the gradients that wait for
+    theirs, those of parameters that other parts of the graph use, too.
+
+    Autograd adds such gradients up as each is made, not when the block is done.
+    """
+    users: dict[Any, list[Any]] = {}
+    todo: list[Any] = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen = {*todo}
+    while todo:
+        node = todo.pop()
+        for after in {edge for edge, _ in node.next_functions} - {None}:
+            if hasattr(after, "variable"):
+                users.setdefault(after, []).append(node)
+            elif after not in seen:
+                seen.add(after)
+                todo.append(after)
+    for leaf, nodes in users.items():
+        played = [node for node in nodes if isinstance(node, _Played._backward_cls)]
+        for node in nodes if played and len(nodes) > 1 else ():
+            node.register_hook(partial(_arrived, leaf, node.next_functions, played))
+    loss.backward()
+
+
+def _arrived(
+    leaf: Any, edges: Any, played: Sequence[Any], grads: Sequence[Tensor | None], _out: Any
+) -> None:
+    """Tells calls that are played back of a gradient of that leaf, where a node gave one."""
+    if any(edge[0] is leaf and g is not None for edge, g in zip(edges, grads, strict=True)):
+        for node in played:
+            node.playback.share(leaf.variable)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from support.runs import teacher_dir
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stepdistill.config.run import RunConfig
 from stepdistill.planning.fakes import Shapes, fresh
 from stepdistill.planning.forecast import _to_fake, _traced
-from stepdistill.planning.replay import Replay
+from stepdistill.planning.replay import Replay, backward
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.testing.tiny import TINY_FAMILY
 
@@ -93,6 +93,61 @@ def test_a_block_of_another_number_is_another() -> None:
     options = [{"scale": float(i)} for i in range(5)]
     (as_it_is, _), (replayed, runs) = (counted(r, *options, grad=False) for r in (False, True))
     assert (replayed, runs) == (as_it_is, 5)
+
+
+class Pair(nn.Module):
+    """Of two streams that meet, with a table for each. No result is kept by its graph,
+    whose call would not be played back."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(entries, 8) for _ in range(2))
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        inner = self.proj(x + y + self.tables[0](rows))
+        return inner.sin(), self.proj(y * inner).sin() + self.tables[1](rows)
+
+
+class Chain(nn.Module):
+    """Pairs. lost: nothing needs the last one's second stream, and what follows is large. shared:
+    the first one's table is used again, and large. padded: its first stream has values."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        entries = 5000 if case == "shared" else 10
+        self.pairs, self.case = nn.ModuleList(Pair(entries) for _ in range(3)), case
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        first: Any = self.pairs[0]
+        x, y = first.proj(x).sin(), first.proj(x)
+        if self.case == "padded":
+            x = nn.utils.rnn.pad_sequence([*x], batch_first=True)
+            assert not isinstance(x, FakeTensor)
+        for pair in self.pairs:
+            x, y = pair(x, y, rows)
+        if self.case == "shared":
+            return (x + y) * first.tables[1](rows)
+        del y
+        return x.repeat(1, 1, 40).sin()
+
+
+@pytest.mark.parametrize("case", ["lost", "shared", "padded"])
+def test_results_let_go_of_and_parameters_shared_and_inputs_with_values(case: str) -> None:
+    counts = []
+    for replayed in (False, True):
+        mode, tracker = FakeTensorMode(allow_non_fake_inputs=True), CostTracker(remember=replayed)
+        with torch.device("meta"):
+            net = Chain(case)
+        _to_fake(net, mode)
+        if replayed:
+            Replay(tracker, mode).wrap(net.pairs)
+        tracker.watch(net.parameters())
+        with tracker:
+            rows = fresh(mode, (4, 16), torch.int64)
+            backward(net(fresh(mode, (4, 16, 8), torch.float32), rows).sum())
+        counts.append([tracker.peak, tracker.flops, tracker.live])
+    assert counts[0] == counts[1]
 
 
 def test_a_view_of_the_input_is_run_as_it_is() -> None:
