@@ -125,7 +125,9 @@ class WanImageToVideoFamily(WanFamily):
             rows["frame"].append(made[1])
             if "frame_tokens" in rows:
                 rows["frame_tokens"].append(pipe.encode_image(picture, at))
-        image_conditions = {name: torch.cat(values).to(device) for name, values in rows.items()}
+        # Prompts that were encoded on the host wait there for the run to fetch them; these do not.
+        home = at if device.type == "cpu" else device
+        image_conditions = {name: torch.cat(values).to(home) for name, values in rows.items()}
         return Cond({"prompt_embeds": cond["prompt_embeds"], **image_conditions})
 
     # -------------------------------------------------------------- checking

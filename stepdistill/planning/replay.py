@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import Function, once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stepdistill.planning.alike import PLAIN, Likeness
@@ -185,6 +186,14 @@ def _record(out: Any, others: Sequence[Tensor], peak: int) -> _Record | None:
     return _Record(peak, 0, Shapes.of(tensors), (result, spec), grads)
 
 
+def _uncounted(value: Any) -> Any:
+    """A copy of a tensor with values, such as a time: who keeps the call keeps none that counts."""
+    if not isinstance(value, Tensor):
+        return value
+    with _disable_current_modes():
+        return value.detach().clone()
+
+
 class _Call:
     """How to run a call of a block again on copies of its inputs; holds no tensor of its graph."""
 
@@ -201,7 +210,9 @@ class _Call:
         self.shapes = Shapes.of(inputs)
         self.differentiable = [t.requires_grad for t in inputs]
         number = {id(t): i for i, t in enumerate(inputs)}
-        self._given = tree_map(lambda x: _Place(number[id(x)]) if id(x) in number else x, given)
+        self._given = tree_map(
+            lambda x: _Place(number[id(x)]) if id(x) in number else _uncounted(x), given
+        )
         self.autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         self.adapter = None if replay.bank is None else replay.bank.active
 

@@ -94,7 +94,7 @@ def one_process(job: Job, teacher: Path, factory: Any) -> Seen:
     return _ONES[job.name]
 
 
-@pytest.mark.full
+@pytest.mark.every  # a quarter of an hour; `full` holds two processes to one in a run of each kind
 @pytest.mark.parametrize("world", [2, 3])
 def test_gloo_equality_table(world, tmp_path, tmp_path_factory) -> None:
     """Every row: gradients, and weights after two to twenty steps at learning rate 1e-3."""
