@@ -3,9 +3,9 @@
 Construction, batches, losses, backward, clipping, AdamW, averages, log lines and checkpoints of the
 real trainer. What may read the device stands in READERS, what can't run there in two tables below.
 `-m every` runs every case of a method on every family, which takes an hour; `-m full` every method
-on each kind of network, and every family both ways of running; by default a fixed sample meets
-every method and layout, both ways and each kind of network. That no family's call waits is shown of
-all in tests/families.
+with a transformer told prompts and one told labels, and every family both ways of running; by
+default a fixed sample meets every method and layout, both ways and each kind of network. That no
+family's call waits is shown of all in tests/families.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ IN_FULL = {
     *covering(
         CELLS,
         lambda cell: {
-            (METHOD_CASES[cell[0]].method, cell[1] if cell[1] in KINDS else None),
+            (METHOD_CASES[cell[0]].method, cell[1] if cell[1] in ("sd3", "dit") else None),
             (cell[1], cell[3]),
             cell[0],
         },

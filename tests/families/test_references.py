@@ -206,7 +206,7 @@ def test_2511_tells_its_references_another_time(make_family) -> None:
     assert float((answer(family, cond) - told_zero).abs().max()) > 1e-4
 
 
-@pytest.mark.full
+@pytest.mark.every
 @pytest.mark.parametrize("several", [False, True])
 def test_parity_at_the_stock_calls_own_megapixel(several, monkeypatch) -> None:
     """By the stock rule of sizes; tiny models go elsewhere by a smaller one."""
