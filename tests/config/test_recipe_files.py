@@ -287,7 +287,9 @@ def test_own_validations_cost_under_two_percent(name: str) -> None:
     if plan.model == "sdxl":
         passes = plan.flops_per_step / SDXL_PASS
         assert (reference + count * each) / (passes * run.max_train_steps) < PROMISED_SHARE
-        assert rows_per_step == pytest.approx(passes, rel=0.2)  # counted rows are passes, about
+        assert rows_per_step < 1.2 * passes
+        if not plan.judges and "disc" not in plan.trained:  # whose steps are dearer than their rows
+            assert rows_per_step == pytest.approx(passes, rel=0.2)  # rows are passes, about
 
 
 def test_plan_of_a_recipe_alone_needs_neither_torch_nor_its_models_name() -> None:
