@@ -87,7 +87,8 @@ def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) ->
     record = json.loads((out / RECORD).read_text())
     values = {"num_inference_steps": 4, "guidance_scale": trainer.family.stock_guidance(1.0)}
     typed = {name: values[name] for name in trainer.family.typed}
-    assert record["typed"] == {**typed, **trainer.family.length_call}
+    own = trainer.family.length_call | trainer.family.guided_call(1.0)
+    assert record["typed"] == {**typed, **own}
 
     subject = 0 if trainer.family.conditioning == "label" else "a test"
     expected, extras = in_memory(trainer, spec, subject), trainer.family.call_extras

@@ -94,8 +94,10 @@ CALLS: dict[str, list[tuple[str, int, bool]]] = {
     ],
     # The sample that rewards judge is the anchor's, or one step's of the student's own sampler.
     "feedback": [("student", BSZ, True), ("reference", BSZ, False)],
+    # A reward sees a sample of four steps, and its gradient goes through the last.
     "lcm_reward": [
-        ("student", BSZ, True), TEACHER, ("student", BSZ, False), ("student", BSZ, True),
+        ("student", BSZ, True), TEACHER, ("student", BSZ, False),
+        *[("student", BSZ, False)] * 3, ("student", BSZ, True),
     ],
     "meanflow": [TEACHER, ("student", BSZ, True), ("student", BSZ, False)],
     "rcm": [
@@ -124,7 +126,14 @@ HOST = {
     ("slimflow.py", "trained_times"),
     ("order.py", "_permutation"),
     ("path.py", "renoise"),  # on the CPU alone
+    # Pictures are prepared for their encoder on the host, once each.
+    ("beside.py", "pictures"),
+    ("encoded.py", "image_key"),
+    ("image_processor.py", "preprocess"),
+    ("image_processor.py", "pt_to_numpy"),
 }
+# Samples that are ranked are drawn without a graph; the step that is learnt from is asked again.
+ASKED_AGAIN = ("online_preference",)
 READS = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "cpu", "numpy")
 
 
@@ -213,7 +222,8 @@ def iteration(case: str, monkeypatch: Any, tmp_path: Any, factory: Any) -> Itera
 def test_an_iteration_calls_its_networks_so(case, monkeypatch, tmp_path, tmp_path_factory) -> None:
     seen = iteration(case, monkeypatch, tmp_path, tmp_path_factory)
     assert seen.calls == CALLS.get(case, seen.calls)
-    assert len(set(seen.inputs)) == len(seen.inputs), "a network was asked the same twice"
+    if case not in ASKED_AGAIN:
+        assert len(set(seen.inputs)) == len(seen.inputs), "a network was asked the same twice"
     assert seen.reads <= HOST, "reading a tensor would wait for the device"
 
 
