@@ -126,6 +126,8 @@ HOST = {
     ("slimflow.py", "trained_times"),
     ("order.py", "_permutation"),
     ("path.py", "renoise"),  # on the CPU alone
+    ("consistency.py", "_sampler"),
+    ("grid.py", "visit"),
     # Pictures are prepared for their encoder on the host, once each.
     ("beside.py", "pictures"),
     ("encoded.py", "image_key"),
