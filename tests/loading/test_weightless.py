@@ -34,7 +34,9 @@ def test_encodings_without_the_denoiser_s_weights(name, tmp_path, tmp_path_facto
     whole = load_family(source)
     family = load_encoders(stripped(source, tmp_path / "model", whole.net_name), CPU)
     assert family.sample_shape() == whole.sample_shape()
-    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sound = whole.output == "audios"
+    size = (whole.channels, whole.num_samples) if sound else (3, 32, 32)
+    image = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     facts, told = [], ["a red cube", ""] if whole.conditioning == "prompt" else [0, 1]
     for each in (whole, family):
         with torch.no_grad():
