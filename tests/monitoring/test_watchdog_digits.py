@@ -56,7 +56,7 @@ def test_a_fake_that_never_learns_is_told_by_its_lag_and_stopped_as_drift(
     teacher, tmp_path
 ) -> None:
     """The lag turns the push around long before samples are past saving."""
-    trainer = trainer_of(teacher, tmp_path, 0.0)
+    trainer = trainer_of(teacher, tmp_path, 1e-12)
     with pytest.raises(WatchdogStop, match=r"student: x0 drifts.* excess saturation .*checkpoint-"):
         trainer.train()
     alarms = {e["check"]: e for e in rows(tmp_path, "events.jsonl") if e["kind"] == "alarm"}
