@@ -35,9 +35,11 @@ from .data import (
 from .judge import JUDGE_FILE, Retrieval, train_retrieval
 from .ladder import measure
 from .model import build_pipeline
+from .nearest import save_beside_nearest
 from .training import train
 
 PICTURES, MEASURED, MADE = "pictures.zip", "measured.json", "made.json"
+BESIDE_NEAREST = "held_out.png"
 _WEBP_QUALITY = 70
 _ABOUT = """# Emoji: a small text-to-image teacher
 
@@ -71,7 +73,8 @@ def make_teacher(
 ) -> Path | None:
     """Train the teacher of the packages in `source`, from where an earlier call stopped.
 
-    Returns: OUTPUT_DIR/teacher once it is done; None where `seconds` were up before.
+    Returns: OUTPUT_DIR/teacher once it is done, beside a picture of held-out combinations; None
+    where `seconds` were up before.
     """
     budget = budget or Budget()
     if not (output_dir / "data").exists():
@@ -88,6 +91,7 @@ def make_teacher(
     if not measured.exists():
         result = measure(pipeline, emoji, Retrieval.load(judge))
         write_text(measured, json.dumps(result, indent=2) + "\n")
+    save_beside_nearest(output_dir / BESIDE_NEAREST, pipeline, emoji, Retrieval.load(judge))
     write_teacher(pipeline, emoji, output_dir, budget)
     return output_dir / "teacher"
 
