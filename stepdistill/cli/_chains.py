@@ -29,7 +29,8 @@ from stepdistill.core.stopping import PARENT
 class Stage:
     """One command of a chain. log: the run folder it logs to, or None where it has no log.
 
-    total: steps (or seconds, where `by_seconds`) it will take; 0 where unknown.
+    total: steps (or seconds, where `by_seconds`) it will take; 0 where unknown. processes: that
+    share it, by torchrun.
     """
 
     label: str
@@ -37,6 +38,17 @@ class Stage:
     log: Path | None = None
     total: float = 0
     by_seconds: bool = False
+    processes: int = 1
+
+    @property
+    def words(self) -> list[str]:
+        """As a process is started with them."""
+        launch: list[str] = []
+        if self.processes > 1:
+            launch = ["torch.distributed.run", "--standalone"]
+            launch += ["--nproc_per_node", str(self.processes), "-m"]
+        start = [sys.executable, "-m", *launch, "stepdistill.cli"]
+        return [*start, *self.command]
 
 
 class Chain:
@@ -53,8 +65,10 @@ class Chain:
         self.stage = self._left.pop(0)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         environment[PARENT] = str(os.getpid())
+        if self.stage.processes > 1:
+            del environment[PARENT]  # they are torchrun's children
         return subprocess.Popen(
-            [sys.executable, "-m", "stepdistill.cli", *self.stage.command],
+            self.stage.words,
             env=environment,
             stdout=self._file,
             stderr=subprocess.STDOUT,

@@ -7,8 +7,10 @@ fresh process that knows only Diffusers -> report. The students train side by si
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -38,7 +40,8 @@ from stepdistill.storage.owner import owned, refuse_owned
 from ._chains import Chain, Stage, watch
 
 STUDENT_STEPS = (1, 4)
-PAIR_FILES = ("*/manifest.json", "*/shard-*.safetensors", "*/.*")
+PAIRS, PAIRS_OUTPUT = "pairs", "pairs.txt"
+PAIR_FILES = ("manifest.json", "shard-*.safetensors", ".*")
 # Beside checkpoints and the export, which hold lists of their files.
 _OF_A_RUN = (*FILES, "config.yaml", "output.txt", ".checkpoint-*", ".step*", "validation/*.png",
              ".*.stepdistill-*")  # fmt: skip
@@ -105,16 +108,18 @@ def _run(
     console.print(f"[bold]2/4[/bold] students: {method} ({student}), for {steps_text}")
     subject.write_data(out / "data")
     if recipe.needs_pairs and not made_teacher.cached:
-        delete_made(out / "pairs", PAIR_FILES, "output_dir")  # another teacher's
-    chains = {}
+        delete_made(out / PAIRS, PAIR_FILES, "output_dir")  # another teacher's
+    stages = {}
     for steps, run in runs.items():
         delete_made(run, RUN_FILES, "output_dir")
-        stages = _stages(recipe, steps, out, run, subject, seconds, seed)
-        for stage in stages:
-            line = "  stepdistill " + " ".join(stage.command)
-            console.print(line, style="dim", highlight=False, soft_wrap=True)
-        chains[run.name] = Chain(run / "output.txt", stages)
-    watch(chains)
+        stages[run.name] = _stages(recipe, steps, out, run, subject, seconds, seed)
+    pairs = [_pairs(subject, out)] if recipe.needs_pairs else []
+    for stage in chain(pairs, *stages.values()):
+        line = "  stepdistill " + " ".join(stage.command)
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
+    if pairs:  # on every core: the students begin to learn at once, each on its own
+        watch({subject.name: Chain(out / PAIRS_OUTPUT, pairs)})
+    watch({run.name: Chain(run / "output.txt", stages[run.name]) for run in runs.values()})
 
     console.print("[bold]3/4[/bold] judging teacher and students")
     rows = [judge.floor(subject.seeds), *_teacher_rows(subject, judge, made_teacher)]
@@ -151,6 +156,20 @@ def _run(
     return report
 
 
+def _pairs(subject: Subject, out: Path) -> Stage:
+    """The command that makes noise-image pairs for all students that learn from them."""
+    command = ["pairs", "--pretrained_model_name_or_path", str(out / "teacher")]
+    command += [
+        "--prompts_file",
+        str(out / "data" / "prompts.txt"),
+        "--pairs_dir",
+        str(out / PAIRS),
+    ]
+    command += ["--num_pairs", str(subject.num_pairs), "--num_steps", "8", "--batch_size", "256"]
+    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    return Stage("pairs", command, processes=min(cores, len(STUDENT_STEPS)))
+
+
 def _stages(
     recipe: MethodRecipe,
     steps: int,
@@ -160,20 +179,14 @@ def _stages(
     seconds: float | None,
     seed: int,
 ) -> list[Stage]:
-    """The commands that make one student: pairs and regression where the recipe has them."""
+    """The commands that train one student: first the regression where the recipe has one."""
     data = {
         "prompts": ("--data.prompts_file", out / "data" / "prompts.txt"),
         "images": ("--data.train_data_dir", out / "data"),
-        "pairs": ("--data.pairs_dir", out / "pairs" / run.name),
+        "pairs": ("--data.pairs_dir", out / PAIRS),
     }
     trainings = recipe.trainings(steps)
     stages = []
-    if any(training.data == "pairs" for training in trainings):
-        command = ["pairs", "--pretrained_model_name_or_path", str(out / "teacher")]
-        command += ["--prompts_file", str(data["prompts"][1]), "--pairs_dir", str(data["pairs"][1])]
-        command += ["--num_pairs", str(subject.num_pairs), "--num_steps", "8"]
-        command += ["--batch_size", "256"]
-        stages.append(Stage("pairs", command))
     for index, training in enumerate(trainings):
         training = equipped(training, subject, out)
         folder = run if index + 1 == len(trainings) else run / "first"
