@@ -33,8 +33,9 @@ from stepdistill.monitoring.step_signs import StepSigns
 from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.costs import Cost, Forecast
 from stepdistill.planning.fakes import fresh
+from stepdistill.planning.playback import backward
 from stepdistill.planning.quantized import pack
-from stepdistill.planning.replay import Replay, backward
+from stepdistill.planning.replay import Replay
 from stepdistill.planning.shards import gathered_bytes
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.rewards import build_scorers

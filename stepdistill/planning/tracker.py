@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ class CostTracker(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Start a new peak from what lives now."""
         self.peak = self.live
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within: peak and operations are no part of the count."""
+        peak, flops = self.peak, self.flops
+        try:
+            yield
+        finally:
+            self.peak, self.flops = peak, flops
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from stepdistill.config.run import RunConfig
 from stepdistill.planning.fakes import Shapes, fresh
 from stepdistill.planning.forecast import _to_fake, _traced
-from stepdistill.planning.replay import Replay, backward
+from stepdistill.planning.playback import backward
+from stepdistill.planning.replay import Replay
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.testing.tiny import TINY_FAMILY
 
