@@ -65,7 +65,7 @@ class ADD(LADD[ADDConfig]):
     paper = "Sauer et al. 2023, arXiv:2311.17042"
     Config = ADDConfig
     guidance_options = ("guidance",)
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {"adversarial_diffusion_distillation": {}}
     trainer = "AdversarialTrainer"
     data = "images"

@@ -39,7 +39,7 @@ class CTM(AnyEnd[CTMConfig]):
     name = "ctm"
     paper = "Kim et al. 2023, arXiv:2310.02279"
     Config = CTMConfig
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {"consistency_trajectory": {}}
     trainer = "TrajectorySegmentedTrainer"
     data = "images"

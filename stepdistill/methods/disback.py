@@ -85,7 +85,7 @@ class DisBack(ScoreDistillation[DisBackConfig]):
     name = "disback"
     paper = "Zhang et al. 2024, arXiv:2408.15991"
     Config = DisBackConfig
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {"distribution_backtracking": {}}
     digits = (
         Recipe(

@@ -46,7 +46,7 @@ class Feedback(Method[FeedbackConfig]):
     name = "feedback"
     paper = "Ren et al. 2024, arXiv:2404.13686; Xu et al. 2023, arXiv:2304.05977"
     Config = FeedbackConfig
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {"refl": {"trained_step": "last"}, "draft": {"trained_step": "last", "anchor": 0.0}}
     trainer = "PreferenceTrainer"
     needs_rewards = True

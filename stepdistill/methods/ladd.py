@@ -78,7 +78,7 @@ class LADD(Method[L], Generic[L]):
     name = "ladd"
     paper = "Sauer et al. 2024, arXiv:2403.12015"
     Config: ClassVar[type[LADDConfig]] = LADDConfig
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {"latent_adversarial": {}}
     trainer = "AdversarialTrainer"
     data = "images"

@@ -57,7 +57,7 @@ class ScaleDistill(Method[ScaleDistillConfig]):
     paper = "Noroozi et al. 2024, arXiv:2401.17258"
     Config = ScaleDistillConfig
     guidance_options = ("guidance",)
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {"yonos": {}, "yonos_sr": {}}
     trainer = "SuperResolutionTrainer"
     data = "lowres"

@@ -65,7 +65,7 @@ class SCott(Consistency):
     name = "scott"
     paper = "Liu et al. 2024, arXiv:2403.01505"
     Config = SCottConfig
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {"stochastic_consistency": {}}
     steps = (2, 4)
     digits = (Recipe("scott", jumps(1200)),)

@@ -72,7 +72,7 @@ class SiD(ScoreDistillation[SiDConfig]):
     paper = "Zhou et al. 2024, arXiv:2404.04057"
     Config = SiDConfig
     serves_part = True
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {
         "score_identity": {},
         "sid_lsg": {"fake_guidance": "long_short"},

@@ -71,7 +71,7 @@ class TDM(ScoreDistillation[TDMConfig]):
     name = "tdm"
     paper = "Luo et al. 2025, arXiv:2503.06674"
     Config = TDMConfig
-    status = "checked on analytic teachers"
+    status = "trained on real data here"
     aliases = {"trajectory_distribution_matching": {}}
     serves_part = True
     steps = (2, 4, 8)
