@@ -64,11 +64,12 @@ def _cell(cell: Cell, spread: bool) -> str:
 
 
 def keep(folder: Path) -> None:
-    """Copy rows and facts to KEPT, and a strip of each method's fewest steps to PICTURES."""
+    """Copy rows and facts to KEPT, curves and a strip of each method's fewest steps to PICTURES."""
     shutil.copytree(folder / "results", KEPT / "results", dirs_exist_ok=True)
     for name in ("comparison.json", "teacher_rows.json", "pairs_seconds.json"):
         shutil.copy(folder / name, KEPT / name)
     PICTURES.mkdir(exist_ok=True)
+    shutil.copy(folder / "curves.png", PICTURES.parent / "curves.png")
     comparison, drawn = read(folder), set[str]()
     for one in sorted(comparison.students, key=lambda one: one.steps or 0):
         if one.label not in drawn and one.previews:
