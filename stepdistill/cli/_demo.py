@@ -159,13 +159,10 @@ def _run(
 def _pairs(subject: Subject, out: Path) -> Stage:
     """The command that makes noise-image pairs for all students that learn from them."""
     command = ["pairs", "--pretrained_model_name_or_path", str(out / "teacher")]
-    command += [
-        "--prompts_file",
-        str(out / "data" / "prompts.txt"),
-        "--pairs_dir",
-        str(out / PAIRS),
-    ]
-    command += ["--num_pairs", str(subject.num_pairs), "--num_steps", "8", "--batch_size", "256"]
+    command += ["--prompts_file", str(out / "data" / "prompts.txt")]
+    command += ["--pairs_dir", str(out / PAIRS), "--num_pairs", str(subject.num_pairs)]
+    command += ["--num_steps", "7", "--solver", "multistep"]
+    command += ["--batch_size", "256"]
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     return Stage("pairs", command, processes=min(cores, len(STUDENT_STEPS)))
 

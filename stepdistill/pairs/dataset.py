@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from stepdistill.core.context import normal_rows, stable_seed
 from stepdistill.core.denoiser import Denoiser
+from stepdistill.core.options import PairSolver
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.stopping import stop_if_orphaned
 from stepdistill.core.times import uniform_grid
@@ -237,6 +238,7 @@ def generate_pairs(
     world_size: int = 1,
     progress: bool = True,
     kind: Literal["ode", "renoise"] = "ode",
+    solver: PairSolver = "ddim",
     until: float = 0.0,
     beside: RowsBeside | None = None,
 ) -> PairDataset | None:
@@ -247,6 +249,7 @@ def generate_pairs(
         encode, null: Family.encode and Family.null, or the like. Pair i has prompt i modulo theirs.
         teacher: JSON by which the teacher is known wherever it lies; None: by `model` alone.
         shape: (C, *S) of one latent. times: descending, from t = 1 where x is the prior.
+        solver: of the ODE, first order or second (SamplerSpec.multistep), a call a step.
         kind, until: of a student's own steps, with fresh noise between them, and where they stop.
         beside: the images that the prompts' rows have; then it encodes.
         rank, world_size: this process makes every world_size-th shard, from shard `rank`.
@@ -265,11 +268,11 @@ def generate_pairs(
         batch_size=batch_size,
         shard_size=shard_size,
         x0_dtype=x0_dtype,
-        solver="ddim" if kind == "ode" else kind,
+        solver=solver if kind == "ode" else kind,
         until=until,
         beside=() if beside is None else beside.layout,
     )
-    spec = SamplerSpec(settings.times, kind)
+    spec = SamplerSpec(settings.times, kind, multistep=settings.solver == "multistep")
 
     def solved(rows: Sequence[int]) -> Pairs:
         noise, texts = pair_noise(seed, rows, shape), [prompts[i % len(prompts)] for i in rows]

@@ -8,6 +8,7 @@ from typing import Any
 
 from stepdistill.config.tuning import Tuning
 from stepdistill.core.method import Role
+from stepdistill.core.options import PairSolver
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 from stepdistill.data.images import ImageFolderDataset, LabelFileDataset
@@ -39,6 +40,7 @@ def make_pairs(
     train_data_dir: str | Path | None = None,
     invert: str | Path | None = None,
     num_steps: int = 50,
+    solver: PairSolver = "ddim",
     guidance: float = 1.0,
     resolution: int | None = None,
     batch_size: int = 16,
@@ -77,6 +79,11 @@ def make_pairs(
     else:
         prompts = list(PromptDataset.from_file(str(prompts_file)).prompts)
     record = _student_record(source, num_steps, guidance, invert)
+    if solver != "ddim" and (invert is not None or record is not None):
+        raise ValueError(
+            "solver: expected ddim for real images inverted and for a student's own steps, got "
+            f"{solver}. Leave it out."
+        )
     with owned_by_first(Path(pairs_dir), "pairs_dir"):
         known_by = _same_teacher(Path(pairs_dir), source)
         state = process_state()
@@ -117,7 +124,8 @@ def make_pairs(
                 grid, times = record["grid"], tuple(record["times"])
                 until = (*grid, 0.0)[grid.index(times[-1]) + 1]
                 common |= {"times": times, "kind": record["kind"], "until": until, "guidance": 1.0}
-            generate_pairs(denoiser, encode, null, prompts, pairs_dir, count, seed=seed, **common)
+            common |= {"solver": solver, "seed": seed}
+            generate_pairs(denoiser, encode, null, prompts, pairs_dir, count, **common)
         state.wait_for_everyone()
         return Path(pairs_dir)
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from stepdistill.reporting.blocks import Strip
 from stepdistill.reporting.pictures import ink
 from stepdistill.reporting.plots import save_page
+from stepdistill.reporting.values import counted
 
 from .captions import caption
 from .data import Emoji, held_out_keys
@@ -47,7 +48,7 @@ def save_beside_nearest(
     samples = draw_samples(pipeline, captions, steps, guidance, seed).images
     near = nearest_trained(samples, emoji, net)
     rows = {
-        ("teacher", f"teacher, {steps} steps", f"guidance {guidance:g}"): samples,
+        ("teacher", f"teacher, {counted(steps, 'step')}", f"guidance {guidance:g}"): samples,
         ("real", "nearest it learned", "in the judge's features"): _pictures(emoji, near),
         ("real", "held out", "never trained on"): _pictures(emoji, torch.tensor(shown)),
     }
