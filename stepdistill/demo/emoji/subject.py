@@ -120,7 +120,7 @@ class EmojiSubject:
     data = "Fluent and Noto emoji, 64 x 64 px, with the names of emoji-datasource"
     seeds: Sequence[int] = (0, 1)
     seconds: float | None = 110.0  # of a network 24 times that of the digits
-    num_pairs = 3072
+    num_pairs = 2560
     aim_seconds = (300.0, 300.0)
     right = ("right caption", "right")
     scorers = (EmojiScorer.kind, HeldOutEmojiScorer.kind)
