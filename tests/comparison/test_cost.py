@@ -44,7 +44,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(DistillationTrainer, "save", saves)
     updates = taking(lambda *_: 1.0, DistillationTrainer._update)
     monkeypatch.setattr(DistillationTrainer, "_update", updates)
-    family = family_for("StableDiffusionPipeline")
+    family = family_for("StableDiffusion3Pipeline")
     encodes = taking(lambda _, rows, *__: 10.0 * len(rows), family.encode)
     monkeypatch.setattr(family, "encode", encodes)
     monkeypatch.setattr(cost, "clock", lambda: now[0])
