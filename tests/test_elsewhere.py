@@ -57,7 +57,7 @@ def process(where: Path, env: dict[str, str], *arguments: str) -> str:
 def test_it_is_found_by_list_and_by_the_matrix(installed, tmp_path) -> None:
     listed = run(tmp_path, installed, "list")
     assert "elsewhere.pull:Pull" in listed  # read without importing it, so without its other names
-    assert "AuraFlowPipeline" in listed
+    assert "elsewhere.aura_flow:AuraFlowFamily" in listed
     options = ["--collect-only", "-n", "0", "-m", "", "-k", "pull and aura_flow"]
     cells = process(ROOT, installed, "-m", "pytest", *options, "tests/test_matrix.py")
     assert "pull-aura_flow-lora" in cells
