@@ -367,3 +367,9 @@ class VEPath(NoisePath):
 
     def time_of_sigma(self, sigma: Tensor) -> Tensor:
         return (sigma.double() / self.sigma_max) ** (1.0 / self.rho)
+
+
+def flow_time(path: NoisePath, t: Tensor) -> Tensor:
+    """(B,) float64 rectified-flow time of path time t: sigma / (alpha + sigma)."""
+    alpha, sigma = path.coeffs(t)
+    return sigma / (alpha + sigma)

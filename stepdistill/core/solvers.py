@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepdistill.core.causal import Following
 from stepdistill.core.denoiser import Denoiser, Prediction, is_guided
-from stepdistill.core.path import NoisePath, VEPath, expand, full
+from stepdistill.core.path import VEPath, expand, flow_time, full
 from stepdistill.core.times import uniform_grid
 from stepdistill.core.types import Cond
 
@@ -319,7 +319,7 @@ def sample_x0(
             pred = denoiser(x, at(t), cond, null, guidance, w=w, s=end)
             x0 = boundary_x0(pred, spec.boundary_scale, spec.boundary_sigma)
         if spec.multistep:
-            tau, later = (_rectified(path, at(one)) for one in (t, s))
+            tau, later = (flow_time(path, at(one)) for one in (t, s))
             if before is not None:
                 slope = expand((later - tau) / (2.0 * (tau - before[1])), x0)
                 x0 = path.to_x0(pred.flow + slope * (pred.flow - before[0]), x, at(t), "flow")
@@ -342,12 +342,6 @@ def sample_x0(
         else:
             x = path.renoise(path.step(x0, x, at(t), cleaner), cleaner, at(s), fresh_noise(i))
     return x
-
-
-def _rectified(path: NoisePath, t: Tensor) -> Tensor:
-    """(B,) rectified-flow time of path times t, in which `.flow` is the derivative."""
-    alpha, sigma = path.coeffs(t)
-    return sigma / (alpha + sigma)
 
 
 def _by_chunks(

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepdistill.core.abilities import Abilities
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import MethodConfig
-from stepdistill.core.path import NoisePath
+from stepdistill.core.path import NoisePath, flow_time
 from stepdistill.losses.regression import DistanceName
 from stepdistill.losses.rewards import LPIPSOptions
 from stepdistill.methods.grid import (
@@ -21,7 +21,6 @@ from stepdistill.methods.grid import (
     Boundary,
     drawn_times,
     earlier_time,
-    flow_time,
     path_time,
 )
 

@@ -20,19 +20,13 @@ from torch import Tensor
 
 from stepdistill.core.denoiser import Denoiser, Prediction
 from stepdistill.core.method import Setting
-from stepdistill.core.path import NoisePath, VEPath, VPPath, full, rows
+from stepdistill.core.path import NoisePath, VEPath, VPPath, flow_time, full, rows
 from stepdistill.core.solvers import boundary_x0
 from stepdistill.core.times import logit_normal_times, shift_times
 from stepdistill.core.types import Cond
 
 Boundary = Literal["auto", "lcm", "cd", "none"]
 LOWEST = 1e-3  # of rectified-flow times drawn from laws on all of (0, 1), as FastGen clamps them
-
-
-def flow_time(path: NoisePath, t: Tensor) -> Tensor:
-    """(B,) float64 rectified-flow time of path time t: sigma / (alpha + sigma)."""
-    alpha, sigma = path.coeffs(t)
-    return sigma / (alpha + sigma)
 
 
 def path_time(path: NoisePath, tau: Tensor) -> Tensor:

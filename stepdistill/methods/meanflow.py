@@ -23,14 +23,14 @@ from torch import Tensor
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import FakeFit, Nets, Phase, Role, Setting
-from stepdistill.core.path import VPPath, expand
+from stepdistill.core.path import VPPath, expand, flow_time
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import per_sample
 from stepdistill.losses.score import surrogate
 from stepdistill.methods.digits import residual_recipe, score
-from stepdistill.methods.grid import drawn_times, flow_time, warn_end_is_told
+from stepdistill.methods.grid import drawn_times, warn_end_is_told
 from stepdistill.methods.judge import Judge
 from stepdistill.methods.meanflow_config import LADD, SCM, MeanFlowConfig
 from stepdistill.methods.residual import residual, residual_weight

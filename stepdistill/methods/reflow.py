@@ -24,14 +24,14 @@ from torch import Tensor
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
-from stepdistill.core.path import NoisePath, VEPath, full
+from stepdistill.core.path import NoisePath, VEPath, flow_time, full
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import grid_times, snapped_grid, uniform_times
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import distance, weighted_mean
 from stepdistill.methods.digits import regression
-from stepdistill.methods.grid import flow_time, path_time
+from stepdistill.methods.grid import path_time
 from stepdistill.methods.perceptual import judged, pair_distance
 from stepdistill.methods.reflow_config import ReflowConfig
 

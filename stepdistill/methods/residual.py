@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.core.denoiser import Prediction
-from stepdistill.core.path import expand, full
-from stepdistill.methods.grid import earlier_time, flow_time
+from stepdistill.core.path import expand, flow_time, full
+from stepdistill.methods.grid import earlier_time
 from stepdistill.methods.meanflow_config import MeanFlowConfig
 
 Average = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> u (B, C, *S), at a fixed r

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Method, MethodConfig, Nets, Phase, Role, ScorerSpec
-from stepdistill.core.path import NoisePath, full
+from stepdistill.core.path import NoisePath, flow_time, full
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.times import snapped_grid, u_shaped_times
@@ -33,7 +33,7 @@ from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import sample_huber
 from stepdistill.losses.rewards import LPIPSOptions
 from stepdistill.methods.digits import regression
-from stepdistill.methods.grid import flow_time, path_time
+from stepdistill.methods.grid import path_time
 
 
 class RFPPConfig(MethodConfig):

@@ -18,7 +18,6 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from stepdistill.comparison.results import Comparison, read
@@ -80,7 +79,7 @@ def keep(folder: Path) -> None:
 
 
 def _strip(pictures: Sequence[str]) -> Image.Image:
-    return Image.fromarray(np.asarray(contact(pictures)))
+    return Image.fromarray(contact(pictures))
 
 
 def train(folder: Path, seeds: Sequence[int]) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
-from stepdistill.core.path import FlowPath, VEPath, expand
+from stepdistill.core.path import FlowPath, VEPath, expand, flow_time
 from stepdistill.core.solvers import sample_x0
 from stepdistill.core.types import Cond
 from stepdistill.methods import METHODS
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
-from stepdistill.methods.grid import flow_time, path_time
+from stepdistill.methods.grid import path_time
 from stepdistill.methods.meanflow import SCM, MeanFlow
 from stepdistill.methods.meanflow_config import MeanFlowConfig
 from stepdistill.methods.residual import residual, scm_weight

@@ -13,11 +13,11 @@ from torch import Tensor
 from stepdistill.config.run import RunConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.method import Setting
-from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand
+from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath, expand, flow_time
 from stepdistill.core.solvers import sample_x0
 from stepdistill.core.types import Batch, Cond
 from stepdistill.methods import METHODS
-from stepdistill.methods.grid import flow_time, path_time
+from stepdistill.methods.grid import path_time
 from stepdistill.methods.reflow import Reflow
 from stepdistill.methods.reflow_config import ReflowConfig
 from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher

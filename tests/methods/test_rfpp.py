@@ -15,13 +15,12 @@ from methods.test_reflow import FLOW, MU, PATHS, VP, Ctx64, Straight, pairs, pur
 from stepdistill.config.layers import merge
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import Setting
-from stepdistill.core.path import VEPath, expand
+from stepdistill.core.path import VEPath, expand, flow_time
 from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import u_shaped_times
 from stepdistill.core.types import Cond
 from stepdistill.export.schedulers import stock_sampler
 from stepdistill.losses.regression import sample_huber
-from stepdistill.methods.grid import flow_time
 from stepdistill.methods.rfpp import RFPP, RFPPConfig
 from stepdistill.testing.analytic import AnalyticNets, GaussianTeacher
 

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.runs import teacher_dir
 
@@ -34,3 +35,20 @@ def test_another_teacher_at_the_path_is_refused_and_a_moved_one_goes_on(
     monkeypatch.setattr("stepdistill.pairs.teacher.load_family", None)  # no weight is read
     with pytest.raises(ValueError, match=f"pairs: expected the teacher .* content of {UNET} in"):
         make(moved, 3)
+
+
+def test_a_set_is_of_one_solver_and_an_inversion_has_none(tmp_path, tmp_path_factory) -> None:
+    teacher, folder = teacher_dir("sd_v", tmp_path_factory), tmp_path / "pairs"
+    (tmp_path / "p.txt").write_text("a\n")
+    options = {"num_pairs": 1, "num_steps": 3, "batch_size": 1}
+    make_pairs(teacher, tmp_path / "p.txt", folder, solver="multistep", **options)
+    made = load_file(folder / "shard-00000.safetensors")["x0"]
+    make_pairs(teacher, tmp_path / "p.txt", tmp_path / "ddim", **options)
+    assert not made.equal(load_file(tmp_path / "ddim" / "shard-00000.safetensors")["x0"])
+    with pytest.raises(ValueError, match="another solver"):
+        make_pairs(teacher, tmp_path / "p.txt", folder, **options)
+    (tmp_path / "real").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "real" / "0.png")
+    (tmp_path / "real" / "0.txt").write_text("a")
+    with pytest.raises(ValueError, match="solver: expected ddim for real images inverted"):
+        make_pairs(teacher, None, tmp_path / "x", invert=tmp_path / "real", solver="multistep")

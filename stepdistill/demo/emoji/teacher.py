@@ -87,11 +87,10 @@ def make_teacher(
     judge = output_dir / JUDGE_FILE.name
     if not judge.exists():
         write_atomic(judge, train_retrieval(emoji, seed=budget.seed).save)
-    measured = output_dir / MEASURED
+    net, measured = Retrieval.load(judge), output_dir / MEASURED
     if not measured.exists():
-        result = measure(pipeline, emoji, Retrieval.load(judge))
-        write_text(measured, json.dumps(result, indent=2) + "\n")
-    save_beside_nearest(output_dir / BESIDE_NEAREST, pipeline, emoji, Retrieval.load(judge))
+        write_text(measured, json.dumps(measure(pipeline, emoji, net), indent=2) + "\n")
+    save_beside_nearest(output_dir / BESIDE_NEAREST, pipeline, emoji, net)
     write_teacher(pipeline, emoji, output_dir, budget)
     return output_dir / "teacher"
 
