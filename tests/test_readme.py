@@ -103,6 +103,12 @@ def test_methods_are_compared_by_the_rows_that_are_kept() -> None:
     assert "\n".join(same_budget(comparison)) in METHODS_PAGE
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_shows_a_picture_once(name) -> None:
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page(name))
+    assert len(shown) == len(set(shown))
+
+
 def numbers(table: str) -> dict[str, list[list[str]]]:
     """First cell of each row -> the numbers of its others, deviations left out."""
     rows = [line.strip("| ").split("|") for line in table.splitlines() if line.startswith("| ")]

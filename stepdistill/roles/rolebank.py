@@ -33,7 +33,7 @@ from stepdistill.roles.carrying import Carrying
 from stepdistill.roles.checkpointing import Contexts, checkpoint_blocks, no_contexts
 from stepdistill.roles.heads import make_head
 from stepdistill.roles.role_denoiser import RoleDenoiser, forget_graphless_casts
-from stepdistill.roles.role_weights import copy_into, to_cpu
+from stepdistill.roles.role_weights import copy_into, local_tensor, to_cpu
 from stepdistill.roles.student_net import new_student
 
 BASE = "base"
@@ -275,8 +275,8 @@ class RoleBank(nn.Module):
     def mix(self, role: str, other: str, share: float) -> None:
         """See Nets.mix."""
         mine, theirs = self._members[role], self._members[other]
-        source = [theirs[name].data for name in mine]
-        torch._foreach_lerp_([p.data for p in mine.values()], source, share)
+        source = [local_tensor(theirs[name].data) for name in mine]
+        torch._foreach_lerp_([local_tensor(p.data) for p in mine.values()], source, share)
 
     def carrying(self, role: str, other: str, share: float) -> Nets:
         """See Nets.carrying."""

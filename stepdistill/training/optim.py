@@ -13,12 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from stepdistill.config.run import TrainConfig
-from stepdistill.roles.role_weights import full_tensor
+from stepdistill.roles.role_weights import local_tensor
 from stepdistill.roles.rolebank import RoleBank
 
 BLOCK, SMALLEST_8BIT = 256, 4096  # of bitsandbytes' 8-bit states
@@ -129,13 +131,26 @@ def reset_roles(bank: RoleBank, optimizer: Optimizer, roles: tuple[str, ...]) ->
             bank.ema_update(role, decay=0.0)
 
 
+@torch.no_grad()
 def clip_by_role(
     bank: RoleBank, roles: tuple[str, ...], default: float, by_role: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """Clip each role's gradients to its own norm; returns the norms before clipping."""
-    return {
-        role: full_tensor(
-            torch.nn.utils.clip_grad_norm_(bank.members(role).values(), by_role.get(role, default))
-        )
-        for role in roles
-    }
+    """Clip each role's gradients to its own norm; returns the norms before clipping.
+
+    As torch.nn.utils.clip_grad_norm_; of gradients in shards on each process's parts, with one
+    sum over all processes a role.
+    """
+    return {role: _clip(bank.members(role), by_role.get(role, default)) for role in roles}
+
+
+def _clip(params: Mapping[str, Tensor], limit: float) -> Tensor:
+    gradients = [param.grad for param in params.values() if param.grad is not None]
+    parts = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    norm = get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    if parts:
+        square = get_total_norm([local_tensor(part) for part in parts]).square()
+        dist.all_reduce(square, group=parts[0].device_mesh.get_group())
+        norm = (norm.to(square.device).square() + square).sqrt()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # always multiplied: no wait for the device
+    torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], factor)
+    return norm
