@@ -87,9 +87,7 @@ def _run(
 ) -> Report:
     started, console = time.monotonic(), Console()
     seconds = seconds or subject.seconds
-    if recipe.recipe.first is not None:
-        first = subject.first(recipe.recipe.first, seconds)
-        recipe = replace(recipe, recipe=replace(recipe.recipe, first=first))
+    recipe = recipe.with_first(lambda first: subject.first(first, seconds))
     sizes = [steps for steps in STUDENT_STEPS if steps in recipe.claims]
     runs = {steps: out / f"{method}_{student}_{steps}step" for steps in sizes}
     if not (out / "teacher").is_dir():

@@ -79,7 +79,8 @@ class DemoTeacher(TeacherSetup):
         return {name: served[name] for name in names}
 
     def trainings(self, student: Student) -> list[Training]:
-        return recipes()[student.recipe].trainings(student.trained_for)
+        made = recipes()[student.recipe].with_first(lambda first: self.subject.first(first, None))
+        return made.trainings(student.trained_for)
 
     def equipped(self, training: Training) -> Training:
         """See `equipped`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from stepdistill.config.files import method_config, resolve_method
 from stepdistill.config.layers import merge
 from stepdistill.core.method import COMMON_DATA, Data, Method
-from stepdistill.core.recipe import Recipe
+from stepdistill.core.recipe import First, Recipe
 from stepdistill.methods import METHODS
 from stepdistill.methods.gan import GANConfig
 
@@ -117,6 +117,12 @@ class MethodRecipe:
     def needs_pairs(self) -> bool:
         first = self.recipe.first
         return "pairs" in {self.method.data, *([METHODS[first.method].data] if first else [])}
+
+    def with_first(self, change: Callable[[First], First]) -> MethodRecipe:
+        """The same with its first training changed, where it has one."""
+        first = self.recipe.first
+        changed = None if first is None else change(first)
+        return replace(self, recipe=replace(self.recipe, first=changed))
 
     def settings(self, num_steps: int) -> dict[str, Any]:
         """The config file's content for a student of that many steps."""

@@ -391,6 +391,10 @@ class Method(ABC, Generic[C]):
         """Errors: ValueError for a run of max_steps student updates with stages that never come."""
         self.sampler_at(0, max_steps)
 
+    def check_student(self, begins_as_teacher: bool) -> None:
+        """Errors: ValueError for options that leave nothing to learn for a student that begins with
+        the teacher's weights, or else for one that doesn't (of other sizes, or trained before)."""
+
     def resets(self, step: int, max_steps: int) -> tuple[str, ...]:
         """Trained roles whose optimiser state is cleared before student step `step`.
 

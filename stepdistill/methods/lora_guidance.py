@@ -3,7 +3,8 @@
 Stage 1: one conditional pass equals the guided teacher, out_student(x_t, t, c) = null + g (cond -
 null), for one g or for a g the student is told. The teacher is the student's base with its adapter
 off: one network in memory. Rounds after it halve the steps: the student's step from u to u - 1/N
-learns where two steps of the finished student of the round before lead.
+learns where two steps of the finished student of the round before lead. Without guidance, stage 1
+is teacher score matching of a student of other sizes (Song et al. 2024, arXiv:2410.23274).
 Sources: Meng et al. 2022, arXiv:2210.03142; Salimans & Ho 2022, arXiv:2202.00512; Golnari 2023,
 arXiv:2312.06899 (LoRA, one fixed g).
 Differs from the papers: the embedding of g starts at zero; states on the teacher's own trajectory
@@ -42,6 +43,7 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
     status = "trained on real data here"
     aliases = {
         "guidance_distillation": {},
+        "teacher_score_matching": {"guidance": 1.0},
         "progressive": {"num_steps": (32, 16, 8, 4), "anneal": True},
     }
     trainer = "LoRADistillationTrainer"
@@ -80,6 +82,16 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
 
     def learning_rate_scale(self, step: int, max_steps: int) -> float:
         return self.config.rate_scale(step, max_steps)
+
+    def check_student(self, begins_as_teacher: bool) -> None:
+        config = self.config
+        unguided = config.guidance == 1.0 and not config.embed_guidance
+        if begins_as_teacher and unguided and config.guidance_stage:
+            raise ValueError(
+                "guidance: expected a value other than 1 in the guidance stage, got 1: the teacher "
+                "is its own student. Set guidance_stage: false to halve steps alone, or train a "
+                "student of other sizes (tuning.student_config)."
+            )
 
     def loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """The loss of the stage that this step belongs to."""

@@ -90,11 +90,6 @@ class LoRAGuidanceConfig(MethodConfig):
             )
         if not self.guidance_stage and not steps:
             raise ValueError("num_steps: expected halving rounds without guidance_stage, got none.")
-        if self.guidance_stage and self.guidance == 1.0 and not self.embed_guidance:
-            raise ValueError(
-                "guidance: expected a value other than 1 in the guidance stage, got 1: the teacher "
-                "is its own student. Set guidance_stage: false to halve steps alone."
-            )
         check_stage_starts(self.stage_starts, len(self.stages))
         if self.stage_rates is not None and (
             len(self.stage_rates) != len(self.stages) or min(self.stage_rates) <= 0

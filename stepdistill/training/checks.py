@@ -258,11 +258,14 @@ def roles_fit(
             )
 
 
-def length_fits(
+def run_fits(
     cls: type[Method[Any]], config: MethodConfig, args: TrainConfig, teacher: TeacherFacts
 ) -> None:
-    """Errors: ValueError for a run that is too short for the method's stages."""
-    _quietly(cls, config, teacher).check_length(args.max_train_steps)
+    """Errors: ValueError for a run that is too short for the method's stages, or with nothing to
+    learn for its student."""
+    method = _quietly(cls, config, teacher)
+    method.check_length(args.max_train_steps)
+    method.check_student(args.tuning.student_changes is None and not args.init_student_from)
 
 
 def _mixing_fits(method: Method[Any], args: TrainConfig) -> None:

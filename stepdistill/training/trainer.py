@@ -114,7 +114,7 @@ class Trainer(Resumable):
             args.check_best_metric()
             data = (self.dataset, scorers, args.best_metric, self.gan_dataset, args.rewards)
             checks.method_fits(cls, config, facts, *data, args.resolution)
-            checks.length_fits(cls, config, args, facts)
+            checks.run_fits(cls, config, args, facts)
             checks.frames_fit(self.dataset, facts, args.resolution)
             checks.buckets_fit(self.dataset, self.gan_dataset, facts)
         checks.student_fits(cls, args.tuning, self.teacher)

@@ -23,7 +23,7 @@ from stepdistill.core.method import FIELDS
 from stepdistill.families.registry import teacher_facts
 from stepdistill.storage.bundled import bundled_names
 from stepdistill.testing.tiny import TINY_FAMILY
-from stepdistill.training.checks import method_fits, roles_fit
+from stepdistill.training.checks import method_fits, roles_fit, run_fits
 
 # Refused of these models whatever is settled, by the methods' files and what the error says.
 TEXT = "needs items with a prompt"  # a loss that reads text, of a model that reads none
@@ -63,6 +63,7 @@ def check(run: RunConfig, teacher: Path) -> None:
     kinds |= {one.kind: "" for one in run.rewards}
     judges = {n: PixelStandIn() if kind == "features" else _alike for n, kind in kinds.items()}
     method_fits(cls, config, facts, data, judges, rewards=run.rewards)
+    run_fits(cls, config, run, facts)
     roles_fit(cls, config, run, facts)
 
 

@@ -91,7 +91,6 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (LoRAGuidanceConfig, {"embed_guidance": True}, "exactly with embed_guidance"),
     (LoRAGuidanceConfig, {"num_steps": (4, 3)}, "halve"),
     (LoRAGuidanceConfig, {"num_steps": (0,)}, "halve"),
-    (LoRAGuidanceConfig, {"guidance": 1.0}, "its own student"),
     (LoRAGuidanceConfig, {"num_steps": (4,), "stage_rates": (1.0, 0.0)}, "stage_rates"),
     (LoRAGuidanceConfig, {"num_steps": (4,), "stage_rates": (1.0,)}, "stage_rates"),
     (MeanFlowConfig, {"h": 0.0049}, "h"),

@@ -385,7 +385,6 @@ def test_eps_students_stop_at_four_steps(steps) -> None:
         ({"num_steps": (8, 2)}, "counts that halve"),
         ({"num_steps": (3, 0)}, "counts that halve"),
         ({"guidance_stage": False}, "expected halving rounds"),
-        ({"guidance": 1.0}, "its own student"),
         ({"num_steps": (8, 4), "stage_starts": (0.5,)}, "2 rising numbers"),
         ({"num_steps": (4,), "stage_rates": (1.0,)}, "2 factors > 0"),
     ],
@@ -393,6 +392,17 @@ def test_eps_students_stop_at_four_steps(steps) -> None:
 def test_impossible_options_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         LoRAGuidanceConfig(**{"guidance": G, **options})
+
+
+def test_without_guidance_there_is_something_to_learn_for_another_student_alone() -> None:
+    """Then it is teacher score matching: zero at the teacher, not elsewhere."""
+    method = make(guidance=1.0)
+    method.check_student(begins_as_teacher=False)
+    make().check_student(begins_as_teacher=True)
+    with pytest.raises(ValueError, match="is its own student"):
+        method.check_student(begins_as_teacher=True)
+    assert loss_of(method, GaussianTeacher(VP, 0.5)) < 1e-18
+    assert loss_of(method, GaussianTeacher(VP, 0.9)) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["lora_guidance", "progressive"])

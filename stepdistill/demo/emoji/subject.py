@@ -35,6 +35,7 @@ from .teacher import MADE, PICTURES, emoji_teacher, load_pictures, refuse_missin
 ONE_STEP_AIM = 1.5
 WIDE, NARROW = 400, 100  # prompts that ask for a distribution, and for one picture
 LONG = 600.0  # s: an update of `dmd2` takes four
+HALF_AS_WIDE = {"block_out_channels": [32, 64]}  # as the shipped teacher's UNet
 COLUMNS = 10  # of a row's pictures: one line narrow, one line wide
 
 
@@ -155,7 +156,11 @@ class EmojiSubject:
 
     def first(self, first: First, seconds: float | None) -> First:
         """See Subject; where a student's own training has time for a few updates alone, the first
-        one has it all: it comes further."""
+        one has it all: it comes further. A student of sizes of its own is half as wide."""
+        tuning = first.settings.get("tuning", {})
+        if "student_config" in tuning:
+            tuning = {**tuning, "student_config": HALF_AS_WIDE}
+            first = replace(first, settings={**first.settings, "tuning": tuning})
         if first.always or seconds is None or seconds > LONG:
             return first
         return replace(first, share=1.0, settings={**first.settings, "train_batch_size": 32})

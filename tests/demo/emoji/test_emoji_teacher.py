@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from stepdistill.demo.emoji import teacher as teacher_module
 from stepdistill.demo.emoji import training
 from stepdistill.demo.emoji.budget import Budget
 from stepdistill.demo.emoji.captions import caption
+from stepdistill.demo.emoji.data import SHIPPED
 from stepdistill.demo.emoji.judge import Retrieval
 from stepdistill.demo.emoji.subject import EmojiJudge, EmojiSubject
 from stepdistill.demo.emoji.teacher import emoji_teacher, load_pictures, make_teacher
@@ -91,11 +93,21 @@ def test_the_demo_has_its_data_and_both_kinds_of_prompts(folder, tmp_path) -> No
 def test_a_short_student_of_one_step_is_of_regression_alone(folder) -> None:
     subject, recipe = EmojiSubject(folder), recipe_for("dmd2", "full")
     for seconds, labels in ((100.0, ["regression"]), (3600.0, ["regression", "dmd2"])):
-        first = subject.first(recipe.recipe.first, seconds)
-        trainings = replace(recipe, recipe=replace(recipe.recipe, first=first)).trainings(1)
+        trainings = recipe.with_first(partial(subject.first, seconds=seconds)).trainings(1)
         assert [training.label for training in trainings] == labels
         assert sum(training.share for training in trainings) == 1
     assert [training.label for training in recipe.trainings(4)] == ["dmd2"]
+
+
+@pytest.mark.parametrize("seconds", [None, 100.0])
+def test_a_smaller_student_is_half_as_wide_as_this_teacher(seconds) -> None:
+    subject, slimflow = EmojiSubject(SHIPPED), recipe_for("slimflow", "full")
+    first, *_ = slimflow.with_first(partial(subject.first, seconds=seconds)).trainings(1)
+    widths = json.loads((SHIPPED / "unet" / "config.json").read_text())["block_out_channels"]
+    made = first.settings["tuning"]["student_config"]["block_out_channels"]
+    assert [2 * width for width in made] == widths
+    digits = slimflow.trainings(1)[0].settings["tuning"]["student_config"]
+    assert digits["block_out_channels"] != made
 
 
 def test_another_demo_s_teacher_is_not_taken_for_it_and_an_older_one_is_replaced(
