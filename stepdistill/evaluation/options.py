@@ -32,8 +32,9 @@ class Options(CommandOptions):
     prompts_file: Here | None = None
     """One prompt (or class label) a line."""
     first_frames: Here | None = None
-    """Of a pipeline that begins a video with an image, or edits one, in place of prompts: a folder
-    of images and metadata.jsonl (file_name, text)."""
+    """Of a pipeline that begins a video with an image, edits one or is controlled by one, in place
+    of prompts: a folder of images and metadata.jsonl (file_name, text; mask_file_name of one that
+    repaints; conditioning_file_name counts before file_name, so a training folder will do)."""
     output_dir: str = "evaluation"
     """Folder of the report; features lie there, so that a call that was cut off goes on."""
     features: tuple[str, ...] = ()

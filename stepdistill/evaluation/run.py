@@ -31,12 +31,13 @@ from .features import FEATURES, FeatureNet, feature_net
 from .images import Frame, image_files, open_image
 from .measure import Filled, measure
 from .options import Options
+from .pictured import pictured_prompts
 from .protocol import protocol_of
 from .report import Report, write_report
 from .scores import Judges
 from .store import Store, settings_hash
 from .systems import Loading, Source, student_sources, teacher_sources, with_distinct_labels
-from .videos import DEFAULT_FRAMES, check_video, first_frames, shown_of
+from .videos import DEFAULT_FRAMES, check_video, shown_of
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -186,11 +187,13 @@ def check_distinct(what: str, names: Sequence[str]) -> None:
 
 def read_prompts(options: Options) -> list[Any]:
     """The prompts, labels, or (unconditional) as many None. Errors: ValueError for none or few."""
-    conditioning = teacher_facts(options.source).conditioning
+    facts = teacher_facts(options.source)
+    conditioning = facts.conditioning
     if conditioning == "none":
         return [None] * (options.num_prompts or 64)
     if options.first_frames is not None:
-        return _first(first_frames(options.first_frames), options.first_frames, options)
+        prompts = pictured_prompts(options.first_frames, facts.family.reads)
+        return _first(prompts, options.first_frames, options)
     if options.prompts_file is None:
         raise ValueError(
             f"prompts_file: expected a file of {conditioning}s for {options.teacher}, got none."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill.families.registry import family_for
 
-from .videos import FirstFrame
+from .pictured import Pictured
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PipelineSampler:
         family = family_for(type(pipeline).__name__)
         named = family.nets_in(pipeline.config)
         self.nets: list[nn.Module] = [getattr(pipeline, name) for name in named]
-        self.output = family.output
+        self.output, self.image_argument = family.output, family.image_argument
         pipeline.set_progress_bar_config(disable=True)
 
     def __call__(self, prompts: Sequence[Any], seed: int) -> Samples:
@@ -66,11 +66,11 @@ class PipelineSampler:
     def draw(
         self, prompts: Sequence[Any], generator: torch.Generator | list[torch.Generator]
     ) -> Samples:
-        """One image for each prompt (label, None, FirstFrame). Args: generator: one, or one each.
+        """One image for each prompt (label, None, Pictured). Args: generator: one, or one each.
 
-        Videos with a first frame are made one by one: stock calls take one image.
+        Those with pictures are made one by one: stock calls take those of one prompt.
         """
-        if prompts and isinstance(prompts[0], FirstFrame) and len(prompts) > 1:
+        if prompts and isinstance(prompts[0], Pictured) and len(prompts) > 1:
             each = generator if isinstance(generator, list) else [generator] * len(prompts)
             made = [self.draw([p], [one]) for p, one in zip(prompts, each, strict=True)]
             images = torch.cat([one.images for one in made])
@@ -99,8 +99,8 @@ class PipelineSampler:
         return Samples(tensor, seconds, rows / len(prompts))
 
     def _subject(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        if isinstance(prompts[0], FirstFrame):
-            return {"prompt": prompts[0].text, "image": prompts[0].image}
+        if isinstance(prompts[0], Pictured):
+            return prompts[0].call(self.image_argument)
         if self.conditioning == "prompt":
             return {"prompt": list(prompts)}
         taken = inspect.signature(type(self.pipeline).__call__).parameters

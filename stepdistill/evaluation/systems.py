@@ -145,7 +145,7 @@ def with_distinct_labels(sources: Sequence[Source]) -> list[Source]:
 
 def _export_source(folder: Path, loading: Loading, label: str = "", path: str = "") -> Source:
     record = read_json(folder / RECORD, ("num_inference_steps", "call", "conditioning", "run"))
-    call = {**call_options(record), **_size(loading)}
+    call = call_options(record)
     lora = record.get("lora")
     if (expert := record.get("expert", "both")) != "both":
         raise ValueError(
@@ -162,11 +162,10 @@ def _export_source(folder: Path, loading: Loading, label: str = "", path: str = 
             _put_lora(family, folder, lora["file"], lora.get("files", {}))
             if (experts := record.get("experts")) is not None:
                 family.pipeline.register_to_config(boundary_ratio=experts["boundary_ratio"])
-        return PipelineSampler(
-            family.pipeline, {**_own_size(family), **call}, record["conditioning"]
-        )
+        told = {**_own_size(family), **call, **_size_options(family, loading)}
+        return PipelineSampler(family.pipeline, told, record["conditioning"])
 
-    about = _weights(str(folder)) | {"call": call}
+    about = _weights(str(folder)) | {"call": {**call, **_size(loading)}}
     if lora is not None:
         about["base"] = _weights(str(record["base_model"]))
     name, steps = label or _short(folder), int(record["num_inference_steps"])
@@ -200,7 +199,7 @@ def _plain(
     def sampler() -> PipelineSampler:
         family = load()
         call: dict[str, Any] = {"num_inference_steps": steps}
-        call |= {**_own_size(family), **_size(loading)}
+        call |= {**_own_size(family), **family.length_call, **_size_options(family, loading)}
         if guidance is not None and family.has_null:
             call |= family.guided_call(guidance)
             call["guidance_scale"] = family.stock_guidance(guidance)
@@ -268,13 +267,29 @@ def _own_size(family: Family) -> dict[str, Any]:
     """Of videos, whose stock calls have a size of their own by default."""
     if family.output == "images":
         return {}
-    return {name: value for name, value in family.call_extras.items() if name != "image"}
+    return {
+        name: value for name, value in family.call_extras.items() if name != family.image_argument
+    }
 
 
 def _size(loading: Loading) -> dict[str, int]:
     side, frames = loading.resolution, loading.num_frames
     size = {} if side is None else {"height": side, "width": side}
     return size if frames is None else {**size, "num_frames": frames}
+
+
+def _size_options(family: Family, loading: Loading) -> dict[str, Any]:
+    """`_size` as the family's stock call is told it. Errors: ValueError where it can't be."""
+    side, size = loading.resolution, _size(loading)
+    if side is None:
+        return size
+    told = family.size_options(side, side)
+    if not told:
+        raise ValueError(
+            f"resolution: expected none beside {type(family.pipeline).__name__}, whose images have "
+            f"their size from the given ones, got {side}. Resize those."
+        )
+    return {**size, **told}
 
 
 def _short(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Videos in an evaluation: which frames are looked at, how much they move, and first frames.
+"""Videos in an evaluation: which frames are looked at, and how much they move.
 
 Frames go through the image networks one by one, so a distance between sets of frames says nothing
 of their order. Two numbers do, and are read against the teacher's:
@@ -14,62 +14,16 @@ A student that freezes has less of both, one that flickers more.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.data.captions import all_captions
-from stepdistill.data.metadata import FolderCaptions
-from stepdistill.storage.files import sha256_of
-
-from .images import open_image
+from .pictured import text_of
 
 DEFAULT_FRAMES = "4"
 SHOWN_FRAMES = 6  # of a video in the report, at most
-
-
-@dataclass(frozen=True)
-class FirstFrame:
-    """What an image-to-video pipeline is told for one video."""
-
-    text: str
-    file: Path
-    sha256: str  # of the file
-
-    def __str__(self) -> str:
-        return f"{self.text} ({self.sha256})"
-
-    @property
-    def image(self) -> Image.Image:
-        """As RGB."""
-        return open_image(self.file, "first_frames").convert("RGB")
-
-
-def first_frames(folder: str) -> list[FirstFrame]:
-    """Those of a folder's metadata.jsonl (file_name, text), of several captions with the first.
-
-    Errors: ValueError where there is none, or for a wrong line.
-    """
-    root = Path(folder)
-    if not (root / "metadata.jsonl").is_file():
-        raise ValueError(
-            f"first_frames: expected a folder of images with metadata.jsonl (file_name, text), got "
-            f"{folder!r}."
-        )
-    return [
-        FirstFrame(all_captions(caption)[0], path, sha256_of(path)[:16])
-        for path, caption in FolderCaptions(root)
-        if path is not None
-    ]
-
-
-def text_of(prompt: Any) -> Any:
-    """The prompt alone, of a FirstFrame or of itself."""
-    return prompt.text if isinstance(prompt, FirstFrame) else prompt
 
 
 def check_video(options: Any, output: str, reads_image: bool) -> None:

@@ -38,6 +38,10 @@ class InstructPix2PixFamily(ChannelFamily, StableDiffusionFamily):
     short_pipelines: ClassVar[tuple[str, ...]] = ()
     image_share: float = 0.5 / 6.5
 
+    def size_options(self, height: int, width: int) -> dict[str, Any]:
+        """See Family.size_options: its images have the given one's size."""
+        return {}
+
     @classmethod
     def input_channels(cls, vae: Mapping[str, Any]) -> int:
         """See Family.input_channels: those of another latent."""

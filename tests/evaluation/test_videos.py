@@ -14,13 +14,12 @@ from support.runs import teacher_dir
 
 from stepdistill.evaluation.images import eight_bit
 from stepdistill.evaluation.metrics import set_distances
+from stepdistill.evaluation.pictured import Pictured, pictured_prompts
 from stepdistill.evaluation.report import Report
 from stepdistill.evaluation.run import evaluate
 from stepdistill.evaluation.samples import PipelineSampler
 from stepdistill.evaluation.store import Store
 from stepdistill.evaluation.videos import (
-    FirstFrame,
-    first_frames,
     frame_distance,
     frame_indices,
     motion,
@@ -138,13 +137,13 @@ def folder_of_first_frames(folder: Path) -> Path:
 
 
 def test_first_frames_are_each_video_s_own(tmp_path, tmp_path_factory) -> None:
-    frames = first_frames(str(folder_of_first_frames(tmp_path / "frames")))
+    frames = pictured_prompts(str(folder_of_first_frames(tmp_path / "frames")), {"image": True})
     pipeline = load_family(teacher_dir("wan_i2v", tmp_path_factory))
     call = {"num_inference_steps": 1, "guidance_scale": 1.0, **pipeline.call_extras}
     del call["image"]
     sampler = PipelineSampler(pipeline.pipeline, call)
 
-    def drawn(told: list[FirstFrame]) -> torch.Tensor:
+    def drawn(told: list[Pictured]) -> torch.Tensor:
         seeds = [torch.Generator().manual_seed(5) for _ in told]  # the same noise for both
         return sampler.draw(told, seeds).images
 
