@@ -25,7 +25,7 @@ from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec, Solver, teacher_step
 from stepdistill.core.types import Batch, Losses
 from stepdistill.methods.consistency_config import ConsistencyConfig
-from stepdistill.methods.digits import ECT, UNGUIDED, jumps
+from stepdistill.methods.digits import ECT, SOON, UNGUIDED, jumps
 from stepdistill.methods.grid import SolverGrid, heun_step
 from stepdistill.methods.perceptual import pair_distance
 
@@ -50,7 +50,7 @@ class Consistency(Method[ConsistencyConfig]):
     data = "images"
     one_student = True
     digits: ClassVar[tuple[Recipe, ...]] = (
-        Recipe("consistency", jumps(1200)),
+        Recipe("consistency", jumps(1200, **SOON)),
         Recipe("ect", jumps(1200, **ECT, shrink={})),
     )
 

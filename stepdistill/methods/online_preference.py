@@ -30,7 +30,7 @@ from stepdistill.core.recipe import First, Recipe
 from stepdistill.core.solvers import boundary_x0
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.preference import log_ratio, online
-from stepdistill.methods.digits import jumps
+from stepdistill.methods.digits import SOON, jumps
 from stepdistill.methods.online_preference_config import OnlinePreferenceConfig
 from stepdistill.methods.own_steps import OwnSteps
 
@@ -55,7 +55,7 @@ class OnlinePreference(OwnSteps[OnlinePreferenceConfig]):
             first=First(
                 "consistency",
                 "consistency",
-                jumps(1200),
+                jumps(1200, **SOON),
                 share=0.7,
                 gives="model",
                 always=True,

@@ -30,7 +30,7 @@ from stepdistill.core.solvers import Solver, stochastic_step
 from stepdistill.core.types import Batch, Losses
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.consistency_config import ConsistencyConfig
-from stepdistill.methods.digits import jumps
+from stepdistill.methods.digits import SOON, jumps
 from stepdistill.methods.judge import Judge, JudgeGAN
 from stepdistill.methods.rollout import Sample
 
@@ -68,7 +68,7 @@ class SCott(Consistency):
     status = "trained on real data here"
     aliases = {"stochastic_consistency": {}}
     steps = (2, 4)
-    digits = (Recipe("scott", jumps(1200)),)
+    digits = (Recipe("scott", jumps(1200, **SOON)),)
     config: SCottConfig
 
     def __init__(self, config: SCottConfig, setting: Setting) -> None:
