@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runs import TinyData, fingerprint, teacher_dir
+from diffusers import DiffusionPipeline
+from support.runs import TinyData, build_trainer, fingerprint, teacher_dir
 from torch import nn
 
 from stepdistill import TrainConfig, Tuning
@@ -263,3 +264,27 @@ def test_guidance_is_not_counted_twice(tmp_path, tmp_path_factory) -> None:
         LoRADistillationTrainer(str(out), args, ["a"], method_config={"guidance": 7.5})
     halving = {"guidance": 1.0, "guidance_stage": False, "num_steps": (4,), "states": "trajectory"}
     LoRADistillationTrainer(str(out), args, ["a"], method_config=halving)
+
+
+def test_a_smaller_student_learns_the_teacher_s_scores_and_dmd2_goes_on_from_it(
+    tmp_path, tmp_path_factory
+) -> None:
+    """Without guidance, which a student of the teacher's weights has nothing to learn by."""
+    plain = {"guidance": 1.0}
+    with pytest.raises(ValueError, match="the teacher is its own student"):
+        trainer_of("sd_v", tmp_path_factory, tmp_path / "own", plain, layout="full")
+    smaller = Tuning(student="full", student_config={"block_out_channels": [8, 8]})
+    first = trainer_of("sd_v", tmp_path_factory, tmp_path / "first", plain, tuning=smaller)
+    losses = [v for name, v in first.train().items() if name.startswith("loss/")]
+    assert min(losses) > 1e-3  # from random weights
+    second = build_trainer(
+        *("dmd2", teacher_dir("sd_v", tmp_path_factory), "full", tmp_path / "second"),
+        init_student_from=str(tmp_path / "first"),
+        tuning=smaller,
+    )
+    begins, ended = (t.bank.role_state("student") for t in (second, first))
+    assert begins.keys() == ended.keys()
+    assert all(torch.equal(begins[name], ended[name]) for name in begins)
+    second.train()
+    stock = DiffusionPipeline.from_pretrained(second.export(tmp_path / "out"))
+    assert stock.unet.config.block_out_channels == [8, 8]
