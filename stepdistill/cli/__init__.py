@@ -13,6 +13,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -26,6 +27,7 @@ IN_RANKS = (
 USAGE = "usage: stepdistill COMMAND [--config FILE ...] [--flag value ...]"
 
 
+@cache
 def commands() -> dict[str, str]:
     """Command -> its line of help, read from the files without importing one."""
     modules = {}

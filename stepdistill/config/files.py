@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 
 from stepdistill.config.flags import (
     CommandOptions,
@@ -164,10 +164,16 @@ def _parsed(
         raise explain(err, model, "config") from err
 
 
+class _Described(CommandOptions):
+    """Made of fields that have their help texts: looking for source code would take longest."""
+
+    model_config = ConfigDict(use_attribute_docstrings=False)
+
+
 @lru_cache(maxsize=32)
 def _typed(model: type[CommandOptions], config: type[MethodConfig] | None) -> type[CommandOptions]:
     """The model's options with the method's own; its rules are checked once these have types."""
     fields: dict[str, Any] = {k: (info.annotation, info) for k, info in model.model_fields.items()}
     if config is not None:
         fields["method_config"] = (config, config())
-    return create_model("RunConfig", __base__=CommandOptions, **fields)
+    return create_model("RunConfig", __base__=_Described, **fields)
