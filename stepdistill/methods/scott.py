@@ -68,7 +68,7 @@ class SCott(Consistency):
     status = "trained on real data here"
     aliases = {"stochastic_consistency": {}}
     steps = (2, 4)
-    digits = (Recipe("scott", jumps(1200, **SOON)),)
+    digits = (Recipe("scott", jumps(1200, **SOON, num_grid=10)),)  # few updates: long jumps
     config: SCottConfig
 
     def __init__(self, config: SCottConfig, setting: Setting) -> None:
