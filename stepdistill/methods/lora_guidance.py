@@ -52,12 +52,7 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
 
     def __init__(self, config: LoRAGuidanceConfig, setting: Setting) -> None:
         super().__init__(config, setting)
-        if setting.kind == "eps" and config.num_steps and config.num_steps[-1] <= 2:
-            raise ValueError(
-                "num_steps: expected at least 4 steps of an eps-prediction teacher, got "
-                f"{config.num_steps[-1]}: at t = 1 its x0 divides by an alpha near 0. Stop at 4, "
-                "or take a v-prediction or flow teacher."
-            )
+        config.check_kind(setting.kind)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -84,14 +79,8 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
         return self.config.rate_scale(step, max_steps)
 
     def check_student(self, begins_as_teacher: bool) -> None:
-        config = self.config
-        unguided = config.guidance == 1.0 and not config.embed_guidance
-        if begins_as_teacher and unguided and config.guidance_stage:
-            raise ValueError(
-                "guidance: expected a value other than 1 in the guidance stage, got 1: the teacher "
-                "is its own student. Set guidance_stage: false to halve steps alone, or train a "
-                "student of other sizes (tuning.student_config)."
-            )
+        if begins_as_teacher:
+            self.config.check_own_student()
 
     def loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """The loss of the stage that this step belongs to."""

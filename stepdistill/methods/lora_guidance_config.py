@@ -100,6 +100,25 @@ class LoRAGuidanceConfig(MethodConfig):
             )
         return self
 
+    def check_kind(self, kind: str) -> None:
+        """Errors: ValueError for step counts that a network of that prediction can't be halved to."""
+        if kind == "eps" and self.num_steps and self.num_steps[-1] <= 2:
+            raise ValueError(
+                "num_steps: expected at least 4 steps of an eps-prediction teacher, got "
+                f"{self.num_steps[-1]}: at t = 1 its x0 divides by an alpha near 0. Stop at 4, "
+                "or take a v-prediction or flow teacher."
+            )
+
+    def check_own_student(self) -> None:
+        """Errors: ValueError for a stage that a student with the teacher's weights has nothing to
+        learn in."""
+        if self.guidance_stage and self.guidance == 1.0 and not self.embed_guidance:
+            raise ValueError(
+                "guidance: expected a value other than 1 in the guidance stage, got 1: the teacher "
+                "is its own student. Set guidance_stage: false to halve steps alone, or train a "
+                "student of other sizes (tuning.student_config)."
+            )
+
     @property
     def stages(self) -> tuple[int, ...]:
         """Student steps of each stage; 0 stands for the guidance stage."""
