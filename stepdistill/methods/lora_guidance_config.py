@@ -101,7 +101,7 @@ class LoRAGuidanceConfig(MethodConfig):
         return self
 
     def check_kind(self, kind: str) -> None:
-        """Errors: ValueError for step counts that a network of that prediction can't be halved to."""
+        """Errors: ValueError for step counts that such a network can't be halved to."""
         if kind == "eps" and self.num_steps and self.num_steps[-1] <= 2:
             raise ValueError(
                 "num_steps: expected at least 4 steps of an eps-prediction teacher, got "
