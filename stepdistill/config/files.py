@@ -114,7 +114,9 @@ def parse_run_config(
     lines: list[str] = []
     at_hand = ModelAtHand.known(run.source, ask=by_size)
     if at_hand is not None:
-        run, lines = settled(read, run, layers, at_hand, by_size)
+        named, _ = taken(rest, "method")
+        stands_for = resolve_method(named)[1] if named else {}
+        run, lines = settled(read, run, layers, at_hand, by_size, stands_for=stands_for)
         for line in () if by_size else lines:
             warnings.warn(f"method_config: {line}.", stacklevel=2)
     if recipe:

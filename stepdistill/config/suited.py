@@ -61,17 +61,22 @@ def settled(
     at_hand: ModelAtHand,
     by_size: bool = False,
     otherwise: Sequence[Layer] = (),
+    stands_for: Mapping[str, Any] | None = None,
 ) -> tuple[R, list[str]]:
     """(the run under the model at hand, a line about each thing that was settled). Warns of a
     recipe for another model.
 
     Args: read: the run of some files for a model, and what `suited` has settled. run: that of
         `layers`, nothing of the model known. by_size: whether a small model gets its recipe where
-        there are no layers. otherwise: the layers where it gets none.
+        there are no layers. otherwise: the layers where it gets none. stands_for: options that the
+        user's name of the method stands for, which lie over such a recipe.
     """
     lines: list[str] = []
     if by_size and not layers:
         layers, lines = at_hand.recipe_by_size(run.method)
+        if layers and stands_for:
+            named = Layer("--method", {"method_config": dict(stands_for)}, kind="methods")
+            layers = [*layers, named]
         layers = layers or otherwise
         run, _ = read(layers, ModelAtHand()) if layers else (run, {})
     at_hand.check_recipe(layers)

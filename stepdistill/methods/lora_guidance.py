@@ -43,7 +43,7 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
     status = "trained on real data here"
     aliases = {
         "guidance_distillation": {},
-        "teacher_score_matching": {"guidance": 1.0},
+        "teacher_score_matching": {"guidance": 1.0, "guidance_stage": True, "num_steps": ()},
         "progressive": {"num_steps": (32, 16, 8, 4), "anneal": True},
     }
     trainer = "LoRADistillationTrainer"

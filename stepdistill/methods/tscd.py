@@ -31,7 +31,10 @@ class TSCD(AnyEnd[TSCDConfig]):
     paper = "Ren et al. 2024, arXiv:2404.13686"
     Config = TSCDConfig
     status = "trained on real data here"
-    aliases = {"hyper_sd": {}, "tcd": {"segments": (1,), "sampler": "tcd"}}
+    aliases = {
+        "hyper_sd": {},
+        "tcd": {"segments": (1,), "stage_starts": None, "sampler": "tcd"},
+    }
     trainer = "TrajectorySegmentedTrainer"
     data = "images"
     one_student = True

@@ -224,6 +224,25 @@ def test_a_small_model_gets_its_recipe_and_is_told(tmp_path_factory) -> None:
     assert told_of(["--method", "vsd", *teacher])[0].learning_rate == 1e-5  # plan, cache
 
 
+@pytest.mark.parametrize("name", sorted(a for m in METHODS.values() for a in m.aliases))
+def test_what_a_user_s_name_stands_for_lies_over_a_small_model_s_recipe(
+    name, tmp_path_factory
+) -> None:
+    teacher = ["--pretrained_model_name_or_path", str(teacher_dir("sd_v", tmp_path_factory))]
+    run, _ = told_of(["--method", name, *teacher], by_size=True)
+    (cls,) = (m for m in METHODS.values() if name in m.aliases)
+    config = cls.Config(**run.method_config)
+    for key, value in cls.aliases[name].items():
+        meant = getattr(cls.Config(**{**run.method_config, key: value}), key)
+        assert getattr(config, key) == meant, key
+
+
+def test_a_user_s_flag_lies_over_the_name(tmp_path_factory) -> None:
+    teacher = ["--pretrained_model_name_or_path", str(teacher_dir("sd_v", tmp_path_factory))]
+    run, _ = told_of(["--method", "ect", *teacher, "--method_config.target", "ema"], by_size=True)
+    assert (run.method_config["solver"], run.method_config["target"]) == ("data", "ema")
+
+
 # --------------------------------------------------------------------------------- real sizes
 def test_above_nine_tenths_of_a_card_is_tight() -> None:
     assert [verdict(share * 12e9, 12e9) for share in (0.9, 0.91, 1.0, 1.01)] == [
