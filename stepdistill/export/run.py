@@ -40,6 +40,11 @@ def sample_export(
     if not file.is_file():
         raise ValueError(f"sample: expected an exported pipeline with {RECORD}, got {folder}.")
     record = read_json(file, ("num_inference_steps", "load_without", "conditioning", "call"))
+    if record.get("lora"):
+        raise ValueError(
+            f"sample: expected an exported pipeline, got {folder}, a LoRA. Load it on its base as "
+            "its model card shows, or export its run as a pipeline: stepdistill export RUN_DIR OUT."
+        )
     if record.get("reads"):
         raise ValueError(
             f"sample: expected a pipeline that a prompt is enough for, got {folder}, which reads "

@@ -23,6 +23,7 @@ from stepdistill.core.solvers import SamplerSpec, sample_x0
 from stepdistill.core.times import uniform_grid
 from stepdistill.export.lora import export_lora
 from stepdistill.export.pipeline import export_pipeline
+from stepdistill.export.run import sample_export
 from stepdistill.sampling import to_pil
 
 CASES = {
@@ -165,3 +166,10 @@ def test_records_say_what_to_type(runs: Any) -> None:
         assert records["sd_guided"]["guidance_scale"] == 3.0
     if "sd3_shifted" in made:
         assert records["sd3_shifted"]["load_without"] == ["text_encoder_3", "tokenizer_3"]
+
+
+def test_a_lora_is_not_sampled_as_a_pipeline(tmp_path) -> None:
+    record = {"num_inference_steps": 1, "load_without": [], "conditioning": "prompt", "call": {}}
+    (tmp_path / "distillation.json").write_text(json.dumps({**record, "lora": {"file": "x"}}))
+    with pytest.raises(ValueError, match="expected an exported pipeline, got .*, a LoRA"):
+        sample_export(tmp_path, ["a cat"], tmp_path / "out")
