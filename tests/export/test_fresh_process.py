@@ -171,5 +171,5 @@ def test_records_say_what_to_type(runs: Any) -> None:
 def test_a_lora_is_not_sampled_as_a_pipeline(tmp_path) -> None:
     record = {"num_inference_steps": 1, "load_without": [], "conditioning": "prompt", "call": {}}
     (tmp_path / "distillation.json").write_text(json.dumps({**record, "lora": {"file": "x"}}))
-    with pytest.raises(ValueError, match="expected an exported pipeline, got .*, a LoRA"):
+    with pytest.raises(ValueError, match=r"expected an exported pipeline, got .*, a LoRA"):
         sample_export(tmp_path, ["a cat"], tmp_path / "out")
