@@ -361,7 +361,8 @@ def test_one_student_visits_trained_times_in_any_number_of_steps(num_steps, expe
 def test_users_name_tcd_is_one_segment_sampled_with_gamma():
     config = method_config("tcd", {})
     assert (config.segments, config.sampler, config.gamma) == ((1,), "tcd", 0.3)
-    assert METHODS["tscd"].aliases["tcd"] == {"segments": (1,), "sampler": "tcd"}
+    stands_for = {"segments": (1,), "stage_starts": None, "sampler": "tcd"}
+    assert METHODS["tscd"].aliases["tcd"] == stands_for
 
 
 # ---------------------------------------------------------------------------------------- bad input
