@@ -152,5 +152,6 @@ def _clip(params: Mapping[str, Tensor], limit: float) -> Tensor:
         dist.all_reduce(square, group=parts[0].device_mesh.get_group())
         norm = (norm.to(square.device).square() + square).sqrt()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # always multiplied: no wait for the device
-    torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], factor)
+    if gradients:
+        torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], factor)
     return norm

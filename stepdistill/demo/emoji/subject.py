@@ -35,7 +35,6 @@ from .teacher import MADE, PICTURES, emoji_teacher, load_pictures, refuse_missin
 ONE_STEP_AIM = 1.5
 WIDE, NARROW = 400, 100  # prompts that ask for a distribution, and for one picture
 LONG = 600.0  # s: an update of `dmd2` takes four
-HALF_AS_WIDE = {"block_out_channels": [32, 64]}  # as the shipped teacher's UNet
 COLUMNS = 10  # of a row's pictures: one line narrow, one line wide
 
 
@@ -159,7 +158,10 @@ class EmojiSubject:
         one has it all: it comes further. A student of sizes of its own is half as wide."""
         tuning = first.settings.get("tuning", {})
         if "student_config" in tuning:
-            tuning = {**tuning, "student_config": HALF_AS_WIDE}
+            widths = "block_out_channels"
+            teacher = read_json(self.source / "unet" / "config.json", [widths])
+            half = {widths: [width // 2 for width in teacher[widths]]}
+            tuning = {**tuning, "student_config": half}
             first = replace(first, settings={**first.settings, "tuning": tuning})
         if first.always or seconds is None or seconds > LONG:
             return first
