@@ -46,7 +46,8 @@ def pytest_collection(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`.
+    """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`; of one
+    that is itself for `-m full`, for `-m every`.
 
     sampled(family=("sd3", ...)): a sample of those values alone; sampled(pairs=False): one that
     meets values and no pairs; sampled("sd3-full", ...): those sets of parameters, by their ids.
@@ -56,19 +57,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("sampled"):
             sweeps.setdefault(item.nodeid.partition("[")[0], {})[item.nodeid] = item
     for sweep in sweeps.values():
+        test = next(iter(sweep))
+        dear = any(mark.name == "full" for mark in sweep[test].function.pytestmark)
         params = {
             name: item.callspec.params
             for name, item in sweep.items()
-            if not item.get_closest_marker("full")
+            if not item.get_closest_marker("every" if dear else "full")
         }
-        test = next(iter(sweep))
         mark = sweep[test].get_closest_marker("sampled")
         ids = {f"{test.partition('[')[0]}[{name}]" for name in mark.args}
         unknown = set() if any("::" in arg for arg in config.args) else ids - sweep.keys()
         if unknown:
             raise pytest.UsageError(f"sampled: expected ids of the test, got {sorted(unknown)}.")
         for name in params.keys() - (ids or set(sample(params, **mark.kwargs))):
-            sweep[name].add_marker("full")
+            sweep[name].add_marker("every" if dear else "full")
 
 
 def pytest_collection_finish() -> None:

@@ -65,8 +65,8 @@ def assert_trained(run: Path, processes: int) -> None:
 PORT = ("--main_process_port", str(29000 + os.getpid() % 400))
 
 
-# README's command is the one process's, and tests/test_readme.py runs it.
-@pytest.mark.full
+# README's command is one process's, and tests/test_readme.py runs it; two start by shipped files.
+@pytest.mark.every
 @pytest.mark.parametrize("processes", [1, 2])
 def test_launcher_trains_and_exports(processes, tmp_path, tmp_path_factory) -> None:
     kind = ("--cpu",) if processes == 1 else ("--multi_gpu", *PORT)
@@ -87,6 +87,7 @@ def test_two_processes_train_and_export(tmp_path, tmp_path_factory) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.sampled("fsdp2")
 @pytest.mark.parametrize(
     "launcher",
     [("cpu2",), ("ddp", "--num_processes", "2"), ("fsdp2", "--num_processes", "2")],

@@ -3,9 +3,9 @@
 Construction, batches, losses, backward, clipping, AdamW, averages, log lines and checkpoints of the
 real trainer. What may read the device stands in READERS, what can't run there in two tables below.
 `-m every` runs every case of a method on every family, which takes an hour; `-m full` every method
-with a transformer told prompts and one told labels, and every family both ways of running; by
-default a fixed sample meets every method and layout, both ways and each kind of network. That no
-family's call waits is shown of all in tests/families.
+with a transformer told prompts and one told labels, and every family; by default a fixed sample
+meets every trainer, both layouts, both ways and each kind of network. That no family's call waits
+is shown of all in tests/families.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ for turn, (case, family) in enumerate(product(METHOD_CASES, sorted(set(TINY) - s
 
 
 def met(cell: Cell) -> set[Any]:
+    """A trainer, a layout, a way, and a kind of network."""
     case, family, layout, way = cell
-    return {METHOD_CASES[case].method, layout, way, family}
+    return {METHODS[METHOD_CASES[case].method].trainer, layout, way} | {family} & {*KINDS}
 
 
 def cost(cell: Cell) -> int:
@@ -113,12 +114,7 @@ def cost(cell: Cell) -> int:
 
 
 KINDS = ("sd", "sd3", "dit", "edm")  # of networks
-READERS_OF_IMAGES = {m for m, cls in METHODS.items() if cls.needs_image}  # no network above
-SAMPLE = covering(
-    [c for c in CELLS if c[1] in KINDS or METHOD_CASES[c[0]].method in READERS_OF_IMAGES],
-    lambda cell: met(cell) - ({cell[1]} - {*KINDS}),
-    cost,
-)
+SAMPLE = covering(CELLS, met, cost)
 
 IN_FULL = {
     *SAMPLE,
@@ -126,17 +122,18 @@ IN_FULL = {
         CELLS,
         lambda cell: {
             (METHOD_CASES[cell[0]].method, cell[1] if cell[1] in ("sd3", "dit") else None),
-            (cell[1], cell[3]),
-            cell[0],
+            cell[1],
         },
         cost,
     ),
 }
 
 
-def test_the_sample_meets_every_method_and_kind_of_network() -> None:
-    methods, families, layouts, ways = ({cell[i] for cell in SAMPLE} for i in range(4))
-    assert {METHOD_CASES[case].method for case in methods} == set(METHODS)
+def test_the_sample_meets_every_trainer_and_kind_of_network() -> None:
+    cases, families, layouts, ways = ({cell[i] for cell in SAMPLE} for i in range(4))
+    trainers = {METHODS[METHOD_CASES[case].method].trainer for case in cases}
+    assert trainers == {cls.trainer for cls in METHODS.values()}
+    assert {METHOD_CASES[case].method for case, *_ in IN_FULL} == set(METHODS)
     assert families >= set(KINDS)
     assert (layouts, ways) == ({"lora", "full"}, set(WAYS))
     assert {family for _, family, *_ in CELLS} >= set(FAMILIES) - set(EXCUSED)
@@ -184,10 +181,11 @@ def run_step(case, family, layout, tmp_path, tmp_path_factory, scorers=None, **o
         assert all(value.is_meta for value in (*weights, *bank.parameters(), *moments))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=[] if name == "dit" else [pytest.mark.full])
+        pytest.param(name, marks=[] if name in KINDS else [pytest.mark.every])
         for name in sorted(set(FAMILIES) - set(EXCUSED))
     ],
 )
@@ -215,13 +213,15 @@ class TinyScorer(FrozenScorer):
         return (self.net(images) - self.net(by)).square().mean(dim=(1, 2, 3))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("case", "family"),
     [
         ("reflow_lpips", "sd3"),
-        *(pytest.param(*c, marks=pytest.mark.full) for c in (("cd_lpips", "sd"), ("rfpp", "sd"))),
-        pytest.param("vsd_clip", "sd3", marks=pytest.mark.full),
-        pytest.param("add", "sd3", marks=pytest.mark.full),
+        ("cd_lpips", "sd"),
+        ("rfpp", "sd"),
+        ("vsd_clip", "sd3"),
+        ("add", "sd3"),
     ],
 )
 def test_a_loss_of_images(case, family, tmp_path, tmp_path_factory) -> None:

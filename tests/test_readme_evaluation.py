@@ -45,6 +45,7 @@ def demo(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_evaluate_runs_as_its_page_says(demo, capsys) -> None:
     short = ["--num_images_per_prompt", "3", "--teacher_steps", "2", "--num_reference", "40"]
     main([*command("evaluate"), *short])

@@ -35,6 +35,7 @@ def test_student_is_the_run_s_and_its_record_stays(teacher, tmp_path) -> None:
     assert (run / "run.json").read_bytes() == record
 
 
+@pytest.mark.full
 def test_a_run_of_several_processes_exports_on_one(teacher, tmp_path) -> None:
     trained = build_trainer("dmd2", teacher, "lora", tmp_path)
     trained.train()

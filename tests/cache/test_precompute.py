@@ -99,7 +99,7 @@ def test_latents_are_the_autoencoder_s_bits(family, tmp_path) -> None:
     assert torch.equal(latents[0], latents[1])
 
 
-@pytest.mark.sampled("tars")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["tars", "rows", "stream"])
 def test_every_source_fills_it(family, tmp_path, kind) -> None:
     data = dataset_of(kind, tmp_path, bad=(4,))
@@ -176,6 +176,7 @@ def test_using_an_encoder_does_not_change_its_name(make_family, name) -> None:
 
 
 # -------------------------------------------------------------------- filling it
+@pytest.mark.full
 def test_ranks_share_the_keys(family, tmp_path) -> None:
     data = PromptDataset(PROMPTS * 2)
     parts = []
@@ -275,6 +276,7 @@ class Watched(ImageFolderDataset):
         return super().image_bytes(index)
 
 
+@pytest.mark.full
 def test_a_set_gone_through_is_not_read_again(family, tmp_path) -> None:
     state, reads = PartialState(cpu=True), []
     for name, size in (("a", 16), ("a", 16), ("b", 16), ("a", 32), ("a", 16)):
@@ -386,6 +388,7 @@ def test_corrupt_samples_end_a_run_where_none_are_allowed(teacher, tmp_path) -> 
 
 
 # ------------------------------------------------------------------------ command
+@pytest.mark.full
 def test_command_fills_what_the_run_then_finds(teacher, tmp_path, capsys) -> None:
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     flags = ["--pretrained_model_name_or_path", str(teacher), "--cache_dir", str(tmp_path / "c")]

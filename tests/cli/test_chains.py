@@ -24,6 +24,7 @@ def test_a_command_is_started_alone_or_by_torchrun() -> None:
     assert shared.words[shared.words.index("--nproc_per_node") + 1] == "2"
 
 
+@pytest.mark.full
 def test_stages_follow_each_other_and_a_failure_says_its_last_lines(tmp_path) -> None:
     output = tmp_path / "output.txt"
     finished(Chain(output, [Stage("one", ["list"]), Stage("two", ["recipes"])]))

@@ -34,6 +34,7 @@ def refused(*command: object) -> str:
     return str(ended.value)
 
 
+@pytest.mark.full
 def test_a_sound_is_inpainted(export, tmp_path) -> None:
     """The same seed gives the same folder; a loss of the user's own counts beside."""
     target = torch.randn(1, 128).mul(0.3).clamp(-1, 1)

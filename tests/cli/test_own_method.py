@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
@@ -19,6 +20,7 @@ class Pull(DMD2):
 '''
 
 
+@pytest.mark.full
 def test_a_method_of_a_file_trains_resumes_and_exports(
     tmp_path, tmp_path_factory, monkeypatch, capfd
 ) -> None:

@@ -80,6 +80,7 @@ def prompts(folder: Path) -> list[str]:
     return ["--data.prompts_file", str(folder / "prompts.txt")]
 
 
+@pytest.mark.full
 def test_it_goes_on_where_it_was_stopped_and_equals_its_parts(
     tmp_path, tmp_path_factory, monkeypatch, capsys
 ) -> None:
@@ -126,6 +127,7 @@ def test_it_goes_on_where_it_was_stopped_and_equals_its_parts(
         main(other)
 
 
+@pytest.mark.full
 def test_pairs_are_made_of_the_model_that_learns_them(tmp_path, tmp_path_factory) -> None:
     """Straightened, then one step on its own new pairs, as InstaFlow; the third shares them."""
     teacher, out = teacher_dir("sd_v", tmp_path_factory), tmp_path / "out"

@@ -48,7 +48,7 @@ def likely(folder: Path) -> list[Path]:
     return [folder.parent / name / "thesis.txt" for name in names]
 
 
-@pytest.mark.sampled("lora")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", FORMATS)
 def test_export(run, tmp_path, kind) -> None:
     mine = tmp_path / "mine"

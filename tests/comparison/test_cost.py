@@ -86,6 +86,7 @@ def test_a_set_that_no_memory_keeps_is_read_anew_for_ever(
     assert measure(setup, setup.trainings(STUDENT)[0], tmp_path / "probe").epoch == math.inf
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("seconds", "spent"), [(5000.0, 500.0), (10.0, 2 * 42.0 + 2 * 42.0)])
 def test_measuring_takes_a_tenth_of_the_budget_or_two_updates_of_each_kind(
     counted: list[float], tmp_path: Path, tmp_path_factory: Any, seconds: float, spent: float

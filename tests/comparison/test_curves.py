@@ -66,6 +66,7 @@ def test_nothing_is_said_where_the_noise_is_unknown() -> None:
     assert falling(curves([one])) == {}
 
 
+@pytest.mark.full
 def test_report_draws_them_and_says_so(folder) -> None:  # noqa: F811
     for seed in (0, 1):
         made = result(seed, 8.0, 4.0, 1.5 + 0.1 * seed)
@@ -92,6 +93,7 @@ def page_pictures(folder: Any, found: Any) -> int:  # noqa: F811
     return 2 * (2 + len(found.table))
 
 
+@pytest.mark.full
 def test_without_curves_nothing_is_left_over(folder) -> None:  # noqa: F811
     write(folder)
     assert not (folder / "curves.png").exists()

@@ -74,6 +74,7 @@ def test_files_hold_the_table_and_the_failure(folder) -> None:
     assert (rows[1]["recipe"], rows[1]["error"]) == ("pcm", "ValueError: a | <b>")
 
 
+@pytest.mark.full
 def test_page_stands_alone_and_picture_has_a_row_for_each(folder) -> None:
     write(folder)
     page = Page()
@@ -116,6 +117,7 @@ def test_a_mistake_is_one_line(flags, told, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_pictures_are_found_from_anywhere_and_gone_ones_left_out(
     folder, tmp_path_factory, monkeypatch
 ) -> None:
@@ -130,6 +132,7 @@ def test_pictures_are_found_from_anywhere_and_gone_ones_left_out(
     assert (folder / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_a_cell_of_fewer_seeds_says_so_and_absent_methods_are_rows(folder) -> None:
     more = json.loads((folder / "results" / "dmd2_1_seed0.json").read_text())
     more["rows"][0]["label"] = "pcm"

@@ -374,13 +374,8 @@ def data_of(kind: str, teacher: Path, folder: Path) -> list[str]:
     return ["--data.train_data_dir", str(folder / "pictures")]
 
 
-DEFAULT = ("sdxl-dmd2-lora-4step", "small-reflow")
-
-
-@pytest.mark.sampled("small-reflow")
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in DEFAULT else [pytest.mark.full]) for n in RECIPES]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_a_tiny_model_and_exports(
     name: str, tmp_path, tmp_path_factory, monkeypatch
 ) -> None:

@@ -30,7 +30,7 @@ def test_good_samples_stay_where_they_are(kind, tmp_path) -> None:
         assert all(a == b for a, b in kept)
 
 
-@pytest.mark.sampled("rows")
+@pytest.mark.full
 def test_replacements_repeat_with_ranks_workers_and_resume(kind, tmp_path) -> None:
     data = dataset_of(kind, tmp_path, BAD)
     whole = list(batches(data, 24, batch=4))

@@ -57,6 +57,7 @@ def test_a_file_that_changes_is_refused(tmp_path) -> None:
         found[1]
 
 
+@pytest.mark.full
 def test_memory_does_not_hold_the_prompts(tmp_path) -> None:
     """200,000 prompts are 20 MB of text; opened and streamed, Python holds a fiftieth."""
     path = tmp_path / "p.txt"

@@ -24,6 +24,7 @@ def judge(digits: Digits, classifier: DigitClassifier) -> Judge:
     return Judge(digits, classifier)
 
 
+@pytest.mark.full
 def test_held_out_accuracy(digits: Digits, classifier: DigitClassifier) -> None:
     assert classifier.accuracy(digits.heldout.images, digits.heldout.labels) > 0.96
 

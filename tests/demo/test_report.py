@@ -96,6 +96,7 @@ def test_html_is_complete_escaped_and_self_contained(report: Report, tmp_path) -
     assert '<meta name="viewport"' in text
 
 
+@pytest.mark.full
 def test_png_is_a_readable_page(report: Report, tmp_path) -> None:
     _, png = write_report(report, tmp_path)
     with Image.open(png) as image:

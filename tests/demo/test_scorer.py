@@ -20,6 +20,7 @@ def scorer(request: pytest.FixtureRequest) -> DigitScorer:
     return made.eval().requires_grad_(False)
 
 
+@pytest.mark.full
 def test_of_all_prompts_a_held_out_digit_s_own_fits_best(scorer: DigitScorer) -> None:
     images = HELD_OUT.images.expand(-1, 3, -1, -1)
     scores = torch.stack([scorer(images, [prompt] * len(images)) for prompt in PROMPTS], 1)

@@ -76,6 +76,7 @@ def test_build_follows_the_seed_and_leaves_global_randomness_alone() -> None:
     assert not all(map(torch.equal, weights(first), weights(other)))
 
 
+@pytest.mark.full
 def test_training_repeats_bit_for_bit(train) -> None:
     results = []
     for _ in range(2):
@@ -136,6 +137,7 @@ def test_a_foreign_folder_is_refused_and_kept(train, tmp_path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.full
 def test_fresh_process_draws_the_same_images(teacher: Teacher, monkeypatch) -> None:
     """Forked of this one for its imports; a start of its own is what the next but one test has."""
 

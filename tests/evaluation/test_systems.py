@@ -59,6 +59,7 @@ def sources(path: Path, tmp_path: Path, counts: Any = ()) -> list[Source]:
     return student_sources(str(path), counts, LOADING, tmp_path / "exports")
 
 
+@pytest.mark.full
 def test_pipeline_lora_and_run_are_one_student(run, tmp_path) -> None:
     (pipeline,) = sources(run / "pipeline", tmp_path)
     (lora,) = sources(run / "lora", tmp_path)

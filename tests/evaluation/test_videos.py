@@ -99,6 +99,7 @@ def test_every_row_has_frames_quality_and_movement(report) -> None:
     assert (student.get("network_calls").mean, teacher.get("network_calls").mean) == (1, 2)
 
 
+@pytest.mark.full
 def test_report_shows_the_frames_of_a_video_in_a_line(report) -> None:
     assert [len(system.previews) for system in report.systems] == [6, 6]  # two videos of three
     assert all(Path(path).is_file() for path in report.systems[1].previews)

@@ -75,7 +75,7 @@ TOLD = [
 ]
 
 
-@pytest.mark.sampled("dit", "flux", "sd3")
+@pytest.mark.full
 @pytest.mark.parametrize("family", TOLD)
 def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) -> None:
     """Stock call with `typed` alone, and the importable loader with a prompt alone."""
@@ -122,7 +122,7 @@ def test_sd_keeps_its_class_at_other_step_counts(steps, tmp_path, tmp_path_facto
     assert index["_class_name"] == "StableDiffusionPipeline"
 
 
-@pytest.mark.sampled("flux-0.0")
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "limit"), [("sdxl", 0.0), ("flux", 0.0), ("flux2_dev", 1e-4)])
 def test_guidance_typed_by_habit_changes_nothing(family, limit, tmp_path, tmp_path_factory) -> None:
     """A user who types the teacher's guidance still gets the student's image, by one pass."""
@@ -160,6 +160,7 @@ def test_student_that_reads_the_guidance_keeps_its_input(tmp_path, tmp_path_fact
         assert weight.abs().max() > 0
 
 
+@pytest.mark.full
 def test_a_prompt_in_first_place_is_taken_as_one(tmp_path, tmp_path_factory) -> None:
     """The stock call of Flux.2 begins with reference images."""
     trainer = build_trainer(

@@ -83,6 +83,7 @@ def trained(tmp_path: Path, teacher: Path, expert: str = "both", **options):
     return build_trainer("tdm", source, "lora", tmp_path / f"run_{expert}", **made)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["wan_experts", "wan_i2v_experts"])
 def test_both_in_one_run_make_the_stock_pipeline_and_two_files(
     family, tmp_path, tmp_path_factory
@@ -120,6 +121,7 @@ def test_both_in_one_run_make_the_stock_pipeline_and_two_files(
     assert "2 calls of high noise, 2 of low" in card
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("form", "family"), [("kohya", "wan_experts"), ("comfyui", "wan_i2v_experts")]
 )
@@ -158,6 +160,7 @@ def test_other_tools_files_are_two_and_read_back(form, family, tmp_path, tmp_pat
             teacher_facts(ModelSource(str(teacher), teacher_lora=given))
 
 
+@pytest.mark.full
 def test_one_step_is_the_high_expert_alone(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("wan_experts", tmp_path_factory)
     grid = {"num_steps": 1, "shift": 5.0, "critic_steps": 1}
@@ -167,6 +170,7 @@ def test_one_step_is_the_high_expert_alone(tmp_path, tmp_path_factory) -> None:
     assert stock.config.boundary_ratio is None
 
 
+@pytest.mark.full
 def test_an_expert_a_run_and_one_pipeline_of_both(tmp_path, tmp_path_factory) -> None:
     """High first; its states train the low one, whose export holds both."""
     teacher = teacher_dir("wan_experts", tmp_path_factory)
@@ -230,6 +234,7 @@ def test_an_expert_a_run_and_one_pipeline_of_both(tmp_path, tmp_path_factory) ->
         low.export(tmp_path / "other", high_student=half)
 
 
+@pytest.mark.full
 def test_swapped_files_are_refused_before_loading(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("wan_experts", tmp_path_factory)
     lora = moved(trained(tmp_path, teacher)).export(tmp_path / "lora", format="lora")

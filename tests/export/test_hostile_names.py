@@ -154,6 +154,7 @@ def test_an_evaluations_page_and_picture(tmp_path) -> None:
     page_is_unharmed((tmp_path / "report.html").read_text())
 
 
+@pytest.mark.full
 def test_a_comparisons_files(tmp_path) -> None:
     base = [compared_row("teacher", "teacher", 1, 40.0), compared_row(NAME, "teacher", 50, 2.0)]
     (tmp_path / "teacher_rows.json").write_text(json.dumps(base))

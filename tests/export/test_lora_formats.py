@@ -147,6 +147,7 @@ def test_sdxl_kohya_keys_are_the_authors_and_sd_s_are_diffusers(tmp_path, tmp_pa
     assert f"lora_unet_input_blocks_3_1_{attention}" in names["sdxl"]
 
 
+@pytest.mark.full
 def test_a_file_that_lost_its_strength_is_refused(tmp_path, tmp_path_factory) -> None:
     trainer = student("sd_v", tmp_path, tmp_path_factory)
     path = export(trainer, tmp_path / "mine", "comfyui") / "mine.safetensors"
@@ -169,6 +170,7 @@ def test_networks_without_names_elsewhere_say_what_is_possible(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_an_unknown_format_is_refused(tmp_path, tmp_path_factory) -> None:
     trainer = student("sd_v", tmp_path, tmp_path_factory)
     with pytest.raises(ValueError, match="got 'a1111'"):
@@ -330,7 +332,7 @@ def test_stock_converters_of_lora_keys(case, form, rank) -> None:
 
 
 # -------------------------------------------------------------- fusing and stacking
-@pytest.mark.sampled(family=("sd3",))
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd_v", "sd3"])
 def test_fused_is_unfused(family, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)

@@ -59,6 +59,7 @@ def test_between_the_ends_every_weight_is_the_mean(students, tmp_path) -> None:
         torch.testing.assert_close(out[name], 0.25 * a[name] + 0.75 * b[name], rtol=0, atol=1e-7)
 
 
+@pytest.mark.full
 def test_frozen_parts_stay_as_they_are_and_the_folder_loads(students, tmp_path) -> None:
     out = merge_pipelines(*students, tmp_path / "out")
     assert_equal(weights(out, "vae"), weights(students[0], "vae"))

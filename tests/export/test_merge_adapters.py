@@ -76,7 +76,7 @@ def assert_sum(read, first, second, weights) -> None:
         torch.testing.assert_close(read[name], wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.sampled("weights1")
+@pytest.mark.full
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.25, -2.0), (1.0, 0.0), (0.0, 1.0)])
 def test_cat_is_the_weighted_sum_of_deltas(weights, pair, tmp_path) -> None:
     (a, first, trainer), (b, second, _) = pair
@@ -129,7 +129,7 @@ def test_adapters_of_different_modules_and_ranks_add_up(student, tmp_path) -> No
         torch.testing.assert_close(delta, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.sampled("weights1-1")
+@pytest.mark.full
 @pytest.mark.parametrize(("weights", "which"), [((1, 0), 0), ((0, 1), 1)])
 def test_linear_has_the_files_as_ends(weights, which, student, tmp_path) -> None:
     folders = [student("sd_v", "lora", i)[0] for i in range(2)]
@@ -160,6 +160,7 @@ def test_the_student_s_record_and_scheduler_stay(pair, tmp_path) -> None:
     assert "at weight 0.5" in (out / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_a_style_without_a_record_merges_too(pair, tmp_path) -> None:
     (a, first, trainer), (b, second, _) = pair
     (b / RECORD).unlink()
@@ -168,6 +169,7 @@ def test_a_style_without_a_record_merges_too(pair, tmp_path) -> None:
     assert json.loads((out / RECORD).read_text())["num_inference_steps"]
 
 
+@pytest.mark.full
 def test_the_command(pair, tmp_path, capsys) -> None:
     (a, first, trainer), (b, second, _) = pair
     main(["merge", f"{a}:0.5", f"{b}:0.5", "--output", str(tmp_path / "out")])

@@ -53,7 +53,7 @@ def moved(trainer: Any) -> Any:
     return trainer
 
 
-@pytest.mark.sampled("unet2d-4-renoise", "edm-1-ode")
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "steps", "kind"), CASES)
 def test_stock_image_equals_in_memory(family, steps, kind, tmp_path, tmp_path_factory) -> None:
     """export_pipeline compares; one EDM step needs no argument, for the class's default is 1."""

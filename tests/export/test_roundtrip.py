@@ -63,6 +63,7 @@ def test_stock_image_equals_in_memory(
     assert not list(out.rglob("*.bin"))
 
 
+@pytest.mark.full
 def test_a_wrong_export_is_refused(tmp_path, tmp_path_factory, monkeypatch) -> None:
     trainer = moved(
         build_trainer("dmd2", teacher_dir("sd_v", tmp_path_factory), "lora", tmp_path / "run")
@@ -144,7 +145,7 @@ def test_one_velocity_step_of_pixart_alpha_is_refused_with_nothing_written(
         build_trainer("reflow_raw_distill", teacher, "lora", tmp_path / "other")
 
 
-@pytest.mark.sampled("sana")
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["pixart_sigma", "sana"])
 def test_one_velocity_step_elsewhere_is_exported(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
@@ -164,7 +165,8 @@ def test_foreign_folder_is_left_alone(tmp_path, tmp_path_factory) -> None:
 WITH_LORA_LOADER = [name for name, family in TINY_FAMILY.items() if family.has_lora_loader()]
 
 
-@pytest.mark.sampled("flux")
+@pytest.mark.full
+@pytest.mark.sampled("flux", "sd", "sdxl", "wan")
 @pytest.mark.parametrize("family", sorted({*WITH_LORA_LOADER} - {*TWO_EXPERTS}))  # of one file
 def test_lora_file_keeps_the_strength_of_alpha(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
@@ -260,6 +262,7 @@ def test_z_image_export_is_called_with_guidance_zero(tmp_path, tmp_path_factory)
         assert json.loads((out / RECORD).read_text())["guidance_scale"] == guidance - 1.0
 
 
+@pytest.mark.full
 def test_a_guided_qwen_image_student_names_its_negative_prompt(tmp_path, tmp_path_factory) -> None:
     """export_pipeline compares images, so the call as recorded guides as the sampler does."""
     teacher = teacher_dir("qwen_image", tmp_path_factory)

@@ -128,6 +128,7 @@ def test_z_image_kohya_is_fused_at_the_released_layout() -> None:
     assert not any("_to_" in key for key in keys)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["sd_v", "sdxl", "sd3"])
 def test_a1111_splits_every_key(name, exported) -> None:
     for key in load_file(exported(name, "kohya").file):
@@ -195,7 +196,7 @@ def test_alpha_is_the_rank_and_diffusers_reads_the_same(name, exported) -> None:
     assert worst(read, {n: lora.delta() for n, lora in made.adapters.items()}) < 1e-6
 
 
-@pytest.mark.sampled("comfyui")
+@pytest.mark.full
 @pytest.mark.parametrize("form", FORMATS)
 def test_bfloat16_is_the_default_and_half_the_size(form, exported, tmp_path) -> None:
     wide, half = exported("sd_v", form), exported("sd_v", form, "bfloat16")

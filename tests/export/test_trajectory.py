@@ -67,7 +67,7 @@ def test_tscd_exports_deterministically_at_every_step_count(
         assert scheduler["_class_name"] == expected
 
 
-@pytest.mark.sampled("dit-8")
+@pytest.mark.full
 @pytest.mark.parametrize("num_phases", [1, 2, 4, 8])
 @pytest.mark.parametrize("family", THOROUGH)
 def test_pcm_exports_on_its_edges(family, num_phases, tmp_path, tmp_path_factory) -> None:
@@ -121,7 +121,7 @@ def test_lcm_on_flow_exports_without_typed_sigmas(family, tmp_path, tmp_path_fac
     assert scheduler["_class_name"] == "FlowMatchLCMScheduler"
 
 
-@pytest.mark.sampled("sd3-FlowMatchLCMScheduler")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "scheduler"), [("sd3", "FlowMatchLCMScheduler"), ("sd", "LCMScheduler")]
 )
@@ -200,7 +200,7 @@ def test_no_stock_tcd_no_export(tmp_path, tmp_path_factory) -> None:
 
 
 # ------------------------------------------------------------ TCD on flow: a scheduler of our own
-@pytest.mark.sampled(family=("sd3",))
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_tcd_on_flow_exports_with_its_scheduler_beside_it(
     family, tmp_path, tmp_path_factory

@@ -8,7 +8,7 @@ import pytest
 from support.runs import build_trainer, teacher_dir
 
 
-@pytest.mark.sampled("unet2d-FlowMatchEulerDiscreteScheduler")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "scheduler"),
     [

@@ -153,9 +153,7 @@ def test_facts_need_no_weights(tmp_path_factory) -> None:
 
 
 # ------------------------------------------------------------------------------- export
-@pytest.mark.sampled(
-    "4-ode-full-stable_audio", "2-renoise-lora-stable_audio", "4-ode-lora-ace_step"
-)
+@pytest.mark.full
 @pytest.mark.parametrize("family", SOUND)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 @pytest.mark.parametrize(("steps", "kind"), [(1, "renoise"), (2, "renoise"), (4, "ode")])
@@ -187,6 +185,7 @@ def test_a_grid_of_ace_steps_own_goes_into_its_call(tmp_path, tmp_path_factory) 
     assert json.loads((out / RECORD).read_text())["call"]["timesteps"] == [1.0, 0.8, 0.7, 0.1]
 
 
+@pytest.mark.full
 def test_a_velocity_student_of_stable_audio(tmp_path, tmp_path_factory) -> None:
     """Told flow times in the units that the network knows."""
     teacher = teacher_dir("stable_audio", tmp_path_factory)
@@ -195,7 +194,7 @@ def test_a_velocity_student_of_stable_audio(tmp_path, tmp_path_factory) -> None:
     trainer.export(tmp_path / "out", num_steps=2)
 
 
-@pytest.mark.sampled("ace_step")
+@pytest.mark.full
 @pytest.mark.parametrize("family", SOUND)
 def test_an_adapter_by_its_cards_code(family, tmp_path, tmp_path_factory, monkeypatch) -> None:
     """Stock Diffusers and PEFT alone: base, LoRA, scheduler, a WAV file; the sound that the

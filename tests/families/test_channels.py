@@ -225,6 +225,7 @@ class MaskFirst(FluxFillFamily):
         return super().beside(*given).roll(4, dims=1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("wrong", "name", "row"),
     [
@@ -243,7 +244,7 @@ def test_check_finds_a_wrong_adapter(wrong, name, row) -> None:
 
 
 # --------------------------------------------------------------------------------------- training
-@pytest.mark.sampled("instruct_pix2pix")
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trained_student_uses_its_picture(name, tmp_path, tmp_path_factory) -> None:
     """In memory, from the exported pipeline, and from the LoRA in the stock pipeline."""

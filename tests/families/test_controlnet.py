@@ -39,10 +39,8 @@ from stepdistill.testing.tiny_control import tiny_flux_controlnet, tiny_sd3_cont
 from stepdistill.training.batches import BatchMaker
 from stepdistill.training.step import place
 
-FULL = pytest.mark.full
 UNTOLD_FLUX = partial(tiny_flux_controlnet, guidance_embeds=False)
 BASES = ("sd_controlnet", "sdxl_controlnet", "flux_controlnet", "sd3_controlnet")
-TRAINED = [pytest.param(n, marks=() if n[:3] in ("sd_", "flu") else FULL) for n in BASES]
 
 
 @pytest.fixture(params=BASES)
@@ -195,6 +193,7 @@ def test_a_mixed_dtype_is_brought_together(controlled) -> None:
     assert raw.isfinite().all()
 
 
+@pytest.mark.full
 def test_encoders_are_loaded_without_its_weights(tmp_path_factory) -> None:
     family = load_encoders(teacher_dir("sd_controlnet", tmp_path_factory), torch.device("cpu"))
     (side,) = family.side_parts.values()
@@ -228,6 +227,7 @@ class NullText(FluxControlNetFamily):
     image_keys = ("control",)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("wrong", "build", "row"),
     [
@@ -242,13 +242,14 @@ def test_check_finds_a_wrong_adapter(wrong, build, row) -> None:
     assert any(name.startswith(row) for name in failed)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "build",
     [
         partial(tiny_flux_controlnet, num_mode=3),
-        pytest.param(partial(tiny_flux_controlnet, pixels=True), marks=FULL),
-        pytest.param(UNTOLD_FLUX, marks=FULL),
-        pytest.param(partial(tiny_sd3_controlnet, force_zeros=False), marks=FULL),
+        partial(tiny_flux_controlnet, pixels=True),
+        UNTOLD_FLUX,
+        partial(tiny_sd3_controlnet, force_zeros=False),
         partial(tiny_sd3_controlnet, without_text=True),
     ],
     ids=["flux_union", "flux_pixels", "flux_schnell", "sd3_shifted", "sd35_large"],
@@ -344,9 +345,9 @@ def test_items_without_a_control_image_are_refused_before_loading(
 
 
 # --------------------------------------------------------------------------------------- training
-@pytest.mark.sampled("lora-flux_controlnet")
-@pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("layout", ["lora", pytest.param("full", marks=FULL)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("layout", ["lora", "full"])
 def test_a_trained_student_uses_its_control_image(name, layout, tmp_path, tmp_path_factory) -> None:
     """In memory, from the exported pipeline, and from the LoRA in the stock pipeline; SiD
     differentiates the roles that the student's sample is handed to."""

@@ -31,6 +31,7 @@ def experts(family: Family) -> Experts:
     return family.net
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_parity_with_the_stock_call(kind) -> None:
     rows = check_family(pair(kind))
@@ -50,6 +51,7 @@ class OneBoundary(WanFamily):
         experts(self).boundary = 500.0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("wrong", "row"), [(Swapped, "denoiser"), (OneBoundary, "sampling")])
 def test_check_finds_the_wrong_expert(wrong, row) -> None:
     found = [n for n, v in check_family(wrong(tiny_wan(boundary_ratio=0.875))) if not v < LIMIT]

@@ -92,7 +92,7 @@ def test_parity_with_the_stock_pipeline(family) -> None:
     assert {name: value for name, value in rows if not value < LIMIT} == {}
 
 
-@pytest.mark.sampled("sd35_t5", "flux_schnell")
+@pytest.mark.full
 @pytest.mark.parametrize(
     "build",
     [
@@ -121,6 +121,7 @@ def test_parity_of_variants(build) -> None:
     assert {name: value for name, value in rows if not value < LIMIT} == {}
 
 
+@pytest.mark.full
 def test_parity_does_not_depend_on_the_checkpoints_scheduler() -> None:
     pipeline = tiny_sd()
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
@@ -249,6 +250,7 @@ def test_check_finds_a_wrong_adapter(wrong, build, row) -> None:
     assert any(name.startswith(row) for name in found)
 
 
+@pytest.mark.full
 def test_print_check_exit_code(tmp_path, capsys) -> None:
     tiny_dit().save_pretrained(tmp_path)
     assert print_check(str(tmp_path)) == 0
@@ -256,6 +258,7 @@ def test_print_check_exit_code(tmp_path, capsys) -> None:
     assert print_check(WrongTime(tiny_sd3())) == 1
 
 
+@pytest.mark.full
 def test_check_leaves_the_pipeline_as_it_was() -> None:
     pipeline = tiny_sd()
     pipeline.set_progress_bar_config(desc="mine")

@@ -66,7 +66,7 @@ def test_it_finds_what_the_adapters_say(name) -> None:
             assert (ours - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.sampled("dmd2-cogview3")
+@pytest.mark.full
 @pytest.mark.parametrize("name", TINY_GENERIC)
 @pytest.mark.parametrize("case", ["dmd2", "lcm"])
 def test_two_steps_and_export(name, case, tmp_path) -> None:

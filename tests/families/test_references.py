@@ -182,6 +182,7 @@ class UntoldNull(QwenImageEditFamily):
         return self.encode([""]).repeat(bsz)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("wrong", "name", "row"),
     [
@@ -290,6 +291,7 @@ def test_buckets_have_references_of_their_size(make_family) -> None:
     buckets_fit(SimpleNamespace(by_ratio=True), None, stub)
 
 
+@pytest.mark.full
 def test_a_run_s_options_lead_to_them(tmp_path, tmp_path_factory) -> None:
     """From a folder without images to become, columns of a user's own names, to two updates."""
     teacher = teacher_dir("flux_kontext", tmp_path_factory)

@@ -93,7 +93,7 @@ def test_fixed_shifts_do_not_follow_the_size() -> None:
     assert family.shift_at(16, 16) == family.shift_at(32, 32) == 3.0
 
 
-@pytest.mark.sampled("16")
+@pytest.mark.full
 @pytest.mark.parametrize("size", [16, 32])
 def test_training_and_export_take_the_shift_of_the_resolution(
     size, tmp_path, tmp_path_factory

@@ -93,6 +93,7 @@ def test_no_safety_checker_is_no_obstacle(tmp_path_factory) -> None:
     assert load_family(folder).pipeline.safety_checker is None
 
 
+@pytest.mark.full
 def test_sd3_trains_without_t5_and_says_so(tmp_path) -> None:
     """The export is without T5 too, and its card tells from_pretrained."""
     tiny_sd3().save_pretrained(tmp_path / "teacher")

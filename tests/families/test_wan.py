@@ -26,6 +26,7 @@ class WrongTimes(WanFamily):
         return super().token_times(x_t, model_t / 1000)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("wrong", "row"), [(WrongChannels, "vae"), (WrongTimes, "denoiser")])
 def test_check_finds_a_wrong_adapter(wrong, row) -> None:
     found = [name for name, value in check_family(wrong(tiny_wan())) if not value < LIMIT]

@@ -48,7 +48,7 @@ class NoTokens(WanImageToVideoFamily):
         return Cond({**cond.tensors, "frame_tokens": torch.zeros_like(cond["frame_tokens"])})
 
 
-@pytest.mark.sampled("NoTokens-False-encode")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("wrong", "expands", "row"),
     [(OneTime, True, "denoiser"), (NoMask, False, "denoiser"), (NoTokens, False, "encode")],

@@ -213,6 +213,7 @@ class TestSingleFile:
 
 
 class TestLoras:
+    @pytest.mark.full
     def test_a_moved_file_is_the_same_and_another_is_not(self, tmp_path, tmp_path_factory) -> None:
         folder = teacher_dir("sd_v", tmp_path_factory)
         style_lora(folder, tmp_path / "a", 0)

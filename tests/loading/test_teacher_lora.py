@@ -188,6 +188,7 @@ def test_the_lora_is_part_of_what_a_run_is(run, tmp_path) -> None:
         VariationalScoreTrainer(run.teacher.model, args, PromptDataset(["a", "b"]))
 
 
+@pytest.mark.full
 def test_a_missing_lora_is_told_before_the_base_is_read(run, tmp_path) -> None:
     shutil.rmtree(tmp_path / "style")
     with pytest.raises(ValueError, match="which is not there"):

@@ -178,6 +178,7 @@ def test_no_gradient_goes_through_the_target() -> None:
     assert float(b.grad) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.full
 def test_training_in_closed_form_reaches_the_trajectory() -> None:
     """y = a_j mu + b_j eps at each grid point, by gradient descent: the chain of DDIM's steps."""
     method = make("flow", num_grid=4, boundary_share=0.3)

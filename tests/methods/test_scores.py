@@ -296,7 +296,7 @@ def exact_nets(path: NoisePath) -> AnalyticNets:
     return AnalyticNets({"student": student, "teacher": teacher})
 
 
-@pytest.mark.sampled("flow-4")
+@pytest.mark.full
 @pytest.mark.parametrize("num_steps", [1, 4])
 def test_the_warm_start_learns_the_trajectorys_end_from_its_states(
     path: NoisePath, num_steps: int

@@ -140,6 +140,7 @@ def test_more_steps_of_the_ode_come_nearer_to_the_flow_map(setting) -> None:
     assert errors[1] < 0.4 * errors[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("setting", ["vp", "flow"])
 def test_its_fixed_point_goes_from_the_flow_map_to_the_mean(setting) -> None:
     """The expected target E[f(x_s) | x_t] equals f(x_t): at eta 0 for the flow map's end, whose

@@ -144,6 +144,7 @@ def student_gradients(run: VariationalScoreTrainer) -> tuple[Batch, dict[str, Te
     return batch, grads, losses.logs["clip_score"].item()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("small", [True, False], ids=["tiny_decoder", "vae"])
 def test_gradient_reaches_the_student_through_the_decoder(
     small, clip_dir, decoder_dir, tmp_path, tmp_path_factory
@@ -158,6 +159,7 @@ def test_gradient_reaches_the_student_through_the_decoder(
         assert all(p.grad is None for p in part.parameters())
 
 
+@pytest.mark.full
 def test_no_gradient_where_every_sample_is_above_tau(
     clip_dir, decoder_dir, tmp_path, tmp_path_factory
 ) -> None:
@@ -172,6 +174,7 @@ def test_prompts_as_text_are_needed(tmp_path, tmp_path_factory) -> None:
         build_trainer("vsd_clip", teacher_dir("dit", tmp_path_factory), "lora", tmp_path)
 
 
+@pytest.mark.full
 def test_the_loop_logs_it_beside_the_gradient_size(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd", tmp_path_factory)
     logs = build_trainer("vsd_clip", teacher, "lora", tmp_path).train()

@@ -108,6 +108,7 @@ def test_the_best_is_saved_between_checkpoints_and_the_one_before_goes(run, tmp_
     }  # fmt: skip
 
 
+@pytest.mark.full
 def test_a_limit_of_one_keeps_the_newest_and_the_best(run, tmp_path) -> None:
     run(checkpointing_steps=1, checkpoints_total_limit=1, max_train_steps=3).train()
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
@@ -240,6 +241,7 @@ def test_a_validation_without_the_metric_ends_the_run_at_its_start(run, tmp_path
     assert names(tmp_path) == []
 
 
+@pytest.mark.full
 def test_so_does_one_after_resuming(run, tmp_path) -> None:
     run(max_train_steps=1).train()
     again = run(resume_from_checkpoint="latest", best_metric="x0_mean_drift")

@@ -127,6 +127,7 @@ def test_a_run_that_has_only_begun_has_a_page(run) -> None:
     assert "0 of 40" in render(read_run(run))
 
 
+@pytest.mark.full
 def test_a_big_grid_is_made_small(run) -> None:
     import numpy as np
 

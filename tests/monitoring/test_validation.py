@@ -138,6 +138,7 @@ def test_a_lines_metrics_are_those_of_its_step_in_file_and_tracker(validated) ->
     assert told[1].value == pytest.approx(rows[1]["teacher_rmse"], rel=1e-6)
 
 
+@pytest.mark.full
 def test_the_error_on_the_trajectory_is_of_the_samplers_steps(validated) -> None:
     row = json.loads((validated.output_dir / "validation.jsonl").read_text().splitlines()[0])
     curve = row["trajectory"]
@@ -160,6 +161,7 @@ def test_untrained_student_jumps_as_the_unguided_teacher(validated) -> None:
     assert found.trajectory["student"] == pytest.approx(found.trajectory["teacher"], rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_resumed_run_reads_the_teachers_samples(validated, monkeypatch) -> None:
     def never(*args, **kwargs):
         raise AssertionError("the teacher is solved again")
@@ -197,6 +199,7 @@ def test_guiding_both_branches_the_student_is_held_against_the_plain_teacher(vsd
     assert not any(name.startswith("guided_") for name in found)
 
 
+@pytest.mark.full
 def test_guided_alike_a_fresh_fake_pushes_nowhere(vsd) -> None:
     """Before any update the fake is the teacher, at the same guidance: no gradient, no lag."""
     rows = [json.loads(x) for x in (vsd.output_dir / "validation.jsonl").read_text().splitlines()]
@@ -221,7 +224,7 @@ def test_features_of_ones_own_are_taken(validated) -> None:
 @pytest.mark.parametrize(
     ("case", "layout"),
     [
-        pytest.param(case, layout, marks=() if layout in by_default else (pytest.mark.full,))
+        pytest.param(case, layout, marks=() if layout in by_default else (pytest.mark.every,))
         for case in METHOD_CASES
         for layout in ("lora", "full")
         if METHOD_CASES[case].fits("sd", layout)

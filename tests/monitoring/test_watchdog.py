@@ -324,6 +324,7 @@ def poison(trainer, step: int, monkeypatch) -> None:
     monkeypatch.setattr(trainer.method, "phases", phases)
 
 
+@pytest.mark.full
 def test_backing_off_goes_on_past_a_nan(teacher, tmp_path, monkeypatch) -> None:
     trainer = build_trainer(
         "dmd2", teacher, "lora", tmp_path, max_train_steps=4, watchdog={"nonfinite": "back_off"}
@@ -383,6 +384,7 @@ def test_a_stopped_process_leaves_with_status_76(teacher, tmp_path, capsys) -> N
     assert "stopped: " in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_run_out_of_time_is_finished_and_a_preempted_one_is_not(teacher, tmp_path) -> None:
     late = build_trainer("dmd2", teacher, "lora", tmp_path / "late", max_train_seconds=1e-3)
     late.train()

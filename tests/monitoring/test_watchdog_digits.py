@@ -52,6 +52,7 @@ def rows(folder, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
+@pytest.mark.every  # minutes; test_fake_lag.py and test_watchdog.py tell it of small ones
 def test_a_fake_that_never_learns_is_told_by_its_lag_and_stopped_as_drift(
     teacher, tmp_path
 ) -> None:
@@ -89,6 +90,7 @@ def test_a_student_that_draws_one_image_a_class_is_told_unasked(teacher, tmp_pat
     assert "spread" in {e["check"] for e in alarms}
 
 
+@pytest.mark.every  # as long; test_signs_small.py has twenty small ones
 def test_one_that_learns_is_left_in_peace(teacher, tmp_path) -> None:
     trainer = trainer_of(teacher, tmp_path, 5e-4)
     trainer.train()

@@ -174,6 +174,7 @@ def test_backing_off_skips_a_batch_that_overflows(teacher, tmp_path, precision) 
         assert bool(value.isfinite().all())
 
 
+@pytest.mark.full
 def test_a_batch_that_overflows_stops_a_scaled_run_by_its_loss(teacher, tmp_path) -> None:
     """A scaler would skip it without a word."""
     trainer = trainer_of(teacher, tmp_path, "fp16", "lcm")

@@ -119,6 +119,7 @@ def test_the_boundary_states_of_first_frames(half, tmp_path, tmp_path_factory) -
     assert record["experts"]["calls"] == {"high": 2, "low": 2}
 
 
+@pytest.mark.full
 def test_a_set_that_was_cut_off_is_the_same(half, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pairs_teacher, "generate_pairs", partial(generate_pairs, shard_size=2))
     folder = frames(tmp_path / "frames")

@@ -148,6 +148,7 @@ def test_a_pair_is_an_image_and_its_own_noise(tmp_path):
     assert manifest["settings"]["solver"] == "heun, real images inverted"
 
 
+@pytest.mark.full
 def test_a_resumed_set_is_the_same_and_other_images_are_refused(tmp_path):
     make(tmp_path / "whole")
     make(tmp_path / "part")
@@ -162,6 +163,7 @@ def test_a_resumed_set_is_the_same_and_other_images_are_refused(tmp_path):
         make(tmp_path / "other", num_pairs=11)
 
 
+@pytest.mark.full
 def test_command_inverts_a_folder_for_a_stock_teacher(tmp_path, tmp_path_factory):
     model = teacher_dir("sd_v", tmp_path_factory)
     folder = tmp_path / "images"

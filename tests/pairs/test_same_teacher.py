@@ -15,6 +15,7 @@ from stepdistill.pairs.teacher import make_pairs
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
+@pytest.mark.full
 def test_another_teacher_at_the_path_is_refused_and_a_moved_one_goes_on(
     tmp_path, tmp_path_factory, monkeypatch
 ) -> None:

@@ -132,6 +132,7 @@ def test_another_camera_is_another_score_of_the_fake() -> None:
         assert not torch.allclose(fake(x_t, t, cond).eps, other(x_t, t, cond).eps)
 
 
+@pytest.mark.full
 def test_the_fake_with_its_camera_is_a_stock_unet_of_projected_class_labels() -> None:
     """class_embed_type "projection" of 16 numbers: the same weights give the same answer."""
     guidance, (x_t, t) = guided(camera=True), (torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.7]))

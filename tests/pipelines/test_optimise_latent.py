@@ -75,6 +75,7 @@ def test_the_gradient_is_that_of_all_steps(kind) -> None:
 
 
 # ----------------------------------------------------------------------------------- the call
+@pytest.mark.full
 def test_what_is_kept_comes_back_and_weights_stay() -> None:
     pipe = wrapped(tiny_ace_step())
     before = fingerprint(dict(pipe.transformer.named_parameters()))

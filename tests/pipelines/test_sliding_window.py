@@ -72,6 +72,7 @@ def test_colours_of_a_drifting_decoder(colours) -> None:
         assert spread[-1] == pytest.approx(spread[4], rel=0.1)
 
 
+@pytest.mark.full
 def test_with_a_real_pipeline_each_clip_has_noise_of_its_own() -> None:
     pipe = WanImageToVideoFamily(tiny_wan_i2v(boundary_ratio=0.9)).pipeline
     pipe.set_progress_bar_config(disable=True)

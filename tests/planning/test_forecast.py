@@ -75,7 +75,7 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.sampled("qwen_image")
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_forecast(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The frozen bytes are the denoiser's own, in float32."""
@@ -203,12 +203,14 @@ def test_held_bytes_are_those_of_the_real_parts(teacher: Path) -> None:
     assert plan.encoders == sum(size.values())
 
 
+@pytest.mark.full
 def test_offloaded_encoders_cost_nothing(teacher: Path) -> None:
     here, away = (forecast(run_config(teacher, **LORA, offload_encoders=x)) for x in (False, True))
     assert here.peak - away.peak >= here.encoders > 0
     assert away.encoders == away.encoding == 0
 
 
+@pytest.mark.full
 def test_adapters_cost_less_than_copies(teacher: Path) -> None:
     lora, full = (forecast(run_config(teacher, **options)) for options in (LORA, FULL))
     assert sum(lora.trained.values()) < sum(full.trained.values()) / 4
@@ -335,6 +337,7 @@ def test_hours_follow_from_the_peak_rate() -> None:
     assert hours_per_1k(plan, "h100") == pytest.approx(2e14 * 1000 / (989.4e12 * 0.4) / 3600)
 
 
+@pytest.mark.full
 def test_hours_count_every_micro_batch(teacher: Path) -> None:
     options: dict[str, Any] = {"max_train_steps": 4000}
     runs = [run_config(teacher, gradient_accumulation_steps=n, **options) for n in (1, 8)]
@@ -421,6 +424,7 @@ def test_unknown_models_and_gpus_are_refused(teacher: Path) -> None:
 
 
 # --------------------------------------------------------------- phases that change in a run
+@pytest.mark.full
 def test_all_parts_of_a_run_are_forecast(teacher: Path) -> None:
     """disback's recording, then its distribution matching, each by its share of the run."""
     options = {"num_steps": 1, "critic_steps": 2, "nodes": 3, "record_updates": 4}

@@ -49,6 +49,7 @@ def student(plan: Forecast) -> Any:
     return next(cost for cost in plan.phases if cost.phase == "student")
 
 
+@pytest.mark.full
 def test_scorer_and_decoder_are_held_and_computed(clip, teacher) -> None:
     """By as many operations as a pass through both takes: forward once, and back to the pixels."""
     run = run_config(teacher, rewards=[clip])
@@ -72,6 +73,7 @@ def test_scorer_and_decoder_are_held_and_computed(clip, teacher) -> None:
     assert expected < more < 1.5 * expected  # and the text, once, without a gradient
 
 
+@pytest.mark.full
 def test_a_crop_and_a_checkpointed_vae_take_less_memory(clip, teacher) -> None:
     plain, crop, recomputed = (
         student(forecast(run_config(teacher, rewards=[clip], **options)))
@@ -104,6 +106,7 @@ def test_other_decoders(family, clip, tmp_path_factory) -> None:
     assert student(forecast(run)).flops > 0
 
 
+@pytest.mark.full
 def test_every_kind_has_a_skeleton(clip, caplog, tmp_path) -> None:
     options = {"clip": clip["options"], "aesthetic": {**clip["options"], "head": "none"}}
     options["features"] = {"network": str(learned_network(tmp_path))}

@@ -18,8 +18,9 @@ from stepdistill.planning.replay import Replay
 from stepdistill.planning.tracker import CostTracker
 from stepdistill.testing.tiny import TINY_FAMILY
 
-DEFAULT = [("dit", "consistency", "lora", True), ("sd3", "dmd2", "full", False)]
-FULL = [
+CASES = [
+    ("dit", "consistency", "lora", True),
+    ("sd3", "dmd2", "full", False),
     ("sd_v", "consistency", "lora", True),
     *(
         (family, "dmd2", layout, checkpointing)
@@ -29,10 +30,8 @@ FULL = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("family", "method", "layout", "checkpointing"),
-    [*DEFAULT, *(pytest.param(*case, marks=pytest.mark.full) for case in FULL)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "method", "layout", "checkpointing"), CASES)
 def test_a_forecast_is_the_same_when_every_block_is_run(
     family: str, method: str, layout: str, checkpointing: bool, tmp_path_factory: Any
 ) -> None:

@@ -83,6 +83,7 @@ class TestInATrainer:
         )
         assert trainer.bank.scorer("lpips") is own
 
+    @pytest.mark.full
     def test_a_run_exports_without_its_scorers(self, teacher, tmp_path) -> None:
         build_trainer("dmd2", teacher, "lora", tmp_path, scorers={"lpips": Own()}).train()
         folder = trainer_of_run(tmp_path).export(tmp_path / "out")

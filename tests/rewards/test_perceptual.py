@@ -70,7 +70,6 @@ def pair(size: int = 32, bsz: int = 2) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.full
-@pytest.mark.sampled("alex.safetensors")
 @pytest.mark.parametrize("name", ["alex.safetensors", "vgg.safetensors"])
 def test_equals_the_library_on_the_same_weights(files, name) -> None:
     a, b = pair()
@@ -94,6 +93,7 @@ def test_images_are_read_in_minus_one_to_one(files) -> None:
     assert float((own / untold - 1).abs().min()) > 0.05
 
 
+@pytest.mark.full
 def test_zero_on_equal_images_alone(files) -> None:
     a, b = pair()
     with torch.no_grad():

@@ -95,6 +95,7 @@ def test_saved_state_is_a_copy(make_family) -> None:
     assert any(not torch.equal(v, state[k]) for k, v in bank.role_state("student").items())
 
 
+@pytest.mark.full
 def test_state_of_another_layout_is_refused(make_family) -> None:
     lora, full = build(make_family("sd"), "lora"), build(make_family("sd"), "full")
     with pytest.raises(ValueError, match="expected the saved tensors of this layout"):

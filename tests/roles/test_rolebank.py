@@ -385,6 +385,7 @@ def test_refusals_name_the_rule(make_family) -> None:
         build(family)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd"], indirect=True)
 def test_switching_writes_flags_alone(family: Family, monkeypatch) -> None:
     """Module.__setattr__ looks for weights first; a network of 800 adapters pays at each block."""

@@ -77,6 +77,7 @@ def test_every_family_builds_and_calls_a_smaller_student(family) -> None:
     assert bank["target"](x_t, t, cond).raw.isfinite().all()
 
 
+@pytest.mark.full
 def test_nothing_is_copied_and_the_seed_decides(make_family) -> None:
     """Even where shapes agree: a student of the teacher's own sizes starts at random."""
     banks = []
@@ -214,7 +215,7 @@ def test_dmd2_with_a_smaller_student_exports_to_stock_diffusers(tmp_path, tmp_pa
         found.export(tmp_path / "lora", format="lora")
 
 
-@pytest.mark.sampled("cd-sd3")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("case", "family"), [("cd", "sd3"), ("vsd", "sd"), ("reflow_raw", "sd_v"), ("lcm_w", "sd")]
 )

@@ -151,7 +151,7 @@ def test_pickled_adapter_in_pefts_folder(tmp_path) -> None:
         parse_lora(str(tmp_path))
 
 
-@pytest.mark.sampled("role_student.pt", "state.pkl")
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["optimizer.bin", "role_student.pt", "state.pkl"])
 def test_pickled_checkpoint(run, tmp_path, capsys, name) -> None:
     torch.save({"a": Bomb(tmp_path / "exploded")}, run / "checkpoint-1" / name)
@@ -365,7 +365,7 @@ def test_broken_json_of_a_run(run, tmp_path, capsys, broken, file) -> None:
     one_line(capsys, "export", str(run), str(tmp_path / "out"))
 
 
-@pytest.mark.sampled("cut")
+@pytest.mark.full
 def test_broken_trainer_state(run, tmp_path, capsys, broken) -> None:
     broken(run / "checkpoint-1" / "trainer_state.json")
     reseal(run / "checkpoint-1")

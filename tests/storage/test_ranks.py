@@ -77,6 +77,7 @@ def test_after_the_checks_an_error_is_one_processs_own(tmp_path) -> None:
     assert launched(work, tmp_path) == ["passed", "ValueError: late"]
 
 
+@pytest.mark.full
 def test_a_folder_that_another_writes_is_refused_by_all(tmp_path) -> None:
     folder = tmp_path / "run"
 

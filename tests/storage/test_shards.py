@@ -82,7 +82,7 @@ def check_equal(folder: Path, world: int) -> None:
             assert torch.equal(full_tensor(value.detach()), expected[key]), f"{name}/{key}"
 
 
-@pytest.mark.sampled("2-1")
+@pytest.mark.full
 @pytest.mark.parametrize(("written", "read"), [(2, 1), (2, 3), (3, 2)])
 def test_weights_and_moments_of_any_number_go_to_any(written, read, tmp_path) -> None:
     folder = saved(tmp_path, written)
@@ -172,6 +172,7 @@ def _killed(tmp_path: Path, victim: int, count: int) -> list[int]:
     return statuses
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_kill_of_one_process_in_a_save_leaves_the_last_good_one(victim, tmp_path) -> None:
     """The folder is begun, and neither of both has written its weights."""
@@ -197,6 +198,7 @@ def _on_a_full_disk(folder: Path, rank: int) -> None:
     write_shards(folder / "checkpoint-2", state, {})
 
 
+@pytest.mark.full
 def test_a_full_disk_of_one_is_told_by_all(tmp_path) -> None:
     good = tmp_path / "checkpoint-1"
     write_folder(good, {}, {"state": {"step": 1}})

@@ -97,6 +97,7 @@ def test_a_run_on_a_pixel_network_goes_on_exactly(network, tmp_path, tmp_path_fa
         assert ends[0] == ends[1]
 
 
+@pytest.mark.full
 def test_teacher_s_own_pairs_are_real_samples(tmp_path, tmp_path_factory) -> None:
     """Guided samples that it made carry its guidance; noise beside them does no harm."""
     teacher = teacher_dir("sd3", tmp_path_factory)

@@ -68,7 +68,7 @@ def test_a_student_exports_to_stock_schedulers(
             trainer.export(tmp_path / "four", num_steps=4)
 
 
-@pytest.mark.sampled("lora")
+@pytest.mark.full
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_scott_alone_trains_the_very_student_of_consistency(
     layout, tmp_path, tmp_path_factory

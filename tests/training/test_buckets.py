@@ -133,6 +133,7 @@ def _shapes(path: Path) -> list[tuple[int, ...]]:
     return [shape for name, (_, shape) in Shard(path).layout.items() if name == "value.x0"]
 
 
+@pytest.mark.full
 def test_a_discriminator_compares_images_of_one_shape(tmp_path, tmp_path_factory) -> None:
     """The student's sample that the critic takes over is one of the batch's own shape."""
     teacher, data = teacher_dir("sd_v", tmp_path_factory), images(tmp_path / "in")
@@ -160,6 +161,7 @@ def test_size_conditions_are_those_of_the_shape(make_family) -> None:
     assert told["time_ids"].tolist() == [[12, 24, 0, 0, 12, 24]] * 2
 
 
+@pytest.mark.full
 def test_the_shift_is_that_of_the_shape(tmp_path, tmp_path_factory) -> None:
     """Flux tells its scheduler mu, linear in the image tokens: 4 tokens 0.5, 16 tokens 1.15."""
     teacher = teacher_dir("flux", tmp_path_factory)

@@ -217,7 +217,7 @@ def iteration(case: str, monkeypatch: Any, tmp_path: Any, factory: Any) -> Itera
     return seen
 
 
-@pytest.mark.sampled("lcm", "dmd2", "reflow")
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
 # Methods without a row above are held to the rest alone.
 @pytest.mark.parametrize("case", [*CALLS, *(name for name in METHODS if name not in COUNTED)])

@@ -68,7 +68,7 @@ class Run:
         return found
 
 
-@pytest.mark.full
+@pytest.mark.every  # minutes of compiling; `full` counts the graphs
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_gradients_are_those_of_eager_blocks(backend: str, tmp_path_factory: Any) -> None:
     if backend == "inductor" and shutil.which("g++") is None:

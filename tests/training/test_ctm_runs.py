@@ -37,19 +37,14 @@ def saved(folder: Path) -> tuple[dict, str]:
 
 TCD = ("DDIMScheduler", "TCDScheduler", "TCDScheduler")
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchTCDScheduler", "FlowMatchLCMScheduler")
-ALL = ((1, 2, 4, 8),) * 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("method", "family", "schedulers", "counts"),
-    [
-        ("ctm", "sd3", FLOW, ((8,), (4,), (2,))),
-        pytest.param("ctm", "sd3", FLOW, ALL, marks=pytest.mark.full),
-        pytest.param("tcd", "sd_v", TCD, ALL, marks=pytest.mark.full),
-    ],
+    ("method", "family", "schedulers"), [("ctm", "sd3", FLOW), ("tcd", "sd_v", TCD)]
 )
 def test_one_student_exports_at_every_gamma_and_step_count(
-    method, family, schedulers, counts, tmp_path, tmp_path_factory
+    method, family, schedulers, tmp_path, tmp_path_factory
 ) -> None:
     options = {"sampler": "tcd", **({"solver_steps": 1} if method == "ctm" else {})}
     trainer = make(
@@ -60,15 +55,16 @@ def test_one_student_exports_at_every_gamma_and_step_count(
     for param in trainer.bank.members("student").values():
         noise = torch.randn(param.shape, generator=generator)
         param.data += 0.05 * noise * (param.data.std() + 0.1)
-    for gamma, scheduler, wanted in zip((0.0, 0.3, 1.0), schedulers, counts, strict=True):
+    for gamma, scheduler in zip((0.0, 0.3, 1.0), schedulers, strict=True):
         trainer.method.config = trainer.method.config.model_copy(update={"gamma": gamma})
-        for num_steps in wanted:
+        for num_steps in (1, 2, 4, 8):
             folder = trainer.export(tmp_path / f"{gamma}-{num_steps}", num_steps=num_steps)
             record, name = saved(folder)
             assert (name, record["num_inference_steps"]) == (scheduler, num_steps)
             assert record["call"] == ({"eta": gamma} if name == "TCDScheduler" else {})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["tcd_told", "ctm_bootstrap"])
 def test_a_student_that_is_told_its_end_resumes_and_is_not_exported(
     case, tmp_path, tmp_path_factory

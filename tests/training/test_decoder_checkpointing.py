@@ -74,6 +74,7 @@ def test_which_decoders_recompute(name, asked, limit, recomputes, monkeypatch, t
     assert (held < plain) == recomputes
 
 
+@pytest.mark.full
 def test_a_run_that_judges_images_does_so_and_one_that_does_not_leaves_the_vae(
     tmp_path, tmp_path_factory, monkeypatch
 ) -> None:

@@ -35,6 +35,7 @@ def make(method, teacher, folder, layout="lora", steps=4, args=None, **options):
     )  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_a_node_is_the_fake_as_it_was_and_stays_so(layout, teacher, tmp_path) -> None:
     """Of four steps: node 1 after the first, the fake goes on; the student waits for two."""
@@ -57,6 +58,7 @@ def test_a_node_is_the_fake_as_it_was_and_stays_so(layout, teacher, tmp_path) ->
     assert reported == ["node_1", "teacher", "teacher"]
 
 
+@pytest.mark.full
 def test_it_resumes_inside_either_stage_and_between(teacher, tmp_path) -> None:
     folder = tmp_path / "run"
     trainer = make("disback", teacher, folder, args={"checkpointing_steps": 1}, **NODES)
@@ -70,7 +72,8 @@ def test_it_resumes_inside_either_stage_and_between(teacher, tmp_path) -> None:
             assert first == second, (step, role)
 
 
-@pytest.mark.parametrize("layout", ["lora", pytest.param("full", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("layout", ["lora", "full"])
 def test_without_nodes_every_weight_is_dmd2_s(layout, teacher, tmp_path) -> None:
     weights = []
     for method, options in (("disback", {"nodes": 0}), ("dmd2", {})):
@@ -80,12 +83,10 @@ def test_without_nodes_every_weight_is_dmd2_s(layout, teacher, tmp_path) -> None
     assert weights[0] == weights[1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "layout", "scheduler"),
-    [
-        pytest.param("sd_v", "lora", "LCMScheduler", marks=pytest.mark.full),
-        ("sd3", "full", "FlowMatchLCMScheduler"),
-    ],
+    [("sd_v", "lora", "LCMScheduler"), ("sd3", "full", "FlowMatchLCMScheduler")],
 )
 def test_a_student_exports_to_stock_schedulers(
     family, layout, scheduler, tmp_path, tmp_path_factory

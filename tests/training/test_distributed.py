@@ -8,6 +8,7 @@ tiny gradients differ by up to the learning rate (1e-3) times the roundings' par
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from support.distributed import Group, Job, Seen, alone, equal, gradient_error, largest
 from support.runs import TWO_EXPERTS, build_trainer, teacher_dir
 
-from stepdistill.testing.tiny import TINY
+from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.training.checkpoint import optimizer_state
 
 GRADIENTS, WEIGHTS, DRIFTED = 5e-5, 2e-4, 2e-3
@@ -118,12 +119,22 @@ def test_gloo_equality_table(world, tmp_path, tmp_path_factory) -> None:
     assert not worse, worse
 
 
+def network(name: str, teacher: Path) -> str:
+    """The class of a tiny family's denoiser."""
+    return json.loads((teacher / "model_index.json").read_text())[TINY_FAMILY[name].net_name][1]
+
+
 @pytest.mark.full
-def test_every_family_trains_in_shards(tmp_path, tmp_path_factory) -> None:
+@pytest.mark.sampled("networks")
+@pytest.mark.parametrize("of", ["networks", "families"])
+def test_each_trains_in_shards(of, tmp_path, tmp_path_factory) -> None:
     """The first gradients of student, fake and heads are one process's: some networks call parts
     of a block from outside it, where its shards must be gathered, too. An eps student at time 1
     multiplies roundings by 15 and more: 6e-5 was measured."""
     teachers = {name: teacher_dir(name, tmp_path_factory) for name in sorted(TINY)}
+    if of == "networks":
+        first = {network(name, teachers[name]): name for name in reversed(teachers)}
+        teachers = {name: teachers[name] for name in sorted(first.values())}
     cases = {name: "dmd2" if name in TWO_EXPERTS else "dmd2_gan" for name in teachers}
     jobs = [Job(case, "lora", "fsdp2", name, steps=1) for name, case in cases.items()]
     worst = {}
@@ -151,14 +162,15 @@ def test_two_experts_train_in_shards(tmp_path, tmp_path_factory) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.sampled("f_distill-lora")
 @pytest.mark.parametrize(("case", "layout"), [("f_distill", "lora"), ("cd", "full")])
 def test_saved_on_two_goes_on_on_one_and_on_three(case, layout, tmp_path, tmp_path_factory) -> None:
     """What was loaded is what was saved, bit for bit; what comes of it is one process's run."""
-    teachers = {"sd_v": teacher_dir("sd_v", tmp_path_factory)}
+    teachers = {"sd3": teacher_dir("sd3", tmp_path_factory)}
     # The images of a run in shards are made by one process, between steps that all take part in.
     shown = {"validation_steps": 1, "validation_prompts": ["a thing"]}
     shown["validation_teacher_steps"] = 2
-    begun = Job(case, layout, "fsdp2", options=shown, folder="begun")
+    begun = Job(case, layout, "fsdp2", "sd3", options=shown, folder="begun")
     (saved, _other), *_ = Group(2, [begun], teachers, tmp_path).seen(1500)
     assert (tmp_path / "begun" / "validation").is_dir()
     options = {**shown, "resume_from_checkpoint": "latest"}
@@ -168,7 +180,7 @@ def test_saved_on_two_goes_on_on_one_and_on_three(case, layout, tmp_path, tmp_pa
         shutil.copytree(tmp_path / "begun", tmp_path / folder)
     on_three = [replace(loading, folder="loaded3"), replace(going_on, folder="three")]
     group = Group(3, on_three, teachers, tmp_path / "of3", runs=tmp_path)
-    teacher = teachers["sd_v"]
+    teacher = teachers["sd3"]
     loaded1 = alone(replace(loading, folder="loaded1"), teacher, tmp_path)
     one = alone(replace(going_on, folder="one"), teacher, tmp_path)
     never_stopped = alone(replace(begun, steps=4, folder="never_stopped"), teacher, tmp_path)

@@ -40,7 +40,7 @@ def times_told(trainer) -> set[float]:
     return times
 
 
-@pytest.mark.sampled("high-dmd2", "low-tdm")
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["tdm", "dmd2", "sid"])
 @pytest.mark.parametrize("expert", ["high", "low"])
 def test_one_expert_is_told_its_own_times(expert, method, tmp_path, tmp_path_factory) -> None:
@@ -73,7 +73,7 @@ def test_a_low_student_begins_at_the_states(tmp_path, tmp_path_factory) -> None:
     assert all(torch.equal(x, torch.ones(2, *SHAPE)) for x in seen)
 
 
-@pytest.mark.sampled("both")
+@pytest.mark.full
 @pytest.mark.parametrize("expert", ["high", "low", "both"])
 def test_resume_is_exact(expert, tmp_path, tmp_path_factory) -> None:
     source = ModelSource(str(teacher_dir("wan_experts", tmp_path_factory)), expert=expert)

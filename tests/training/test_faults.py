@@ -54,6 +54,7 @@ def test_the_next_save_clears_what_a_kill_left(each_operation) -> None:
     assert each_operation["unrepaired"] == []
 
 
+@pytest.mark.full
 def test_a_run_killed_thrice_loses_nothing_and_ends_the_same(tmp_path_factory) -> None:
     found = told(tmp_path_factory, "kills:3")["kills"]
     assert (found["tries"], found["lost"], found["differ"]) == (3, 0, [])

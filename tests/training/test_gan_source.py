@@ -71,6 +71,7 @@ def batches(monkeypatch) -> list[Batch]:
 
 
 # ------------------------------------------------------------------- who reads what
+@pytest.mark.full
 def test_each_loss_reads_its_own_source(teacher, tmp_path, batches, monkeypatch) -> None:
     """Prompts of the one, x0 and their prompts of the other, drawn for the head's updates alone."""
     judged, disc_loss = [], judge.disc_loss
@@ -95,6 +96,7 @@ def test_each_loss_reads_its_own_source(teacher, tmp_path, batches, monkeypatch)
     assert (trainer.feed.seen, trainer.gan_feed.seen) == (6, 4)
 
 
+@pytest.mark.full
 def test_a_rollout_from_data_keeps_the_run_s_own_images(teacher, tmp_path, batches) -> None:
     data = TinyData(SHAPE, "prompt", ("x0",))
     trainer_of(teacher, tmp_path, data, Real(), {**GAN, "rollout": "data"}).train()

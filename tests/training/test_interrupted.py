@@ -154,6 +154,7 @@ def test_another_run_is_told_by_its_checkpoint_where_the_record_is_damaged(
         run(resume_from_checkpoint="latest", seed=3)
 
 
+@pytest.mark.full
 def test_a_bad_line_or_report_in_a_going_run_ends_it_not(run, weights, capsys) -> None:
     def damage() -> None:
         with (trainer.output_dir / "events.jsonl").open("a") as file:
@@ -218,7 +219,6 @@ def validations(trainer: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.full
-@pytest.mark.sampled("signal before it")
 @pytest.mark.parametrize("kind", ["signal in it", "signal before it", "error"])
 def test_a_validation_that_is_cut_short_is_made_up_for(run, validated, weights, kind) -> None:
     whole = validated
@@ -251,6 +251,7 @@ def test_a_validation_that_is_cut_short_is_made_up_for(run, validated, weights, 
     assert best[0]["step"] == best[1]["step"]
 
 
+@pytest.mark.full
 def test_a_signal_while_the_cache_fills_keeps_what_is_encoded(
     run, tmp_path, weights, monkeypatch
 ) -> None:
@@ -284,6 +285,7 @@ def test_a_lost_launcher_stops_a_run_with_a_checkpoint(run, monkeypatch) -> None
 
 
 # ------------------------------------------------------------------------- data
+@pytest.mark.full
 def test_a_killed_data_worker_costs_no_run(run, weights) -> None:
     def kill() -> None:
         for worker in multiprocessing.active_children():
@@ -296,6 +298,7 @@ def test_a_killed_data_worker_costs_no_run(run, weights) -> None:
     assert student(trainer) == weights
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ends", ["finished", "error", "signal"])
 def test_no_data_worker_outlives_its_run(run, ends) -> None:
     def fail() -> None:

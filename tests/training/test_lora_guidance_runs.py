@@ -85,6 +85,7 @@ def test_first_loss_is_the_guidance_left_out(family, layout, tmp_path, tmp_path_
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.full
 def test_an_untrained_embedding_tells_nothing(tmp_path, tmp_path_factory) -> None:
     options = {"embed_guidance": True, "guidance_range": (2.0, 14.0)}
     trainer = trainer_of("sd", tmp_path_factory, tmp_path / "run", options, "full")
@@ -102,6 +103,7 @@ def test_an_embedding_needs_weights_of_its_own(tmp_path, tmp_path_factory) -> No
         trainer_of("sd", tmp_path_factory, tmp_path / "run", options, "lora")
 
 
+@pytest.mark.full
 def test_trainable_parameters_are_r_times_in_plus_out(tmp_path, tmp_path_factory) -> None:
     targets = ("to_q", "to_k", "to_v", "to_out.0")
     tuning = Tuning(student="lora", rank=3, target_modules=targets)
@@ -136,7 +138,6 @@ def test_disabling_the_adapter_restores_the_teacher(tmp_path, tmp_path_factory) 
 
 
 @pytest.mark.full
-@pytest.mark.sampled("lora")
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_resume_inside_a_round_and_across_the_switch_is_exact(
     layout, tmp_path, tmp_path_factory
@@ -155,6 +156,7 @@ def test_resume_inside_a_round_and_across_the_switch_is_exact(
             assert fingerprint(one) == fingerprint(two), (role, checkpoint)
 
 
+@pytest.mark.full
 def test_a_round_s_teacher_is_the_student_that_finished_the_one_before(
     tmp_path, tmp_path_factory
 ) -> None:
@@ -228,7 +230,7 @@ def test_a_call_with_a_prompt_alone_makes_half_the_teacher_s_network_calls(
     assert calls_of(teacher, num_inference_steps=6) == 12
 
 
-@pytest.mark.sampled("sd3-FlowMatchEuler")
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "scheduler"), [("sd_v", "DDIM"), ("sd3", "FlowMatchEuler")])
 def test_export_after_halving_visits_the_last_grid(
     family, scheduler, tmp_path, tmp_path_factory

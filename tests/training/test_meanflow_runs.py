@@ -29,10 +29,7 @@ def make(teacher: Path, folder: Path, layout: str = "full", data: Any = None, **
     return ConsistencyTrainer(str(teacher), args, data, "meanflow", {"guidance": 2.0, **options})
 
 
-@pytest.mark.sampled(
-    "sd3-full-options2-steps2-FlowMatchEulerDiscreteScheduler",
-    "sd_v-full-options1-steps1-LCMScheduler",
-)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "layout", "options", "steps", "scheduler"),
     [
@@ -61,6 +58,7 @@ def test_a_student_exports_to_stock_schedulers(
         assert record["call"] == {}
 
 
+@pytest.mark.full
 def test_general_r_trains_a_new_input_resumes_and_is_not_exported(
     tmp_path, tmp_path_factory
 ) -> None:

@@ -95,6 +95,7 @@ def test_first_lines_on_flux_s_shapes() -> None:
     )
 
 
+@pytest.mark.full
 def test_memory_is_held_against_the_device_that_holds_it(tmp_path_factory) -> None:
     """Not what is said to lie on the CPU."""
     teacher = str(teacher_dir("sd", tmp_path_factory))

@@ -60,11 +60,12 @@ def words(model: Path, folder: Path, *flags: str) -> list[str]:
     return [*argv, "--disable_progress_bar", *flags]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "cls", "flags"),
     [
         ("sd", EulerAncestralDiscreteScheduler, ["--tuning.student", "lora", "--tuning.rank", "2"]),
-        pytest.param(*("sd", LCMScheduler, ["--tuning.student", "full"]), marks=pytest.mark.full),
+        ("sd", LCMScheduler, ["--tuning.student", "full"]),
     ],
 )
 def test_a_turbo_model_from_the_command_line(
@@ -101,6 +102,7 @@ def test_a_turbo_model_from_the_command_line(
     assert visited_times(stock.scheduler, trainer.family.path) == tuple(record["trained_times"])
 
 
+@pytest.mark.full
 def test_a_model_whose_call_is_told_times_learns_online(tmp_path, tmp_path_factory) -> None:
     """As DMD2's SDXL: LCM at 999, 749, 499, 249, which its scheduler by itself would not visit."""
     model = turbo("sd", tmp_path, tmp_path_factory, LCMScheduler)

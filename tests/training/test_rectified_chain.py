@@ -54,7 +54,8 @@ def pairs_of(model: Any, folder: Path, guidance: float) -> PairDataset:
     return PairDataset(folder)
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.full), "sd3"])
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_instaflow_from_teacher_to_one_stock_step(family, tmp_path, tmp_path_factory):
     teacher = teacher_dir(family, tmp_path_factory)
     first = pairs_of(teacher, tmp_path / "pairs1", 5.0)
@@ -149,21 +150,17 @@ def test_anchored_students_of_flow_models_export_in_two_steps(tmp_path, tmp_path
     assert record["custom_code"] is None
 
 
-@pytest.mark.sampled("sd3-options1-HeunFlowMatchScheduler")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "options", "name"),
     [
-        pytest.param(
-            "sd3", {"sampler": "anchored"}, "AnchoredFlowMatchScheduler", marks=pytest.mark.full
-        ),
+        ("sd3", {"sampler": "anchored"}, "AnchoredFlowMatchScheduler"),
         ("sd3", {"heun": True}, "HeunFlowMatchScheduler"),
         ("sd", {"setup": "raw", "sampler": "anchored", "heun": True}, "AnchoredHeunFlow"),
-        pytest.param(
-            "sd", {"sampler": "anchored"}, "AnchoredDDIMScheduler", marks=pytest.mark.full
-        ),
-        pytest.param("flux", {"heun": True}, "HeunFlowMatchScheduler", marks=pytest.mark.full),
-        pytest.param("dit", {"setup": "raw", "heun": True}, "HeunFlow", marks=pytest.mark.full),
-        pytest.param("dit", {"heun": True}, "HeunDDIMScheduler", marks=pytest.mark.full),
+        ("sd", {"sampler": "anchored"}, "AnchoredDDIMScheduler"),
+        ("flux", {"heun": True}, "HeunFlowMatchScheduler"),
+        ("dit", {"setup": "raw", "heun": True}, "HeunFlow"),
+        ("dit", {"heun": True}, "HeunDDIMScheduler"),
     ],
 )
 def test_rectified_flow_pp_samplers_export_with_their_own_scheduler(

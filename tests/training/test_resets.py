@@ -54,13 +54,14 @@ def adam_steps(trainer, role) -> set[int]:
     return {int(state[p]["step"]) for p in trainer.bank.members(role).values()}
 
 
+@pytest.mark.full
 def test_adam_starts_anew_at_the_stage_switch(first) -> None:
     """Two Adam steps since, not four."""
     assert adam_steps(first, "student") == {2}
     assert adam_steps(first, "disc") == {2}
 
 
-@pytest.mark.sampled("3")
+@pytest.mark.full
 @pytest.mark.parametrize("checkpoint", [1, 2, 3])
 def test_resume_before_at_and_after_the_switch_is_exact(
     first, teacher, tmp_path, checkpoint

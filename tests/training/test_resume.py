@@ -81,7 +81,6 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.full
-@pytest.mark.sampled("6")
 @pytest.mark.parametrize("update", [2, 6])
 def test_the_gradient_scaler_goes_on_where_it_was(
     whole, update, tmp_path, tmp_path_factory

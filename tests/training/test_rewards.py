@@ -148,6 +148,7 @@ def test_a_crop_is_a_square_of_the_latents_at_any_place() -> None:
 
 
 # ------------------------------------------------------------------------------- in whole runs
+@pytest.mark.full
 def test_rewards_leave_a_method_s_own_draws_as_they_were(tmp_path, tmp_path_factory) -> None:
     """A reward that is constant changes nothing, bit for bit; one due every second update is there
     every second."""
@@ -164,6 +165,7 @@ def test_rewards_leave_a_method_s_own_draws_as_they_were(tmp_path, tmp_path_fact
     assert [("student/reward_flat" in line) for line in lines] == [True, False]
 
 
+@pytest.mark.full
 def test_a_reward_rises_while_what_is_frozen_stays(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd", tmp_path_factory)
     trainer = build_trainer(
@@ -222,7 +224,7 @@ def test_every_kind_trains_by_small_decoder_or_vae(judges, tmp_path, tmp_path_fa
         assert kinds == [{"clip", "hps", "pickscore", "aesthetic"}, {"clip", "hps", "pickscore"}]
 
 
-@pytest.mark.sampled("lora")
+@pytest.mark.full
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_it_goes_on_from_a_run_and_is_anchored_there(layout, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd3", tmp_path_factory)

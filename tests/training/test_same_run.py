@@ -65,6 +65,7 @@ def test_weights_replaced_in_place_are_another_teacher(root, no_weights) -> None
         trainer_of_run(root / "run")
 
 
+@pytest.mark.full
 def test_a_moved_teacher_is_the_same(root) -> None:
     (root / "teacher").rename(root / "moved")
     trainer = resume(root, "moved")
@@ -199,6 +200,7 @@ def test_what_are_other_data(was, now, line) -> None:
         assert "--data_changed ok" in str(refused.value)
 
 
+@pytest.mark.full
 def test_other_data_are_refused_or_told(root, no_weights, monkeypatch) -> None:
     with pytest.raises(ValueError, match="data: expected the data that the run was begun with"):
         resume(root, dataset=["another prompt", "and one more"])

@@ -60,7 +60,7 @@ def run_of(tmp_path: Path, factory: Any, family: str = "sd_upscale", **options: 
 
 
 # ------------------------------------------------------------------------------------- the run
-@pytest.mark.sampled("sd_upscale")
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_of_pictures_becomes_a_stock_one_step_pipeline(
@@ -96,6 +96,7 @@ def test_its_export_is_the_next_one_s_teacher(tmp_path, tmp_path_factory) -> Non
     assert (tmp_path / "next" / "pipeline" / "model_index.json").is_file()
 
 
+@pytest.mark.full
 def test_a_resumed_run_repeats_the_drawn_degradations(tmp_path, tmp_path_factory) -> None:
     options = {"degradation": {"kind": "real_esrgan"}, "method_config": {"num_steps": 2}}
     finished = DistillationTrainer.from_config(run_of(tmp_path, tmp_path_factory, **options))
@@ -109,6 +110,7 @@ def test_a_resumed_run_repeats_the_drawn_degradations(tmp_path, tmp_path_factory
     assert fingerprint(first) == fingerprint(second)
 
 
+@pytest.mark.full
 def test_a_resume_with_other_degradations_is_refused(tmp_path, tmp_path_factory) -> None:
     DistillationTrainer.from_config(run_of(tmp_path, tmp_path_factory)).train()
     other = {"degradation": {"kind": "real_esrgan"}, "resume_from_checkpoint": "latest"}
@@ -232,6 +234,7 @@ def test_only_the_decoder_changes_and_stock_runs_it(student, tmp_path) -> None:
     assert not (tmp_path / "sharp.part").exists()
 
 
+@pytest.mark.full
 def test_a_decoder_that_was_cut_off_goes_on_bit_for_bit(student, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("stepdistill.training.decoder.SAVE_SECONDS", 0.0)
     at_once = tune_decoder(decoder_options(student, tmp_path / "at_once"))

@@ -87,6 +87,7 @@ def plain(folder, trainer):
     return answer(RoleBank(family, {"teacher": Role()}, Tuning())["teacher"], trainer)
 
 
+@pytest.mark.full
 def test_lora_student_sits_on_the_pipeline_and_the_fake_on_the_teacher(
     teacher, other, tmp_path
 ) -> None:
@@ -187,6 +188,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="decoder: expected a folder or Hub id"):
             build_trainer("dmd2", teacher, "full", tmp_path, decoder=str(tmp_path / "none"))
 
+    @pytest.mark.full
     def test_another_architecture(self, teacher, tmp_path) -> None:
         pipeline = tiny_sd("v_prediction")
         pipeline.unet = unet(TEXT_WIDTH, resnet_time_scale_shift="scale_shift")

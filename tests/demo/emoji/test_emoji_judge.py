@@ -62,6 +62,7 @@ def test_wide_captions_tell_a_group_and_never_a_name() -> None:
     assert {text.removesuffix(" in noto style") for text in captions} == {"group", "subgroup"}
 
 
+@pytest.mark.full
 def test_the_ladder_compares_with_most_steps_and_a_perfect_sampler_is_near_the_floor(
     monkeypatch,
 ) -> None:

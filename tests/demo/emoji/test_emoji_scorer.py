@@ -28,6 +28,7 @@ def test_pictures_of_the_other_half_are_told_by_their_subgroups(cls: type[EmojiS
     assert float(images.grad.abs().sum()) > 0
 
 
+@pytest.mark.full
 def test_what_they_cannot_judge_is_said() -> None:
     scorer = EmojiScorer(MethodConfig(), weights=False)
     images = torch.zeros(1, 3, 64, 64)

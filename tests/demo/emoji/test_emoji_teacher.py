@@ -73,6 +73,7 @@ def test_the_teacher_is_a_stock_pipeline_in_half_precision_with_all_beside_it(fo
     assert "80% of seen combinations, 60% of held-out ones" in (folder / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_its_pictures_come_with_what_they_show(folder) -> None:
     emoji = load_pictures(folder)
     assert emoji.pictures.shape == (1, 8, 64, 64, 3)

@@ -49,6 +49,7 @@ def test_words_are_tokens() -> None:
     assert len(tokenizer()(caption(7)).input_ids) == 7  # six words and the end
 
 
+@pytest.mark.full
 def test_training_goes_on_where_it_was_cut_off(tmp_path, monkeypatch) -> None:
     small = {"train_batch_size": 4, "num_layers": 1, "num_heads": 1, "text_width": 16}
     config = SoundTeacher(max_train_steps=4, **small)
