@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--prediction", choices=("epsilon", "v"), required=True)
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts/truetype"))
     parser.add_argument("--autoencoder", type=int, default=20_000, help="pictures it sees")
-    parser.add_argument("--denoiser", type=int, default=150_000, help="pictures it sees")
+    parser.add_argument("--denoiser", type=int, default=80_000, help="pictures it sees")
     args = parser.parse_args()
     make_pictures(args.folder / "pictures", args.fonts)
     files = sorted((args.folder / "pictures").glob("*.png"))

@@ -29,6 +29,7 @@ def test_held_out_accuracy(digits: Digits, classifier: DigitClassifier) -> None:
     assert classifier.accuracy(digits.heldout.images, digits.heldout.labels) > 0.96
 
 
+@pytest.mark.full
 def test_logits_are_the_head_of_the_features(digits: Digits, classifier: DigitClassifier) -> None:
     images = digits.heldout.images[:4]
     features = classifier.features(images)

@@ -30,6 +30,7 @@ def test_of_all_prompts_a_held_out_digit_s_own_fits_best(scorer: DigitScorer) ->
     assert float(own.mean()) > float(scorer(noise, HELD_OUT.prompts).mean()) + 0.3
 
 
+@pytest.mark.full
 def test_the_gradient_reaches_the_pixels_and_no_weight(scorer: DigitScorer) -> None:
     images = HELD_OUT.images[:4].expand(-1, 3, -1, -1).clone().requires_grad_()
     scorer(images, HELD_OUT.prompts[:4]).sum().backward()

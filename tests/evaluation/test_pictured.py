@@ -17,7 +17,6 @@ from stepdistill.testing.tiny import TINY_FAMILY
 
 READING = [n for n, f in TINY_FAMILY.items() if any(f.reads.values()) and f.output == "images"]
 SIZED_BY_PICTURE = ("instruct_pix2pix", "sd_upscale")
-BY_DEFAULT = ("sd_inpaint", "sd3_controlnet")  # a mask, and another argument's name
 
 
 def folder_of(
@@ -45,9 +44,10 @@ def evaluated(family: str, folder: Path, out: Path, factory: Any) -> Any:
     return evaluate(options(teacher_dir(family, factory), folder, out, **more), [Corners()])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "family",
-    [n if n in BY_DEFAULT else pytest.param(n, marks=pytest.mark.full) for n in READING],
+    READING,
 )
 def test_a_pipeline_that_reads_pictures_is_evaluated(family, tmp_path, tmp_path_factory) -> None:
     made = evaluated(family, folder_of(tmp_path / "a"), tmp_path / "out", tmp_path_factory)
@@ -65,6 +65,7 @@ def test_a_size_that_pictures_decide_is_not_asked_for(family, tmp_path, tmp_path
         evaluate(options(teacher, folder, tmp_path / "out", **more), [Corners()])
 
 
+@pytest.mark.full
 def test_another_mask_is_another_set(tmp_path, tmp_path_factory) -> None:
     distances = {
         left: evaluated(

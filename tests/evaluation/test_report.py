@@ -60,6 +60,7 @@ def test_the_reference_beside_a_number_is_its_own(report) -> None:
     assert told["teacher", "score", ""]["num_reference"] == ""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("group", "metric", "reference", "seen"),
     [

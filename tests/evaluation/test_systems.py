@@ -71,6 +71,7 @@ def test_pipeline_lora_and_run_are_one_student(run, tmp_path) -> None:
     torch.testing.assert_close(images(exported), expected)
 
 
+@pytest.mark.full
 def test_a_student_differs_from_its_teacher(run, tmp_path, tmp_path_factory) -> None:
     teacher = str(teacher_dir("sd_v", tmp_path_factory))
     loading = Loading(torch.device("cpu"), guidance=1.0)

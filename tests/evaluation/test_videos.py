@@ -113,6 +113,7 @@ def test_report_shows_the_frames_of_a_video_in_a_line(report) -> None:
     assert "frames: 3 at equal" in (report.folder / "report.csv").read_text()
 
 
+@pytest.mark.full
 def test_a_video_is_the_stock_call_s(wan, report) -> None:
     """Frame for frame, of the number-keyed noise of its own."""
     from stepdistill.core.context import stable_seed

@@ -140,6 +140,7 @@ def test_linear_has_the_files_as_ends(weights, which, student, tmp_path) -> None
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.full
 def test_linear_averages_the_factors(student, tmp_path) -> None:
     folders = [student("sd_v", "lora", i)[0] for i in range(2)]
     out = merge_adapters([f"{folders[0]}:0.25", f"{folders[1]}:0.75"], tmp_path / "out", "linear")
@@ -148,6 +149,7 @@ def test_linear_averages_the_factors(student, tmp_path) -> None:
         torch.testing.assert_close(ours[name], 0.25 * a[name] + 0.75 * b[name])
 
 
+@pytest.mark.full
 def test_the_student_s_record_and_scheduler_stay(pair, tmp_path) -> None:
     (a, _, _), (b, _, _) = pair
     out = merge_adapters([str(a), f"{b}:0.5"], tmp_path / "out")

@@ -206,6 +206,7 @@ def test_guided_alike_a_fresh_fake_pushes_nowhere(vsd) -> None:
     assert (rows[0]["fake_lag"], rows[0]["fake_lag_error"]) == (0.0, 0.0)
 
 
+@pytest.mark.full
 def test_the_report_says_how_the_teacher_is_guided(vsd, validated) -> None:
     for run, value, told in ((vsd, 1.0, "without guidance"), (validated, 1.75, "guidance 1.75")):
         assert json.loads((run.output_dir / "run.json").read_text())["teacher_guidance"] == value

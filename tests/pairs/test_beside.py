@@ -185,6 +185,7 @@ def test_what_it_begins_with_fits_the_model(
                    **{k: v for k, v in given.items() if k != "prompts_file"})  # fmt: skip
 
 
+@pytest.mark.full
 def test_a_picture_that_can_t_be_read(half, tmp_path) -> None:
     folder = frames(tmp_path / "frames")
     (folder / "1.png").write_bytes(b"no image")

@@ -136,7 +136,7 @@ def test_their_call_returns_their_keys_and_a_gradient_through_the_autoencoder(ki
     assert guidance.frozen.pipe.unet.class_embedding is None
 
 
-@pytest.mark.sampled
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd", "sd_v"])
 @pytest.mark.parametrize("kind", GRADIENT_KINDS)
 def test_its_figures_are_the_package_s(kind, family, make, tmp_path_factory) -> None:

@@ -350,6 +350,7 @@ def test_hours_count_every_micro_batch(teacher: Path) -> None:
     assert all(share < 0.02 for share in shares)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("share", "said"), [(0.8, "fits"), (0.95, "tight (95% of it is forecast)")]
 )

@@ -268,6 +268,7 @@ def test_guidance_is_not_counted_twice(tmp_path, tmp_path_factory) -> None:
     LoRADistillationTrainer(str(out), args, ["a"], method_config=halving)
 
 
+@pytest.mark.full
 def test_a_smaller_student_learns_the_teacher_s_scores_and_dmd2_goes_on_from_it(
     tmp_path, tmp_path_factory
 ) -> None:

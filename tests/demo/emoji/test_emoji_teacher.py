@@ -80,6 +80,7 @@ def test_its_pictures_come_with_what_they_show(folder) -> None:
     assert emoji.entries[0].name == "red apple"
 
 
+@pytest.mark.full
 def test_the_demo_has_its_data_and_both_kinds_of_prompts(folder, tmp_path) -> None:
     subject = EmojiSubject(folder)
     subject.write_data(tmp_path / "data")
