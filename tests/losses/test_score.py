@@ -7,7 +7,13 @@ import torch
 
 from stepdistill.core.path import FlowPath, NoisePath, VEPath, VPPath
 from stepdistill.core.types import Cond
-from stepdistill.losses.score import denoising_loss, denoising_weight, dmd_gradient, surrogate
+from stepdistill.losses.score import (
+    denoising_loss,
+    denoising_weight,
+    dmd_gradient,
+    score_identity,
+    surrogate,
+)
 from stepdistill.testing.analytic import GaussianTeacher
 
 VP = VPPath.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2)
@@ -176,3 +182,17 @@ def test_weights_of_the_denoising_error() -> None:
     edm = denoising_weight("edm", (alpha, sigma), sigma_data=0.4)
     assert edm is not None
     assert edm.tolist() == pytest.approx([0.5625 + 6.25, 0.25 + 6.25])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2])
+def test_score_identity_is_its_formula_of_each_sample(alpha: float) -> None:
+    x0, real, fake = draw(0), draw(1), draw(2)
+    fake[1] = real[1]  # nothing to learn from
+    real[2] = x0[2] + 1e-9  # its distance is below the floor of the denominator
+    made = score_identity(x0, real, fake, alpha)
+    for i in range(len(x0)):
+        gap = real[i] - fake[i]
+        norm = max(1e-5, float((x0[i] - real[i]).abs().mean()))
+        wanted = float((gap * (real[i] - x0[i] - alpha * gap)).mean()) / norm
+        assert float(made[i]) == pytest.approx(wanted, rel=1e-9)
+    assert float(made[1]) == 0.0

@@ -12,6 +12,7 @@ from torch import Tensor
 from stepdistill.core.path import FlowPath, NoisePath, VPPath, expand
 from stepdistill.core.types import Cond
 from stepdistill.losses.score import (
+    LATE,
     balanced,
     ddim_inverted,
     gradient_times,
@@ -81,12 +82,37 @@ def test_every_row_is_its_formula(path: NoisePath) -> None:
         torch.testing.assert_close(made, value, rtol=1e-8, atol=1e-9, msg=kind)
 
 
+def test_nfsd_of_a_time_at_its_limit_is_not_late() -> None:
+    t = torch.full((4,), LATE, dtype=torch.float64)
+    config = ScoreGradientConfig(kind="nfsd", guidance=7, weight="uniform")
+    conds = {"negative": CONDS["neg"], "empty": CONDS["empty"]}
+    teacher, path = GaussianTeacher(FlowPath(), STD), FlowPath()
+    made = score_grad(teacher, X0, t, NOISE, CONDS["cond"], CONDS["null"], config, **conds)
+    x_t = path.add_noise(X0, NOISE, t)
+    c, n, o = (teacher(x_t, t, CONDS[name]).eps for name in ("cond", "neg", "empty"))
+    torch.testing.assert_close(made, o + 7 * (c - n))
+
+
+def test_csd_without_a_negative_prompt_is_the_classifier_term(path: NoisePath) -> None:
+    config, teacher = ScoreGradientConfig(kind="csd", weight="uniform"), GaussianTeacher(path, STD)
+    made = score_grad(teacher, X0, T, NOISE, CONDS["cond"], CONDS["null"], config)
+    torch.testing.assert_close(made, eps(path, "cond") - eps(path, "null"), rtol=1e-8, atol=1e-9)
+
+
 def test_csm_is_the_classifier_term_where_ddim_inversion_ends(path: NoisePath) -> None:
     teacher = GaussianTeacher(path, STD)
     x_t = ddim_inverted(teacher, X0, T, CONDS["null"], 10)
     e_c, e_u = (teacher(x_t, T, CONDS[name]).eps for name in ("cond", "null"))
     made = gradient(path, kind="csm")
     torch.testing.assert_close(made, coeffs(path)[1] ** 2 * (e_c - e_u))
+
+
+def test_ddim_inversion_ends_at_the_very_time_that_was_asked() -> None:
+    teacher, null = GaussianTeacher(VP, STD), CONDS["null"]
+    between = T + 0.0004  # no entry of the table
+    noise = teacher(VP.add_noise(X0, torch.zeros_like(X0), between), between, null).eps
+    made = ddim_inverted(teacher, X0, between, null, 1)
+    torch.testing.assert_close(made, VP.add_noise(X0, noise, between), rtol=0, atol=0)
 
 
 def test_ddim_inversion_converges_to_the_exact_trajectory(path: NoisePath) -> None:
@@ -134,6 +160,11 @@ def test_recon_rescaled_takes_the_spread_of_the_conditional_x0(path: NoisePath) 
     teacher = GaussianTeacher(path, STD)
     plain = teacher(path.add_noise(X0, NOISE, T), T, CONDS["cond"]).x0
     torch.testing.assert_close(made.std((1, 2, 3)), plain.std((1, 2, 3)), rtol=1e-8, atol=0)
+    guided = X0 - gradient(path, kind="recon", guidance=7)
+    ratio = plain.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(made, ratio * guided, rtol=1e-8, atol=1e-9)
+    half = X0 - gradient(path, kind="recon", guidance=7, rescale=0.5)
+    torch.testing.assert_close(half, (0.5 * ratio + 0.5) * guided, rtol=1e-8, atol=1e-9)
 
 
 def test_vsd_is_zero_with_a_perfect_fake_and_sds_with_one_that_answers_the_noise(path) -> None:
@@ -198,7 +229,9 @@ def test_gradients_are_bounded_have_no_graph_and_lead_through_a_linear_autoencod
     latents = (pixels @ weights.T).view(4, 2, 3, 3)
     grad = gradient(VP, kind=kind, fake=FAKE, x0=latents, max_gradient=0.2)
     assert not grad.requires_grad
-    assert float(grad.abs().max()) <= 0.2
+    whole = gradient(VP, kind=kind, fake=FAKE, x0=latents)
+    assert torch.equal(grad, whole.clamp(-0.2, 0.2))
+    assert float(grad.min()) < 0.0 < float(grad.max()) <= 0.2
     summed_surrogate(latents, grad).backward()
     torch.testing.assert_close(pixels.grad, grad.view(4, -1) @ weights / 4)
 
@@ -295,7 +328,19 @@ def test_times_may_fall_with_the_root_of_the_steps_done() -> None:
         torch.testing.assert_close(made, torch.full((3,), t, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("times", [{"min_t": 0.0}, {"min_t": 0.6, "max_t": (0.98, 0.5, 10)}])
+@pytest.mark.parametrize("times", [{"min_t": 0.5, "max_t": 0.5}, {"max_t": 1.0}])
+def test_times_may_be_one_and_end_at_noise(times) -> None:
+    ScoreGradientConfig(**times)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {"min_t": 0.0},
+        {"min_t": 0.6, "max_t": (0.98, 0.5, 10)},
+        {"min_t": 0.6, "max_t": (0.98, 0.5, 10**6)},
+    ],
+)
 def test_times_out_of_order_are_refused(times) -> None:
     with pytest.raises(ValidationError, match="min_t, max_t: expected 0 < min_t <= max_t <= 1"):
         ScoreGradientConfig(**times)

@@ -17,12 +17,13 @@ from stepdistill.core.denoiser import Denoiser
 from stepdistill.core.method import Role, Setting
 from stepdistill.core.path import FlowPath
 from stepdistill.core.solvers import SamplerSpec, sample_x0
-from stepdistill.core.types import Batch
+from stepdistill.core.types import Batch, Cond
 from stepdistill.export.pipeline import RECORD
 from stepdistill.families.wan import WanFamily
 from stepdistill.methods.causal import chunk_steps, ode_loss
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.roles.rolebank import RoleBank
+from stepdistill.testing.analytic import GaussianTeacher
 from stepdistill.testing.tiny_video import tiny_wan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no stock pipeline makes such clips")
@@ -184,6 +185,38 @@ def test_the_regression_is_of_noisy_frames_alone(bank) -> None:
     ]
     assert sum(losses) > 0.0
     assert set(idle.t.unique().tolist()) <= {0.0, 0.75, 1.0}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_regression_is_the_distance_from_the_teacher_s_own_end(seed: int) -> None:
+    """A teacher of one video alone ends there; the student's error is its distance per frame."""
+    wanted = torch.randn(2, 4, 2, 4, 8, dtype=torch.float64)
+    teacher = GaussianTeacher(FlowPath(), 0.5)
+    cond = Cond({"mean": wanted})
+    seen: dict[str, torch.Tensor] = {}
+
+    def student(x_t, t, cond):
+        seen.update(x_t=x_t, t=t)
+        return type("Pred", (), {"x0": torch.zeros_like(x_t)})
+
+    setting = Setting(FlowPath(), "flow", 1.0)
+    batch, times = Batch(cond, Cond({"mean": 0 * wanted}), (4, 2, 4, 8)), (1.0, 0.5)
+    ctx = (Ctx(seed=seed), setting, 2, times, 1, 1.0)
+    loss = ode_loss({"student": student}, teacher, batch, *ctx)
+    noise = Ctx(seed=seed).randn((2, 4, 2, 4, 8))
+    at = {1.0: noise, 0.5: teacher(noise, torch.ones(2), cond).step(torch.full((2,), 0.5))}
+    end = teacher(at[0.5], torch.full((2,), 0.5), cond).x0
+    at[0.0] = end
+    for i in range(2):
+        for frame in range(2):
+            level = at[float(seen["t"][i, frame])]
+            torch.testing.assert_close(
+                seen["x_t"][i, :, frame].double(), level[i, :, frame].double()
+            )
+    noisy = seen["t"] > 0
+    errors = end.square().mean((1, 3, 4))[noisy]
+    expected = float(errors.mean()) if noisy.any() else 0.0
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
 def four_frames(folder):

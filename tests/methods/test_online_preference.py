@@ -91,6 +91,10 @@ def test_log_ratios_are_those_of_the_drawn_steps(name: str, kind: str) -> None:
                 std = s_s * (1 - (s_s / a_s) ** 2 / (s_t / a_t) ** 2).sqrt()
                 mu = mu + _by((s_s**2 - std**2).sqrt()) * eps
             logs.append(Normal(mu, _by(std)).log_prob(later).flatten(1).mean(1))
+            if net is nets["student"]:  # what it drew is a unit normal
+                drawn = (later - mu) / _by(std)
+                assert 0.7 < float(drawn.std()) < 1.3
+                assert float(drawn.abs().max()) < 5.0
         ratios.append(logs[0] - logs[1])
     x0 = 0.3 * states[-1] + nets["student"].offset.detach()
     score = mean(x0.clamp(-1, 1), None)
