@@ -237,7 +237,7 @@ def main() -> None:
     pictures = raw.permute(0, 3, 1, 2).float() / 127.5 - 1
     facts = json.loads((args.folder / "facts.json").read_text())
     prompts = [f"letter {letter}" for letter in LETTERS.lower()]
-    prompts += [f"{hue} letter {letter}" for hue in HUES for letter in "aegkmrsx"]
+    prompts += [f"{hue} letter {letter}" for hue in HUES for letter in LETTERS.lower()]
     (args.folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
 
     pipeline, deadline = build(args.prediction), time.monotonic() + 1e9

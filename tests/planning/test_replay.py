@@ -31,6 +31,7 @@ CASES = [
 
 
 @pytest.mark.full
+@pytest.mark.sampled(pairs=False)
 @pytest.mark.parametrize(("family", "method", "layout", "checkpointing"), CASES)
 def test_a_forecast_is_the_same_when_every_block_is_run(
     family: str, method: str, layout: str, checkpointing: bool, tmp_path_factory: Any

@@ -24,6 +24,7 @@ WORKING = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
 
 
 @pytest.mark.full
+@pytest.mark.sampled(pairs=False)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_cut_off_anywhere(case, workers, tmp_path, tmp_path_factory) -> None:
