@@ -77,11 +77,12 @@ RESUMED_IN_FULL = {
 
 
 def with_every_family() -> list[Cell]:
-    """A cell for each method and family that TRAINED does not train together; layouts in turn."""
+    """A cell for each method and family that TRAINED does not train together; layouts in turn.
+    Further configurations of a family are in RESUMED_IN_FULL, in either layout."""
     met = {(METHOD_CASES[case].method, family) for case, family, _ in TRAINED}
     left: dict[tuple[str, str], list[Cell]] = {}
     for cell in CELLS:
-        if (pair := (METHOD_CASES[cell[0]].method, cell[1])) not in met:
+        if cell[1] in FAMILIES and (pair := (METHOD_CASES[cell[0]].method, cell[1])) not in met:
             left.setdefault(pair, []).append(cell)
     return [cells[turn % len(cells)] for turn, cells in enumerate(left.values())]
 
@@ -104,7 +105,7 @@ def test_the_sample_meets_every_pair() -> None:
     met = {(METHOD_CASES[case].method, family) for case, family, _ in CELLS}
     assert set(product(METHODS, FAMILIES)) - met <= UNFIT
     trained = {(METHOD_CASES[c].method, f) for c, f, _ in (*TRAINED, *STEPPED_IN_FULL)}
-    assert trained == met  # by `-m full`
+    assert {pair for pair in met if pair[1] in FAMILIES} <= trained  # by `-m full`
     for pair, every in promised:
         resumed = {pair(METHOD_CASES[case].method, *rest) for case, *rest in RESUMED_IN_FULL}
         assert set(every) - resumed <= UNFIT

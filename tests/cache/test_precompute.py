@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from math import prod
@@ -19,6 +17,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from support.faults import fork, status_of
+from support.processes import forked_ranks
 from support.runs import fingerprint, teacher_dir
 from support.samples import COUNT, caption, dataset_of, image_folder, png
 
@@ -431,15 +430,12 @@ def test_command_shares_the_work_among_processes(teacher, tmp_path) -> None:
     flags = ["--pretrained_model_name_or_path", str(teacher)]
     flags += ["--data.prompts_file", str(tmp_path / "p.txt"), "--cache_dir"]
     main(["cache", *flags, str(tmp_path / "one")])
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    run += ["--master_port", str(random.randrange(20000, 40000))]
-    run += ["-m", "stepdistill.cli", "cache", *flags, str(tmp_path / "two")]
-    said = [
-        subprocess.run(
-            run, capture_output=True, text=True, timeout=300, env=os.environ, check=True
-        ).stdout
-        for _ in range(2)
-    ]
+    said = []
+    for out in (tmp_path / "first", tmp_path / "second"):
+        out.mkdir()
+        ranks = forked_ranks(2, lambda _: main(["cache", *flags, str(tmp_path / "two")]), out)
+        assert [status_of(rank) for rank in ranks] == [0, 0], (out / "rank0.txt").read_text()
+        said.append((out / "rank0.txt").read_text())
     assert "40 to encode" in said[0]
     assert "has these data already" in said[1]
     family = load_family(teacher)

@@ -256,14 +256,14 @@ def test_the_index_is_of_the_recipes_as_they_stand() -> None:
     assert settings == {name: settings_hash(layers) for name, layers in sized().items()}
 
 
-# `full` plans one of each model, `every` them all; `recipes --refresh` writes the index anew.
-OF_EACH_MODEL = {about.model: name for name, about in reversed(ABOUT.items()) if about}.values()
+# `full` plans one of each method, `every` them all; `recipes --refresh` writes the index anew.
+OF_EACH_METHOD = {merged(RECIPES[n])["method"]: n for n in reversed(sized())}.values()
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.full if n in OF_EACH_MODEL else pytest.mark.every)
+        pytest.param(n, marks=pytest.mark.full if n in OF_EACH_METHOD else pytest.mark.every)
         for n in sized()
     ],
 )

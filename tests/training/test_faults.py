@@ -40,7 +40,7 @@ def each_operation(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def thorough(tmp_path_factory):
-    return told(tmp_path_factory, "kills:50", "signal:SIGTERM", "signal:SIGUSR1", "ranks")
+    return told(tmp_path_factory, "signal:SIGTERM", "signal:SIGUSR1", "ranks")
 
 
 @pytest.mark.full
@@ -95,9 +95,9 @@ def test_a_signal_ends_a_run_at_the_step_boundary_and_is_handed_back(
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.full
-def test_fifty_kills_lose_nothing(thorough) -> None:
-    found = thorough["kills"]
+@pytest.mark.every  # two minutes; test_a_kill_at_any_instant has eighty-eight of other kinds
+def test_fifty_kills_lose_nothing(tmp_path_factory) -> None:
+    found = told(tmp_path_factory, "kills:50")["kills"]
     assert (found["tries"], found["lost"], found["differ"]) == (50, 0, [])
     assert found["in_save"] > 0
 
