@@ -233,6 +233,7 @@ def test_a_loss_of_images(case, family, tmp_path, tmp_path_factory) -> None:
     run_step(case, family, "lora", tmp_path, tmp_path_factory, scorers, **WAYS["half"])
 
 
+@pytest.mark.full
 def test_an_autoencoder_stays_there_where_its_images_are_judged(tmp_path, tmp_path_factory) -> None:
     """Though encoders are kept on the CPU: each step would wait for its gradient."""
     run_step("lcm_reward", "sd3", "lora", tmp_path, tmp_path_factory, offload_encoders=True)

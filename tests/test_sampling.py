@@ -49,6 +49,7 @@ def test_same_prompt_other_index_or_seed_is_another_image(family) -> None:
     assert torch.equal(latents, sample_latents(net, family, SPEC, asked, seed=4))
 
 
+@pytest.mark.full
 def test_batch_size_leaves_images_alone(make_family) -> None:
     family = make_family("sd_v")
     net = student(family)
@@ -83,6 +84,7 @@ def test_guidance_of_the_spec_reaches_the_network(make_family) -> None:
     assert (got - net(noise, t, cond).x0).abs().max() > 1e-3
 
 
+@pytest.mark.full
 def test_size_in_pixels(make_family) -> None:
     family = make_family("sd_v")
     assert sample_images(student(family), family, SPEC, ["a"], height=24, width=8)[0].size == (

@@ -62,6 +62,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 # ------------------------------------------------------------------ what it holds
+@pytest.mark.full
 def test_prompts_are_the_encoder_s_bits(family, tmp_path) -> None:
     cache = open_and_fill(tmp_path, family, PromptDataset(PROMPTS))
     for prompt in PROMPTS[:5]:
@@ -363,6 +364,7 @@ def test_latents_in_memory_are_bounded(family, tmp_path) -> None:
     assert (calls, len(maker._latents)) == (COUNT, 10)
 
 
+@pytest.mark.full
 def test_latents_in_memory_count_bytes(family, tmp_path) -> None:
     """Many small ones fit where a few large ones do; a budget of three holds three."""
     data = ImageFolderDataset(image_folder(tmp_path), RESOLUTION)

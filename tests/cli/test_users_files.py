@@ -81,6 +81,7 @@ def test_an_export_of_an_earlier_version(run, tmp_path) -> None:
     assert "note.txt" in refused(*command)
 
 
+@pytest.mark.full
 def test_merge(run, tmp_path) -> None:
     one, out = tmp_path / "one", tmp_path / "out"
     main(["export", str(run), str(one), "--format", "lora"])

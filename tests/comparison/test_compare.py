@@ -27,7 +27,7 @@ def result(out: Path, name: str) -> dict:
     return json.loads((out / "results" / f"{name}_seed0.json").read_text())
 
 
-@pytest.mark.full
+@pytest.mark.every  # as tests/test_readme_evaluation.py, of the digits
 def test_digits_from_teacher_to_report(tmp_path, capsys) -> None:
     out = tmp_path / "compared"
     command = ["compare", "--output_dir", str(out), "--budget", "5steps", "--steps", "1"]

@@ -63,6 +63,7 @@ def test_command_without_a_budget_renders_what_is_there(folder, capsys) -> None:
     assert "teacher at 50 steps 2.00 (0.85)" in told
 
 
+@pytest.mark.full
 def test_files_hold_the_table_and_the_failure(folder) -> None:
     write(folder)
     plain = json.loads((folder / "results.json").read_text())

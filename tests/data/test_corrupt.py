@@ -21,6 +21,7 @@ def kind(request):
     return request.param
 
 
+@pytest.mark.full
 def test_good_samples_stay_where_they_are(kind, tmp_path) -> None:
     whole = list(batches(dataset_of(kind, tmp_path / "whole"), 24, batch=3))
     rest = list(batches(dataset_of(kind, tmp_path / "bad", BAD), 24, batch=3))
@@ -50,6 +51,7 @@ def test_they_are_counted_and_named(kind, tmp_path) -> None:
     assert len(log.names) == len(BAD)
 
 
+@pytest.mark.full
 def test_a_stream_takes_the_next_row(tmp_path) -> None:
     """Four shards and four samples a batch: each place in a batch is a substream.
 

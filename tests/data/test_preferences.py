@@ -210,6 +210,7 @@ class _Items:
         return self.item
 
 
+@pytest.mark.full
 def test_the_cache_holds_both_and_nothing_is_decoded_again(tmp_path, family, monkeypatch) -> None:
     data = PreferenceFile(written(tmp_path / "pairs"), 16)
     plain = BatchMaker(family, CPU, 16)(next(stream(data, 4, seed=0)))

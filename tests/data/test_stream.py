@@ -33,7 +33,7 @@ def test_ranks_are_parts_of_one_process(dataset) -> None:
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
 
 
-@pytest.mark.sampled("images-3", "tars-3")
+@pytest.mark.full
 @pytest.mark.parametrize("start", [3, 14])
 def test_resume_in_an_epoch_with_workers(dataset, start) -> None:
     """24 samples in batches of 5: an epoch ends within a batch."""

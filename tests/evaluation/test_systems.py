@@ -140,6 +140,7 @@ def test_what_an_image_depends_on_is_told(run, tmp_path, tmp_path_factory) -> No
     assert settings() != before
 
 
+@pytest.mark.full
 def test_the_last_of_the_teacher_s_rows_lets_it_go(tmp_path_factory) -> None:
     teacher = teacher_dir("sd_v", tmp_path_factory)
     one, two = teacher_sources(ModelSource.of(teacher), [1, 2], LOADING)

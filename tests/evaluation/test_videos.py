@@ -138,6 +138,7 @@ def folder_of_first_frames(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_first_frames_are_each_video_s_own(tmp_path, tmp_path_factory) -> None:
     frames = pictured_prompts(str(folder_of_first_frames(tmp_path / "frames")), {"image": True})
     pipeline = load_family(teacher_dir("wan_i2v", tmp_path_factory))

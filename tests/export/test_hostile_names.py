@@ -136,6 +136,7 @@ def test_a_runs_report(tmp_path) -> None:
     page_is_unharmed(render(read_run(tmp_path)))
 
 
+@pytest.mark.full
 def test_an_evaluations_page_and_picture(tmp_path) -> None:
     numbers = [Number("frechet", Measured(1.0), NAME, "teacher")]
     systems = [System(NAME, group, 1, numbers, 2) for group in ("teacher", "student")]

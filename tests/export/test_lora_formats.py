@@ -112,7 +112,7 @@ def test_stock_loader_makes_the_student_of_it(family, form, tmp_path, tmp_path_f
     assert_the_student(trainer, plain.net)
 
 
-@pytest.mark.sampled("sd3-comfyui", "flux-kohya")
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "form"), BY_INVERSE)
 def test_the_inverse_makes_the_student_of_it(family, form, tmp_path, tmp_path_factory) -> None:
     trainer = student(family, tmp_path, tmp_path_factory)
@@ -370,6 +370,7 @@ def adapters(trainer) -> dict[str, Lora]:
     return adapters_of(trainer.family.net, "student")
 
 
+@pytest.mark.full
 def test_peft_reads_what_diffusers_has_no_loader_for(tmp_path, tmp_path_factory) -> None:
     trainer = student("pixart", tmp_path, tmp_path_factory)
     out = export(trainer, tmp_path / "mine", "lora")

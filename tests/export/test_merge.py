@@ -43,7 +43,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.sampled("0.0-1")
+@pytest.mark.full
 @pytest.mark.parametrize(("weight", "which"), [(1.0, 0), (0.0, 1)])
 def test_the_ends_are_the_students_themselves(weight, which, students, tmp_path) -> None:
     out = merge_pipelines(*students, tmp_path / "out", weight)

@@ -254,6 +254,7 @@ def test_guided_call_without_a_null_is_refused(tmp_path, tmp_path_factory) -> No
         )
 
 
+@pytest.mark.full
 def test_a_folder_of_images_is_enough(tmp_path, tmp_path_factory) -> None:
     for i in range(3):
         (tmp_path / "data" / str(i)).mkdir(parents=True)

@@ -236,7 +236,7 @@ def flux(tmp_path_factory):
     return build_trainer("dmd2", teacher, "full", tmp_path_factory.mktemp("flux"))
 
 
-@pytest.mark.sampled("4-3.0")
+@pytest.mark.full
 @pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (4, 3.0)])
 def test_flux_scheduler_visits_the_trained_sigmas(steps, shift, flux, tmp_path) -> None:
     """The Flux call hands its scheduler linspace(1, 1/N, N) and mu: neither may move the grid."""

@@ -144,6 +144,7 @@ def test_a1111_fails_on_the_usual_alpha_of_sd3() -> None:
         a1111_split("lora_unet_joint_blocks_0_x_block_attn_qkv.alpha", sd3=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "version"), [("sd_v", "SD1"), ("sdxl", "SDXL")])
 def test_a1111_shows_a_file_with_its_model(name, version, exported) -> None:
     with safe_open(exported(name, "kohya").file, "pt") as file:
@@ -185,6 +186,7 @@ def test_headers(name, architecture, version, exported) -> None:
 
 
 # --------------------------------------------------------------- Diffusers' own
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["sd_v", "sd3", "flux"])
 def test_alpha_is_the_rank_and_diffusers_reads_the_same(name, exported) -> None:
     made = exported(name, "lora")

@@ -232,6 +232,7 @@ def test_tcd_on_flow_exports_with_its_scheduler_beside_it(
     assert teacher_facts(out).setting.shift == scheduler["shift"], "it can be a teacher again"
 
 
+@pytest.mark.full
 def test_a_lora_of_a_tcd_flow_student_carries_the_scheduler(tmp_path, tmp_path_factory) -> None:
     trainer = trained("sd3", tmp_path_factory, tmp_path / "run", "tscd", recipe())
     out = trainer.export(tmp_path / "out", format="lora")

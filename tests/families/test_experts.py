@@ -72,6 +72,7 @@ def test_each_row_goes_where_its_time_sends_it() -> None:
             assert torch.allclose(out[one], alone, atol=1e-5), row
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_experts_are_one_transformer_bit_for_bit(kind) -> None:
     cls, tiny, boundary = KINDS[kind]

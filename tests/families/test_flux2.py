@@ -161,7 +161,7 @@ def test_dev_without_its_embedding_is_refused() -> None:
         Flux2DevFamily(pipeline)
 
 
-@pytest.mark.sampled("3.5")
+@pytest.mark.full
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_fixed_guidance_heeds_no_other(guidance) -> None:
     family = Flux2DevFamily(tiny_flux2_dev())

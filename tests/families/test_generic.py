@@ -42,7 +42,7 @@ def heard(pipeline) -> GenericFamily:
     return generic_family(type(pipeline).__name__)(pipeline)
 
 
-@pytest.mark.sampled("aura_flow", "cogview3")
+@pytest.mark.full
 @pytest.mark.parametrize("name", TINY_GENERIC)
 def test_parity_without_an_adapter(name) -> None:
     rows = check_family(TINY_GENERIC[name]())

@@ -42,6 +42,7 @@ class OneScale(QwenImageFamily):
         return super().latents(images, generator).roll(1, dims=1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("wrong", "row"),
     [

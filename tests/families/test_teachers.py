@@ -110,6 +110,7 @@ def test_sd3_trains_without_t5_and_says_so(tmp_path) -> None:
         assert "text_encoder_3=None, tokenizer_3=None" in (out / "README.md").read_text()
 
 
+@pytest.mark.full
 def test_sd3_leaves_a_present_t5_out_when_told(tmp_path) -> None:
     tiny_sd3(with_t5=True).save_pretrained(tmp_path)
     whole = load_family(tmp_path)

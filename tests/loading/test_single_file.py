@@ -52,6 +52,7 @@ def test_a_whole_checkpoint_is_the_pipeline_it_was(whole) -> None:
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "prefix"), [("sd3", ""), ("sd3", "model.diffusion_model.")])
 def test_a_transformer_alone_takes_the_rest_from_the_folder(
     family, prefix, tmp_path, tmp_path_factory

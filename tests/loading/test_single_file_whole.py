@@ -109,13 +109,12 @@ def test_what_a_converter_stumbles_over_is_one_line(file) -> None:
         load_family(file("sd3", {f"{NET}joint_blocks.99.x_block.attn.qkv.weight": X}, {}))
 
 
+@pytest.mark.full
 def test_bookkeeping_is_harmless(file) -> None:
     assert load_family(file("sd_v", {k: X.clone() for k in HARMLESS}, {}))
 
 
-@pytest.mark.sampled(
-    "marks0-metadata0-False-sdxl", "marks1-metadata1-True-sd", "marks2-metadata2-False-sd"
-)
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize(
     ("marks", "metadata", "zero_snr"),
@@ -164,6 +163,7 @@ def test_eps_with_a_zero_snr_mark_alone_is_refused(file) -> None:
         load_family(file("sd", {"ztsnr": MARK.clone()}, {}))
 
 
+@pytest.mark.full
 def test_unknown_metadata_says_nothing(file) -> None:
     source = file("sd", {}, {"modelspec.prediction_type": "", "modelspec.title": "v"})
     assert Path(source.model).is_file()

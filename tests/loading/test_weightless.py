@@ -27,7 +27,7 @@ def stripped(source: Path, folder: Path, net: str) -> Path:
 
 # Their pipelines ask the denoiser for different things: Lumina2's device is its denoiser's, and
 # Wan's calls it optional.
-@pytest.mark.sampled("dit", "edm", "flux", "sd3", "wan")
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_encodings_without_the_denoiser_s_weights(name, tmp_path, tmp_path_factory) -> None:
     source = teacher_dir(name, tmp_path_factory)

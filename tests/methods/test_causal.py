@@ -106,6 +106,7 @@ class PastValues:
         return torch.cat([out[:, : -self.tokens].detach(), out[:, -self.tokens :]], dim=1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("kind", "k"), [("ode", 0), ("ode", 2), ("renoise", 1)])
 def test_the_cached_rollout_is_the_uncached_one(kind, k, checkpointed, bank) -> None:

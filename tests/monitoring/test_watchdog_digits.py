@@ -17,7 +17,8 @@ from stepdistill.demo.data import DIGIT_NAMES, load_digit_splits, prompt_for
 from stepdistill.demo.teacher import TeacherConfig, load_or_train_teacher
 from stepdistill.monitoring.watchdog import WatchdogStop
 
-pytestmark = pytest.mark.full
+# Minutes each: test_signs_small.py, test_fake_lag.py and test_watchdog.py tell it of small ones.
+pytestmark = pytest.mark.every
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,6 @@ def rows(folder, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.every  # minutes; test_fake_lag.py and test_watchdog.py tell it of small ones
 def test_a_fake_that_never_learns_is_told_by_its_lag_and_stopped_as_drift(
     teacher, tmp_path
 ) -> None:
@@ -90,7 +90,6 @@ def test_a_student_that_draws_one_image_a_class_is_told_unasked(teacher, tmp_pat
     assert "spread" in {e["check"] for e in alarms}
 
 
-@pytest.mark.every  # as long; test_signs_small.py has twenty small ones
 def test_one_that_learns_is_left_in_peace(teacher, tmp_path) -> None:
     trainer = trainer_of(teacher, tmp_path, 5e-4)
     trainer.train()

@@ -143,7 +143,7 @@ def test_a_set_that_was_cut_off_is_the_same(half, tmp_path, monkeypatch) -> None
 READING = sorted(n for n, family in TINY_FAMILY.items() if family.reads and n not in TWO_EXPERTS)
 
 
-@pytest.mark.sampled("flux_kontext")
+@pytest.mark.full
 @pytest.mark.parametrize("family", READING)
 def test_images_beside_travel_in_a_set(family, tmp_path, tmp_path_factory) -> None:
     """Reflow of an editing model: noises solved for its rows, trained on with their images; of a

@@ -77,6 +77,7 @@ def test_pairs_are_the_teachers_trajectories(tmp_path):
         torch.testing.assert_close(item["x0"], x0[0])
 
 
+@pytest.mark.full
 def test_long_solutions_reach_the_exact_guided_coupling(tmp_path):
     """Guided Gaussian N(g mu, std^2): the ODE from pure noise z ends at g mu + std z."""
     dataset = make(tmp_path, 4, guidance=2.0, times=uniform_grid(400))

@@ -61,7 +61,7 @@ def test_inverted_noise_is_the_closed_form(name, gain):
     assert errors[0] / errors[1] > gain, errors
 
 
-@pytest.mark.sampled("flow")
+@pytest.mark.full
 @pytest.mark.parametrize("name", PATHS)
 def test_sampling_from_it_gives_the_image_back(name):
     """On a mixture of two points' neighbourhoods, so the trajectories are curved."""

@@ -38,6 +38,7 @@ def test_another_teacher_at_the_path_is_refused_and_a_moved_one_goes_on(
         make(moved, 3)
 
 
+@pytest.mark.full
 def test_a_set_is_of_one_solver_and_an_inversion_has_none(tmp_path, tmp_path_factory) -> None:
     teacher, folder = teacher_dir("sd_v", tmp_path_factory), tmp_path / "pairs"
     (tmp_path / "p.txt").write_text("a\n")

@@ -99,6 +99,7 @@ def test_draws_are_keyed_by_seed_and_step_and_the_state_goes_on() -> None:
     assert not torch.equal(grads(guided(seed=4), range(1))[0], all_of[0])
 
 
+@pytest.mark.full
 def test_a_camera_is_told_to_the_fake_alone_through_a_stock_unet_s_class_labels() -> None:
     guidance = guided(camera=True)
     seen: list[tuple[bool, Any]] = []

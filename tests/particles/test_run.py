@@ -129,6 +129,7 @@ def test_the_page_s_command_writes_its_report_and_the_same_call_finds_it(
         main([*call, "--seed", "1"])
 
 
+@pytest.mark.full
 def test_the_page_s_loop_runs(teacher, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("DIR").symlink_to(teacher.resolve())

@@ -44,7 +44,7 @@ def two(family: Any, prompts: list[str]) -> Any:
     return CODE.routed(family.pipeline, students)
 
 
-@pytest.mark.sampled("sdxl", "sd3", "flux", "pixart", "wan")
+@pytest.mark.full
 @pytest.mark.parametrize("family", ALL)
 def test_it_is_saved_loaded_and_routed(family, tmp_path, tmp_path_factory) -> None:
     loaded = load_family(teacher_dir(family, tmp_path_factory))

@@ -101,6 +101,7 @@ def test_zero_on_equal_images_alone(files) -> None:
         assert float(scorer(files)(a, b).min()) > 0.0
 
 
+@pytest.mark.full
 def test_every_sample_has_its_own_distance(files) -> None:
     a, b = pair(bsz=3)
     net = scorer(files)

@@ -251,6 +251,7 @@ def test_checkpointing_changes_no_gradient(family, student, fake) -> None:
 
 
 # --------------------------------------------------------------------------------------- autocast
+@pytest.mark.full
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_a_call_without_gradients_leaves_later_gradients_whole(make_family, layout) -> None:
     """Autocast caches the weight casts of a no_grad call; reused, they would carry no graph."""

@@ -49,6 +49,7 @@ def test_the_null_pass_is_that_of_the_network_without_the_block(
     assert not torch.allclose(skipped, plain, rtol=1e-2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "block"), [("sd3", "block.99"), ("sd_v", "mid")])
 def test_only_transformer_blocks_can_be_left_out(
     name: str, block: str, make_family: Callable[[str], Family]

@@ -161,6 +161,7 @@ def test_steps_off_the_trained_grid(teacher, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_another_global_batch_at_resume(teacher, tmp_path) -> None:
     build_trainer("dmd2", teacher, "lora", tmp_path).train()
     again = build_trainer(

@@ -237,7 +237,7 @@ class Pictures:
         return {"image": torch.zeros(3, 16, 16), "prompt": f"picture {index}"}
 
 
-@pytest.mark.sampled("pure_noise-encoded0")
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
 @pytest.mark.parametrize(
     ("rollout", "encoded"),

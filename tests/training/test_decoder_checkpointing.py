@@ -49,6 +49,7 @@ def test_the_gradient_is_the_same_and_less_is_kept(name, tmp_path_factory) -> No
     assert after < 0.6 * before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "asked", "limit", "recomputes"),
     [

@@ -115,6 +115,7 @@ def test_a_run_ends_once(run, tmp_path, monkeypatch) -> None:
     assert [end["state"] for end in ends(tmp_path)] == ["finished"]
 
 
+@pytest.mark.full
 def test_a_run_that_has_not_begun_leaves_the_records_alone(run, tmp_path, monkeypatch) -> None:
     run(max_train_steps=1).train()
     before = (tmp_path / "events.jsonl").read_bytes()

@@ -185,6 +185,7 @@ def test_a_folder_with_one_expert_missing(tmp_path, tmp_path_factory) -> None:
         teacher_facts(ModelSource(str(folder)))
 
 
+@pytest.mark.full
 def test_a_student_of_two_experts_starts_at_another_pair(tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("wan_experts", tmp_path_factory)
     one = teacher_dir("wan", tmp_path_factory)

@@ -173,6 +173,7 @@ def test_student_source_without_a_checkpoint_is_refused(teacher, tmp_path) -> No
         )
 
 
+@pytest.mark.full
 def test_trackers_get_the_same_values(teacher, tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

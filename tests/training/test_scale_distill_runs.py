@@ -118,6 +118,7 @@ def test_a_resume_with_other_degradations_is_refused(tmp_path, tmp_path_factory)
         DistillationTrainer.from_config(run_of(tmp_path, tmp_path_factory, **other)).train()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_and_student_see_their_factor_under_the_same_noise(
     family, tmp_path, tmp_path_factory, monkeypatch
@@ -253,6 +254,7 @@ def test_a_decoder_that_was_cut_off_goes_on_bit_for_bit(student, tmp_path, monke
     assert sha256_of(first) == sha256_of(second)
 
 
+@pytest.mark.full
 def test_a_decoder_s_wrong_input_is_told(student, tmp_path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
