@@ -5,7 +5,7 @@
     stepdistill features train --train_data_dir runs/letters/pictures --output_dir runs/letters/net
     stepdistill compare --teacher runs/letters/v --train_data_dir runs/letters/pictures \\
         --reference runs/letters/pictures --prompts_file runs/letters/prompts.txt \\
-        --features runs/letters/net/NAME --output_dir runs/letters/compared-v --budget 300s \\
+        --features runs/letters/net/NAME --output_dir runs/letters/compared-v --budget 180s \\
         --methods dmd2 reflow ... --steps 1 2 4 --seeds 0 1 2
 
 Stock StableDiffusion of 32 px in colour, 8 x 8 x 4 latents; a caption names a letter, often its
@@ -33,6 +33,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from stepdistill.demo.emoji.training import KL_WEIGHT, Phase, reconstruction_loss
+from stepdistill.demo.teacher import assembled
 from stepdistill.demo.text import clip_tokenizer, demo_text_encoder
 from stepdistill.reporting.pictures import contact
 from stepdistill.storage.folders import replacing
@@ -135,27 +136,18 @@ def build(prediction: str) -> StableDiffusionPipeline:
             attention_head_dim=4,  # this class reads it as the NUMBER of heads
         )
         text_encoder = demo_text_encoder(tokenizer, TEXT_WIDTH)
-    schedule = {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}
+    pipeline = assembled(vae, text_encoder, tokenizer, unet, "squaredcos_cap_v2")
     if prediction == "epsilon":
-        schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    scheduler = DDIMScheduler(
-        prediction_type="v_prediction" if prediction == "v" else prediction,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=prediction == "v",
-        steps_offset=1,
-        **schedule,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        pipeline.scheduler = DDIMScheduler(
+            prediction_type=prediction,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            **betas,
+        )
+    return pipeline
 
 
 def autoencoder_phase(vae: AutoencoderKL, pictures: Tensor, number: int) -> Phase:
