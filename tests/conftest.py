@@ -47,30 +47,36 @@ def pytest_collection(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test marked `sampled` all but a fixed sample of its parameters are for `-m full`; of one
-    that is itself for `-m full`, for `-m every`.
+    marked `sampled_in_full` all but a sample of what is for `-m full` are for `-m every`.
 
     sampled(family=("sd3", ...)): a sample of those values alone; sampled(pairs=False): one that
     meets values and no pairs; sampled("sd3-full", ...): those sets of parameters, by their ids.
     """
-    sweeps: dict[str, dict[str, Any]] = {}
-    for item in items:
-        if item.get_closest_marker("sampled"):
-            sweeps.setdefault(item.nodeid.partition("[")[0], {})[item.nodeid] = item
-    for sweep in sweeps.values():
-        test = next(iter(sweep))
-        dear = any(mark.name == "full" for mark in sweep[test].function.pytestmark)
-        params = {
-            name: item.callspec.params
-            for name, item in sweep.items()
-            if not item.get_closest_marker("every" if dear else "full")
-        }
-        mark = sweep[test].get_closest_marker("sampled")
-        ids = {f"{test.partition('[')[0]}[{name}]" for name in mark.args}
-        unknown = set() if any("::" in arg for arg in config.args) else ids - sweep.keys()
-        if unknown:
-            raise pytest.UsageError(f"sampled: expected ids of the test, got {sorted(unknown)}.")
-        for name in params.keys() - (ids or set(sample(params, **mark.kwargs))):
-            sweep[name].add_marker("every" if dear else "full")
+    for mark, rest in (("sampled", "full"), ("sampled_in_full", "every")):
+        sweeps: dict[str, dict[str, Any]] = {}
+        for item in items:
+            if item.get_closest_marker(mark):
+                sweeps.setdefault(item.nodeid.partition("[")[0], {})[item.nodeid] = item
+        for test, sweep in sweeps.items():
+            for name in left_out(config, test, sweep, mark, rest):
+                sweep[name].add_marker(rest)
+
+
+def left_out(
+    config: pytest.Config, test: str, sweep: dict[str, Any], mark: str, rest: str
+) -> set[str]:
+    """Which of a test's items its marker of that name leaves to `-m REST`, by their ids."""
+    params = {
+        name: item.callspec.params
+        for name, item in sweep.items()
+        if not item.get_closest_marker(rest) and (rest == "full" or item.get_closest_marker("full"))
+    }
+    given = next(iter(sweep.values())).get_closest_marker(mark)
+    ids = {f"{test}[{name}]" for name in given.args}
+    unknown = set() if any("::" in arg for arg in config.args) else ids - sweep.keys()
+    if unknown:
+        raise pytest.UsageError(f"{mark}: expected ids of the test, got {sorted(unknown)}.")
+    return params.keys() - (ids or set(sample(params, **given.kwargs)))
 
 
 def pytest_collection_finish() -> None:
@@ -129,6 +135,15 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def forked_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison's students train in children of this process, where nothing is imported anew;
+    tests/test_elsewhere.py has one in a fresh interpreter."""
+    from support.processes import ForkedRun
+
+    monkeypatch.setattr("stepdistill.comparison.runs.subprocess.Popen", ForkedRun)
 
 
 @pytest.fixture

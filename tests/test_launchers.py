@@ -87,7 +87,7 @@ def test_two_processes_train_and_export(tmp_path, tmp_path_factory) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.sampled("fsdp2")
+@pytest.mark.sampled_in_full("fsdp2")
 @pytest.mark.parametrize(
     "launcher",
     [("cpu2",), ("ddp", "--num_processes", "2"), ("fsdp2", "--num_processes", "2")],

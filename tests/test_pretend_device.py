@@ -118,14 +118,7 @@ SAMPLE = covering(CELLS, met, cost)
 
 IN_FULL = {
     *SAMPLE,
-    *covering(
-        CELLS,
-        lambda cell: {
-            (METHOD_CASES[cell[0]].method, cell[1] if cell[1] in ("sd3", "dit") else None),
-            cell[1],
-        },
-        cost,
-    ),
+    *covering(CELLS, lambda cell: {METHOD_CASES[cell[0]].method, cell[1]}, cost),
 }
 
 

@@ -46,6 +46,7 @@ def test_digits_from_teacher_to_report(tmp_path, capsys) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("forked_students")
 def test_a_teacher_of_one_s_own_and_a_method_that_fails(
     tmp_path, tmp_path_factory, capsys, monkeypatch
 ) -> None:
@@ -270,6 +271,8 @@ COMMAND = ("compare", "--budget", "2steps", "--guidance", "1")
         (["--methods", "dmd2", "--processes", "0"], "processes: expected 1 or more, got 0"),
         (["--methods", "dmd2", "--steps", "0"], "steps: expected 1 or more, got 0"),
         (["--methods", "dmd2", "--seeds", "0", "0"], "seeds: expected different ones"),
+        (["--methods", "dmd2", "--steps", "1", "4", "--steps", "1"], "steps: expected different"),
+        (["--methods", "dmd2", "--features", NET, NET], "features: expected different ones"),
         (
             ["--methods", "dmd2", "--prompts_file", "{no}"],
             "prompts_file: expected a file or folder",

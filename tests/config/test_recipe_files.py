@@ -256,17 +256,10 @@ def test_the_index_is_of_the_recipes_as_they_stand() -> None:
     assert settings == {name: settings_hash(layers) for name, layers in sized().items()}
 
 
-# `full` plans one of each method, `every` them all; `recipes --refresh` writes the index anew.
-OF_EACH_METHOD = {merged(RECIPES[n])["method"]: n for n in reversed(sized())}.values()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.full if n in OF_EACH_METHOD else pytest.mark.every)
-        for n in sized()
-    ],
-)
+# `recipes --refresh` writes the index anew.
+@pytest.mark.full
+@pytest.mark.sampled_in_full("sd15-lcm-lora", "flux-dmd2-lora", "wan22-a14b-4step")
+@pytest.mark.parametrize("name", sized())
 def test_a_recipe_is_planned_at_its_real_size(name: str) -> None:
     made, stored = json.loads(json.dumps(forecast_of(RECIPES[name]))), known()[name]
     assert {key: made[key] for key in stored} == stored

@@ -68,7 +68,7 @@ def in_memory(trainer, spec, subject):
 DRAWS_BEFORE = ("flux_fill", "sd_inpaint", "sd_upscale", "sdxl_inpaint")
 # Where the denoiser's config decides what it is told, a variant may be told nothing.
 TOLD = [
-    pytest.param(name, marks=[] if name in (*FAMILIES, "sd_v") else [pytest.mark.full])
+    name
     for name, family in TINY_FAMILY.items()
     if family.conditioning != "none"
     and (name == family.name or "conditioning_in" not in vars(family))
@@ -76,6 +76,7 @@ TOLD = [
 
 
 @pytest.mark.full
+@pytest.mark.sampled_in_full(family=FAMILIES)
 @pytest.mark.parametrize("family", TOLD)
 def test_defaults_make_the_few_step_image(family, tmp_path, tmp_path_factory) -> None:
     """Stock call with `typed` alone, and the importable loader with a prompt alone."""

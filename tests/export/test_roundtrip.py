@@ -46,6 +46,7 @@ CASES += [(f, "lora", *s) for f in FURTHER for s in SHORT]
 
 
 @pytest.mark.sampled("sd-full-1-renoise", "sd3-lora-2-renoise", "dit-lora-1-renoise")
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize(("family", "layout", "steps", "kind"), CASES)
 def test_stock_image_equals_in_memory(
     family, layout, steps, kind, tmp_path, tmp_path_factory
@@ -166,7 +167,7 @@ WITH_LORA_LOADER = [name for name, family in TINY_FAMILY.items() if family.has_l
 
 
 @pytest.mark.full
-@pytest.mark.sampled("flux", "sd", "sdxl", "wan")
+@pytest.mark.sampled_in_full("flux", "sd", "sdxl", "wan")
 @pytest.mark.parametrize("family", sorted({*WITH_LORA_LOADER} - {*TWO_EXPERTS}))  # of one file
 def test_lora_file_keeps_the_strength_of_alpha(family, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir(family, tmp_path_factory)
@@ -274,6 +275,7 @@ def test_a_guided_qwen_image_student_names_its_negative_prompt(tmp_path, tmp_pat
 
 
 @pytest.mark.full
+@pytest.mark.sampled_in_full(family=FAMILIES)
 @pytest.mark.parametrize("family", FURTHER)
 def test_trained_student_round_trips(family, tmp_path, tmp_path_factory) -> None:
     """Two steps of DMD2 with LoRA, exported; export_pipeline compares the reloaded image."""

@@ -346,6 +346,7 @@ def test_items_without_a_control_image_are_refused_before_loading(
 
 # --------------------------------------------------------------------------------------- training
 @pytest.mark.full
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_a_trained_student_uses_its_control_image(name, layout, tmp_path, tmp_path_factory) -> None:

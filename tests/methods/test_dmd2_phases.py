@@ -284,6 +284,7 @@ def role_grads(bank: RoleBank) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.sampled(pairs=False, family=NETWORKS)
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 @pytest.mark.parametrize("source", ["fake", "teacher"])
 def test_gan_phases_of_real_networks_reach_their_roles_only(
@@ -309,6 +310,7 @@ def test_gan_phases_of_real_networks_reach_their_roles_only(
 
 
 @pytest.mark.sampled(pairs=False, family=NETWORKS)
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_a_fresh_fake_is_the_teacher_so_the_first_gradient_is_zero(
     family: Family, layout: str

@@ -155,7 +155,7 @@ def test_bins_span_the_times_that_are_drawn(name: str, shift: float) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.sampled
+@pytest.mark.sampled_in_full
 @pytest.mark.parametrize("divergence", ["js", "kl"])
 def test_a_linear_generator_recovers_the_teachers_mean_and_covariance(
     path: NoisePath, divergence: str

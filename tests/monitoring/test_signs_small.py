@@ -183,6 +183,10 @@ HEALTHY = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled_in_full(  # one of each kind
+    *("vsd-1-rates1-options1", "dmd2-1-rates6-options6", "dmd2-4-rates9-options9"),
+    *("dmd2-7-rates12-options12", "consistency-0-rates13-options13", "tscd-0-rates17-options17"),
+)
 @pytest.mark.parametrize(("name", "seed", "rates", "options"), HEALTHY)
 def test_healthy_runs_are_quiet(teacher, name, seed, rates, options) -> None:
     told, diversity = run(teacher, name, seed, rates, 150, **options)

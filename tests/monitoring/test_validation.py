@@ -221,7 +221,11 @@ def test_features_of_ones_own_are_taken(validated) -> None:
     assert found.metrics["frechet_diagonal"] == 0.0
 
 
+ONE_OF_EACH_METHOD = {METHOD_CASES[name].method: name for name in reversed(METHOD_CASES)}.values()
+
+
 @pytest.mark.sampled("lcm-full", "dmd2-full")
+@pytest.mark.sampled_in_full(pairs=False, case=ONE_OF_EACH_METHOD)
 @pytest.mark.parametrize(
     ("case", "layout"),
     [

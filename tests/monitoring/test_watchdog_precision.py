@@ -71,7 +71,7 @@ def still_works(teacher, folder, good, precision: str, case: str = "dmd2") -> bo
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("bf16", "bfloat16"), pytest.param("fp16", "float16", marks=pytest.mark.full)],
+    [pytest.param("bf16", "bfloat16", marks=pytest.mark.every), ("fp16", "float16")],
 )
 def test_an_overflow_stops_the_run_and_names_a_checkpoint_that_works(
     teacher, tmp_path, precision, dtype
@@ -154,7 +154,7 @@ def bad_batch(trainer, at: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.full), "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.every), "fp16"])
 def test_backing_off_skips_a_batch_that_overflows(teacher, tmp_path, precision) -> None:
     trainer = trainer_of(
         teacher, tmp_path, precision, "lcm",

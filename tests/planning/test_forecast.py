@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import teacher_dir
+from support.runs import NETWORKS, teacher_dir
 
 from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
@@ -69,14 +69,11 @@ def test_bundled_models_have_the_released_size(name: str) -> None:
 
 
 CUT_BY_MASK = ("qwen_image", "z_image")  # encoders whose rows depend on the words
-FAMILIES = [
-    pytest.param(name, marks=[] if name in (*CUT_BY_MASK, "wan_i2v") else [pytest.mark.full])
-    for name in sorted(TINY)
-]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.sampled_in_full(name=(*CUT_BY_MASK, *NETWORKS))
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_every_family_is_forecast(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The frozen bytes are the denoiser's own, in float32."""
     folder = teacher_dir(name, tmp_path_factory)

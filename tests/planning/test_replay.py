@@ -31,7 +31,10 @@ CASES = [
 
 
 @pytest.mark.full
-@pytest.mark.sampled(pairs=False)
+@pytest.mark.sampled_in_full(
+    *("dit-consistency-lora-True", "sd3-dmd2-full-False", "sd_v-consistency-lora-True"),
+    *("flux-dmd2-full-False", "qwen_image-dmd2-lora-True", "wan-dmd2-full-False"),
+)
 @pytest.mark.parametrize(("family", "method", "layout", "checkpointing"), CASES)
 def test_a_forecast_is_the_same_when_every_block_is_run(
     family: str, method: str, layout: str, checkpointing: bool, tmp_path_factory: Any

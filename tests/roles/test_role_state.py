@@ -65,6 +65,7 @@ def test_ema_role_never_trains_and_the_followed_role_is_not_moved(make_family, l
 
 
 @pytest.mark.sampled(pairs=False, family=("sd3", "edm", "dit"))
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_saved_roles_answer_alike_in_a_new_bank(family, layout) -> None:
     needs_blocks(family)

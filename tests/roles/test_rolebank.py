@@ -108,6 +108,7 @@ def test_rank_and_alpha_set_the_scale(make_family) -> None:
 
 
 @pytest.mark.sampled(pairs=False, family=NETWORKS)
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_teacher_is_the_untouched_base_bit_for_bit(family, student, fake) -> None:
     untouched = copy.deepcopy(family.net)
@@ -122,6 +123,7 @@ def test_teacher_is_the_untouched_base_bit_for_bit(family, student, fake) -> Non
 
 
 @pytest.mark.sampled(pairs=False, family=NETWORKS)
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_roles_start_at_the_teacher(family, layout) -> None:
     bank = RoleBank(family, ROLES, Tuning(student=layout, fake=layout, rank=4))
@@ -146,6 +148,7 @@ def test_half_precision_base_keeps_float32_adapters(make_family) -> None:
 
 # ---------------------------------------------------------------------------------------- switching
 @pytest.mark.sampled(pairs=False, family=NETWORKS)
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize("layout", ["lora", "full"])
 def test_calls_of_other_roles_before_backward_change_no_gradient(family, layout) -> None:
     alone = build(family, layout, roles={"student": Role(train=True)})
@@ -225,6 +228,7 @@ def mixed_loss(bank: RoleBank, family: Family) -> Tensor:
 
 
 @pytest.mark.sampled(pairs=False, family=NETWORKS)
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize(("student", "fake"), LAYOUTS)
 def test_checkpointing_changes_no_gradient(family, student, fake) -> None:
     bank = build(family, student, fake)
@@ -272,6 +276,7 @@ def test_a_call_without_gradients_leaves_later_gradients_whole(make_family, layo
 
 # --------------------------------------------------------------------------- features, as_flow, w
 @pytest.mark.sampled("dit-False", "edm-True", "flux-False", "sd3-True")
+@pytest.mark.sampled_in_full(pairs=False)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_features_alone_are_those_of_a_whole_call(family, checkpointing) -> None:
     """Same values and gradients, by a network that stops behind the last block it reads."""

@@ -181,7 +181,7 @@ def test_a_kill_of_one_process_in_a_save_leaves_the_last_good_one(victim, tmp_pa
 
 
 @pytest.mark.full
-@pytest.mark.sampled("1")
+@pytest.mark.sampled_in_full("1")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_no_operation_of_one_process_can_be_killed_to_lose_one(victim, tmp_path) -> None:
     tries = 1

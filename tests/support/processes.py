@@ -11,14 +11,14 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 
@@ -36,16 +36,22 @@ def fork(work: Callable[[], None], limit_s: int = 0) -> int:
         work()
         status = 0
     except SystemExit as stop:
+        _flush(sys.stdout)  # before it is told why, as an interpreter does
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
     except BaseException:
+        _flush(sys.stdout)
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # told on a full disk
-                stream.flush()
+        _flush(sys.stdout)
+        _flush(sys.stderr)
         os._exit(status)
+
+
+def _flush(stream: IO[str]) -> None:
+    with suppress(OSError):  # told on a full disk
+        stream.flush()
 
 
 def status_of(child: int) -> int:
@@ -86,6 +92,31 @@ def run(
         status = status_of(fork(partial(alone, there, stdout, stderr, **env), limit_s))
         said = [p.read_text() if p.exists() else "" for p in (stdout, stderr)]
     return CompletedProcess([], status, *said)
+
+
+class ForkedRun:
+    """Popen of `python -m MODULE ARGUMENTS`, as far as a comparison asks it: a child of this
+    process, which has imported everything."""
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]
+    ) -> None:
+        _, _, module, *arguments = command
+
+        def work() -> None:
+            os.environ.clear()
+            sys.argv = [module, *arguments]
+            begin = partial(runpy.run_module, module, run_name="__main__")
+            alone(begin, Path(stdout.name), Path(stderr.name), **env)
+
+        self._child = fork(work)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            child, status = os.waitpid(self._child, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if child else None
+        return self.returncode
 
 
 def forked_ranks(

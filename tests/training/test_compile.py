@@ -86,7 +86,7 @@ def test_gradients_are_those_of_eager_blocks(backend: str, tmp_path_factory: Any
 
 
 @pytest.mark.full
-@pytest.mark.sampled("True")
+@pytest.mark.sampled_in_full("True")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_switching_roles_and_phases_compiles_nothing_anew(
     checkpointing: bool, tmp_path_factory: Any

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.distributed import Group, Job, Seen, alone, equal, gradient_error, largest
-from support.runs import TWO_EXPERTS, build_trainer, teacher_dir
+from support.runs import NETWORKS, TWO_EXPERTS, build_trainer, teacher_dir
 
 from stepdistill.testing.tiny import TINY, TINY_FAMILY
 from stepdistill.training.checkpoint import optimizer_state
@@ -125,13 +125,14 @@ def network(name: str, teacher: Path) -> str:
 
 
 @pytest.mark.full
-@pytest.mark.sampled("networks")
-@pytest.mark.parametrize("of", ["networks", "families"])
+@pytest.mark.sampled_in_full("kinds")
+@pytest.mark.parametrize("of", ["kinds", "networks", "families"])
 def test_each_trains_in_shards(of, tmp_path, tmp_path_factory) -> None:
     """The first gradients of student, fake and heads are one process's: some networks call parts
     of a block from outside it, where its shards must be gathered, too. An eps student at time 1
     multiplies roundings by 15 and more: 6e-5 was measured."""
-    teachers = {name: teacher_dir(name, tmp_path_factory) for name in sorted(TINY)}
+    chosen = NETWORKS if of == "kinds" else TINY
+    teachers = {name: teacher_dir(name, tmp_path_factory) for name in sorted(chosen)}
     if of == "networks":
         first = {network(name, teachers[name]): name for name in reversed(teachers)}
         teachers = {name: teachers[name] for name in sorted(first.values())}
@@ -162,7 +163,7 @@ def test_two_experts_train_in_shards(tmp_path, tmp_path_factory) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.sampled("f_distill-lora")
+@pytest.mark.sampled_in_full("f_distill-lora")
 @pytest.mark.parametrize(("case", "layout"), [("f_distill", "lora"), ("cd", "full")])
 def test_saved_on_two_goes_on_on_one_and_on_three(case, layout, tmp_path, tmp_path_factory) -> None:
     """What was loaded is what was saved, bit for bit; what comes of it is one process's run."""

@@ -40,7 +40,7 @@ def each_operation(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def thorough(tmp_path_factory):
-    return told(tmp_path_factory, "signal:SIGTERM", "signal:SIGUSR1", "ranks")
+    return told(tmp_path_factory, "signal:SIGTERM", "ranks")
 
 
 @pytest.mark.full
@@ -95,35 +95,36 @@ def test_a_signal_ends_a_run_at_the_step_boundary_and_is_handed_back(
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.every  # two minutes; test_a_kill_at_any_instant has eighty-eight of other kinds
+@pytest.mark.every  # two minutes; test_a_kill_at_any_instant has those of other kinds
 def test_fifty_kills_lose_nothing(tmp_path_factory) -> None:
     found = told(tmp_path_factory, "kills:50")["kills"]
     assert (found["tries"], found["lost"], found["differ"]) == (50, 0, [])
     assert found["in_save"] > 0
 
 
-@pytest.fixture(scope="module")
-def attacked(tmp_path_factory):
-    """Of each kind in attack.PLAN, which see."""
-    return told(tmp_path_factory, find=attack.findings, limit_s=3000)
+SHARES = {"a quarter": 4, "all": 1}  # of the kills in attack.PLAN, which see
+
+
+@pytest.fixture(scope="module", params=SHARES)
+def attacked(request, tmp_path_factory):
+    plan = {kind: kills // SHARES[request.param] for kind, kills in attack.PLAN.items()}
+    parts = (f"{kind}:{kills}" for kind, kills in plan.items())
+    return plan, told(tmp_path_factory, *parts, find=attack.findings, limit_s=3000)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("kind", "kills"),
-    [("training", 30), ("saving", 22), ("export", 12), ("cache", 12), ("pairs", 12)],
-)
-def test_a_kill_at_any_instant_loses_nothing_and_the_next_call_ends_alike(
-    attacked, kind, kills
-) -> None:
-    found = attacked[kind]
-    assert (found["kills"], found["lost"], found["differ"]) == (kills, [], [])
-    assert found["compared"] >= kills
+@pytest.mark.sampled_in_full(attacked=("a quarter",))
+@pytest.mark.parametrize("kind", attack.PLAN)
+def test_a_kill_at_any_instant_loses_nothing_and_the_next_call_ends_alike(attacked, kind) -> None:
+    plan, every = attacked
+    found = every[kind]
+    assert (found["kills"], found["lost"], found["differ"]) == (plan[kind], [], [])
+    assert found["compared"] >= plan[kind] >= 3
 
 
-@pytest.mark.full
-def test_sigusr1_does_the_same(thorough) -> None:
-    found = thorough["signal:SIGUSR1"]
+@pytest.mark.every  # a minute; test_a_signal_ends_a_run sends it in this process
+def test_sigusr1_does_the_same(tmp_path_factory) -> None:
+    found = told(tmp_path_factory, "signal:SIGUSR1")["signal:SIGUSR1"]
     assert (found["status"], found["later"], found["differ"]) == (75, [0, 0], [])
 
 
@@ -149,6 +150,7 @@ def test_a_run_whose_launcher_is_killed_saves_and_meets_no_other(tmp_path_factor
 
 
 @pytest.mark.full
+@pytest.mark.sampled_in_full("ddp")
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
 def test_the_watchdogs_verdict_is_that_of_both_ranks(wrapping, tmp_path_factory) -> None:
     """The first process alone makes the samples that are judged."""

@@ -24,7 +24,7 @@ WORKING = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
 
 
 @pytest.mark.full
-@pytest.mark.sampled(pairs=False)
+@pytest.mark.sampled_in_full("dmd2_two_sources-2", "cd-0")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_cut_off_anywhere(case, workers, tmp_path, tmp_path_factory) -> None:
@@ -36,6 +36,7 @@ def test_a_run_cut_off_anywhere(case, workers, tmp_path, tmp_path_factory) -> No
 
 
 @pytest.mark.full
+@pytest.mark.sampled_in_full("dmd2_two_sources", "progressive")
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_at_any_instant(case, tmp_path, tmp_path_factory) -> None:
     teacher = teacher_dir("sd", tmp_path_factory)
@@ -44,6 +45,7 @@ def test_a_run_killed_at_any_instant(case, tmp_path, tmp_path_factory) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.sampled_in_full("tars")
 @pytest.mark.filterwarnings("ignore:data:UserWarning")
 @pytest.mark.parametrize("kind", ["images", "tars", "rows", "stream"])
 def test_a_run_killed_within_an_epoch_of_shards(kind, tmp_path, tmp_path_factory) -> None:

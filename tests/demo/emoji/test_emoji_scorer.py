@@ -13,7 +13,7 @@ from stepdistill.rewards import scorer_class
 
 
 @pytest.mark.full
-@pytest.mark.sampled("HeldOutEmojiScorer")
+@pytest.mark.sampled_in_full("HeldOutEmojiScorer")
 @pytest.mark.parametrize("cls", [EmojiScorer, HeldOutEmojiScorer])
 def test_pictures_of_the_other_half_are_told_by_their_subgroups(cls: type[EmojiScorer]) -> None:
     scorer, emoji = cls(MethodConfig()), _shipped()
