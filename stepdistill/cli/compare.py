@@ -18,7 +18,7 @@ from stepdistill.comparison.budget import Budget
 from stepdistill.config.flags import AT_COMMAS, CommandOptions
 from stepdistill.config.layers import merge
 from stepdistill.config.places import Here, Model
-from stepdistill.core.options import Count, Guidance, Seed
+from stepdistill.core.options import DIFFERENT, Count, Guidance, Seed
 
 if TYPE_CHECKING:
     from stepdistill.comparison.runs import Setups
@@ -32,9 +32,9 @@ class Options(CommandOptions):
     the machine does; on CUDA, of the clock) or 500steps. Judging is not counted."""
     methods: Annotated[tuple[str, ...], AT_COMMAS] = ()
     """Which ones; with a teacher of yours also NAME=FILE.yaml."""
-    steps: tuple[int, ...] = ()
+    steps: Annotated[tuple[int, ...], DIFFERENT] = ()
     """Step counts; none means 1 2 4, or a recipe's own."""
-    seeds: tuple[Seed, ...] = (0,)
+    seeds: Annotated[tuple[Seed, ...], DIFFERENT] = (0,)
     """Training seeds."""
     processes: int = 1
     """Runs side by side; they share the processor's cores, unless OMP_NUM_THREADS is set."""
@@ -62,7 +62,7 @@ class Options(CommandOptions):
     """Images; without them methods learn from the teacher's own."""
     reference: Here | None = None
     """Folder of real images to judge by; none: the teacher's images."""
-    features: tuple[str, ...] = ()
+    features: Annotated[tuple[str, ...], DIFFERENT] = ()
     """Feature networks; see stepdistill evaluate."""
     guidance: Guidance | None = None
     """null + g (cond - null), for teacher and every method."""
@@ -78,7 +78,7 @@ class Options(CommandOptions):
     """Noise-image pairs of the teacher."""
     pair_steps: Count = 25
     """Steps of its solver for them."""
-    teacher_steps: tuple[Count, ...] = (1, 2, 4, 8, 50)
+    teacher_steps: Annotated[tuple[Count, ...], DIFFERENT] = (1, 2, 4, 8, 50)
     """Step counts that it is judged at."""
     num_prompts: Count | None = None
     """Prompts to judge with; none means all."""
@@ -184,14 +184,12 @@ def compare(args: Options) -> Any:
 
 
 def _check_given(args: Options) -> None:
-    """Before torch is imported. Errors: ValueError for numbers that are too small or said twice, a
+    """Before torch is imported. Errors: ValueError for numbers that are too small, a
     budget that is none, and what should stand beside --teacher."""
     least = {"curve_points": args.curve_points, "processes": args.processes}
     for name, value in {**least, "steps": min(args.steps, default=1)}.items():
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}.")
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds, default=-1) < 0:
-        raise ValueError(f"seeds: expected different ones from 0 on, got {args.seeds}.")
     if args.budget is None:
         if args.methods:
             raise ValueError("budget: expected such as 240s beside --methods, got none.")

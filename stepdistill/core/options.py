@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every random number generator here takes
 Positive = Annotated[float, Field(gt=0)]
@@ -15,6 +15,15 @@ Count = Annotated[int, Field(ge=1)]
 Data = Literal["prompts", "images", "pairs", "preferences", "lowres"]
 PairSolver = Literal["ddim", "multistep"]  # of the teacher's ODE
 Guidance = Annotated[float, Field(ge=0)]  # g of null + g (cond - null)
+
+
+def _different(values: tuple[object, ...], info: ValidationInfo) -> tuple[object, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{info.field_name}: expected different ones, got {[*values]}.")
+    return values
+
+
+DIFFERENT = AfterValidator(_different)  # what is asked of each, asked twice, is a slip
 
 
 def finite(text: str) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, model_validator
 
 from stepdistill.config.flags import CommandOptions
 from stepdistill.config.places import Here, Lora, Model
-from stepdistill.core.options import Guidance, Seed
+from stepdistill.core.options import DIFFERENT, Guidance, Seed
 
 from .presets import preset
 
@@ -25,9 +25,9 @@ class Options(CommandOptions):
     """Pipeline folder or Hub id."""
     student: tuple[Lora, ...]
     """Exports, run folders or other pipelines."""
-    steps: tuple[int, ...] = ()
+    steps: Annotated[tuple[int, ...], DIFFERENT] = ()
     """Step counts to export a run for."""
-    teacher_steps: tuple[int, ...] = (50,)
+    teacher_steps: Annotated[tuple[int, ...], DIFFERENT] = (50,)
     """Step counts of the teacher; the most is the reference."""
     prompts_file: Here | None = None
     """One prompt (or class label) a line."""
@@ -37,7 +37,7 @@ class Options(CommandOptions):
     repaints; conditioning_file_name counts before file_name, so a training folder will do)."""
     output_dir: str = "evaluation"
     """Folder of the report; features lie there, so that a call that was cut off goes on."""
-    features: tuple[str, ...] = ()
+    features: Annotated[tuple[str, ...], DIFFERENT] = ()
     """Feature networks: digits, inception:FILE, clip:MODEL[,WEIGHTS], dino:DIR_OR_HUB_ID,
     FILE.py:NAME, MODULE:NAME, or a folder: of a Transformers vision model, or made by stepdistill
     features."""
@@ -51,7 +51,7 @@ class Options(CommandOptions):
     """2 or more for diversity."""
     num_reference: int | None = None
     """The first images by name; none means all."""
-    seeds: tuple[Seed, ...] = (0,)
+    seeds: Annotated[tuple[Seed, ...], DIFFERENT] = (0,)
     """Noise seeds, a whole set of images each."""
     batch_size: int = 8
     """Images drawn at once; changes times alone."""
