@@ -170,6 +170,9 @@ def compare(args: Options) -> Any:
     more: dict[str, Any] = {"curve_points": args.curve_points, "left_out": absent}
     more["keeps"] = not args.discard_students
     runs.write_plan(out, kind, options, budget, settled, **more)
+    for name in methods:
+        for line in setup.reasons.get(name, ()):
+            print(f"{name}: {line}", flush=True)
     for name, why in absent.items():
         print(f"{name}: left out, {why}", flush=True)
     setup.prepare(setup.needs_pairs(chosen))

@@ -34,7 +34,10 @@ class TeacherSetup(ABC):
     only_claims = True  # whether a method is asked for the step counts it claims alone
 
     def __init__(self, out: Path) -> None:
+        """reasons: lines by method about what its settings were chosen by, once they were asked
+        for."""
         self.out = out
+        self.reasons: dict[str, list[str]] = {}
 
     @abstractmethod
     def check(self, chosen: Sequence[Student]) -> None:

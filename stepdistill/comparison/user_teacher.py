@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.config.files import method_class, resolve_method
+from stepdistill.config.files import method_class, method_config, resolve_method
 from stepdistill.config.layers import Layer, layers_of, merge, merged
 from stepdistill.config.model_at_hand import ModelAtHand
 from stepdistill.config.recipes import Training
@@ -34,6 +33,8 @@ from stepdistill.evaluation.run import evaluate, open_judges
 from stepdistill.families.registry import teacher_facts
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
+from stepdistill.methods.digits import WARM
+from stepdistill.methods.scores_config import ScoreConfig
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.storage.bundled import bundled_file
@@ -53,6 +54,8 @@ OURS: Mapping[str, Any] = {
 # A run's model, data and outputs: a file for `stepdistill train` has them, a comparison its own.
 ELSEWHERE = set(RunConfig.model_fields) - set(TrainConfig.model_fields)
 ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
+
+WARM_SHARE = 0.4  # of the budget of a one-step student that starts on pairs
 
 # What a pair is like, before the first is made.
 PAIR = [{"prompt": "a", "x0": torch.zeros(1), "noise": torch.zeros(1)}]
@@ -196,7 +199,7 @@ class UserTeacher(TeacherSetup):
         return super().students(methods, steps or (1, 2, 4))
 
     def settings(self, name: str) -> dict[str, Any]:
-        """A method's settings under what is the same for all, settled and warned of once."""
+        """A method's settings under what is the same for all, settled once; see `reasons`."""
         if name not in self._settled:
             self._settled[name] = self._settle(name)
         return self._settled[name]
@@ -215,8 +218,7 @@ class UserTeacher(TeacherSetup):
         run, _ = read(chosen, ModelAtHand())
         at_hand = ModelAtHand.known(ModelSource.of(options.teacher), ask=True) or ModelAtHand()
         run, lines = settled(read, run, chosen, at_hand, by_size=True, otherwise=layers)
-        for line in lines:
-            warnings.warn(f"{name}: {line}.", stacklevel=2)
+        self.reasons[name] = lines
         return run.values
 
     def _read(
@@ -251,7 +253,29 @@ class UserTeacher(TeacherSetup):
         data = method.data
         if data == "images" and self.own.train_data_dir is None:
             data = "pairs"  # whose images the teacher made
-        return [Scaled(student.recipe, settings, data)]
+        if not self._starts_on_pairs(settings):
+            return [Scaled(student.recipe, settings, data)]
+        first = merge(
+            self.settings("reflow"),
+            {"tuning": settings["tuning"], "method_config": {"stage": "distill", "num_steps": 1}},
+        )
+        settings = merge(settings, {"method_config": {"warm_start": {"updates": 0}}})
+        return [
+            Scaled(WARM.label, first, METHODS["reflow"].data, WARM_SHARE),
+            Scaled(student.recipe, settings, data, 1.0 - WARM_SHARE, "student"),
+        ]
+
+    def _starts_on_pairs(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a method's start on the teacher's trajectories is better made on the pairs, as
+        DMD2 does for one step: they are there already, and an update costs one call in place of
+        seventeen. Not where the pairs are another teacher's, of other guidance or times."""
+        method = METHODS[settings["method"]]
+        options = method_config(settings["method"], settings.get("method_config", {}))
+        if not isinstance(options, ScoreConfig) or not options.warm_start.updates:
+            return False
+        guidance = {*method.guidance_of(options)}
+        one_step = options.num_steps == 1 and options.student_times is None
+        return one_step and guidance == {self.pairs_guidance()}
 
     def dataset(self, training: Training) -> Any:
         if training.data == "prompts":

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from stepdistill.reporting.bars import bar
 
 from .data import DIGIT_NAMES, Split, prompt_for
+from .text import token_ids
 
 NUM_CLASSES = len(DIGIT_NAMES)
 FINAL_LR_SHARE = 0.02
@@ -79,7 +80,8 @@ def train_denoiser(
     averaged = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(config.seed + 1)
     alpha_bar = pipeline.scheduler.alphas_cumprod  # (T,)
-    latents, tokens = _latents(pipeline, train), _tokens(pipeline)
+    captions = [*(prompt_for(label) for label in range(NUM_CLASSES)), ""]
+    latents, tokens = _latents(pipeline, train), token_ids(pipeline.tokenizer, captions)
     bsz, start, running = config.train_batch_size, time.perf_counter(), math.nan
     done = 0
     progress_bar = bar(
@@ -134,16 +136,6 @@ def v_loss(
 def _latents(pipeline: StableDiffusionPipeline, train: Split) -> Tensor:
     latents: Tensor = pipeline.vae.encode(train.images).latent_dist.mode()
     return latents * float(pipeline.vae.config.scaling_factor)
-
-
-def _tokens(pipeline: StableDiffusionPipeline) -> Tensor:
-    """(K + 1, L) token ids, padded as the pipeline's own encode_prompt pads them."""
-    prompts = [*(prompt_for(label) for label in range(NUM_CLASSES)), ""]
-    encoded = pipeline.tokenizer(
-        prompts, padding="max_length", truncation=True, return_tensors="pt"
-    )
-    tokens: Tensor = encoded.input_ids
-    return tokens
 
 
 def _stratified_times(bsz: int, num_times: int, generator: torch.Generator) -> Tensor:

@@ -3,13 +3,14 @@
 Every word of the demo's prompts is one token; any other text still works, byte by byte.
 """
 
-# K words
+# B captions, L tokens of each, K words
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .data import DIGIT_NAMES
@@ -20,7 +21,7 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 def demo_tokenizer() -> CLIPTokenizer:
     """A byte-level CLIPTokenizer whose merges spell the words of the demo's prompts."""
-    merges = [merge for word in ("handwritten", *DIGIT_NAMES) for merge in _spelling(word)]
+    merges = [merge for word in ("handwritten", *DIGIT_NAMES) for merge in spelling(word)]
     return clip_tokenizer(merges, MAX_TOKENS)
 
 
@@ -52,7 +53,15 @@ def demo_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int = 1) -> 
     return CLIPTextModel(config)
 
 
-def _spelling(word: str) -> list[tuple[str, str]]:
+def spelling(word: str) -> list[tuple[str, str]]:
     """Merges that build `word` from left to right, its last letter carrying the word end."""
     letters = [*word[:-1], word[-1] + WORD_END]
     return [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """(B, L), padded as Stable Diffusion's own encode_prompt pads them."""
+    ids: Tensor = tokenizer(
+        [*captions], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from stepdistill.demo.emoji.training import KL_WEIGHT, Phase, reconstruction_loss
 from stepdistill.demo.teacher import assembled
-from stepdistill.demo.text import clip_tokenizer, demo_text_encoder
+from stepdistill.demo.text import clip_tokenizer, demo_text_encoder, spelling, token_ids
 from stepdistill.reporting.pictures import contact
 from stepdistill.storage.folders import replacing
 
@@ -110,11 +110,7 @@ def caption(fact: tuple[str, str, str], draw: random.Random) -> str:
 def build(prediction: str) -> StableDiffusionPipeline:
     """The untrained pipeline; weights depend on no global random state."""
     words = [*HUES, *STYLES, "letter", "in", *LETTERS.lower()]
-    merges = [
-        ("".join(w[:i]), [*w[:-1], f"{w[-1]}</w>"][i])
-        for w in map(list, words)
-        for i in range(1, len(w))
-    ]
+    merges = [merge for word in words for merge in spelling(word)]
     tokenizer = clip_tokenizer([*dict.fromkeys(merges)], MAX_TOKENS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -180,9 +176,7 @@ def denoiser_phase(
         index = torch.randint(len(latents), (64,), generator=generator)
         draw = random.Random(int(torch.randint(2**62, (), generator=generator)))
         captions = ["" if draw.random() < 0.1 else caption(facts[k], draw) for k in index.tolist()]
-        ids = pipeline.tokenizer(
-            captions, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        ids = token_ids(pipeline.tokenizer, captions)
         x0 = latents[index]
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(1000, (len(x0),), generator=generator)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -152,13 +151,11 @@ def test_a_large_teacher_is_settled_and_told_as_train_does_it(
     setup = own(tmp_path, tmp_path_factory)
     argv = ["--config", "lcm", "--pretrained_model_name_or_path", setup.teacher()]
     run = parse_run_config(argv, by_size=True)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        settings = setup.settings("lcm")
+    settings = setup.settings("lcm")
     assert settings["method_config"]["embed_guidance"] is False
     options = method_config(settings["method"], settings["method_config"])
     assert options == method_config(run.method, run.method_config)
-    assert [str(one.message) for one in told] == [f"lcm: {line}." for line in run.reasons[1:]]
+    assert setup.reasons == {"lcm": run.reasons[1:]}
 
 
 def test_a_file_is_taken_whatever_the_teacher_s_size(tmp_path, tmp_path_factory) -> None:
@@ -173,6 +170,26 @@ def test_the_name_of_a_file_means_that_file(tmp_path, tmp_path_factory) -> None:
     settings = own(tmp_path, tmp_path_factory).settings("dmd2_lora")
     assert settings["learning_rate"] == layers_of("dmd2_lora")[-1].values["learning_rate"]
     assert settings["tuning"]["student"] == "lora"
+
+
+@pytest.mark.parametrize("method", ["dmd2", "sid", "vsd"])
+def test_one_step_starts_on_the_pairs_that_are_there(tmp_path, tmp_path_factory, method) -> None:
+    setup = own(tmp_path, tmp_path_factory)
+    first, last = setup.trainings(Student(method, (1,)))
+    assert (first.settings["method"], first.data) == ("reflow", "pairs")
+    assert first.settings["method_config"]["stage"] == "distill"
+    assert (last.settings["method"], last.starts_from) == (method, "student")
+    assert last.settings["method_config"]["warm_start"]["updates"] == 0
+    assert first.share + last.share == 1.0
+    assert first.settings["tuning"] == last.settings["tuning"]
+
+
+def test_another_teacher_s_pairs_start_no_one(tmp_path, tmp_path_factory) -> None:
+    """Theirs is unguided, or the method asks for other times."""
+    for options in ({"guidance": 3.0}, {"student_times": [0.4]}):
+        setup = own(tmp_path, tmp_path_factory, settings={"method_config": options})
+        (training,) = setup.trainings(Student("dmd2", (1,)))
+        assert training.settings["method_config"]["warm_start"]["updates"] > 0
 
 
 def test_a_warm_start_keeps_its_share_of_a_shorter_run(tmp_path, tmp_path_factory) -> None:
@@ -334,8 +351,8 @@ def test_pairs_go_on_where_they_were_stopped(tmp_path, tmp_path_factory) -> None
 
 def test_pairs_are_made_for_those_that_learn_from_them(tmp_path, tmp_path_factory) -> None:
     setup = own(tmp_path, tmp_path_factory)
-    assert not setup.needs_pairs([Student("dmd2", (1,))])
-    assert setup.needs_pairs([Student("dmd2", (1,)), Student("reflow", (1,))])
+    assert not setup.needs_pairs([Student("dmd2", (2,))])
+    assert setup.needs_pairs([Student("dmd2", (2,)), Student("reflow", (1,))])
     assert setup.needs_pairs([Student("lcm", (1,))])  # no images were given
 
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from stepdistill.core.context import stable_seed
 from stepdistill.demo.teacher_training import v_loss
+from stepdistill.demo.text import token_ids
 from stepdistill.reporting.pictures import contact, png
 from stepdistill.storage.checkpoints import discard, is_users, list_checkpoints, newest_valid
 from stepdistill.storage.files import read_json, write_atomic
@@ -230,7 +231,7 @@ def denoiser_phase(
             else random_caption(emoji.entries[k], draw, full_share)
             for k in index.tolist()
         ]
-        text = pipeline.text_encoder(_tokens(pipeline, captions))[0]  # (B, L, D)
+        text = pipeline.text_encoder(token_ids(pipeline.tokenizer, captions))[0]  # (B, L, D)
         x0 = latents[variant, index].float()
         return v_loss(pipeline.unet, pipeline.scheduler.alphas_cumprod, x0, text, generator)
 
@@ -246,14 +247,6 @@ def denoiser_phase(
         return contact([*(made * 255).round().astype(np.uint8)], columns=8)
 
     return Phase("denoiser", networks, loss, snapshot, pictures, batch, 1e-3, 0.9995)
-
-
-def _tokens(pipeline: StableDiffusionPipeline, captions: list[str]) -> Tensor:
-    """(B, L) ids, padded as the pipeline's own encode_prompt pads them."""
-    tokens: Tensor = pipeline.tokenizer(
-        captions, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
-    return tokens
 
 
 @torch.no_grad()
