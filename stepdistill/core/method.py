@@ -403,8 +403,8 @@ class Method(ABC, Generic[C]):
         """
         return ()
 
-    def learning_rate_scale(self, step: int, max_steps: int) -> float:
-        """Factor on the run's learning rates at student step `step`; pure, as `resets` is."""
+    def learning_rate_scale(self, step: int, max_steps: int, role: str) -> float:
+        """Factor on a role's learning rate at student step `step`; pure, as `resets` is."""
         return 1.0
 
     def after(self, nets: Nets, step: int) -> None:

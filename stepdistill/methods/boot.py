@@ -32,7 +32,6 @@ from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.regression import squared_error, weighted_mean
 from stepdistill.methods.boot_config import BOOTConfig, one_step
 from stepdistill.methods.grid import SolverGrid, heun_step
-from stepdistill.methods.rollout import warn_x0_gain
 
 
 class BOOT(Method[BOOTConfig]):
@@ -70,7 +69,6 @@ class BOOT(Method[BOOTConfig]):
                 "told_times: expected to begin at 1 on a VE path (sampling begins at sigma_max), "
                 f"got {first, last}. Set [1.0, 0.5]."
             )
-        warn_x0_gain(self.name, setting, float(self.told[0]), "told_times")
 
     def roles(self) -> dict[str, Role]:
         return {"teacher": Role(), "student": Role(train=True)}

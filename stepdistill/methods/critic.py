@@ -20,7 +20,7 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.score import denoising_loss, denoising_weight
 from stepdistill.methods.judge import judge_loss
-from stepdistill.methods.rollout import START, Rollout, Sample, TimeRange, Within, warn_x0_gain
+from stepdistill.methods.rollout import START, Rollout, Sample, TimeRange, Within
 from stepdistill.methods.scores_config import ScoreConfig
 
 S = TypeVar("S", bound=ScoreConfig)
@@ -45,7 +45,6 @@ class CriticMethod(Method[S], Generic[S]):
                 "warm_start: expected none of one expert (the teacher's trajectories cross both), "
                 f"got updates {config.warm_start.updates}. Leave it out."
             )
-        warn_x0_gain(self.name, setting, self.rollout.times[0])
 
     @property
     def needs(self) -> frozenset[str]:

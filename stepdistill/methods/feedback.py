@@ -27,7 +27,7 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import squared_error, weighted_mean
 from stepdistill.methods.digits import regression
-from stepdistill.methods.rollout import Rollout, RolloutConfig, warn_x0_gain
+from stepdistill.methods.rollout import Rollout, RolloutConfig
 
 
 class FeedbackConfig(RolloutConfig):
@@ -71,7 +71,6 @@ class Feedback(Method[FeedbackConfig]):
     def __init__(self, config: FeedbackConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         self.rollout = Rollout(config, setting.path, config.trained_times(setting))
-        warn_x0_gain(self.name, setting, self.rollout.times[0])
 
     @property
     def needs(self) -> frozenset[str]:

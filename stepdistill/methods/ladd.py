@@ -29,7 +29,7 @@ from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Losses
 from stepdistill.methods.digits import heads
 from stepdistill.methods.judge import Judge, JudgeGAN
-from stepdistill.methods.rollout import Rollout, RolloutConfig, Sample, TimeRange, warn_x0_gain
+from stepdistill.methods.rollout import Rollout, RolloutConfig, Sample, TimeRange
 
 
 class LADDGAN(JudgeGAN):
@@ -87,7 +87,6 @@ class LADD(Method[L], Generic[L]):
     def __init__(self, config: L, setting: Setting) -> None:
         super().__init__(config, setting)
         self.rollout = Rollout(config, setting.path, config.trained_times(setting))
-        warn_x0_gain(self.name, setting, self.rollout.times[0])
         self.judge = Judge(config.gan, setting.path, self.noise_times, self.sample)
 
     @property

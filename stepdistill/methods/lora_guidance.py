@@ -75,7 +75,7 @@ class LoRAGuidance(Method[LoRAGuidanceConfig]):
         switches = step > 0 and stage_of(step, max_steps) > stage_of(step - 1, max_steps)
         return ("student",) if switches else ()
 
-    def learning_rate_scale(self, step: int, max_steps: int) -> float:
+    def learning_rate_scale(self, step: int, max_steps: int, role: str) -> float:
         return self.config.rate_scale(step, max_steps)
 
     def check_student(self, begins_as_teacher: bool) -> None:

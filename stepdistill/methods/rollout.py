@@ -31,7 +31,6 @@ from stepdistill.core.times import (
 )
 from stepdistill.core.types import Batch, Cond
 
-MAX_X0_GAIN = 5.0
 START = "start"  # batch field: states (B, C, *S) in which a high-noise expert's student ended
 
 
@@ -262,18 +261,3 @@ class Rollout:
             ode = self.config.sampler == "ode"
             x = pred.step(s) if ode else self.path.add_noise(pred.x0, ctx.randn(shape), s)
         return x
-
-
-def warn_x0_gain(name: str, setting: Setting, first: float, option: str = "student_times") -> None:
-    """Warn where x0 = (x_t - sigma eps) / alpha magnifies an eps student's errors at `first`.
-
-    At index 999 of Stable Diffusion's table 1 / alpha is 14.6.
-    """
-    alpha = float(setting.path.coeffs(torch.tensor([first], dtype=torch.float64))[0])
-    if setting.kind == "eps" and alpha * MAX_X0_GAIN < 1.0:
-        warnings.warn(
-            f"{name}: an eps-prediction student at time {first:g} multiplies its errors by "
-            f"{1.0 / alpha:.1f} in x0; small networks fail there. Use a v-prediction or flow "
-            f"teacher, or a lower first time in {option} (0.4 in DMD2's one-step SDXL).",
-            stacklevel=3,
-        )

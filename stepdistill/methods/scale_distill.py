@@ -31,7 +31,6 @@ from stepdistill.core.times import grid_times, snapped_grid
 from stepdistill.core.types import Batch, Losses
 from stepdistill.losses.regression import squared_error, weighted_mean
 from stepdistill.methods.grid import LOWEST
-from stepdistill.methods.rollout import warn_x0_gain
 
 
 class ScaleDistillConfig(MethodConfig):
@@ -72,7 +71,6 @@ class ScaleDistill(Method[ScaleDistillConfig]):
                 stacklevel=3,
             )
         self.times = snapped_grid(setting.path, config.num_steps, setting.shift)
-        warn_x0_gain(self.name, setting, self.times[0], "num_steps")
 
     @property
     def teacher_guidance(self) -> float:

@@ -89,6 +89,10 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
     def part_starts(self) -> tuple[int, ...]:
         return tuple(sorted({0, self.config.warm_start.updates}))
 
+    def learning_rate_scale(self, step: int, max_steps: int, role: str) -> float:
+        warm = self.config.warm_start
+        return warm.rate if role == "student" and step < warm.updates else 1.0
+
     def warm_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         config, times = self.config.warm_start, self.rollout.times
         g = self.teacher_guidance

@@ -32,6 +32,8 @@ class WarmStartConfig(MethodConfig):
 
     updates: int = Field(default=0, ge=0)
     """Student updates that regress on the teacher's trajectories before distribution matching."""
+    rate: float = Field(default=1.0, gt=0)
+    """The student's learning rate meanwhile, in units of its own: regression bears more of it."""
     teacher_steps: int = Field(default=16, ge=1)
     """Teacher steps of a whole trajectory, on the uniform grid under its shift."""
     loss: DistanceName = "l2"

@@ -8,7 +8,7 @@ step num_processes times.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -113,12 +113,16 @@ def lr_factor(args: TrainConfig, step: int, seconds: float = 0.0) -> float:
 
 
 def set_learning_rate(
-    optimizer: Optimizer, args: TrainConfig, step: int, seconds: float = 0.0, scale: float = 1.0
+    optimizer: Optimizer,
+    args: TrainConfig,
+    step: int,
+    seconds: float = 0.0,
+    scale: Callable[[str], float] = lambda role: 1.0,
 ) -> None:
-    """Set every group's learning rate for this step; scale: the method's own factor."""
-    factor = scale * lr_factor(args, step, seconds)
+    """Set every group's learning rate for this step; scale: role -> the method's own factor."""
+    factor = lr_factor(args, step, seconds)
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        group["lr"] = group["base_lr"] * factor * scale(group["role"])
 
 
 def reset_roles(bank: RoleBank, optimizer: Optimizer, roles: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ class Trainer(Resumable):
             if self.stop.preempted:
                 raise Stopped
         while self.step < end:
-            scale = self.method.learning_rate_scale(self.step, args.max_train_steps)
+            scale = partial(self.method.learning_rate_scale, self.step, args.max_train_steps)
             set_learning_rate(self.optimizer, args, self.step, self.seconds, scale)
             self.log.watchdog.scale_rates(self.optimizer)
             anew = self.method.resets(self.step, args.max_train_steps)

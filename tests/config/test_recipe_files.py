@@ -213,7 +213,7 @@ def test_the_family_of_a_teacher_on_the_hub_settles_it_too(monkeypatch) -> None:
 def test_a_small_model_gets_its_recipe_and_is_told(tmp_path_factory) -> None:
     teacher = ["--pretrained_model_name_or_path", str(teacher_dir("sd", tmp_path_factory))]
     run, said = told_of(["--method", "dmd2", *teacher, "--seed", "3"], by_size=True)
-    assert (run.learning_rate, run.seed, run.tuning.student) == (3e-4, 3, "full")
+    assert (run.learning_rate, run.seed, run.tuning.student) == (1e-4, 3, "full")
     assert run.method_config["guidance"] == 1.0
     assert said == []  # it stands among what a run says at its start
     assert run.reasons[0] == "flags seed"

@@ -274,13 +274,6 @@ def test_the_default_begins_late_but_on_ve_paths() -> None:
         assert (float(told[0]), float(told[-1])) == expected, setting
 
 
-def test_an_eps_student_that_begins_at_one_is_warned_of(recwarn) -> None:
-    make("vp", kind="eps")
-    assert not recwarn
-    with pytest.warns(UserWarning, match="a lower first time in told_times"):
-        make("vp", kind="eps", told_times=(1.0, 0.5))
-
-
 def test_a_table_of_zero_terminal_snr_has_finite_targets() -> None:
     angle = torch.linspace(0.05, torch.pi / 2, 100, dtype=torch.float64)
     path = VPPath(angle.cos() ** 2)

@@ -327,9 +327,9 @@ def test_stages_resets_and_rates() -> None:
         ("student",),
         (),
     ]
-    rates = [method.learning_rate_scale(step, 6) for step in range(6)]
+    rates = [method.learning_rate_scale(step, 6, "student") for step in range(6)]
     assert rates == [1.0, 0.5, 0.5, 0.25, 0.25, 0.125]
-    assert make().learning_rate_scale(5, 6) == 1.0
+    assert make().learning_rate_scale(5, 6, "student") == 1.0
 
 
 def test_roles_hold_a_copy_only_where_a_round_needs_one() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from support.score import (
@@ -192,16 +190,6 @@ def test_student_times_win_over_num_steps_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="num_steps 2 has no effect"):
         method = make(VP, num_steps=2, student_times=FOUR)
     assert method.sampler().times == FOUR
-
-
-def test_eps_students_at_high_noise_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"by 14\.6 in x0"):
-        make(VP, "eps")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        make(VP, "v")
-        make(VP, "eps", student_times=(0.4,))
-        make(FlowPath(), "flow")
 
 
 @pytest.mark.parametrize("method", ["reflow", "rfpp", "dmd2", "lora_guidance"])

@@ -179,11 +179,6 @@ def test_it_samples_in_any_number_of_steps_from_pure_noise() -> None:
     assert method.sampler().kind == "ode"
 
 
-def test_an_eps_teacher_is_warned_of_at_time_one() -> None:
-    with pytest.warns(UserWarning, match="eps-prediction student at time 1"):
-        make("vp", kind="eps")
-
-
 def test_settings_file_is_valid() -> None:
     text = yaml.safe_load((CONFIGS / "scale_distill.yaml").read_text())
     run = RunConfig(pretrained_model_name_or_path="x", **text)

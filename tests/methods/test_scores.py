@@ -334,6 +334,14 @@ def test_the_warm_start_ends_and_the_fake_is_fitted_through_it() -> None:
     assert losses.logs["fake"] > 0  # of a sample of its own: the warm start leaves none
 
 
+def test_the_warm_start_has_a_rate_of_its_own_for_the_student_alone() -> None:
+    method = make(Plain, VP, warm_start={"updates": 2, "rate": 6.0})
+    rates = {
+        r: [method.learning_rate_scale(k, 9, r) for k in range(3)] for r in ("student", "fake")
+    }
+    assert rates == {"student": [6.0, 6.0, 1.0], "fake": [1.0, 1.0, 1.0]}
+
+
 @pytest.mark.parametrize("step", range(4))
 def test_the_warm_starts_teacher_stops_at_the_students_own_time(step: int) -> None:
     """Three teacher steps pass by 1/2: the student's input there is the teacher's state there."""

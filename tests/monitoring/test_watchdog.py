@@ -291,7 +291,7 @@ def test_an_exploding_rate_stops_and_spoils_no_checkpoint(teacher, tmp_path, mon
         "dmd2", teacher, "lora", tmp_path, max_train_steps=9, checkpointing_steps=1, logging_steps=9
     )
     monkeypatch.setattr(
-        trainer.method, "learning_rate_scale", lambda step, _: 1.0 if step < 3 else 1e36
+        trainer.method, "learning_rate_scale", lambda step, *_: 1.0 if step < 3 else 1e36
     )
     with pytest.raises(WatchdogStop, match=r"finite .* at step 3\. Last good .*checkpoint-3\. "):
         trainer.train()

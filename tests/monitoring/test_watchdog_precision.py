@@ -36,7 +36,7 @@ def trainer_of(teacher, folder, precision: str, case: str = "dmd2", **options):
 
 def jump_at(trainer, step: int, factor: float) -> None:
     """Learning rates times `factor` from that step on."""
-    trainer.method.learning_rate_scale = lambda at, _: 1.0 if at < step else factor
+    trainer.method.learning_rate_scale = lambda at, *_: 1.0 if at < step else factor
 
 
 def overflows(trainer) -> set[torch.dtype]:

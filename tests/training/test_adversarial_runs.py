@@ -18,9 +18,7 @@ from stepdistill.families.registry import load_family, teacher_facts
 from stepdistill.planning.forecast import forecast
 from stepdistill.trainers import trainer_of_run
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:pixels. expected a preprocessor_config", "ignore:.*an eps-prediction student"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:pixels. expected a preprocessor_config")
 PROMPTS = ["a cat", "a dog"]
 full = partial(pytest.param, marks=pytest.mark.full)
 

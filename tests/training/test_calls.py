@@ -218,7 +218,6 @@ def iteration(case: str, monkeypatch: Any, tmp_path: Any, factory: Any) -> Itera
 
 
 @pytest.mark.full
-@pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
 # Methods without a row above are held to the rest alone.
 @pytest.mark.parametrize("case", [*CALLS, *(name for name in METHODS if name not in COUNTED)])
 def test_an_iteration_calls_its_networks_so(case, monkeypatch, tmp_path, tmp_path_factory) -> None:
@@ -238,7 +237,6 @@ class Pictures:
 
 
 @pytest.mark.full
-@pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
 @pytest.mark.parametrize(
     ("rollout", "encoded"),
     [("pure_noise", {"fake": 2 * BSZ}), ("data", {"student": BSZ, "fake": 2 * BSZ})],

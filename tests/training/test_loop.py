@@ -25,6 +25,17 @@ def test_one_group_per_role_with_its_own_rate(teacher, tmp_path) -> None:
     assert rates == {"student": 1e-3, "fake": 5e-3}
 
 
+def test_a_method_scales_the_rate_of_one_role(teacher, tmp_path) -> None:
+    trainer = build_trainer("dmd2", teacher, "lora", tmp_path, logging_steps=1)
+    trainer.method.learning_rate_scale = lambda step, _, role: (
+        6.0 if (role, step) == ("student", 0) else 1.0
+    )
+    trainer.train()
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    rates = [(line["lr/student"], line["lr/fake"]) for line in lines if "lr/fake" in line]
+    assert rates == [(6e-3, 1e-3), (1e-3, 1e-3)]
+
+
 def test_gradients_are_clipped_per_role(teacher, tmp_path) -> None:
     trainer = build_trainer("dmd2", teacher, "lora", tmp_path, role_max_grad_norm={"fake": 1e-9})
     before = fingerprint(trainer.bank.members("fake"))

@@ -61,7 +61,6 @@ def run_of(tmp_path: Path, factory: Any, family: str = "sd_upscale", **options: 
 
 # ------------------------------------------------------------------------------------- the run
 @pytest.mark.full
-@pytest.mark.filterwarnings("ignore:.*an eps-prediction student")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_of_pictures_becomes_a_stock_one_step_pipeline(
     family, tmp_path, tmp_path_factory
