@@ -127,7 +127,7 @@ def test_a_small_teacher_s_settings_are_those_of_train(tmp_path, tmp_path_factor
     for name in ("learning_rate", "role_learning_rates", "train_batch_size", "ema_decay",
                  "max_train_steps", "lr_scheduler", "adam_beta1", "adam_beta2"):  # fmt: skip
         assert settings.get(name, run[name]) == run[name]
-    assert settings["learning_rate"] > 1e-4
+    assert settings["learning_rate"] >= 1e-4
     method_options = method_config(settings["method"], settings["method_config"])
     assert method_options == method_config(run["method"], run["method_config"])
 
