@@ -55,7 +55,7 @@ OURS: Mapping[str, Any] = {
 ELSEWHERE = set(RunConfig.model_fields) - set(TrainConfig.model_fields)
 ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
 
-WARM_SHARE = 0.4  # of the budget of a one-step student that starts on pairs
+WARM_SHARE = 0.4  # of the budget of a student that starts on pairs
 
 # What a pair is like, before the first is made.
 PAIR = [{"prompt": "a", "x0": torch.zeros(1), "noise": torch.zeros(1)}]
@@ -257,7 +257,10 @@ class UserTeacher(TeacherSetup):
             return [Scaled(student.recipe, settings, data)]
         first = merge(
             self.settings("reflow"),
-            {"tuning": settings["tuning"], "method_config": {"stage": "distill", "num_steps": 1}},
+            {
+                "tuning": settings["tuning"],
+                "method_config": {"stage": "distill", "num_steps": student.trained_for},
+            },
         )
         settings = merge(settings, {"method_config": {"warm_start": {"updates": 0}}})
         return [
@@ -267,15 +270,14 @@ class UserTeacher(TeacherSetup):
 
     def _starts_on_pairs(self, settings: Mapping[str, Any]) -> bool:
         """Whether a method's start on the teacher's trajectories is better made on the pairs, as
-        DMD2 does for one step: they are there already, and an update costs one call in place of
+        DMD2's for one step: they are there already, and an update costs one call in place of
         seventeen. Not where the pairs are another teacher's, of other guidance or times."""
         method = METHODS[settings["method"]]
         options = method_config(settings["method"], settings.get("method_config", {}))
         if not isinstance(options, ScoreConfig) or not options.warm_start.updates:
             return False
         guidance = {*method.guidance_of(options)}
-        one_step = options.num_steps == 1 and options.student_times is None
-        return one_step and guidance == {self.pairs_guidance()}
+        return options.student_times is None and guidance == {self.pairs_guidance()}
 
     def dataset(self, training: Training) -> Any:
         if training.data == "prompts":

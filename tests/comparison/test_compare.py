@@ -172,12 +172,15 @@ def test_the_name_of_a_file_means_that_file(tmp_path, tmp_path_factory) -> None:
     assert settings["tuning"]["student"] == "lora"
 
 
-@pytest.mark.parametrize("method", ["dmd2", "sid", "vsd"])
-def test_one_step_starts_on_the_pairs_that_are_there(tmp_path, tmp_path_factory, method) -> None:
+@pytest.mark.parametrize(("method", "steps"), [("dmd2", 1), ("dmd2", 4), ("sid", 2), ("vsd", 1)])
+def test_score_distillation_starts_on_the_pairs_that_are_there(
+    tmp_path, tmp_path_factory, method, steps
+) -> None:
     setup = own(tmp_path, tmp_path_factory)
-    first, last = setup.trainings(Student(method, (1,)))
+    first, last = setup.trainings(Student(method, (steps,)))
     assert (first.settings["method"], first.data) == ("reflow", "pairs")
-    assert first.settings["method_config"]["stage"] == "distill"
+    options = first.settings["method_config"]
+    assert (options["stage"], options["num_steps"]) == ("distill", steps)
     assert (last.settings["method"], last.starts_from) == (method, "student")
     assert last.settings["method_config"]["warm_start"]["updates"] == 0
     assert first.share + last.share == 1.0
@@ -193,7 +196,9 @@ def test_another_teacher_s_pairs_start_no_one(tmp_path, tmp_path_factory) -> Non
 
 
 def test_a_warm_start_keeps_its_share_of_a_shorter_run(tmp_path, tmp_path_factory) -> None:
-    (training,) = own(tmp_path, tmp_path_factory).trainings(Student("dmd2", (4,)))
+    guided = {"method_config": {"guidance": 3.0}}  # as no pairs are
+    setup = own(tmp_path, tmp_path_factory, settings=guided)
+    (training,) = setup.trainings(Student("dmd2", (4,)))
     assert training.lasting(70)["method_config"]["warm_start"]["updates"] == 10
     assert training.settings["method_config"]["warm_start"]["updates"] == 100
 
@@ -216,8 +221,7 @@ def test_step_counts_go_into_the_option_that_means_them(tmp_path, tmp_path_facto
     setup = own(tmp_path, tmp_path_factory)
 
     def option(method: str, name: str) -> object:
-        (training,) = setup.trainings(Student(method, (2,)))
-        return training.settings["method_config"][name]
+        return setup.trainings(Student(method, (2,)))[-1].settings["method_config"][name]
 
     assert option("dmd2", "num_steps") == 2
     assert option("pcm", "num_phases") == 2
@@ -351,8 +355,8 @@ def test_pairs_go_on_where_they_were_stopped(tmp_path, tmp_path_factory) -> None
 
 def test_pairs_are_made_for_those_that_learn_from_them(tmp_path, tmp_path_factory) -> None:
     setup = own(tmp_path, tmp_path_factory)
-    assert not setup.needs_pairs([Student("dmd2", (2,))])
-    assert setup.needs_pairs([Student("dmd2", (2,)), Student("reflow", (1,))])
+    assert not setup.needs_pairs([Student("tdm", (2,))])
+    assert setup.needs_pairs([Student("tdm", (2,)), Student("dmd2", (2,))])
     assert setup.needs_pairs([Student("lcm", (1,))])  # no images were given
 
 
