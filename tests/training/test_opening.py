@@ -39,7 +39,7 @@ def test_a_run_says_what_it_does_and_how_to_try_it(tmp_path, tmp_path_factory, c
     assert lines[1].startswith(
         "method:  dmd2 (Yin et al. 2024, arXiv:2405.14867) for 4 steps, guid"
     )
-    assert "2 samples an update, learning rates student 0.0003, fake 0.0006" in lines[1]
+    assert "2 samples an update, learning rates student 0.0001, fake 0.0006" in lines[1]
     assert "flags max_train_steps, train_batch_size" in lines[1]
     assert "; recipe small-dmd2, as the denoiser has" in lines[1]
     assert lines[2].startswith(f"trained: student (full, {count / 1e6:.2g} M parameters), fake (")
