@@ -398,9 +398,9 @@ def test_a_recipe_trains_a_tiny_model_and_exports(
         images = data_of("images", teacher, tmp_path)[1]  # of the heads' own
         run = parse_run_config([*argv, "--data.gan.train_data_dir", images])
     if run.method == "disback":  # as long as its targets take to walk back, at least
-        counts = ("record_updates 1", "backtrack_updates 1", "nodes 2")
+        counts = ("warm_start.updates 1", "record_updates 1", "backtrack_updates 1", "nodes 2")
         counted = [part for one in counts for part in f"--method_config.{one}".split()]
-        run = parse_run_config([*argv, *counted, "--max_train_steps", "3"])
+        run = parse_run_config([*argv, *counted, "--max_train_steps", "4"])
     alone = {"init_student_from": None, "decoder": None}
     train_run(RunConfig(**merge(run.model_dump(), alone)))
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
