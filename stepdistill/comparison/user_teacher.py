@@ -253,7 +253,8 @@ class UserTeacher(TeacherSetup):
         data = method.data
         if data == "images" and self.own.train_data_dir is None:
             data = "pairs"  # whose images the teacher made
-        if not self._starts_on_pairs(settings):
+        # A file of the user's is trained as `train` has it.
+        if self.own.methods.get(student.recipe) or not self._starts_on_pairs(settings):
             return [Scaled(student.recipe, settings, data)]
         first = merge(
             self.settings("reflow"),

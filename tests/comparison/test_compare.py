@@ -187,6 +187,14 @@ def test_score_distillation_starts_on_the_pairs_that_are_there(
     assert first.settings["tuning"] == last.settings["tuning"]
 
 
+def test_a_user_s_file_keeps_its_own_start(tmp_path, tmp_path_factory) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: dmd2\nmethod_config: {guidance: 1.0, warm_start: {updates: 9}}\n")
+    setup = own(tmp_path, tmp_path_factory, methods={"mine": str(file)})
+    (training,) = setup.trainings(Student("mine", (1,)))
+    assert training.settings["method_config"]["warm_start"]["updates"] == 9
+
+
 def test_another_teacher_s_pairs_start_no_one(tmp_path, tmp_path_factory) -> None:
     """Theirs is unguided, or the method asks for other times."""
     for options in ({"guidance": 3.0}, {"student_times": [0.4]}):
