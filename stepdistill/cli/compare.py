@@ -187,12 +187,14 @@ def compare(args: Options) -> Any:
 
 
 def _check_given(args: Options) -> None:
-    """Before torch is imported. Errors: ValueError for numbers that are too small, a
-    budget that is none, and what should stand beside --teacher."""
+    """Before torch is imported. Errors: ValueError for numbers that are too small, names
+    given twice, a budget that is none, and what should stand beside --teacher."""
     least = {"curve_points": args.curve_points, "processes": args.processes}
     for name, value in {**least, "steps": min(args.steps, default=1)}.items():
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}.")
+    if len({*(names := _method_names(args.methods))}) < len(names):
+        raise ValueError(f"methods: expected different names, got {names}.")
     if args.budget is None:
         if args.methods:
             raise ValueError("budget: expected such as 240s beside --methods, got none.")

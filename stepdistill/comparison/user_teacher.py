@@ -201,11 +201,13 @@ class UserTeacher(TeacherSetup):
     def settings(self, name: str) -> dict[str, Any]:
         """A method's settings under what is the same for all, settled once; see `reasons`."""
         if name not in self._settled:
-            self._settled[name] = self._settle(name)
+            made = self._settle(name, self.own.methods.get(name))
+            self._settled[name], self.reasons[name] = made
         return self._settled[name]
 
-    def _settle(self, name: str) -> dict[str, Any]:
-        options, given = self.own, self.own.methods.get(name)
+    def _settle(self, name: str, given: str | None) -> tuple[dict[str, Any], list[str]]:
+        """(settings, lines about what they were chosen by). Args: given: the user's file."""
+        options = self.own
         file = given or bundled(name)  # none of a method that others add: its own defaults
         layers = [] if file is None else layers_of(file)
         by_name = given is None and is_method(name)  # else it is a file's name, which is meant
@@ -218,8 +220,7 @@ class UserTeacher(TeacherSetup):
         run, _ = read(chosen, ModelAtHand())
         at_hand = ModelAtHand.known(ModelSource.of(options.teacher), ask=True) or ModelAtHand()
         run, lines = settled(read, run, chosen, at_hand, by_size=True, otherwise=layers)
-        self.reasons[name] = lines
-        return run.values
+        return run.values, lines
 
     def _read(
         self, method: str, layers: Sequence[Layer], at_hand: ModelAtHand
@@ -256,16 +257,13 @@ class UserTeacher(TeacherSetup):
         # A file of the user's is trained as `train` has it.
         if self.own.methods.get(student.recipe) or not self._starts_on_pairs(settings):
             return [Scaled(student.recipe, settings, data)]
-        first = merge(
-            self.settings("reflow"),
-            {
-                "tuning": settings["tuning"],
-                "method_config": {"stage": "distill", "num_steps": student.trained_for},
-            },
-        )
+        regression = METHODS[WARM.method]
+        options = regression.for_steps(student.trained_for)
+        ours = self._settle(WARM.method, None)[0]  # whatever file the user has for it
+        first = merge(ours, {"tuning": settings["tuning"], "method_config": options})
         settings = merge(settings, {"method_config": {"warm_start": {"updates": 0}}})
         return [
-            Scaled(WARM.label, first, METHODS["reflow"].data, WARM_SHARE),
+            Scaled(WARM.label, first, regression.data, WARM_SHARE),
             Scaled(student.recipe, settings, data, 1.0 - WARM_SHARE, "student"),
         ]
 

@@ -23,7 +23,7 @@ class Options(CommandOptions):
 
     teacher: Model
     """Pipeline folder or Hub id."""
-    student: tuple[Lora, ...]
+    student: Annotated[tuple[Lora, ...], DIFFERENT]
     """Exports, run folders or other pipelines."""
     steps: Annotated[tuple[int, ...], DIFFERENT] = ()
     """Step counts to export a run for."""

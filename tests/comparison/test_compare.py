@@ -127,7 +127,8 @@ def test_a_small_teacher_s_settings_are_those_of_train(tmp_path, tmp_path_factor
     for name in ("learning_rate", "role_learning_rates", "train_batch_size", "ema_decay",
                  "max_train_steps", "lr_scheduler", "adam_beta1", "adam_beta2"):  # fmt: skip
         assert settings.get(name, run[name]) == run[name]
-    assert settings["learning_rate"] >= 1e-4
+    rates = dict.fromkeys(("dmd2", "vsd", "f_distill"), 1e-4) | {"reflow": 6e-4}
+    assert settings["learning_rate"] == rates.get(method, 3e-4)  # none of a paper's
     method_options = method_config(settings["method"], settings["method_config"])
     assert method_options == method_config(run["method"], run["method_config"])
 
@@ -193,6 +194,15 @@ def test_a_user_s_file_keeps_its_own_start(tmp_path, tmp_path_factory) -> None:
     setup = own(tmp_path, tmp_path_factory, methods={"mine": str(file)})
     (training,) = setup.trainings(Student("mine", (1,)))
     assert training.settings["method_config"]["warm_start"]["updates"] == 9
+
+
+def test_the_start_is_ours_whatever_the_user_s_regression_is(tmp_path, tmp_path_factory) -> None:
+    file = tmp_path / "raw.yaml"
+    file.write_text("method: reflow\nmethod_config: {setup: raw}\n")
+    setup = own(tmp_path, tmp_path_factory, methods={"reflow": str(file)})
+    first, _ = setup.trainings(Student("dmd2", (1,)))
+    assert "setup" not in first.settings["method_config"]
+    assert first.settings["learning_rate"] == 6e-4
 
 
 def test_another_teacher_s_pairs_start_no_one(tmp_path, tmp_path_factory) -> None:
@@ -299,6 +309,7 @@ COMMAND = ("compare", "--budget", "2steps", "--guidance", "1")
         (["--methods", "dmd2", "--teacher", "{no}"], "no"),
         (["--methods", "dmd2", "--processes", "0"], "processes: expected 1 or more, got 0"),
         (["--methods", "dmd2", "--steps", "0"], "steps: expected 1 or more, got 0"),
+        (["--methods", "dmd2,reflow", "dmd2={bad}"], "methods: expected different names"),
         (["--methods", "dmd2", "--seeds", "0", "0"], "seeds: expected different ones"),
         (["--methods", "dmd2", "--steps", "1", "4", "--steps", "1"], "steps: expected different"),
         (["--methods", "dmd2", "--features", NET, NET], "features: expected different ones"),
