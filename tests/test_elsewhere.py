@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from support.processes import LIMIT_S
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = ROOT / "tests" / "support" / "elsewhere"
@@ -27,7 +28,7 @@ def installed(tmp_path_factory) -> dict[str, str]:
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run(
         [sys.executable, "-m", "pip", "install", *options, "--target", made / "site", "."],
-        cwd=made / "source", check=True, timeout=200,
+        cwd=made / "source", check=True, timeout=LIMIT_S,
     )  # fmt: skip
     paths = [made / "site", ROOT, ROOT / "tests"]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "COLUMNS": "200"}
@@ -48,7 +49,7 @@ def process(where: Path, env: dict[str, str], *arguments: str) -> str:
     """What a Python process prints. Fails where it does."""
     command = [sys.executable, *arguments]
     done = subprocess.run(
-        command, cwd=where, env=env, capture_output=True, text=True, timeout=900, check=False
+        command, cwd=where, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support.processes import forked_ranks, run, run_script, status_of
+from support.processes import LIMIT_S, forked_ranks, run, run_script, status_of
 from support.runs import teacher_dir
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def launch(teacher: Path, tmp_path: Path, *launcher: str) -> subprocess.Complete
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=LIMIT_S,
     )
 
 

@@ -16,7 +16,7 @@ from benchmarks.same_budget import table as same_budget
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from support.pages import COMMANDS, NAMES, README, ROOT, anchors, commands, links, page
-from support.processes import run, run_script
+from support.processes import LIMIT_S, run, run_script
 from support.runs import teacher_dir
 
 from stepdistill.cli import main
@@ -305,7 +305,7 @@ def test_first_launch_runs(starts, tmp_path, tmp_path_factory) -> None:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
         done = subprocess.run(
             [*launch, "--num_processes", "1", *words],
-            cwd=tmp_path, capture_output=True, text=True, timeout=280,
+            cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S,
             env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

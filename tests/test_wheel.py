@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.processes import LIMIT_S
 
 from stepdistill.testing.tiny import TINY
 
@@ -25,11 +26,11 @@ def installed(tmp_path_factory) -> Path:
     built = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = made / "source"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
-    subprocess.run([*built, "--wheel-dir", str(made), str(source)], check=True, timeout=300)
+    subprocess.run([*built, "--wheel-dir", str(made), str(source)], check=True, timeout=LIMIT_S)
     subprocess.run([sys.executable, "-m", "venv", str(made / "env")], check=True)
     python = made / "env" / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*install, str(next(made.glob("*.whl")))], check=True, timeout=300)
+    subprocess.run([*install, str(next(made.glob("*.whl")))], check=True, timeout=LIMIT_S)
     lib = next((made / "env" / "lib").glob("python*")) / "site-packages"
     (lib / "libraries.pth").write_text(sysconfig.get_path("purelib"))
     return made / "env" / "bin"
@@ -40,7 +41,7 @@ def run(where: Path, *command: str | Path) -> str:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [str(part) for part in command], cwd=where, env={**env, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True, text=True, timeout=900, check=False,
+        capture_output=True, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from support.processes import LIMIT_S
 from support.runs import teacher_dir
 from torch import Tensor
 
@@ -301,7 +302,7 @@ def test_two_processes_make_the_numbers_of_one(report, teacher, prompts, tmp_pat
         [*command, "--master_port", port, str(script)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=LIMIT_S,
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]

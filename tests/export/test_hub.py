@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
+from support.processes import LIMIT_S
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill.export import pipeline
@@ -204,7 +205,7 @@ def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "stepdistill.cli", *args],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_S,
         env={**os.environ, **env},
         check=False,
     )

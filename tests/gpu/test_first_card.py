@@ -19,6 +19,7 @@ import torch
 from support.device_checks import fused_error, gradient_error, gradients, held_and_peak
 from support.distributed import Job, alone, equal, seen_by
 from support.distributed import gradient_error as role_error
+from support.processes import LIMIT_S
 from support.runs import teacher_dir
 
 from stepdistill.config.run import RunConfig
@@ -136,7 +137,7 @@ def test_two_cards_equal_one(wrapping, tmp_path: Path, tmp_path_factory) -> None
     teacher, out = teacher_dir("dit", tmp_path_factory), tmp_path / "two"
     code = [sys.executable, "-c", TWO, str(teacher), str(out), wrapping]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(code, check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
+    subprocess.run(code, check=True, timeout=LIMIT_S, env={**os.environ, "PYTHONPATH": paths})
     first, second = (seen_by(out, 0, rank) for rank in (0, 1))
     one = alone(Job("dmd2_gan", "lora", wrapping, "dit"), teacher, tmp_path / "one")
     assert equal(first, second), "ranks differ"

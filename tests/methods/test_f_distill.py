@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from support.processes import LIMIT_S
 from support.runs import build_trainer, teacher_dir
 from support.score import BSZ, PATHS, VP, Affine, Gaussian, Leaf, batch_of, student_loss
 from torch import Tensor, nn
@@ -250,9 +251,9 @@ def test_two_processes_weigh_samples_as_one_does() -> None:
     def work(rank: int) -> None:
         def mean(x: Tensor) -> Tensor:
             slots[rank] = x
-            barrier.wait(timeout=20)
+            barrier.wait(timeout=LIMIT_S)
             out = (slots[0] + slots[1]) / 2
-            barrier.wait(timeout=20)
+            barrier.wait(timeout=LIMIT_S)
             return out
 
         rows = slice(8 * rank, 8 * rank + 8)

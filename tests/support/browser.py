@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from support.processes import LIMIT_S
+
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 # A window is never as narrow as a phone; a frame is. Contrast is WCAG's ratio of luminances, of
@@ -63,7 +65,7 @@ def probe(html: str, folder: Path, width: int = 1280, dark: bool = False) -> dic
          f"--blink-settings=preferredColorScheme={0 if dark else 1}",
          f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900",
          "--hide-scrollbars", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=LIMIT_S, check=True,
     )  # fmt: skip
     seen = re.search(r"<title>probe (\{.*?\})</title>", shown.stdout)
     assert seen is not None, shown.stderr[-2000:]

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
-LIMIT_S = 280  # one that hangs is killed
+LIMIT_S = 1800  # one that hangs is killed: far above what a loaded machine needs
 
 
 def fork(work: Callable[[], None], limit_s: int = 0) -> int:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from support import attack
 from support.faults import findings
-from support.processes import run
+from support.processes import LIMIT_S, run
 from support.runs import build_trainer, teacher_dir
 
 from stepdistill.storage.checkpoints import list_checkpoints
 
 
 def told(
-    tmp_path_factory: Any, *parts: str, find: Callable[..., Any] = findings, limit_s: int = 580
+    tmp_path_factory: Any, *parts: str, find: Callable[..., Any] = findings, limit_s: int = LIMIT_S
 ) -> dict[str, Any]:
     """From a process of its own, which none of this one's trainings has changed."""
     out = tmp_path_factory.mktemp("faults")
