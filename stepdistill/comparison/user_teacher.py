@@ -219,7 +219,15 @@ class UserTeacher(TeacherSetup):
         chosen = [] if by_name else layers
         run, _ = read(chosen, ModelAtHand())
         at_hand = ModelAtHand.known(ModelSource.of(options.teacher), ask=True) or ModelAtHand()
-        run, lines = settled(read, run, chosen, at_hand, by_size=True, otherwise=layers)
+        run, lines = settled(
+            read,
+            run,
+            chosen,
+            at_hand,
+            by_size=True,
+            otherwise=layers,
+            flags=f"--methods {name}=FILE",
+        )
         return run.values, lines
 
     def _read(

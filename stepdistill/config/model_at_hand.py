@@ -84,8 +84,11 @@ class ModelAtHand:
             return made  # the loader says what is wrong with them
         return replace(made, size=size)
 
-    def recipe_by_size(self, method: str) -> tuple[list[Layer], list[str]]:
-        """(layers, the line about them) of the method's recipe for small models; none of others."""
+    def recipe_by_size(self, method: str, flags: str) -> tuple[list[Layer], list[str]]:
+        """(layers, the line about them) of the method's recipe for small models; none of others.
+
+        Args: flags: what a user sets another by.
+        """
         if not 0 < self.size < SMALL:
             return [], []
         for name, layers in recipe_files().items():
@@ -93,8 +96,8 @@ class ModelAtHand:
             if about is not None and about.size == "small" and values.get("method") == method:
                 return layers, [
                     f"recipe {name}, as the denoiser has {self.size / 1e6:.2g} M parameters: rates "
-                    "of papers, for a thousand times as many, would move nothing (--recipe or "
-                    "--config NAME for another)"
+                    f"of papers, for a thousand times as many, would move nothing ({flags} for "
+                    "another)"
                 ]
         return [], []
 

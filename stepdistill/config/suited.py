@@ -62,6 +62,7 @@ def settled(
     by_size: bool = False,
     otherwise: Sequence[Layer] = (),
     stands_for: Mapping[str, Any] | None = None,
+    flags: str = "--recipe or --config NAME",
 ) -> tuple[R, list[str]]:
     """(the run under the model at hand, a line about each thing that was settled). Warns of a
     recipe for another model.
@@ -69,11 +70,12 @@ def settled(
     Args: read: the run of some files for a model, and what `suited` has settled. run: that of
         `layers`, nothing of the model known. by_size: whether a small model gets its recipe where
         there are no layers. otherwise: the layers where it gets none. stands_for: options that the
-        user's name of the method stands for, which lie over such a recipe.
+        user's name of the method stands for, which lie over such a recipe. flags: what a user sets
+        another recipe by.
     """
     lines: list[str] = []
     if by_size and not layers:
-        layers, lines = at_hand.recipe_by_size(run.method)
+        layers, lines = at_hand.recipe_by_size(run.method, flags)
         if layers and stands_for:
             named = Layer("--method", {"method_config": dict(stands_for)}, kind="methods")
             layers = [*layers, named]

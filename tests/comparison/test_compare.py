@@ -131,6 +131,8 @@ def test_a_small_teacher_s_settings_are_those_of_train(tmp_path, tmp_path_factor
     assert settings["learning_rate"] == rates.get(method, 3e-4)  # none of a paper's
     method_options = method_config(settings["method"], settings["method_config"])
     assert method_options == method_config(run["method"], run["method_config"])
+    (line,) = (one for one in setup.reasons[method] if one.startswith("recipe small-"))
+    assert line.endswith(f"would move nothing (--methods {method}=FILE for another)")
 
 
 def test_a_large_teacher_s_settings_are_the_method_s_file_under_its_own_guidance(
