@@ -198,7 +198,7 @@ def test_the_regression_is_the_distance_from_the_teacher_s_own_end(seed: int) ->
 
     def student(x_t, t, cond):
         seen.update(x_t=x_t, t=t)
-        return type("Pred", (), {"x0": torch.zeros_like(x_t)})
+        return type("Pred", (), {"x0": torch.full_like(x_t, 0.3)})
 
     setting = Setting(FlowPath(), "flow", 1.0)
     batch, times = Batch(cond, Cond({"mean": 0 * wanted}), (4, 2, 4, 8)), (1.0, 0.5)
@@ -215,7 +215,7 @@ def test_the_regression_is_the_distance_from_the_teacher_s_own_end(seed: int) ->
                 seen["x_t"][i, :, frame].double(), level[i, :, frame].double()
             )
     noisy = seen["t"] > 0
-    errors = end.square().mean((1, 3, 4))[noisy]
+    errors = (0.3 - end).square().mean((1, 3, 4))[noisy]
     expected = float(errors.mean()) if noisy.any() else 0.0
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
