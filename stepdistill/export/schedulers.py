@@ -59,6 +59,9 @@ _RULES = {
     ("ode", True): "Heun",
 }
 ALL_ARGUMENTS = frozenset({"timesteps", "sigmas", "eta"})
+# Read with "leading" spacing of DDIM alone. Stable Diffusion's pipelines call any other value
+# outdated, and warn of it.
+QUIET_OFFSET = {"steps_offset": 1}
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def _vp(config: Any, path: VPPath, spec: SamplerSpec, accepts: Collection[str]) 
             "LCMScheduler is the one stock scheduler that blends."
         )
     trailing = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+    trailing |= QUIET_OFFSET
     ours = _ours(spec, "DDIM")
     if ours is not None:
         made = ours(**table, **trailing)
@@ -180,7 +184,7 @@ def _subset(
     total, plain = options["num_train_timesteps"], spec.boundary_scale is None
     options = {**options, "clip_sample": False, "set_alpha_to_one": True}
     for original in _original_steps(spec, total):
-        made = cls(**options, original_inference_steps=original)
+        made = cls(**options, **QUIET_OFFSET, original_inference_steps=original)
         made.set_timesteps(len(indices))
         if made.timesteps.tolist() == indices:
             return StockSampler(made, tuple(indices))
@@ -195,7 +199,8 @@ def _subset(
             f"export: expected timesteps that a saved {cls.__name__} visits, for this pipeline's "
             f"call takes none, got {indices}. Use a uniform grid of steps that divide the table."
         )
-    made = cls(**options, original_inference_steps=total)  # every index is then on its grid
+    # Every index is then on its grid.
+    made = cls(**options, **QUIET_OFFSET, original_inference_steps=total)
     return StockSampler(made, tuple(indices), {"timesteps": indices})
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 QUIET = (
     # Diffusers, casting a denoiser that names no module to keep: the list is empty.
     ("diffusers.models.modeling_utils", r"There are modules in \w+ that .* in float32: \[\]"),
-    # Diffusers, of the few-step scheduler that an export writes: its times are the trained ones
-    # whatever steps_offset says, and the export is checked against the sampler.
+    # Diffusers, of a teacher's scheduler: its table alone is read, and an export's says 1.
     ("", r"(?s)The configuration file of this scheduler: .* is outdated. `steps_offset`"),
     # PyTorch, of AutoencoderOobleck, which Diffusers builds so.
     ("", r"`torch.nn.utils.weight_norm` is deprecated"),

@@ -7,12 +7,16 @@ counts and noise rules, with adapters moved off zero so that nothing passes by d
 from __future__ import annotations
 
 import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from safetensors import safe_open
 from support.processes import run, run_without_package
@@ -62,6 +66,33 @@ def test_stock_image_equals_in_memory(
     own = trainer.family.length_call | trainer.family.guided_call(spec.guidance)
     assert record["call"] == own, "the saved scheduler alone must visit the trained times"
     assert not list(out.rglob("*.bin"))
+    with said() as words:
+        DiffusionPipeline.from_pretrained(out, **dict.fromkeys(record["load_without"]))
+    assert words == []
+
+
+# Of Diffusers' own code: AutoencoderOobleck, FluxControlNetModel.
+DEPRECATED_THERE = ("`torch.nn.utils.weight_norm` is deprecated", "`FluxPosEmbed` is deprecated")
+
+
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """What libraries warn of within, as warnings or in their logs."""
+    words: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: words.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield words
+            told = [str(one.message) for one in caught]
+            words += [text for text in told if not text.startswith(DEPRECATED_THERE)]
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 @pytest.mark.full
