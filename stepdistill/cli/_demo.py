@@ -141,7 +141,10 @@ def _run(
         rows=rows,
         checks=checks,
         snippet=_snippet(runs[sizes[0]] / "pipeline", sizes[0], subject.prompt),
-        facts=_facts(subject, made_teacher, runs, recipe, fresh[0].pipeline_class, seed),
+        facts=[
+            *_facts(subject, made_teacher, runs, recipe, fresh[0].pipeline_class, seed),
+            *subject.more_time(rows, method, student),
+        ],
         num_images=len(judge.prompts),
         num_seeds=len(subject.seeds),
         pictures=subject.pictures,

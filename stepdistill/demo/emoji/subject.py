@@ -29,6 +29,7 @@ from .captions import caption
 from .data import SHIPPED, Emoji
 from .judge import JUDGE_FILE, Retrieval, right_caption_first
 from .ladder import draw_samples, image_features, wide_set
+from .longer import an_hour
 from .scorer import EmojiScorer, HeldOutEmojiScorer
 from .teacher import MADE, PICTURES, emoji_teacher, load_pictures, refuse_missing
 
@@ -171,6 +172,11 @@ class EmojiSubject:
         """See Subject."""
         net = Retrieval.load(self.source / JUDGE_FILE.name)
         return EmojiJudge(load_pictures(self.source), net)
+
+    def more_time(self, rows: Sequence[Row], method: str, student: str) -> list[tuple[str, str]]:
+        """See Subject; measured with the shipped teacher alone."""
+        shipped = self.source == SHIPPED and student == "full"
+        return an_hour(rows, method) if shipped else []
 
     def checks(self, rows: Sequence[Row]) -> list[Check]:
         """See Subject."""
