@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepdistill.demo.metrics import Row
+from stepdistill.demo.verdict import find_row
 from stepdistill.reporting.values import counted
 from stepdistill.storage.files import read_json
 
@@ -17,7 +18,7 @@ def an_hour(rows: Sequence[Row], method: str) -> list[tuple[str, str]]:
     """The report's fact about it, where it is of this method. Args: rows: the report's own, whose
     teacher at 50 steps it is held against."""
     had = read_json(HOUR, ["method", "steps", "seed", "seconds", "frechet", "recall"])
-    fifty = next((row for row in rows if (row.group, row.steps) == ("teacher", 50)), None)
+    fifty = find_row(rows, "teacher", 50)
     if fifty is None or method != had["method"]:
         return []
     ratio = had["frechet"] / fifty.frechet.mean

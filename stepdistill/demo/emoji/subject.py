@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from stepdistill.core.recipe import First
 from stepdistill.demo.metrics import PREVIEWS_PER_CLASS, TEACHER_STEPS, Row
 from stepdistill.demo.teacher import Teacher, TrainingRecord
-from stepdistill.demo.verdict import Check, ratio_check
+from stepdistill.demo.verdict import Check, find_row, ratio_check
 from stepdistill.evaluation.frechet import frechet_distance
 from stepdistill.evaluation.manifold import manifold_scores
 from stepdistill.evaluation.samples import Samples
@@ -180,10 +180,7 @@ class EmojiSubject:
 
     def checks(self, rows: Sequence[Row]) -> list[Check]:
         """See Subject."""
-        one, fifty = (
-            next((r for r in rows if (r.group, r.steps) == key), None)
-            for key in (("student", 1), ("teacher", 50))
-        )
+        one, fifty = find_row(rows, "student", 1), find_row(rows, "teacher", 50)
         if one is None or fifty is None:
             return []
         claim = f"1-step student at most {ONE_STEP_AIM} × the teacher's at 50 steps"
