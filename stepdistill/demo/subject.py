@@ -83,7 +83,7 @@ class Subject(Protocol):
 
 
 class Digits:
-    """Handwritten digits of 8 x 8 px; the teacher is trained here, in a minute.
+    """Handwritten digits of 8 x 8 px; the teacher is trained here, in minutes.
 
     Args: teacher_steps: of a shorter training than that.
     """
