@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("core", "losses", "methods")
 EQUIVALENT = ROOT / "tests" / "equivalent_mutants.yaml"
 NOTE = "__note_line_of_mutants__"
-OURS = ("stepdistill", "tests", "support", "conftest", "__main__")
+OURS = (str(ROOT / "stepdistill"), str(ROOT / "tests"))  # by file: their imports run mutants
 CHANGES: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
     ast.FloorDiv: ast.Div, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.USub: ast.UAdd,
@@ -455,7 +455,8 @@ def work_on(room: str, mutants: list[Mutant], results: Results, budget: Budget) 
                 functions[each.__code__.co_filename].append(each)
         gc.freeze()  # a collection in a child would copy all of the memory
         budget.run(others, seen, results, late, session, functions)
-        names = [name for name in sys.modules if name.partition(".")[0] not in OURS]
+        files = [(name, getattr(m, "__file__", None) or "") for name, m in sys.modules.items()]
+        names = [name for name, file in files if not file.startswith(OURS)]
         return {**everything, "failed": [], "left": left, "libraries": names}
 
     loop = Loop(work)

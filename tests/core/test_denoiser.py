@@ -137,3 +137,29 @@ def test_errors() -> None:
         teacher(x_t, t[:1], cond)
     with pytest.raises(ValueError, match="null condition with guidance"):
         teacher(x_t, t, cond, None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "t", "taken"),
+    [
+        ((2, 3, 4, 4), (2,), True),
+        ((2, 3, 5, 4, 4), (2,), True),
+        ((2, 3, 5, 4, 4), (2, 5), True),  # a time for each frame of a video
+        ((2, 3, 5, 4, 4), (2, 3), False),
+        ((2, 3, 4, 4), (2, 4), False),
+        ((2, 3, 4, 4), (2, 3), False),
+        ((2, 3, 4, 4), (1,), False),
+    ],
+)
+def test_a_time_for_each_sample_or_each_frame_of_a_video(shape, t, taken) -> None:
+    class Zeros(Denoiser):
+        path, kind = FlowPath(), "flow"
+
+        def raw(self, x_t, t, cond, w, features):
+            return torch.zeros_like(x_t), {}
+
+    if taken:
+        assert Zeros()(torch.ones(shape), torch.ones(t), Cond({})).raw.shape == shape
+    else:
+        with pytest.raises(ValueError, match=r"expected t of shape \(B,\)"):
+            Zeros()(torch.ones(shape), torch.ones(t), Cond({}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -57,3 +58,30 @@ def test_options_that_hold_guidance_at_one_number() -> None:
     options = Guided.options_at(1.5)
     assert options == {"guidance_range": [1.5, 1.5], "guidance": 1.5, "embed_guidance": False}
     assert Guided.guidance_of(Options(**options)) == (1.5, 1.5)
+
+
+class Told(Guided):
+    name = "told"
+    guidance_options = ("w",)
+
+
+def test_guidance_is_laid_over_the_first_option_that_holds_one() -> None:
+    assert Guided.guided_by({}, 4.0) == {"guidance_range": [4.0, 4.0]}
+    assert Guided.guided_by({}, (2.0, 8.0)) == {"guidance_range": [2.0, 8.0]}
+    assert Guided.guided_by({"guidance_range": None}, (2.0, 8.0)) == {"guidance": 5.0}  # the middle
+    assert Guided.guided_by({}, 1.0) == Guided.options_at(1.0)
+
+
+def test_a_law_of_the_method_s_own_is_left_alone() -> None:
+    """A teacher guided by none, and an option that is off by default."""
+    assert Guided.guided_by({"guidance_range": [1.0, 1.0]}, 4.0) == {}
+    assert Told.guided_by({"w": 3.0}, 4.0) == {}
+    assert Guided.guided_by({"guidance_range": None, "guidance": None}, 4.0) == {}
+
+
+def test_a_teacher_s_own_sampler_is_its_scheduler_s_where_one_is_known() -> None:
+    setting = Setting(FlowPath(), "flow", 3.0)
+    plain = setting.own_sampler(2)
+    assert plain == SamplerSpec((1.0, 0.75), "ode", trained_times=(1.0, 0.75), keeps_scheduler=True)
+    known = replace(setting, own=lambda steps, shift: SamplerSpec((1.0, 1.0 / (steps * shift))))
+    assert known.own_sampler(2).times == (1.0, 1.0 / 6.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stepdistill.core.path import PREDICTION_TYPES, FlowPath, NoisePath, VEPath, VPPath
+from stepdistill.core.path import PREDICTION_TYPES, FlowPath, NoisePath, TrigPath, VEPath, VPPath
 from stepdistill.core.times import uniform_grid
 
 SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -273,6 +273,32 @@ def test_vp_interpolates_between_entries() -> None:
     assert float(sum(c**2 for c in path.coeffs(torch.tensor([0.5005]).double()))) == pytest.approx(
         1.0, abs=1e-14
     )
+
+
+def test_angle_of_a_table_is_inverted_between_its_entries() -> None:
+    path = sd_path()
+    t = torch.tensor([0.0, 0.0004, 0.001, 0.0015, 0.42042, 0.9999, 1.0], dtype=torch.float64)
+    alpha, sigma = path.coeffs(t)
+    found = path.time_of_angle(torch.atan2(sigma, alpha))
+    torch.testing.assert_close(found, t, rtol=0, atol=1e-9)
+    beyond = torch.tensor([math.pi / 2], dtype=torch.float64)  # noisier than the table's last entry
+    assert path.time_of_angle(beyond).tolist() == [1.0]
+
+
+def test_a_circle_s_angle_grows_evenly_up_to_sigma_max() -> None:
+    """Diffusers' CosineDPMSolver: sigma = tan(phi); the network is told 2 phi / pi."""
+    path = TrigPath(sigma_max=500.0, num_steps=10)
+    t = torch.tensor([0.0, 0.3, 1.0, 1.7], dtype=torch.float64)  # beyond 1 there is no more noise
+    phi = torch.tensor([0.0, 0.3, 1.0, 1.0], dtype=torch.float64) * math.atan(500.0)
+    alpha, sigma = path.coeffs(t)
+    torch.testing.assert_close(torch.stack([alpha, sigma]), torch.stack([phi.cos(), phi.sin()]))
+    assert float(sigma[2] / alpha[2]) == pytest.approx(500.0, rel=1e-9)
+    torch.testing.assert_close(path.model_time(t[:3]), 2.0 * phi[:3] / math.pi)
+    torch.testing.assert_close(path.time_of(path.model_time(t[:3])), t[:3])
+    entries = torch.arange(1, 11, dtype=torch.float64) / 10
+    assert path.entry(entries).tolist() == pytest.approx([*range(10)])
+    table = VPPath.coeffs(path, entries)  # what stock VP schedulers are given
+    torch.testing.assert_close(torch.stack(table), torch.stack(path.coeffs(entries)))
 
 
 def test_vp_refuses_a_growing_table() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stepdistill.core.registry import Registry
+from stepdistill.core.registry import Registry, from_file, is_file_class
 from stepdistill.families import FAMILIES
 from stepdistill.methods import METHODS
 
@@ -113,6 +113,9 @@ def test_a_class_of_a_file_is_added_by_its_name(tmp_path, monkeypatch) -> None:
     assert [*found] == ["round", "star"]
     assert found["star"].__name__ == "Star"
     assert found.others == {"star": text}
+    assert len(found) == 2
+    assert "round" in found
+    assert "square" not in found
 
 
 @pytest.mark.parametrize(
@@ -129,3 +132,35 @@ def test_a_wrong_file_is_named(source, said, tmp_path, monkeypatch) -> None:
         found.add_file(own_file(tmp_path, source))
     with pytest.raises(ValueError, match="of a file that is there"):
         found.add_file(f"{tmp_path}/nowhere.py:Star")
+
+
+def test_a_written_index_is_read_without_an_import(tmp_path, monkeypatch) -> None:
+    source = 'class Round:\n    name = "round"\n    corners = 0\n'
+    found = package(tmp_path, monkeypatch, round=source)
+    assert found.index == {}
+    written = Registry[Any](found.package, Shape, facts=("corners",))
+    written.write_index()
+    fresh = Registry[Any](found.package, Shape, facts=("corners",))
+    assert fresh.index == {"round": {"corners": 0}}
+    assert fresh._loaded == {}
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path, monkeypatch) -> None:
+    """The same text elsewhere runs again; a file that was run is not."""
+    found = package(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Shape.__module__])
+    source = f"from {__name__} import Shape\nSEEN = []\nclass Star(Shape):\n    name = 'star'\n"
+    text = own_file(tmp_path, source)
+    one, again = from_file(text, "here")[0], from_file(text, "here")[0]
+    assert one is again
+    (tmp_path / "other").mkdir()
+    assert from_file(own_file(tmp_path / "other", source), "here")[0] is not one
+    assert found.add_file(text) == "star"
+    other = own_file(tmp_path / "other", source.replace("'star'", "'far'"))
+    assert found.add_file(other) == "far"
+    assert [*found] == ["star", "far"]
+
+
+@pytest.mark.parametrize(("text", "is_one"), [("a.py:A", True), ("a.py", False), ("dmd2", False)])
+def test_a_class_of_a_file_is_told_from_a_name(text, is_one) -> None:
+    assert is_file_class(text) is is_one

@@ -297,3 +297,34 @@ def test_cd_boundary_gives_back_its_input_at_sigma_min() -> None:
     sigma = torch.tensor([0.002, 80.0], dtype=torch.float64)
     assert [c[0].item() for c in cd_boundary_coeffs(sigma, 0.002)] == pytest.approx([1.0, 0.0])
     assert [c[1].item() for c in cd_boundary_coeffs(sigma, 0.0)] == pytest.approx([0.0, 1.0])
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, None])
+@pytest.mark.parametrize("kind", ["ode", "renoise"])
+def test_one_call_alone_has_a_graph_and_its_x0_is_returned(kind, at) -> None:
+    class Scaled(Fixed):
+        weight = torch.tensor(1.3, requires_grad=True)
+
+        def raw(self, x_t, t, cond, w, features):
+            inputs.append(x_t)
+            out, features = super().raw(x_t, t, cond, w, features)
+            return self.weight * out, features
+
+    inputs: list[Tensor] = []
+    noise, fresh = noise_and_fresh(0, 2)
+    spec, net = SamplerSpec((1.0, 0.7, 0.3), kind), Scaled(FlowPath(), "flow")
+    x0 = sample_x0(net, spec, noise, EMPTY, fresh_noise=fresh.__getitem__, gradient_at=at)
+    assert len(inputs) == (3 if at is None else at + 1)
+    assert not any(x.requires_grad for x in inputs)
+    assert x0.requires_grad == (at is not None)
+    if at is not None:
+        t = torch.full((2,), spec.times[at], dtype=torch.float64)
+        torch.testing.assert_close(x0, net(inputs[at], t, EMPTY).x0)
+
+
+def test_another_expert_goes_on_at_the_next_time_of_its_grid() -> None:
+    grid = (1.0, 0.8, 0.5, 0.2)
+    assert SamplerSpec((1.0, 0.8), grid=grid).hands_over == 0.5
+    assert SamplerSpec((0.5, 0.2), grid=grid).hands_over == 0.0
+    assert SamplerSpec((1.0, 0.8)).hands_over == 0.0
+    assert SamplerSpec((1.0, 0.8), trained_times=(1.0, 0.8), grid=grid).whole.times == grid

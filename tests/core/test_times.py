@@ -10,7 +10,9 @@ from diffusers import DDIMScheduler
 
 from stepdistill.core.path import FlowPath, VEPath, VPPath
 from stepdistill.core.times import (
+    beta_times,
     grid_times,
+    logit_normal_times,
     shift_times,
     snapped_grid,
     u_shaped_times,
@@ -93,5 +95,35 @@ def test_a_grid_s_times_are_the_nearest_that_the_teacher_knows() -> None:
 def test_a_grid_that_holds_a_time_twice_names_the_largest_that_does_not(
     path, shift, num_steps, most
 ):
-    with pytest.raises(ValueError, match=f"at most {most}, got {num_steps}"):
+    left = num_steps - len(set(path.snap(torch.tensor(uniform_grid(num_steps, shift))).tolist()))
+    with pytest.raises(ValueError, match=f"at most {most}, got {num_steps}: .* {left} fall on"):
         snapped_grid(path, num_steps, shift)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "inverse"),
+    [
+        (1.0, 1.0, lambda u: u),
+        (2.0, 1.0, lambda u: u.sqrt()),
+        (1.0, 3.0, lambda u: 1.0 - (1.0 - u) ** (1.0 / 3.0)),
+        (3.0, 1.0, lambda u: u ** (1.0 / 3.0)),
+    ],
+)
+def test_beta_law_is_the_closed_form_inverse(a, b, inverse) -> None:
+    """One of a, b at 1, where the distribution function is a power; linear within a cell."""
+    u = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
+    torch.testing.assert_close(beta_times(u, a, b), inverse(u), rtol=0, atol=2e-6)
+
+
+def test_beta_law_reaches_both_ends_and_is_symmetric() -> None:
+    ends = torch.tensor([0.0, 1e-9, 1.0 - 1e-9, 1.0], dtype=torch.float64)
+    assert beta_times(ends, 1.0, 1.0).tolist() == pytest.approx(ends.tolist(), abs=1e-12)
+    u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    torch.testing.assert_close(beta_times(u, 2.0, 3.0), 1.0 - beta_times(1.0 - u, 3.0, 2.0))
+    assert float(beta_times(torch.tensor([11.0 / 16.0]), 2.0, 3.0)) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_logit_normal_law_has_its_mean_and_deviation_in_logits() -> None:
+    u = torch.special.ndtr(torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64))
+    found = torch.logit(logit_normal_times(u, -0.4, 1.5))
+    assert found.tolist() == pytest.approx([-1.9, -0.4, 2.6])

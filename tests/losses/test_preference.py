@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from stepdistill.losses.preference import hinge, logistic, pair_errors, preference_gap
+from stepdistill.losses.preference import (
+    hinge,
+    log_ratio,
+    logistic,
+    online,
+    pair_errors,
+    preference_gap,
+)
 
 BSZ, SHAPE, SIGMA, BETA = 5, (2, 3, 4), 0.7, 3.0
 NUM = math.prod(SHAPE)
@@ -101,3 +108,29 @@ def test_the_hinge_by_hand() -> None:
     torch.testing.assert_close(losses, torch.tensor([1 + 5 * 0.8 + 1.0, 0.0 + 4.5]))
     torch.testing.assert_close(margin, torch.tensor([-4.0, 4.0]))
     assert flat.tolist() == [False, True]
+
+
+def test_a_step_s_log_ratio_is_that_of_two_gaussians() -> None:
+    later, mean, reference = draw(0), draw(1), draw(2)
+    laws = [Normal(m, SIGMA).log_prob(later).flatten(1).mean(1) for m in (mean, reference)]
+    found = log_ratio(later, mean, reference, torch.tensor(SIGMA, dtype=torch.float64))
+    torch.testing.assert_close(found, laws[0] - laws[1])
+
+
+def test_online_pairs_cost_by_who_won_and_by_clamped_ratios() -> None:
+    """The first won, the second did, nobody; ratios within and beyond the clamp, and on it."""
+    clip = 0.2
+    low, high = math.log(1.0 - clip), math.log(1.0 + clip)
+    one, other = [0.1, 0.05, 0.1, 9.0, high, low], [0.02, 0.15, -0.1, -9.0, -0.1, 0.1]
+    won = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    ratio = torch.tensor(one + other, dtype=torch.float64)
+    losses, margin, clamped = online(ratio, won, BETA, clip)
+    gaps = [0.08, -0.1, 0.2, high - low, high + 0.1, low - 0.1]
+    expected = BETA * won * torch.tensor(gaps, dtype=torch.float64)
+    torch.testing.assert_close(margin, expected)
+    torch.testing.assert_close(losses, torch.log1p((-expected).exp()) * won.abs())
+    assert clamped.tolist() == [False] * 3 + [True, False, False] + [False] * 3 + [
+        True,
+        False,
+        False,
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -246,9 +247,8 @@ def test_two_processes_weigh_samples_as_one_does() -> None:
 
     barrier, slots = threading.Barrier(2), [torch.empty(0), torch.empty(0)]
     methods = [make(FlowPath(), **options) for _ in range(2)]
-    results: list[Tensor] = [torch.empty(0), torch.empty(0)]
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> Tensor:
         def mean(x: Tensor) -> Tensor:
             slots[rank] = x
             barrier.wait(timeout=LIMIT_S)
@@ -258,13 +258,14 @@ def test_two_processes_weigh_samples_as_one_does() -> None:
 
         rows = slice(8 * rank, 8 * rank + 8)
         ctx = Ctx(rank=rank, world_size=2, mean_over_ranks=mean)
-        results[rank] = methods[rank].sample_weights(ctx, t[rows], logits[rows])
+        try:
+            return methods[rank].sample_weights(ctx, t[rows], logits[rows])
+        except BaseException:
+            barrier.abort()  # else the other waits
+            raise
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        results = [*threads.map(work, range(2))]
     torch.testing.assert_close(torch.cat(results), expected, rtol=1e-6, atol=0)
     assert torch.equal(methods[0].bins, methods[1].bins)
     torch.testing.assert_close(methods[0].bins, alone.bins, rtol=1e-6, atol=0)

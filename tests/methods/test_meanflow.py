@@ -333,12 +333,6 @@ def test_table_spans_reach_another_entry():
     assert rms(d - (real.flow - u)) > 0.01
 
 
-def test_angle_of_a_table_is_inverted_between_its_entries():
-    t = torch.tensor([0.0004, 0.001, 0.0015, 0.42042, 0.9999, 1.0], dtype=torch.float64)
-    alpha, sigma = VP.coeffs(t)
-    torch.testing.assert_close(VP.time_of_angle(torch.atan2(sigma, alpha)), t, rtol=0, atol=1e-9)
-
-
 # -------------------------------------------------------------------------------------- the sampler
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
