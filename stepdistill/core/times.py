@@ -83,7 +83,7 @@ def beta_times(u: Tensor, a: float, b: float) -> Tensor:
     middle = (torch.arange(cells, dtype=torch.float64, device=u.device) + 0.5) / cells
     below = torch.cumsum(middle ** (a - 1.0) * (1.0 - middle) ** (b - 1.0), 0)
     below = below / below[-1]
-    cell = torch.searchsorted(below, u.double().clamp_max(1.0 - 1e-12))
+    cell = torch.searchsorted(below, u.double())
     before = torch.where(cell > 0, below[(cell - 1).clamp_min(0)], 0.0)
     return (cell + (u.double() - before) / (below[cell] - before)) / cells
 

@@ -85,3 +85,8 @@ def test_a_teacher_s_own_sampler_is_its_scheduler_s_where_one_is_known() -> None
     assert plain == SamplerSpec((1.0, 0.75), "ode", trained_times=(1.0, 0.75), keeps_scheduler=True)
     known = replace(setting, own=lambda steps, shift: SamplerSpec((1.0, 1.0 / (steps * shift))))
     assert known.own_sampler(2).times == (1.0, 1.0 / 6.0)
+
+
+def test_options_that_differ_from_their_defaults_are_named() -> None:
+    assert Options(guidance=3.0, w=1.0).changed("guidance", "w") == ("w",)
+    assert Options().changed("guidance", "w", "guidance_range") == ()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from stepdistill.config.run import TrainConfig
 from stepdistill.config.tuning import Tuning
-from stepdistill.core.options import Options
+from stepdistill.core.options import DIFFERENT, Options
 from stepdistill.evaluation.options import Options as EvaluateOptions
 from stepdistill.methods import METHODS
 
@@ -59,3 +59,12 @@ def test_every_commands_options_are_of_one_kind(command: str) -> None:
     made = [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, BaseModel)]
     assert made
     assert all(issubclass(cls, Options) for cls in made)
+
+
+def test_what_is_asked_twice_is_refused() -> None:
+    class Asked(Options):
+        steps: Annotated[tuple[int, ...], DIFFERENT] = ()
+
+    assert Asked(steps=(4, 1)).steps == (4, 1)
+    with pytest.raises(ValidationError, match=r"steps: expected different ones, got \[4, 1, 4\]"):
+        Asked(steps=(4, 1, 4))

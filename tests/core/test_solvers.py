@@ -325,6 +325,7 @@ def test_one_call_alone_has_a_graph_and_its_x0_is_returned(kind, at) -> None:
 def test_another_expert_goes_on_at_the_next_time_of_its_grid() -> None:
     grid = (1.0, 0.8, 0.5, 0.2)
     assert SamplerSpec((1.0, 0.8), grid=grid).hands_over == 0.5
+    assert SamplerSpec((1.0, 0.8, 0.5), grid=grid).hands_over == 0.2
     assert SamplerSpec((0.5, 0.2), grid=grid).hands_over == 0.0
     assert SamplerSpec((1.0, 0.8)).hands_over == 0.0
     assert SamplerSpec((1.0, 0.8), trained_times=(1.0, 0.8), grid=grid).whole.times == grid

@@ -120,7 +120,7 @@ def test_a_step_s_log_ratio_is_that_of_two_gaussians() -> None:
 def test_online_pairs_cost_by_who_won_and_by_clamped_ratios() -> None:
     """The first won, the second did, nobody; ratios within and beyond the clamp, and on it."""
     clip = 0.2
-    low, high = math.log(1.0 - clip), math.log(1.0 + clip)
+    low, high = math.log1p(-clip), math.log1p(clip)
     one, other = [0.1, 0.05, 0.1, 9.0, high, low], [0.02, 0.15, -0.1, -9.0, -0.1, 0.1]
     won = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0, 1.0], dtype=torch.float64)
     ratio = torch.tensor(one + other, dtype=torch.float64)
@@ -134,3 +134,12 @@ def test_online_pairs_cost_by_who_won_and_by_clamped_ratios() -> None:
         False,
         False,
     ]
+
+
+def test_a_hinge_is_flat_beyond_its_margin_alone() -> None:
+    gap = torch.tensor([-0.49, -0.5, -0.51], dtype=torch.float64)
+    errors_of = (gap + 0.3, torch.full_like(gap, 0.3))
+    losses, margin, flat = hinge(errors_of, gap, 2.0, 0.0)
+    assert margin.tolist() == pytest.approx([0.98, 1.0, 1.02])
+    assert losses.tolist() == pytest.approx([0.02, 0.0, 0.0])
+    assert flat.tolist() == [False, False, True]

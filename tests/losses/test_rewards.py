@@ -39,3 +39,8 @@ def test_tau_may_be_any_cosine_above_the_lowest() -> None:
     assert ClampedCLIPConfig(tau=-0.5).tau == -0.5
     with pytest.raises(ValueError, match="tau"):
         ClampedCLIPConfig(tau=-1.0)
+
+
+def test_without_tau_a_score_is_to_grow_without_end() -> None:
+    score = torch.tensor([0.1, 0.4, -0.2])
+    assert reward_loss(score, None).item() == pytest.approx(-0.1)

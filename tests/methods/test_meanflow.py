@@ -416,3 +416,33 @@ def test_time_and_weight_are_of_every_path_s_own_noise_ratio():
     for path in (VP, VEPath()):
         t = path_time(path, torch.tensor([0.2, 0.6], dtype=torch.float64))
         assert flow_time(path, t).tolist() == pytest.approx([0.2, 0.6], abs=1e-3)
+
+
+@pytest.mark.parametrize(("r", "told"), [("zero", False), ("phases", False), ("general", True)])
+def test_the_end_is_told_where_it_does_not_follow_from_the_time(r, told, recwarn):
+    class Listening(Student):
+        def posterior_mean(self, x_t, t, cond):
+            ends.append(self.end)
+            return super().posterior_mean(x_t, t, cond)
+
+    ends: list[Tensor | None] = []
+    method = make(r=r, sampler="renoise" if r == "zero" else "ode", num_steps=2)
+    nets = AnalyticNets({"teacher": GaussianTeacher(FLOW, 0.5), "student": Listening(FLOW)})
+    method.student_loss(nets, batch(64, std=0.5), Ctx64())
+    assert ends
+    assert all((end is not None) == told for end in ends)
+
+
+def test_a_difference_never_spans_more_than_half_of_the_way():
+    """Below 2 h from the end the span is half of it, above it is h."""
+    method, spans = make(**SCM, h=0.1), []
+    t = torch.tensor([0.02, 0.1, 0.2, 0.5, 0.9], dtype=torch.float64)
+    x, student = torch.ones(5, *SHAPE, dtype=torch.float64), Student(FLOW)
+
+    def average(x, s):
+        spans.append((t - s).tolist())
+        return student(x, s, batch(5).cond).flow
+
+    real = GaussianTeacher(FLOW, 0.5)(x, t, batch(5).cond)
+    residual(method.config, 0, average, real, torch.zeros_like(x), torch.zeros_like(t))
+    assert spans == [pytest.approx([0.01, 0.05, 0.1, 0.1, 0.1])]

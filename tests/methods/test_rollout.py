@@ -18,6 +18,7 @@ from stepdistill.core.method import Setting
 from stepdistill.core.path import FlowPath, NoisePath, VEPath
 from stepdistill.core.solvers import sample_x0
 from stepdistill.methods import METHODS
+from stepdistill.methods.dmd2 import DMD2Config
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 
@@ -201,3 +202,28 @@ def test_a_grid_finer_than_an_edm_teacher_s_is_refused_with_the_largest_count(me
         assert made.sampler(9).times[-1] == VEPath().lowest
     with pytest.raises(ValueError, match="num_steps: expected at most 9, got 10"):
         made.sampler(10)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"num_steps": 1, "sampler": "ode"}, True),
+        ({"num_steps": 4, "sampler": "ode"}, False),
+        ({"num_steps": 4, "sampler": "ode", "trained_step": "last"}, True),
+        ({"num_steps": 4, "sampler": "renoise"}, True),
+    ],
+)
+def test_a_trained_step_shows_an_image_where_sampling_makes_it(options, shown) -> None:
+    assert make(VP, **options).rollout.shown is shown
+
+
+def test_an_expert_s_sampler_knows_the_grid_of_both() -> None:
+    """Of its own steps the trained grid, of other counts the uniform one; alone it knows none."""
+    config = DMD2Config(num_steps=4, guidance=1.0)
+    alone, high = Setting(FlowPath(), "flow"), Setting(FlowPath(), "flow", owned=(0.5, 1.0))
+    assert config.spec(alone).grid == ()
+    assert config.spec(alone, 2).grid == ()
+    spec = config.spec(high)
+    assert (spec.times, spec.grid) == ((1.0, 0.75, 0.5), FOUR)
+    typed = DMD2Config(student_times=(1.0, 0.9, 0.6, 0.3), guidance=1.0).spec(high)
+    assert (typed.times, typed.grid) == ((1.0, 0.9, 0.6), (1.0, 0.9, 0.6, 0.3))

@@ -27,6 +27,7 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Nets, Phase, Setting
 from stepdistill.core.path import FlowPath, NoisePath, expand
+from stepdistill.core.solvers import SamplerSpec, ode_solve, sample_x0
 from stepdistill.core.types import Batch, Losses
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.rollout import Sample
@@ -406,3 +407,27 @@ def test_gan_alone_needs_a_gan() -> None:
         DMD2Config(gan_alone=True)
     with pytest.warns(UserWarning, match="guidance 8.0 has no effect"):
         DMD2Config(gan_alone=True, gan={"weight_g": 1e-3}, guidance=8.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_the_warm_start_s_target_is_the_end_of_the_teacher_s_own_steps(
+    path: NoisePath, k: int
+) -> None:
+    """Of a student that answers 0, at either step: its input is the trajectory's state there."""
+    options = {"updates": 9, "teacher_steps": 4}
+    method = make(Plain, path, num_steps=2, warm_start=options)
+    student = Recorder(Leaf(path, torch.zeros(BSZ, 2, dtype=torch.float64)))
+    nets = AnalyticNets({"student": student, "teacher": exact_nets(path)["teacher"]})
+    step = next(n for n in range(9) if Ctx(step=n, phase="student").shared_randint(0, 2) == k)
+    losses = method.phases(step)[0].loss(nets, batch_of(), Ctx(step=step, phase="student"))
+    ctx = Ctx(step=step, phase="student")
+    ctx.shared_randint(0, 2)
+    noise, batch = ctx.randn((BSZ, 2)), batch_of()
+    grid = tuple(path.snap(torch.tensor((1.0, 0.75, 0.5, 0.25), dtype=torch.float64)).tolist())
+    end = ode_solve(nets["teacher"], noise, batch.cond, times=grid)
+    torch.testing.assert_close(losses.total, end.square().mean().to(losses.total))
+    there = path.prior(noise)
+    if k:
+        spec = SamplerSpec(grid[:2], "ode")
+        there = sample_x0(nets["teacher"], spec, noise, batch.cond, until=grid[2])
+    torch.testing.assert_close(student.calls[-1][0], there.to(student.calls[-1][0]))

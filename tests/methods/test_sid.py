@@ -228,3 +228,14 @@ def test_shipped_config_is_valid() -> None:
     )
     a, b = VP.coeffs(torch.tensor([0.626], dtype=torch.float64))
     assert float(b / a) == pytest.approx(2.5, abs=0.02)  # SiD's first sigma on EDM
+
+
+def test_weights_of_samples_multiply_their_losses(path: NoisePath) -> None:
+    method, (_, nets) = make(path), nets_of(path, GaussianTeacher(path, 0.9))
+    ctx = Ctx(phase="student")
+    sample = method.sample(nets, batch_of(), ctx)
+    scores = method.scores(nets, batch_of(), ctx, sample)
+    each = score_identity(sample.x0, scores.real.x0, scores.fake.x0, method.config.alpha)
+    weights = torch.linspace(0.5, 2.0, len(each), dtype=each.dtype)
+    weights = weights.view(-1, *([1] * (each.ndim - 1)))
+    torch.testing.assert_close(method.matching(sample, scores, weights), (weights * each).mean())

@@ -13,6 +13,7 @@ from stepdistill.core.context import Ctx
 from stepdistill.core.method import Setting
 from stepdistill.core.path import NoisePath, VPPath
 from stepdistill.core.types import Batch, Cond
+from stepdistill.losses.score import denoising_weight
 from stepdistill.methods.dmd2 import DMD2, DMD2Config
 from stepdistill.methods.tdm import TDM, TDMConfig
 from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
@@ -207,3 +208,29 @@ def test_a_table_of_zero_terminal_snr_has_bounded_errors(kind: str, space: str) 
         errors.append(float(method.denoising(nets, batch, Ctx(seed=1), sample)))
     assert all(math.isfinite(error) for error in errors)
     assert max(errors) < 10.0 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [("vp", "x0"), ("vp", "eps"), ("vp", "v"), ("flow", "x0"), ("flow", "flow"), ("ve", "x0")],
+)
+@pytest.mark.parametrize("weight", ["none", "alpha2"])
+def test_every_space_s_error_is_that_of_the_noise_of_the_step(name, space, weight) -> None:
+    """share^2 |eps error|^2, x0 and x_t being those of one eps, times the fake's own weight."""
+    path = PATHS[name]
+    method = make(path, num_steps=2, fake_space=space, fake_weight=weight)
+    nets = AnalyticNets(
+        {"student": FlowMap(path, method.rollout.times), "fake": GaussianTeacher(path, 0.9)}
+    )
+    seed = next(s for s in range(99) if Ctx(seed=s).shared_randint(0, 2) == 0)
+    sample = method.sample(nets, batch_of(BSZ, 3), Ctx(seed=seed))
+    assert sample.x_m is not None
+    x_t, t, noise = method.noised(Ctx(seed=seed), sample, method.config.fake_t_range)
+    (_, sigma), (_, beta) = path.coeffs(t), path.travel(torch.full_like(t, sample.end), t)
+    pred = nets["fake"](x_t, t, sample.cond)
+    share = (beta / sigma)[:, None]
+    error = (share * pred.eps - noise).square()
+    own = denoising_weight(weight, path.coeffs(t))
+    expected = (error if own is None else own[:, None] * error).mean()
+    found = method.denoising(nets, batch_of(BSZ, 3), Ctx(seed=seed), sample)
+    torch.testing.assert_close(found, expected.to(found), rtol=1e-4, atol=1e-7)
