@@ -49,8 +49,8 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
     trainer = "ConsistencyTrainer"
     data = "images"
     digits = (
-        Recipe("meanflow", residual_recipe(time_mean=1.5)),  # one step starts at pure noise
-        Recipe("scm", residual_recipe(**SCM, h=0.05)),  # by 0.01 two of three emoji runs diverged
+        Recipe("meanflow", {**residual_recipe(time_mean=1.5, h=0.05), "learning_rate": 3e-4}),
+        Recipe("scm", residual_recipe(**SCM, h=0.05)),
         Recipe("rcm", score(guidance=1.0, **SCM, time_mean=0.0, time_std=1.5, matching=1.0)),
     )
 
