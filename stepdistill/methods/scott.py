@@ -68,8 +68,8 @@ class SCott(Consistency):
     status = "trained on real data here"
     aliases = {"stochastic_consistency": {}}
     steps = (2, 4)
-    # Few updates: long jumps. The head is for crispness: at 0.4 it rules so short a training (emoji,
-    # two steps, seed 0: 10.2; at 0.05 7.6).
+    # Few updates: long jumps, and a head that does not rule them: at 0.4 two steps on the emoji had
+    # 10.2 (seed 0), at 0.05 7.6.
     digits = (Recipe("scott", jumps(1200, **SOON, num_grid=10, gan={"weight_g": 0.05})),)
     config: SCottConfig
 
