@@ -49,7 +49,7 @@ class MeanFlow(ScoreDistillation[MeanFlowConfig]):
     trainer = "ConsistencyTrainer"
     data = "images"
     digits = (
-        Recipe("meanflow", {**residual_recipe(time_mean=1.5, h=0.05), "learning_rate": 3e-4}),
+        Recipe("meanflow", {**residual_recipe(time_mean=1.5), "learning_rate": 3e-4}),
         Recipe("scm", residual_recipe(**SCM, h=0.05)),
         Recipe("rcm", score(guidance=1.0, **SCM, time_mean=0.0, time_std=1.5, matching=1.0)),
     )

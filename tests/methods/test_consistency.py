@@ -660,3 +660,13 @@ def test_shipped_configs_are_valid(name):
         assert run.tuning.lora("student") == (64, 64.0)
     if method.config.embed_guidance:
         assert run.tuning.layout("student") == "full"
+
+
+@pytest.mark.parametrize(("step", "stage"), [(0, 0), (2, 0), (3, 1), (5, 1), (6, 1)])
+def test_stages_are_whole_and_the_last_one_stays(step, stage):
+    """Six updates in two stages; a run that goes on behind its length stays in the last."""
+    method = ect(FLOW, {"stages": 2})
+    now, later, *_ = drawn(method, step, max_steps=6)
+    wanted = (1 - (1 + 8 * (-now).sigmoid()) / 2 ** (stage + 1)).clamp(0, 0.999)
+    high = now > 2.0  # where r is above 0 in both
+    torch.testing.assert_close((later / now)[high], wanted[high], rtol=0, atol=1e-6)

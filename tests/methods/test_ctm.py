@@ -15,6 +15,7 @@ from stepdistill.core.method import Method, Setting
 from stepdistill.core.path import FlowPath, VEPath, expand
 from stepdistill.core.solvers import sample_x0
 from stepdistill.core.types import Cond
+from stepdistill.losses.rewards import LPIPSOptions
 from stepdistill.methods import METHODS
 from stepdistill.methods.ctm import CTM
 from stepdistill.methods.ctm_config import CTMConfig
@@ -382,3 +383,11 @@ def test_users_name_tcd_is_one_segment_sampled_with_gamma():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         CTMConfig(**options)
+
+
+def test_images_are_compared_by_lpips_where_it_is_asked_for() -> None:
+    setting = Setting(FlowPath(), "flow")
+    assert "lpips" not in CTM(CTMConfig(lpips=None), setting).scorers()
+    assert CTM(CTMConfig(lpips=LPIPSOptions(backbone="alex")), setting).scorers() == {
+        "lpips": LPIPSOptions(backbone="alex").spec
+    }

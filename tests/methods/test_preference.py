@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -198,3 +199,11 @@ def test_the_facts_of_a_folder_know_its_times(tmp_path_factory) -> None:
     folder = teacher_dir("sd", tmp_path_factory)
     own = teacher_facts(folder).setting.own_sampler(3)
     assert own == load_family(folder).setting.own_sampler(3)
+
+
+@pytest.mark.parametrize(("loss", "warned"), [("hinge", False), ("logistic", True)])
+def test_a_prior_s_weight_is_warned_of_where_no_loss_reads_it(loss, warned) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        PreferenceConfig(loss=loss, prior_weight=0.7)
+    assert any("prior_weight has no effect" in str(one.message) for one in found) == warned

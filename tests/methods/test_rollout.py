@@ -19,6 +19,7 @@ from stepdistill.core.path import FlowPath, NoisePath, VEPath
 from stepdistill.core.solvers import sample_x0
 from stepdistill.methods import METHODS
 from stepdistill.methods.dmd2 import DMD2Config
+from stepdistill.methods.rollout import owned_times
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 
@@ -227,3 +228,15 @@ def test_an_expert_s_sampler_knows_the_grid_of_both() -> None:
     assert (spec.times, spec.grid) == ((1.0, 0.75, 0.5), FOUR)
     typed = DMD2Config(student_times=(1.0, 0.9, 0.6, 0.3), guidance=1.0).spec(high)
     assert (typed.times, typed.grid) == ((1.0, 0.9, 0.6), (1.0, 0.9, 0.6, 0.3))
+
+
+def test_a_time_between_two_experts_is_the_noisier_one_s() -> None:
+    """Its lower end included, its upper one only if it is 1; rounding on either side of it."""
+    grid = (1.0, 0.75, 0.5, 0.25)
+    assert owned_times(grid, (0.5, 1.0)) == (1.0, 0.75, 0.5)
+    assert owned_times(grid, (0.0, 0.5)) == (0.25,)
+    for near in (0.5 + 5e-7, 0.5 - 5e-7):
+        assert owned_times((1.0, near, 0.25), (0.5, 1.0)) == (1.0, near)
+        assert owned_times((1.0, near, 0.25), (0.0, 0.5)) == (0.25,)
+    with pytest.raises(ValueError, match=r"from 0 to 0.1, the expert's times"):
+        owned_times(grid, (0.0, 0.1))
