@@ -110,3 +110,11 @@ def test_exact_r1_is_the_squared_slope_and_trains_the_slope() -> None:
     found.backward()
     assert found.item() == pytest.approx((9.0 + 25.0) / 2)
     torch.testing.assert_close(slopes.grad, slopes.detach())
+
+
+def test_exact_r1_of_several_inputs_lets_one_be_unread_and_of_one_does_not() -> None:
+    read, unread = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    logits = 2.0 * read.sum(1, keepdim=True)
+    assert exact_r1(logits, [read, unread]).item() == pytest.approx(12.0)
+    with pytest.raises(RuntimeError, match="not to have been used"):
+        exact_r1(logits, unread)

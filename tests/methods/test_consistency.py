@@ -27,7 +27,7 @@ from stepdistill.core.types import Batch, Cond
 from stepdistill.methods import METHODS
 from stepdistill.methods.consistency import Consistency
 from stepdistill.methods.consistency_config import ConsistencyConfig, GridGrowth, noise_ratio
-from stepdistill.methods.grid import SolverGrid, heun_step
+from stepdistill.methods.grid import SolverGrid, drawn_times, heun_step
 from stepdistill.testing.analytic import AnalyticDenoiser, AnalyticNets, GaussianTeacher
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
@@ -670,3 +670,10 @@ def test_stages_are_whole_and_the_last_one_stays(step, stage):
     wanted = (1 - (1 + 8 * (-now).sigmoid()) / 2 ** (stage + 1)).clamp(0, 0.999)
     high = now > 2.0  # where r is above 0 in both
     torch.testing.assert_close((later / now)[high], wanted[high], rtol=0, atol=1e-6)
+
+
+def test_laws_on_all_times_end_before_pure_noise_and_clean_data():
+    ends = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    assert drawn_times(FLOW, ends, 0.0, 1.0).tolist() == pytest.approx([1e-3, 0.5, 1 - 1e-3])
+    ratios = noise_ratio(FLOW, torch.tensor([0.5, 0.9999, 1.0], dtype=torch.float64))
+    assert ratios.tolist() == pytest.approx([1.0, 999.0, 999.0])

@@ -214,3 +214,11 @@ def test_a_run_too_short_for_the_teacher_is_refused() -> None:
 def test_counts_without_nodes_are_warned_of(options, needed) -> None:
     with pytest.warns(UserWarning, match=needed):
         DisBackConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"nodes": 1, "record_updates": 5}, {"nodes": 2, "backtrack_updates": 5}]
+)
+def test_counts_with_just_enough_nodes_have_their_effect(options, recwarn) -> None:
+    DisBackConfig(**options)
+    assert not [one for one in recwarn if "has no effect" in str(one.message)]

@@ -446,3 +446,8 @@ def test_a_difference_never_spans_more_than_half_of_the_way():
     real = GaussianTeacher(FLOW, 0.5)(x, t, batch(5).cond)
     residual(method.config, 0, average, real, torch.zeros_like(x), torch.zeros_like(t))
     assert spans == [pytest.approx([0.01, 0.05, 0.1, 0.1, 0.1])]
+
+
+def test_the_law_of_times_is_the_paper_s_by_default():
+    """Geng et al. 2025, arXiv:2505.13447: a logit-normal law of (-0.4, 1.0)."""
+    assert (MeanFlowConfig().time_mean, MeanFlowConfig().time_std) == (-0.4, 1.0)
