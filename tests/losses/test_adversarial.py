@@ -116,5 +116,5 @@ def test_exact_r1_of_several_inputs_lets_one_be_unread_and_of_one_does_not() -> 
     read, unread = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
     logits = 2.0 * read.sum(1, keepdim=True)
     assert exact_r1(logits, [read, unread]).item() == pytest.approx(12.0)
-    with pytest.raises(RuntimeError, match="not to have been used"):
+    with pytest.raises(RuntimeError, match="not have been used"):
         exact_r1(logits, unread)
