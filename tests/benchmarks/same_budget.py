@@ -83,18 +83,22 @@ def _strip(pictures: Sequence[str]) -> Image.Image:
 
 
 def train(folder: Path, seeds: Sequence[int]) -> None:
-    """Each method at its fewest steps (one student for all counts at all of them), seed by seed;
-    those that are done are left as they are."""
+    """Each method at its fewest steps (one student for all counts at all of them), seed by seed,
+    then at its other counts with the first seed; those that are done are left as they are."""
     fewest: dict[int | None, list[str]] = {}
+    more: dict[int | None, list[str]] = {}
     for name, served in served_by_recipes().items():
-        steps = None if served.one_student else min(served.claims)
-        fewest.setdefault(steps, []).append(name)
-    for seed in seeds:
-        for steps, methods in fewest.items():
+        first, *others = (None,) if served.one_student else sorted(served.claims)
+        fewest.setdefault(first, []).append(name)
+        for steps in others:
+            more.setdefault(steps, []).append(name)
+    for seed, groups in [*((seed, fewest) for seed in seeds), (seeds[0], more)]:
+        for steps, methods in groups.items():
             count = () if steps is None else ("--steps", str(steps))
+            points = POINTS if seed == seeds[0] and groups is fewest else 1
             subprocess.run(
                 ["stepdistill", "compare", "--output_dir", str(folder), "--budget", BUDGET,
-                 "--processes", "1", "--curve_points", str(POINTS if seed == seeds[0] else 1),
+                 "--processes", "1", "--curve_points", str(points),
                  "--seeds", str(seed), *count, "--methods", ",".join(methods)],
                 check=True,
             )  # fmt: skip
