@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stepdistill.core.stopping import PARENT
-from stepdistill.storage.files import read_json, write_text
+from stepdistill.storage.files import located, read_json, write_text
 
 from .budget import Budget
 from .students import Student
@@ -69,13 +69,13 @@ def _differing(
     known: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
     """(name, value there, value now) of what must be the same; names that an earlier version did
-    not write down are passed over."""
+    not write down are passed over, and its paths stand as they were typed."""
     for name in ("kind", "budget"):
         if known.get(name) != facts[name]:
             yield name, known.get(name), facts[name]
     for name, now in facts["settled"].items():
         there = known["settled"].get(name, now)
-        if there != now:
+        if now not in (there, located(there)):
             yield name, there, now
 
 

@@ -38,7 +38,7 @@ from stepdistill.methods.scores_config import ScoreConfig
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.storage.bundled import bundled_file
-from stepdistill.storage.files import sha256_of
+from stepdistill.storage.files import located, sha256_of
 from stepdistill.training.checks import method_fits, roles_fit, student_fits
 from stepdistill.training.start import check_start
 
@@ -54,6 +54,9 @@ OURS: Mapping[str, Any] = {
 # A run's model, data and outputs: a file for `stepdistill train` has them, a comparison its own.
 ELSEWHERE = set(RunConfig.model_fields) - set(TrainConfig.model_fields)
 ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
+
+NOT_SETTLED = {"methods", "prompts_file"}  # more may come; what it says counts
+LYING = ("teacher", "train_data_dir", "reference", "features")
 
 WARM_SHARE = 0.4  # of the budget of a student that starts on pairs
 
@@ -84,9 +87,11 @@ class UserOptions:
     eval_options: Mapping[str, Any] = field(default_factory=dict)
 
     def settled(self) -> dict[str, Any]:
-        """What must not change between calls in one folder; of the prompts what they say."""
-        options = {name: value for name, value in asdict(self).items() if name != "methods"}
-        return {**options, "prompts": sha256_of(Path(self.prompts_file))}
+        """What must not change between calls in one folder: of the prompts what they say, of
+        folders where they lie, however they were written."""
+        options = {name: v for name, v in asdict(self).items() if name not in NOT_SETTLED}
+        lying = {name: located(options[name]) for name in LYING}
+        return {**options, **lying, "prompts": sha256_of(Path(self.prompts_file))}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,13 @@ def read_json(path: str | Path, required: Sequence[str] = ()) -> dict[str, Any]:
     return value
 
 
+def located(value: Any) -> Any:
+    """A path of what is there (also in a list) as it is from any folder; all else as it is."""
+    if isinstance(value, str):
+        return os.path.realpath(value) if value and os.path.exists(value) else value
+    return [located(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def json_sha256(value: Any) -> str:
     """Of a value as JSON, whatever the order of its keys; what JSON has no form for, as text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

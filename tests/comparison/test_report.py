@@ -17,6 +17,7 @@ from stepdistill.cli import main
 from stepdistill.comparison.budget import Budget
 from stepdistill.comparison.report import write
 from stepdistill.comparison.runs import write_plan
+from stepdistill.comparison.user_teacher import UserOptions
 
 
 def row(label: str, group: str, steps: int | None, frechet: float) -> dict[str, Any]:
@@ -101,6 +102,40 @@ def test_an_earlier_folder_goes_on_at_its_own_budget_alone(folder) -> None:
     write_plan(folder, "digits", {}, Budget(seconds=60.0), {})
     with pytest.raises(ValueError, match="the same budget"):
         write_plan(folder, "digits", {}, Budget(seconds=30.0), {})
+
+
+def test_folders_are_the_same_however_they_are_written(tmp_path, monkeypatch) -> None:
+    for name in ("a", "b", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    (tmp_path / "copy.txt").write_text("a cat")
+
+    def plan(teacher: str, features: list[str], prompts: str = "prompts.txt") -> None:
+        settled = UserOptions(teacher, prompts, features).settled()
+        write_plan(tmp_path / "out", "own", {}, Budget(seconds=30.0), settled)
+
+    monkeypatch.chdir(tmp_path)
+    plan("a", ["b/", "fid"])
+    plan("./a/", ["link", "fid"], "copy.txt")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    plan(str(tmp_path / "a"), ["../b", "fid"], "../copy.txt")
+    with pytest.raises(ValueError, match="the same features"):
+        plan("../a", ["../a", "fid"], "../copy.txt")
+    (tmp_path / "a" / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(ValueError, match="the same teacher"):  # the same text, another folder
+        plan("a", ["../b", "fid"], "../copy.txt")
+
+
+def test_paths_of_an_earlier_version_are_read_as_they_were_typed(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "p.txt").write_text("a cat")
+    options = UserOptions("a", "p.txt", ["fid"])
+    old = {**options.settled(), "teacher": "a/", "prompts_file": "p.txt"}
+    write_plan(tmp_path / "out", "own", {}, Budget(seconds=30.0), old)
+    write_plan(tmp_path / "out", "own", {}, Budget(seconds=30.0), options.settled())
 
 
 @pytest.mark.parametrize(

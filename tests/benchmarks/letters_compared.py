@@ -1,0 +1,125 @@
+"""Every method that starts from a teacher, by its recipe for small models, on those of letters.py.
+
+    cd tests
+    python -m benchmarks.letters_compared ../runs/letters --prediction v \\
+        --net ../runs/letters/net/NAME --pixels ../runs/letters/net/OTHER
+    python -m benchmarks.letters_compared ../runs/letters --prediction v --keep  # its rows, to here
+
+`runs/letters` is letters.py's folder, NAME a network of `stepdistill features train` (see there)
+that judges, OTHER one of another --seed that `add` has its heads on. Three minutes of one core a
+student, one seed after the other: those that are done are left as they are. The rows are kept in
+tests/benchmarks/letters, and RESULTS.md's table is held to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from benchmarks.same_budget import BUDGET, table
+
+from stepdistill.comparison.results import read
+from stepdistill.config.layers import About, merge, merged, recipe_files
+from stepdistill.core.method import COMMON_DATA
+from stepdistill.methods import METHODS
+
+KEPT = Path(__file__).with_name("letters")
+OTHER_NAMES = ("scm", "rcm")  # options of a method that make another
+TEACHER_STEPS = ("1", "2", "4", "25")
+IMAGES_PER_PROMPT = "6"  # of 156 prompts
+
+
+def counts() -> Iterator[tuple[str, int | None]]:
+    """(method, the step count that its recipe is for; none: all of its counts, by one student).
+
+    Without those that tune a distilled student by a scorer, or learn from pairs of another kind.
+    """
+    for recipe, values in small_recipes():
+        method, scored = METHODS[values["method"]], values.get("rewards")
+        scored = scored or "reward" in values.get("method_config", {})
+        if method.data in COMMON_DATA and not scored:
+            yield method.name, None if method.one_student else recipe.steps[0]
+    yield from ((name, 1) for name in OTHER_NAMES)
+    yield "dmd2", 1  # beside the recipe's own four
+
+
+def small_recipes() -> Iterator[tuple[About, dict[str, Any]]]:
+    """(what each says of itself, its settings)."""
+    for layers in recipe_files().values():
+        recipe = layers[-1].recipe
+        if recipe is not None and recipe.size == "small":
+            yield recipe, merged(layers)
+
+
+def with_network(name: str, pixels: Path, file: Path) -> str:
+    """NAME=FILE of a method whose heads want a network, which no recipe can name."""
+    (values,) = (values for _, values in small_recipes() if values["method"] == name)
+    whole = merge(values, {"method_config": {"pixels": {"network": str(pixels)}}})
+    file.write_text(yaml.safe_dump(whole))
+    return f"{name}={file}"
+
+
+def train(
+    folder: Path, prediction: str, net: Path, pixels: Path, seeds: Sequence[int], processes: int
+) -> None:
+    """The missing ones of a teacher, a seed after the other."""
+    add = with_network("add", pixels, folder / "add.yaml")
+    groups: dict[int | None, list[str]] = {}
+    for name, steps in counts():
+        groups.setdefault(steps, []).append(add if name == "add" else name)
+    for seed in seeds:
+        for steps, methods in groups.items():
+            count = () if steps is None else ("--steps", str(steps))
+            subprocess.run(
+                ["stepdistill", "compare", "--teacher", str(folder / prediction),
+                 "--train_data_dir", str(folder / "pictures"),
+                 "--reference", str(folder / "pictures"),
+                 "--prompts_file", str(folder / "prompts.txt"), "--features", str(net),
+                 "--guidance", "1", "--teacher_steps", *TEACHER_STEPS,
+                 "--num_images_per_prompt", IMAGES_PER_PROMPT,
+                 "--output_dir", str(compared(folder, prediction)), "--budget", BUDGET,
+                 "--processes", str(processes), "--curve_points", "1", "--discard_students",
+                 "--seeds", str(seed), *count, "--methods", *methods],
+                check=True,
+            )  # fmt: skip
+
+
+def compared(folder: Path, prediction: str) -> Path:
+    return folder / f"compared-{prediction}"
+
+
+def keep(folder: Path, prediction: str) -> None:
+    """Copy the rows to KEPT."""
+    made, kept = compared(folder, prediction), KEPT / prediction
+    shutil.copytree(made / "results", kept / "results", dirs_exist_ok=True)
+    for name in ("teacher_rows.json", "pairs_seconds.json"):
+        shutil.copy(made / name, kept / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--prediction", choices=("epsilon", "v"), required=True)
+    parser.add_argument("--net", type=Path, help="feature network to judge by")
+    parser.add_argument("--pixels", type=Path, help="feature network that heads of `add` are on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="train nothing, keep what is there")
+    args = parser.parse_args()
+    if args.keep:
+        keep(args.folder, args.prediction)
+        print("\n".join(table(read(KEPT / args.prediction))))
+    elif args.net is None or args.pixels is None:
+        parser.error("--net, --pixels: expected folders of `stepdistill features train`, got none.")
+    else:
+        nets = (args.net, args.pixels)
+        train(args.folder, args.prediction, *nets, args.seeds, args.processes)
+
+
+if __name__ == "__main__":
+    main()
