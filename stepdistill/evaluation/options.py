@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, model_validator
+from typing_extensions import Self
 
 from stepdistill.config.flags import CommandOptions
 from stepdistill.config.places import Here, Lora, Model
@@ -23,8 +24,8 @@ class Options(CommandOptions):
 
     teacher: Model
     """Pipeline folder or Hub id."""
-    student: Annotated[tuple[Lora, ...], DIFFERENT]
-    """Exports, run folders or other pipelines."""
+    student: Annotated[tuple[Lora, ...], DIFFERENT] = ()
+    """Exports, run folders or other pipelines; none: the teacher alone, at its step counts."""
     steps: Annotated[tuple[int, ...], DIFFERENT] = ()
     """Step counts to export a run for."""
     teacher_steps: Annotated[tuple[int, ...], DIFFERENT] = (50,)
@@ -108,3 +109,12 @@ class Options(CommandOptions):
     def _over_preset(cls, data: Any) -> Any:
         name = data.get("preset") if isinstance(data, dict) else None
         return data if name is None else {**preset(name).options, **data}
+
+    @model_validator(mode="after")
+    def _steps_of_students(self) -> Self:
+        if self.steps and not self.student:
+            raise ValueError(
+                f"steps: expected them beside --student, got {list(self.steps)} alone. Those of "
+                "the teacher are --teacher_steps."
+            )
+        return self

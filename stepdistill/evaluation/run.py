@@ -65,7 +65,7 @@ def evaluate(
     systems, drawn = measure(filled)
     protocol = protocol_of(options, facts, prompts, len(files), drawn, drawings[0].frames)
     report = Report(
-        title=f"{Path(options.teacher).name} and its students",
+        title=Path(options.teacher).name + (" and its students" if options.student else ""),
         systems=systems,
         protocol={**protocol, "versions": versions()},
         reference="real" if files else "teacher",

@@ -317,6 +317,19 @@ def test_two_processes_make_the_numbers_of_one(report, teacher, prompts, tmp_pat
 
 
 @pytest.mark.full
+def test_a_teacher_alone_is_drawn_at_its_step_counts(teacher, prompts, tmp_path, capsys) -> None:
+    command = ["evaluate", "--teacher", str(teacher), "--prompts_file", str(prompts)]
+    command += ["--guidance", "1", "--teacher_steps", "1", "3", "--output_dir", str(tmp_path)]
+    main(command)
+    made = json.loads((tmp_path / "report.json").read_text())
+    systems = [(one["group"], one["steps"]) for one in made["systems"]]
+    assert systems == [("teacher", 1), ("teacher", 3)]
+    assert "students" not in (tmp_path / "report.html").read_text().split("</h1>")[0]
+    assert "teacher, 3 steps" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"steps: .* beside --student, got \[2\] alone"):
+        main([*command, "--steps", "2"])
+
+
 def test_more_previews_than_were_made_are_no_mistake(report, teacher, prompts, tmp_path) -> None:
     first = evaluate(options(teacher, prompts, tmp_path, num_previews=2), [Corners()])
     again = evaluate(options(teacher, prompts, tmp_path, num_previews=4), [Corners()])
@@ -386,4 +399,4 @@ def test_a_line_that_is_no_class_number_is_named(tmp_path, tmp_path_factory) -> 
     labels.write_text("1\ncat\n")
     dit = teacher_dir("dit", tmp_path_factory)
     with pytest.raises(ValueError, match=r"prompts_file: .* got 'cat' in line 2"):
-        evaluate(options(dit, labels, tmp_path / "out", student=[]), [Corners()])
+        evaluate(options(dit, labels, tmp_path / "out", student=[], steps=[]), [Corners()])
