@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from stepdistill.config.suited import Why, settled, suited
 from stepdistill.core.method import COMMON_DATA
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
+from stepdistill.evaluation.learned import FeatureSettings, enough_images, train_features
 from stepdistill.evaluation.metrics import System
 from stepdistill.evaluation.options import Options
 from stepdistill.evaluation.run import evaluate, open_judges
@@ -34,6 +36,7 @@ from stepdistill.families.registry import teacher_facts
 from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.methods.digits import WARM
+from stepdistill.methods.gan import PIXELS
 from stepdistill.methods.scores_config import ScoreConfig
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
@@ -111,6 +114,17 @@ class Settings:
         return options
 
 
+class PromisedNetwork:
+    """Stands, where settings are checked, for the pixel network that `equipped` makes later."""
+
+    blocks: tuple[str, ...] = ()
+
+    def features(self, *_: Any) -> Any:
+        raise AssertionError("of settings that are checked alone")
+
+    __call__ = features
+
+
 class UserTeacher(TeacherSetup):
     """See the module."""
 
@@ -144,14 +158,31 @@ class UserTeacher(TeacherSetup):
             for training in self.trainings(student):
                 method, args, config = self.configs(training, 1000)
                 data = PAIR if training.data == "pairs" else self.dataset(training)
+                scorers: dict[str, Any] = {}
                 try:
-                    fits: dict[str, Any] = {"scorers": {}, "rewards": args.rewards}
+                    if self._makes_network(training):
+                        enough_images(str(self.own.train_data_dir))
+                        scorers = {PIXELS: PromisedNetwork()}
+                    fits: dict[str, Any] = {"scorers": scorers, "rewards": args.rewards}
                     method_fits(method_class(method), config, facts, data, **fits)
                     student_fits(method_class(method), args.tuning, source)
                     roles_fit(method_class(method), config, args, facts)
                     check_start(args, facts, training=True)
                 except ValueError as err:
                     raise ValueError(f"methods: {student.recipe}: {err}") from err
+
+    def _makes_network(self, training: Training) -> bool:
+        return training.lacks_network and self.own.train_data_dir is not None
+
+    def equipped(self, training: Training) -> Training:
+        """With a pixel network of the training images, another than the judges', where its heads
+        read one that nobody named."""
+        if not self._makes_network(training):
+            return training
+        images, out = str(self.own.train_data_dir), self.out / "features"
+        judges = {Path(name).name for name in self.own.features}
+        made = (train_features(images, out, FeatureSettings(seed=seed)) for seed in count(1))
+        return training.with_network(next(one for one in made if one.name not in judges))
 
     def prepare(self, needs_pairs: bool) -> None:
         options = self.own

@@ -79,11 +79,13 @@ class PixelNet(Scorer, Protocol):
 class ScorerSpec:
     """Which scorer a method wants and its options, the user's as they were given.
 
-    kind: a name in rewards.SCORERS.
+    kind: a name in rewards.SCORERS. option: of the method, under which `options` are given; errors
+    about one of them begin with it.
     """
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    option: str = ""
 
 
 class Nets(Protocol):

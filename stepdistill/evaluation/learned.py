@@ -87,6 +87,17 @@ class LearnedFeatures:
         return features.float()
 
 
+def enough_images(folder: str | Path) -> Sequence[Path]:
+    """Errors: ValueError for fewer than LEAST_IMAGES below the folder."""
+    files = image_files(folder, "train_data_dir")
+    if len(files) < LEAST_IMAGES:
+        raise ValueError(
+            f"train_data_dir: expected {LEAST_IMAGES} images or more, got {len(files)} in "
+            f"{str(folder)!r}. A network of so few knows no kind."
+        )
+    return files
+
+
 def train_features(
     folder: str | Path,
     out: str | Path,
@@ -99,12 +110,7 @@ def train_features(
     Args: tell: called with each step and its loss.
     Errors: ValueError for fewer than LEAST_IMAGES, or files that are no images.
     """
-    files = image_files(folder, "train_data_dir")
-    if len(files) < LEAST_IMAGES:
-        raise ValueError(
-            f"train_data_dir: expected {LEAST_IMAGES} images or more, got {len(files)} in "
-            f"{str(folder)!r}. A network of so few knows no kind."
-        )
+    files = enough_images(folder)
     side = settings.size_px or min(LARGEST_PX, min(open_image(files[0], "train_data_dir").size))
     digest = sha256_of(*files)
     facts = {**asdict(settings), "size_px": side, "data": {"images": len(files), "sha256": digest}}

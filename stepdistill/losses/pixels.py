@@ -19,4 +19,5 @@ class PixelOptions(MethodConfig):
     @property
     def spec(self) -> ScorerSpec:
         """What a method asks the run for."""
-        return ScorerSpec("features", self.model_dump(include=set(PixelOptions.model_fields)))
+        options = self.model_dump(include=set(PixelOptions.model_fields))
+        return ScorerSpec("features", options, "gan.pixels")

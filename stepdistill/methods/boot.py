@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
+from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Method, Nets, Phase, Role, Setting
 from stepdistill.core.path import VEPath, expand, full, rows
 from stepdistill.core.recipe import Recipe
@@ -78,11 +79,15 @@ class BOOT(Method[BOOTConfig]):
 
     def signal(self, nets: Nets, eps: Tensor, point: Tensor, cond: Cond) -> Tensor:
         """g (B, C, *S): the student's y at grid points (B,), of the trajectories from eps."""
+        return self.answer(nets, eps, point, cond).x0
+
+    def answer(self, nets: Nets, eps: Tensor, point: Tensor, cond: Cond) -> Prediction:
+        """The student's, whose x0 is y."""
         path, label_times = self.setting.path, self.told.to(eps.device)[point]
         # An EDM network scales its input by the noise level it is told: noise of that size.
         of_level = isinstance(path, VEPath)
         start = path.add_noise(0.0 * eps, eps, label_times) if of_level else path.prior(eps)
-        return nets["student"](start, label_times, cond).x0
+        return nets["student"](start, label_times, cond)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """| g(eps, s) - stopgrad y_s |^2, weighted, in which a share of the samples stands at the
@@ -100,9 +105,16 @@ class BOOT(Method[BOOTConfig]):
         alpha, sigma = (expand(c, x_s) for c in path.coeffs(s))
         y_s = (x_s - sigma * full(eps)) / alpha
         point = index.masked_fill(at_start, config.num_grid)
-        error = squared_error(self.signal(nets, eps, point, batch.cond), y_s)
-        loss = weighted_mean(error, self.weights(t, s, at_start))
+        made = self.answer(nets, eps, point, batch.cond)
+        loss = weighted_mean(self.error(made, y_s), self.weights(t, s, at_start))
         return Losses(loss, {"loss": loss.detach()})
+
+    def error(self, made: Prediction, y_s: Tensor) -> Tensor:
+        """(B, C, *S) squared errors in the space that the options name."""
+        if self.config.space == "x0":
+            return squared_error(made.x0, y_s)
+        wanted = made.path.convert(y_s, made.x_t, made.t, "x0", made.kind)
+        return squared_error(made.as_type(made.kind), wanted)
 
     def weights(self, t: Tensor, s: Tensor, at_start: Tensor) -> Tensor:
         """(B,) factors on the squared errors at s after a step from t."""

@@ -56,8 +56,7 @@ def check_scorers(specs: Mapping[str, ScorerSpec], given: Mapping[str, Scorer]) 
         )
     for name, spec in specs.items():
         if name not in given:
-            cls = scorer_class(spec.kind)
-            cls.check(cls.read_options(spec.options))
+            _check_options(spec)
         elif not callable(given[name]):
             raise TypeError(
                 f"scorers[{name!r}]: expected a callable (images, by) -> (B,), got "
@@ -70,6 +69,16 @@ def check_scorers(specs: Mapping[str, ScorerSpec], given: Mapping[str, Scorer]) 
                 f"scorers[{name!r}]: expected a network whose hidden states heads read (blocks, "
                 f"features: core.method.PixelNet), got {type(given[name]).__name__}."
             )
+
+
+def _check_options(spec: ScorerSpec) -> None:
+    cls = scorer_class(spec.kind)
+    try:
+        cls.check(cls.read_options(spec.options))
+    except ValueError as err:
+        if not spec.option:
+            raise
+        raise ValueError(f"{spec.option}.{err}") from err
 
 
 def build_scorers(

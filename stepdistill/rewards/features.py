@@ -28,8 +28,6 @@ from stepdistill.rewards.vision import (
     vision_half,
 )
 
-WHERE = "pixels"  # begins messages
-
 
 class PixelFeatures(FrozenScorer):
     """Implements core.method.PixelNet; as a scorer, the distance (B,) of two images in all blocks.
@@ -48,7 +46,7 @@ class PixelFeatures(FrozenScorer):
         """Errors: ValueError without a network, or for what is none."""
         if options.network is None:
             raise ValueError(
-                "pixels.network: expected a folder or Hub id of a vision model, got none. Give "
+                "network: expected a folder or Hub id of a vision model, got none. Give "
                 "DINOv2's (facebook/dinov2-small), or a network of your own images: stepdistill "
                 "features train."
             )
@@ -85,7 +83,7 @@ class PixelFeatures(FrozenScorer):
             config = _vision_config(network)
             self.net = vision_half(AutoModel.from_config(config))
             return _side(self.net.config), (0.5,) * 3, (0.5,) * 3
-        self.net, processor = load_vision(network, WHERE)
+        self.net, processor = load_vision(network, "network")
         means, stds = (getattr(processor, f"image_{name}", (0.5,) * 3) for name in ("mean", "std"))
         return _side(self.net.config), means, stds
 
@@ -136,12 +134,12 @@ def _vision_config(network: str) -> Any:
     except (OSError, ValueError) as err:
         kind = "a folder" if local.is_dir() else "no folder here, and no such Hub id at hand"
         raise ValueError(
-            f"pixels.network: expected a folder or Hub id of a vision model (config.json and "
+            f"network: expected a folder or Hub id of a vision model (config.json and "
             f"safetensors), got {network!r} ({kind})."
         ) from err
     if not hasattr(getattr(config, "vision_config", config), "image_size"):
         raise ValueError(
-            f"pixels.network: expected a model of images, got {network!r} of "
+            f"network: expected a model of images, got {network!r} of "
             f"{config.model_type}. Name a vision model, as facebook/dinov2-small."
         )
     return config

@@ -59,7 +59,7 @@ def small_recipes() -> Iterator[tuple[About, dict[str, Any]]]:
 def with_network(name: str, pixels: Path, file: Path) -> str:
     """NAME=FILE of a method whose heads want a network, which no recipe can name."""
     (values,) = (values for _, values in small_recipes() if values["method"] == name)
-    whole = merge(values, {"method_config": {"pixels": {"network": str(pixels)}}})
+    whole = merge(values, {"method_config": {"gan": {"pixels": {"network": str(pixels)}}}})
     file.write_text(yaml.safe_dump(whole))
     return f"{name}={file}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from evaluation.test_features import Mean
 from rewards.test_clip import save_tiny
 from support.runs import teacher_dir
+from support.samples import image_folder
 
 from stepdistill.cli import main
 from stepdistill.comparison.runs import run_all
@@ -19,6 +21,7 @@ from stepdistill.comparison.user_teacher import UserOptions, UserTeacher
 from stepdistill.config.files import method_config, parse_run_config
 from stepdistill.config.guidance import stated_for
 from stepdistill.config.layers import layers_of
+from stepdistill.evaluation.learned import FeatureSettings
 from stepdistill.methods import METHODS
 
 
@@ -188,6 +191,38 @@ def test_score_distillation_starts_on_the_pairs_that_are_there(
     assert last.settings["method_config"]["warm_start"]["updates"] == 0
     assert first.share + last.share == 1.0
     assert first.settings["tuning"] == last.settings["tuning"]
+
+
+def test_heads_on_pixels_get_a_network_of_the_training_images(
+    tmp_path, tmp_path_factory, monkeypatch
+) -> None:
+    """Another than the judge's; one that a file names stays; of too few images it is refused."""
+    made: list[int] = []
+
+    def train(_images: str, out: Path, settings: FeatureSettings) -> Path:
+        made.append(settings.seed)
+        return out / f"pictures-{settings.seed}"
+
+    monkeypatch.setattr("stepdistill.comparison.user_teacher.train_features", train)
+    monkeypatch.setattr("stepdistill.comparison.user_teacher.open_judges", lambda *_: None)
+    pictures = image_folder(tmp_path / "pictures", count=16)
+    setup = own(tmp_path, tmp_path_factory, train_data_dir=str(pictures))
+    (training,) = setup.trainings(Student("add", (4,)))
+    setup.check([Student("add", (4,))])
+    assert training.lacks_network
+    assert made == []  # nothing before all is checked
+    setup.own = replace(setup.own, features=[f"{tmp_path}/net/pictures-1/"])
+    network = setup.equipped(training).settings["method_config"]["gan"]["pixels"]["network"]
+    assert network == str(tmp_path / "features" / "pictures-2")
+    assert made == [1, 2]
+    named = training.with_network("mine")
+    assert setup.equipped(named) is named
+    for more, told in (
+        ({}, r"gan\.pixels\.network: expected a folder"),
+        ({"train_data_dir": str(image_folder(tmp_path / "few", count=3))}, "expected 16 images"),
+    ):
+        with pytest.raises(ValueError, match=f"methods: add: .*{told}"):
+            own(tmp_path, tmp_path_factory, **more).check([Student("add", (4,))])
 
 
 def test_a_user_s_file_keeps_its_own_start(tmp_path, tmp_path_factory) -> None:

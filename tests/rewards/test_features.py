@@ -90,11 +90,11 @@ def test_what_is_no_network_is_one_line(tmp_path) -> None:
     foreign = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (tmp_path / "code" / "config.json").write_text(json.dumps(foreign))
     for network, message in (
-        (None, "pixels.network: expected a folder or Hub id of a vision model, got none. Give"),
-        (str(tmp_path), r"pixels.network: expected .* \(a folder\)"),
-        (str(tmp_path / "code"), r"pixels.network: expected .* \(a folder\)"),
+        (None, "gan.pixels.network: expected a folder or Hub id of a vision model, got none. Give"),
+        (str(tmp_path), r"gan.pixels.network: expected .* \(a folder\)"),
+        (str(tmp_path / "code"), r"gan.pixels.network: expected .* \(a folder\)"),
         ("no/such-model", "no such Hub id at hand"),
-        (str(tmp_path / "text"), "pixels.network: expected a model of images, got .* of gpt2"),
+        (str(tmp_path / "text"), "gan.pixels.network: expected a model of images, got .* of gpt2"),
     ):
         with pytest.raises(ValueError, match=message):
             check_scorers({"pixels": PixelOptions(network=network).spec}, {})

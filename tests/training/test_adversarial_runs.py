@@ -131,7 +131,7 @@ def test_each_facade_serves_its_own(tmp_path, tmp_path_factory) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("add", {}, "pixels.network: expected a folder or Hub id of a vision model, got none"),
+        ("add", {}, "gan.pixels.network: expected a folder or Hub id of a vision model, got none"),
         ("add", {"gan": {"pixels": {"network": "no/such"}}}, "no such Hub id at hand"),
         ("add", {"scorers": {"pixels": torch.nn.Identity()}}, "whose hidden states heads read"),
         ("ladd", {"scorers": {"pixels": PixelStandIn()}}, "scorers: expected names the method"),
