@@ -61,6 +61,7 @@ ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
 NOT_SETTLED = {"methods", "prompts_file"}  # more may come; what it says counts
 LYING = ("teacher", "train_data_dir", "reference", "features")
 
+NETWORK_LINE = "heads on a network of train_data_dir's images, made once in OUTPUT_DIR/features"
 WARM_SHARE = 0.4  # of the budget of a student that starts on pairs
 
 # What a pair is like, before the first is made.
@@ -163,6 +164,7 @@ class UserTeacher(TeacherSetup):
                     if self._makes_network(training):
                         enough_images(str(self.own.train_data_dir))
                         scorers = {PIXELS: PromisedNetwork()}
+                        self.reasons[student.recipe] += [NETWORK_LINE]
                     fits: dict[str, Any] = {"scorers": scorers, "rewards": args.rewards}
                     method_fits(method_class(method), config, facts, data, **fits)
                     student_fits(method_class(method), args.tuning, source)

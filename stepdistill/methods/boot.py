@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Method, Nets, Phase, Role, Setting
 from stepdistill.core.path import VEPath, expand, full, rows
 from stepdistill.core.recipe import Recipe
@@ -53,7 +52,8 @@ class BOOT(Method[BOOTConfig]):
     def __init__(self, config: BOOTConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         path, ve = setting.path, isinstance(setting.path, VEPath)
-        first, last = config.told_times or ((1.0, 0.5) if ve else (0.5, 1.0))
+        from_noise = ve or setting.kind == "eps"
+        first, last = config.told_times or ((1.0, 0.5) if from_noise else (0.5, 1.0))
         self.grid = SolverGrid(setting, config.num_grid, "none")
         # By grid point: 0 is clean data, K the start.
         even = torch.linspace(first, last, config.num_grid + 1, dtype=torch.float64)
@@ -79,15 +79,11 @@ class BOOT(Method[BOOTConfig]):
 
     def signal(self, nets: Nets, eps: Tensor, point: Tensor, cond: Cond) -> Tensor:
         """g (B, C, *S): the student's y at grid points (B,), of the trajectories from eps."""
-        return self.answer(nets, eps, point, cond).x0
-
-    def answer(self, nets: Nets, eps: Tensor, point: Tensor, cond: Cond) -> Prediction:
-        """The student's, whose x0 is y."""
         path, label_times = self.setting.path, self.told.to(eps.device)[point]
         # An EDM network scales its input by the noise level it is told: noise of that size.
         of_level = isinstance(path, VEPath)
         start = path.add_noise(0.0 * eps, eps, label_times) if of_level else path.prior(eps)
-        return nets["student"](start, label_times, cond)
+        return nets["student"](start, label_times, cond).x0
 
     def loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         """| g(eps, s) - stopgrad y_s |^2, weighted, in which a share of the samples stands at the
@@ -105,16 +101,9 @@ class BOOT(Method[BOOTConfig]):
         alpha, sigma = (expand(c, x_s) for c in path.coeffs(s))
         y_s = (x_s - sigma * full(eps)) / alpha
         point = index.masked_fill(at_start, config.num_grid)
-        made = self.answer(nets, eps, point, batch.cond)
-        loss = weighted_mean(self.error(made, y_s), self.weights(t, s, at_start))
+        error = squared_error(self.signal(nets, eps, point, batch.cond), y_s)
+        loss = weighted_mean(error, self.weights(t, s, at_start))
         return Losses(loss, {"loss": loss.detach()})
-
-    def error(self, made: Prediction, y_s: Tensor) -> Tensor:
-        """(B, C, *S) squared errors in the space that the options name."""
-        if self.config.space == "x0":
-            return squared_error(made.x0, y_s)
-        wanted = made.path.convert(y_s, made.x_t, made.t, "x0", made.kind)
-        return squared_error(made.as_type(made.kind), wanted)
 
     def weights(self, t: Tensor, s: Tensor, at_start: Tensor) -> Tensor:
         """(B,) factors on the squared errors at s after a step from t."""

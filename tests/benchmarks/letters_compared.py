@@ -2,13 +2,12 @@
 
     cd tests
     python -m benchmarks.letters_compared ../runs/letters --prediction v \\
-        --net ../runs/letters/net/NAME --pixels ../runs/letters/net/OTHER
+        --net ../runs/letters/net/NAME
     python -m benchmarks.letters_compared ../runs/letters --prediction v --keep  # its rows, to here
 
-`runs/letters` is letters.py's folder, NAME a network of `stepdistill features train` (see there)
-that judges, OTHER one of another --seed that `add` has its heads on. Three minutes of one core a
-student, one seed after the other: those that are done are left as they are. The rows are kept in
-tests/benchmarks/letters, and RESULTS.md's table is held to them.
+`runs/letters` is letters.py's folder, NAME a network of `stepdistill features train` (see there).
+Three minutes of one core a student, one seed after the other: those that are done are left as they
+are. The rows are kept in tests/benchmarks/letters, and RESULTS.md's table is held to them.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from benchmarks.same_budget import BUDGET, table
 
 from stepdistill.comparison.results import read
-from stepdistill.config.layers import About, merge, merged, recipe_files
+from stepdistill.config.layers import merged, recipe_files
 from stepdistill.core.method import COMMON_DATA
 from stepdistill.methods import METHODS
 
@@ -39,39 +36,23 @@ def counts() -> Iterator[tuple[str, int | None]]:
 
     Without those that tune a distilled student by a scorer, or learn from pairs of another kind.
     """
-    for recipe, values in small_recipes():
-        method, scored = METHODS[values["method"]], values.get("rewards")
-        scored = scored or "reward" in values.get("method_config", {})
+    for layers in recipe_files().values():
+        recipe, values = layers[-1].recipe, merged(layers)
+        if recipe is None or recipe.size != "small":
+            continue
+        scored = values.get("rewards") or "reward" in values.get("method_config", {})
+        method = METHODS[values["method"]]
         if method.data in COMMON_DATA and not scored:
             yield method.name, None if method.one_student else recipe.steps[0]
     yield from ((name, 1) for name in OTHER_NAMES)
     yield "dmd2", 1  # beside the recipe's own four
 
 
-def small_recipes() -> Iterator[tuple[About, dict[str, Any]]]:
-    """(what each says of itself, its settings)."""
-    for layers in recipe_files().values():
-        recipe = layers[-1].recipe
-        if recipe is not None and recipe.size == "small":
-            yield recipe, merged(layers)
-
-
-def with_network(name: str, pixels: Path, file: Path) -> str:
-    """NAME=FILE of a method whose heads want a network, which no recipe can name."""
-    (values,) = (values for _, values in small_recipes() if values["method"] == name)
-    whole = merge(values, {"method_config": {"gan": {"pixels": {"network": str(pixels)}}}})
-    file.write_text(yaml.safe_dump(whole))
-    return f"{name}={file}"
-
-
-def train(
-    folder: Path, prediction: str, net: Path, pixels: Path, seeds: Sequence[int], processes: int
-) -> None:
+def train(folder: Path, prediction: str, net: Path, seeds: Sequence[int], processes: int) -> None:
     """The missing ones of a teacher, a seed after the other."""
-    add = with_network("add", pixels, folder / "add.yaml")
     groups: dict[int | None, list[str]] = {}
     for name, steps in counts():
-        groups.setdefault(steps, []).append(add if name == "add" else name)
+        groups.setdefault(steps, []).append(name)
     for seed in seeds:
         for steps, methods in groups.items():
             count = () if steps is None else ("--steps", str(steps))
@@ -106,7 +87,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prediction", choices=("epsilon", "v"), required=True)
     parser.add_argument("--net", type=Path, help="feature network to judge by")
-    parser.add_argument("--pixels", type=Path, help="feature network that heads of `add` are on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="train nothing, keep what is there")
@@ -114,11 +94,10 @@ def main() -> None:
     if args.keep:
         keep(args.folder, args.prediction)
         print("\n".join(table(read(KEPT / args.prediction))))
-    elif args.net is None or args.pixels is None:
-        parser.error("--net, --pixels: expected folders of `stepdistill features train`, got none.")
+    elif args.net is None:
+        parser.error("--net: expected a folder of `stepdistill features train`, got none.")
     else:
-        nets = (args.net, args.pixels)
-        train(args.folder, args.prediction, *nets, args.seeds, args.processes)
+        train(args.folder, args.prediction, args.net, args.seeds, args.processes)
 
 
 if __name__ == "__main__":

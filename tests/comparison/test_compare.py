@@ -210,6 +210,7 @@ def test_heads_on_pixels_get_a_network_of_the_training_images(
     (training,) = setup.trainings(Student("add", (4,)))
     setup.check([Student("add", (4,))])
     assert training.lacks_network
+    assert "heads on a network of train_data_dir's images" in setup.reasons["add"][-1]
     assert made == []  # nothing before all is checked
     setup.own = replace(setup.own, features=[f"{tmp_path}/net/pictures-1/"])
     network = setup.equipped(training).settings["method_config"]["gan"]["pixels"]["network"]

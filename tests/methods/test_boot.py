@@ -12,7 +12,6 @@ from support.jumps import FLOW, SETTINGS, SHAPE, VP, Ctx64, batch
 from torch import Tensor
 
 from stepdistill.config.run import RunConfig
-from stepdistill.core.denoiser import Prediction
 from stepdistill.core.method import Setting
 from stepdistill.core.path import VEPath, VPPath, expand
 from stepdistill.core.solvers import sample_x0
@@ -126,20 +125,6 @@ def test_teachers_of_every_kind_give_the_same_loss(setting, kind) -> None:
     student = Student(method, 0.5, error=0.3)
     expected = loss_of(method, student, 0.5)
     assert float(loss_of(method, student, 0.5, kind=kind)) == pytest.approx(float(expected))
-
-
-@pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
-def test_an_error_is_taken_in_the_space_that_the_options_name(kind) -> None:
-    raw, x_t, y = (Ctx64(seed=n).randn((4, *SHAPE)) for n in range(3))
-    t = torch.tensor([0.3, 0.5, 0.8, 0.95], dtype=torch.float64)
-    made = Prediction(raw, x_t, t, VP, kind)
-    alpha, sigma = VP.coeffs(t)
-    x0_per_output = {"x0": 1.0, "eps": sigma / alpha, "v": sigma, "flow": sigma / (alpha + sigma)}
-    of_x0 = (made.x0 - y).square()
-    torch.testing.assert_close(make("vp").error(made, y), of_x0)
-    native = make("vp", space="native").error(made, y)
-    scale = expand(torch.as_tensor(x0_per_output[kind]) * torch.ones(4), y)
-    torch.testing.assert_close(native, of_x0 / scale**2)
 
 
 def test_the_guided_teacher_is_inside_both_targets() -> None:
@@ -282,11 +267,20 @@ def test_another_number_of_steps_is_refused_and_one_is_not() -> None:
         method.sampler(4)
 
 
-def test_the_default_begins_late_but_on_ve_paths() -> None:
-    for setting in PATHS:
-        told = make(setting).told
-        expected = (1.0, 0.5) if setting == "ve" else (0.5, 1.0)
-        assert (float(told[0]), float(told[-1])) == expected, setting
+@pytest.mark.parametrize(
+    ("setting", "kind", "ends"),
+    [
+        ("vp", "v", (0.5, 1.0)),
+        ("vp", "x0", (0.5, 1.0)),
+        ("flow", "flow", (0.5, 1.0)),
+        ("vp", "eps", (1.0, 0.5)),
+        ("ve", "x0", (1.0, 0.5)),
+    ],
+)
+def test_the_default_begins_where_the_network_answers_noise(setting, kind, ends) -> None:
+    told = make(setting, kind).told
+    assert (float(told[0]), float(told[-1])) == ends
+    assert make(setting, kind, told_times=(1.0, 0.25)).told[-1] == 0.25
 
 
 def test_a_table_of_zero_terminal_snr_has_finite_targets() -> None:

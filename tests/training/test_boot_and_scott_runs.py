@@ -17,6 +17,7 @@ from stepdistill.families.registry import load_family, teacher_facts
 PROMPTS = ["a cat", "a dog"]
 UNGUIDED = {"guidance_range": (1.0, 1.0)}
 ALONE = {"eta": 0.0, "solver_steps": 1, "gan": {"weight_g": 0.0}}
+LATE = {"told_times": (0.5, 1.0)}  # the call is told its time
 full = partial(pytest.param, marks=pytest.mark.full)
 
 
@@ -37,9 +38,11 @@ def make(method: str, teacher: Path, folder: Path, layout: str, data: Any = None
 @pytest.mark.parametrize(
     ("method", "family", "layout", "options", "scheduler", "call"),
     [
-        ("boot", "sd", "lora", {}, "LCMScheduler", {"timesteps": [499]}),
+        ("boot", "sd", "lora", dict(LATE), "LCMScheduler", {"timesteps": [499]}),
+        full("boot", "sd", "lora", {}, "LCMScheduler", {}),
         full("boot", "sd_v", "full", {"told_times": (1.0, 0.5)}, "LCMScheduler", {}),
-        ("boot", "dit", "full", {}, "DDIMScheduler", {}),
+        ("boot", "dit", "full", dict(LATE), "DDIMScheduler", {}),
+        full("boot", "dit", "full", {}, "LCMScheduler", {}),
         full("boot", "sd3", "lora", {}, "FlowMatchLCMScheduler", {"sigmas": [0.5]}),
         ("boot", "sd3", "full", {"told_times": (1.0, 0.5)}, "FlowMatchLCMScheduler", {}),
         full("scott", "sd3", "lora", {}, "FlowMatchLCMScheduler", {}),
