@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from benchmarks.letters_compared import KEPT as LETTERS
 from benchmarks.same_budget import KEPT
 from benchmarks.same_budget import table as same_budget
 from diffusers import DiffusionPipeline
@@ -101,6 +102,19 @@ def test_methods_are_compared_by_the_rows_that_are_kept() -> None:
     comparison = read(KEPT)
     assert "\n".join(same_budget(comparison, spread=False)) in README
     assert "\n".join(same_budget(comparison)) in METHODS_PAGE
+
+
+@pytest.mark.parametrize(("prediction", "nth"), [("v", 0), ("epsilon", 1)])
+def test_letters_are_compared_by_the_rows_that_are_kept(prediction, nth) -> None:
+    told = page("tests/benchmarks/RESULTS.md").split("## Two teachers that are not the demo's")[1]
+    tables = [part for part in told.split("\n\n") if part.startswith("| | 1 step |")]
+    (head, _, teacher, *rows) = same_budget(read(LETTERS / prediction))
+    shown = {line.split(" | ")[0]: line.split(" | ") for line in tables[nth].splitlines()}
+    assert tables[nth].splitlines()[0] == head
+    for row in (teacher, *rows):
+        name, *cells = row.split(" | ")
+        for cell, there in zip(cells, shown[name][1:], strict=True):
+            assert cell.strip(" |") in ("", there.strip(" |")), name
 
 
 @pytest.mark.parametrize("name", NAMES)
