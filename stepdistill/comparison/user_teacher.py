@@ -164,7 +164,8 @@ class UserTeacher(TeacherSetup):
                     if self._makes_network(training):
                         enough_images(str(self.own.train_data_dir))
                         scorers = {PIXELS: PromisedNetwork()}
-                        self.reasons[student.recipe] += [NETWORK_LINE]
+                        lines = self.reasons[student.recipe]
+                        lines += [] if NETWORK_LINE in lines else [NETWORK_LINE]
                     fits: dict[str, Any] = {"scorers": scorers, "rewards": args.rewards}
                     method_fits(method_class(method), config, facts, data, **fits)
                     student_fits(method_class(method), args.tuning, source)

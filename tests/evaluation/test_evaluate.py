@@ -316,9 +316,9 @@ def test_two_processes_make_the_numbers_of_one(report, teacher, prompts, tmp_pat
     assert found["frechet"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.full
 def test_a_teacher_alone_is_drawn_at_its_step_counts(teacher, prompts, tmp_path, capsys) -> None:
     command = ["evaluate", "--teacher", str(teacher), "--prompts_file", str(prompts)]
+    command += ["--features", "evaluation.test_features:Mean", "--num_images_per_prompt", "2"]
     command += ["--guidance", "1", "--teacher_steps", "1", "3", "--output_dir", str(tmp_path)]
     main(command)
     made = json.loads((tmp_path / "report.json").read_text())
@@ -330,6 +330,7 @@ def test_a_teacher_alone_is_drawn_at_its_step_counts(teacher, prompts, tmp_path,
         main([*command, "--steps", "2"])
 
 
+@pytest.mark.full
 def test_more_previews_than_were_made_are_no_mistake(report, teacher, prompts, tmp_path) -> None:
     first = evaluate(options(teacher, prompts, tmp_path, num_previews=2), [Corners()])
     again = evaluate(options(teacher, prompts, tmp_path, num_previews=4), [Corners()])
