@@ -37,7 +37,7 @@ from stepdistill.loading.source import ModelSource
 from stepdistill.methods import METHODS
 from stepdistill.methods.digits import WARM
 from stepdistill.methods.gan import PIXELS
-from stepdistill.methods.scores_config import ScoreConfig
+from stepdistill.methods.warm_start import WarmStartedConfig
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
 from stepdistill.storage.bundled import bundled_file
@@ -320,7 +320,7 @@ class UserTeacher(TeacherSetup):
         seventeen. Not where the pairs are another teacher's, of other guidance or times."""
         method = METHODS[settings["method"]]
         options = method_config(settings["method"], settings.get("method_config", {}))
-        if not isinstance(options, ScoreConfig) or not options.warm_start.updates:
+        if not isinstance(options, WarmStartedConfig) or not options.warm_start.updates:
             return False
         guidance = {*method.guidance_of(options)}
         return options.student_times is None and guidance == {self.pairs_guidance()}

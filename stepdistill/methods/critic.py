@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
+from stepdistill.core.method import Nets, Phase, Role, ScorerSpec, Setting
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Cond, Losses
 from stepdistill.losses.score import denoising_loss, denoising_weight
 from stepdistill.methods.judge import judge_loss
 from stepdistill.methods.rollout import START, Rollout, Sample, TimeRange, Within
 from stepdistill.methods.scores_config import ScoreConfig
+from stepdistill.methods.warm_start import WarmStarted
 
 S = TypeVar("S", bound=ScoreConfig)
 
 
-class CriticMethod(Method[S], Generic[S]):
+class CriticMethod(WarmStarted[S], Generic[S]):
     """A few-step student by the rollout, and the fake that knows its distribution."""
 
     def __init__(self, config: S, setting: Setting) -> None:
@@ -40,11 +41,6 @@ class CriticMethod(Method[S], Generic[S]):
         starts_late = setting.owned[1] < 1.0
         times = config.trained_times(setting)
         self.rollout = Rollout(config, setting.path, times, from_start=starts_late)
-        if setting.owned != (0.0, 1.0) and config.warm_start.updates:
-            raise ValueError(
-                "warm_start: expected none of one expert (the teacher's trajectories cross both), "
-                f"got updates {config.warm_start.updates}. Leave it out."
-            )
 
     @property
     def needs(self) -> frozenset[str]:

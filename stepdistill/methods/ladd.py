@@ -7,7 +7,7 @@ pairs), they carry its guidance; on other images it is never learnt.
 Low levels judge texture, high ones layout. A step of the student's grid is drawn for each update.
 Sources: Sauer et al. 2024, arXiv:2403.12015; NVlabs/FastGen's ladd (several updates of the heads).
 Differs from the paper: one step is drawn for the batch, not one a sample; heads are those of
-roles/heads.py.
+roles/heads.py; optional, and off by default, is a warm start on the teacher's trajectories.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W), K heads. t: (B,).
@@ -23,13 +23,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepdistill.core.context import Ctx
-from stepdistill.core.method import Method, Nets, Phase, Role, ScorerSpec, Setting
+from stepdistill.core.method import Nets, Phase, Role, ScorerSpec, Setting
 from stepdistill.core.recipe import Recipe
 from stepdistill.core.solvers import SamplerSpec
 from stepdistill.core.types import Batch, Losses
 from stepdistill.methods.digits import heads
 from stepdistill.methods.judge import Judge, JudgeGAN
-from stepdistill.methods.rollout import Rollout, RolloutConfig, Sample, TimeRange
+from stepdistill.methods.rollout import Rollout, Sample, TimeRange
+from stepdistill.methods.warm_start import WarmStarted, WarmStartedConfig
 
 
 class LADDGAN(JudgeGAN):
@@ -42,7 +43,7 @@ class LADDGAN(JudgeGAN):
     the uniform law of noise_t_range."""
 
 
-class LADDConfig(RolloutConfig):
+class LADDConfig(WarmStartedConfig):
     """Options of ladd."""
 
     num_steps: int = Field(default=4, ge=1)
@@ -53,7 +54,8 @@ class LADDConfig(RolloutConfig):
     noisiest_share: float | None = Field(default=None, ge=0, le=1)
     """Chance of step 0, the noisiest; the others share the rest. None: all alike (LADD: 0.7)."""
     clean_first: int = Field(default=0, ge=0)
-    """Updates at first that draw the less noisy half of the steps alone (LADD: 500)."""
+    """Updates at first, behind a warm start, that draw the less noisy half of the steps alone
+    (LADD: 500)."""
     noise_t_range: TimeRange = (0.001, 0.999)
     """Noise levels, uniform under the shift, where no gan.time_mean states another law."""
     disc_steps: int = Field(default=1, ge=1)
@@ -72,7 +74,7 @@ class LADDConfig(RolloutConfig):
 L = TypeVar("L", bound=LADDConfig)
 
 
-class LADD(Method[L], Generic[L]):
+class LADD(WarmStarted[L], Generic[L]):
     """A few-step student that heads on the teacher's features tell from real latents."""
 
     name = "ladd"
@@ -102,7 +104,12 @@ class LADD(Method[L], Generic[L]):
         return self.config.gan.scorers()
 
     def phases(self, step: int) -> Sequence[Phase]:
-        """The student's update, then disc_steps of the heads, the first on the same x0."""
+        """The student's update, then disc_steps of the heads, the first on the same x0. In a warm
+        start the student's alone."""
+        if self.warming(step):
+            return (
+                Phase("student", self.warm_loss, ("student",), reads_x0=False, reads_real=False),
+            )
         reads = "x0" in self.needs
         student = Phase("student", self.loss, ("student",), reads_x0=reads, reads_real=False)
         return self.judge.phases(student, self.config.disc_steps)
@@ -116,7 +123,7 @@ class LADD(Method[L], Generic[L]):
         config, count = self.config, len(self.rollout.times)
         if config.trained_step == "last":
             return count - 1
-        if ctx.step < config.clean_first:
+        if ctx.step - config.warm_start.updates < config.clean_first:
             return ctx.shared_randint(count // 2, count)
         if config.noisiest_share is None or count == 1:
             return ctx.shared_randint(0, count)

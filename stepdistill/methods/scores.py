@@ -18,9 +18,9 @@ A method is a page: a Config on ScoreConfig and, of these hooks, the ones it nee
     student_logits the head's judgement of the sample; `sample_weights` reads factors off it
     denoising      the fake's loss on a sample, under `fake_cond` and `fitted_guidance`, against
                      `fitted_pair`
-    warm_loss      the student's loss in the first warm_start.updates updates. The student starts at
-                     the teacher (or init_student_from), the fake at the teacher; it is fitted
-                     meanwhile, so that it knows the student when matching begins.
+    warm_loss      the student's loss in the first warm_start.updates updates (warm_start.py). The
+                     fake, which starts at the teacher, is fitted meanwhile, so that it knows the
+                     student when matching begins.
 """
 
 # Shapes: B batch, C channels, *S spatial or (F, H, W), K heads. t: (B,).
@@ -45,7 +45,6 @@ from stepdistill.methods.critic import CriticMethod
 from stepdistill.methods.judge import sample_logits
 from stepdistill.methods.rollout import Sample
 from stepdistill.methods.scores_config import ScoreConfig
-from stepdistill.methods.warm_start import warm_start_loss
 
 S = TypeVar("S", bound=ScoreConfig)
 
@@ -80,25 +79,10 @@ class ScoreDistillation(CriticMethod[S], Generic[S]):
         return self.config.skip_layers
 
     def phases(self, step: int) -> Sequence[Phase]:
-        loss = self.warm_loss if step < self.config.warm_start.updates else self.student_loss
+        loss = self.warm_loss if self.warming(step) else self.student_loss
         reads = "x0" in self.needs
         student = Phase("student", loss, ("student",), reads_x0=reads, reads_real=False)
         return student, self.critic_phase()
-
-    @property
-    def part_starts(self) -> tuple[int, ...]:
-        return tuple(sorted({0, self.config.warm_start.updates}))
-
-    def learning_rate_scale(self, step: int, max_steps: int, role: str) -> float:
-        warm = self.config.warm_start
-        return warm.rate if role == "student" and step < warm.updates else 1.0
-
-    def warm_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
-        config, times = self.config.warm_start, self.rollout.times
-        g = self.teacher_guidance
-        teacher = nets["teacher"].skipping(self.skip_layers)
-        loss = warm_start_loss(nets, teacher, batch, ctx, self.setting, config, times, g)
-        return Losses(loss, {"warm_start": loss.detach()})
 
     def student_loss(self, nets: Nets, batch: Batch, ctx: Ctx) -> Losses:
         sample = self.sample(nets, batch, ctx)

@@ -9,11 +9,11 @@ from pydantic import Field
 from stepdistill.core.method import Setting
 from stepdistill.losses.score import DenoisingSpace, DenoisingWeight, ScoreWeight
 from stepdistill.methods.gan import GANConfig
-from stepdistill.methods.rollout import RolloutConfig, TimeRange
-from stepdistill.methods.warm_start import WarmStartConfig
+from stepdistill.methods.rollout import TimeRange
+from stepdistill.methods.warm_start import WarmStartedConfig
 
 
-class ScoreConfig(RolloutConfig):
+class ScoreConfig(WarmStartedConfig):
     """Options that every score distillation has; a method's own Config adds its own."""
 
     guidance: float = Field(default=1.75, ge=0)
@@ -37,8 +37,6 @@ class ScoreConfig(RolloutConfig):
     fake_weight: DenoisingWeight = "none"
     """Weight of the fake's denoising error over noise levels: none, alpha2 (alpha^2, SwiftBrush),
     or edm (1 / sigma^2 + 1 / sigma_data^2 with fake_space x0, DMD2's for EDM teachers)."""
-    warm_start: WarmStartConfig = WarmStartConfig()
-    """Regression on the teacher's own trajectories in the first updates; off by default."""
     gan: GANConfig = GANConfig()
     """Adversarial term; off by default, and then no image is needed."""
 
