@@ -127,7 +127,8 @@ def run(options: Options) -> None:
 def setups() -> Setups:
     """What a comparison's teacher, data and judge can be, by kind."""
     from stepdistill.cli._demo_teacher import DemoTeacher
-    from stepdistill.comparison.user_teacher import UserOptions, UserTeacher
+    from stepdistill.comparison.user_options import UserOptions
+    from stepdistill.comparison.user_teacher import UserTeacher
     from stepdistill.demo.classifier import register_digits
     from stepdistill.demo.emoji.subject import EmojiSubject
     from stepdistill.demo.scorer import register_scorers
@@ -228,7 +229,7 @@ def _described(args: Options) -> tuple[str, dict[str, Any], dict[str, Any]]:
         }
         options = {name: value for name, value in given.items() if value is not None}
         return args.demo_data, options, options
-    from stepdistill.comparison.user_teacher import UserOptions, split_methods
+    from stepdistill.comparison.user_options import UserOptions, split_methods
 
     if args.guidance is None:
         print(

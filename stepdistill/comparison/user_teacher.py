@@ -12,19 +12,16 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepdistill.config.files import method_class, method_config, resolve_method
-from stepdistill.config.layers import Layer, layers_of, merge, merged
-from stepdistill.config.model_at_hand import ModelAtHand
+from stepdistill.config.files import method_class, method_config
+from stepdistill.config.layers import merge
 from stepdistill.config.recipes import Training
-from stepdistill.config.run import RunConfig, TrainConfig
-from stepdistill.config.suited import Why, settled, suited
 from stepdistill.core.method import COMMON_DATA
 from stepdistill.data.images import ImageFolderDataset
 from stepdistill.data.stream import PromptDataset
@@ -40,79 +37,19 @@ from stepdistill.methods.gan import PIXELS
 from stepdistill.methods.warm_start import WarmStartedConfig
 from stepdistill.pairs.dataset import PairDataset
 from stepdistill.pairs.teacher import make_pairs
-from stepdistill.storage.bundled import bundled_file
-from stepdistill.storage.files import located, sha256_of
 from stepdistill.training.checks import method_fits, roles_fit, student_fits
 from stepdistill.training.start import check_start
 
 from .students import StepsServed, Student
 from .teacher_setup import TEACHER_ROWS, Plain, TeacherSetup
-
-# What a comparison decides itself, whatever a file says.
-OURS: Mapping[str, Any] = {
-    "checkpointing_steps": 0, "resume_from_checkpoint": None, "validation_steps": 0,
-    "validation_prompts": [], "best_metric": None, "max_train_seconds": None, "report_to": [],
-    "push_to_hub": False, "hub_model_id": None,
-}  # fmt: skip
-# A run's model, data and outputs: a file for `stepdistill train` has them, a comparison its own.
-ELSEWHERE = set(RunConfig.model_fields) - set(TrainConfig.model_fields)
-ELSEWHERE = (ELSEWHERE | {"output_dir", "seed"}) - {"method", "method_config"}
-
-NOT_SETTLED = {"methods", "prompts_file"}  # more may come; what it says counts
-LYING = ("teacher", "train_data_dir", "reference", "features")
+from .user_options import UserOptions
+from .user_settings import settle
 
 NETWORK_LINE = "heads on a network of train_data_dir's images, made once in OUTPUT_DIR/features"
 WARM_SHARE = 0.4  # of the budget of a student that starts on pairs
 
 # What a pair is like, before the first is made.
 PAIR = [{"prompt": "a", "x0": torch.zeros(1), "noise": torch.zeros(1)}]
-
-
-@dataclass(frozen=True)
-class UserOptions:
-    """What the user said. methods: name -> config file, or None for the bundled one's; settings:
-    laid over every method's file."""
-
-    teacher: str
-    prompts_file: str
-    features: Sequence[str]
-    train_data_dir: str | None = None
-    reference: str | None = None
-    methods: Mapping[str, str | None] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    guidance: float | None = None
-    student: str | None = None
-    train_batch_size: int | None = None
-    mixed_precision: str | None = None
-    resolution: int | None = None
-    num_pairs: int = 1024
-    pair_steps: int = 25
-    teacher_steps: Sequence[int] = (1, 2, 4, 8, 50)
-    eval_options: Mapping[str, Any] = field(default_factory=dict)
-
-    def settled(self) -> dict[str, Any]:
-        """What must not change between calls in one folder: of the prompts what they say, of
-        folders where they lie, however they were written."""
-        options = {name: v for name, v in asdict(self).items() if name not in NOT_SETTLED}
-        lying = {name: located(options[name]) for name in LYING}
-        return {**options, **lying, "prompts": sha256_of(Path(self.prompts_file))}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A method's settings, as `settled` reads a run's."""
-
-    values: dict[str, Any]
-
-    @property
-    def method(self) -> str:
-        name: str = self.values["method"]
-        return name
-
-    @property
-    def method_config(self) -> dict[str, Any]:
-        options: dict[str, Any] = self.values["method_config"]
-        return options
 
 
 class PromisedNetwork:
@@ -240,58 +177,9 @@ class UserTeacher(TeacherSetup):
     def settings(self, name: str) -> dict[str, Any]:
         """A method's settings under what is the same for all, settled once; see `reasons`."""
         if name not in self._settled:
-            made = self._settle(name, self.own.methods.get(name))
+            made = settle(self.own, name, self.own.methods.get(name))
             self._settled[name], self.reasons[name] = made
         return self._settled[name]
-
-    def _settle(self, name: str, given: str | None) -> tuple[dict[str, Any], list[str]]:
-        """(settings, lines about what they were chosen by). Args: given: the user's file."""
-        options = self.own
-        file = given or bundled(name)  # none of a method that others add: its own defaults
-        layers = [] if file is None else layers_of(file)
-        by_name = given is None and is_method(name)  # else it is a file's name, which is meant
-        named = name if by_name else merged(layers).get("method", name)
-
-        def read(layers: Sequence[Layer], at_hand: ModelAtHand) -> tuple[Settings, Why]:
-            return self._read(str(options.settings.get("method", named)), layers, at_hand)
-
-        chosen = [] if by_name else layers
-        run, _ = read(chosen, ModelAtHand())
-        at_hand = ModelAtHand.known(ModelSource.of(options.teacher), ask=True) or ModelAtHand()
-        run, lines = settled(
-            read,
-            run,
-            chosen,
-            at_hand,
-            by_size=True,
-            otherwise=layers,
-            flags=f"--methods {name}=FILE",
-        )
-        return run.values, lines
-
-    def _read(
-        self, method: str, layers: Sequence[Layer], at_hand: ModelAtHand
-    ) -> tuple[Settings, Why]:
-        """These files' settings between what a comparison starts from and what is the same for all,
-        and what the model at hand has settled."""
-        user, layers = self.own, [*layers, Layer("settings", self.own.settings)]
-        values = {key: value for key, value in merged(layers).items() if key not in ELSEWHERE}
-        called, options = resolve_method(method, values.get("method_config"))
-        cls = METHODS[called]
-        options, why = suited(cls, layers, options, at_hand)
-        same: dict[str, Any] = {**OURS}
-        if user.mixed_precision or not torch.cuda.is_available():
-            same["mixed_precision"] = user.mixed_precision or "no"
-        if user.train_batch_size:
-            same["train_batch_size"] = user.train_batch_size
-        if user.resolution:
-            same["resolution"] = user.resolution
-        if user.student:
-            same["tuning"] = {"student": user.student, "fake": user.student}
-        if user.guidance is not None:
-            same["method_config"] = cls.options_at(user.guidance)
-        values |= {"method": called, "method_config": options}
-        return Settings(merge({"mixed_precision": "bf16", **values}, same)), why
 
     def trainings(self, student: Student) -> list[Training]:
         settings = self.settings(student.recipe)
@@ -306,7 +194,7 @@ class UserTeacher(TeacherSetup):
             return [Scaled(student.recipe, settings, data)]
         regression = METHODS[WARM.method]
         options = regression.for_steps(student.trained_for)
-        ours = self._settle(WARM.method, None)[0]  # whatever file the user has for it
+        ours = settle(self.own, WARM.method, None)[0]  # whatever file the user has for it
         first = merge(ours, {"tuning": settings["tuning"], "method_config": options})
         settings = merge(settings, {"method_config": {"warm_start": {"updates": 0}}})
         return [
@@ -363,31 +251,3 @@ def plain(system: System, label: str, reference: str, out: Path) -> Plain:
         value = system.get(name) or system.get(other)
         row[name] = None if value is None else value.mean
     return row
-
-
-def split_methods(texts: Sequence[str]) -> dict[str, str | None]:
-    """NAME or NAME=FILE -> {name: file}. Errors: ValueError for a name without file or method."""
-    files: dict[str, str | None] = {}
-    for text in texts:
-        name, _, file = text.partition("=")
-        if not file and bundled(name) is None and not is_method(name):
-            raise ValueError(
-                f"methods: expected a method of {sorted(METHODS)}, a file of configs/methods or "
-                f"NAME=FILE, got {text!r}."
-            )
-        files[name] = file or None
-    return files
-
-
-def is_method(name: str) -> bool:
-    """Whether a method is called so, by us or by users."""
-    try:
-        return bool(resolve_method(name))
-    except ValueError:
-        return False
-
-
-def bundled(name: str) -> Path | None:
-    """The settings of that name in configs/methods."""
-    settings_file = METHODS[name].settings_file if name in METHODS else ""
-    return bundled_file(f"configs/methods/{settings_file or name}.yaml")

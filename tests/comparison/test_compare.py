@@ -17,7 +17,8 @@ from support.samples import image_folder
 from stepdistill.cli import main
 from stepdistill.comparison.runs import run_all
 from stepdistill.comparison.students import Student
-from stepdistill.comparison.user_teacher import UserOptions, UserTeacher
+from stepdistill.comparison.user_options import UserOptions
+from stepdistill.comparison.user_teacher import UserTeacher
 from stepdistill.config.files import method_config, parse_run_config
 from stepdistill.config.guidance import stated_for
 from stepdistill.config.layers import layers_of
@@ -178,8 +179,10 @@ def test_the_name_of_a_file_means_that_file(tmp_path, tmp_path_factory) -> None:
     assert settings["tuning"]["student"] == "lora"
 
 
-@pytest.mark.parametrize(("method", "steps"), [("dmd2", 1), ("dmd2", 4), ("sid", 2), ("vsd", 1)])
-def test_score_distillation_starts_on_the_pairs_that_are_there(
+@pytest.mark.parametrize(
+    ("method", "steps"), [("dmd2", 1), ("dmd2", 4), ("sid", 2), ("vsd", 1), ("ladd", 4), ("add", 4)]
+)
+def test_a_warm_start_is_made_on_the_pairs_that_are_there(
     tmp_path, tmp_path_factory, method, steps
 ) -> None:
     setup = own(tmp_path, tmp_path_factory)
@@ -207,7 +210,7 @@ def test_heads_on_pixels_get_a_network_of_the_training_images(
     monkeypatch.setattr("stepdistill.comparison.user_teacher.open_judges", lambda *_: None)
     pictures = image_folder(tmp_path / "pictures", count=16)
     setup = own(tmp_path, tmp_path_factory, train_data_dir=str(pictures))
-    (training,) = setup.trainings(Student("add", (4,)))
+    _, training = setup.trainings(Student("add", (4,)))
     setup.check([Student("add", (1,)), Student("add", (4,))])
     assert training.lacks_network
     told = [line for line in setup.reasons["add"] if line.startswith("heads on a network of")]

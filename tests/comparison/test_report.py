@@ -17,7 +17,7 @@ from stepdistill.cli import main
 from stepdistill.comparison.budget import Budget
 from stepdistill.comparison.report import write
 from stepdistill.comparison.runs import write_plan
-from stepdistill.comparison.user_teacher import UserOptions
+from stepdistill.comparison.user_options import UserOptions
 
 
 def row(label: str, group: str, steps: int | None, frechet: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from stepdistill.comparison.students import (
     served_by_recipes,
     students,
 )
-from stepdistill.comparison.user_teacher import bundled, split_methods
+from stepdistill.comparison.user_options import bundled, split_methods
 from stepdistill.config.recipes import recipes
 from stepdistill.core.method import COMMON_DATA
 from stepdistill.demo.emoji.subject import EmojiSubject

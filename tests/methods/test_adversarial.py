@@ -146,6 +146,30 @@ def test_steps_follow_their_law() -> None:
     assert {last.draw_step(Ctx(seed=s, step=9)) for s in range(9)} == {3}
 
 
+@pytest.mark.parametrize("make", [ladd, add])
+def test_a_student_may_begin_on_the_teacher_s_trajectories(make) -> None:
+    """By the loss of score distillation's start, alone; what counts from the first update on counts
+    from its end then."""
+    start = {"updates": 2, "teacher_steps": 4, "rate": 6.0}
+    options = {"num_steps": 4, "warm_start": start}
+    method, nets, batch = make(FLOW, **options), nets_of(FLOW, student_of(FLOW)), data_of()
+    scored = DMD2(DMD2Config(**options, guidance=2.0 if make is add else 1.0), Setting(FLOW, "x0"))
+    (phase,) = method.phases(1)
+    losses = phase.loss(nets, batch, Ctx(seed=3, step=1, phase="student"))
+    other = scored.phases(1)[0].loss(nets, batch, Ctx(seed=3, step=1, phase="student"))
+    assert float(losses.total) == float(other.total) > 0
+    assert set(losses.logs) == {"warm_start"}
+    assert (phase.trains, phase.reads_x0, phase.reads_real) == (("student",), False, False)
+    assert [one.name for one in method.phases(2)] == ["student", "disc"]
+    assert method.part_starts == (0, 2)
+    scales = [method.learning_rate_scale(k, 9, "student") for k in range(3)]
+    assert scales == [6.0, 6.0, 1.0]
+    assert method.learning_rate_scale(0, 9, "disc") == 1.0
+    clean = make(FLOW, **options, clean_first=3)
+    drawn = [{clean.draw_step(Ctx(seed=s, step=k)) for s in range(50)} for k in (4, 5)]
+    assert drawn == [{2, 3}, {0, 1, 2, 3}]
+
+
 def test_levels_are_logit_normal_on_every_path(path) -> None:
     gan = GANConfig(time_mean=1.0, time_std=0.5)
     t = gan.law(path, Ctx(), 4096)

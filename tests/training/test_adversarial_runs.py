@@ -81,9 +81,16 @@ def test_a_student_exports_to_stock_schedulers(
 
 
 @pytest.mark.full
-def test_a_run_on_a_pixel_network_goes_on_exactly(network, tmp_path, tmp_path_factory) -> None:
-    teacher, options = teacher_dir("sd3", tmp_path_factory), {"gan": {"pixels": {}}}
-    options["gan"]["pixels"]["network"] = network
+@pytest.mark.parametrize("warm", [0, 1])
+def test_a_run_on_a_pixel_network_goes_on_exactly(
+    warm, network, tmp_path, tmp_path_factory
+) -> None:
+    """Where it was cut a warm start has just ended, or there was none."""
+    teacher = teacher_dir("sd3", tmp_path_factory)
+    options = {
+        "gan": {"pixels": {"network": network}},
+        "warm_start": {"updates": warm, "teacher_steps": 2},
+    }
     whole = make("add", teacher, tmp_path / "whole", **options)
     whole.train()
     make("add", teacher, tmp_path / "cut", **options).train(until=1)
@@ -119,6 +126,12 @@ def test_a_plan_knows_both_phases(tmp_path, tmp_path_factory) -> None:
     again = forecast(run.model_copy(update={"method": "add", "method_config": options}))
     assert [cost.phase for cost in again.phases] == ["student", "disc"]
     assert again.judges > 0
+    options = {"warm_start": {"updates": 4, "teacher_steps": 8}}
+    warm = forecast(run.model_copy(update={"method_config": options, "max_train_steps": 8}))
+    plain = forecast(run.model_copy(update={"method_config": {}, "max_train_steps": 8}))
+    told = [(cost.phase, cost.since) for cost in warm.phases]
+    assert told == [("student", 0), ("student", 4), ("disc", 4)]
+    assert warm.phases[1].flops == plain.phases[0].flops < warm.phases[0].flops
 
 
 def test_each_facade_serves_its_own(tmp_path, tmp_path_factory) -> None:
