@@ -67,6 +67,7 @@ def settle(user: UserOptions, name: str, given: str | None) -> tuple[dict[str, A
         at_hand,
         by_size=True,
         otherwise=layers,
+        called=named,
         flags=f"--methods {name}=FILE",
     )
     return run.values, lines

@@ -23,7 +23,7 @@ from stepdistill.config.model_at_hand import ModelAtHand
 from stepdistill.config.places import check_given
 from stepdistill.config.run import RunConfig
 from stepdistill.config.suited import Why, settled, suited
-from stepdistill.core.registry import is_file_class
+from stepdistill.core.registry import is_file_class, plain_name
 from stepdistill.methods import METHODS
 from stepdistill.storage.own_code import named_by_user
 
@@ -42,7 +42,7 @@ def resolve_method(
     What a user's name stands for lies under the options given. Errors: ValueError naming the
     nearest; see `Registry.add_file` for a file's.
     """
-    given, plain = dict(options or {}), name.lower().replace("-", "_")
+    given, plain = dict(options or {}), plain_name(name)
     if is_file_class(name):
         return named_by_user(METHODS, name), given
     if plain in METHODS:
@@ -116,7 +116,9 @@ def parse_run_config(
     if at_hand is not None:
         named, _ = taken(rest, "method")
         stands_for = resolve_method(named)[1] if named else {}
-        run, lines = settled(read, run, layers, at_hand, by_size, stands_for=stands_for)
+        run, lines = settled(
+            read, run, layers, at_hand, by_size, called=named or "", stands_for=stands_for
+        )
         for line in () if by_size else lines:
             warnings.warn(f"method_config: {line}.", stacklevel=2)
     if recipe:

@@ -75,6 +75,8 @@ class About(_Trained):
     """The model that its values are for, as `plan` knows it; any for recipes by size."""
     size: Literal["", "small"] = ""
     """small: for models below 50 M parameters, where it is its method's default."""
+    called: str = ""
+    """A user's name of its method (Method.aliases) that it is for: by that name the default."""
 
     @model_validator(mode="after")
     def _of_trainings_before(self) -> Self:

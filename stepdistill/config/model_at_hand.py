@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from stepdistill.config.layers import Layer, recipe_files
 from stepdistill.config.planned import bundled, description
 from stepdistill.core.abilities import Abilities
+from stepdistill.core.registry import plain_name
 
 if TYPE_CHECKING:
     from stepdistill.families.family import Family
@@ -84,22 +85,29 @@ class ModelAtHand:
             return made  # the loader says what is wrong with them
         return replace(made, size=size)
 
-    def recipe_by_size(self, method: str, flags: str) -> tuple[list[Layer], list[str]]:
+    def recipe_by_size(self, method: str, called: str, flags: str) -> tuple[list[Layer], list[str]]:
         """(layers, the line about them) of the method's recipe for small models; none of others.
 
-        Args: flags: what a user sets another by.
+        Args: called: the user's name of it, which may have a recipe of its own. flags: what a user
+            sets another by.
         """
         if not 0 < self.size < SMALL:
             return [], []
-        for name, layers in recipe_files().items():
-            about, values = layers[-1].recipe, layers[-1].values
-            if about is not None and about.size == "small" and values.get("method") == method:
-                return layers, [
-                    f"recipe {name}, as the denoiser has {self.size / 1e6:.2g} M parameters: rates "
-                    f"of papers, for a thousand times as many, would move nothing ({flags} for "
-                    "another)"
-                ]
-        return [], []
+        made = {
+            about.called: (name, layers)
+            for name, layers in recipe_files().items()
+            if (about := layers[-1].recipe) is not None
+            and about.size == "small"
+            and layers[-1].values.get("method") == method
+        }
+        if not made:
+            return [], []
+        name, layers = made.get(plain_name(called)) or made[""]
+        return layers, [
+            f"recipe {name}, as the denoiser has {self.size / 1e6:.2g} M parameters: rates "
+            f"of papers, for a thousand times as many, would move nothing ({flags} for "
+            "another)"
+        ]
 
     def check_recipe(self, layers: Sequence[Layer]) -> None:
         """Warns, once, of a recipe or a model file of ours for another family."""

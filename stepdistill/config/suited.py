@@ -61,6 +61,7 @@ def settled(
     at_hand: ModelAtHand,
     by_size: bool = False,
     otherwise: Sequence[Layer] = (),
+    called: str = "",
     stands_for: Mapping[str, Any] | None = None,
     flags: str = "--recipe or --config NAME",
 ) -> tuple[R, list[str]]:
@@ -69,13 +70,13 @@ def settled(
 
     Args: read: the run of some files for a model, and what `suited` has settled. run: that of
         `layers`, nothing of the model known. by_size: whether a small model gets its recipe where
-        there are no layers. otherwise: the layers where it gets none. stands_for: options that the
-        user's name of the method stands for, which lie over such a recipe. flags: what a user sets
-        another recipe by.
+        there are no layers. otherwise: the layers where it gets none. called: the user's name of
+        the method. stands_for: options that it stands for, which lie over such a recipe. flags:
+        what a user sets another recipe by.
     """
     lines: list[str] = []
     if by_size and not layers:
-        layers, lines = at_hand.recipe_by_size(run.method, flags)
+        layers, lines = at_hand.recipe_by_size(run.method, called, flags)
         if layers and stands_for:
             named = Layer("--method", {"method_config": dict(stands_for)}, kind="methods")
             layers = [*layers, named]

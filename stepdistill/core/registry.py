@@ -26,6 +26,11 @@ T = TypeVar("T")
 INDEX = "index.json"
 
 
+def plain_name(name: str) -> str:
+    """A name as ours are written, however a user writes it: Hyper-SD is hyper_sd."""
+    return name.lower().replace("-", "_")
+
+
 def is_file_class(text: str) -> bool:
     """Whether a name is FILE.py:CLASS."""
     return ".py:" in text

@@ -26,7 +26,7 @@ from stepdistill.core.method import COMMON_DATA
 from stepdistill.methods import METHODS
 
 KEPT = Path(__file__).with_name("letters")
-OTHER_NAMES = ("scm", "rcm")  # options of a method that make another
+OTHER_NAMES = ("scm",)  # options of a method that make another, by its recipe
 TEACHER_STEPS = ("1", "2", "4", "25")
 IMAGES_PER_PROMPT = "6"  # of 156 prompts
 
@@ -43,7 +43,7 @@ def counts() -> Iterator[tuple[str, int | None]]:
         scored = values.get("rewards") or "reward" in values.get("method_config", {})
         method = METHODS[values["method"]]
         if method.data in COMMON_DATA and not scored:
-            yield method.name, None if method.one_student else recipe.steps[0]
+            yield recipe.called or method.name, None if method.one_student else recipe.steps[0]
     yield from ((name, 1) for name in OTHER_NAMES)
     yield "dmd2", 1  # beside the recipe's own four
 

@@ -20,7 +20,12 @@ from PIL import Image
 from support.runs import PixelStandIn, teacher_dir
 
 from stepdistill.cache.precompute import cache_run
-from stepdistill.config.files import method_class, method_config, parse_run_config
+from stepdistill.config.files import (
+    method_class,
+    method_config,
+    parse_run_config,
+    resolve_method,
+)
 from stepdistill.config.layers import layers_of, merge, merged, recipe_files
 from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
@@ -121,8 +126,14 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_method_has_a_recipe_for_small_models() -> None:
-    small = [merged(RECIPES[n])["method"] for n, a in ABOUT.items() if a and a.size == "small"]
-    assert sorted(small) == sorted(METHODS)
+    small = {n: a.called for n, a in ABOUT.items() if a and a.size == "small"}
+    plain = [merged(RECIPES[name])["method"] for name, called in small.items() if not called]
+    assert sorted(plain) == sorted(METHODS)
+    for name, called in small.items():  # what the name stands for is what the recipe says
+        method, stands_for = resolve_method(called) if called else ("", {})
+        values = merged(RECIPES[name])
+        assert not called or values["method"] == method
+        assert stands_for.items() <= values.get("method_config", {}).items()
 
 
 # ----------------------------------------------------------------------------------- guidance
@@ -218,6 +229,9 @@ def test_a_small_model_gets_its_recipe_and_is_told(tmp_path_factory) -> None:
     assert said == []  # it stands among what a run says at its start
     assert run.reasons[0] == "flags seed"
     assert run.reasons[1].startswith("recipe small-dmd2, as the denoiser has 0.0")
+    for written, name in (("rcm", "rcm"), ("RCM", "rcm"), ("scm", "meanflow"), ("lcm", "lcm")):
+        run, _ = told_of(["--method", written, *teacher], by_size=True)
+        assert run.reasons[-1].startswith(f"recipe small-{name}, as the denoiser")
     run, said = told_of(["--config", "lcm_lora", "sd15", *teacher], by_size=True)
     assert (run.learning_rate, said) == (1e-4, [])
     assert run.reasons == ["files lcm_lora, sd15"]
