@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from stepdistill.config.yaml_files import read_yaml
-from stepdistill.core.options import Count, Data, Guidance, Options
+from stepdistill.core.options import Count, Data, Guidance, Options, PredictionType
 from stepdistill.storage.bundled import bundled_names, config_file
 
 B = TypeVar("B", bound=BaseModel)
@@ -77,6 +77,8 @@ class About(_Trained):
     """small: for models below 50 M parameters, where it is its method's default."""
     called: str = ""
     """A user's name of its method (Method.aliases) that it is for: by that name the default."""
+    by_prediction: dict[PredictionType, dict[str, Any]] = Field(default={})
+    """What a network that answers so wants otherwise: options as the file has them."""
 
     @model_validator(mode="after")
     def _of_trainings_before(self) -> Self:
@@ -136,6 +138,17 @@ def merged(layers: Sequence[Layer]) -> dict[str, Any]:
     for layer in layers:
         values = merge(values, layer.values)
     return values
+
+
+def for_network(layers: Sequence[Layer], kind: PredictionType | None) -> list[Layer]:
+    """The layers, and over each recipe what it says of networks that answer so."""
+    made: list[Layer] = []
+    for layer in layers:
+        made.append(layer)
+        about = layer.recipe
+        if about is not None and kind is not None and kind in about.by_prediction:
+            made.append(Layer(f"{layer.name} of {kind}", about.by_prediction[kind], layer.kind))
+    return made
 
 
 def layers_of(name: str | Path, depth: int = 0) -> list[Layer]:

@@ -139,4 +139,5 @@ def _abilities(source: ModelSource) -> Abilities:
         facts = teacher_facts(source)
     except (OSError, ValueError):
         return Abilities()  # the loader says what is wrong with its configurations
-    return Abilities(facts.setting.path, facts.told_guidance, facts.has_null)
+    setting = facts.setting
+    return Abilities(setting.path, facts.told_guidance, facts.has_null, setting.kind)

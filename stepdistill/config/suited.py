@@ -1,8 +1,9 @@
 """Settings that suit the model at hand: the one path by which every command settles them.
 
-A small model's recipe, the model's own guidance, and what a method's file asks of a model that
-can't: each is changed only where a file of ours has said it, and told. What the user has said (a
-file of one's own, a flag) stays, and is refused where the model can't.
+A small model's recipe, what a recipe says of networks of the model's kind, the model's own
+guidance, and what a method's file asks of a model that can't: each is changed only where a file of
+ours has said it, and told. What the user has said (a file of one's own, a flag) stays, and is
+refused where the model can't.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepdistill.config.guidance import guided
-from stepdistill.config.layers import Layer, merge
+from stepdistill.config.layers import Layer, for_network, merge
 from stepdistill.config.model_at_hand import ModelAtHand
 
 if TYPE_CHECKING:
@@ -83,14 +84,25 @@ def settled(
         layers = layers or otherwise
         run, _ = read(layers, ModelAtHand()) if layers else (run, {})
     at_hand.check_recipe(layers)
-    made, why = read(layers, at_hand)
+    whole = for_network(layers, kind := at_hand.abilities.kind)
+    added = [layer for layer in whole if layer not in layers]
+    made, why = read(whole, at_hand)
     before, after = dict(run.method_config), dict(made.method_config)
     by_reason: dict[str, list[str]] = {}
     for name, reason in why.items():
         if after[name] != before.get(name):
             change = f"{name} {_shown(after[name])} in place of {_shown(before.get(name))}"
             by_reason.setdefault(reason, []).append(change)
+    lines += [f"{', '.join(_options(one.values))}, as the network answers {kind}" for one in added]
     return made, [*lines, *(f"{', '.join(names)}, as {why}" for why, names in by_reason.items())]
+
+
+def _options(values: Mapping[str, Any]) -> list[str]:
+    """Options in words, those of groups by their own names."""
+    made: list[str] = []
+    for name, value in values.items():
+        made += _options(value) if isinstance(value, Mapping) else [f"{name} {_shown(value)}"]
+    return made
 
 
 def _shown(value: Any) -> Any:

@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 # What a method learns from, the less to bring, the earlier; lowres: images that low-resolution ones
 # are made of.
 Data = Literal["prompts", "images", "pairs", "preferences", "lowres"]
+PredictionType = Literal["x0", "eps", "v", "flow"]  # what a denoiser answers
 PairSolver = Literal["ddim", "multistep"]  # of the teacher's ODE
 Guidance = Annotated[float, Field(ge=0)]  # g of null + g (cond - null)
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-PredictionType = Literal["x0", "eps", "v", "flow"]
+from stepdistill.core.options import PredictionType
+
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 

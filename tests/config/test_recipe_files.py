@@ -26,7 +26,7 @@ from stepdistill.config.files import (
     parse_run_config,
     resolve_method,
 )
-from stepdistill.config.layers import layers_of, merge, merged, recipe_files
+from stepdistill.config.layers import for_network, layers_of, merge, merged, recipe_files
 from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import ScorerSpec, Setting
@@ -236,6 +236,43 @@ def test_a_small_model_gets_its_recipe_and_is_told(tmp_path_factory) -> None:
     assert (run.learning_rate, said) == (1e-4, [])
     assert run.reasons == ["files lcm_lora, sd15"]
     assert told_of(["--method", "vsd", *teacher])[0].learning_rate == 1e-5  # plan, cache
+
+
+@pytest.mark.parametrize("named", [["--method", "tscd"], ["--recipe", "small-tscd"]])
+def test_a_recipe_s_words_on_networks_of_a_kind_are_followed_and_told(
+    named, tmp_path_factory
+) -> None:
+    """Of the kind alone; a flag lies over them."""
+    said = "loss huber, as the network answers eps"
+    for family, loss in (("sd", "huber"), ("sd_v", "l2")):
+        teacher = ["--pretrained_model_name_or_path", str(teacher_dir(family, tmp_path_factory))]
+        run, _ = told_of([*named, *teacher], by_size=True)
+        assert (run.method_config["loss"], said in run.reasons) == (loss, loss == "huber")
+        run, _ = told_of([*named, *teacher, "--method_config.loss", "l1"], by_size=True)
+        assert run.method_config["loss"] == "l1"
+
+
+def test_a_recipe_of_one_s_own_may_have_words_on_kinds(tmp_path, tmp_path_factory) -> None:
+    teacher = ["--pretrained_model_name_or_path", str(teacher_dir("sd", tmp_path_factory))]
+    block = {"about": "a", "base": ["small"], "steps": [1], "data": "prompts"}
+    words = {"eps": {"learning_rate": 0.5, "tuning": {"rank": 3}}, "v": {"learning_rate": 0.25}}
+    mine = {"recipe": {**block, "by_prediction": words}, "method": "dmd2", "learning_rate": 1.0}
+    run, _ = told_of(["--recipe", written(tmp_path / "a.yaml", **mine), *teacher], by_size=True)
+    assert (run.learning_rate, run.tuning.rank) == (0.5, 3)
+    assert "learning_rate 0.5, rank 3, as the network answers eps" in run.reasons
+    odd = {**mine, "recipe": {**block, "by_prediction": {"epsilon": {}}}}
+    with pytest.raises(ValueError, match=r"by_prediction\.epsilon.*'x0', 'eps', 'v' or 'flow'"):
+        run_of("--recipe", written(tmp_path / "b.yaml", **odd))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, kind) for n, a in ABOUT.items() if a for kind in a.by_prediction]
+)
+def test_a_recipe_s_words_on_kinds_are_options(name, kind) -> None:
+    values = merged(for_network(RECIPES[name], kind))
+    RunConfig(**{**values, "pretrained_model_name_or_path": "x"})
+    method_config(values["method"], values["method_config"])
+    assert values != merged(RECIPES[name])
 
 
 @pytest.mark.parametrize("name", sorted(a for m in METHODS.values() for a in m.aliases))
