@@ -173,6 +173,24 @@ def test_a_file_is_taken_whatever_the_teacher_s_size(tmp_path, tmp_path_factory)
     assert "ema_decay" not in settings
 
 
+def test_a_small_teacher_s_recipes_follow_its_kind_and_a_user_s_name(
+    tmp_path, tmp_path_factory
+) -> None:
+    for family, loss in (("sd", "huber"), ("sd_v", "l2")):
+        teacher = str(teacher_dir(family, tmp_path_factory))
+        setup = own(tmp_path, tmp_path_factory)
+        setup.own = replace(setup.own, teacher=teacher)
+        assert setup.settings("tscd")["method_config"]["loss"] == loss
+        told = "loss huber, as the network answers eps" in setup.reasons["tscd"]
+        assert told == (loss == "huber")
+        named = {name: setup.settings(name) for name in ("rcm", "scm")}
+        assert [setup.reasons[name][0].split(",")[0] for name in named] == [
+            *("recipe small-rcm", "recipe small-meanflow")
+        ]
+        assert {values["method"] for values in named.values()} == {"meanflow"}
+        assert [values["method_config"].get("matching") for values in named.values()] == [1.0, None]
+
+
 def test_the_name_of_a_file_means_that_file(tmp_path, tmp_path_factory) -> None:
     settings = own(tmp_path, tmp_path_factory).settings("dmd2_lora")
     assert settings["learning_rate"] == layers_of("dmd2_lora")[-1].values["learning_rate"]
