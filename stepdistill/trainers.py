@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from stepdistill.config.files import method_class, parse_run_config, resolve_method
+from stepdistill.config.files import method_class, parse_run_config
 from stepdistill.config.files import method_config as parse_method_config
 from stepdistill.config.flags import ending_early, mistakes_in_one_line
+from stepdistill.config.method_names import resolve_method
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.core.method import Scorer
 from stepdistill.core.solvers import SamplerSpec

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config.files import resolve_method
+from stepdistill.config.method_names import resolve_method
 from stepdistill.methods import METHODS
 from stepdistill.storage.bundled import bundled_file
 from stepdistill.storage.files import located, sha256_of

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from stepdistill.config.files import resolve_method
 from stepdistill.config.layers import Layer, layers_of, merge, merged
+from stepdistill.config.method_names import resolve_method
 from stepdistill.config.model_at_hand import ModelAtHand
 from stepdistill.config.run import RunConfig, TrainConfig
 from stepdistill.config.suited import Why, settled, suited

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -18,46 +17,18 @@ from stepdistill.config.flags import (
     read_config_files,
     taken,
 )
-from stepdistill.config.layers import Layer, merge, merged, recipe_layers
+from stepdistill.config.layers import Layer, merged, recipe_layers
+from stepdistill.config.method_names import resolve_method
 from stepdistill.config.model_at_hand import ModelAtHand
 from stepdistill.config.places import check_given
 from stepdistill.config.run import RunConfig
 from stepdistill.config.suited import Why, settled, suited
-from stepdistill.core.registry import is_file_class, plain_name
 from stepdistill.methods import METHODS
-from stepdistill.storage.own_code import named_by_user
 
 if TYPE_CHECKING:
     from stepdistill.core.method import Method, MethodConfig
 
 R = TypeVar("R", bound=RunConfig)
-
-
-def resolve_method(
-    name: str, options: Mapping[str, Any] | None = None
-) -> tuple[str, dict[str, Any]]:
-    """(a name in METHODS, options) of a method called by that, by a user's name for it, or by
-    FILE.py:CLASS; none of the package is imported.
-
-    What a user's name stands for lies under the options given. Errors: ValueError naming the
-    nearest; see `Registry.add_file` for a file's.
-    """
-    given, plain = dict(options or {}), plain_name(name)
-    if is_file_class(name):
-        return named_by_user(METHODS, name), given
-    if plain in METHODS:
-        return plain, given
-    known = {method: facts["aliases"] for method, facts in METHODS.index.items()}
-    if not any(plain in aliases for aliases in known.values()):  # others have to be imported
-        known |= {method: METHODS[method].aliases for method in METHODS.others}
-    for method, aliases in known.items():
-        if plain in aliases:
-            return method, merge(aliases[plain], given)
-    names = [*METHODS, *(alias for aliases in known.values() for alias in aliases)]
-    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3)
-    raise ValueError(
-        f"method: expected one of {sorted(METHODS)}, got {name!r}. Nearest: {near or 'none'}."
-    )
 
 
 def method_class(name: str) -> type[Method[Any]]:
@@ -115,10 +86,7 @@ def parse_run_config(
     at_hand = ModelAtHand.known(run.source, ask=by_size)
     if at_hand is not None:
         named, _ = taken(rest, "method")
-        stands_for = resolve_method(named)[1] if named else {}
-        run, lines = settled(
-            read, run, layers, at_hand, by_size, called=named or "", stands_for=stands_for
-        )
+        run, lines = settled(read, run, layers, at_hand, by_size, called=named or "")
         for line in () if by_size else lines:
             warnings.warn(f"method_config: {line}.", stacklevel=2)
     if recipe:

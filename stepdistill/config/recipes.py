@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stepdistill.config.files import method_config, resolve_method
+from stepdistill.config.files import method_config
 from stepdistill.config.layers import merge
+from stepdistill.config.method_names import resolve_method
 from stepdistill.core.method import COMMON_DATA, Data, Method
 from stepdistill.core.recipe import First, Recipe
 from stepdistill.methods import METHODS

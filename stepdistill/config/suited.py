@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepdistill.config.guidance import guided
 from stepdistill.config.layers import Layer, for_network, merge
+from stepdistill.config.method_names import resolve_method
 from stepdistill.config.model_at_hand import ModelAtHand
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ def settled(
     by_size: bool = False,
     otherwise: Sequence[Layer] = (),
     called: str = "",
-    stands_for: Mapping[str, Any] | None = None,
     flags: str = "--recipe or --config NAME",
 ) -> tuple[R, list[str]]:
     """(the run under the model at hand, a line about each thing that was settled). Warns of a
@@ -72,21 +72,23 @@ def settled(
     Args: read: the run of some files for a model, and what `suited` has settled. run: that of
         `layers`, nothing of the model known. by_size: whether a small model gets its recipe where
         there are no layers. otherwise: the layers where it gets none. called: the user's name of
-        the method. stands_for: options that it stands for, which lie over such a recipe. flags:
-        what a user sets another recipe by.
+        the method; what it stands for lies over such a recipe. flags: what a user sets another
+        recipe by.
     """
     lines: list[str] = []
     if by_size and not layers:
         layers, lines = at_hand.recipe_by_size(run.method, called, flags)
+        stands_for = resolve_method(called)[1] if called else {}
         if layers and stands_for:
-            named = Layer("--method", {"method_config": dict(stands_for)}, kind="methods")
-            layers = [*layers, named]
+            layers = [*layers, Layer("--method", {"method_config": stands_for}, kind="methods")]
         layers = layers or otherwise
         run, _ = read(layers, ModelAtHand()) if layers else (run, {})
     at_hand.check_recipe(layers)
     whole = for_network(layers, kind := at_hand.abilities.kind)
     added = [layer for layer in whole if layer not in layers]
     made, why = read(whole, at_hand)
+    if added and made == read(layers, at_hand)[0]:
+        added = []  # the user has said otherwise
     before, after = dict(run.method_config), dict(made.method_config)
     by_reason: dict[str, list[str]] = {}
     for name, reason in why.items():

@@ -22,7 +22,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from stepdistill.config.files import method_class, method_config, resolve_method
+from stepdistill.config.files import method_class, method_config
+from stepdistill.config.method_names import resolve_method
 from stepdistill.config.run import TrainConfig
 from stepdistill.core.context import Ctx
 from stepdistill.core.denoiser import Denoiser

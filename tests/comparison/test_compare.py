@@ -191,6 +191,20 @@ def test_a_small_teacher_s_recipes_follow_its_kind_and_a_user_s_name(
         assert [values["method_config"].get("matching") for values in named.values()] == [1.0, None]
 
 
+@pytest.mark.parametrize("name", ["tcd", "ect", "rcm", "progressive", "hyper_sd"])
+def test_a_user_s_name_means_in_a_comparison_what_it_means_to_train(
+    tmp_path, tmp_path_factory, name
+) -> None:
+    teacher = str(teacher_dir("sd_v", tmp_path_factory))
+    setup = own(tmp_path, tmp_path_factory)
+    setup.own = replace(setup.own, teacher=teacher)
+    argv = ["--pretrained_model_name_or_path", teacher, "--method", name]
+    settings, run = setup.settings(name), parse_run_config(argv, by_size=True)
+    assert settings["method"] == run.method
+    made = method_config(settings["method"], settings["method_config"])
+    assert made == method_config(run.method, run.method_config)
+
+
 def test_the_name_of_a_file_means_that_file(tmp_path, tmp_path_factory) -> None:
     settings = own(tmp_path, tmp_path_factory).settings("dmd2_lora")
     assert settings["learning_rate"] == layers_of("dmd2_lora")[-1].values["learning_rate"]

@@ -20,13 +20,9 @@ from PIL import Image
 from support.runs import PixelStandIn, teacher_dir
 
 from stepdistill.cache.precompute import cache_run
-from stepdistill.config.files import (
-    method_class,
-    method_config,
-    parse_run_config,
-    resolve_method,
-)
+from stepdistill.config.files import method_class, method_config, parse_run_config
 from stepdistill.config.layers import for_network, layers_of, merge, merged, recipe_files
+from stepdistill.config.method_names import resolve_method
 from stepdistill.config.planned import bundled
 from stepdistill.config.run import RunConfig
 from stepdistill.core.method import ScorerSpec, Setting
@@ -250,6 +246,7 @@ def test_a_recipe_s_words_on_networks_of_a_kind_are_followed_and_told(
         assert (run.method_config["loss"], said in run.reasons) == (loss, loss == "huber")
         run, _ = told_of([*named, *teacher, "--method_config.loss", "l1"], by_size=True)
         assert run.method_config["loss"] == "l1"
+        assert said not in run.reasons
 
 
 def test_a_recipe_of_one_s_own_may_have_words_on_kinds(tmp_path, tmp_path_factory) -> None:

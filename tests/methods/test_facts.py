@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stepdistill.config.files import method_config, parse_run_config, resolve_method
+from stepdistill.config.files import method_config, parse_run_config
+from stepdistill.config.method_names import resolve_method
 from stepdistill.core.method import FIELDS, Method, Setting
 from stepdistill.core.path import FlowPath
 from stepdistill.methods import METHODS

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stepdistill.config.files import parse_run_config, resolve_method
+from stepdistill.config.files import parse_run_config
+from stepdistill.config.method_names import resolve_method
 from stepdistill.methods import METHODS
 from stepdistill.storage.own_code import recorded
 
