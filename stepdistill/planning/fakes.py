@@ -13,6 +13,16 @@ CPU = torch.device("cpu")
 Place = tuple[int, torch.Size, tuple[int, ...], int, torch.dtype]
 
 
+def fake_mode() -> FakeTensorMode:
+    """A mode that leaves this process able to fork others that train.
+
+    It registers CUDA where there is none. Autograd counts devices at its first backward; counting
+    that one, it would start a thread for it, and refuse to work in any process forked later.
+    """
+    torch.ones(1, requires_grad=True).backward()
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def fake(mode: FakeTensorMode, elem: Tensor) -> FakeTensor:
     """A fake tensor on the CPU over a meta tensor's storage."""
     return FakeTensor(mode, elem, CPU)

@@ -32,7 +32,7 @@ from stepdistill.monitoring.own_validation import PROMPTS, schedule
 from stepdistill.monitoring.step_signs import StepSigns
 from stepdistill.planning.blueprint import blueprint
 from stepdistill.planning.costs import Cost, Forecast
-from stepdistill.planning.fakes import fresh
+from stepdistill.planning.fakes import fake_mode, fresh
 from stepdistill.planning.playback import backward
 from stepdistill.planning.quantized import pack
 from stepdistill.planning.replay import Replay
@@ -99,7 +99,7 @@ def _traced(run_json: str, replay: bool = True) -> Forecast:
         bank = RoleBank(family, roles_of(method, run), run.tuning, judges, decoder)
     if specs and decoder is None:
         checkpoint_decoder(run, family)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_mode()
     _to_fake(bank, fake)
     bank.rebind()
     encoders = [

@@ -8,10 +8,10 @@ import pytest
 import torch
 from support.runs import teacher_dir
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from stepdistill.config.run import RunConfig
-from stepdistill.planning.fakes import Shapes, fresh
+from stepdistill.planning.fakes import Shapes, fake_mode, fresh
 from stepdistill.planning.forecast import _to_fake, _traced
 from stepdistill.planning.playback import backward
 from stepdistill.planning.replay import Replay
@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 def counted(replayed: bool, *options: dict[str, Any], grad: bool = True) -> tuple[list[int], int]:
     """([peak, operations, bytes left], runs of a block) of a chain of such blocks."""
-    mode, tracker = FakeTensorMode(allow_non_fake_inputs=True), CostTracker(remember=replayed)
+    mode, tracker = fake_mode(), CostTracker(remember=replayed)
     with torch.device("meta"):
         net = nn.Sequential(*(Block(**one) for one in options))
     _to_fake(net, mode)
@@ -140,7 +140,7 @@ class Chain(nn.Module):
 def test_results_let_go_of_and_parameters_shared_and_inputs_with_values(case: str) -> None:
     counts = []
     for replayed in (False, True):
-        mode, tracker = FakeTensorMode(allow_non_fake_inputs=True), CostTracker(remember=replayed)
+        mode, tracker = fake_mode(), CostTracker(remember=replayed)
         with torch.device("meta"):
             net = Chain(case)
         _to_fake(net, mode)
@@ -155,7 +155,7 @@ def test_results_let_go_of_and_parameters_shared_and_inputs_with_values(case: st
 
 
 def test_a_view_of_the_input_is_run_as_it_is() -> None:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     x = fresh(mode, (4, 8), torch.float32)
     for replayed in (False, True):
         tracker = CostTracker(remember=replayed)
@@ -169,7 +169,7 @@ def test_a_view_of_the_input_is_run_as_it_is() -> None:
 
 
 def test_shapes_made_again_share_storages_as_before() -> None:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     x, other = fresh(mode, (4, 8), torch.bfloat16), fresh(mode, (3,), torch.float32)
     shapes = Shapes.of([x.t(), x[1:], other])
     assert shapes.nbytes == 4 * 8 * 2 + 3 * 4
